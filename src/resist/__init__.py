@@ -1,0 +1,15 @@
+"""ResIST: train a deep residual network on several machines, each with a different, shallower sub-network."""
+
+from resist.chains import Chain, find_chains
+from resist.errors import UserError, WorkerLostError
+from resist.job import Job, Worker
+from resist.plan import Plan, partition
+from resist.schedule import Message, Schedule, schedule
+from resist.strategy import Strategy, local_sgd, resist, switch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Chain", "Job", "Message", "Plan", "Schedule", "Strategy", "UserError", "Worker", "WorkerLostError",
+    "find_chains", "local_sgd", "partition", "resist", "schedule", "switch",
+]

@@ -1,0 +1,162 @@
+"""The transport over torch.distributed, and the only place that uses it. A process (a rank) hosts one or more workers.
+
+Three long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
+queues behind the other), one of gloo on the host for words. Every call here that waits for another process gives up
+after the timeout and says so; a process that ends closes its connections, which its peers notice at once.
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resist.comm.local import Done, Local
+from resist.comm.transport import Handle, Move, Transport, hosting, local_moves
+from resist.errors import UserError, WorkerLostError
+from resist.fold import mean_into
+
+
+def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> Transport:
+    """The transport that fits how this process was started.
+
+    Under torchrun (RANK and WORLD_SIZE in the environment) or with torch.distributed already initialised, the workers
+    are shared out over its processes; else this process hosts all of them. Raises UserError when the group cannot be
+    formed (an address in use, peers that do not come within `timeout_s` seconds).
+    """
+    device = torch.device(device)
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+            return Local(workers)
+        alone = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+        backend = "nccl" if alone else "gloo"
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            dist.init_process_group(
+                backend, timeout=timedelta(seconds=timeout_s), device_id=device if backend == "nccl" else None
+            )
+        except (RuntimeError, ValueError) as error:  # torch raises DistNetworkError, DistStoreError, ... from RuntimeError
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"no process group at {where}: {reason}; check that the port is free on the first host and that all "
+                f"{os.environ['WORLD_SIZE']} processes were started"
+            ) from error
+    return Distributed(workers, timeout_s)
+
+
+class Distributed:
+    def __init__(self, workers: int, timeout_s: float = 600.0) -> None:
+        self.num_workers, self.num_processes = workers, dist.get_world_size()
+        self.rank = dist.get_rank()
+        if self.num_processes > workers:
+            raise UserError(
+                f"{self.num_processes} processes for {workers} workers; start at most one process for each worker"
+            )
+        self._hosting = hosting(workers, self.num_processes)
+        self.hosted = self._hosting[self.rank]
+        self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosting) for worker in hosted}
+        timeout = timedelta(seconds=timeout_s)
+        self._collective = dist.new_group(timeout=timeout)
+        self._peers = dist.new_group(timeout=timeout)
+        self._words = dist.new_group(backend="gloo", timeout=timeout)
+        self._staged = dist.get_backend() == "gloo"  # gloo sends from host memory only
+
+    def host(self, worker: int) -> int:
+        return self._rank_of[worker]
+
+    @torch.no_grad()
+    def transfer(self, moves: Sequence[Move]) -> Handle:
+        arrived: list[Tensor | None] = []
+        operations: list[dist.P2POp] = []
+        copies: list[tuple[Tensor, Tensor]] = []  # from host memory to the device, after arrival
+        for tag, move in enumerate(moves):
+            source, target = self._rank_of[move.source], self._rank_of[move.target]
+            if source == target:
+                arrived += local_moves([move])
+                continue
+            arrived.append(move.incoming if target == self.rank else None)
+            if source == self.rank:
+                assert move.outgoing is not None
+                wire = move.outgoing.cpu() if self._staged else move.outgoing
+                operations.append(dist.P2POp(dist.isend, wire, target, self._peers, tag))
+            if target != self.rank:
+                continue
+            final = move.incoming
+            assert final is not None
+            wire = torch.empty_like(final, device="cpu") if self._staged and final.is_cuda else final
+            if wire is not final:
+                copies.append((wire, final))
+            operations.append(dist.P2POp(dist.irecv, wire, source, self._peers, tag))
+        works = self._run("sending blocks", lambda: dist.batch_isend_irecv(operations) if operations else [])
+        return _Pending(self, "exchanging blocks", works, arrived, operations, copies)
+
+    @torch.no_grad()
+    def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
+        first = tensors[0]
+        if self.num_processes == 1:
+            return Local(self.num_workers).mean(tensors, kind)
+        # Hosted workers are weighed by how many there are: a process's mean counts len(hosted) / S.
+        mean_into(first, tensors[1:])
+        if any(len(hosted) != len(self.hosted) for hosted in self._hosting):
+            first.mul_(len(self.hosted) * self.num_processes / self.num_workers)
+        work = self._run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
+        return _Mean(self, work, tensors, self.num_processes)
+
+    def gather_text(self, text: str) -> list[str]:
+        mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.num_processes)]
+        self._run("comparing", lambda: dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self._words))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: mine.numel()] = mine
+        texts = [torch.empty_like(padded) for _ in sizes]
+        self._run("comparing", lambda: dist.all_gather(texts, padded, group=self._words))
+        return [bytes(t[: int(s)].tolist()).decode() for t, s in zip(texts, sizes, strict=True)]
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _run(self, doing: str, action: Any) -> Any:
+        try:
+            return action()
+        except RuntimeError as error:
+            raise WorkerLostError(
+                f"process {self.rank} (workers {', '.join(map(str, self.hosted))}) lost contact while {doing}: "
+                f"{str(error).splitlines()[0]}; another worker died or stalled, its own message says why"
+            ) from error
+
+
+class _Pending:
+    """Point-to-point messages under way. Keeps what they read and write alive."""
+
+    def __init__(self, owner: Distributed, doing: str, works: Any, arrived: list[Tensor | None], operations: Any,
+                 copies: list[tuple[Tensor, Tensor]]) -> None:
+        self._owner, self._doing, self._works = owner, doing, works
+        self._arrived, self._operations, self._copies = arrived, operations, copies
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor | None]:
+        for work in self._works:
+            self._owner._run(self._doing, work.wait)
+        for wire, final in self._copies:
+            final.copy_(wire)
+        return self._arrived
+
+
+class _Mean:
+    """A sum under way that becomes a mean for every hosted worker."""
+
+    def __init__(self, owner: Distributed, work: Any, tensors: Sequence[Tensor], processes: int) -> None:
+        self._owner, self._work, self._tensors, self._processes = owner, work, tensors, processes
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor | None]:
+        self._owner._run("averaging the shared part", self._work.wait)
+        first = self._tensors[0].div_(self._processes)
+        for tensor in self._tensors[1:]:
+            tensor.copy_(first)
+        return []

@@ -1,0 +1,91 @@
+"""The ledger: what was carried, by kind and by pair of workers, counted where it is handed to the transport.
+
+Bytes are booked as if every worker were a machine of its own, so they do not depend on how many processes host them;
+`wire_bytes` are those that really left a process. Both sides of a booking are known everywhere (the schedule is), so
+every process keeps the whole ledger and none has to ask another.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from resist.comm.transport import Handle, Move, Transport
+from resist.schedule import allreduce_bytes
+
+
+class Ledger:
+    """A transport that books what goes through another.
+
+    bytes, messages: by kind ("shared", "blocks", "state", "evaluate"), since the last `take`.
+    pairs:           bytes by (source, target) of point-to-point messages.
+    wire_bytes:      bytes by kind that crossed from one process to another.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.num_workers, self.hosted = transport.num_workers, transport.hosted
+        self.num_processes = transport.num_processes
+        self._clear()
+
+    def _clear(self) -> None:
+        self.bytes: Counter[str] = Counter()
+        self.messages: Counter[str] = Counter()
+        self.wire_bytes: Counter[str] = Counter()
+        self.pairs: Counter[tuple[int, int]] = Counter()
+        self.wait_s = 0.0
+
+    def take(self) -> dict[str, object]:
+        """The bookings since the last call, ready for JSON."""
+        taken = {
+            "bytes": dict(self.bytes),
+            "messages": dict(self.messages),
+            "wire_bytes": dict(self.wire_bytes),
+            "pairs": [[source, target, n] for (source, target), n in sorted(self.pairs.items())],
+            "wait_s": round(self.wait_s, 6),
+        }
+        self._clear()
+        return taken
+
+    def host(self, worker: int) -> int:
+        return self._transport.host(worker)
+
+    def transfer(self, moves: Sequence[Move]) -> Handle:
+        for move in moves:
+            self.bytes[move.kind] += move.num_bytes
+            self.messages[move.kind] += 1
+            self.pairs[move.source, move.target] += move.num_bytes
+            if self.host(move.source) != self.host(move.target):
+                self.wire_bytes[move.kind] += move.num_bytes
+        return self._timed(lambda: self._transport.transfer(moves))
+
+    def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
+        num_bytes = tensors[0].numel() * tensors[0].element_size()
+        self.bytes[kind] += self.num_workers * allreduce_bytes(num_bytes, self.num_workers)
+        self.messages[kind] += 1
+        self.wire_bytes[kind] += self.num_processes * allreduce_bytes(num_bytes, self.num_processes)
+        return self._timed(lambda: self._transport.mean(tensors, kind))
+
+    def gather_text(self, text: str) -> list[str]:
+        return self._transport.gather_text(text)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _timed(self, begin) -> Handle:  # type: ignore[no-untyped-def]
+        start = time.perf_counter()
+        handle = begin()
+        self.wait_s += time.perf_counter() - start
+        return _Timed(self, handle)
+
+
+class _Timed:
+    def __init__(self, ledger: Ledger, handle: Handle) -> None:
+        self._ledger, self._handle = ledger, handle
+
+    def finish(self) -> list[Tensor | None]:
+        start = time.perf_counter()
+        arrived = self._handle.finish()
+        self._ledger.wait_s += time.perf_counter() - start
+        return arrived

@@ -1,0 +1,6 @@
+"""Data sets by name, and the loader of small images."""
+
+from resist.data.images import Images, Loader
+from resist.data.sets import DATASETS, load
+
+__all__ = ["DATASETS", "Images", "Loader", "load"]

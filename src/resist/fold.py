@@ -1,0 +1,70 @@
+"""Folding: each weight becomes its mean over its holders; and what becomes of the optimizer's state meanwhile.
+
+Policies for the optimizer's state (momentum, Adam's moments) at a synchronisation:
+
+reset    forgotten, as in the authors' code
+keep     stays where it is: with the shared part and with blocks that stay; a block that arrives starts at zero
+travel   moves with its block, averaged over holders as the weights are; that of the shared part stays where it is
+average  as `travel`, and that of the shared part is averaged over all workers too
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from resist.subnet import Subnet
+
+OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
+
+
+@torch.no_grad()
+def mean_into(first: Tensor, others: Sequence[Tensor]) -> None:
+    """Replace `first` by the mean of itself and `others` (all of one shape), in place and without further memory.
+
+    A running mean: m += (x - m) / k. It gives equal copies back bit for bit, for any number of them.
+    """
+    for count, other in enumerate(others, start=2):
+        first.lerp_(other, 1 / count)
+
+
+def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]) -> None:
+    """Lay the optimizer's per-weight state out as the weights are, one flat tensor per kind, kept in `adopted`.
+
+    State that lies there already stays. A state of another shape than its parameter (Adam's step count) is left alone.
+    """
+    for parameter, place in subnet.parameter_places():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if not (isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()):
+                continue
+            if kind not in adopted:
+                adopted[kind] = torch.zeros_like(subnet.flat)
+            view = subnet.view(place, adopted[kind])
+            if value.data_ptr() != view.data_ptr() or value.stride() != view.stride():
+                view.copy_(value)
+                optimizer.state[parameter][kind] = view
+
+
+def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopted: dict[str, Tensor]) -> None:
+    """After `subnet.resize`: drop the parameters that went, add those that came to their counterpart's group, and
+    let the state of all of them lie in the (new) flat tensors of `adopted`. `before`: ids of the parameters then."""
+    places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
+    group_of: dict[tuple[int | None, str], int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) in places:
+                place = places[id(parameter)][1]
+                group_of[place.chain, place.name] = number
+            elif id(parameter) in before:
+                optimizer.state.pop(parameter, None)
+        group["params"] = [p for p in group["params"] if id(p) in places or id(p) not in before]
+    for key, (parameter, place) in places.items():
+        if key not in before and (place.chain, place.name) in group_of:
+            optimizer.param_groups[group_of[place.chain, place.name]]["params"].append(parameter)
+            counterpart = next(p for p, q in places.values() if (q.chain, q.name, q.slot) == (place.chain, place.name, 0))
+            state = optimizer.state.get(counterpart, {})
+            optimizer.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+        for kind, flat in adopted.items():
+            if kind in optimizer.state.get(parameter, {}):
+                optimizer.state[parameter][kind] = subnet.view(place, flat)

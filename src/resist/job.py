@@ -1,0 +1,283 @@
+"""Job: ResIST as a user meets it. The training loop stays the user's; `step` is the only call in it.
+
+    job = Job(build_model, resist(workers=4, local_steps=50))       # draw sub-networks            (Algorithm 1, line 1)
+    ... optimizer.step(); job.step(optimizer)                       # l local steps on each        (lines 2 to 4)
+                                                                    # average, draw anew, go on    (lines 5 and 6)
+    full = job.full_model()                                         # the whole network, scaled
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import update_bn
+
+from resist.chains import choose_chains
+from resist.comm import Ledger, Transport, connect
+from resist.errors import UserError
+from resist.exchange import Copy, Exchange, assembly
+from resist.fold import OPTIMIZER_STATES, adopt_state, follow_resize
+from resist.plan import Plan
+from resist.strategy import Strategy
+from resist.subnet import Subnet, scale_branches, tensors_of, use_batch_statistics
+
+BATCHNORMS = ("recalibrate", "average", "batch")
+
+
+class Worker:
+    """One of the S trainers, hosted by this process. `model` is its sub-network, an ordinary `nn.Module`."""
+
+    def __init__(self, index: int, subnet: Subnet) -> None:
+        self.index, self.subnet = index, subnet
+        self.state: dict[str, Tensor] = {}  # the optimizer's state by kind, laid out as the weights are
+
+    @property
+    def model(self) -> nn.Module:
+        return self.subnet.model
+
+
+class Job:
+    """Trains the network that `build_model()` returns, by a strategy, as one of its workers (or several).
+
+    build_model: called once, on the host, with torch's generators seeded by `seed` and restored afterwards. Every
+                 process builds the same network and keeps only its own part of it.
+    strategy:    see `resist.strategy`.
+    chains:      what to partition, as in `("layer3:1-22",)`; default: the longest run of interchangeable blocks.
+    batchnorm:   "recalibrate": running statistics are averaged over holders, and `full_model(batches)` estimates them
+                 anew on the scaled network; "average": the former only; "batch": none, as in the authors' code: the
+                 network uses the statistics of each batch, at test time too.
+    scale:       what a chain block's branch is multiplied by in the full network: "inclusion" (mean capacity /
+                 num_blocks), "1/S", or a number.
+    transport:   default: torch.distributed where this process was started for it, else this process hosts all workers.
+
+    workers: the hosted ones; `model` is the sub-network where there is only one.
+    step_index, round: steps done; the round that the next step belongs to.
+    """
+
+    def __init__(
+        self,
+        build_model: Callable[[], nn.Module],
+        strategy: Strategy,
+        *,
+        chains: Sequence[str] = (),
+        seed: int = 0,
+        batchnorm: str = "recalibrate",
+        scale: str | float = "inclusion",
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+        transport: Transport | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        _one_of("batchnorm", batchnorm, BATCHNORMS)
+        for part in _parts(strategy):
+            _one_of("optimizer_state", part.optimizer_state, OPTIMIZER_STATES)
+        self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
+        self.step_index = self.round = self._steps_in_round = 0
+        self._optimizers: tuple[Optimizer, ...] = ()
+        full = build_seeded(build_model, seed)
+        if batchnorm == "batch":
+            use_batch_statistics(full)
+        self.chains = choose_chains(full, tuple(chains))
+        self.plans = self.plans_of(0)
+        self._scales()  # complains about a wrong scale now rather than at the end
+        self.ledger = Ledger(transport if transport is not None else connect(strategy.workers, device, timeout_s))
+        if self.ledger.num_workers != strategy.workers:
+            raise UserError(f"a transport for {self.ledger.num_workers} workers, a strategy for {strategy.workers}; match them")
+        self._agree(full)
+        tensors = tensors_of(full)
+        self.workers: list[Worker] = []
+        for index in self.ledger.hosted:
+            held = [self.plans[chain.name].blocks[index] for chain in self.chains]
+            subnet = Subnet(full, self.chains, [len(h) for h in held], device=device, channels_last=channels_last)
+            subnet.load(tensors, held)
+            self.workers.append(Worker(index, subnet))
+
+    @property
+    def model(self) -> nn.Module:
+        if len(self.workers) != 1:
+            raise UserError(
+                f"this process hosts {len(self.workers)} workers; loop over job.workers, or start one process for each "
+                f"(torchrun --nproc-per-node {self.strategy.workers})"
+            )
+        return self.workers[0].model
+
+    def plans_of(self, round: int) -> dict[str, Plan]:
+        """The plan of each chain in `round`."""
+        strategy = self.strategy.at(round)
+        return {c.name: strategy.assign(c.num_blocks, c.name, self.seed, round) for c in self.chains}
+
+    def step(self, *optimizers: Optimizer) -> bool:
+        """Call it after each optimizer step, with the optimizer of every hosted worker. After `local_steps` calls it
+        synchronises: waits for all workers, averages, and puts the next round's blocks into the slots.
+
+        Returns whether it synchronised.
+        """
+        if len(optimizers) != len(self.workers):
+            raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
+        self._optimizers = optimizers
+        self.step_index += 1
+        self._steps_in_round += 1
+        if self._steps_in_round < self.strategy.at(self.round).local_steps:
+            return False
+        self.synchronise()
+        return True
+
+    def synchronise(self) -> None:
+        """End the round now: fold, hand over, go on with the next plan. Every worker has to call it."""
+        strategy = self.strategy.at(self.round)
+        next_plans = self.plans_of(self.round + 1)
+        subnets = {worker.index: worker.subnet for worker in self.workers}
+        for subnet in subnets.values():
+            subnet.check_attached()
+        copies = [Copy("blocks", {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
+        copies += self._state_copies(strategy.optimizer_state)
+        Exchange(self.ledger, subnets, copies, self.plans, next_plans).finish()
+        for number, worker in enumerate(self.workers):
+            capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
+            worker.state = {one.kind: one.flats[worker.index] for one in copies[1:]}
+            if tuple(capacities) != worker.subnet.capacities:
+                before = {id(parameter) for parameter in worker.model.parameters()}
+                worker.subnet.resize(capacities, copies[0].flats[worker.index])
+                if self._optimizers:
+                    follow_resize(worker.subnet, self._optimizers[number], before, worker.state)
+        self.plans = next_plans
+        self.round += 1
+        self._steps_in_round = 0
+
+    def finish(self) -> None:
+        """Fold the last, short round, if steps are open. Nothing that a worker learned is left out."""
+        if self._steps_in_round:
+            self.synchronise()
+
+    def full_model(self, batches: Iterable[object] | None = None, *, on: int = 0) -> nn.Module | None:
+        """The complete network, its chain blocks' branches scaled, in eval mode. Every worker has to call it.
+
+        Ends a round that is under way. Only the process that hosts worker `on` assembles it; the others get None.
+
+        batches: training batches (images, or tuples that begin with them) to estimate the BatchNorm statistics on:
+                 needed for batchnorm="recalibrate" where the network has such layers.
+        """
+        self.finish()
+        subnets = {worker.index: worker.subnet for worker in self.workers}
+        full = None
+        if on in subnets:
+            own = subnets[on]
+            full = Subnet(
+                own.model,
+                self.chains,
+                [chain.num_blocks for chain in self.chains],
+                device=own.device,
+                channels_last=own.channels_last,
+            )
+            with torch.no_grad():
+                full.shared.copy_(own.shared)
+        assembly(self.ledger, subnets, self.plans, full, on).finish()
+        if full is None:
+            return None
+        scale_branches(full.model, self.chains, self._scales())
+        if self.batchnorm == "recalibrate" and _has_running_statistics(full.model):
+            recalibrate(full.model, batches, own.device)
+        return full.model.eval()
+
+    def close(self) -> None:
+        """Leave the process group, if there is one."""
+        self.ledger.close()
+
+    def _state_copies(self, policy: str) -> list[Copy]:
+        if policy == "reset":
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
+            return []
+        for worker, optimizer in zip(self.workers, self._optimizers, strict=False):
+            adopt_state(worker.subnet, optimizer, worker.state)
+        kinds = sorted(self.workers[0].state)
+        return [
+            Copy(
+                kind,
+                {worker.index: worker.state[kind] for worker in self.workers},
+                moves=policy in ("travel", "average"),
+                averages=policy == "average",
+            )
+            for kind in kinds
+        ]
+
+    def _scales(self) -> list[float]:
+        """The scale of each chain, for the weights as they are now (those of the round that ended last)."""
+        plans = self.plans_of(max(self.round - 1, 0))
+        if isinstance(self.scale, str) and self.scale not in ("inclusion", "1/S"):
+            raise UserError(f"scale={self.scale!r} is not one of inclusion, 1/S, or a number")
+        scales: list[float] = []
+        for chain in self.chains:
+            plan = plans[chain.name]
+            if not isinstance(self.scale, str):
+                scales.append(float(self.scale))
+            elif plan.held_by_all or self.scale == "inclusion":
+                scales.append(sum(plan.capacities) / plan.workers / plan.num_blocks)
+            else:
+                scales.append(1 / plan.workers)
+        return scales
+
+    def _agree(self, full: nn.Module) -> None:
+        """Compare with the other processes what must be equal, before anything that would hang or abort if it is not."""
+        shapes = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors_of(full).items()])
+        weights = blake2b(digest_size=8)
+        for tensor in tensors_of(full).values():
+            weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        mine = {
+            "workers": self.strategy.workers,
+            "strategy": [(s.name, s.local_steps, s.optimizer_state, s.at_round) for s in _parts(self.strategy)],
+            "chains": [chain.name for chain in self.chains],
+            "capacities": [plan.capacities for plan in self.plans.values()],
+            "seed": self.seed,
+            "batchnorm": self.batchnorm,
+            "model": blake2b(shapes.encode(), digest_size=8).hexdigest(),
+            "initial weights": weights.hexdigest(),
+        }
+        check_agreement(self.ledger, mine)
+
+
+def check_agreement(transport: Transport, mine: dict[str, object]) -> None:
+    """Raise UserError on every process when two of them were given different values, naming what differs."""
+    texts = transport.gather_text(json.dumps(mine, sort_keys=True, default=str))
+    first = json.loads(texts[0])
+    for process, text in enumerate(texts):
+        other = json.loads(text)
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                raise UserError(
+                    f"process {process} was started with {key}={other.get(key)}, process 0 with {key}={first.get(key)}; "
+                    "start all of them with the same arguments"
+                )
+
+
+def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """`build_model()` with torch seeded, the caller's random state untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model()
+
+
+def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torch.device) -> None:
+    """Estimate all running BatchNorm statistics of `model` anew, as the mean over `batches`."""
+    if batches is None:
+        raise UserError(
+            "batchnorm='recalibrate' estimates statistics on training batches; call full_model(batches), "
+            "or give Job batchnorm='average'"
+        )
+    update_bn(batches, model, device=device)
+
+
+def _has_running_statistics(model: nn.Module) -> bool:
+    return any(getattr(module, "running_mean", None) is not None for module in model.modules())
+
+
+def _parts(strategy: Strategy) -> list[Strategy]:
+    return [strategy, *(_parts(strategy.then) if strategy.then is not None else [])]
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}={value!r} is not one of {', '.join(allowed)}")

@@ -1,0 +1,269 @@
+"""A sub-network: the same model with only `capacity` blocks in each chain, its weights views into one flat tensor.
+
+The flat tensor reads `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. So the shared part is one collective, a block is
+one message, a whole network is one collective too, and none of them is packed or copied. A plan only says whose weights
+lie in which slot: modules, parameters and the optimizer's references stay the same from round to round.
+
+The full network is a sub-network with every block in its slots, so it is built and filled in the same way.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from resist.chains import Chain
+from resist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one tensor lies: `shape` at `offset` (in elements) of its part, channels innermost if `channels_last`."""
+
+    offset: int
+    shape: torch.Size
+    channels_last: bool
+
+    def view(self, part: Tensor) -> Tensor:
+        flat = part[self.offset : self.offset + self.shape.numel()]
+        if self.channels_last:
+            n, c, h, w = self.shape
+            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return flat.view(self.shape)
+
+
+class Layout:
+    """The order in which the tensors of one part (the shared part, or a block) lie behind one another.
+
+    Tensors whose size is not a multiple of 16 elements come last, so that all others stay aligned to 64 bytes without
+    any padding, and the bytes on the wire are exactly those of the weights.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
+        self.pieces: dict[str, Piece] = {}
+        self.numel = 0
+        for name in sorted(tensors, key=lambda name: tensors[name].numel() % 16 != 0):
+            shape = tensors[name].shape
+            self.pieces[name] = Piece(self.numel, shape, channels_last and len(shape) == 4)
+            self.numel += shape.numel()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whose tensor this is: of the shared part (`chain` is None) or of slot `slot` of chain number `chain`.
+    `name` is the global dotted name for a shared tensor, the name within the block for the others."""
+
+    chain: int | None
+    slot: int
+    name: str
+
+
+class Subnet:
+    """One worker's network. `model` is an ordinary, shallow `nn.Module`; `flat` holds all its weights (1-D).
+
+    template:   the network to take the structure from; it is copied without its weights.
+    capacities: blocks per chain.
+    """
+
+    def __init__(
+        self,
+        template: nn.Module,
+        chains: Sequence[Chain],
+        capacities: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+    ) -> None:
+        self.chains = tuple(chains)
+        self.device, self.channels_last = torch.device(device), channels_last
+        self.model = skeleton(template)
+        self.capacities = tuple(len(_children(self.model, c)) - _surround(c) for c in self.chains)
+        tensors = dict(_floats(self.model))
+        self.dtype = _only_dtype(tensors)
+        places = [(self.place(name), tensor) for name, tensor in tensors.items()]
+        self.shared_layout = Layout({p.name: t for p, t in places if p.chain is None}, channels_last)
+        self.block_layouts = tuple(
+            Layout({p.name: t for p, t in places if (p.chain, p.slot) == (number, 0)}, channels_last)
+            for number in range(len(self.chains))
+        )
+        self.flat = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.resize(capacities, self.empty(capacities))
+
+    @property
+    def shared(self) -> Tensor:
+        return self.flat[: self.shared_layout.numel]
+
+    def numel(self, capacities: Sequence[int]) -> int:
+        """Elements of a flat tensor for these capacities."""
+        blocks = zip(capacities, self.block_layouts, strict=True)
+        return self.shared_layout.numel + sum(capacity * layout.numel for capacity, layout in blocks)
+
+    def empty(self, capacities: Sequence[int]) -> Tensor:
+        return torch.empty(self.numel(capacities), dtype=self.dtype, device=self.device)
+
+    def slot(self, chain: int, slot: int, flat: Tensor, capacities: Sequence[int] | None = None) -> Tensor:
+        """The part of `flat` (shaped as for `capacities`, by default the present ones) that is one slot. (numel,)"""
+        capacities = self.capacities if capacities is None else capacities
+        start = self.numel([c if i < chain else 0 for i, c in enumerate(capacities)])
+        size = self.block_layouts[chain].numel
+        return flat[start + slot * size : start + (slot + 1) * size]
+
+    def place(self, name: str) -> Place:
+        """Whose tensor the model's own dotted `name` is."""
+        for number, chain in enumerate(self.chains):
+            prefix = f"{chain.container}." if chain.container else ""
+            if not name.startswith(prefix):
+                continue
+            key, _, inner = name.removeprefix(prefix).partition(".")
+            position = list(_children_dict(self.model, chain)).index(key)
+            slot, surplus = position - chain.first, chain.num_blocks - self.capacities[number]
+            if 0 <= slot < self.capacities[number]:
+                return Place(number, slot, inner)
+            if slot >= 0:
+                position += surplus
+            return Place(None, 0, f"{prefix}{chain.keys[position]}.{inner}")
+        return Place(None, 0, name)
+
+    def view(self, place: Place, flat: Tensor) -> Tensor:
+        """The tensor at `place` of a flat tensor that is laid out as this sub-network is."""
+        if place.chain is None:
+            return self.shared_layout.pieces[place.name].view(flat[: self.shared_layout.numel])
+        return self.block_layouts[place.chain].pieces[place.name].view(self.slot(place.chain, place.slot, flat))
+
+    def parameter_places(self) -> Iterator[tuple[nn.Parameter, Place]]:
+        for name, parameter in self.model.named_parameters():
+            yield parameter, self.place(name)
+
+    def resize(self, capacities: Sequence[int], flat: Tensor) -> None:
+        """Give the model `capacities` blocks and let `flat`, which is laid out for them, hold its weights.
+
+        Parameters that remain keep their identity, so an optimizer goes on working with them.
+        """
+        for chain, capacity in zip(self.chains, capacities, strict=True):
+            children = list(_children_dict(self.model, chain).values())
+            after = len(chain.keys) - chain.last - 1
+            slots = children[chain.first : len(children) - after]
+            slots = slots[:capacity] + [skeleton(slots[0]) for _ in range(capacity - len(slots))]
+            keys = chain.keys[: chain.first + capacity] + chain.keys[chain.last + 1 :]
+            blocks = [*children[: chain.first], *slots, *children[len(children) - after :]]
+            container = self.model.get_submodule(chain.container)
+            if isinstance(container, nn.ModuleList):
+                keys = tuple(str(i) for i in range(len(blocks)))
+            container._modules = dict(zip(keys, blocks, strict=True))
+        self.capacities = tuple(capacities)
+        self.flat = flat
+        self._attach()
+
+    def _attach(self) -> None:
+        """Make every parameter and float buffer a view into the flat tensor."""
+        renewed: dict[int, nn.Parameter] = {}
+        for prefix, module in self.model.named_modules():
+            for key, old in module._parameters.items():
+                if old is None:
+                    continue
+                if id(old) not in renewed:
+                    view = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flat)
+                    if old.is_meta:
+                        renewed[id(old)] = nn.Parameter(view, requires_grad=old.requires_grad)
+                    else:
+                        old.data, renewed[id(old)] = view, old
+                module._parameters[key] = renewed[id(old)]
+            for key, old in module._buffers.items():
+                if old is not None and old.is_floating_point():
+                    module._buffers[key] = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flat)
+                elif old is not None:
+                    module._buffers[key] = old.to(self.device)
+
+    def check_attached(self) -> None:
+        """Raise where a parameter no longer lies in the flat tensor (`model.to(...)`, `model.half()` move it out)."""
+        for parameter, place in self.parameter_places():
+            if parameter.data_ptr() != self.view(place, self.flat).data_ptr():
+                raise UserError(
+                    f"parameter {place.name!r} was moved out of the sub-network's flat tensor (by .to(), .cuda() or "
+                    ".half()?); give Job the device, and use autocast for lower precision"
+                )
+
+    def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
+        """Fill the weights from `tensors` (global dotted names), with block `held[chain][slot]` in each slot."""
+        with torch.no_grad():
+            for name, view in self.state(held).items():
+                view.copy_(tensors[name])
+
+    def state(self, held: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The weights and float buffers by global dotted name: views, not copies."""
+        named = {name: piece.view(self.shared) for name, piece in self.shared_layout.pieces.items()}
+        for number, (chain, layout) in enumerate(zip(self.chains, self.block_layouts, strict=True)):
+            for slot, block in enumerate(held[number]):
+                part = self.slot(number, slot, self.flat)
+                named |= {f"{chain.block_name(block)}.{name}": p.view(part) for name, p in layout.pieces.items()}
+        return named
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and float buffers of a full network by global dotted name, tied ones once."""
+    return dict(_floats(model))
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and float buffers are on the meta device: the structure without the weights."""
+    memo: dict[int, object] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(module, memo)
+
+
+def use_batch_statistics(model: nn.Module) -> None:
+    """Take the running statistics out of every BatchNorm layer: it then uses the batch's own, at test time too."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+
+
+class ScaleBranch:
+    """Forward hook that turns a block's x + f(x) into x + scale * f(x). A class, so that the model can be pickled."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.lerp(args[0].to(output.dtype), output, self.scale)
+
+
+def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float]) -> None:
+    """Multiply the branch of every chain block of a full network by its chain's scale, from the next forward on."""
+    for chain, scale in zip(chains, scales, strict=True):
+        for block in range(chain.num_blocks):
+            if scale != 1.0:
+                model.get_submodule(chain.block_name(block)).register_forward_hook(ScaleBranch(scale))
+
+
+def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point())
+
+
+def _only_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1:
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes)) or "none"
+        raise UserError(f"the model's parameters and float buffers have the types {names}; give it exactly one")
+    return dtypes.pop()
+
+
+def _children_dict(model: nn.Module, chain: Chain) -> dict[str, nn.Module]:
+    return dict(model.get_submodule(chain.container)._modules)  # type: ignore[arg-type]
+
+
+def _children(model: nn.Module, chain: Chain) -> list[nn.Module]:
+    return list(_children_dict(model, chain).values())
+
+
+def _surround(chain: Chain) -> int:
+    """Children of the chain's container that are not in the chain."""
+    return len(chain.keys) - chain.num_blocks
