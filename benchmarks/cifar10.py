@@ -1,0 +1,132 @@
+"""Accuracy on CIFAR-10 of a narrow ResNet101 that two cores can train: strategies and policies, run for run.
+
+    python benchmarks/cifar10.py --data-dir DIR --strategy resist --optimizer-state travel
+
+Setting (as in the first prototypes, so that figures can be set beside them): S = 4, sections 3,4,23,3, width 8, final
+norm, batch 64 a worker, 25 local steps, 120 rounds, SGD with lr 0.05 (a tenth after 50 % and 75 %), momentum 0.9,
+weight decay 5e-4, crop and flip, every worker draws from the whole set, one thread, one process that hosts all workers.
+
+While it trains, the full network is tested on the first 5,000 test images every 20 rounds. At the end it is read in
+every way (how the BatchNorm statistics come about, with and without the scale) on those and on all 10,000.
+One line of JSON with the provenance is appended to benchmarks/results/cifar10.jsonl.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from provenance import provenance
+from torch import Tensor, nn
+
+import resist
+from resist.data import Images, Loader, load
+from resist.job import Job, recalibrate
+from resist.models import build
+from resist.subnet import use_batch_statistics
+
+RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--strategy", choices=("resist", "local_sgd"), default="resist")
+    parser.add_argument("--optimizer-state", default="travel")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--local-steps", type=int, default=25)
+    parser.add_argument("--min-depth", type=int, default=None)
+    parser.add_argument("--chain-lr", type=float, default=1.0, help="the rate of the chain's blocks, as a multiple")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    train, test = load("cifar10", args.data_dir, download=False)
+    record = {"benchmark": "cifar10", **vars(args), **run(args, train, test), **provenance()}
+    record.pop("data_dir")
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+def run(args: argparse.Namespace, train: Images, test: Images) -> dict[str, object]:
+    job = Job(
+        lambda: build("preact_resnet101", num_classes=10, width=8, final_norm=True),
+        strategy_of(args),
+        seed=args.seed,
+        batchnorm="average",  # the other ways are applied to copies, at the end
+    )
+    optimizers = [optimizer_of(job, worker.index, args.chain_lr) for worker in job.workers]
+    loaders = [
+        Loader(train, batch_size=64, seed=args.seed, worker=worker.index, workers=args.workers) for worker in job.workers
+    ]
+    steps, train_s, curve = args.rounds * args.local_steps, 0.0, {}
+    start = time.perf_counter()
+    for step in range(steps):
+        for worker, optimizer, loader in zip(job.workers, optimizers, loaders, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * group["factor"] * (1 if step < steps / 2 else 0.1 if step < 0.75 * steps else 0.01)
+            images, labels = loader.batch(step)
+            F.cross_entropy(worker.model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if job.step(*optimizers) and job.round % 20 == 0:
+            train_s += time.perf_counter() - start
+            full = job.full_model()
+            assert full is not None
+            recalibrate(full, estimation_batches(train), torch.device("cpu"))
+            curve[job.round] = accuracy(full, test, 5000)
+            print(f"round {job.round}: {curve[job.round]:.2f} % after {train_s:.0f} s", flush=True)
+            start = time.perf_counter()
+    return {"percent_of_5000": curve, "train_s": round(train_s, 1), "readings": readings(job, train, test)}
+
+
+def strategy_of(args: argparse.Namespace) -> resist.Strategy:
+    state = args.optimizer_state
+    if args.strategy == "local_sgd":
+        return resist.local_sgd(args.workers, args.local_steps, optimizer_state=state)
+    return resist.resist(args.workers, args.local_steps, min_depth=args.min_depth, optimizer_state=state)
+
+
+def optimizer_of(job: Job, index: int, chain_lr: float) -> torch.optim.SGD:
+    worker = next(worker for worker in job.workers if worker.index == index)
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter, place in worker.subnet.parameter_places():
+        parts[place.chain is not None].append(parameter)
+    groups = [{"params": parts[0], "factor": 1.0}, {"params": parts[1], "factor": chain_lr}]
+    return torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+def estimation_batches(train: Images) -> list[Tensor]:
+    return [images for images, _ in train.batches(250, limit=20)]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, test: Images, num: int) -> float:
+    """Percent of the first `num` test images, in batches of 100."""
+    model.eval()
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in test.batches(100, limit=num // 100))
+    return 100 * right / num
+
+
+def readings(job: Job, train: Images, test: Images) -> dict[str, dict[str, float]]:
+    """Accuracy of the final weights for each scale and each way to come to BatchNorm statistics."""
+    result: dict[str, dict[str, float]] = {}
+    for scale in ("inclusion", 1.0):
+        job.scale = scale
+        averaged = job.full_model()
+        assert averaged is not None
+        batch, anew = copy.deepcopy(averaged), copy.deepcopy(averaged)
+        use_batch_statistics(batch)
+        recalibrate(anew, estimation_batches(train), torch.device("cpu"))
+        for name, model in (("average", averaged), ("batch", batch), ("recalibrate", anew)):
+            result[f"{name}, scale {scale}"] = {"of_5000": accuracy(model, test, 5000), "of_10000": accuracy(model, test, 10000)}
+    return result
+
+
+if __name__ == "__main__":
+    main()
