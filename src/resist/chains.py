@@ -1,16 +1,18 @@
 """Chains: runs of interchangeable blocks, found in any `nn.Module` or named by the user.
 
 Two neighbours under one `nn.Sequential` or `nn.ModuleList` are interchangeable when they have the same class, the same
-parameter and buffer shapes, and the same scalar attributes all the way down. The strided first block of a section
-differs in its shapes, so it is never part of a chain.
+parameter and buffer shapes, the same scalar attributes all the way down, and no parameter in common with anything else.
+The strided first block of a section differs in its shapes, so it is never part of a chain.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
 from resist.errors import UserError
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -43,11 +45,12 @@ class Chain:
 def find_chains(model: nn.Module) -> tuple[Chain, ...]:
     """All runs of two or more interchangeable blocks, the longest (then the heaviest) first."""
     found: list[tuple[int, int, Chain]] = []
+    uses = _uses(model)
     for container, module in model.named_modules():
         if not isinstance(module, nn.Sequential | nn.ModuleList):
             continue
         keys, blocks = tuple(module._modules), list(module)
-        signatures = [_signature(block) if _is_block(block) else None for block in blocks]
+        signatures = [_signature(block) if _is_block(block, uses) else None for block in blocks]
         start = 0
         for end in range(1, len(blocks) + 1):
             if end < len(blocks) and signatures[end] is not None and signatures[end] == signatures[start]:
@@ -79,6 +82,12 @@ def choose_chains(model: nn.Module, names: tuple[str, ...] = ()) -> tuple[Chain,
             apart = one.container != other.container or one.last < other.first or other.last < one.first
             if not apart or _inside(one, other) or _inside(other, one):
                 raise UserError(f"chains {one.name} and {other.name} overlap; name each block once")
+            for inner, outer in ((one, other), (other, one)):
+                if _behind(inner, outer, model):
+                    raise UserError(
+                        f"chain {inner.name} lies behind {outer.name} in an nn.ModuleList, whose children are "
+                        "renumbered; name one of the two"
+                    )
     return chosen
 
 
@@ -106,10 +115,24 @@ def _inside(one: Chain, other: Chain) -> bool:
     )
 
 
-def _is_block(module: nn.Module) -> bool:
-    """A block has parameters and parts of its own. A bare `nn.Sequential` has no skip connection, so it is none."""
-    composite = next(module.children(), None) is not None and type(module) is not nn.Sequential
-    return composite and next(module.parameters(), None) is not None
+def _behind(one: Chain, other: Chain, model: nn.Module) -> bool:
+    """Whether `one` lies below a child behind `other` that a shallower network renumbers."""
+    if not isinstance(model.get_submodule(other.container), nn.ModuleList):
+        return False
+    prefix = f"{other.container}." if other.container else ""
+    return any(f"{one.container}.".startswith(f"{prefix}{key}.") for key in other.keys[other.last + 1 :])
+
+
+def _is_block(module: nn.Module, uses: Counter[int]) -> bool:
+    """A block has parameters and parts of its own, which nothing else uses (`uses`: id of a parameter -> number of its
+    names in the whole model). A bare container has no skip connection, so it is none."""
+    composite = next(module.children(), None) is not None and type(module) not in _CONTAINERS
+    own = _uses(module)
+    return composite and bool(own) and all(uses[parameter] == number for parameter, number in own.items())
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def _signature(module: nn.Module) -> object:

@@ -1,8 +1,12 @@
-"""The two errors that people see: one for what they asked, one for a worker that went away."""
+"""The errors that people see: for what they asked, and for a worker that went away."""
 
 
 class UserError(ValueError):
     """What was asked cannot be done. The message is one line: the value, the bound, the remedy."""
+
+
+class AgreedError(UserError):
+    """A UserError that every process of the job raises at the same time, so that one of them can speak for all."""
 
 
 class WorkerLostError(RuntimeError):

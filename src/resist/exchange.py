@@ -1,9 +1,9 @@
 """A synchronisation: from the weights of one round to those of the next, as `schedule` lists it.
 
-1. begin:  the shared part goes into a mean over all workers; copies of blocks go to their owners.
-2. finish: owners fold, folded blocks go to their next holders, and lie in their slots when all is there.
+1. making it: the shared part goes into a mean over all workers; copies of blocks go to their owners, as one batch.
+2. finish:    owners fold, folded blocks go to their next holders, as one batch, and end up in their slots.
 
-`begin` and `finish` are apart so that something else may be computed between them.
+The two are apart so that something else may be computed between them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,23 +22,29 @@ from resist.subnet import Subnet
 Key = tuple[int, int]  # (chain number, block or slot)
 
 
+WEIGHTS = "weights"
+
+
 @dataclass
 class Copy:
-    """One kind of value for each hosted worker, laid out as its sub-network is: weights, or one optimizer state.
+    """One kind of value for each hosted worker, laid out as its sub-network is: the weights, or one optimizer state.
 
+    name:     WEIGHTS, or the optimizer's own name of the state ("momentum_buffer", "exp_avg").
     flats:    worker -> the flat tensor.
     moves:    whether blocks take their value along; else it stays with blocks that stay, and is zero for others.
     averages: whether the shared part becomes its mean over all workers.
     """
 
-    kind: str
+    name: str
     flats: dict[int, Tensor]
     moves: bool
     averages: bool
-    fold: Handle | None = None
-    means: list[Handle] = field(default_factory=list)
     arriving: dict[tuple[int, Key], Tensor] = field(default_factory=dict)
     resized: dict[int, Tensor] = field(default_factory=dict)
+
+    def kind(self, part: str) -> str:
+        """What the ledger books `part` ("shared" or "blocks") as."""
+        return part if self.name == WEIGHTS else "state"
 
 
 class Exchange:
@@ -60,25 +66,27 @@ class Exchange:
         self.numel = [layout.numel for layout in any_subnet.block_layouts]
         self.common = all(plan.held_by_all for plan in (*plans.values(), *next_plans.values()))
         self.schedule = self._schedule(any_subnet.dtype.itemsize)
+        self.moving = [one for one in copies if one.moves]
+        self.means: list[Handle] = []
         for one in copies:
             if one.averages and transport.num_workers > 1:
                 parts = [flat if self.common else flat[: any_subnet.shared_layout.numel] for flat in one.flats.values()]
-                kind = "shared" if one.kind == "blocks" else one.kind
-                one.means.append(transport.mean(parts, kind))
-            if one.moves:
-                one.fold = transport.transfer([self._fold_move(one, message) for message in self.schedule.fold])
+                self.means.append(transport.mean(parts, one.kind("shared")))
+        self.folding = transport.transfer([self._fold_move(one, m) for one in self.moving for m in self.schedule.fold])
 
     def finish(self) -> None:
         """Wait for everything that is under way; afterwards the sub-networks are those of the next plan."""
+        arrived, size = self.folding.finish(), len(self.schedule.fold)
+        for number, one in enumerate(self.moving):
+            self._fold(one, arrived[number * size : (number + 1) * size])
         for one in self.copies:
-            self._fold(one)
-        handles = [self._hand_over(one) for one in self.copies]
-        for handle in handles:
-            if handle is not None:
-                handle.finish()
+            self._prepare(one)
+        self.transport.transfer(
+            [self._hand_over_move(one, m) for one in self.moving for m in self.schedule.hand_over]
+        ).finish()
+        for mean in self.means:
+            mean.finish()
         for one in self.copies:
-            for mean in one.means:
-                mean.finish()
             self._settle(one)
 
     def _schedule(self, itemsize: int) -> Schedule:
@@ -98,14 +106,12 @@ class Exchange:
         incoming = None
         if m.target in one.flats and outgoing is None:
             incoming = torch.empty_like(self._slot(one, m.target, m.chain, m.block))
-        return Move(one.kind, m.source, m.target, m.num_bytes, outgoing, incoming)
+        return Move(one.kind("blocks"), m.source, m.target, m.num_bytes, outgoing, incoming)
 
     @torch.no_grad()
-    def _fold(self, one: Copy) -> None:
-        if one.fold is None:
-            return
+    def _fold(self, one: Copy, arrived: Sequence[Tensor | None]) -> None:
         copies: dict[tuple[int, str, int], list[Tensor]] = {}
-        for message, tensor in zip(self.schedule.fold, one.fold.finish(), strict=True):
+        for message, tensor in zip(self.schedule.fold, arrived, strict=True):
             if message.target in one.flats:
                 assert tensor is not None
                 copies.setdefault((message.target, message.chain, message.block), []).append(tensor)
@@ -113,10 +119,10 @@ class Exchange:
             mean_into(self._slot(one, owner, chain, block), others)
 
     @torch.no_grad()
-    def _hand_over(self, one: Copy) -> Handle | None:
-        """Begin to send folded blocks on, and put what stays where it will lie."""
+    def _prepare(self, one: Copy) -> None:
+        """Make room for what arrives, and put what stays where it will lie."""
         if self.common:
-            return None
+            return
         for worker, subnet in self.subnets.items():
             flat = one.flats[worker]
             capacities = [self.next_plans[chain.name].capacities[worker] for chain in self.chains]
@@ -138,15 +144,12 @@ class Exchange:
                     arriving.copy_(self._slot(one, worker, chain, block))
                 elif not one.moves:
                     arriving.zero_()
-        if not one.moves:
-            return None
-        return self.transport.transfer([self._hand_over_move(one, message) for message in self.schedule.hand_over])
 
     def _hand_over_move(self, one: Copy, m: Message) -> Move:
         outgoing = self._slot(one, m.source, m.chain, m.block) if m.source in one.flats else None
         slot = self.next_plans[m.chain].slot(m.target, m.block)
         incoming = one.arriving.get((m.target, (self.numbers[m.chain], slot)))
-        return Move(one.kind, m.source, m.target, m.num_bytes, outgoing, incoming)
+        return Move(one.kind("blocks"), m.source, m.target, m.num_bytes, outgoing, incoming)
 
     @torch.no_grad()
     def _settle(self, one: Copy) -> None:

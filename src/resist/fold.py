@@ -6,9 +6,12 @@ reset    forgotten, as in the authors' code
 keep     stays where it is: with the shared part and with blocks that stay; a block that arrives starts at zero
 travel   moves with its block, averaged over holders as the weights are; that of the shared part stays where it is
 average  as `travel`, and that of the shared part is averaged over all workers too
+
+Where every worker holds every block in both rounds (local SGD, or one worker) nothing travels: `travel` is `keep`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,8 +65,8 @@ def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopte
     for key, (parameter, place) in places.items():
         if key not in before and (place.chain, place.name) in group_of:
             optimizer.param_groups[group_of[place.chain, place.name]]["params"].append(parameter)
-            counterpart = next(p for p, q in places.values() if (q.chain, q.name, q.slot) == (place.chain, place.name, 0))
-            state = optimizer.state.get(counterpart, {})
+            first = replace(place, slot=0)
+            state = optimizer.state.get(next(p for p, q in places.values() if q == first), {})
             optimizer.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
         for kind, flat in adopted.items():
             if kind in optimizer.state.get(parameter, {}):

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 from resist.chains import choose_chains
 from resist.comm import Ledger, Transport, connect
 from resist.errors import UserError
-from resist.exchange import Copy, Exchange, assembly
+from resist.exchange import WEIGHTS, Copy, Exchange, assembly
 from resist.fold import OPTIMIZER_STATES, adopt_state, follow_resize
 from resist.plan import Plan
 from resist.strategy import Strategy
@@ -42,7 +42,7 @@ class Worker:
 class Job:
     """Trains the network that `build_model()` returns, by a strategy, as one of its workers (or several).
 
-    build_model: called once, on the host, with torch's generators seeded by `seed` and restored afterwards. Every
+    build_model: called once, on the host, with torch's generator seeded by `seed` and restored afterwards. Every
                  process builds the same network and keeps only its own part of it.
     strategy:    see `resist.strategy`.
     chains:      what to partition, as in `("layer3:1-22",)`; default: the longest run of interchangeable blocks.
@@ -85,8 +85,10 @@ class Job:
         self._scales()  # complains about a wrong scale now rather than at the end
         self.ledger = Ledger(transport if transport is not None else connect(strategy.workers, device, timeout_s))
         if self.ledger.num_workers != strategy.workers:
-            raise UserError(f"a transport for {self.ledger.num_workers} workers, a strategy for {strategy.workers}; match them")
-        self._agree(full)
+            raise UserError(
+                f"a transport for {self.ledger.num_workers} workers, a strategy for {strategy.workers}; match them"
+            )
+        self._agree(full, channels_last)
         tensors = tensors_of(full)
         self.workers: list[Worker] = []
         for index in self.ledger.hosted:
@@ -104,6 +106,11 @@ class Job:
             )
         return self.workers[0].model
 
+    @property
+    def steps_left(self) -> int:
+        """Calls of `step` until the next synchronisation, that one included."""
+        return self.strategy.at(self.round).local_steps - self._steps_in_round
+
     def plans_of(self, round: int) -> dict[str, Plan]:
         """The plan of each chain in `round`."""
         strategy = self.strategy.at(round)
@@ -120,7 +127,7 @@ class Job:
         self._optimizers = optimizers
         self.step_index += 1
         self._steps_in_round += 1
-        if self._steps_in_round < self.strategy.at(self.round).local_steps:
+        if self.steps_left > 0:
             return False
         self.synchronise()
         return True
@@ -132,12 +139,12 @@ class Job:
         subnets = {worker.index: worker.subnet for worker in self.workers}
         for subnet in subnets.values():
             subnet.check_attached()
-        copies = [Copy("blocks", {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
+        copies = [Copy(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
         copies += self._state_copies(strategy.optimizer_state)
         Exchange(self.ledger, subnets, copies, self.plans, next_plans).finish()
         for number, worker in enumerate(self.workers):
             capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
-            worker.state = {one.kind: one.flats[worker.index] for one in copies[1:]}
+            worker.state = {one.name: one.flats[worker.index] for one in copies[1:]}
             if tuple(capacities) != worker.subnet.capacities:
                 before = {id(parameter) for parameter in worker.model.parameters()}
                 worker.subnet.resize(capacities, copies[0].flats[worker.index])
@@ -160,22 +167,24 @@ class Job:
         batches: training batches (images, or tuples that begin with them) to estimate the BatchNorm statistics on:
                  needed for batchnorm="recalibrate" where the network has such layers.
         """
+        if not 0 <= on < self.strategy.workers:
+            raise UserError(f"on={on} is outside 0 to {self.strategy.workers - 1}, the workers; change it")
         self.finish()
         subnets = {worker.index: worker.subnet for worker in self.workers}
-        full = None
-        if on in subnets:
-            own = subnets[on]
+        full, own = None, subnets.get(on)
+        if own is not None:
             full = Subnet(
                 own.model,
                 self.chains,
                 [chain.num_blocks for chain in self.chains],
                 device=own.device,
                 channels_last=own.channels_last,
+                template_capacities=own.capacities,
             )
             with torch.no_grad():
                 full.shared.copy_(own.shared)
         assembly(self.ledger, subnets, self.plans, full, on).finish()
-        if full is None:
+        if full is None or own is None:
             return None
         scale_branches(full.model, self.chains, self._scales())
         if self.batchnorm == "recalibrate" and _has_running_statistics(full.model):
@@ -220,43 +229,51 @@ class Job:
                 scales.append(1 / plan.workers)
         return scales
 
-    def _agree(self, full: nn.Module) -> None:
-        """Compare with the other processes what must be equal, before anything that would hang or abort if it is not."""
+    def _agree(self, full: nn.Module, channels_last: bool) -> None:
+        """Compare with the other processes what must be equal, before anything hangs or aborts because it is not."""
         shapes = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors_of(full).items()])
         weights = blake2b(digest_size=8)
         for tensor in tensors_of(full).values():
             weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        mine = {
+        mine = {  # causes before what follows from them: the first difference is the one that is named
             "workers": self.strategy.workers,
             "strategy": [(s.name, s.local_steps, s.optimizer_state, s.at_round) for s in _parts(self.strategy)],
-            "chains": [chain.name for chain in self.chains],
-            "capacities": [plan.capacities for plan in self.plans.values()],
             "seed": self.seed,
             "batchnorm": self.batchnorm,
+            "channels_last": channels_last,
             "model": blake2b(shapes.encode(), digest_size=8).hexdigest(),
+            "chains": [chain.name for chain in self.chains],
+            "capacities": [
+                s.assign(chain.num_blocks, chain.name, self.seed, 0).capacities
+                for s in _parts(self.strategy)
+                for chain in self.chains
+            ],
             "initial weights": weights.hexdigest(),
         }
         check_agreement(self.ledger, mine)
 
 
 def check_agreement(transport: Transport, mine: dict[str, object]) -> None:
-    """Raise UserError on every process when two of them were given different values, naming what differs."""
-    texts = transport.gather_text(json.dumps(mine, sort_keys=True, default=str))
+    """Raise UserError on every process when two of them were given different values, naming the first that differs."""
+    texts = transport.gather_text(json.dumps(mine, default=str))
     first = json.loads(texts[0])
     for process, text in enumerate(texts):
         other = json.loads(text)
-        for key in sorted(first.keys() | other.keys()):
+        for key in first | other:
             if first.get(key) != other.get(key):
                 raise UserError(
-                    f"process {process} was started with {key}={other.get(key)}, process 0 with {key}={first.get(key)}; "
-                    "start all of them with the same arguments"
+                    f"process {process} was started with {key}={other.get(key)}, process 0 with {key}={first.get(key)}"
+                    "; start all of them with the same arguments"
                 )
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """`build_model()` with torch seeded, the caller's random state untouched."""
+    """`build_model()` with torch's generator of the host seeded, the caller's random state untouched.
+
+    Not `torch.manual_seed`: that seeds the generators of all devices too, and nobody would restore those.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return build_model()
 
 

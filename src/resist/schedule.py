@@ -78,8 +78,9 @@ def schedule(plans: Mapping[str, Plan], next_plans: Mapping[str, Plan], block_by
 def _messages(
     chain: str, block: int, owner: int, holders: Iterable[int], targets: Iterable[int], num_bytes: int
 ) -> list[Message]:
-    fold = [Message("fold", chain, block, worker, owner, num_bytes) for worker in holders if worker != owner]
-    return fold + [Message("hand_over", chain, block, owner, worker, num_bytes) for worker in targets if worker != owner]
+    fold = [Message("fold", chain, block, holder, owner, num_bytes) for holder in holders if holder != owner]
+    on = [Message("hand_over", chain, block, owner, target, num_bytes) for target in targets if target != owner]
+    return fold + on
 
 
 def _load(messages: Iterable[Message]) -> Counter[tuple[str, int]]:

@@ -78,9 +78,10 @@ def local_sgd(workers: int, local_steps: int = 50, *, optimizer_state: str = "tr
 
 
 def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
-    """`first` until `at_round`, `then` from that round on. The paper's warm-up is `switch(local_sgd(4), resist(4), ...)`."""
+    """`first` until `at_round`, `then` from that round on. The paper's warm-up: `switch(local_sgd(4), resist(4), ...)`.
+    """
     if first.workers != then.workers:
-        raise UserError(f"a switch from {first.workers} to {then.workers} workers; give both strategies the same number")
+        raise UserError(f"a switch from {first.workers} to {then.workers} workers; give both the same number")
     if at_round < 0:
         raise UserError(f"at_round={at_round} is negative; give the first round of the second strategy")
     if first.then is not None:

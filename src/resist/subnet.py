@@ -1,8 +1,8 @@
 """A sub-network: the same model with only `capacity` blocks in each chain, its weights views into one flat tensor.
 
-The flat tensor reads `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. So the shared part is one collective, a block is
-one message, a whole network is one collective too, and none of them is packed or copied. A plan only says whose weights
-lie in which slot: modules, parameters and the optimizer's references stay the same from round to round.
+The flat tensor reads `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. So the shared part is one collective, a
+block is one message, a whole network is one collective too, and nothing is packed or copied. A plan only says whose
+weights lie in which slot: modules, parameters and the optimizer's references stay the same from round to round.
 
 The full network is a sub-network with every block in its slots, so it is built and filled in the same way.
 """
@@ -10,6 +10,7 @@ The full network is a sub-network with every block in its slots, so it is built 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class Subnet:
     """One worker's network. `model` is an ordinary, shallow `nn.Module`; `flat` holds all its weights (1-D).
 
     template:   the network to take the structure from; it is copied without its weights.
-    capacities: blocks per chain.
+    capacities: blocks per chain; template_capacities: those of `template`, by default all blocks.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class Subnet:
         *,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
+        template_capacities: Sequence[int] | None = None,
     ) -> None:
         self.chains = tuple(chains)
         self.device, self.channels_last = torch.device(device), channels_last
         self.model = skeleton(template)
-        self.capacities = tuple(len(_children(self.model, c)) - _surround(c) for c in self.chains)
+        self.capacities = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
         tensors = dict(_floats(self.model))
         self.dtype = _only_dtype(tensors)
         places = [(self.place(name), tensor) for name, tensor in tensors.items()]
@@ -112,19 +114,32 @@ class Subnet:
 
     def place(self, name: str) -> Place:
         """Whose tensor the model's own dotted `name` is."""
-        for number, chain in enumerate(self.chains):
-            prefix = f"{chain.container}." if chain.container else ""
+        for container in self._containers():
+            prefix = f"{container}." if container else ""
             if not name.startswith(prefix):
                 continue
             key, _, inner = name.removeprefix(prefix).partition(".")
-            position = list(_children_dict(self.model, chain)).index(key)
-            slot, surplus = position - chain.first, chain.num_blocks - self.capacities[number]
-            if 0 <= slot < self.capacities[number]:
-                return Place(number, slot, inner)
-            if slot >= 0:
-                position += surplus
-            return Place(None, 0, f"{prefix}{chain.keys[position]}.{inner}")
+            position = list(self.model.get_submodule(container)._modules).index(key)
+            chain, index, key = self._children(container, self.capacities)[position]
+            return Place(None, 0, f"{prefix}{key}.{inner}") if chain is None else Place(chain, index, inner)
         return Place(None, 0, name)
+
+    def _containers(self) -> list[str]:
+        """The containers of the chains, inner ones before those that they lie in."""
+        return sorted({chain.container for chain in self.chains}, key=len, reverse=True)
+
+    def _children(self, container: str, capacities: Sequence[int]) -> list[tuple[int | None, int, str]]:
+        """What the children of `container` are with these capacities: (chain number, slot, key) or (None, index, key),
+        index and key being those in the full network."""
+        within = [(number, chain) for number, chain in enumerate(self.chains) if chain.container == container]
+        children: list[tuple[int | None, int, str]] = []
+        for index, key in enumerate(within[0][1].keys):
+            number, chain = next((nc for nc in within if nc[1].first <= index <= nc[1].last), (None, None))
+            if number is None or chain is None:
+                children.append((None, index, key))
+            elif index - chain.first < capacities[number]:
+                children.append((number, index - chain.first, key))
+        return children
 
     def view(self, place: Place, flat: Tensor) -> Tensor:
         """The tensor at `place` of a flat tensor that is laid out as this sub-network is."""
@@ -141,17 +156,18 @@ class Subnet:
 
         Parameters that remain keep their identity, so an optimizer goes on working with them.
         """
-        for chain, capacity in zip(self.chains, capacities, strict=True):
-            children = list(_children_dict(self.model, chain).values())
-            after = len(chain.keys) - chain.last - 1
-            slots = children[chain.first : len(children) - after]
-            slots = slots[:capacity] + [skeleton(slots[0]) for _ in range(capacity - len(slots))]
-            keys = chain.keys[: chain.first + capacity] + chain.keys[chain.last + 1 :]
-            blocks = [*children[: chain.first], *slots, *children[len(children) - after :]]
-            container = self.model.get_submodule(chain.container)
-            if isinstance(container, nn.ModuleList):
-                keys = tuple(str(i) for i in range(len(blocks)))
-            container._modules = dict(zip(keys, blocks, strict=True))
+        for container in self._containers():
+            module = self.model.get_submodule(container)
+            present = self._children(container, self.capacities)
+            children = cast(dict[str, nn.Module], module._modules)
+            modules = {(n, i): child for (n, i, _), child in zip(present, children.values(), strict=True)}
+            wanted = self._children(container, capacities)
+            blocks = [modules[n, i] if (n, i) in modules else skeleton(modules[n, 0]) for n, i, _ in wanted]
+            keys = [key for _, _, key in wanted]
+            if isinstance(module, nn.ModuleList):  # which looks its children up by their position
+                keys = [str(position) for position in range(len(blocks))]
+            children.clear()
+            children.update(zip(keys, blocks, strict=True))
         self.capacities = tuple(capacities)
         self.flat = flat
         self._attach()
@@ -174,7 +190,8 @@ class Subnet:
                 if old is not None and old.is_floating_point():
                     module._buffers[key] = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flat)
                 elif old is not None:
-                    module._buffers[key] = old.to(self.device)
+                    new = torch.zeros_like(old, device=self.device) if old.is_meta else old.to(self.device)
+                    module._buffers[key] = new
 
     def check_attached(self) -> None:
         """Raise where a parameter no longer lies in the flat tensor (`model.to(...)`, `model.half()` move it out)."""
@@ -254,16 +271,3 @@ def _only_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes)) or "none"
         raise UserError(f"the model's parameters and float buffers have the types {names}; give it exactly one")
     return dtypes.pop()
-
-
-def _children_dict(model: nn.Module, chain: Chain) -> dict[str, nn.Module]:
-    return dict(model.get_submodule(chain.container)._modules)  # type: ignore[arg-type]
-
-
-def _children(model: nn.Module, chain: Chain) -> list[nn.Module]:
-    return list(_children_dict(model, chain).values())
-
-
-def _surround(chain: Chain) -> int:
-    """Children of the chain's container that are not in the chain."""
-    return len(chain.keys) - chain.num_blocks

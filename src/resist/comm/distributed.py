@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resist.comm.local import Done, Local
+from resist.comm.local import Local
 from resist.comm.transport import Handle, Move, Transport, hosting, local_moves
 from resist.errors import UserError, WorkerLostError
 from resist.fold import mean_into
@@ -38,7 +38,7 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
             dist.init_process_group(
                 backend, timeout=timedelta(seconds=timeout_s), device_id=device if backend == "nccl" else None
             )
-        except (RuntimeError, ValueError) as error:  # torch raises DistNetworkError, DistStoreError, ... from RuntimeError
+        except (RuntimeError, ValueError) as error:  # torch derives its own from RuntimeError
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"no process group at {where}: {reason}; check that the port is free on the first host and that all "
@@ -59,9 +59,9 @@ class Distributed:
         self.hosted = self._hosting[self.rank]
         self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosting) for worker in hosted}
         timeout = timedelta(seconds=timeout_s)
-        self._collective = dist.new_group(timeout=timeout)
-        self._peers = dist.new_group(timeout=timeout)
-        self._words = dist.new_group(backend="gloo", timeout=timeout)
+        self._collective = _group(timeout)
+        self._peers = _group(timeout)
+        self._words = _group(timeout, "gloo")
         self._staged = dist.get_backend() == "gloo"  # gloo sends from host memory only
 
     def host(self, worker: int) -> int:
@@ -160,3 +160,10 @@ class _Mean:
         for tensor in self._tensors[1:]:
             tensor.copy_(first)
         return []
+
+
+def _group(timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
+    """A group of all processes. Makes one everywhere: each process has to call it."""
+    group = dist.new_group(timeout=timeout, backend=backend)
+    assert isinstance(group, dist.ProcessGroup), "every process is a member"
+    return group

@@ -18,7 +18,9 @@ from resist.schedule import allreduce_bytes
 class Ledger:
     """A transport that books what goes through another.
 
-    bytes, messages: by kind ("shared", "blocks", "state", "evaluate"), since the last `take`.
+    bytes, messages: by kind, since the last `take`. The kinds: "shared", the shared part of the weights (all of them
+                     where every worker holds every block, as in local SGD); "blocks", folded and handed over; "state",
+                     the optimizer's, of both parts; "evaluate", to assemble the full network; "control", texts.
     pairs:           bytes by (source, target) of point-to-point messages.
     wire_bytes:      bytes by kind that crossed from one process to another.
     """
@@ -68,7 +70,15 @@ class Ledger:
         return self._timed(lambda: self._transport.mean(tensors, kind))
 
     def gather_text(self, text: str) -> list[str]:
-        return self._transport.gather_text(text)
+        """Booked as an all-gather between processes (texts are theirs, not the workers'): each sends the others the
+        length of its text as 8 bytes, and then the text, padded to the longest."""
+        texts = self._transport.gather_text(text)
+        longest = max(1, *(len(one.encode()) for one in texts))
+        num_bytes = self.num_processes * (self.num_processes - 1) * (8 + longest)
+        self.bytes["control"] += num_bytes
+        self.messages["control"] += 1
+        self.wire_bytes["control"] += num_bytes
+        return texts
 
     def close(self) -> None:
         self._transport.close()

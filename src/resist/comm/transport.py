@@ -1,6 +1,6 @@
 """The interface between the algorithm and the wire.
 
-Every worker passes the same list of moves in the same order, its own and the others', since the schedule is known to all.
+Every worker passes the same list of moves in the same order, its own and the others': the schedule is known to all.
 """
 
 from collections.abc import Sequence

@@ -107,7 +107,7 @@ class Loader:
 
 def shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
     """Move every image by up to `pad` pixels each way, filling with black: a random crop of the padded image."""
-    num, channels, height, width = images.shape
+    num, _, height, width = images.shape
     by = torch.randint(0, 2 * pad + 1, (2, num), generator=generator).to(images.device)
     rows = by[0][:, None] + torch.arange(height, device=images.device)
     columns = by[1][:, None] + torch.arange(width, device=images.device)

@@ -1,6 +1,7 @@
 """Where data sets come from. Each gives its training and its test images.
 
-digits     1,797 handwritten digits that scikit-learn brings along, enlarged from 8x8 to 16x16; every fifth is for testing
+digits     1,797 handwritten digits that scikit-learn brings along, enlarged from 8x8 to 16x16, in three equal channels;
+           every fifth is for testing
 cifar10    60,000 photographs of 32x32 in 10 classes; downloaded by torchvision when missing
 cifar100   the same in 100 classes
 synthetic  noise with a faint mark of its class, for benchmarks
@@ -9,6 +10,7 @@ synthetic  noise with a faint mark of its class, for benchmarks
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,22 +41,19 @@ def num_classes_of(name: str) -> int:
     return 100 if name == "cifar100" else 10
 
 
-def channels_of(name: str) -> int:
-    return 1 if name == "digits" else 3
-
-
 def _digits() -> tuple[Images, Images]:
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     pixels = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
     large = F.interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    large = large.expand(-1, 3, -1, -1).contiguous()  # the networks take colour
     labels = torch.from_numpy(bunch.target).long()
     test = torch.arange(len(labels)) % 5 == 0
     mean, std = (large[~test].float() / 255).mean().item(), (large[~test].float() / 255).std().item()
 
     def part(which: torch.Tensor) -> Images:
-        return Images(large[which], labels[which], 10, (mean,), (std,), pad=1, flip=False)
+        return Images(large[which], labels[which], 10, (mean,) * 3, (std,) * 3, pad=1, flip=False)
 
     return part(~test), part(test)
 

@@ -2,8 +2,8 @@
 
     stem conv3x3 -> layer1 .. layer4 (widths w, 2w, 4w, 8w; the last three halve the image) -> mean pool -> linear head
 
-There is no norm or pooling in the stem, and by default no norm or ReLU before the mean pool. `layer3` is the long section
-whose blocks 1, 2, ... form the chain; its block 0 changes the shape.
+There is no norm or pooling in the stem, and by default no norm or ReLU before the mean pool. `layer3` is the long
+section whose blocks 1, 2, ... form the chain; its block 0 changes the shape.
 
 He et al., "Identity Mappings in Deep Residual Networks", 2016; Dun et al., "ResIST", 2022.
 """
@@ -43,7 +43,8 @@ class PreActResNet(nn.Module):
     """Images (batch, in_channels, height, width) -> logits (batch, num_classes); any height and width from 8 up."""
 
     def __init__(
-        self, sections: Sequence[int], num_classes: int, *, width: int = 64, in_channels: int = 3, final_norm: bool = False
+        self, sections: Sequence[int], num_classes: int, *, width: int = 64, in_channels: int = 3,
+        final_norm: bool = False,
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)

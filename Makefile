@@ -1,0 +1,44 @@
+# make demo: install, train on handwritten digits with four real processes, see what it saves
+# make test: install, run the tests            make check: tests, lint and types
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test lint types check clean
+
+demo: .venv/installed
+	@echo "Training a 32-layer residual network on handwritten digits: 4 workers, 4 processes."
+	$(BIN)/resist train --data digits --model preact_small --workers 4 --min-depth 0 --local-steps 20 \
+	    --epochs 9 --batch-size 32 --lr 0.05 --evaluations 5 --out $(DEMO)
+	@echo
+	$(BIN)/resist evaluate $(DEMO)
+	@echo
+	@echo "Try next:"
+	@echo "  . .venv/bin/activate"
+	@echo "  resist train --strategy local_sgd --local-steps 20 --epochs 9 --batch-size 32 --lr 0.05   # what it is compared with"
+	@echo "  resist plan --model preact_resnet101 --num-classes 100 --workers 4       # the network of the paper"
+	@echo "  resist train --data cifar10 --model preact_resnet101 --min-depth 0       # on GPUs; downloads CIFAR-10"
+	@echo "  resist train --help"
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+types: .venv/installed
+	$(BIN)/pyright
+
+check: test lint types
+
+# Installs again when the requirements change.
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "resist needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "Installing into .venv (torch is large: some minutes on a slow line)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

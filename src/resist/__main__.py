@@ -1,0 +1,6 @@
+"""`python -m resist` is `resist`."""
+
+from resist.cli import main
+
+if __name__ == "__main__":
+    main()

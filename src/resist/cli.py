@@ -1,0 +1,151 @@
+"""The command line. Bad input ends in one line on stderr and exit status 2, a lost worker in one line and status 1."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from resist.config import MethodConfig, NetworkConfig, TrainConfig
+from resist.data import load, num_classes_of
+from resist.draw import partition_svg
+from resist.errors import AgreedError, UserError, WorkerLostError
+from resist.evaluate import evaluate_run
+from resist.launch import launch, launched, num_processes
+from resist.models import build
+from resist.runs import check_free, default_out
+from resist.show import describe, print_plan
+from resist.train import pick_device, train
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Show what would be trained: parameters, chains, who holds which block. Trains nothing."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    num_classes: int | None = None
+    """Classes of the head. Default: those of --data."""
+    seed: int = 0
+    """Seed of the plans."""
+    rounds: int = 3
+    """Rounds to show."""
+    json: bool = False
+    """Print JSON."""
+    svg: Path | None = None
+    """Draw the rounds into this file too, which must not exist yet."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Test the network that a run left behind, read from its directory."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    data_dir: Path | None = None
+    """Where the data set lies. Default: as when it was trained."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+
+def run_train(config: TrainConfig, arguments: list[str]) -> int:
+    config.check()
+    if launched():
+        train(config)
+        return 0
+    # Everything that can be found wrong here is found once, before any process is started.
+    plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
+    pick_device(config.machine.device)
+    check_free(config.run.out or default_out(config))
+    processes = num_processes(config)
+    if processes == 1:
+        train(config)
+        return 0
+    load(config.network.data, config.network.data_dir)
+    return launch(arguments, processes)
+
+
+def plan_facts(config: PlanConfig) -> dict[str, Any]:
+    network = config.network
+    if config.rounds < 1:
+        raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
+    whole = TrainConfig(network=network, method=config.method)
+    whole.check()
+    with torch.device("meta"):
+        model = build(
+            network.model,
+            num_classes=num_classes_of(network.data) if config.num_classes is None else config.num_classes,
+            sections=network.sections,
+            width=network.width,
+            final_norm=network.final_norm,
+        )
+    return describe(model, whole, config.rounds)
+
+
+def run_plan(config: PlanConfig, arguments: list[str]) -> int:
+    facts = plan_facts(config)
+    if config.svg is not None:
+        try:
+            with config.svg.open("x", encoding="utf-8") as file:
+                file.write(partition_svg(facts))
+        except OSError as error:
+            raise UserError(f"--svg {config.svg} cannot be written: {error.strerror}; give another file") from error
+    if config.json:
+        print(json.dumps(facts))
+    else:
+        print_plan(facts, TrainConfig(network=config.network, method=config.method), Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+def run_evaluate(config: EvaluateConfig, arguments: list[str]) -> int:
+    accuracy = evaluate_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
+    print(f"test accuracy {100 * accuracy:.2f} %")
+    return 0
+
+
+COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
+    "train": (TrainConfig, run_train),
+    "plan": (PlanConfig, run_plan),
+    "evaluate": (EvaluateConfig, run_evaluate),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`resist COMMAND ...`. Ends the process with its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = tyro.extras.subcommand_cli_from_dict(
+        {name: kind for name, (kind, _) in COMMANDS.items()},
+        prog="resist",
+        description="Train a deep residual network with a different, shallower sub-network on each worker (ResIST).",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    action = next(action for kind, action in COMMANDS.values() if isinstance(config, kind))
+    sys.exit(_guarded(lambda: action(config, arguments)))
+
+
+def _guarded(action: Callable[[], int]) -> int:
+    """The exit status of `action`, errors turned into one line."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return action()
+    except AgreedError as error:  # every process has it; the first one says it
+        if rank == 0:
+            print(f"resist: {error}", file=sys.stderr)
+        return 2
+    except UserError as error:
+        print(f"resist: {error}", file=sys.stderr)
+        return 2
+    except WorkerLostError as error:
+        print(f"resist: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("resist: interrupted", file=sys.stderr)
+        return 130

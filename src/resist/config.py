@@ -1,0 +1,247 @@
+"""What a training run is told: plain records that the command line fills in, and their JSON.
+
+Each field's docstring is its help text. `TrainConfig.check` finds what can be found wrong without data, devices or peers.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from resist.errors import UserError
+from resist.strategy import Strategy, local_sgd, resist, switch
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    data: str = "digits"
+    """Data set: digits (comes with scikit-learn), cifar10, cifar100 or synthetic."""
+    data_dir: Path = Path("data")
+    """Where data sets are looked for, and downloaded to."""
+    model: str = "preact_small"
+    """Network: preact_small, preact_resnet101, preact_resnet152 or preact_resnet200."""
+    sections: tuple[int, ...] = ()
+    """Blocks in each of the four sections, instead of the model's own (3 4 23 3 for preact_resnet101)."""
+    width: int | None = None
+    """Channels of the first section, instead of the model's own (64 for preact_resnet101)."""
+    final_norm: bool = False
+    """Normalise and rectify before the last pooling. The networks of the paper do not; preact_small always does."""
+    chain: tuple[str, ...] = ()
+    """Blocks to partition, as in layer3:1-22. Default: the longest run of interchangeable blocks."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    strategy: Literal["resist", "local_sgd"] = "resist"
+    """resist: a sub-network for each worker. local_sgd: the full network for each worker."""
+    workers: int = 4
+    """Number of workers, S. It belongs to the algorithm; the number of processes does not change the result."""
+    local_steps: int = 50
+    """Optimizer steps from one synchronisation to the next."""
+    min_depth: int | None = None
+    """Chain blocks that each worker holds at the least, the surplus filled by sharing. Default: 4, or a shorter chain."""
+    capacities: tuple[int, ...] = ()
+    """Chain blocks of each worker, for workers of unequal speed or memory: --capacities 8 6 4 4."""
+    warmup_rounds: int = 0
+    """Rounds of local SGD before the first round of ResIST."""
+    batchnorm: Literal["recalibrate", "average", "batch"] = "recalibrate"
+    """Statistics of the full network: estimated anew, averaged over the workers, or those of each test batch."""
+    optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
+    """Momentum at a synchronisation: forgotten, kept in place, moved with its block, or also averaged where shared."""
+    scale: str = "inclusion"
+    """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number."""
+    sampling: Literal["all", "shard"] = "all"
+    """all: each worker shuffles the whole set. shard: each worker has its own part of it."""
+
+
+@dataclass(frozen=True)
+class OptimisationConfig:
+    epochs: float = 40.0
+    """Passes of each worker through the images it draws from."""
+    batch_size: int = 128
+    """Images of a worker in one step."""
+    accumulate: int = 1
+    """Parts that a batch is split into, their gradients added up: less memory for the same batch."""
+    lr: float = 0.03
+    """Learning rate of SGD."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay, on every parameter."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """Learning rate over the run. step: a tenth after 50 % and again after 75 %."""
+    lr_warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to --lr."""
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    processes: int | None = None
+    """Processes on this machine. Default: one for each GPU, or on the CPU one for each worker; never more than workers."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast to bfloat16 in forward and backward. Weights stay in fp32."""
+    channels_last: bool = False
+    """Keep images and convolutions with the channels innermost, which suits GPUs."""
+    compile: bool = False
+    """Compile the sub-network with torch.compile, once for the run."""
+    timeout_s: float = 600.0
+    """Seconds to wait for another worker before giving it up."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    out: Path | None = None
+    """Run directory, which must not exist yet. Default: runs/DATE-TIME-DATA-STRATEGY."""
+    seed: int = 0
+    """Seed of everything random: initial weights, batches, plans."""
+    evaluations: int = 10
+    """Times that the full network is assembled and tested, spread evenly, the last at the end."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a deep residual network, each worker on a shallower sub-network of it."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self) -> None:
+        """Raise UserError for a value outside its bounds. Model, data and chain are checked by those who know them."""
+        for part in (getattr(self, f.name) for f in dataclasses.fields(self)):
+            for f in dataclasses.fields(part):
+                value = getattr(part, f.name)
+                flag = "--" + f.name.replace("_", "-")
+                if get_origin(f.type) is Literal and value not in get_args(f.type):
+                    raise UserError(f"{flag} {value!r} is not one of {', '.join(get_args(f.type))}")
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise UserError(f"{flag} {value} is not a finite number")
+        least: dict[str, tuple[float | None, float]] = {
+            "--batch-size": (self.optimisation.batch_size, 1),
+            "--accumulate": (self.optimisation.accumulate, 1),
+            "--lr": (self.optimisation.lr, 0),
+            "--momentum": (self.optimisation.momentum, 0),
+            "--weight-decay": (self.optimisation.weight_decay, 0),
+            "--lr-warmup-steps": (self.optimisation.lr_warmup_steps, 0),
+            "--warmup-rounds": (self.method.warmup_rounds, 0),
+            "--processes": (self.machine.processes, 1),
+            "--evaluations": (self.run.evaluations, 1),
+        }
+        for flag, (value, bound) in least.items():
+            if value is not None and value < bound:
+                raise UserError(f"{flag} {value} is too small; give at least {bound}")
+        for flag, value in (("--epochs", self.optimisation.epochs), ("--timeout-s", self.machine.timeout_s)):
+            if value <= 0:
+                raise UserError(f"{flag} {value} has to be more than 0")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """What is wrong only together."""
+        o, method = self.optimisation, self.method
+        if o.batch_size % o.accumulate:
+            raise UserError(
+                f"--batch-size {o.batch_size} cannot be split into --accumulate {o.accumulate} equal parts; "
+                "make the one a multiple of the other"
+            )
+        if o.nesterov and o.momentum == 0:
+            raise UserError("--nesterov needs a momentum; give --momentum above 0, or leave --nesterov out")
+        processes = self.machine.processes
+        if processes is not None and processes > method.workers:
+            raise UserError(
+                f"--processes {processes} exceeds --workers {method.workers}; a process hosts at least one worker"
+            )
+        if method.strategy == "local_sgd":
+            for flag, given in (
+                ("--warmup-rounds", method.warmup_rounds > 0),
+                ("--capacities", bool(method.capacities)),
+                ("--min-depth", method.min_depth is not None),
+            ):
+                if given:
+                    raise UserError(f"{flag} says nothing to --strategy local_sgd, where every worker holds all; leave it out")
+        self.strategy()
+        self.scale()
+
+    def strategy(self) -> Strategy:
+        """The strategy that these options name."""
+        m = self.method
+        everything = local_sgd(m.workers, m.local_steps, optimizer_state=m.optimizer_state)
+        if m.strategy == "local_sgd":
+            return everything
+        parts = resist(
+            m.workers,
+            m.local_steps,
+            min_depth=m.min_depth,
+            capacities=m.capacities or None,
+            optimizer_state=m.optimizer_state,
+        )
+        return switch(everything, parts, at_round=m.warmup_rounds) if m.warmup_rounds else parts
+
+    def scale(self) -> str | float:
+        text = self.method.scale
+        if text in ("inclusion", "1/S"):
+            return text
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise UserError(f"--scale {text!r} is not inclusion, 1/S, or a number above 0")
+        return number
+
+    def digest(self) -> dict[str, object]:
+        """What has to be equal on all hosts; where files lie and what a host is made of may differ."""
+        own = {"data_dir", "out", "device", "processes", "compile"}
+        flat = {name: value for part in self.to_json().values() for name, value in part.items()}
+        return {f"--{name.replace('_', '-')}": value for name, value in flat.items() if name not in own}
+
+    def to_json(self) -> dict[str, dict[str, object]]:
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def from_json(data: object) -> TrainConfig:
+    """The configuration that `to_json` gave. Raises UserError, naming the field, for anything else."""
+    return _record(TrainConfig, data, "")
+
+
+def _record(kind: Any, data: object, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise UserError(f"configuration {where or 'file'} is not a table of names and values")
+    hints, values = get_type_hints(kind), {}
+    for name, value in data.items():
+        full = f"{where}.{name}".lstrip(".")
+        if name not in hints:
+            raise UserError(f"configuration has the unknown entry {full!r}; it comes from another version of resist")
+        nested = dataclasses.is_dataclass(hints[name])
+        values[name] = _record(hints[name], value, full) if nested else _value(hints[name], value, full)
+    return kind(**values)
+
+
+def _value(hint: Any, value: object, where: str) -> object:
+    """`value` as read from JSON, as the type that `hint` says."""
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        fits = value in options
+    elif get_origin(hint) is tuple:
+        fits = isinstance(value, list) and all(type(item) is options[0] for item in value)
+        value = tuple(value) if isinstance(value, list) else value
+    elif type(None) in options:  # an optional value
+        return None if value is None else _value(options[0], value, where)
+    elif hint is Path:
+        fits = isinstance(value, str)
+        value = Path(value) if isinstance(value, str) else value
+    elif hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        fits = type(value) is hint
+    if not fits:
+        raise UserError(f"configuration entry {where} has the value {value!r}, which is not a {hint}")
+    return float(value) if hint is float else value  # type: ignore[arg-type]

@@ -1,0 +1,85 @@
+"""What a person sees while a run goes on: one bar on a terminal, a line now and then elsewhere. One process shows it."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+from resist.job import Job
+from resist.runs import Run
+from resist.schedule import allreduce_bytes
+
+# Without a terminal, seconds between two lines.
+EVERY_S = 10.0
+
+
+class Progress:
+    """Writes each round's record to the run directory and shows it. Does nothing where `run` is None."""
+
+    def __init__(self, rounds: int, run: Run | None) -> None:
+        self.rounds, self.run = rounds, run
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.seconds: dict[str, float] = {}
+        self.bytes = self.images = 0
+        self.accuracy: float | None = None
+        self._last_line = 0.0
+        self._bar = Bar(
+            TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn(),
+            console=self.console, disable=run is None or not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=rounds, state="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+        if self.run is not None:
+            self.run.close()
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        if self.run is None:
+            return
+        self.run.append(record)
+        for kind, value in record["seconds"].items():
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + value
+        self.images += record["images"]
+        self.bytes += sum(record["bytes"].get(kind, 0) for kind in ("shared", "blocks", "state"))
+        state = f"loss {record['loss']:.4f}"
+        if record["accuracy"] is not None:
+            self.accuracy = record["accuracy"]
+        if self.accuracy is not None:
+            state += f"  accuracy {100 * self.accuracy:.2f} %"
+        self._bar.update(self._task, completed=record["round"], state=state)
+        now = time.monotonic()
+        if self._bar.disable and (record["accuracy"] is not None or now - self._last_line > EVERY_S):
+            self._last_line = now
+            passed = sum(self.seconds.values())
+            self.console.print(f"round {record['round']}/{self.rounds}  {state}  {passed:.1f} s")
+
+    def finish(self, job: Job) -> None:
+        """The account at the end."""
+        if self.run is None:
+            return
+        self._bar.stop()
+        workers, subnet = job.strategy.workers, job.workers[0].subnet
+        whole = subnet.numel([chain.num_blocks for chain in job.chains])
+        everything = workers * allreduce_bytes(whole * subnet.dtype.itemsize, workers) * self.rounds
+        busy = self.seconds["compute"] + self.seconds["wait"] + self.seconds["sync"]
+        lines = [
+            f"test accuracy   {100 * (self.accuracy or 0):.2f} % of the full network",
+            f"time            {busy:.1f} s: compute {self.seconds['compute']:.1f}, exchange {self.seconds['sync']:.1f}, "
+            f"waiting {self.seconds['wait']:.1f}; evaluation {self.seconds['evaluate']:.1f} s beside it",
+            f"a worker        held {subnet.flat.numel() / whole:.0%} of the network's {whole:,} weights",
+            f"sent            {megabytes(self.bytes)} by all workers ({megabytes(everything)} for local SGD, weights only)",
+            f"kept in         {self.run.path}",
+        ]
+        self.console.print("\n".join(lines))
+
+
+def megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"

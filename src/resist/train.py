@@ -1,0 +1,258 @@
+"""Training as the command line does it: the plain loop around a `Job`, with data, rates, metrics and a run directory."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+import resist
+from resist.checkpoint import FILE, save_full
+from resist.comm import Transport, connect
+from resist.config import OptimisationConfig, TrainConfig
+from resist.data import Images, Loader, load
+from resist.errors import AgreedError, UserError
+from resist.evaluate import calibration_batches, network, test_accuracy
+from resist.job import Job, Worker, check_agreement
+from resist.progress import Progress
+from resist.runs import Run, default_out
+from resist.tasks.classification import loss
+
+T = TypeVar("T")
+
+
+def train(config: TrainConfig) -> None:
+    """Train by `config` as one process of the job, with all the workers that it hosts.
+
+    The process that hosts worker 0 writes the run directory and speaks. Raises UserError for what was asked in vain and
+    WorkerLostError when another process goes away.
+    """
+    config.check()
+    device = pick_device(config.machine.device)
+    transport = connect(config.method.workers, device, config.machine.timeout_s)
+    try:
+        train_set, test_set = _load_everywhere(config, transport)
+        fingerprint = {"resist": resist.__version__, "data set": digest(train_set, test_set)}
+        check_agreement(transport, {**config.digest(), **fingerprint})
+        train_set, test_set = train_set.to(device), test_set.to(device)
+        job = Job(
+            lambda: network(config.network, train_set),
+            config.strategy(),
+            chains=config.network.chain,
+            seed=config.run.seed,
+            batchnorm=config.method.batchnorm,
+            scale=config.scale(),
+            device=device,
+            channels_last=config.machine.channels_last,
+            transport=transport,
+        )
+        trainers = [Trainer(config, worker, train_set) for worker in job.workers]
+        speaks = 0 in transport.hosted
+        run = together(transport, lambda: Run(config.run.out or default_out(config), config) if speaks else None)
+        _loop(config, job, trainers, train_set, test_set, run)
+    finally:
+        transport.close()
+
+
+class Trainer:
+    """One hosted worker: its network, its optimizer and its batches."""
+
+    def __init__(self, config: TrainConfig, worker: Worker, train_set: Images) -> None:
+        o = config.optimisation
+        self.optimizer = torch.optim.SGD(
+            worker.model.parameters(), lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay
+        )
+        self.loader = Loader(
+            train_set,
+            batch_size=o.batch_size,
+            seed=config.run.seed,
+            worker=worker.index,
+            workers=config.method.workers,
+            sampling=config.method.sampling,
+        )
+        self.index = worker.index
+        self._model: Callable[[Tensor], Tensor] = torch.compile(worker.model) if config.machine.compile else worker.model
+        self._parts, self._bf16 = o.accumulate, config.machine.precision == "bf16"
+        self._format = torch.channels_last if config.machine.channels_last else torch.contiguous_format
+
+    def step(self, step: int, lr: float) -> Tensor:
+        """One optimizer step on the batch that belongs to `step`. Returns its mean loss, a scalar on the device."""
+        images, labels = self.loader.batch(step)
+        images = images.to(memory_format=self._format)
+        total = torch.zeros((), device=images.device)
+        for x, y in zip(images.chunk(self._parts), labels.chunk(self._parts), strict=True):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
+                part = loss(self._model(x), y) / self._parts
+            part.backward()
+            total += part.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+
+@dataclass
+class Clock:
+    """Seconds between calls of `lap`."""
+
+    device: torch.device
+    last: float = 0.0
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the device works behind the program's back
+        now = time.perf_counter()
+        passed, self.last = now - self.last, now
+        return passed
+
+
+def _loop(
+    config: TrainConfig, job: Job, trainers: list[Trainer], train_set: Images, test_set: Images, run: Run | None
+) -> None:
+    steps = num_steps(config.optimisation, trainers[0].loader.images_per_epoch)
+    rounds = -(-steps // config.method.local_steps)
+    tested = evaluation_rounds(rounds, config.run.evaluations)
+    optimizers = [trainer.optimizer for trainer in trainers]
+    device = job.workers[0].subnet.device
+    losses = torch.zeros(len(trainers), device=device)
+    clock, first_step = Clock(device), 0
+    with Progress(rounds, run) as progress:
+        clock.lap()
+        for step in range(steps):
+            lr = rate(config.optimisation, step, steps)
+            for number, trainer in enumerate(trainers):
+                losses[number] += trainer.step(step, lr)
+            if job.steps_left > 1 and step < steps - 1:
+                job.step(*optimizers)
+                continue
+            done = step + 1 - first_step
+            workers = _compare(job, trainers, losses / done, clock.lap())
+            seconds = {"compute": max(w["compute_s"] for w in workers), "wait": clock.lap()}
+            plans = job.plans
+            job.step(*optimizers)
+            job.finish()  # the last round may be short
+            seconds["sync"] = clock.lap()
+            accuracy = _evaluate(job, train_set, test_set, run, last=job.round == rounds) if job.round in tested else None
+            seconds["evaluate"] = clock.lap()
+            record: dict[str, object] = {
+                "round": job.round,
+                "step": step + 1,
+                "epoch": round((step + 1) * config.optimisation.batch_size / trainers[0].loader.images_per_epoch, 4),
+                "loss": sum(w["loss"] for w in workers) / len(workers),
+                "lr": lr,
+                "images": done * config.optimisation.batch_size * len(workers),
+                "accuracy": accuracy,
+                "seconds": {kind: round(value, 6) for kind, value in seconds.items()},
+                **job.ledger.take(),
+                "capacity": {name: plan.capacities for name, plan in plans.items()},
+                "plan": {name: plan.blocks for name, plan in plans.items()},
+                "workers": workers,
+            }
+            progress.round(record)
+            losses.zero_()
+            first_step = step + 1
+            clock.lap()
+        progress.finish(job)
+
+
+def _compare(job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float) -> list[dict[str, float]]:
+    """Every worker's mean loss and seconds of this round, known to all before anything is folded. Waits for the slowest.
+
+    Raises AgreedError when a worker's loss is no longer a number.
+    """
+    own = [
+        {"worker": trainer.index, "loss": value, "compute_s": round(compute_s / len(trainers), 6)}
+        for trainer, value in zip(trainers, losses.tolist(), strict=True)
+    ]
+    workers = [worker for text in job.ledger.gather_text(json.dumps(own)) for worker in json.loads(text)]
+    for worker in workers:
+        if not math.isfinite(worker["loss"]):
+            raise AgreedError(
+                f"the loss of worker {worker['worker']} is {worker['loss']} in round {job.round}: training diverged; "
+                "lower --lr or raise --lr-warmup-steps"
+            )
+    return workers
+
+
+def _evaluate(job: Job, train_set: Images, test_set: Images, run: Run | None, *, last: bool) -> float | None:
+    """Test the full network where worker 0 lives (None elsewhere); the last one is kept in the run directory."""
+    full = job.full_model(calibration_batches(train_set))
+    if full is None or run is None:
+        return None
+    if last:
+        save_full(full, job.chains, job._scales(), run.path / FILE)
+    return round(test_accuracy(full, test_set), 6)
+
+
+def num_steps(config: OptimisationConfig, images_per_epoch: int) -> int:
+    """Optimizer steps of a run: enough for `epochs` passes."""
+    return max(1, math.ceil(config.epochs * images_per_epoch / config.batch_size))
+
+
+def evaluation_rounds(rounds: int, evaluations: int) -> set[int]:
+    """After which rounds (counted from 1) the full network is tested: spread evenly, the last one among them."""
+    return {-(-rounds * number // evaluations) for number in range(1, evaluations + 1)}
+
+
+def rate(config: OptimisationConfig, step: int, steps: int) -> float:
+    """The learning rate of `step`, counted from 0, in a run of `steps`."""
+    if step < config.lr_warmup_steps:
+        return config.lr * (step + 1) / config.lr_warmup_steps
+    if config.schedule == "step":
+        return config.lr * (1.0 if step < steps / 2 else 0.1 if step < 3 * steps / 4 else 0.01)
+    if config.schedule == "cosine":
+        passed = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
+        return config.lr * (1 + math.cos(math.pi * passed)) / 2
+    return config.lr
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process: on a machine with several GPUs each local process takes its own."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name!r} is not one of auto, cpu, cuda")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device on this machine; give --device cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def together(transport: Transport, action: Callable[[], T]) -> T:
+    """Do `action` in every process; where it fails for one of them, all raise its error and none waits in vain."""
+    result, failure = None, ""
+    try:
+        result = action()
+    except UserError as error:
+        failure = str(error)
+    for process, text in enumerate(transport.gather_text(failure)):
+        if text.strip():
+            where = f" (process {process})" if transport.num_processes > 1 else ""
+            raise AgreedError(text.strip() + where)
+    return result  # type: ignore[return-value]  # it is set: no process failed
+
+
+def digest(*sets: Images) -> str:
+    """A short text that differs where the images or labels of two data sets differ."""
+    key = blake2b(digest_size=8)
+    for one in sets:
+        key.update(one.images.contiguous().numpy())
+        key.update(one.labels.numpy())
+    return key.hexdigest()
+
+
+def _load_everywhere(config: TrainConfig, transport: Transport) -> tuple[Images, Images]:
+    """The data set, downloaded by one process of each host while the others wait."""
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    network = config.network
+    found = together(transport, lambda: load(network.data, network.data_dir) if first else None)
+    if found is None:
+        return together(transport, lambda: load(network.data, network.data_dir, download=False))
+    together(transport, lambda: None)
+    return found

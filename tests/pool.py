@@ -1,0 +1,124 @@
+"""A pool of processes for tests. Importing torch is paid once a session, by a server that the others are forked from
+before it has done anything; each call joins some of them into a fresh gloo group, so none sees what another left.
+
+A process whose function raises sends its traceback and ends, as a process of a real job would: its peers see its
+connections close. It is replaced at the next call. A call that takes longer than its timeout kills its processes.
+"""
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Outcome:
+    """How one process ended a call: with a value, or with the text of what it raised ("" if it was killed)."""
+
+    value: Any = None
+    error: str | None = None
+
+
+class Pool:
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "resist"])
+        self._members: list[tuple[BaseProcess, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory()
+        self._calls = 0
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number in range(len(self._members)):
+            self._end(number)
+        self._folder.cleanup()
+
+    def run(self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 60) -> list[Any]:
+        """What `function(*arguments)` returns in each process. Fails with the tracebacks of all that raised."""
+        outcomes = self.outcomes(processes, function, *arguments, timeout_s=timeout_s)
+        errors = [f"process {rank}: {o.error or 'killed'}" for rank, o in enumerate(outcomes) if o.error is not None]
+        assert not errors, "\n".join(errors)
+        return [outcome.value for outcome in outcomes]
+
+    def outcomes(
+        self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 60
+    ) -> list[Outcome]:
+        """How `function(*arguments)`, which must be importable, ended in each of `processes` processes."""
+        self._fill(processes)
+        self._calls += 1
+        store = Path(self._folder.name) / f"store{self._calls}"
+        work = pickle.dumps((function, arguments))
+        for rank in range(processes):
+            self._members[rank][1].send((sys.path, work, str(store), rank, processes))
+        found: dict[int, Outcome] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(found) < processes:
+            waiting = {self._members[r][1]: r for r in range(processes) if r not in found}
+            ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
+            if not ready:
+                for rank in waiting.values():
+                    self._end(rank)
+                raise TimeoutError(f"processes {list(waiting.values())} did not answer within {timeout_s} s")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                try:
+                    found[waiting[connection]] = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    found[waiting[connection]] = Outcome(error="")
+        for rank, outcome in found.items():
+            if outcome.error is not None:
+                self._end(rank)
+        return [found[rank] for rank in range(processes)]
+
+    def _fill(self, processes: int) -> None:
+        for number in range(processes):
+            if number < len(self._members) and self._members[number][0].is_alive():
+                continue
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._members[number : number + 1] = [(process, ours)]
+
+    def _end(self, number: int) -> None:
+        process, connection = self._members[number]
+        connection.close()
+        process.kill()
+        process.join()
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            sys.path[:], work, store, rank, processes = connection.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=timedelta(seconds=50)
+            )
+            function, arguments = pickle.loads(work)
+            answer = pickle.dumps(Outcome(value=function(*arguments)))
+            if dist.is_initialized():
+                dist.barrier()  # nobody leaves while another still talks to it
+                dist.destroy_process_group()
+        except BaseException:
+            connection.send_bytes(pickle.dumps(Outcome(error=traceback.format_exc())))
+            os._exit(1)
+        connection.send_bytes(answer)

@@ -1,0 +1,102 @@
+"""Small networks, batches that depend on worker and step alone, and the loop that a user would write."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resist.job import Job, Worker
+from resist.models import PreActResNet
+from resist.strategy import Strategy
+
+CLASSES = 5
+BLOCKS = 6  # in the chain of `tiny`
+
+
+def tiny() -> PreActResNet:
+    """A pre-activation ResNet with six blocks in its chain. In double precision, so that tolerances can be tight."""
+    return PreActResNet((1, 1, BLOCKS + 1, 1), CLASSES, width=4).double()
+
+
+def preact(model: nn.Module | None) -> PreActResNet:
+    assert isinstance(model, PreActResNet)
+    return model
+
+
+def full_of(job: Job) -> PreActResNet:
+    """The full network of a job on `tiny`."""
+    return preact(job.full_model())
+
+
+def batch(worker: int, step: int, num: int = 4) -> tuple[Tensor, Tensor]:
+    """Images (num, 3, 8, 8) float64 and labels (num,)."""
+    generator = torch.Generator().manual_seed(1000 * worker + step)
+    images = torch.randn(num, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return images, torch.randint(CLASSES, (num,), generator=generator)
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def make(
+    strategy: Strategy, optimizer: Callable[[nn.Module], Optimizer] = sgd, **options: object
+) -> tuple[Job, list[Optimizer]]:
+    """A job on `tiny` and the optimizers of its hosted workers."""
+    job = Job(tiny, strategy, **{"batchnorm": "average", **options})  # type: ignore[arg-type]
+    return job, [optimizer(worker.model) for worker in job.workers]
+
+
+def train_step(worker: int, model: Callable[[Tensor], Tensor], optimizer: Optimizer, step: int) -> None:
+    images, labels = batch(worker, step)
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+
+
+def local_step(job: Job, optimizers: Sequence[Optimizer]) -> None:
+    """A step of every hosted worker, before `job.step`."""
+    for worker, optimizer in zip(job.workers, optimizers, strict=True):
+        train_step(worker.index, worker.model, optimizer, job.step_index)
+
+
+def train(job: Job, optimizers: Sequence[Optimizer], steps: int) -> None:
+    for _ in range(steps):
+        local_step(job, optimizers)
+        job.step(*optimizers)
+
+
+def weights(job: Job) -> dict[str, Tensor]:
+    """Parameters and float buffers of the full network by global dotted name, cloned."""
+    return floats(full_of(job))
+
+
+def floats(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items() if t.is_floating_point()}
+
+
+def by_name(job: Job, worker: Worker, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """`value(parameter)` of the worker's parameters by global dotted name, cloned; left out where it is None."""
+    found: dict[str, Tensor] = {}
+    for parameter, place in worker.subnet.parameter_places():
+        name, one = place.name, value(parameter)
+        if place.chain is not None:
+            chain = job.chains[place.chain]
+            name = f"{chain.block_name(job.plans[chain.name].blocks[worker.index][place.slot])}.{name}"
+        if one is not None:
+            found[name] = one.detach().clone()
+    return found
+
+
+def states(job: Job, optimizers: Sequence[Optimizer], kind: str) -> list[dict[str, Tensor]]:
+    """The optimizer's state `kind` of each hosted worker by global dotted name."""
+    return [
+        by_name(job, worker, lambda parameter, o=optimizer: o.state.get(parameter, {}).get(kind))
+        for worker, optimizer in zip(job.workers, optimizers, strict=True)
+    ]

@@ -1,0 +1,196 @@
+"""The command line as people use it. In-process where that is enough, real processes where it is not."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resist.cli import main
+
+SMALL = [
+    "--workers", "4", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
+    "--local-steps", "3", "--epochs", "0.2", "--evaluations", "2", "--device", "cpu",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def resist(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def run(*command: str, timeout: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def accuracies(path: Path) -> list[float | None]:
+    return [json.loads(line)["accuracy"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_then_evaluate_in_one_process(capsys, tmp_path) -> None:
+    out = tmp_path / "run"
+    status, text, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--out", str(out))
+    assert status == 0
+    assert "test accuracy" in text
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "environment.json", "metrics.jsonl", "model.safetensors"]
+    rounds = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["round"] for r in rounds] == [1, 2, 3]
+    assert rounds[-1]["step"] == 9  # 0.2 of 1,437 images in batches of 32
+    assert [r["accuracy"] is not None for r in rounds] == [False, True, True]
+    assert rounds[0]["plan"] != rounds[1]["plan"]
+    assert sum(rounds[0]["bytes"].values()) > 0
+    status, text, _ = resist(capsys, "evaluate", str(out), "--device", "cpu")
+    assert status == 0
+    assert text == f"test accuracy {100 * rounds[-1]['accuracy']:.2f} %\n"
+
+
+@pytest.mark.slow
+def test_processes_and_torchrun_give_the_same_run(capsys, tmp_path) -> None:
+    """One process, four started by resist, two started by torchrun: the same losses up to summation order."""
+    status, _, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--out", str(tmp_path / "one"))
+    assert status == 0
+    own = run(sys.executable, "-m", "resist", "train", *SMALL, "--out", str(tmp_path / "four"))
+    assert (own.returncode, own.stderr) == (0, "")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = run(*torchrun, "-m", "resist", "train", *SMALL, "--out", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr
+    losses = {}
+    for name in ("one", "two", "four"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-3)
+    assert losses["four"] == pytest.approx(losses["one"], abs=1e-3)
+
+
+def test_plan_names_the_papers_counts(capsys) -> None:
+    arguments = ["plan", "--model", "preact_resnet101", "--num-classes", "100", "--workers", "4"]
+    status, text, _ = resist(capsys, *arguments)
+    assert status == 0
+    for number in ("41,396,900", "15,422,116", "22 blocks of 1,180,672", "6 6 6 6"):
+        assert number in text
+    _, text, _ = resist(capsys, *arguments, "--json", "--rounds", "5")
+    facts = json.loads(text)
+    assert (facts["parameters"], facts["shared"]) == (41396900, 15422116)
+    assert len(facts["rounds"]) == 5
+    for held in facts["rounds"]:
+        assert set().union(*map(set, held["layer3:1-22"])) == set(range(22))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--model", "resnet9"], "model='resnet9' is not known; choose one of"),
+        (["--data", "mnist"], "data='mnist' is not known; choose one of digits"),
+        (["--chain", "layer9:1-2"], "chain 'layer9:1-2'"),
+        (["--chain", "layer3:0-3"], "chain 'layer3:0-3': its blocks are not interchangeable"),
+        (["--chain", "layer3:x"], "does not read NAME:FIRST-LAST"),
+        (["--workers", "9"], "workers=9 exceeds the 8 blocks of chain layer3:1-8"),
+        (["--min-depth", "30"], "min_depth=30 exceeds the 8 blocks of chain layer3:1-8; lower it or add chains"),
+        (["--capacities", "1", "1", "1", "1"], "capacities (1, 1, 1, 1) hold 4 of the 8 blocks"),
+        (["--sections", "1", "1"], "sections=1 1 is not four numbers"),
+        (["--sections", "1", "1", "1", "1"], "the model has no chain"),
+        (["--processes", "9"], "--processes 9 exceeds --workers 4"),
+        (["--lr", "-1"], "--lr -1.0 is too small"),
+        (["--batch-size", "5000", "--processes", "1"], "batch_size=5000 is outside 1 to 1437"),
+        (["--device", "tpu"], "--device 'tpu' is not one of auto, cpu, cuda"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_status_2(capsys, tmp_path, arguments: list[str], text: str) -> None:
+    out = tmp_path / "run"
+    status, _, err = resist(capsys, "train", *arguments, "--out", str(out))
+    assert status == 2
+    assert err.count("\n") == 1
+    assert err.startswith("resist: ")
+    assert text in err
+    assert not out.exists()
+
+
+def test_missing_data_says_where_files_belong(capsys, tmp_path, monkeypatch) -> None:
+    def unreachable(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
+    status, _, err = resist(
+        capsys, "train", "--data", "cifar10", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "run")
+    )
+    assert (status, err.count("\n")) == (2, 1)
+    assert "cifar-10-batches-py" in err
+
+
+def test_an_existing_run_is_left_alone(capsys, tmp_path) -> None:
+    (tmp_path / "precious").write_text("x")
+    status, _, err = resist(capsys, "train", "--out", str(tmp_path))
+    assert status == 2
+    assert "never overwritten" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="needs a file system that nobody may write to")
+def test_an_out_that_cannot_be_written(capsys) -> None:
+    status, _, err = resist(capsys, "train", "--processes", "1", "--out", "/proc/run")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "/proc/run" in err
+
+
+def test_evaluate_refuses_what_is_no_run(capsys, tmp_path) -> None:
+    status, _, err = resist(capsys, "evaluate", str(tmp_path))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is not a run directory" in err
+
+
+def test_training_that_diverges_says_so(capsys, tmp_path) -> None:
+    status, _, err = resist(
+        capsys, "train", *SMALL, "--processes", "1", "--lr", "1e20", "--out", str(tmp_path / "run")
+    )
+    assert (status, err.count("\n")) == (2, 1)
+    assert "lower --lr" in err
+
+
+@pytest.mark.slow
+def test_hosts_with_different_arguments_are_told_apart(tmp_path) -> None:
+    """Two processes started by hand, as on two hosts: they name the difference at once instead of hanging."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for different in (["--lr", "0.5"], ["--workers", "1", "--min-depth", "5"]):
+        processes = []
+        for rank in range(2):
+            extra = different if rank else []
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "resist", "train", *SMALL, *extra, "--out", str(tmp_path / "run")],
+                    env={
+                        **ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                    },  # fmt: skip
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        assert [process.returncode for process in processes] == [2, 2]
+        assert different[0].strip("-").replace("-", "_") in errors[0].replace("-", "_")
+        assert errors[0].count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run(
+            sys.executable, "-m", "resist", "train", *SMALL, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert port in done.stderr
