@@ -6,7 +6,6 @@
     full = job.full_model()                                         # the whole network, scaled
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from resist.chains import choose_chains
-from resist.comm import Ledger, Transport, connect
+from resist.comm import Ledger, Transport, check_agreement, connect
 from resist.errors import UserError
 from resist.exchange import WEIGHTS, Copy, Exchange, assembly
 from resist.fold import OPTIMIZER_STATES, adopt_state, follow_resize
@@ -82,7 +81,7 @@ class Job:
             use_batch_statistics(full)
         self.chains = choose_chains(full, tuple(chains))
         self.plans = self.plans_of(0)
-        self._scales()  # complains about a wrong scale now rather than at the end
+        _ = self.scales  # complains about a wrong scale now rather than at the end
         self.ledger = Ledger(transport if transport is not None else connect(strategy.workers, device, timeout_s))
         if self.ledger.num_workers != strategy.workers:
             raise UserError(
@@ -186,7 +185,7 @@ class Job:
         assembly(self.ledger, subnets, self.plans, full, on).finish()
         if full is None or own is None:
             return None
-        scale_branches(full.model, self.chains, self._scales())
+        scale_branches(full.model, self.chains, self.scales)
         if self.batchnorm == "recalibrate" and _has_running_statistics(full.model):
             recalibrate(full.model, batches, own.device)
         return full.model.eval()
@@ -213,7 +212,8 @@ class Job:
             for kind in kinds
         ]
 
-    def _scales(self) -> list[float]:
+    @property
+    def scales(self) -> list[float]:
         """The scale of each chain, for the weights as they are now (those of the round that ended last)."""
         plans = self.plans_of(max(self.round - 1, 0))
         if isinstance(self.scale, str) and self.scale not in ("inclusion", "1/S"):
@@ -251,20 +251,6 @@ class Job:
             "initial weights": weights.hexdigest(),
         }
         check_agreement(self.ledger, mine)
-
-
-def check_agreement(transport: Transport, mine: dict[str, object]) -> None:
-    """Raise UserError on every process when two of them were given different values, naming the first that differs."""
-    texts = transport.gather_text(json.dumps(mine, default=str))
-    first = json.loads(texts[0])
-    for process, text in enumerate(texts):
-        other = json.loads(text)
-        for key in first | other:
-            if first.get(key) != other.get(key):
-                raise UserError(
-                    f"process {process} was started with {key}={other.get(key)}, process 0 with {key}={first.get(key)}"
-                    "; start all of them with the same arguments"
-                )
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pool import Pool
-from resist.comm import Distributed, Ledger, Local
+from resist.comm import Distributed, Ledger, Local, check_agreement
+from resist.comm.transport import PACKET_BYTES
 from resist.errors import UserError, WorkerLostError
-from resist.job import check_agreement
 from resist.schedule import allreduce_bytes
 from resist.strategy import Strategy, local_sgd, resist, switch
 from support import adamw, floats, local_step, make, sgd, states, train, weights
@@ -222,7 +222,7 @@ def test_different_strategies_are_named(pool: Pool) -> None:
 
 
 def gather(texts: list[str]) -> tuple[list[str], int, str]:
-    ledger = Ledger(Distributed(2, 20))
+    ledger = Ledger(Distributed(2, timeout_s=20))
     rank = torch.distributed.get_rank()
     gathered = ledger.gather_text(texts[rank])
     try:
@@ -236,7 +236,7 @@ def test_texts_of_different_lengths(pool: Pool) -> None:
     """Each gets all; a key that only one process has is named too."""
     for gathered, num_bytes, message in pool.run(2, gather, ["grüße", "x" * 3000]):
         assert gathered == ["grüße", "x" * 3000]
-        assert num_bytes == 2 * (8 + 3000) + 2 * (8 + len('{"a": 1, "b": 2}'))
+        assert num_bytes == 2 * (PACKET_BYTES + 3000) + 2 * PACKET_BYTES
         assert message.startswith("process 1 was started with b=2, process 0 with b=None")
 
 

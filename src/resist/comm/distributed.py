@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from resist.comm.local import Local
-from resist.comm.transport import Handle, Move, Transport, hosting, local_moves
-from resist.errors import UserError, WorkerLostError
+from resist.comm.transport import PACKET_BYTES, Handle, Move, Transport, check_agreement, hosting, local_moves
+from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.fold import mean_into
 
 
@@ -31,38 +31,48 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return Local(workers)
-        alone = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
-        backend = "nccl" if alone else "gloo"
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            dist.init_process_group(
-                backend, timeout=timedelta(seconds=timeout_s), device_id=device if backend == "nccl" else None
-            )
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         except (RuntimeError, ValueError) as error:  # torch derives its own from RuntimeError
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"no process group at {where}: {reason}; check that the port is free on the first host and that all "
                 f"{os.environ['WORLD_SIZE']} processes were started"
             ) from error
-    return Distributed(workers, timeout_s)
+    return Distributed(workers, device, timeout_s)
 
 
 class Distributed:
-    def __init__(self, workers: int, timeout_s: float = 600.0) -> None:
+    def __init__(self, workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> None:
         self.num_workers, self.num_processes = workers, dist.get_world_size()
         self.rank = dist.get_rank()
-        if self.num_processes > workers:
-            raise UserError(
-                f"{self.num_processes} processes for {workers} workers; start at most one process for each worker"
-            )
+        timeout = timedelta(seconds=timeout_s)
+        self._words = _group(timeout, "gloo")
+        backend = self._agree(torch.device(device))
         self._hosting = hosting(workers, self.num_processes)
         self.hosted = self._hosting[self.rank]
         self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosting) for worker in hosted}
-        timeout = timedelta(seconds=timeout_s)
-        self._collective = _group(timeout)
-        self._peers = _group(timeout)
-        self._words = _group(timeout, "gloo")
-        self._staged = dist.get_backend() == "gloo"  # gloo sends from host memory only
+        self._collective = _group(timeout, backend)
+        self._peers = _group(timeout, backend)
+        self._staged = backend == "gloo"  # gloo sends from host memory only
+
+    def _agree(self, device: torch.device) -> str:
+        """The backend for weights, after a look at whether all processes mean the same job.
+
+        NCCL where each process has a GPU to itself. Processes that share one (and the CPU) use gloo. This comes before
+        anything that would wait in vain for a process that was started otherwise.
+        """
+        alone = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+        mine = {"workers": self.num_workers, "device": device.type, "backend": "nccl" if alone else "gloo"}
+        check_agreement(self, mine)
+        if self.num_processes > self.num_workers:
+            raise AgreedError(
+                f"{self.num_processes} processes for {self.num_workers} workers; start at most one process for each worker"
+            )
+        if alone:
+            torch.cuda.set_device(device)  # NCCL asks for the current device
+        return str(mine["backend"])
 
     def host(self, worker: int) -> int:
         return self._rank_of[worker]
@@ -106,15 +116,21 @@ class Distributed:
         return _Mean(self, work, tensors, self.num_processes)
 
     def gather_text(self, text: str) -> list[str]:
-        mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.num_processes)]
-        self._run("comparing", lambda: dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self._words))
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: mine.numel()] = mine
-        texts = [torch.empty_like(padded) for _ in sizes]
-        self._run("comparing", lambda: dist.all_gather(texts, padded, group=self._words))
-        return [bytes(t[: int(s)].tolist()).decode() for t, s in zip(texts, sizes, strict=True)]
+        """One all-gather for texts that fit into a packet, which all but the first ones do; a second for longer ones."""
+        mine = text.encode()
+        first = self._gather(len(mine).to_bytes(8, "big") + mine, PACKET_BYTES)
+        sizes = [int.from_bytes(packet[:8], "big") for packet in first]
+        if max(sizes) <= PACKET_BYTES - 8:
+            return [packet[8 : 8 + size].decode() for packet, size in zip(first, sizes, strict=True)]
+        whole = self._gather(mine, max(sizes))
+        return [packet[:size].decode() for packet, size in zip(whole, sizes, strict=True)]
+
+    def _gather(self, mine: bytes, size: int) -> list[bytes]:
+        """What each process passed, padded to `size` bytes."""
+        own = torch.frombuffer(bytearray(mine.ljust(size, b"\0")[:size]), dtype=torch.uint8)
+        packets = [torch.empty_like(own) for _ in range(self.num_processes)]
+        self._run("comparing", lambda: dist.all_gather(packets, own, group=self._words))
+        return [packet.numpy().tobytes() for packet in packets]
 
     def close(self) -> None:
         if dist.is_initialized():

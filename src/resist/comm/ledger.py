@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from resist.comm.transport import Handle, Move, Transport
+from resist.comm.transport import PACKET_BYTES, Handle, Move, Transport
 from resist.schedule import allreduce_bytes
 
 
@@ -70,11 +70,12 @@ class Ledger:
         return self._timed(lambda: self._transport.mean(tensors, kind))
 
     def gather_text(self, text: str) -> list[str]:
-        """Booked as an all-gather between processes (texts are theirs, not the workers'): each sends the others the
-        length of its text as 8 bytes, and then the text, padded to the longest."""
+        """Booked as all-gathers between processes (texts are theirs, not the workers'): a packet of fixed size, and the
+        longest text where that does not fit."""
         texts = self._transport.gather_text(text)
-        longest = max(1, *(len(one.encode()) for one in texts))
-        num_bytes = self.num_processes * (self.num_processes - 1) * (8 + longest)
+        longest = max(len(one.encode()) for one in texts)
+        sent = PACKET_BYTES + (longest if longest > PACKET_BYTES - 8 else 0)
+        num_bytes = self.num_processes * (self.num_processes - 1) * sent
         self.bytes["control"] += num_bytes
         self.messages["control"] += 1
         self.wire_bytes["control"] += num_bytes

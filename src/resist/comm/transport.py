@@ -3,11 +3,17 @@
 Every worker passes the same list of moves in the same order, its own and the others': the schedule is known to all.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from resist.errors import AgreedError
+
+# Texts up to this size, 8 bytes less, go round in one message.
+PACKET_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -83,3 +89,17 @@ def hosting(workers: int, processes: int) -> list[tuple[int, ...]]:
         tuple(range(process * workers // processes, (process + 1) * workers // processes))
         for process in range(processes)
     ]
+
+
+def check_agreement(transport: Transport, mine: Mapping[str, object]) -> None:
+    """Raise AgreedError on every process when two of them were given different values, naming the first that differs."""
+    texts = transport.gather_text(json.dumps(mine, default=str))
+    first = json.loads(texts[0])
+    for process, text in enumerate(texts):
+        other = json.loads(text)
+        for key in first | other:
+            if first.get(key) != other.get(key):
+                raise AgreedError(
+                    f"process {process} was started with {key}={other.get(key)}, process 0 with {key}={first.get(key)}"
+                    "; start all of them with the same arguments"
+                )
