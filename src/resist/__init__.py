@@ -5,11 +5,11 @@ from resist.errors import UserError, WorkerLostError
 from resist.job import Job, Worker
 from resist.plan import Plan, partition
 from resist.schedule import Message, Schedule, schedule
-from resist.strategy import Strategy, local_sgd, resist, switch
+from resist.strategy import Outer, Strategy, ddp, diloco, local_sgd, resist, switch
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Chain", "Job", "Message", "Plan", "Schedule", "Strategy", "UserError", "Worker", "WorkerLostError",
-    "find_chains", "local_sgd", "partition", "resist", "schedule", "switch",
+    "Chain", "Job", "Message", "Outer", "Plan", "Schedule", "Strategy", "UserError", "Worker", "WorkerLostError",
+    "ddp", "diloco", "find_chains", "local_sgd", "partition", "resist", "schedule", "switch",
 ]

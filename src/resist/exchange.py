@@ -14,9 +14,10 @@ from torch import Tensor
 
 from resist.chains import Chain
 from resist.comm import Handle, Move, Transport
-from resist.fold import mean_into
+from resist.fold import VELOCITY, mean_into, outer_step
 from resist.plan import Plan
 from resist.schedule import Message, Schedule, schedule
+from resist.strategy import Outer
 from resist.subnet import Subnet
 
 Key = tuple[int, int]  # (chain number, block or slot)
@@ -33,12 +34,14 @@ class Copy:
     flats:    worker -> the flat tensor.
     moves:    whether blocks take their value along; else it stays with blocks that stay, and is zero for others.
     averages: whether the shared part becomes its mean over all workers.
+    folds:    whether a block's holders are averaged before it moves; else they are equal, or the owner's value counts.
     """
 
     name: str
     flats: dict[int, Tensor]
     moves: bool
     averages: bool
+    folds: bool = True
     arriving: dict[tuple[int, Key], Tensor] = field(default_factory=dict)
     resized: dict[int, Tensor] = field(default_factory=dict)
 
@@ -57,6 +60,8 @@ class Exchange:
         copies: Sequence[Copy],
         plans: dict[str, Plan],
         next_plans: dict[str, Plan],
+        outer: Outer | None = None,
+        anchors: dict[int, Tensor] | None = None,
     ) -> None:
         self.transport, self.subnets, self.copies = transport, subnets, copies
         self.plans, self.next_plans = plans, next_plans
@@ -66,19 +71,24 @@ class Exchange:
         self.numel = [layout.numel for layout in any_subnet.block_layouts]
         self.common = all(plan.held_by_all for plan in (*plans.values(), *next_plans.values()))
         self.schedule = self._schedule(any_subnet.dtype.itemsize)
+        self.outer, self.anchors = outer, anchors or {}
         self.moving = [one for one in copies if one.moves]
+        self.folded = [one for one in self.moving if one.folds]
         self.means: list[Handle] = []
         for one in copies:
             if one.averages and transport.num_workers > 1:
                 parts = [flat if self.common else flat[: any_subnet.shared_layout.numel] for flat in one.flats.values()]
                 self.means.append(transport.mean(parts, one.kind("shared")))
-        self.folding = transport.transfer([self._fold_move(one, m) for one in self.moving for m in self.schedule.fold])
+        self.folding = transport.transfer([self._fold_move(one, m) for one in self.folded for m in self.schedule.fold])
 
     def finish(self) -> None:
         """Wait for everything that is under way; afterwards the sub-networks are those of the next plan."""
         arrived, size = self.folding.finish(), len(self.schedule.fold)
-        for number, one in enumerate(self.moving):
+        for number, one in enumerate(self.folded):
             self._fold(one, arrived[number * size : (number + 1) * size])
+        for (chain, block), owner in self.schedule.owners.items():
+            if owner in self.subnets:
+                self._outer_step(owner, self.numbers[chain], self.plans[chain].slot(owner, block))
         for one in self.copies:
             self._prepare(one)
         self.transport.transfer(
@@ -86,6 +96,11 @@ class Exchange:
         ).finish()
         for mean in self.means:
             mean.finish()
+        for worker, subnet in self.subnets.items():
+            self._outer_step(worker, None, 0)
+            for number, capacity in enumerate(subnet.capacities if self.common else ()):
+                for slot in range(capacity):
+                    self._outer_step(worker, number, slot)
         for one in self.copies:
             self._settle(one)
 
@@ -144,6 +159,19 @@ class Exchange:
                     arriving.copy_(self._slot(one, worker, chain, block))
                 elif not one.moves:
                     arriving.zero_()
+
+    def _outer_step(self, worker: int, chain: int | None, slot: int) -> None:
+        """The outer optimizer, if there is one, on the mean in a slot, or on that of the shared part (no chain)."""
+        if self.outer is None:
+            return
+        subnet = self.subnets[worker]
+        layout = subnet.shared_layout if chain is None else subnet.block_layouts[chain]
+        velocities = next(one.flats for one in self.copies if one.name == VELOCITY)
+        weights, anchor, velocity = (
+            (flat if chain is None else subnet.slot(chain, slot, flat))[: layout.num_trained]
+            for flat in (self.copies[0].flats[worker], self.anchors[worker], velocities[worker])
+        )
+        outer_step(weights, anchor, velocity, self.outer)
 
     def _hand_over_move(self, one: Copy, m: Message) -> Move:
         outgoing = self._slot(one, m.source, m.chain, m.block) if m.source in one.flats else None

@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from resist.strategy import Outer
 from resist.subnet import Subnet
 
 OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
+
+# Names of what an outer optimizer keeps for each worker, beside the states of the ordinary one.
+ANCHOR, VELOCITY = "outer anchor", "outer velocity"
 
 
 @torch.no_grad()
@@ -30,6 +34,19 @@ def mean_into(first: Tensor, others: Sequence[Tensor]) -> None:
     """
     for count, other in enumerate(others, start=2):
         first.lerp_(other, 1 / count)
+
+
+@torch.no_grad()
+def outer_step(weights: Tensor, anchor: Tensor, velocity: Tensor, outer: Outer) -> None:
+    """Nesterov's step from `anchor` along the change to `weights`, as `torch.optim.SGD` takes it.
+
+    weights:  in: the mean over holders at the end of the round; out: what the next round begins with.
+    anchor:   the weights at the round's beginning; velocity: the outer momentum, updated in place. All of one shape.
+    """
+    gradient = anchor - weights
+    velocity.mul_(outer.momentum).add_(gradient)
+    gradient.add_(velocity, alpha=outer.momentum)
+    torch.sub(anchor, gradient, alpha=outer.lr, out=weights)
 
 
 def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from resist.chains import choose_chains
 from resist.comm import Ledger, Transport, check_agreement, connect
 from resist.errors import UserError
 from resist.exchange import WEIGHTS, Copy, Exchange, assembly
-from resist.fold import OPTIMIZER_STATES, adopt_state, follow_resize
+from resist.fold import ANCHOR, OPTIMIZER_STATES, VELOCITY, adopt_state, follow_resize
 from resist.plan import Plan
 from resist.strategy import Strategy
 from resist.subnet import Subnet, scale_branches, tensors_of, use_batch_statistics
@@ -32,10 +32,7 @@ class Worker:
     def __init__(self, index: int, subnet: Subnet) -> None:
         self.index, self.subnet = index, subnet
         self.state: dict[str, Tensor] = {}  # the optimizer's state by kind, laid out as the weights are
-
-    @property
-    def model(self) -> nn.Module:
-        return self.subnet.model
+        self.model: nn.Module = subnet.model
 
 
 class Job:
@@ -95,6 +92,10 @@ class Job:
             subnet = Subnet(full, self.chains, [len(h) for h in held], device=device, channels_last=channels_last)
             subnet.load(tensors, held)
             self.workers.append(Worker(index, subnet))
+        self._drop_anchors()
+        if strategy.every_step:
+            for worker in self.workers:
+                worker.model = self.ledger.average_gradients(worker.subnet.model)
 
     @property
     def model(self) -> nn.Module:
@@ -140,7 +141,12 @@ class Job:
             subnet.check_attached()
         copies = [Copy(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
         copies += self._state_copies(strategy.optimizer_state)
-        Exchange(self.ledger, subnets, copies, self.plans, next_plans).finish()
+        anchors = {worker.index: worker.state[ANCHOR] for worker in self.workers} if strategy.outer else {}
+        if strategy.outer:
+            velocities = {worker.index: worker.state[VELOCITY] for worker in self.workers}
+            copies.append(Copy(VELOCITY, velocities, moves=True, averages=False, folds=False))
+        if not strategy.every_step:
+            Exchange(self.ledger, subnets, copies, self.plans, next_plans, strategy.outer, anchors).finish()
         for number, worker in enumerate(self.workers):
             capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
             worker.state = {one.name: one.flats[worker.index] for one in copies[1:]}
@@ -152,6 +158,7 @@ class Job:
         self.plans = next_plans
         self.round += 1
         self._steps_in_round = 0
+        self._drop_anchors()
 
     def finish(self) -> None:
         """Fold the last, short round, if steps are open. Nothing that a worker learned is left out."""
@@ -194,6 +201,14 @@ class Job:
         """Leave the process group, if there is one."""
         self.ledger.close()
 
+    def _drop_anchors(self) -> None:
+        """For an outer optimizer: remember the weights with which this round begins."""
+        if self.strategy.at(self.round).outer is None:
+            return
+        for worker in self.workers:
+            worker.state[ANCHOR] = worker.subnet.flat.clone()
+            worker.state.setdefault(VELOCITY, torch.zeros_like(worker.subnet.flat))
+
     def _state_copies(self, policy: str) -> list[Copy]:
         if policy == "reset":
             for optimizer in self._optimizers:
@@ -201,7 +216,7 @@ class Job:
             return []
         for worker, optimizer in zip(self.workers, self._optimizers, strict=False):
             adopt_state(worker.subnet, optimizer, worker.state)
-        kinds = sorted(self.workers[0].state)
+        kinds = sorted(self.workers[0].state.keys() - {ANCHOR, VELOCITY})
         return [
             Copy(
                 kind,

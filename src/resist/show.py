@@ -49,7 +49,7 @@ def describe(model: nn.Module, config: TrainConfig, rounds: int) -> dict[str, An
     }
 
 
-def print_plan(facts: dict[str, Any], config: TrainConfig, console: Console) -> None:
+def print_plan(facts: dict[str, Any], console: Console) -> None:
     """The same for people: each round is a row of blocks, each block marked with the workers that hold it."""
     table = Table.grid(padding=(0, 3), pad_edge=False)
     table.add_column(no_wrap=True)
@@ -67,7 +67,7 @@ def print_plan(facts: dict[str, Any], config: TrainConfig, console: Console) -> 
     console.print(table)
     for chain in facts["chains"]:
         console.print(f"\nWho holds which block of {chain['name']}")
-        console.print(_map(chain["blocks"], config.method.workers, [r[chain["name"]] for r in facts["rounds"]]))
+        console.print(_map(chain["blocks"], len(facts["held_by_worker"]), [r[chain["name"]] for r in facts["rounds"]]))
 
 
 def _map(num_blocks: int, workers: int, rounds: Sequence[Sequence[Sequence[int]]]) -> str:

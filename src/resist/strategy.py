@@ -11,12 +11,32 @@ MIN_DEPTH = 4
 
 
 @dataclass(frozen=True)
+class Outer:
+    """An outer optimizer: Nesterov's method on the change that a round made, instead of the plain mean.
+
+    lr, momentum: those of DiLoCo (Douillard et al., 2023) by default; lr=1 without momentum is the plain mean.
+    """
+
+    lr: float = 0.7
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"outer lr={self.lr} has to be more than 0")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"outer momentum={self.momentum} is outside 0 to 1; give less than 1")
+
+
+@dataclass(frozen=True)
 class Strategy:
     """What a round is.
 
     assign:          (num_blocks, chain name, seed, round) -> the plan of that round for one chain
     local_steps:     optimizer steps between two synchronisations (the paper's l)
     optimizer_state: what becomes of it at a synchronisation: see `resist.fold`
+    outer:           what is done with the mean change of a round; None: it is applied as it is
+    every_step:      gradients are averaged over the workers in every step, so weights never differ and a round ends
+                     without an exchange
     then, at_round:  the strategy that takes over at that round, if any
     """
 
@@ -25,6 +45,8 @@ class Strategy:
     local_steps: int
     assign: Callable[[int, str, int, int], Plan]
     optimizer_state: str = "travel"
+    outer: Outer | None = None
+    every_step: bool = False
     then: "Strategy | None" = None
     at_round: int = 0
 
@@ -46,11 +68,13 @@ def resist(
     min_depth: int | None = None,
     capacities: Sequence[int] | None = None,
     optimizer_state: str = "travel",
+    outer: Outer | None = None,
 ) -> Strategy:
     """ResIST (Dun et al., 2022): each worker trains `capacities[worker]` blocks of every chain, drawn anew every round.
 
     min_depth:  blocks that a worker keeps at the least, the surplus filled by sharing (default: 4, or a shorter chain).
     capacities: blocks of each worker, for unequal workers; default: ceil(num_blocks / workers) or `min_depth`.
+    outer:      an outer optimizer, whose momentum moves with its block; see `diloco`.
     """
     if capacities is not None and len(capacities) != workers:
         raise UserError(f"{len(capacities)} capacities for {workers} workers; give one for each worker")
@@ -65,16 +89,35 @@ def resist(
             own = check_capacities(num_blocks, capacities, chain=chain)
         return partition(num_blocks, own, seed=seed, round=round, chain=chain)
 
-    return Strategy("resist", workers, local_steps, assign, optimizer_state)
+    return Strategy("resist", workers, local_steps, assign, optimizer_state, outer)
 
 
 def local_sgd(workers: int, local_steps: int = 50, *, optimizer_state: str = "travel") -> Strategy:
     """Local SGD: every worker trains the full network, and all weights are averaged every `local_steps` steps."""
 
+    return Strategy("local_sgd", workers, local_steps, _everything(workers), optimizer_state)
+
+
+def diloco(
+    workers: int, local_steps: int = 50, *, optimizer_state: str = "keep", outer: Outer | None = None
+) -> Strategy:
+    """DiLoCo (Douillard et al., 2023): local SGD whose mean change of a round goes through an outer Nesterov step.
+
+    Each worker keeps its own optimizer state, as there. Give any optimizer as the inner one.
+    """
+    return Strategy("diloco", workers, local_steps, _everything(workers), optimizer_state, outer or Outer())
+
+
+def ddp(workers: int, local_steps: int = 50) -> Strategy:
+    """torch's DistributedDataParallel: gradients are averaged in every step. Rounds only serve to compare."""
+    return Strategy("ddp", workers, local_steps, _everything(workers), "keep", every_step=True)
+
+
+def _everything(workers: int) -> Callable[[int, str, int, int], Plan]:
     def assign(num_blocks: int, chain: str, seed: int, round: int) -> Plan:
         return Plan(num_blocks, (tuple(range(num_blocks)),) * workers)
 
-    return Strategy("local_sgd", workers, local_steps, assign, optimizer_state)
+    return assign
 
 
 def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
@@ -82,6 +125,8 @@ def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
     """
     if first.workers != then.workers:
         raise UserError(f"a switch from {first.workers} to {then.workers} workers; give both the same number")
+    if first.every_step or then.every_step:
+        raise UserError("ddp cannot be part of a switch: its gradients go through a wrapper; use local_sgd")
     if at_round < 0:
         raise UserError(f"at_round={at_round} is negative; give the first round of the second strategy")
     if first.then is not None:

@@ -38,17 +38,24 @@ class Piece:
 class Layout:
     """The order in which the tensors of one part (the shared part, or a block) lie behind one another.
 
-    Tensors whose size is not a multiple of 16 elements come last, so that all others stay aligned to 64 bytes without
-    any padding, and the bytes on the wire are exactly those of the weights.
+    Parameters come before buffers: an outer optimizer moves the first `num_trained` elements and no running statistics.
+    Of both, tensors whose size is not a multiple of 16 elements come last, so that others stay aligned to 64 bytes
+    without any padding, and the bytes on the wire are exactly those of the weights.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
         self.pieces: dict[str, Piece] = {}
-        self.numel = 0
-        for name in sorted(tensors, key=lambda name: tensors[name].numel() % 16 != 0):
+        self.numel = self.num_trained = 0
+
+        def order(name: str) -> tuple[bool, bool]:
+            return not isinstance(tensors[name], nn.Parameter), tensors[name].numel() % 16 != 0
+
+        for name in sorted(tensors, key=order):
             shape = tensors[name].shape
             self.pieces[name] = Piece(self.numel, shape, channels_last and len(shape) == 4)
             self.numel += shape.numel()
+            if isinstance(tensors[name], nn.Parameter):
+                self.num_trained = self.numel
 
 
 @dataclass(frozen=True)

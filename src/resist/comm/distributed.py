@@ -6,13 +6,15 @@ after the timeout and says so; a process that ends closes its connections, which
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from resist.comm.local import Local
 from resist.comm.transport import PACKET_BYTES, Handle, Move, Transport, check_agreement, hosting, local_moves
@@ -68,7 +70,8 @@ class Distributed:
         check_agreement(self, mine)
         if self.num_processes > self.num_workers:
             raise AgreedError(
-                f"{self.num_processes} processes for {self.num_workers} workers; start at most one process for each worker"
+                f"{self.num_processes} processes for {self.num_workers} workers; "
+                "start at most one process for each worker"
             )
         if alone:
             torch.cuda.set_device(device)  # NCCL asks for the current device
@@ -115,8 +118,27 @@ class Distributed:
         work = self._run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
         return _Mean(self, work, tensors, self.num_processes)
 
+    def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
+        if self.num_processes != self.num_workers:
+            raise AgreedError(
+                f"ddp runs one worker in each process, and there are {self.num_processes} processes for "
+                f"{self.num_workers} workers; start {self.num_workers}"
+            )
+        replica = DistributedDataParallel(model, process_group=self._collective)
+
+        # torch looks at the annotations of a hook
+        def counted(
+            _state: object,
+            bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+        ) -> torch.futures.Future[Tensor]:
+            count(bucket.buffer().numel() * bucket.buffer().element_size())
+            return allreduce_hook(self._collective, bucket)
+
+        replica.register_comm_hook(None, counted)
+        return replica
+
     def gather_text(self, text: str) -> list[str]:
-        """One all-gather for texts that fit into a packet, which all but the first ones do; a second for longer ones."""
+        """One all-gather for texts that fit into a packet, a second one where some do not."""
         mine = text.encode()
         first = self._gather(len(mine).to_bytes(8, "big") + mine, PACKET_BYTES)
         sizes = [int.from_bytes(packet[:8], "big") for packet in first]

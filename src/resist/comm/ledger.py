@@ -7,9 +7,9 @@ every process keeps the whole ledger and none has to ask another.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from resist.comm.transport import PACKET_BYTES, Handle, Move, Transport
 from resist.schedule import allreduce_bytes
@@ -20,7 +20,8 @@ class Ledger:
 
     bytes, messages: by kind, since the last `take`. The kinds: "shared", the shared part of the weights (all of them
                      where every worker holds every block, as in local SGD); "blocks", folded and handed over; "state",
-                     the optimizer's, of both parts; "evaluate", to assemble the full network; "control", texts.
+                     the optimizer's, of both parts; "evaluate", to assemble the full network; "control", texts;
+                     "gradients", those that ddp averages.
     pairs:           bytes by (source, target) of point-to-point messages.
     wire_bytes:      bytes by kind that crossed from one process to another.
     """
@@ -68,6 +69,17 @@ class Ledger:
         self.messages[kind] += 1
         self.wire_bytes[kind] += self.num_processes * allreduce_bytes(num_bytes, self.num_processes)
         return self._timed(lambda: self._transport.mean(tensors, kind))
+
+    def average_gradients(self, model: nn.Module, count: Callable[[int], None] = lambda num_bytes: None) -> nn.Module:
+        """The gradients' own traffic is booked as ring all-reduces; the few buffers that go along are not."""
+
+        def book(num_bytes: int) -> None:
+            count(num_bytes)
+            self.bytes["gradients"] += self.num_workers * allreduce_bytes(num_bytes, self.num_workers)
+            self.wire_bytes["gradients"] += self.num_processes * allreduce_bytes(num_bytes, self.num_processes)
+            self.messages["gradients"] += 1
+
+        return self._transport.average_gradients(model, book)
 
     def gather_text(self, text: str) -> list[str]:
         """Booked as all-gathers between processes (texts are theirs, not the workers'): a packet of fixed size, and the

@@ -1,11 +1,12 @@
 """The transport of one process that hosts all workers: messages are copies."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resist.comm.transport import Handle, Move, local_moves
+from resist.errors import UserError
 from resist.fold import mean_into
 
 
@@ -39,6 +40,14 @@ class Local:
         for tensor in tensors[1:]:
             tensor.copy_(tensors[0])
         return Done([])
+
+    def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
+        if self.num_workers > 1:
+            raise UserError(
+                f"ddp runs one worker in each process, and this one hosts {self.num_workers}; "
+                f"start {self.num_workers} processes (--processes {self.num_workers}, or torchrun)"
+            )
+        return model
 
     def gather_text(self, text: str) -> list[str]:
         return [text]

@@ -4,11 +4,11 @@ Every worker passes the same list of moves in the same order, its own and the ot
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from resist.errors import AgreedError
 
@@ -66,6 +66,13 @@ class Transport(Protocol):
         """Begin to replace `tensors`, one for each hosted worker, by the mean over all workers, in place."""
         ...
 
+    def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
+        """`model` in a wrapper that averages its gradients over all workers in every backward pass.
+
+        count: called with the bytes of gradients whenever some are averaged.
+        """
+        ...
+
     def gather_text(self, text: str) -> list[str]:
         """The texts of all processes, in their order. Waits for all of them."""
         ...
@@ -92,7 +99,7 @@ def hosting(workers: int, processes: int) -> list[tuple[int, ...]]:
 
 
 def check_agreement(transport: Transport, mine: Mapping[str, object]) -> None:
-    """Raise AgreedError on every process when two of them were given different values, naming the first that differs."""
+    """Raise AgreedError on every process when two were given different values, naming the first that differs."""
     texts = transport.gather_text(json.dumps(mine, default=str))
     first = json.loads(texts[0])
     for process, text in enumerate(texts):
