@@ -1,6 +1,6 @@
 """What a training run is told: plain records that the command line fills in, and their JSON.
 
-Each field's docstring is its help text. `TrainConfig.check` finds what can be found wrong without data, devices or peers.
+Each field's docstring is its help text. `TrainConfig.check` finds what is wrong without data, devices or peers.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from resist.errors import UserError
-from resist.strategy import Strategy, local_sgd, resist, switch
+from resist.strategy import Outer, Strategy, ddp, diloco, local_sgd, resist, switch
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    strategy: Literal["resist", "local_sgd"] = "resist"
-    """resist: a sub-network for each worker. local_sgd: the full network for each worker."""
+    strategy: Literal["resist", "local_sgd", "diloco", "ddp"] = "resist"
+    """resist: a sub-network for each worker. local_sgd, diloco, ddp: the full network for each worker."""
     workers: int = 4
     """Number of workers, S. It belongs to the algorithm; the number of processes does not change the result."""
     local_steps: int = 50
     """Optimizer steps from one synchronisation to the next."""
     min_depth: int | None = None
-    """Chain blocks that each worker holds at the least, the surplus filled by sharing. Default: 4, or a shorter chain."""
+    """Chain blocks that each worker holds at the least, the surplus shared. Default: 4, or a shorter chain."""
     capacities: tuple[int, ...] = ()
     """Chain blocks of each worker, for workers of unequal speed or memory: --capacities 8 6 4 4."""
     warmup_rounds: int = 0
@@ -51,6 +51,8 @@ class MethodConfig:
     """Statistics of the full network: estimated anew, averaged over the workers, or those of each test batch."""
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
     """Momentum at a synchronisation: forgotten, kept in place, moved with its block, or also averaged where shared."""
+    outer: tuple[float, float] | None = None
+    """Rate and Nesterov momentum of an outer step along each round's mean change. Default: 0.7 0.9 for diloco."""
     scale: str = "inclusion"
     """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number."""
     sampling: Literal["all", "shard"] = "all"
@@ -84,7 +86,7 @@ class MachineConfig:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     processes: int | None = None
-    """Processes on this machine. Default: one for each GPU, or on the CPU one for each worker; never more than workers."""
+    """Processes on this machine. Default: one for each GPU, or on the CPU one for each worker."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast to bfloat16 in forward and backward. Weights stay in fp32."""
     channels_last: bool = False
@@ -159,21 +161,29 @@ class TrainConfig:
             raise UserError(
                 f"--processes {processes} exceeds --workers {method.workers}; a process hosts at least one worker"
             )
-        if method.strategy == "local_sgd":
+        if method.strategy != "resist":
             for flag, given in (
                 ("--warmup-rounds", method.warmup_rounds > 0),
                 ("--capacities", bool(method.capacities)),
                 ("--min-depth", method.min_depth is not None),
+                ("--outer", method.strategy == "ddp" and method.outer is not None),
             ):
                 if given:
-                    raise UserError(f"{flag} says nothing to --strategy local_sgd, where every worker holds all; leave it out")
+                    raise UserError(
+                        f"{flag} says nothing to --strategy {method.strategy}; leave it out"
+                    )
         self.strategy()
         self.scale()
 
     def strategy(self) -> Strategy:
         """The strategy that these options name."""
         m = self.method
-        everything = local_sgd(m.workers, m.local_steps, optimizer_state=m.optimizer_state)
+        outer = None if m.outer is None else Outer(*m.outer)
+        if m.strategy == "ddp":
+            return ddp(m.workers, m.local_steps)
+        if m.strategy == "diloco":
+            return diloco(m.workers, m.local_steps, optimizer_state=m.optimizer_state, outer=outer)
+        everything = local_sgd(m.workers, m.local_steps, optimizer_state=m.optimizer_state, outer=outer)
         if m.strategy == "local_sgd":
             return everything
         parts = resist(
@@ -182,6 +192,7 @@ class TrainConfig:
             min_depth=m.min_depth,
             capacities=m.capacities or None,
             optimizer_state=m.optimizer_state,
+            outer=outer,
         )
         return switch(everything, parts, at_round=m.warmup_rounds) if m.warmup_rounds else parts
 
@@ -196,6 +207,21 @@ class TrainConfig:
         if not 0 < number < math.inf:
             raise UserError(f"--scale {text!r} is not inclusion, 1/S, or a number above 0")
         return number
+
+    def arguments(self) -> list[str]:
+        """The command line that says this, without what is as it is by default."""
+        words: list[str] = []
+        for part in (getattr(self, f.name) for f in dataclasses.fields(self)):
+            for f in dataclasses.fields(part):
+                value = getattr(part, f.name)
+                if value == f.default:
+                    continue
+                words.append("--" + f.name.replace("_", "-"))
+                if isinstance(value, tuple):
+                    words += map(str, value)
+                elif value is not True:
+                    words.append(str(value))
+        return words
 
     def digest(self) -> dict[str, object]:
         """What has to be equal on all hosts; where files lie and what a host is made of may differ."""

@@ -92,10 +92,12 @@ def resist(
     return Strategy("resist", workers, local_steps, assign, optimizer_state, outer)
 
 
-def local_sgd(workers: int, local_steps: int = 50, *, optimizer_state: str = "travel") -> Strategy:
+def local_sgd(
+    workers: int, local_steps: int = 50, *, optimizer_state: str = "travel", outer: Outer | None = None
+) -> Strategy:
     """Local SGD: every worker trains the full network, and all weights are averaged every `local_steps` steps."""
 
-    return Strategy("local_sgd", workers, local_steps, _everything(workers), optimizer_state)
+    return Strategy("local_sgd", workers, local_steps, _everything(workers), optimizer_state, outer)
 
 
 def diloco(

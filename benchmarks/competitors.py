@@ -1,0 +1,296 @@
+"""What ResIST is measured against, each behind the same small face: a network to train, and a `synchronise` to call.
+
+resist, local_sgd   this package (`Job`), with keyword arguments after commas: resist,optimizer_state=travel,min_depth=8
+flat                local SGD by hand: the parameters lie in one flat tensor, one all-reduce averages it in place
+averager            torch's PeriodicModelAverager, called after every step as its documentation shows
+ddp                 torch's DistributedDataParallel: averages gradients in every step; nothing is left for the end
+published           the pattern that the paper describes: every worker keeps the full network; for every block a new
+                    process group of its holders and one reduce a tensor, then one more group and one broadcast a
+                    tensor; one all-reduce for each tensor of the shared part
+published-kept      the same with its groups made once and kept: what is left of the cost is the collective per tensor
+
+The published pattern gets the help that leaves it what it is: the owner of a block is a holder that goes on holding it
+where there is one, a block that stays where it is is neither reduced nor broadcast, and old groups are taken down
+outside the measured time. All methods here draw the same plans and carry the same tensors: parameters, and no
+BatchNorm statistics (the networks use those of each batch, as the authors' code does).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+import resist
+from resist.chains import Chain, choose_chains
+from resist.fold import OPTIMIZER_STATES
+from resist.job import build_seeded
+from resist.plan import Plan
+from resist.subnet import use_batch_statistics
+
+SEED = 0
+NAMES = ("resist", "local_sgd", "flat", "averager", "ddp", "published", "published-kept")
+OPTIONS = {"resist": ("optimizer_state", "min_depth", "capacities"), "local_sgd": ("optimizer_state",)}
+Build = Callable[[], nn.Module]
+
+
+class Method(Protocol):
+    """name; model: what this worker trains; optimizer: SGD with momentum, whose state exists already."""
+
+    name: str
+    model: nn.Module
+    optimizer: SGD
+
+    def synchronise(self) -> None:
+        """End a round. Every worker has to call it, and it waits for the others."""
+        ...
+
+    def tidy(self) -> None:
+        """What can be done after a round outside the measured time. Every worker has to call it."""
+        ...
+
+    def expected_bytes(self) -> int | None:
+        """Payload bytes that all workers together sent in the last `synchronise`, by formula; None: not predicted."""
+        ...
+
+    def counted_bytes(self) -> int | None:
+        """The same by the method's own ledger, where it keeps one."""
+        ...
+
+
+def make(spec: str, build: Build, workers: int, local_steps: int) -> Method:
+    """The method that `spec` describes. A process group has to exist, one process a worker."""
+    name, kwargs = _parse(spec)
+    if name in ("resist", "local_sgd"):
+        return Own(spec, build, _strategy(name, workers, local_steps, kwargs))
+    if name in ("published", "published-kept"):
+        return Published(build, workers, keep_groups=name == "published-kept")
+    if name == "averager":
+        return Averager(build, local_steps)
+    return Ddp(build) if name == "ddp" else Flat(build)
+
+
+def check(specs: Sequence[str], build: Build, workers: int, local_steps: int) -> None:
+    """Raise ValueError or UserError for what `make` would not accept, before any process is started."""
+    with torch.device("meta"):
+        chains = choose_chains(build())
+    for spec in specs:
+        name, kwargs = _parse(spec)
+        if name in ("resist", "local_sgd"):
+            strategy = _strategy(name, workers, local_steps, kwargs)
+            if strategy.optimizer_state not in OPTIMIZER_STATES:
+                raise ValueError(f"method {spec!r}: optimizer_state is not one of {', '.join(OPTIMIZER_STATES)}")
+            for chain in chains:
+                strategy.assign(chain.num_blocks, chain.name, SEED, 0)
+
+
+def _parse(spec: str) -> tuple[str, dict[str, str]]:
+    name, *options = spec.split(",")
+    kwargs = dict(option.split("=", 1) for option in options if "=" in option)
+    if name not in NAMES:
+        raise ValueError(f"method {name!r} is not one of {', '.join(NAMES)}")
+    allowed = OPTIONS.get(name, ())
+    if len(kwargs) != len(options) or not kwargs.keys() <= set(allowed):
+        raise ValueError(f"method {spec!r}: the options of {name} are {', '.join(allowed) or 'none'}")
+    return name, kwargs
+
+
+def _strategy(name: str, workers: int, local_steps: int, kwargs: dict[str, str]) -> resist.Strategy:
+    if name == "local_sgd":
+        return resist.local_sgd(workers, local_steps, **kwargs)
+    options: dict[str, object] = dict(kwargs)
+    if "min_depth" in kwargs:
+        options["min_depth"] = int(kwargs["min_depth"])
+    if "capacities" in kwargs:
+        options["capacities"] = [int(capacity) for capacity in kwargs["capacities"].split("/")]
+    return resist.resist(workers, local_steps, **options)  # type: ignore[arg-type]
+
+
+class Own:
+    """This package, as a user calls it."""
+
+    def __init__(self, spec: str, build: Build, strategy: resist.Strategy) -> None:
+        self.name = spec
+        self.job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", timeout_s=120.0)
+        self.model = self.job.model
+        self.optimizer = momentum_sgd(self.model)
+        self._steps = strategy.local_steps
+        self._before = self.job.plans_of(0)
+
+    def synchronise(self) -> None:
+        self._before = self.job.plans_of(self.job.round)
+        if not self.optimizer.state and self.job.strategy.optimizer_state != "reset":
+            raise AssertionError("the optimizer has no state that could be carried")
+        for _ in range(self._steps):
+            self.job.step(self.optimizer)
+
+    def tidy(self) -> None:
+        pass
+
+    def counted_bytes(self) -> int:
+        return sum(self.job.ledger.take()["bytes"].values())  # type: ignore[attr-defined]
+
+    def expected_bytes(self) -> int:
+        """From the plans alone, without `resist.schedule`. A folded block needs a message from each holder but its
+        owner, then one to each next holder but its owner, who is one of them unless all holders give the block away."""
+        workers, subnet = self.job.strategy.workers, self.job.workers[0].subnet
+        state = self.job.strategy.optimizer_state
+        moved, averaged = 1 + (state in ("travel", "average")), 1 + (state == "average")
+        plans, next_plans = self._before, self.job.plans
+        if all(plan.held_by_all for plan in plans.values()):
+            return averaged * 2 * (workers - 1) * subnet.flat.nbytes
+        total = averaged * 2 * (workers - 1) * subnet.shared.nbytes
+        for chain, layout in zip(subnet.chains, subnet.block_layouts, strict=True):
+            for block in range(chain.num_blocks):
+                holders, targets = set(plans[chain.name].holders(block)), set(next_plans[chain.name].holders(block))
+                messages = len(holders) - 1 + len(targets) - bool(holders & targets)
+                total += moved * messages * layout.numel * subnet.dtype.itemsize
+        return total
+
+
+class _Full:
+    """A method whose workers hold the full network."""
+
+    name: str
+
+    def __init__(self, build: Build) -> None:
+        self.model: nn.Module = build_seeded(build, SEED)
+        use_batch_statistics(self.model)
+        self.workers = dist.get_world_size()
+
+    def tidy(self) -> None:
+        pass
+
+    def counted_bytes(self) -> None:
+        return None
+
+    def expected_bytes(self) -> int | None:
+        """A ring all-reduce of everything."""
+        return 2 * (self.workers - 1) * sum(parameter.nbytes for parameter in self.model.parameters())
+
+
+class Flat(_Full):
+    name = "flat"
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        parameters = list(self.model.parameters())
+        self.flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+        for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.data = part.view(parameter.shape)
+        self.optimizer = momentum_sgd(self.model)
+
+    @torch.no_grad()
+    def synchronise(self) -> None:
+        dist.all_reduce(self.flat)
+        self.flat.div_(self.workers)
+
+
+class Averager(_Full):
+    name = "averager"
+
+    def __init__(self, build: Build, local_steps: int) -> None:
+        super().__init__(build)
+        self.optimizer = momentum_sgd(self.model)
+        self.period = local_steps
+        self.averager = PeriodicModelAverager(period=local_steps)
+        for parameter in self.model.parameters():  # it passes over parameters that have no gradient
+            parameter.grad = torch.zeros_like(parameter)
+
+    def synchronise(self) -> None:
+        """The calls of one round: it averages in one of them and counts in the others."""
+        for _ in range(self.period):
+            self.averager.average_parameters(self.model.parameters())
+
+
+class Ddp(_Full):
+    name = "ddp"
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        self.optimizer = momentum_sgd(self.model)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model`, which has the parameters of `self.model`, under DDP, with gradients as views, which saves a copy."""
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def synchronise(self) -> None:
+        pass
+
+
+class Published(_Full):
+    def __init__(self, build: Build, workers: int, keep_groups: bool) -> None:
+        super().__init__(build)
+        self.name = "published-kept" if keep_groups else "published"
+        self.optimizer = momentum_sgd(self.model)
+        self.rank, self.round, self.keep = dist.get_rank(), 0, keep_groups
+        self.strategy = resist.resist(workers)
+        self.chains = choose_chains(self.model)
+        self.groups: dict[object, object] = {}
+        inside = {id(t) for chain in self.chains for b in range(chain.num_blocks) for t in self._tensors(chain, b)}
+        self.others = [t for t in self.model.parameters() if id(t) not in inside]
+
+    @torch.no_grad()
+    def synchronise(self) -> None:
+        for chain in self.chains:
+            plan, following = self._plan(chain, self.round), self._plan(chain, self.round + 1)
+            for block in range(chain.num_blocks):
+                holders, targets = plan.holders(block), following.holders(block)
+                owner = next((worker for worker in holders if worker in targets), holders[0])
+                self._reduce(self._tensors(chain, block), owner, holders)
+                self._broadcast(self._tensors(chain, block), owner, tuple(sorted({owner, *targets})))
+        for tensor in self.others:
+            dist.all_reduce(tensor)
+            tensor.div_(self.workers)
+        self.round += 1
+
+    def tidy(self) -> None:
+        if not self.keep:
+            for group in self.groups.values():
+                if group is not dist.GroupMember.NON_GROUP_MEMBER:
+                    dist.destroy_process_group(group)  # type: ignore[arg-type]
+            self.groups.clear()
+
+    def expected_bytes(self) -> None:
+        return None  # how gloo reduces and broadcasts is its own affair
+
+    def _reduce(self, tensors: list[Tensor], owner: int, members: tuple[int, ...]) -> None:
+        group = self._group(members)
+        if self.rank in members and len(members) > 1:
+            for tensor in tensors:
+                dist.reduce(tensor, dst=owner, group=group)  # type: ignore[arg-type]
+                if self.rank == owner:
+                    tensor.div_(len(members))
+
+    def _broadcast(self, tensors: list[Tensor], owner: int, members: tuple[int, ...]) -> None:
+        group = self._group(members)
+        if self.rank in members and len(members) > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=owner, group=group)  # type: ignore[arg-type]
+
+    def _group(self, members: tuple[int, ...]) -> object:
+        """A group of `members`; every process has to ask for it, in the same order."""
+        key: object = members if self.keep else len(self.groups)
+        if key not in self.groups:
+            self.groups[key] = dist.new_group(list(members))
+        return self.groups[key]
+
+    def _tensors(self, chain: Chain, block: int) -> list[Tensor]:
+        return list(self.model.get_submodule(chain.block_name(block)).parameters())
+
+    def _plan(self, chain: Chain, round: int) -> Plan:
+        return self.strategy.assign(chain.num_blocks, chain.name, SEED, round)
+
+
+def momentum_sgd(model: nn.Module) -> SGD:
+    """SGD with momentum whose state exists: one step with gradients of zero, which leaves the weights as they are."""
+    optimizer = SGD(model.parameters(), lr=0.03, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer

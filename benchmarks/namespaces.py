@@ -1,0 +1,157 @@
+"""An emulated network on one Linux machine: hosts that are network namespaces, joined by a switch, each link limited.
+
+    with network(4, rate_bit_s=100_000_000) as hosts:
+        subprocess.run(hosts[0].enter + ["hostname"])
+
+    host 0 (198.18.0.1) -- link --+
+    host 1 (198.18.0.2) -- link --+-- bridge, in a namespace of its own
+    ...
+
+A link carries `rate_bit_s` in each direction (tc tbf at both ends). Its queues are deep enough that nothing is dropped
+for want of room, unlike those of a real switch: what the counters show is payload, headers and acknowledgements. The
+addresses are those that RFC 2544 sets aside for benchmarks, and the namespaces have no way out.
+
+Everything is named after the process that made it and is removed when the `with` ends, however it ends; what a killed
+process left behind is removed by the next one.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+PREFIX = "resist-wire-"
+INTERFACE = "eth0"
+QUEUE_BYTES = 16 << 20
+
+
+class CannotEmulateError(Exception):
+    """This machine, or this user, cannot have network namespaces. The message is one line and says why."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A namespace. `enter`: put it before a command to run that command inside."""
+
+    namespace: str
+    address: str
+
+    @property
+    def enter(self) -> list[str]:
+        return ["ip", "netns", "exec", self.namespace]
+
+
+@contextmanager
+def network(num_hosts: int, rate_bit_s: float) -> Iterator[list[Host]]:
+    """`num_hosts` joined hosts. Turns SIGTERM into SystemExit while they are up. Raises CannotEmulateError."""
+    if os.geteuid() != 0:
+        raise CannotEmulateError("network namespaces need root, which this is not; run it with sudo")
+    for tool in ("ip", "tc"):
+        if shutil.which(tool) is None:
+            raise CannotEmulateError(f"the program {tool} is missing; install iproute2 (apt-get install iproute2)")
+    _remove_left_overs()
+    run = f"{PREFIX}{os.getpid()}-"
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield _create(run, num_hosts, rate_bit_s)
+    finally:
+        deaf = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        _remove(run)
+        signal.signal(signal.SIGINT, deaf[signal.SIGINT])
+        signal.signal(signal.SIGTERM, before)
+
+
+def sent_bytes() -> int:
+    """What the interface of the host that this process runs in has sent, headers included."""
+    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
+
+
+def parse_rate(text: str) -> float:
+    """Bits per second of "100mbit" or "1gbit". Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"rate {text!r} does not read like 100mbit or 1gbit, above 0")
+    return float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
+
+
+def _create(run: str, num_hosts: int, rate_bit_s: float) -> list[Host]:
+    hub = f"{run}hub"
+    hosts = [Host(f"{run}{number}", f"198.18.0.{number + 1}") for number in range(num_hosts)]
+    for namespace in (hub, *(host.namespace for host in hosts)):
+        _ip("netns", "add", namespace)
+        quiet = "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6"  # its chatter would be counted
+        subprocess.run(["ip", "netns", "exec", namespace, "sh", "-c", quiet], capture_output=True)
+        _ip("-n", namespace, "link", "set", "lo", "up")
+    _ip("-n", hub, "link", "add", "switch", "type", "bridge")
+    _ip("-n", hub, "link", "set", "switch", "up")
+    for number, host in enumerate(hosts):
+        port = f"port{number}"
+        _ip("-n", hub, "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", host.namespace)
+        _ip("-n", hub, "link", "set", port, "master", "switch", "up")
+        _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", INTERFACE)
+        _ip("-n", host.namespace, "link", "set", INTERFACE, "up")
+        for namespace, device in ((hub, port), (host.namespace, INTERFACE)):
+            _limit(namespace, device, rate_bit_s)
+    return hosts
+
+
+def _limit(namespace: str, device: str, rate_bit_s: float) -> None:
+    """The bucket holds 2 ms at the rate, and at the least two of the largest packets that TCP hands to an interface: if
+    it were smaller, these would be cut up, and their headers counted once for every 1,500 bytes."""
+    burst = max(128 << 10, int(rate_bit_s / 8 * 0.002))
+    rate = f"{int(rate_bit_s)}bit"
+    command = ["tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", "rate", rate]
+    _call([*command, "burst", str(burst), "limit", str(QUEUE_BYTES)])
+
+
+def _remove_left_overs() -> None:
+    for namespace in _namespaces():
+        match = re.match(rf"{PREFIX}(\d+)-", namespace)
+        if match and not _is_alive(int(match[1])):
+            _remove(match[0])
+
+
+def _remove(run: str) -> None:
+    """End what still runs in the namespaces of `run`, and delete them; the links go with them."""
+    for namespace in _namespaces():
+        if namespace.startswith(run):
+            inside = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout
+            for pid in map(int, inside.split()):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
+
+
+def _namespaces() -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    return [line.split()[0] for line in listed.splitlines() if line]
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether `pid` is a process that may own namespaces, and not a later one that got its number."""
+    try:
+        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _ip(*arguments: str) -> None:
+    _call(["ip", *arguments])
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip().splitlines()
+        raise CannotEmulateError(f"`{' '.join(command)}` failed: {reason[-1] if reason else 'it does not say why'}")

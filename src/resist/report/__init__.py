@@ -1,0 +1,1 @@
+"""What run directories tell: everything here reads their files and nothing else."""

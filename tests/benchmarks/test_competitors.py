@@ -1,0 +1,65 @@
+"""The competitors compute what they claim to: the same means as this package, only by other messages."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import competitors
+from resist.models import build
+from resist.plan import keyed_int
+
+WORKERS, ROUNDS = 3, 3
+
+
+def network() -> nn.Module:
+    return build("preact_resnet101", num_classes=3, sections=(1, 1, 6, 1), width=4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_competitors_end_with_the_weights_of_this_package(tmp_path: Path) -> None:
+    mp.spawn(compare, args=(str(tmp_path / "store"),), nprocs=WORKERS)  # type: ignore[attr-defined]
+
+
+def compare(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
+    resist = weights_after_rounds("resist,optimizer_state=reset", rank)
+    for name in ("published", "published-kept"):
+        theirs = weights_after_rounds(name, rank)
+        assert len(resist) < len(theirs)
+        for key, ours in resist.items():
+            torch.testing.assert_close(theirs[key], ours, msg=lambda text, at=f"{name} {key}": f"{at}: {text}")
+    local_sgd = weights_after_rounds("local_sgd", rank)
+    for name in ("flat", "averager"):
+        for key, theirs_ in weights_after_rounds(name, rank).items():
+            torch.testing.assert_close(theirs_, local_sgd[key], msg=lambda text, at=f"{name} {key}": f"{at}: {text}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def weights_after_rounds(spec: str, rank: int) -> dict[str, Tensor]:
+    """By global name, what worker `rank` holds after rounds in which each weight is moved at random, by worker."""
+    method = competitors.make(spec, network, WORKERS, local_steps=2)
+    for round in range(ROUNDS):
+        for name, weight in global_weights(method).items():
+            generator = torch.Generator().manual_seed(keyed_int(name, round, rank))
+            weight += torch.randn(weight.shape, generator=generator)
+        method.synchronise()
+        method.tidy()
+    return {name: weight.clone() for name, weight in global_weights(method).items()}
+
+
+def global_weights(method: competitors.Method) -> dict[str, Tensor]:
+    if isinstance(method, competitors.Own):
+        worker, job = method.job.workers[0], method.job
+        return worker.subnet.state([job.plans[chain.name].blocks[worker.index] for chain in job.chains])
+    return {name: parameter.detach() for name, parameter in method.model.named_parameters()}
+

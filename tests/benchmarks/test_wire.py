@@ -1,0 +1,150 @@
+"""The emulated network: what the interfaces count is what the ledger booked, and nothing is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import namespaces  # noqa: E402
+
+# Blocks of 1.2 MB: small enough for seconds, large enough for headers and barriers to be less than 1 %.
+SMALL = ["--rate", "1gbit", "--sections", "1", "1", "9", "1", "--width", "32", "--local-steps", "2", "--rounds", "2"]
+COMMAND = [sys.executable, str(BENCHMARKS / "wire.py"), *SMALL, "--batch", "1", "--no-record", "--json"]
+POLICIES = ["resist,min_depth=0,optimizer_state=reset", "resist,min_depth=5,optimizer_state=travel", "local_sgd"]
+UNEQUAL = {2: "resist,capacities=7/3,optimizer_state=average", 4: "resist,capacities=5/3/2/1,optimizer_state=average"}
+
+
+@pytest.fixture(scope="module")
+def allowed() -> None:
+    """Skips where the kernel, the user or the machine does not allow namespaces, and says which."""
+    try:
+        with namespaces.network(2, 1e9):
+            pass
+    except namespaces.CannotEmulateError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def running(allowed: None) -> Iterator[subprocess.Popen[bytes]]:
+    """A run whose namespaces are up and whose hosts are busy."""
+    command = [*COMMAND, "--workers", "2", "--compute-s", "30", "30"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(inside(process.pid)) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "the hosts did not start"
+        time.sleep(0.05)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_ledger_is_the_formula_and_what_the_interfaces_count(allowed: None, workers: int) -> None:
+    methods = [*POLICIES, UNEQUAL[workers]]
+    command = [*COMMAND, "--workers", str(workers), "--methods", *methods]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["methods"]
+    assert [row["method"] for row in rows] == methods
+    for row in rows:
+        assert row["ledger_bytes"] == row["formula_bytes"], row["method"]
+        for wire, ledger in zip(row["wire_bytes"], row["ledger_bytes"], strict=True):
+            assert 0 <= wire - ledger <= 0.01 * ledger, row["method"]
+    assert not left(os.getpid())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_removes_its_namespaces(running: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    hosts = inside(running.pid)
+    running.send_signal(number)
+    assert running.wait(timeout=30) != 0
+    assert not left(running.pid)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in hosts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_what_a_killed_run_leaves_the_next_one_removes(running: subprocess.Popen[bytes]) -> None:
+    running.kill()
+    running.wait()
+    assert left(running.pid)
+    with namespaces.network(2, 1e9) as hosts:
+        assert not left(running.pid)
+        assert [host.namespace for host in hosts] == [f"{namespaces.PREFIX}{os.getpid()}-{n}" for n in range(2)]
+    assert not left(os.getpid())
+
+
+def test_an_exception_inside_removes_the_namespaces(allowed: None) -> None:
+    def fail() -> None:
+        with namespaces.network(2, 1e9):
+            assert left(os.getpid())
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not left(os.getpid())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rate", "0mbit"], "'0mbit'"),
+        (["--rate", "-1gbit"], "-1gbit"),
+        (["--rate", "fast"], "'fast'"),
+        (["--workers", "1"], "at least 2"),
+        (["--workers", "9"], "9 exceeds the 8 blocks"),
+        (["--methods", "gossip"], "'gossip'"),
+        (["--methods", "flat,min_depth=3"], "flat"),
+        (["--methods", "resist,min_depth=30"], "30 exceeds the 8 blocks"),
+        (["--model", "vgg"], "vgg"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], says: str) -> None:
+    joined = [arguments[0] + "=" + arguments[1]] if arguments[1].startswith("-") else arguments
+    done = subprocess.run([*COMMAND, *joined], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.timeout(60)
+def test_without_the_tools_it_says_so_and_ends_with_2() -> None:
+    done = subprocess.run(COMMAND, capture_output=True, text=True, env={**os.environ, "PATH": "/nonexistent"})
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "iproute2" in done.stderr or "root" in done.stderr
+
+
+def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(namespaces.CannotEmulateError, match="root"), namespaces.network(2, 1e9):
+        pass
+
+
+def left(pid: int) -> list[str]:
+    """The namespaces of the run that process `pid` is."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return [line.split()[0] for line in listed.splitlines() if line.startswith(f"{namespaces.PREFIX}{pid}-")]
+
+
+def inside(pid: int) -> list[str]:
+    """The processes in these namespaces."""
+    pids: list[str] = []
+    for namespace in left(pid):
+        pids += subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout.split()
+    return pids
