@@ -113,6 +113,68 @@ def test_bad_input_ends_in_one_line_and_status_2(capsys, tmp_path, arguments: li
     assert not out.exists()
 
 
+def test_cost_prints_the_papers_first_table(capsys) -> None:
+    arguments = ["cost", "--model", "preact_resnet101", "--num-classes", "100", "--image-size", "32", "--batch-size", "2"]
+    status, text, _ = resist(capsys, *arguments, "--workers", "2", "4", "8", "--json")
+    assert status == 0
+    found = {(row["strategy"], row["workers"]): round(row["paper_gb"], 3) for row in json.loads(text)["strategies"]}
+    assert [found["local_sgd", s] for s in (2, 4, 8)] == [0.662, 1.325, 2.649]
+    assert [found["resist", s] for s in (2, 4, 8)] == [0.455, 0.720, 1.289]
+    status, text, _ = resist(capsys, *arguments, "--workers", "4", "--link-gbit-s", "1", "--images-s", "1000")
+    assert status == 0
+    assert "4 workers: resist is quickest per image" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--link-gbit-s", "0", "--images-s", "5"], "link_gbit_s=0 is not a rate"),
+        (["--link-gbit-s", "-1", "--images-s", "5"], "link_gbit_s=-1 is not a rate"),
+        (["--link-gbit-s", "1", "--images-s", "0"], "images_s=0"),
+        (["--link-gbit-s", "1"], "seconds need both"),
+        (["--images-s", "1"], "seconds need both"),
+        (["--latency-ms", "1"], "says nothing without --link-gbit-s"),
+        (["--workers", "9"], "workers=9 exceeds the 8 blocks"),
+        (["--workers", "0"], "workers=0 is too small"),
+        (["--sections", "1", "1", "1", "1"], "the model has no chain"),
+        (["--strategies", "magic"], "magic"),
+    ],
+)
+def test_cost_refuses_in_one_line(capsys, arguments: list[str], text: str) -> None:
+    status, _, err = resist(capsys, "cost", "--width", "4", "--batch-size", "2", *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert text in err
+
+
+def test_compare_trains_each_strategy_and_draws(capsys, tmp_path) -> None:
+    out = tmp_path / "both"
+    arguments = ["compare", *SMALL, "--processes", "1", "--seeds", "0", "1", "--out", str(out)]
+    status, text, _ = resist(capsys, *arguments)
+    assert status == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "compare.json", "compare.png", "compare.svg", "local_sgd-seed0", "local_sgd-seed1", "resist-seed0", "resist-seed1",
+    ]  # fmt: skip
+    rows = {row["strategy"]: row for row in json.loads((out / "compare.json").read_text())["rows"]}
+    assert rows["resist"]["bytes"] < rows["local_sgd"]["bytes"]
+    assert rows["local_sgd"]["speed_up"]["time"] == 1
+    assert rows["resist"]["steps"] == rows["local_sgd"]["steps"] == 9
+    assert rows["resist"]["accuracy_sd"] is not None
+    assert "<svg" in (out / "compare.svg").read_text()
+    assert "local_sgd" in text
+
+
+def test_compare_refuses_options_of_a_single_run(capsys, tmp_path) -> None:
+    for arguments, text in (
+        (["--seed", "1"], "compare takes --seeds"),
+        (["--strategy", "resist"], "compare takes --strategies"),
+        (["--strategies", "magic"], "--strategy 'magic' is not one of resist, local_sgd, diloco, ddp"),
+        (["--strategies", "resist", "resist"], "once"),
+    ):
+        status, _, err = resist(capsys, "compare", *arguments, "--out", str(tmp_path / "x"))
+        assert (status, err.count("\n")) == (2, 1)
+        assert text in err
+
+
 def test_missing_data_says_where_files_belong(capsys, tmp_path, monkeypatch) -> None:
     def unreachable(*_args, **_kwargs):
         raise OSError("no route to host")

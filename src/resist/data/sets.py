@@ -35,6 +35,12 @@ def load(name: str, data_dir: str | Path = "data", *, download: bool = True) -> 
     raise UserError(f"data={name!r} is not known; choose one of {', '.join(DATASETS)}")
 
 
+def image_size_of(name: str) -> int:
+    """Height and width of the images of a data set."""
+    num_classes_of(name)
+    return 16 if name == "digits" else 32
+
+
 def num_classes_of(name: str) -> int:
     if name not in DATASETS:
         raise UserError(f"data={name!r} is not known; choose one of {', '.join(DATASETS)}")

@@ -63,11 +63,11 @@ def _row(runs: Sequence[History], target: float | None) -> dict[str, Any]:
 def print_comparison(facts: dict[str, Any], console: Console) -> None:
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     target = facts["equal_accuracy"]
-    equal = "equal" if target is None else f"to {100 * target:.1f} %"
-    names = ("accuracy, %", "time, s", "compute, s", "exchange, s", "sent, MB", f"time {equal}, s", f"sent {equal}, MB")
+    equal = "equal" if target is None else f"to {100 * target:.1f}%"
+    names = ("test %", "time s", "comp. s", "exch. s", "sent MB", f"s {equal}", f"MB {equal}", "speed-up")
     table.add_column("strategy", no_wrap=True)
-    for name in (*names, "speed- up"):
-        table.add_column(name, justify="right", min_width=6)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in facts["rows"]:
         spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
         accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
@@ -106,7 +106,10 @@ def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None
         axes.set_xlabel(label)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
+        if label.startswith("sent"):
+            axes.set_xscale("log")  # strategies differ by orders of magnitude
+        else:
+            axes.set_xlim(left=0)
     all_axes[0].set_ylabel("test accuracy, %")
     handles, labels = all_axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))

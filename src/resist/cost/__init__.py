@@ -1,0 +1,19 @@
+"""What a strategy will cost, predicted from plans, schedules and tensors on the meta device: nothing is trained.
+
+    report = predict(build_model, workers=(2, 4, 8), link=Link(gbit_s=1, latency_ms=0.2), speed=Speed(images_s=2000))
+    print_table(report, Console())
+    report.to_json()
+
+traffic.py counts messages, footprint.py memory and FLOPs, timing.py seconds; predict.py puts them together.
+"""
+
+from resist.cost.footprint import Memory, Network
+from resist.cost.predict import STRATEGIES, predict
+from resist.cost.report import Report, Row, print_table
+from resist.cost.timing import Link, Seconds, Speed, calibrate
+from resist.cost.traffic import Traffic
+
+__all__ = [
+    "STRATEGIES", "Link", "Memory", "Network", "Report", "Row", "Seconds", "Speed", "Traffic",
+    "calibrate", "predict", "print_table",
+]  # fmt: skip
