@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from provenance import provenance
 from torch import Tensor, nn
 
 import resist
+from provenance import provenance
 from resist.data import Images, Loader, load
 from resist.job import Job, recalibrate
 from resist.models import build
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace, train: Images, test: Images) -> dict[str, obje
     )
     optimizers = [optimizer_of(job, worker.index, args.chain_lr) for worker in job.workers]
     loaders = [
-        Loader(train, batch_size=64, seed=args.seed, worker=worker.index, workers=args.workers) for worker in job.workers
+        Loader(train, batch_size=64, seed=args.seed, worker=worker.index, workers=args.workers)
+        for worker in job.workers
     ]
     steps, train_s, curve = args.rounds * args.local_steps, 0.0, {}
     start = time.process_time()
@@ -133,7 +134,8 @@ def readings(job: Job, train: Images, test: Images) -> dict[str, dict[str, float
         use_batch_statistics(batch)
         recalibrate(anew, estimation_batches(train), torch.device("cpu"))
         for name, model in (("average", averaged), ("batch", batch), ("recalibrate", anew)):
-            result[f"{name}, scale {scale}"] = {"of_5000": accuracy(model, test, 5000), "of_10000": accuracy(model, test, 10000)}
+            found = {f"of_{num}": accuracy(model, test, num) for num in (5000, 10000)}
+            result[f"{name}, scale {scale}"] = found
     return result
 
 

@@ -39,12 +39,12 @@ def test_a_run_is_added_up_without_evaluations(tmp_path: Path) -> None:
 
 def test_a_cut_last_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     assert len(read_history(run(tmp_path, [*GOOD, GOOD[0][:30]])).rounds) == 3
-    with pytest.raises(UserError, match="line 2 of .* is damaged"):
+    with pytest.raises(UserError, match=r"line 2 of .* is damaged"):
         read_history(run(tmp_path, [GOOD[0], GOOD[1][:30] + "\n", GOOD[2]]))
     with pytest.raises(UserError, match="holds no round"):
         read_history(run(tmp_path, []))
+    (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        (tmp_path / "metrics.jsonl").unlink()
         read_history(tmp_path)
 
 

@@ -49,10 +49,10 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "resist", *arguments)
     except ChildFailedError as failed:
-        _, first = failed.get_first_failure()
+        rank, first = failed.get_first_failure()
         if first.exitcode < 0:
             name = signal.Signals(-first.exitcode).name
-            print(f"resist: process {first.global_rank} was ended by {name}; the others were stopped", file=sys.stderr)
+            print(f"resist: process {rank} was ended by {name}; the others were stopped", file=sys.stderr)
             return 1
         return first.exitcode
     except SignalException as ended:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one bar on a terminal, a line now and then elsewhere. One process shows it."""
+"""What a person sees while a run goes on: a bar on a terminal, lines elsewhere, from one process."""
 
 import time
 from collections.abc import Mapping
@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from resist.job import Job
 from resist.runs import Run
@@ -14,6 +15,9 @@ from resist.schedule import allreduce_bytes
 
 # Without a terminal, seconds between two lines.
 EVERY_S = 10.0
+
+# Kinds of seconds that belong to training.
+TIMED = ("compute", "wait", "sync")
 
 
 class Progress:
@@ -27,8 +31,13 @@ class Progress:
         self.accuracy: float | None = None
         self._last_line = 0.0
         self._bar = Bar(
-            TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn(),
-            console=self.console, disable=run is None or not self.console.is_terminal,
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=run is None or not self.console.is_terminal,
         )
         self._task = self._bar.add_task("", total=rounds, state="")
 
@@ -36,7 +45,9 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
         if self.run is not None:
             self.run.close()
@@ -48,7 +59,7 @@ class Progress:
         for kind, value in record["seconds"].items():
             self.seconds[kind] = self.seconds.get(kind, 0.0) + value
         self.images += record["images"]
-        self.bytes += sum(record["bytes"].get(kind, 0) for kind in ("shared", "blocks", "state"))
+        self.bytes += sum(num for kind, num in record["bytes"].items() if kind != "evaluate")
         state = f"loss {record['loss']:.4f}"
         if record["accuracy"] is not None:
             self.accuracy = record["accuracy"]
@@ -63,19 +74,19 @@ class Progress:
 
     def finish(self, job: Job) -> None:
         """The account at the end."""
-        if self.run is None:
+        if self.run is None or not self.seconds:
             return
         self._bar.stop()
         workers, subnet = job.strategy.workers, job.workers[0].subnet
         whole = subnet.numel([chain.num_blocks for chain in job.chains])
         everything = workers * allreduce_bytes(whole * subnet.dtype.itemsize, workers) * self.rounds
-        busy = self.seconds["compute"] + self.seconds["wait"] + self.seconds["sync"]
+        busy = sum(self.seconds[name] for name in TIMED)
         lines = [
             f"test accuracy   {100 * (self.accuracy or 0):.2f} % of the full network",
-            f"time            {busy:.1f} s: compute {self.seconds['compute']:.1f}, exchange {self.seconds['sync']:.1f}, "
-            f"waiting {self.seconds['wait']:.1f}; evaluation {self.seconds['evaluate']:.1f} s beside it",
+            f"time            {busy:.1f} s: " + ", ".join(f"{name} {self.seconds[name]:.1f}" for name in TIMED)
+            + f"; evaluation {self.seconds['evaluate']:.1f} s beside it",
             f"a worker        held {subnet.flat.numel() / whole:.0%} of the network's {whole:,} weights",
-            f"sent            {megabytes(self.bytes)} by all workers ({megabytes(everything)} for local SGD, weights only)",
+            f"sent            {megabytes(self.bytes)} by all workers; local SGD: {megabytes(everything)} for its weights",
             f"kept in         {self.run.path}",
         ]
         self.console.print("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Training as the command line does it: the plain loop around a `Job`, with data, rates, metrics and a run directory."""
+"""Training as the command line does it: the loop around a `Job`, with data, rates, metrics and a run directory."""
 
 import json
 import math
@@ -14,12 +14,12 @@ from torch import Tensor
 
 import resist
 from resist.checkpoint import FILE, save_full
-from resist.comm import Transport, connect
+from resist.comm import Transport, check_agreement, connect
 from resist.config import OptimisationConfig, TrainConfig
 from resist.data import Images, Loader, load
 from resist.errors import AgreedError, UserError
 from resist.evaluate import calibration_batches, network, test_accuracy
-from resist.job import Job, Worker, check_agreement
+from resist.job import Job, Worker
 from resist.progress import Progress
 from resist.runs import Run, default_out
 from resist.tasks.classification import loss
@@ -77,7 +77,7 @@ class Trainer:
             sampling=config.method.sampling,
         )
         self.index = worker.index
-        self._model: Callable[[Tensor], Tensor] = torch.compile(worker.model) if config.machine.compile else worker.model
+        self._model = torch.compile(worker.model) if config.machine.compile else worker.model
         self._parts, self._bf16 = o.accumulate, config.machine.precision == "bf16"
         self._format = torch.channels_last if config.machine.channels_last else torch.contiguous_format
 
@@ -139,7 +139,9 @@ def _loop(
             job.step(*optimizers)
             job.finish()  # the last round may be short
             seconds["sync"] = clock.lap()
-            accuracy = _evaluate(job, train_set, test_set, run, last=job.round == rounds) if job.round in tested else None
+            accuracy = None
+            if job.round in tested:
+                accuracy = _evaluate(job, train_set, test_set, run, last=job.round == rounds)
             seconds["evaluate"] = clock.lap()
             record: dict[str, object] = {
                 "round": job.round,
@@ -163,7 +165,7 @@ def _loop(
 
 
 def _compare(job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float) -> list[dict[str, float]]:
-    """Every worker's mean loss and seconds of this round, known to all before anything is folded. Waits for the slowest.
+    """Every worker's mean loss and seconds, known to all before anything is folded. Waits for the slowest.
 
     Raises AgreedError when a worker's loss is no longer a number.
     """
@@ -187,7 +189,7 @@ def _evaluate(job: Job, train_set: Images, test_set: Images, run: Run | None, *,
     if full is None or run is None:
         return None
     if last:
-        save_full(full, job.chains, job._scales(), run.path / FILE)
+        save_full(full, job.chains, job.scales, run.path / FILE)
     return round(test_accuracy(full, test_set), 6)
 
 
@@ -242,8 +244,8 @@ def digest(*sets: Images) -> str:
     """A short text that differs where the images or labels of two data sets differ."""
     key = blake2b(digest_size=8)
     for one in sets:
-        key.update(one.images.contiguous().numpy())
-        key.update(one.labels.numpy())
+        key.update(memoryview(one.images.contiguous().numpy()))
+        key.update(memoryview(one.labels.numpy()))
     return key.hexdigest()
 
 
