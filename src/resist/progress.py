@@ -86,7 +86,7 @@ class Progress:
             f"time            {busy:.1f} s: " + ", ".join(f"{name} {self.seconds[name]:.1f}" for name in TIMED)
             + f"; evaluation {self.seconds['evaluate']:.1f} s beside it",
             f"a worker        held {subnet.flat.numel() / whole:.0%} of the network's {whole:,} weights",
-            f"sent            {megabytes(self.bytes)} by all workers; local SGD: {megabytes(everything)} for its weights",
+            f"sent            {megabytes(self.bytes)} by all workers; local SGD: {megabytes(everything)} of weights",
             f"kept in         {self.run.path}",
         ]
         self.console.print("\n".join(lines))

@@ -244,8 +244,8 @@ def digest(*sets: Images) -> str:
     """A short text that differs where the images or labels of two data sets differ."""
     key = blake2b(digest_size=8)
     for one in sets:
-        key.update(memoryview(one.images.contiguous().numpy()))
-        key.update(memoryview(one.labels.numpy()))
+        key.update(one.images.contiguous().numpy().tobytes())
+        key.update(one.labels.numpy().tobytes())
     return key.hexdigest()
 
 
