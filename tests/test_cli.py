@@ -72,6 +72,17 @@ def test_processes_and_torchrun_give_the_same_run(capsys, tmp_path) -> None:
     assert losses["four"] == pytest.approx(losses["one"], abs=1e-3)
 
 
+def test_a_run_ends_early_when_its_budget_is_used_up(capsys, tmp_path) -> None:
+    for budget, rounds in (("gb=0.0000001", 2), ("seconds=0.000001", 1), ("accuracy=0.0001", 3), ("gb=9", 3)):
+        out = tmp_path / budget
+        status, _, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--until", budget, "--out", str(out))
+        assert status == 0
+        found = accuracies(out)
+        assert len(found) == rounds
+        assert found[-1] is not None
+        assert (out / "model.safetensors").is_file()
+
+
 def test_plan_names_the_papers_counts(capsys) -> None:
     arguments = ["plan", "--model", "preact_resnet101", "--num-classes", "100", "--workers", "4"]
     status, text, _ = resist(capsys, *arguments)

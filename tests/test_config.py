@@ -56,6 +56,9 @@ def refused(**parts: object) -> str:
         ("machine", "processes", 5, "--processes 5 exceeds --workers 4"),
         ("machine", "timeout_s", 0.0, "--timeout-s 0.0"),
         ("run", "evaluations", 0, "--evaluations 0"),
+        ("run", "until", ("hours=1",), "--until 'hours=1'"),
+        ("run", "until", ("seconds=",), "--until 'seconds='"),
+        ("run", "until", ("accuracy=95",), "an accuracy is at most 1"),
     ],
 )
 def test_values_outside_their_bounds_are_named(part: str, name: str, value: object, text: str) -> None:

@@ -105,6 +105,9 @@ class RunConfig:
     """Seed of everything random: initial weights, batches, plans."""
     evaluations: int = 10
     """Times that the full network is assembled and tested, spread evenly, the last at the end."""
+    until: tuple[str, ...] = ()
+    """End early, after the round in which one of these is reached: seconds=300 (without evaluations), gb=2 (sent by all
+    workers), accuracy=0.95 (of the full network, where it is tested). The schedule stays that of --epochs."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class TrainConfig:
                     )
         self.strategy()
         self.scale()
+        self.budgets()
 
     def strategy(self) -> Strategy:
         """The strategy that these options name."""
@@ -207,6 +211,22 @@ class TrainConfig:
         if not 0 < number < math.inf:
             raise UserError(f"--scale {text!r} is not inclusion, 1/S, or a number above 0")
         return number
+
+    def budgets(self) -> dict[str, float]:
+        """What `--until` says: by "seconds", "gb" or "accuracy" the value that ends the run."""
+        found: dict[str, float] = {}
+        for text in self.run.until:
+            name, _, value = text.partition("=")
+            try:
+                number = float(value)
+            except ValueError:
+                number = math.nan
+            if name not in ("seconds", "gb", "accuracy") or not 0 < number < math.inf:
+                raise UserError(f"--until {text!r} does not read seconds=N, gb=N or accuracy=N with a number above 0")
+            if name == "accuracy" and number > 1:
+                raise UserError(f"--until {text!r}: an accuracy is at most 1; give 0.95 for 95 %")
+            found[name] = number
+        return found
 
     def arguments(self) -> list[str]:
         """The command line that says this, without what is as it is by default."""

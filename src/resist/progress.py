@@ -27,7 +27,7 @@ class Progress:
         self.rounds, self.run = rounds, run
         self.console = Console(highlight=False, soft_wrap=True)
         self.seconds: dict[str, float] = {}
-        self.bytes = self.images = 0
+        self.bytes = self.done = 0
         self.accuracy: float | None = None
         self._last_line = 0.0
         self._bar = Bar(
@@ -58,7 +58,7 @@ class Progress:
         self.run.append(record)
         for kind, value in record["seconds"].items():
             self.seconds[kind] = self.seconds.get(kind, 0.0) + value
-        self.images += record["images"]
+        self.done = record["round"]
         self.bytes += sum(num for kind, num in record["bytes"].items() if kind != "evaluate")
         state = f"loss {record['loss']:.4f}"
         if record["accuracy"] is not None:
@@ -72,6 +72,15 @@ class Progress:
             passed = sum(self.seconds.values())
             self.console.print(f"round {record['round']}/{self.rounds}  {state}  {passed:.1f} s")
 
+    def reached(self, budgets: Mapping[str, float], more_s: float) -> bool:
+        """Whether a budget is used up, `more_s` seconds after the last record."""
+        spent = {
+            "seconds": sum(self.seconds.get(name, 0.0) for name in TIMED) + more_s,
+            "gb": self.bytes / 1e9,
+            "accuracy": self.accuracy or 0.0,
+        }
+        return any(spent[name] >= budget for name, budget in budgets.items())
+
     def finish(self, job: Job) -> None:
         """The account at the end."""
         if self.run is None or not self.seconds:
@@ -79,7 +88,7 @@ class Progress:
         self._bar.stop()
         workers, subnet = job.strategy.workers, job.workers[0].subnet
         whole = subnet.numel([chain.num_blocks for chain in job.chains])
-        everything = workers * allreduce_bytes(whole * subnet.dtype.itemsize, workers) * self.rounds
+        everything = workers * allreduce_bytes(whole * subnet.dtype.itemsize, workers) * self.done
         busy = sum(self.seconds[name] for name in TIMED)
         lines = [
             f"test accuracy   {100 * (self.accuracy or 0):.2f} % of the full network",

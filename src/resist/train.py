@@ -118,7 +118,7 @@ def _loop(
 ) -> None:
     steps = num_steps(config.optimisation, trainers[0].loader.images_per_epoch)
     rounds = -(-steps // config.method.local_steps)
-    tested = evaluation_rounds(rounds, config.run.evaluations)
+    tested, budgets = evaluation_rounds(rounds, config.run.evaluations), config.budgets()
     optimizers = [trainer.optimizer for trainer in trainers]
     device = job.workers[0].subnet.device
     losses = torch.zeros(len(trainers), device=device)
@@ -132,40 +132,57 @@ def _loop(
             if job.steps_left > 1 and step < steps - 1:
                 job.step(*optimizers)
                 continue
-            done = step + 1 - first_step
-            workers = _compare(job, trainers, losses / done, clock.lap())
-            seconds = {"compute": max(w["compute_s"] for w in workers), "wait": clock.lap()}
-            plans = job.plans
+            done, compute_s = step + 1 - first_step, clock.lap()
+            stop = run is not None and progress.reached(budgets, compute_s)
+            news = _compare(job, trainers, losses / done, compute_s, stop)
+            last, plans = news.stop or step == steps - 1, job.plans
+            seconds = {"compute": news.compute_s, "wait": max(0.0, clock.lap() - news.compute_s + compute_s)}
             job.step(*optimizers)
             job.finish()  # the last round may be short
             seconds["sync"] = clock.lap()
             accuracy = None
-            if job.round in tested:
-                accuracy = _evaluate(job, train_set, test_set, run, last=job.round == rounds)
+            if job.round in tested or last:
+                accuracy = _evaluate(job, train_set, test_set, run, last=last)
             seconds["evaluate"] = clock.lap()
             record: dict[str, object] = {
                 "round": job.round,
                 "step": step + 1,
                 "epoch": round((step + 1) * config.optimisation.batch_size / trainers[0].loader.images_per_epoch, 4),
-                "loss": sum(w["loss"] for w in workers) / len(workers),
+                "loss": sum(w["loss"] for w in news.workers) / len(news.workers),
                 "lr": lr,
-                "images": done * config.optimisation.batch_size * len(workers),
+                "images": done * config.optimisation.batch_size * len(news.workers),
                 "accuracy": accuracy,
                 "seconds": {kind: round(value, 6) for kind, value in seconds.items()},
                 **job.ledger.take(),
                 "capacity": {name: plan.capacities for name, plan in plans.items()},
                 "plan": {name: plan.blocks for name, plan in plans.items()},
-                "workers": workers,
+                "workers": news.workers,
             }
             progress.round(record)
             losses.zero_()
             first_step = step + 1
+            if last:
+                break
             clock.lap()
         progress.finish(job)
 
 
-def _compare(job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float) -> list[dict[str, float]]:
-    """Every worker's mean loss and seconds, known to all before anything is folded. Waits for the slowest.
+@dataclass(frozen=True)
+class News:
+    """What all processes know before a round is folded.
+
+    workers:   each worker's mean loss, and its share of its process's seconds of compute.
+    compute_s: seconds that the slowest process computed.
+    stop:      whether a process wants to end the run after this round.
+    """
+
+    workers: list[dict[str, float]]
+    compute_s: float
+    stop: bool
+
+
+def _compare(job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float, stop: bool) -> News:
+    """Tell the others, and hear from them. Waits for the slowest.
 
     Raises AgreedError when a worker's loss is no longer a number.
     """
@@ -173,14 +190,16 @@ def _compare(job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float
         {"worker": trainer.index, "loss": value, "compute_s": round(compute_s / len(trainers), 6)}
         for trainer, value in zip(trainers, losses.tolist(), strict=True)
     ]
-    workers = [worker for text in job.ledger.gather_text(json.dumps(own)) for worker in json.loads(text)]
+    mine = {"workers": own, "compute_s": compute_s, "stop": stop}
+    told = [json.loads(text) for text in job.ledger.gather_text(json.dumps(mine))]
+    workers = [worker for one in told for worker in one["workers"]]
     for worker in workers:
         if not math.isfinite(worker["loss"]):
             raise AgreedError(
                 f"the loss of worker {worker['worker']} is {worker['loss']} in round {job.round}: training diverged; "
                 "lower --lr or raise --lr-warmup-steps"
             )
-    return workers
+    return News(workers, max(one["compute_s"] for one in told), any(one["stop"] for one in told))
 
 
 def _evaluate(job: Job, train_set: Images, test_set: Images, run: Run | None, *, last: bool) -> float | None:

@@ -63,7 +63,7 @@ def read_history(path: Path) -> History:
             seconds.append(seconds[-1] + sum(float(record["seconds"][k]) for k in ("compute", "wait", "sync")))
             sent.append(sent[-1] + sum(int(record["bytes"].get(kind, 0)) for kind in TRAINING))
             accuracy = record["accuracy"]
-            int(record["step"]), float(record["loss"]), None if accuracy is None else float(accuracy)
+            _ = int(record["step"]), float(record["loss"]), None if accuracy is None else float(accuracy)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(lines):
                 break
