@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import resist
 from provenance import provenance
 from resist.data import Images, Loader, load
+from resist.evaluate import calibration_batches
 from resist.job import Job, recalibrate
 from resist.models import build
 from resist.subnet import use_batch_statistics
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace, train: Images, test: Images) -> dict[str, obje
             train_s += time.process_time() - start
             full = job.full_model()
             assert full is not None
-            recalibrate(full, estimation_batches(train), torch.device("cpu"))
+            recalibrate(full, calibration_batches(train), torch.device("cpu"))
             curve[job.round] = accuracy(full, test, 5000)
             print(f"round {job.round}: {curve[job.round]:.2f} % after {train_s:.0f} s", flush=True)
             start = time.process_time()
@@ -111,7 +112,8 @@ def optimizer_of(job: Job, index: int, chain_lr: float) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
-def estimation_batches(train: Images) -> list[Tensor]:
+def plain_batches(train: Images) -> list[Tensor]:
+    """The first 5,000 training images without shift and flip: the first runs were read with statistics of these."""
     return [images for images, _ in train.batches(250, limit=20)]
 
 
@@ -130,10 +132,12 @@ def readings(job: Job, train: Images, test: Images) -> dict[str, dict[str, float
         job.scale = scale
         averaged = job.full_model()
         assert averaged is not None
-        batch, anew = copy.deepcopy(averaged), copy.deepcopy(averaged)
+        batch, anew, plain = (copy.deepcopy(averaged) for _ in range(3))
         use_batch_statistics(batch)
-        recalibrate(anew, estimation_batches(train), torch.device("cpu"))
-        for name, model in (("average", averaged), ("batch", batch), ("recalibrate", anew)):
+        recalibrate(anew, calibration_batches(train), torch.device("cpu"))
+        recalibrate(plain, plain_batches(train), torch.device("cpu"))
+        named = {"average": averaged, "batch": batch, "recalibrate": anew, "recalibrate, not augmented": plain}
+        for name, model in named.items():
             found = {f"of_{num}": accuracy(model, test, num) for num in (5000, 10000)}
             result[f"{name}, scale {scale}"] = found
     return result

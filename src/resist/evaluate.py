@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from resist.chains import choose_chains
 from resist.checkpoint import FILE, load_full
 from resist.config import NetworkConfig
-from resist.data import Images, load
+from resist.data import Images, Loader, load
 from resist.models import build
 from resist.runs import read_config
 from resist.subnet import use_batch_statistics
@@ -21,11 +21,12 @@ CALIBRATION_IMAGES = 5000
 TEST_BATCH = 100
 
 
-def calibration_batches(train: Images) -> Iterator[Tensor]:
-    """Images to estimate BatchNorm statistics on: the first of the training set, not augmented."""
-    size = 250
-    for images, _ in train.batches(size, limit=-(-CALIBRATION_IMAGES // size)):
-        yield images
+def calibration_batches(train: Images, seed: int = 0) -> Iterator[Tensor]:
+    """Images to estimate BatchNorm statistics on: augmented, as in training, since weights have got used to those."""
+    size = min(250, len(train))
+    loader = Loader(train, batch_size=size, seed=seed, worker=-1, workers=1)  # no worker's own batches
+    for step in range(-(-CALIBRATION_IMAGES // size)):
+        yield loader.batch(step)[0]
 
 
 def test_accuracy(model: nn.Module, test: Images) -> float:

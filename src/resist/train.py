@@ -204,7 +204,7 @@ def _compare(job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float
 
 def _evaluate(job: Job, train_set: Images, test_set: Images, run: Run | None, *, last: bool) -> float | None:
     """Test the full network where worker 0 lives (None elsewhere); the last one is kept in the run directory."""
-    full = job.full_model(calibration_batches(train_set))
+    full = job.full_model(calibration_batches(train_set, job.seed))
     if full is None or run is None:
         return None
     if last:
