@@ -33,6 +33,7 @@ class Memory:
     activations: what is alive after the forward pass beyond weights and optimizer: what backward needs, and the batch.
     peak:        the most that is alive at one time. Gradients come as activations go, so it is less than the sum.
     buckets:     the copy of all gradients that DistributedDataParallel sends from; `peak` includes it.
+    outer:       what an outer optimizer keeps, the round's first weights and its momentum; `peak` includes it.
     """
 
     weights: int
@@ -41,6 +42,7 @@ class Memory:
     activations: int
     peak: int
     buckets: int = 0
+    outer: int = 0
 
 
 @dataclass(frozen=True)

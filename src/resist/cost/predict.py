@@ -17,7 +17,7 @@ from resist.plan import Plan
 from resist.strategy import Strategy, local_sgd, resist
 from resist.subnet import use_batch_statistics
 
-STRATEGIES = ("resist", "local_sgd", "ddp")
+STRATEGIES = ("resist", "local_sgd", "diloco", "ddp")
 
 
 def predict(
@@ -43,7 +43,7 @@ def predict(
     """What training `build_model()` would cost, without weights and without training.
 
     workers:     the numbers of workers to look at.
-    strategies:  of "resist", "local_sgd", "ddp".
+    strategies:  of "resist", "local_sgd", "diloco", "ddp". diloco's own optimizer keeps its state, so only weights go.
     batch_size, image_shape: images in a worker's step, and their (channels, height, width).
     chains, local_steps, optimizer_state, batchnorm, min_depth, capacities, seed: as in `Job` and `resist.resist`;
                  capacities are those of one number of workers.
@@ -117,7 +117,8 @@ class _Prediction:
         run = [
             round_traffic(
                 self.sizes, now, then,
-                workers=workers, optimizer_state=self.optimizer_state, num_states=self.full.num_states,
+                workers=workers, optimizer_state="keep" if name == "diloco" else self.optimizer_state,
+                num_states=self.full.num_states,
             )
             for now, then in pairwise(plans)
         ]  # fmt: skip
@@ -125,6 +126,8 @@ class _Prediction:
             self.network(tuple(plans[0][chain.name].capacities[worker] for chain in self.sizes.chains))
             for worker in range(workers)
         )
+        if name == "diloco":
+            networks = tuple(_with_outer(network) for network in networks)
         seconds = None
         if self.link is not None and self.speeds:
             compute = self.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
@@ -152,7 +155,7 @@ class _Prediction:
         return Row("ddp", workers, networks, mean_traffic([traffic], workers, paper), seconds)
 
     def _strategy(self, name: str, workers: int) -> Strategy:
-        if name == "local_sgd":
+        if name in ("local_sgd", "diloco"):
             return local_sgd(workers, self.local_steps)
         return resist(workers, self.local_steps, min_depth=self.min_depth, capacities=self.capacities)
 
@@ -170,6 +173,12 @@ class _Prediction:
     def _seconds(self, workers: int, compute: float, exchange: float, hidden: float) -> Seconds:
         images = workers * self.batch_size * self.local_steps
         return Seconds(compute, exchange, hidden, images / (compute + exchange))
+
+
+def _with_outer(network: Network) -> Network:
+    """With the two copies of the weights that an outer optimizer keeps."""
+    memory, more = network.memory, 2 * network.memory.weights
+    return replace(network, memory=replace(memory, outer=more, peak=memory.peak + more))
 
 
 def _check_methods(
