@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from resist.cli import main
 
@@ -267,3 +272,68 @@ def test_a_port_in_use_is_named() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert port in done.stderr
+
+
+def started(out: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """A training in the background, four processes of its own, that has come through its third round."""
+    command = [sys.executable, "-m", "resist", "train", *LONG, *arguments, "--out", str(out)]
+    running = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or len(accuracies(out)) < 3:
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return running
+
+
+LONG = [*SMALL[:-4], "--epochs", "3", "--evaluations", "1", "--checkpoint-rounds", "2", "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(capsys, tmp_path) -> None:
+    """SIGTERM and then --resume; a killed worker and --restarts: bit for bit the undisturbed run."""
+    undisturbed = run(sys.executable, "-m", "resist", "train", *LONG, "--out", str(tmp_path / "a"))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    told = started(tmp_path / "b")
+    told.send_signal(signal.SIGTERM)
+    text = told.communicate(timeout=60)[0]
+    assert told.returncode == 75
+    assert "resist train --resume" in text
+    again = run(sys.executable, "-m", "resist", "train", "--resume", str(tmp_path / "b"))
+    assert (again.returncode, again.stderr) == (0, "")
+
+    robbed = started(tmp_path / "c", "--restarts", "1")
+    worker = next(p for p in psutil.Process(robbed.pid).children() if "resist" in p.cmdline())
+    worker.kill()
+    _, errors = robbed.communicate(timeout=100)
+    assert robbed.returncode == 0, errors
+    assert "restart 1 of 1" in errors
+
+    expected = load_file(tmp_path / "a" / "model.safetensors")
+    for name in ("b", "c"):
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        rounds = [json.loads(line)["round"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert rounds == list(range(1, len(rounds) + 1))
+
+    for arguments, text in ((["--lr", "1"], "--lr cannot change"), ([], "has done all its")):
+        status, _, err = resist(capsys, "train", "--resume", str(tmp_path / "b"), *arguments, "--processes", "1")
+        assert status == 2
+        assert text in err
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_workers(capsys, tmp_path) -> None:
+    told = started(tmp_path / "a")
+    told.send_signal(signal.SIGTERM)
+    told.communicate(timeout=60)
+    done = len(accuracies(tmp_path / "a"))
+    status, text, _ = resist(capsys, "train", "--resume", str(tmp_path / "a"), "--workers", "2", "--processes", "1")
+    assert status == 0
+    assert "going on with 2 workers instead of 4" in text
+    records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    images = sum(record["images"] for record in records)
+    assert len(records) > done
+    assert images == pytest.approx(4 * 3 * 1437, rel=0.02)  # as many as all four together would have seen
+    assert len(records[-1]["workers"]) == 2

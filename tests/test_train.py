@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from resist.chains import choose_chains
-from resist.checkpoint import load_full, save_full
 from resist.comm import Local
 from resist.config import NetworkConfig, OptimisationConfig, RunConfig, TrainConfig
 from resist.data import load
 from resist.errors import AgreedError, UserError
 from resist.evaluate import network
+from resist.full import load_full, save_full
 from resist.job import Worker
 from resist.models import build
 from resist.runs import Run, check_free, read_config

@@ -93,6 +93,8 @@ class MachineConfig:
     """Keep images and convolutions with the channels innermost, which suits GPUs."""
     compile: bool = False
     """Compile the sub-network with torch.compile, once for the run."""
+    restarts: int = 0
+    """Times that resist goes on from the last checkpoint when one of the processes that it started has died."""
     timeout_s: float = 600.0
     """Seconds to wait for another worker before giving it up."""
 
@@ -105,6 +107,11 @@ class RunConfig:
     """Seed of everything random: initial weights, batches, plans."""
     evaluations: int = 10
     """Times that the full network is assembled and tested, spread evenly, the last at the end."""
+    resume: Path | None = None
+    """Go on with this run from its newest checkpoint. Other options are those of the run, but for machine options and
+    --workers, which may change."""
+    checkpoint_rounds: int = 10
+    """Rounds from one checkpoint to the next; one is always written at the end, and on SIGTERM or SIGINT."""
     until: tuple[str, ...] = ()
     """End early, after the round in which one of these is reached: seconds=300 (without evaluations), gb=2 (sent by all
     workers), accuracy=0.95 (of the full network, where it is tested). The schedule stays that of --epochs."""
@@ -140,6 +147,8 @@ class TrainConfig:
             "--warmup-rounds": (self.method.warmup_rounds, 0),
             "--processes": (self.machine.processes, 1),
             "--evaluations": (self.run.evaluations, 1),
+            "--checkpoint-rounds": (self.run.checkpoint_rounds, 1),
+            "--restarts": (self.machine.restarts, 0),
         }
         for flag, (value, bound) in least.items():
             if value is not None and value < bound:
@@ -245,7 +254,7 @@ class TrainConfig:
 
     def digest(self) -> dict[str, object]:
         """What has to be equal on all hosts; where files lie and what a host is made of may differ."""
-        own = {"data_dir", "out", "device", "processes", "compile"}
+        own = {"data_dir", "out", "resume", "device", "processes", "compile", "restarts"}
         flat = {name: value for part in self.to_json().values() for name, value in part.items()}
         return {f"--{name.replace('_', '-')}": value for name, value in flat.items() if name not in own}
 

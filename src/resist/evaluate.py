@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from resist.chains import choose_chains
-from resist.checkpoint import FILE, load_full
 from resist.config import NetworkConfig
 from resist.data import Images, Loader, load
+from resist.full import FILE, load_full
 from resist.models import build
 from resist.runs import read_config
 from resist.subnet import use_batch_statistics

@@ -49,6 +49,8 @@ class Job:
                  num_blocks), "1/S", or a number.
     transport:   default: torch.distributed where this process was started for it, else this process hosts all workers.
 
+    start:       (round, step) at which a job goes on that was interrupted; see `resist.checkpoint`.
+
     workers: the hosted ones; `model` is the sub-network where there is only one.
     step_index, round: steps done; the round that the next step belongs to.
     """
@@ -66,18 +68,20 @@ class Job:
         channels_last: bool = False,
         transport: Transport | None = None,
         timeout_s: float = 600.0,
+        start: tuple[int, int] = (0, 0),
     ) -> None:
         _one_of("batchnorm", batchnorm, BATCHNORMS)
         for part in _parts(strategy):
             _one_of("optimizer_state", part.optimizer_state, OPTIMIZER_STATES)
         self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
-        self.step_index = self.round = self._steps_in_round = 0
+        self.round, self.step_index = start
+        self._steps_in_round = 0
         self._optimizers: tuple[Optimizer, ...] = ()
         full = build_seeded(build_model, seed)
         if batchnorm == "batch":
             use_batch_statistics(full)
         self.chains = choose_chains(full, tuple(chains))
-        self.plans = self.plans_of(0)
+        self.plans = self.plans_of(self.round)
         _ = self.scales  # complains about a wrong scale now rather than at the end
         self.ledger = Ledger(transport if transport is not None else connect(strategy.workers, device, timeout_s))
         if self.ledger.num_workers != strategy.workers:
@@ -92,7 +96,7 @@ class Job:
             subnet = Subnet(full, self.chains, [len(h) for h in held], device=device, channels_last=channels_last)
             subnet.load(tensors, held)
             self.workers.append(Worker(index, subnet))
-        self._drop_anchors()
+        self.mark_anchors()
         if strategy.every_step:
             for worker in self.workers:
                 worker.model = self.ledger.average_gradients(worker.subnet.model)
@@ -158,7 +162,7 @@ class Job:
         self.plans = next_plans
         self.round += 1
         self._steps_in_round = 0
-        self._drop_anchors()
+        self.mark_anchors()
 
     def finish(self) -> None:
         """Fold the last, short round, if steps are open. Nothing that a worker learned is left out."""
@@ -201,7 +205,7 @@ class Job:
         """Leave the process group, if there is one."""
         self.ledger.close()
 
-    def _drop_anchors(self) -> None:
+    def mark_anchors(self) -> None:
         """For an outer optimizer: remember the weights with which this round begins."""
         if self.strategy.at(self.round).outer is None:
             return

@@ -1,10 +1,12 @@
 """Start the processes of one machine, with torch's elastic launcher, where nobody else has started them."""
 
+import dataclasses
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
@@ -29,14 +31,19 @@ def num_processes(config: TrainConfig) -> int:
     return workers
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
+def launch(arguments: Sequence[str], processes: int, timeout_s: float) -> int:
     """Run `resist` with `arguments` in that many processes of this machine and wait for them. Returns the exit status.
 
     The processes print for themselves. When one fails, the others are ended.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ["torch.distributed.elastic", *logging.root.manager.loggerDict]:
+        if name.startswith("torch.distributed.elastic"):  # what it logs, our own lines say
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     # Processes that share the cores must not each start a thread for all of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # On a signal the processes first end their round and save; without this, torch ends them after 30 s.
+    known = {f.name for f in dataclasses.fields(LaunchConfig)}  # torch 2.11 does not have it
+    patience: dict[str, Any] = {"shutdown_timeout": int(timeout_s)} if "shutdown_timeout" in known else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -45,6 +52,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        **patience,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "resist", *arguments)

@@ -1,7 +1,7 @@
 """What a person sees while a run goes on: a bar on a terminal, lines elsewhere, from one process."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +23,7 @@ TIMED = ("compute", "wait", "sync")
 class Progress:
     """Writes each round's record to the run directory and shows it. Does nothing where `run` is None."""
 
-    def __init__(self, rounds: int, run: Run | None) -> None:
+    def __init__(self, rounds: int, run: Run | None, past: Sequence[Mapping[str, Any]] = ()) -> None:
         self.rounds, self.run = rounds, run
         self.console = Console(highlight=False, soft_wrap=True)
         self.seconds: dict[str, float] = {}
@@ -40,6 +40,8 @@ class Progress:
             disable=run is None or not self.console.is_terminal,
         )
         self._task = self._bar.add_task("", total=rounds, state="")
+        for record in past:
+            self._account(record)
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -56,13 +58,8 @@ class Progress:
         if self.run is None:
             return
         self.run.append(record)
-        for kind, value in record["seconds"].items():
-            self.seconds[kind] = self.seconds.get(kind, 0.0) + value
-        self.done = record["round"]
-        self.bytes += sum(num for kind, num in record["bytes"].items() if kind != "evaluate")
+        self._account(record)
         state = f"loss {record['loss']:.4f}"
-        if record["accuracy"] is not None:
-            self.accuracy = record["accuracy"]
         if self.accuracy is not None:
             state += f"  accuracy {100 * self.accuracy:.2f} %"
         self._bar.update(self._task, completed=record["round"], state=state)
@@ -72,6 +69,14 @@ class Progress:
             passed = sum(self.seconds.values())
             self.console.print(f"round {record['round']}/{self.rounds}  {state}  {passed:.1f} s")
 
+    def _account(self, record: Mapping[str, Any]) -> None:
+        for kind, value in record["seconds"].items():
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + value
+        self.done = record["round"]
+        self.bytes += sum(num for kind, num in record["bytes"].items() if kind != "evaluate")
+        if record["accuracy"] is not None:
+            self.accuracy = record["accuracy"]
+
     def reached(self, budgets: Mapping[str, float], more_s: float) -> bool:
         """Whether a budget is used up, `more_s` seconds after the last record."""
         spent = {
@@ -80,6 +85,12 @@ class Progress:
             "accuracy": self.accuracy or 0.0,
         }
         return any(spent[name] >= budget for name, budget in budgets.items())
+
+    def interrupted(self) -> None:
+        """Say that the run was stopped by a signal, and how it goes on."""
+        if self.run is not None:
+            self._bar.stop()
+            self.console.print(f"interrupted after round {self.done}; to go on: resist train --resume {self.run.path}")
 
     def finish(self, job: Job) -> None:
         """The account at the end."""

@@ -3,7 +3,8 @@
 config.json        the configuration
 environment.json   versions, commit, hardware, start and end
 metrics.jsonl      a line for each round (see `append`)
-model.safetensors  the full network at the end, see `resist.checkpoint`
+checkpoints/       what a run goes on from, see `resist.checkpoint`
+model.safetensors  the full network at the end, see `resist.full`
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,18 +38,30 @@ def check_free(path: Path) -> None:
 
 
 class Run:
-    """A run directory that is being written. Only one process of a job has one."""
+    """A run directory that is being written. Only one process of a job has one.
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
-        check_free(path)
+    resume_round: the round after which the run goes on in a directory that is there already; `past` are the records of
+                  the rounds up to that one, and later ones are dropped.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, resume_round: int | None = None) -> None:
+        self.path, self.past = path, list[dict[str, Any]]()
+        if resume_round is None:
+            check_free(path)
         try:
-            path.mkdir(parents=True)
-            self.path = path
+            path.mkdir(parents=True, exist_ok=resume_round is not None)
+            here: dict[str, object] = environment()
+            if resume_round is not None:
+                self.past = past_rounds(path, resume_round)
+                here = {**json.loads((path / "environment.json").read_text(encoding="utf-8")), "resumed": here}
             self._write("config.json", config.to_json())
-            self._write("environment.json", environment())
-            self._metrics = (path / "metrics.jsonl").open("w", encoding="utf-8")
+            self._write("environment.json", here)
+            self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.past))
+            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {path} cannot be written: {error.strerror}; give another directory") from error
+        except ValueError as error:
+            raise UserError(f"{path / 'environment.json'} is damaged: {error}; remove it") from error
 
     def append(self, record: Mapping[str, object]) -> None:
         """Add a line to metrics.jsonl, at once readable by others."""
@@ -61,7 +75,28 @@ class Run:
         self._metrics.close()
 
     def _write(self, name: str, content: object) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        """Write a file so that it is there with its old or its new content, whatever happens."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        partial = self.path / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / name)
+
+
+def past_rounds(path: Path, last: int) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl up to round `last`; lines that are cut or damaged are left out."""
+    try:
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            if {"round", "seconds", "bytes", "accuracy"} <= record.keys() and record["round"] <= last:
+                found.append(record)
+        except (ValueError, TypeError, AttributeError):
+            continue
+    return found
 
 
 def read_config(path: Path) -> TrainConfig:

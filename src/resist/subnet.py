@@ -215,12 +215,14 @@ class Subnet:
             for name, view in self.state(held).items():
                 view.copy_(tensors[name])
 
-    def state(self, held: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """The weights and float buffers by global dotted name: views, not copies."""
-        named = {name: piece.view(self.shared) for name, piece in self.shared_layout.pieces.items()}
+    def state(self, held: Sequence[Sequence[int]], flat: Tensor | None = None) -> dict[str, Tensor]:
+        """The weights and float buffers by global dotted name: views, not copies. Or those of another `flat` tensor."""
+        flat = self.flat if flat is None else flat
+        shared = flat[: self.shared_layout.numel]
+        named = {name: piece.view(shared) for name, piece in self.shared_layout.pieces.items()}
         for number, (chain, layout) in enumerate(zip(self.chains, self.block_layouts, strict=True)):
             for slot, block in enumerate(held[number]):
-                part = self.slot(number, slot, self.flat)
+                part = self.slot(number, slot, flat)
                 named |= {f"{chain.block_name(block)}.{name}": p.view(part) for name, p in layout.pieces.items()}
         return named
 

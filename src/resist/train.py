@@ -1,24 +1,30 @@
 """Training as the command line does it: the loop around a `Job`, with data, rates, metrics and a run directory."""
 
+import contextlib
 import json
 import math
 import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 import resist
-from resist.checkpoint import FILE, save_full
+from resist.checkpoint import JOB, Checkpoints, newest, restore
 from resist.comm import Transport, check_agreement, connect
 from resist.config import OptimisationConfig, TrainConfig
 from resist.data import Images, Loader, load
 from resist.errors import AgreedError, UserError
 from resist.evaluate import calibration_batches, network, test_accuracy
+from resist.full import FILE, save_full
 from resist.job import Job, Worker
 from resist.progress import Progress
 from resist.runs import Run, default_out
@@ -27,8 +33,11 @@ from resist.tasks.classification import loss
 T = TypeVar("T")
 
 
-def train(config: TrainConfig) -> None:
-    """Train by `config` as one process of the job, with all the workers that it hosts.
+INTERRUPTED = 75  # exit status: stopped by a signal, everything saved, go on with --resume
+
+
+def train(config: TrainConfig) -> int:
+    """Train by `config` as one process of the job, with all the workers that it hosts. Returns the exit status.
 
     The process that hosts worker 0 writes the run directory and speaks. Raises UserError for what was asked in vain and
     WorkerLostError when another process goes away.
@@ -41,6 +50,8 @@ def train(config: TrainConfig) -> None:
         fingerprint = {"resist": resist.__version__, "data set": digest(train_set, test_set)}
         check_agreement(transport, {**config.digest(), **fingerprint})
         train_set, test_set = train_set.to(device), test_set.to(device)
+        speaks = 0 in transport.hosted
+        source, start = _starting_point(config, transport, speaks)
         job = Job(
             lambda: network(config.network, train_set),
             config.strategy(),
@@ -51,13 +62,63 @@ def train(config: TrainConfig) -> None:
             device=device,
             channels_last=config.machine.channels_last,
             transport=transport,
+            start=start,
         )
         trainers = [Trainer(config, worker, train_set) for worker in job.workers]
-        speaks = 0 in transport.hosted
-        run = together(transport, lambda: Run(config.run.out or default_out(config), config) if speaks else None)
-        _loop(config, job, trainers, train_set, test_set, run)
+        steps = num_steps(config.optimisation, trainers[0].loader.images_per_epoch)
+        if job.step_index >= steps:
+            raise AgreedError(f"the run has done all its {steps} steps; train anew, with more --epochs")
+        if source is not None:
+            optimizers = tuple(trainer.optimizer for trainer in trainers)
+            path, same = source
+            together(transport, lambda: restore(job, optimizers, path, same_workers=same))
+        out = config.run.resume or config.run.out or default_out(config)
+        resume_round = None if config.run.resume is None else job.round
+        run = together(transport, lambda: Run(out, config, resume_round) if speaks else None)
+        out = Path(transport.gather_text(str(out))[0])  # the time of the first process, where it is in the name
+        checkpoints = Checkpoints(out / "checkpoints", transport)
+        return _loop(config, job, trainers, train_set, test_set, run, checkpoints)
     finally:
         transport.close()
+
+
+def _starting_point(
+    config: TrainConfig, transport: Transport, speaks: bool
+) -> tuple[tuple[Path, bool] | None, tuple[int, int]]:
+    """(checkpoint, whether it is of as many workers) or None, and the (round, step) at which to begin.
+
+    The first process looks, and says what it found damaged. With another number of workers the step is the one at
+    which all of them together have seen as many images.
+    """
+    if config.run.resume is None:
+        return None, (0, 0)
+    folder = config.run.resume / "checkpoints"
+
+    def look() -> str:
+        if not speaks:
+            return ""
+        path, skipped = newest(folder)
+        for line in skipped:
+            print(f"resist: {line}", file=sys.stderr)
+        if path is None and skipped:
+            raise UserError(f"no sound checkpoint in {folder}; train anew, or copy one there")
+        return "" if path is None else path.name
+
+    name = transport.gather_text(together(transport, look))[0]
+    if not name:
+        if speaks:
+            print(f"resist: no checkpoint in {folder} yet; the run begins anew")
+        return None, (0, 0)
+    path = folder / name
+    facts = together(transport, lambda: json.loads((path / JOB).read_text(encoding="utf-8")))
+    before, now = facts["workers"], config.method.workers
+    step = facts["step"] * before // now
+    if speaks and before != now:
+        print(
+            f"resist: going on with {now} workers instead of {before}: other plans, step {facts['step']} "
+            f"becomes {step} (as many images seen), momentum starts anew"
+        )
+    return (path, before == now), (facts["round"], step)
 
 
 class Trainer:
@@ -114,18 +175,24 @@ class Clock:
 
 
 def _loop(
-    config: TrainConfig, job: Job, trainers: list[Trainer], train_set: Images, test_set: Images, run: Run | None
-) -> None:
+    config: TrainConfig,
+    job: Job,
+    trainers: list[Trainer],
+    train_set: Images,
+    test_set: Images,
+    run: Run | None,
+    checkpoints: Checkpoints,
+) -> int:
     steps = num_steps(config.optimisation, trainers[0].loader.images_per_epoch)
-    rounds = -(-steps // config.method.local_steps)
+    rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
     tested, budgets = evaluation_rounds(rounds, config.run.evaluations), config.budgets()
-    optimizers = [trainer.optimizer for trainer in trainers]
+    optimizers = tuple(trainer.optimizer for trainer in trainers)
     device = job.workers[0].subnet.device
     losses = torch.zeros(len(trainers), device=device)
-    clock, first_step = Clock(device), 0
-    with Progress(rounds, run) as progress:
+    clock, first_step = Clock(device), job.step_index
+    with interruption() as interrupted, Progress(rounds, run, run.past if run else ()) as progress:
         clock.lap()
-        for step in range(steps):
+        for step in range(job.step_index, steps):
             lr = rate(config.optimisation, step, steps)
             for number, trainer in enumerate(trainers):
                 losses[number] += trainer.step(step, lr)
@@ -134,14 +201,17 @@ def _loop(
                 continue
             done, compute_s = step + 1 - first_step, clock.lap()
             stop = run is not None and progress.reached(budgets, compute_s)
-            news = _compare(job, trainers, losses / done, compute_s, stop)
+            news = _compare(job, trainers, losses / done, compute_s, stop, interrupted.is_set())
             last, plans = news.stop or step == steps - 1, job.plans
             seconds = {"compute": news.compute_s, "wait": max(0.0, clock.lap() - news.compute_s + compute_s)}
             job.step(*optimizers)
             job.finish()  # the last round may be short
             seconds["sync"] = clock.lap()
             accuracy = None
-            if job.round in tested or last:
+            if last or news.interrupted or job.round % config.run.checkpoint_rounds == 0:
+                checkpoints.begin(job, optimizers, {"resist": resist.__version__})
+            seconds["checkpoint"] = clock.lap()
+            if (job.round in tested or last) and not news.interrupted:
                 accuracy = _evaluate(job, train_set, test_set, run, last=last)
             seconds["evaluate"] = clock.lap()
             record: dict[str, object] = {
@@ -161,10 +231,37 @@ def _loop(
             progress.round(record)
             losses.zero_()
             first_step = step + 1
+            if news.interrupted:
+                checkpoints.finish()
+                progress.interrupted()
+                return INTERRUPTED
             if last:
                 break
             clock.lap()
+        checkpoints.finish()
         progress.finish(job)
+    return 0
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[threading.Event]:
+    """Inside it, SIGTERM and SIGINT set the event instead of ending the process; a second SIGINT ends it at once."""
+    event = threading.Event()
+
+    def note(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -173,15 +270,19 @@ class News:
 
     workers:   each worker's mean loss, and its share of its process's seconds of compute.
     compute_s: seconds that the slowest process computed.
-    stop:      whether a process wants to end the run after this round.
+    stop:      whether a budget is used up, and the run ends after this round.
+    interrupted: whether a process was told to end by a signal.
     """
 
     workers: list[dict[str, float]]
     compute_s: float
     stop: bool
+    interrupted: bool
 
 
-def _compare(job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float, stop: bool) -> News:
+def _compare(
+    job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float, stop: bool, interrupted: bool
+) -> News:
     """Tell the others, and hear from them. Waits for the slowest.
 
     Raises AgreedError when a worker's loss is no longer a number.
@@ -190,7 +291,7 @@ def _compare(job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float
         {"worker": trainer.index, "loss": value, "compute_s": round(compute_s / len(trainers), 6)}
         for trainer, value in zip(trainers, losses.tolist(), strict=True)
     ]
-    mine = {"workers": own, "compute_s": compute_s, "stop": stop}
+    mine = {"workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted}
     told = [json.loads(text) for text in job.ledger.gather_text(json.dumps(mine))]
     workers = [worker for one in told for worker in one["workers"]]
     for worker in workers:
@@ -199,7 +300,8 @@ def _compare(job: Job, trainers: list[Trainer], losses: Tensor, compute_s: float
                 f"the loss of worker {worker['worker']} is {worker['loss']} in round {job.round}: training diverged; "
                 "lower --lr or raise --lr-warmup-steps"
             )
-    return News(workers, max(one["compute_s"] for one in told), any(one["stop"] for one in told))
+    slowest = max(one["compute_s"] for one in told)
+    return News(workers, slowest, any(one["stop"] for one in told), any(one["interrupted"] for one in told))
 
 
 def _evaluate(job: Job, train_set: Images, test_set: Images, run: Run | None, *, last: bool) -> float | None:

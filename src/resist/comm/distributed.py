@@ -1,11 +1,13 @@
 """The transport over torch.distributed, and the only place that uses it. A process (a rank) hosts one or more workers.
 
-Three long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
-queues behind the other), one of gloo on the host for words. Every call here that waits for another process gives up
-after the timeout and says so; a process that ends closes its connections, which its peers notice at once.
+Four long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
+queues behind the other), one of gloo on the host for words, one for what goes on beside training. Every call here that
+waits for another process gives up after the timeout and says so; a process that ends closes its connections, which its
+peers notice at once.
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -57,6 +59,7 @@ class Distributed:
         self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosting) for worker in hosted}
         self._collective = _group(timeout, backend)
         self._peers = _group(timeout, backend)
+        self.background: dist.ProcessGroup | None = _group(timeout, "gloo")
         self._staged = backend == "gloo"  # gloo sends from host memory only
 
     def _agree(self, device: torch.device) -> str:
@@ -164,7 +167,7 @@ class Distributed:
         except RuntimeError as error:
             raise WorkerLostError(
                 f"process {self.rank} (workers {', '.join(map(str, self.hosted))}) lost contact while {doing}: "
-                f"{str(error).splitlines()[0]}; another worker died or stalled, its own message says why"
+                f"{_reason(error)}; another worker died or stalled, its own message says why"
             ) from error
 
 
@@ -198,6 +201,11 @@ class _Mean:
         for tensor in self._tensors[1:]:
             tensor.copy_(first)
         return []
+
+
+def _reason(error: Exception) -> str:
+    """gloo's message without the place in its source and without its advice."""
+    return re.sub(r"^\[/\S+\] ", "", str(error).splitlines()[0]).partition(" This is typically")[0].rstrip(".")
 
 
 def _group(timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:

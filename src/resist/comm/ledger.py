@@ -29,7 +29,7 @@ class Ledger:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.num_workers, self.hosted = transport.num_workers, transport.hosted
-        self.num_processes = transport.num_processes
+        self.num_processes, self.background = transport.num_processes, transport.background
         self._clear()
 
     def _clear(self) -> None:

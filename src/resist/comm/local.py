@@ -22,6 +22,7 @@ class Done:
 
 class Local:
     num_processes = 1
+    background = None
 
     def __init__(self, workers: int) -> None:
         self.num_workers = workers

@@ -6,7 +6,7 @@ Every worker passes the same list of moves in the same order, its own and the ot
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -48,11 +48,13 @@ class Transport(Protocol):
     num_workers: S, which belongs to the algorithm.
     hosted:      the workers that live in this process, ascending.
     num_processes: how many processes share the workers out.
+    background:    a process group for what goes on beside training (writing a checkpoint); None in one process.
     """
 
     num_workers: int
     hosted: tuple[int, ...]
     num_processes: int
+    background: Any
 
     def host(self, worker: int) -> int:
         """The number of the process that hosts `worker`."""

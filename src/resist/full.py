@@ -1,0 +1,62 @@
+"""The full network on disk: `model.safetensors`, its tensors under the names that the network itself gives them.
+
+The metadata says what else is needed to read it: the format's version and the scale of each chain's branches.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from resist.chains import Chain
+from resist.errors import UserError
+from resist.subnet import scale_branches
+
+FILE = "model.safetensors"
+FORMAT = "resist full network 1"
+
+
+def save_full(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float], path: Path) -> None:
+    """Write the weights of a full network. `path` appears complete or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    named = {chain.name: scale for chain, scale in zip(chains, scales, strict=True)}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={"format": FORMAT, "scales": json.dumps(named)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error}; make room, or give another --out") from error
+
+
+def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Module:
+    """Fill `model`, which may be on the meta device, and scale its branches as they were when it was saved.
+
+    Raises UserError in one line when the file is missing, damaged, of another version, or of another network.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; the run did not come to its end") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or train anew") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}; another program wrote it")
+    expected = model.state_dict()
+    wrong = [n for n, t in expected.items() if n not in tensors or tensors[n].shape != t.shape]
+    wrong += [n for n in tensors if n not in expected]
+    if wrong:
+        raise UserError(f"{path} holds another network than config.json describes: {wrong[0]} differs")
+    model.load_state_dict(tensors, assign=True)
+    try:
+        scales = json.loads(metadata["scales"])
+        scale_branches(model, chains, [float(scales[chain.name]) for chain in chains])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} says no scale for chain {', '.join(c.name for c in chains)}; it is damaged") from error
+    return model
