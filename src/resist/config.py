@@ -113,8 +113,8 @@ class RunConfig:
     checkpoint_rounds: int = 10
     """Rounds from one checkpoint to the next; one is always written at the end, and on SIGTERM or SIGINT."""
     until: tuple[str, ...] = ()
-    """End early, after the round in which one of these is reached: seconds=300 (without evaluations), gb=2 (sent by all
-    workers), accuracy=0.95 (of the full network, where it is tested). The schedule stays that of --epochs."""
+    """End early, after the round in which one of these is reached: rounds=20, seconds=300 (without evaluations), gb=2
+    (sent by all workers), accuracy=0.95 (of the full network, where tested). The schedule stays that of --epochs."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class TrainConfig:
         return number
 
     def budgets(self) -> dict[str, float]:
-        """What `--until` says: by "seconds", "gb" or "accuracy" the value that ends the run."""
+        """What `--until` says: by "rounds", "seconds", "gb" or "accuracy" the value that ends the run."""
         found: dict[str, float] = {}
         for text in self.run.until:
             name, _, value = text.partition("=")
@@ -230,8 +230,8 @@ class TrainConfig:
                 number = float(value)
             except ValueError:
                 number = math.nan
-            if name not in ("seconds", "gb", "accuracy") or not 0 < number < math.inf:
-                raise UserError(f"--until {text!r} does not read seconds=N, gb=N or accuracy=N with a number above 0")
+            if name not in ("rounds", "seconds", "gb", "accuracy") or not 0 < number < math.inf:
+                raise UserError(f"--until {text!r} is not rounds=N, seconds=N, gb=N or accuracy=N with N above 0")
             if name == "accuracy" and number > 1:
                 raise UserError(f"--until {text!r}: an accuracy is at most 1; give 0.95 for 95 %")
             found[name] = number

@@ -78,9 +78,10 @@ class Progress:
             self.accuracy = record["accuracy"]
 
     def reached(self, budgets: Mapping[str, float], more_s: float) -> bool:
-        """Whether a budget is used up, `more_s` seconds after the last record."""
+        """Whether a budget is used up by the round that is about to end, `more_s` seconds after the last record."""
         spent = {
             "seconds": sum(self.seconds.get(name, 0.0) for name in TIMED) + more_s,
+            "rounds": self.done + 1,
             "gb": self.bytes / 1e9,
             "accuracy": self.accuracy or 0.0,
         }

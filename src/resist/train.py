@@ -65,6 +65,10 @@ def train(config: TrainConfig) -> int:
             start=start,
         )
         trainers = [Trainer(config, worker, train_set) for worker in job.workers]
+        if speaks:
+            for chain in job.chains:
+                held = " ".join(map(str, job.plans[chain.name].capacities))
+                print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {held}", flush=True)
         steps = num_steps(config.optimisation, trainers[0].loader.images_per_epoch)
         if job.step_index >= steps:
             raise AgreedError(f"the run has done all its {steps} steps; train anew, with more --epochs")

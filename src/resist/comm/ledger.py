@@ -6,7 +6,7 @@ every process keeps the whole ledger and none has to ask another.
 """
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Ledger:
                      "gradients", those that ddp averages.
     pairs:           bytes by (source, target) of point-to-point messages.
     wire_bytes:      bytes by kind that crossed from one process to another.
+    wait_s:          seconds that this process waited, by kind; a batch of blocks and their state counts as "blocks".
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -37,7 +38,7 @@ class Ledger:
         self.messages: Counter[str] = Counter()
         self.wire_bytes: Counter[str] = Counter()
         self.pairs: Counter[tuple[int, int]] = Counter()
-        self.wait_s = 0.0
+        self.wait_s: defaultdict[str, float] = defaultdict(float)
 
     def take(self) -> dict[str, object]:
         """The bookings since the last call, ready for JSON."""
@@ -46,7 +47,7 @@ class Ledger:
             "messages": dict(self.messages),
             "wire_bytes": dict(self.wire_bytes),
             "pairs": [[source, target, n] for (source, target), n in sorted(self.pairs.items())],
-            "wait_s": round(self.wait_s, 6),
+            "wait_s": {kind: round(seconds, 6) for kind, seconds in self.wait_s.items()},
         }
         self._clear()
         return taken
@@ -61,14 +62,14 @@ class Ledger:
             self.pairs[move.source, move.target] += move.num_bytes
             if self.host(move.source) != self.host(move.target):
                 self.wire_bytes[move.kind] += move.num_bytes
-        return self._timed(lambda: self._transport.transfer(moves))
+        return self._timed(moves[0].kind if moves else "blocks", lambda: self._transport.transfer(moves))
 
     def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
         num_bytes = tensors[0].numel() * tensors[0].element_size()
         self.bytes[kind] += self.num_workers * allreduce_bytes(num_bytes, self.num_workers)
         self.messages[kind] += 1
         self.wire_bytes[kind] += self.num_processes * allreduce_bytes(num_bytes, self.num_processes)
-        return self._timed(lambda: self._transport.mean(tensors, kind))
+        return self._timed(kind, lambda: self._transport.mean(tensors, kind))
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None] = lambda num_bytes: None) -> nn.Module:
         """The gradients' own traffic is booked as ring all-reduces; the few buffers that go along are not."""
@@ -84,7 +85,9 @@ class Ledger:
     def gather_text(self, text: str) -> list[str]:
         """Booked as all-gathers between processes (texts are theirs, not the workers'): a packet of fixed size, and the
         longest text where that does not fit."""
+        start = time.perf_counter()
         texts = self._transport.gather_text(text)
+        self.wait_s["control"] += time.perf_counter() - start
         longest = max(len(one.encode()) for one in texts)
         sent = PACKET_BYTES + (longest if longest > PACKET_BYTES - 8 else 0)
         num_bytes = self.num_processes * (self.num_processes - 1) * sent
@@ -96,19 +99,19 @@ class Ledger:
     def close(self) -> None:
         self._transport.close()
 
-    def _timed(self, begin) -> Handle:  # type: ignore[no-untyped-def]
+    def _timed(self, kind: str, begin: Callable[[], Handle]) -> Handle:
         start = time.perf_counter()
         handle = begin()
-        self.wait_s += time.perf_counter() - start
-        return _Timed(self, handle)
+        self.wait_s[kind] += time.perf_counter() - start
+        return _Timed(self, kind, handle)
 
 
 class _Timed:
-    def __init__(self, ledger: Ledger, handle: Handle) -> None:
-        self._ledger, self._handle = ledger, handle
+    def __init__(self, ledger: Ledger, kind: str, handle: Handle) -> None:
+        self._ledger, self._kind, self._handle = ledger, kind, handle
 
     def finish(self) -> list[Tensor | None]:
         start = time.perf_counter()
         arrived = self._handle.finish()
-        self._ledger.wait_s += time.perf_counter() - start
+        self._ledger.wait_s[self._kind] += time.perf_counter() - start
         return arrived
