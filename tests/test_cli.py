@@ -78,7 +78,8 @@ def test_processes_and_torchrun_give_the_same_run(capsys, tmp_path) -> None:
 
 
 def test_a_run_ends_early_when_its_budget_is_used_up(capsys, tmp_path) -> None:
-    for budget, rounds in (("gb=0.0000001", 2), ("seconds=0.000001", 1), ("accuracy=0.0001", 3), ("rounds=2", 2), ("gb=9", 3)):
+    budgets = {"gb=0.0000001": 2, "seconds=0.000001": 1, "accuracy=0.0001": 3, "rounds=2": 2, "gb=9": 3}
+    for budget, rounds in budgets.items():
         out = tmp_path / budget
         status, _, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--until", budget, "--out", str(out))
         assert status == 0

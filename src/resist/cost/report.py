@@ -189,6 +189,7 @@ def _network_json(network: Network) -> dict[str, Any]:
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,
             "buckets": memory.buckets,
+            "outer": memory.outer,
             "activations": memory.activations,
             "peak": memory.peak,
         },
