@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from resist.runs import processor
+
 
 def provenance() -> dict[str, object]:
     """Date, commit, hardware and versions, ready for JSON."""
@@ -16,17 +18,9 @@ def provenance() -> dict[str, object]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": os.environ.get("RESIST_COMMIT") or git.stdout.strip(),
-        "machine": _processor(),
+        "machine": processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -18,9 +18,9 @@ ALLOWED = {
     "strategy": {"errors", "plan"},
     "chains": {"errors"},
     "subnet": {"chains", "errors"},
-    "fold": {"subnet"},
+    "fold": {"strategy", "subnet"},
     "comm": {"comm", "errors", "fold", "schedule"},
-    "exchange": {"chains", "comm", "fold", "plan", "schedule", "subnet"},
+    "exchange": {"chains", "comm", "fold", "plan", "schedule", "strategy", "subnet"},
     "job": {"chains", "comm", "errors", "exchange", "fold", "plan", "strategy", "subnet"},
     "models": {"errors", "models"},
     "data": {"data", "errors", "plan"},
@@ -81,6 +81,8 @@ def test_one_file_talks_to_torch_distributed(file: str) -> None:
             name for name in found - {"torch.distributed"}
             if not name.startswith(("torch.distributed.run", "torch.distributed.launcher", "torch.distributed.elastic"))
         }
+    if room(file) == "checkpoint":  # the files that torch writes; what processes say to one another is in comm
+        found = {name for name in found if not name.startswith("torch.distributed.checkpoint")}
     assert not found or file == "comm/distributed.py"
 
 

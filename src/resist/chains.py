@@ -73,7 +73,7 @@ def choose_chains(model: nn.Module, names: tuple[str, ...] = ()) -> tuple[Chain,
         if not runs:
             raise UserError(
                 "the model has no chain: no nn.Sequential or nn.ModuleList with two neighbouring blocks of the same "
-                "class, shapes and scalar attributes; name one with --chain, or use the local_sgd strategy"
+                "class, shapes and scalar attributes; there is nothing to deal out"
             )
         return runs[:1]
     chosen = tuple(_parse(name, model, runs) for name in names)

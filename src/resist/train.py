@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -26,6 +26,7 @@ from resist.errors import AgreedError, UserError
 from resist.evaluate import calibration_batches, network, test_accuracy
 from resist.full import FILE, save_full
 from resist.job import Job, Worker
+from resist.plan import Plan
 from resist.progress import Progress
 from resist.runs import Run, default_out
 from resist.tasks.classification import loss
@@ -218,21 +219,15 @@ def _loop(
             if (job.round in tested or last) and not news.interrupted:
                 accuracy = _evaluate(job, train_set, test_set, run, last=last)
             seconds["evaluate"] = clock.lap()
-            record: dict[str, object] = {
-                "round": job.round,
-                "step": step + 1,
-                "epoch": round((step + 1) * config.optimisation.batch_size / trainers[0].loader.images_per_epoch, 4),
-                "loss": sum(w["loss"] for w in news.workers) / len(news.workers),
-                "lr": lr,
-                "images": done * config.optimisation.batch_size * len(news.workers),
-                "accuracy": accuracy,
-                "seconds": {kind: round(value, 6) for kind, value in seconds.items()},
-                **job.ledger.take(),
-                "capacity": {name: plan.capacities for name, plan in plans.items()},
-                "plan": {name: plan.blocks for name, plan in plans.items()},
-                "workers": news.workers,
-            }
-            progress.round(record)
+            epoch = (step + 1) * config.optimisation.batch_size / trainers[0].loader.images_per_epoch
+            progress.round(
+                {
+                    **{"round": job.round, "step": step + 1, "epoch": round(epoch, 4), "lr": lr, "accuracy": accuracy},
+                    "images": done * config.optimisation.batch_size * len(news.workers),
+                    "seconds": {kind: round(value, 6) for kind, value in seconds.items()},
+                    **_record(job, news, plans),
+                }
+            )
             losses.zero_()
             first_step = step + 1
             if news.interrupted:
@@ -245,6 +240,33 @@ def _loop(
         checkpoints.finish()
         progress.finish(job)
     return 0
+
+
+@dataclass(frozen=True)
+class News:
+    """What all processes know before a round is folded.
+
+    workers:   each worker's mean loss, and its share of its process's seconds of compute.
+    compute_s: seconds that the slowest process computed.
+    stop:      whether a budget is used up, and the run ends after this round.
+    interrupted: whether a process was told to end by a signal.
+    """
+
+    workers: list[dict[str, float]]
+    compute_s: float
+    stop: bool
+    interrupted: bool
+
+
+def _record(job: Job, news: News, plans: Mapping[str, Plan]) -> dict[str, object]:
+    """What metrics.jsonl keeps of a round beside its numbers: losses, bytes, who held what."""
+    return {
+        "loss": sum(worker["loss"] for worker in news.workers) / len(news.workers),
+        **job.ledger.take(),
+        "capacity": {name: plan.capacities for name, plan in plans.items()},
+        "plan": {name: plan.blocks for name, plan in plans.items()},
+        "workers": news.workers,
+    }
 
 
 @contextlib.contextmanager
@@ -266,22 +288,6 @@ def interruption() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@dataclass(frozen=True)
-class News:
-    """What all processes know before a round is folded.
-
-    workers:   each worker's mean loss, and its share of its process's seconds of compute.
-    compute_s: seconds that the slowest process computed.
-    stop:      whether a budget is used up, and the run ends after this round.
-    interrupted: whether a process was told to end by a signal.
-    """
-
-    workers: list[dict[str, float]]
-    compute_s: float
-    stop: bool
-    interrupted: bool
 
 
 def _compare(
