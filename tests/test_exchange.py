@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resist.comm import Handle, Local, Move
 from resist.comm.ledger import Ledger
-from resist.comm.transport import hosting
+from resist.comm.transport import PACKET_BYTES, hosting
 from resist.job import Job
 from resist.schedule import allreduce_bytes
 from resist.strategy import local_sgd, resist
@@ -105,7 +105,7 @@ def test_texts_are_booked_as_control() -> None:
     ledger = Ledger(Three(3))
     assert ledger.gather_text("abc") == ["abc", "grüße", ""]
     taken = ledger.take()
-    assert taken["bytes"] == taken["wire_bytes"] == {"control": 3 * 2 * (8 + 7)}
+    assert taken["bytes"] == taken["wire_bytes"] == {"control": 3 * 2 * PACKET_BYTES}
     assert ledger.take()["bytes"] == {}
 
 
