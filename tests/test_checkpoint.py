@@ -108,6 +108,10 @@ def test_the_newest_stay_and_damage_is_named_skipped_and_kept(tmp_path: Path) ->
     saved(job, optimizers, tmp_path).finish()  # the same round again, over a damaged one
     assert newest(tmp_path)[0] == found[0]
     assert (tmp_path / "damaged-1-round-000003").is_dir()
+    (found[1] / "job.json").write_bytes(b"")
+    train(job, optimizers, STEPS)
+    saved(job, optimizers, tmp_path).finish()
+    assert [path.name for path in complete(tmp_path)] == ["round-000004", "round-000003", "round-000002"]
 
 
 def test_what_was_cut_off_is_no_checkpoint(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ optimizer's state, counters, outer momentum) is there for each, as `workers.2.mo
 All processes have to see the same folder. Nothing that is read is unpickled but the classes of DCP's own index.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -105,17 +106,19 @@ class Checkpoints:
             if self._first:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _complete(self, partial: Path, final: Path, about: dict[str, object]) -> None:
+    def _complete(self, partial: Path, final: Path, facts: dict[str, object]) -> None:
         files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
         with (partial / JOB).open("w", encoding="utf-8") as file:
-            json.dump({**about, "files": files}, file)
+            json.dump({**facts, "files": files}, file)
             file.flush()
             os.fsync(file.fileno())
         if final.exists():  # saved before, by the run that this one goes on with, and damaged since
             final.rename(next(p for n in count(1) if not (p := final.with_name(f"damaged-{n}-{final.name}")).exists()))
         partial.rename(final)
         for old in [path for path in complete(self.folder) if path.name < final.name][KEEP - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(UserError):  # a damaged one stays, for whoever wants to see why
+                about(old)
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def complete(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def _starting_point(
             print(f"resist: no checkpoint in {folder} yet; the run begins anew")
         return None, (0, 0)
     path = folder / name
-    facts = together(transport, lambda: json.loads((path / JOB).read_text(encoding="utf-8")))
+    facts = together(transport, lambda: read_facts(path))
     before, now = facts["workers"], config.method.workers
     step = facts["step"] * before // now
     if speaks and before != now:
@@ -124,6 +124,14 @@ def _starting_point(
             f"becomes {step} (as many images seen), momentum starts anew"
         )
     return (path, before == now), (facts["round"], step)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The job.json of a checkpoint that process 0 has checked. Raises UserError where this process does not see it."""
+    try:
+        return json.loads((path / JOB).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path / JOB}: {error.strerror}; all processes have to see the same run directory") from error
 
 
 class Trainer:
