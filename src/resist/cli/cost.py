@@ -1,0 +1,93 @@
+"""`resist cost`: what each strategy would send, hold and take, predicted."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rich.console import Console
+
+from resist.cli.plan import builder
+from resist.config import NetworkConfig
+from resist.cost import STRATEGIES, Link, Speed, calibrate, predict, print_table
+from resist.data import image_size_of
+from resist.errors import UserError
+from resist.train import pick_device
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """Predict bytes, memory, FLOPs and, for given links and devices, seconds of each strategy. Trains nothing."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    num_classes: int | None = None
+    """Classes of the head. Default: those of --data."""
+    image_size: int | None = None
+    """Height and width of an image. Default: those of --data."""
+    workers: tuple[int, ...] = (2, 4, 8)
+    """Numbers of workers to look at."""
+    strategies: tuple[str, ...] = STRATEGIES
+    """Strategies to look at."""
+    local_steps: int = 50
+    """Optimizer steps from one synchronisation to the next."""
+    batch_size: int = 128
+    """Images of a worker in one step."""
+    min_depth: int | None = None
+    """As in resist train."""
+    capacities: tuple[int, ...] = ()
+    """As in resist train; for one number of workers."""
+    optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
+    """As in resist train."""
+    link_gbit_s: float | None = None
+    """Rate of each worker's link, each way. With a speed of the devices, seconds are predicted."""
+    latency_ms: float = 0.0
+    """One-way latency of a link."""
+    images_s: tuple[float, ...] = ()
+    """Images per second that a device trains of the full network: one number, or one for each worker."""
+    calibrate: bool = False
+    """Measure --images-s here, on --device."""
+    device: str = "auto"
+    """What to calibrate: cpu, cuda, or auto."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run_cost(config: CostConfig, arguments: list[str]) -> int:
+    network, size = config.network, config.image_size or image_size_of(config.network.data)
+    build_model = builder(network, config.num_classes)
+    if config.calibrate and config.images_s:
+        raise UserError("--calibrate measures what --images-s says; give one of the two")
+    if config.latency_ms and config.link_gbit_s is None:
+        raise UserError(f"--latency-ms {config.latency_ms} says nothing without --link-gbit-s; give both")
+    link = None if config.link_gbit_s is None else Link(config.link_gbit_s, config.latency_ms)
+    speeds = [Speed(images_s) for images_s in config.images_s]
+    if config.calibrate:
+        speeds = [
+            calibrate(
+                build_model,
+                batch_size=config.batch_size,
+                image_shape=(3, size, size),
+                chains=network.chain,
+                device=pick_device(config.device),
+            )
+        ]
+    if (link is None) != (not speeds):
+        raise UserError("seconds need both --link-gbit-s and a speed (--images-s or --calibrate); give both or none")
+    report = predict(
+        build_model,
+        workers=config.workers,
+        strategies=config.strategies,
+        chains=network.chain,
+        batch_size=config.batch_size,
+        image_shape=(3, size, size),
+        local_steps=config.local_steps,
+        optimizer_state=config.optimizer_state,
+        min_depth=config.min_depth,
+        capacities=config.capacities or None,
+        link=link,
+        speed=speeds or None,
+    )
+    if config.json:
+        print(json.dumps(report.to_json()))
+    else:
+        print_table(report, Console(highlight=False, soft_wrap=True))
+    return 0

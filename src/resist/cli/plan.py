@@ -1,0 +1,74 @@
+"""`resist plan`: what would be trained, shown without training it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from resist.config import MethodConfig, NetworkConfig, TrainConfig
+from resist.data import num_classes_of
+from resist.draw import partition_svg
+from resist.errors import UserError
+from resist.models import build
+from resist.show import describe, print_plan
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Show what would be trained: parameters, chains, who holds which block. Trains nothing."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    num_classes: int | None = None
+    """Classes of the head. Default: those of --data."""
+    seed: int = 0
+    """Seed of the plans."""
+    rounds: int = 3
+    """Rounds to show."""
+    json: bool = False
+    """Print JSON."""
+    svg: Path | None = None
+    """Draw the rounds into this file too, which must not exist yet."""
+
+
+def plan_facts(config: PlanConfig) -> dict[str, Any]:
+    network = config.network
+    if config.rounds < 1:
+        raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
+    whole = TrainConfig(network=network, method=config.method)
+    whole.check()
+    with torch.device("meta"):
+        model = builder(network, config.num_classes)()
+    return describe(model, whole, config.rounds)
+
+
+def builder(network: NetworkConfig, num_classes: int | None) -> Callable[[], nn.Module]:
+    """What builds the full network of these options."""
+    classes = num_classes_of(network.data) if num_classes is None else num_classes
+    return lambda: build(
+        network.model,
+        num_classes=classes,
+        sections=network.sections,
+        width=network.width,
+        final_norm=network.final_norm,
+    )
+
+
+def run_plan(config: PlanConfig, arguments: list[str]) -> int:
+    facts = plan_facts(config)
+    if config.svg is not None:
+        try:
+            with config.svg.open("x", encoding="utf-8") as file:
+                file.write(partition_svg(facts))
+        except OSError as error:
+            raise UserError(f"--svg {config.svg} cannot be written: {error.strerror}; give another file") from error
+    if config.json:
+        print(json.dumps(facts))
+    else:
+        print_plan(facts, Console(highlight=False, soft_wrap=True))
+    return 0

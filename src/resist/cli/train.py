@@ -1,0 +1,70 @@
+"""`resist train`: what is given on the command line, or by the run that goes on; the processes of this machine."""
+
+import os
+import sys
+from dataclasses import fields, replace
+
+from resist.checkpoint import newest
+from resist.cli.plan import PlanConfig, plan_facts
+from resist.config import MachineConfig, TrainConfig
+from resist.data import load
+from resist.errors import UserError
+from resist.launch import launch, launched, num_processes
+from resist.runs import check_free, default_out, read_config
+from resist.train import INTERRUPTED, pick_device, train
+
+
+def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
+    """The configuration of the run that `--resume` names, with the machine and the number of workers given now."""
+    path = config.run.resume
+    if path is None:
+        return config
+    before = read_config(path)
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+    machine = {f.name for f in fields(MachineConfig)}
+    for name in sorted(given - machine - {"resume", "workers", "data_dir"}):
+        raise UserError(f"--{name.replace('_', '-')} cannot change in a run that goes on; leave it out")
+    workers = config.method.workers if "workers" in given else before.method.workers
+    epochs = before.optimisation.epochs * before.method.workers / workers  # as many images for all together
+    data_dir = config.network.data_dir if "data_dir" in given else before.network.data_dir
+    return TrainConfig(
+        network=replace(before.network, data_dir=data_dir),
+        method=replace(before.method, workers=workers),
+        optimisation=replace(before.optimisation, epochs=epochs),
+        machine=replace(before.machine, **{name: getattr(config.machine, name) for name in machine & given}),
+        run=replace(before.run, resume=path),
+    )
+
+
+def run_train(config: TrainConfig, arguments: list[str]) -> int:
+    config.check()
+    again, out = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0, config.run.out
+    if again and out is not None and (out / "config.json").exists():
+        # torchrun has started us again after a process died: go on from the last checkpoint
+        config, arguments = replace(config, run=replace(config.run, resume=out)), []
+    config = resumed(config, arguments)
+    config.check()
+    if launched():
+        return train(config)
+    # Everything that can be found wrong here is found once, before any process is started.
+    plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
+    pick_device(config.machine.device)
+    out = config.run.resume or config.run.out or default_out(config)
+    if config.run.resume is None:
+        check_free(out)
+    processes = num_processes(config)
+    if processes == 1:
+        return train(config)
+    load(config.network.data, config.network.data_dir)
+    if config.run.resume is None:
+        arguments = ["train", *replace(config, run=replace(config.run, out=out)).arguments()]
+    status = launch(arguments, processes, config.machine.timeout_s)
+    saved, machine = newest(out / "checkpoints")[0] is not None, TrainConfig(machine=config.machine).arguments()
+    if status > 128:  # a signal to this process: the others have saved what they could
+        return INTERRUPTED if saved else status
+    for attempt in range(1, config.machine.restarts + 1):
+        if status in (0, 2, INTERRUPTED) or not (out / "config.json").exists():
+            break
+        print(f"resist: restart {attempt} of {config.machine.restarts}, from the last checkpoint", file=sys.stderr)
+        status = launch(["train", "--resume", str(out), *machine], processes, config.machine.timeout_s)
+    return status
