@@ -22,7 +22,7 @@ from resist.checkpoint import JOB, Checkpoints, newest, restore
 from resist.comm import Transport, check_agreement, connect
 from resist.config import OptimisationConfig, TrainConfig
 from resist.data import Images, Loader, load
-from resist.errors import AgreedError, UserError
+from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.evaluate import calibration_batches, network, test_accuracy
 from resist.full import FILE, save_full
 from resist.job import Job, Worker
@@ -82,7 +82,14 @@ def train(config: TrainConfig) -> int:
         run = together(transport, lambda: Run(out, config, resume_round) if speaks else None)
         out = Path(transport.gather_text(str(out))[0])  # the time of the first process, where it is in the name
         checkpoints = Checkpoints(out / "checkpoints", transport)
-        return _loop(config, job, trainers, train_set, test_set, run, checkpoints)
+        try:
+            return _loop(config, job, trainers, train_set, test_set, run, checkpoints)
+        except WorkerLostError as error:
+            raise WorkerLostError(
+                f"round {job.round + 1}: {error}; to go on from the last checkpoint: resist train --resume {out}"
+            ) from error
+        finally:
+            checkpoints.abandon()
     finally:
         transport.close()
 

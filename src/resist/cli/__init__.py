@@ -47,15 +47,20 @@ def _guarded(action: Callable[[], int]) -> int:
         return action()
     except AgreedError as error:  # every process has it; the first one says it
         if rank == 0:
-            print(f"resist: {error}", file=sys.stderr)
+            _say(str(error))
         return 2
     except UserError as error:
-        print(f"resist: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except WorkerLostError as error:
-        print(f"resist: {error}", file=sys.stderr)
+        _say(str(error))
         return 1
     except KeyboardInterrupt:
         if rank == 0:
-            print("resist: interrupted", file=sys.stderr)
+            _say("interrupted")
         return 130
+
+
+def _say(text: str) -> None:
+    """A line on stderr, in one write: several processes may speak at once."""
+    print(f"resist: {text}\n", end="", file=sys.stderr, flush=True)
