@@ -45,7 +45,8 @@ def num_processes(config: TrainConfig) -> int:
 
 def launch(arguments: Sequence[str], processes: int, timeout_s: float, workers: int) -> int:
     """Run `resist` with `arguments` in that many processes of this machine and wait for them. Returns the exit status:
-    that of the first process that failed (1 where a signal ended it), or 128 and the number of a signal that ended all before they could save.
+    that of the first process that failed (1 where a signal ended it), or 128 and the number of a signal that ended all
+    before they could save.
 
     The processes print for themselves. When one fails, the others are given a moment and ended. On SIGTERM, SIGINT or
     SIGHUP all are told to end in order, and killed where that takes longer than `timeout_s` (or at a second SIGINT).

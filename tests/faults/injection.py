@@ -80,7 +80,7 @@ def draw(seed: int, number: int, timeout_s: float) -> list[Fault]:
         chance.shuffle(pairs)
         for kind, point in pairs:
             rank = 0 if point in FIRST_ONLY else chance.randrange(PROCESSES)
-            seconds = round(chance.uniform(0.2, timeout_s / 2), 1) if kind == "delay" else 0.0
+            seconds = round(chance.uniform(0.2, min(timeout_s / 2, 6.0)), 1) if kind == "delay" else 0.0
             faults.append(Fault(kind, point, rank, chance.randint(1, POINTS[point]), seconds))
     return faults[:number]
 

@@ -11,7 +11,7 @@ import os
 import sys
 
 
-class Injected(Exception):
+class InjectedError(Exception):
     """What a fault of the kind "raise" raises."""
 
 
@@ -24,7 +24,7 @@ def fire(fault):
     import time
 
     if fault["kind"] == "raise":
-        raise Injected(f"injected at {fault['point']}")
+        raise InjectedError(f"injected at {fault['point']}")
     if fault["kind"] == "delay":
         time.sleep(fault["seconds"])
     else:
@@ -32,7 +32,7 @@ def fire(fault):
 
 
 def wrap(owner, name, fault, *, after=False, when=lambda *arguments: True):
-    """Make `owner.name` count its calls (those for which `when` holds), and fault at the nth: before it, or after it."""
+    """Make `owner.name` count its calls (those for which `when` holds) and fault at the nth: before or after it."""
     original, calls = getattr(owner, name), 0
 
     def wrapper(*arguments, **named):
