@@ -11,9 +11,9 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,33 +33,41 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, default=30.0)
     parser.add_argument("--lanes", type=int, default=2, help="runs at the same time")
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--start", action="store_true", help="start each process anew instead of forking it")
+    parser.add_argument("--lane", type=int, help=argparse.SUPPRESS)  # one of the lanes, a process of its own
     options = parser.parse_args()
     origin = provenance()  # of the code as it is when the sweep begins
     options.scratch.mkdir(parents=True, exist_ok=True)
-    reference = options.scratch / "undisturbed"
+    reference, warm = options.scratch / "undisturbed", not options.start
+    faults = list(enumerate(draw(options.seed, options.number, options.timeout_s)))
+    if options.lane is not None:
+        for number, fault in faults[options.lane :: options.lanes]:
+            one(number, fault, options.scratch, reference, options.timeout_s, warm)
+        return
     if not (reference / "model.safetensors").exists():
         shutil.rmtree(reference, ignore_errors=True)
-        undisturbed(options.scratch, options.timeout_s)
-
-    def one(numbered: tuple[int, Fault]) -> dict[str, Any]:
-        number, fault = numbered
-        kept, folder = options.scratch / f"{number:03d}.json", options.scratch / f"{number:03d}"
-        if kept.exists():
-            return json.loads(kept.read_text())
-        shutil.rmtree(folder, ignore_errors=True)
-        outcome = asdict(suffer(fault, folder, reference, options.timeout_s))
-        kept.write_text(json.dumps(outcome, indent=1))
-        print(number, fault, outcome["statuses"], outcome["to_end_s"], outcome["problems"], flush=True)
-        return outcome
-
-    with ThreadPoolExecutor(options.lanes) as pool:
-        outcomes = list(pool.map(one, enumerate(draw(options.seed, options.number, options.timeout_s))))
+        undisturbed(options.scratch, options.timeout_s, warm=warm)
+    again = [sys.executable, *sys.argv]
+    lanes = [subprocess.Popen([*again, "--lane", str(number)]) for number in range(options.lanes)]
+    if sum(lane.wait() for lane in lanes):
+        sys.exit("a lane was broken off; the same command goes on with it")
+    outcomes = [json.loads((options.scratch / f"{number:03d}.json").read_text()) for number, _ in faults]
     record = {
         "benchmark": "faults", "seed": options.seed, "timeout_s": options.timeout_s, "lanes": options.lanes,
-        **summary(outcomes), **origin,
+        "forked": warm, **summary(outcomes), **origin,
     }  # fmt: skip
     with (HERE / "results" / "faults.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def one(number: int, fault: Fault, scratch: Path, reference: Path, timeout_s: float, warm: bool) -> None:
+    kept, folder = scratch / f"{number:03d}.json", scratch / f"{number:03d}"
+    if kept.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    outcome = suffer(fault, folder, reference, timeout_s, warm=warm)
+    kept.write_text(json.dumps(asdict(outcome), indent=1))
+    print(number, fault, outcome.statuses, outcome.to_end_s, outcome.total_s, outcome.problems, flush=True)
 
 
 def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:

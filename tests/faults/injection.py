@@ -42,6 +42,8 @@ SAVING = ("save begun", "writing", "completing", "before rename", "after rename"
 BEFORE_RUN = ("start", "joined")  # there is no run directory yet
 # Seconds that a run may take beyond the timeout to notice, to say so and to end, on a machine that is busy with others.
 MARGIN_S = 40.0
+# Seconds after which a command is called hung.
+LIMIT_S = 400.0
 HERE = Path(__file__).parent
 
 
@@ -105,14 +107,23 @@ def _belongs(process: psutil.Process, mark: str) -> bool:
         return False
 
 
-def command(arguments: tuple[str, ...], fault: Fault | None, mark: Path, limit_s: float) -> tuple[int | None, str]:
-    """Run `resist` and wait. Returns its exit status (None: it did not end within `limit_s`) and what is on stderr."""
-    errors = mark.with_suffix(".stderr")
+def command(
+    arguments: tuple[str, ...], fault: Fault | None, mark: Path, limit_s: float, *, warm: bool
+) -> tuple[int | None, str]:
+    """Run `resist` and wait. Returns its exit status (None: it did not end within `limit_s`) and what is on stderr.
+
+    warm: in processes that are forked, see warm.py, instead of started.
+    """
+    errors, own = mark.with_suffix(".stderr"), environment(fault, mark)
+    if warm:
+        import warm as forked
+
+        status = forked.command(arguments, own, errors, limit_s)
+        return status, errors.read_text(errors="replace")
     with errors.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "resist", *arguments], env=environment(fault, mark), stdout=subprocess.DEVNULL,
-            stderr=file, cwd=mark.parent,
-        )  # fmt: skip
+            [sys.executable, "-m", "resist", *arguments], env=own, stdout=subprocess.DEVNULL, stderr=file
+        )
         try:
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -122,22 +133,23 @@ def command(arguments: tuple[str, ...], fault: Fault | None, mark: Path, limit_s
     return status, errors.read_text(errors="replace")
 
 
-def undisturbed(folder: Path, timeout_s: float) -> Path:
+def undisturbed(folder: Path, timeout_s: float, *, warm: bool = False) -> Path:
     """The run that the others are compared with."""
-    status, text = command(train(folder / "undisturbed", timeout_s), None, folder / "undisturbed.mark", 300)
+    out = folder / "undisturbed"
+    status, text = command(train(out, timeout_s), None, folder / "undisturbed.mark", LIMIT_S, warm=warm)
     assert (status, text) == (0, ""), text
-    return folder / "undisturbed"
+    return out
 
 
 def train(out: Path, timeout_s: float) -> tuple[str, ...]:
     return ("train", *ARGUMENTS, "--timeout-s", str(timeout_s), "--out", str(out))
 
 
-def suffer(fault: Fault, folder: Path, reference: Path, timeout_s: float) -> Outcome:
+def suffer(fault: Fault, folder: Path, reference: Path, timeout_s: float, *, warm: bool = False) -> Outcome:
     """One run with one fault, and whatever it takes to bring it to its end. `folder` is a new one for this fault."""
     folder.mkdir()
     out, mark, outcome, begun = folder / "run", folder / "mark", Outcome(fault), time.monotonic()
-    status, outcome.said = command(train(out, timeout_s), fault, mark, 300)
+    status, outcome.said = command(train(out, timeout_s), fault, mark, LIMIT_S, warm=warm)
     ended = time.time()
     outcome.problems += list(_first(fault, status, outcome.said, mark))
     if mark.exists():
@@ -151,7 +163,7 @@ def suffer(fault: Fault, folder: Path, reference: Path, timeout_s: float) -> Out
     outcome.statuses.append(-1 if status is None else status)
     while outcome.statuses[-1] != 0 and len(outcome.statuses) < 4:
         again = ("train", "--resume", str(out)) if (out / "config.json").exists() else train(out, timeout_s)
-        status, text = command(again, fault, mark, 300)
+        status, text = command(again, fault, mark, LIMIT_S, warm=warm)
         outcome.statuses.append(-1 if status is None else status)
         outcome.problems += [f"going on: {text.strip()}"] if status != 0 or text.strip() else []
     if outcome.statuses[-1] == 0:

@@ -8,7 +8,6 @@ The fault happens once: whoever comes first makes the file `mark`, and a process
 
 import json
 import os
-import sys
 
 
 class InjectedError(Exception):
@@ -84,5 +83,4 @@ def install(fault):
 if "RESIST_FAULT" in os.environ and "RANK" in os.environ:
     description = json.loads(os.environ["RESIST_FAULT"])
     if int(os.environ["RANK"]) == description["rank"] and not os.path.exists(description["mark"]):
-        sys.modules.setdefault("sitecustomize", sys.modules[__name__])
         install(description)
