@@ -1,5 +1,6 @@
 """A save cut off by SIGKILL at any byte, or by a full disk, is never taken for a checkpoint; the older one stays."""
 
+import gc
 import io
 import json
 import os
@@ -21,10 +22,14 @@ from torch import Tensor
 from resist.checkpoint import Checkpoints, about, newest, restore
 from resist.cli import main
 from resist.job import Job
-from resist.strategy import resist
+from resist.strategy import Strategy, resist
 from support import make, train, weights
 
 STEPS, POSITIONS = 2, 50
+
+
+def strategy() -> Strategy:
+    return resist(2, STEPS, min_depth=0)
 
 
 class Meter:
@@ -96,7 +101,7 @@ def saved_in_a_fork(job: Job, optimizers: list[torch.optim.Optimizer], folder: P
 def restored(folder: Path, path: Path) -> dict[str, Tensor]:
     """The full network of a checkpoint."""
     at = about(path)["round"]
-    job, optimizers = make(resist(3, STEPS, min_depth=0), start=(at, at * STEPS))
+    job, optimizers = make(strategy(), start=(at, at * STEPS))
     restore(job, tuple(optimizers), path, same_workers=True)
     return weights(job)
 
@@ -108,14 +113,15 @@ def positions(files: dict[str, int], number: int) -> Iterator[int]:
     for size in files.values():
         starts.append((passed, size))
         passed += size
-    for turn in range(number):
+    yield from (total, total - 1)  # just after the renaming, and just before
+    for turn in range(number - 2):
         start, size = (0, total) if turn % 2 else chance.choice(starts)
         yield start + chance.randint(1, size)
 
 
 @pytest.mark.slow
 def test_a_save_that_is_killed_at_any_byte_leaves_the_older_checkpoint_or_the_whole_new_one(tmp_path: Path) -> None:
-    job, optimizers = make(resist(3, STEPS, min_depth=0))
+    job, optimizers = make(strategy())
     train(job, optimizers, STEPS)
     save(job, optimizers, tmp_path / "older")
     expected = {1: weights(job)}
@@ -137,9 +143,10 @@ def test_a_save_that_is_killed_at_any_byte_leaves_the_older_checkpoint_or_the_wh
         rounds.append(about(path)["round"])
         found = restored(folder, path)
         assert all(torch.equal(found[name], value) for name, value in expected[rounds[-1]].items()), limit
-        save(job, optimizers, folder)  # a run that goes on saves again, over what is left
-        assert newest(folder) == (folder / "round-000002", [])
-        assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+        if number % 5 == 0:
+            save(job, optimizers, folder)  # a run that goes on saves again, over what is left
+            assert newest(folder) == (folder / "round-000002", [])
+            assert not [p for p in folder.iterdir() if p.name.startswith(".")]
         shutil.rmtree(folder)
     assert set(rounds) == {1, 2}  # positions on both sides of the rename
 
@@ -154,6 +161,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("this system does not let root mount a tmpfs")
     yield disk
+    gc.collect()  # errors that pytest has caught hold frames, and these hold files
     subprocess.run(["umount", disk], check=True)
 
 

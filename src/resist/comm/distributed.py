@@ -191,7 +191,7 @@ class Distributed:
             dist.destroy_process_group()
 
     def _run(self, doing: str, action: Any) -> Any:
-        self._roll.doing = WAITS
+        self._roll.is_doing(WAITS)
         try:
             return action()
         except RuntimeError as error:
@@ -199,7 +199,7 @@ class Distributed:
                 f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {self._cause()}"
             ) from error
         finally:
-            self._roll.doing = WORKS
+            self._roll.is_doing(WORKS)
 
     def _cause(self) -> str:
         found = self._roll.call()

@@ -6,6 +6,7 @@ killed or stopped, or is cut off, does not answer. Who answers that it is at wor
 
 import threading
 import time
+import weakref
 from typing import Any
 
 CALL, ANSWER = "resist/roll-call", "resist/here/"  # keys in the store
@@ -15,16 +16,18 @@ ANSWER_S = 5.0  # an answer may take this long, on a busy host
 
 
 class Roll:
-    """store: one of torch.distributed, shared by all `size` processes; this is number `rank`.
-
-    doing: WORKS or WAITS, as its owner says.
-    """
+    """store: one of torch.distributed, shared by all `size` processes; this is number `rank`."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
-        self.doing = WORKS
-        self._closed = threading.Event()
-        threading.Thread(target=self._answer, daemon=True).start()
+        self._doing = [WORKS]
+        closed = threading.Event()
+        threading.Thread(target=_answer, args=(store, rank, self._doing, closed), daemon=True).start()
+        self.close = weakref.finalize(self, closed.set)  # the thread does not outlive what it answers for
+
+    def is_doing(self, what: str) -> None:
+        """what: WORKS or WAITS."""
+        self._doing[0] = what
 
     def call(self) -> tuple[list[int], list[int]] | None:
         """The processes that do not answer, and those that are at work; None where the store itself does not answer.
@@ -46,14 +49,12 @@ class Roll:
             return None
         return missing, [rank for rank, doing in answers.items() if doing == WORKS]
 
-    def close(self) -> None:
-        self._closed.set()
 
-    def _answer(self) -> None:
-        try:
-            while not self._closed.wait(LOOK_S):
-                if self._store.check([CALL]):
-                    self._store.set(f"{ANSWER}{self._rank}", self.doing)
-                    return
-        except RuntimeError:  # the store is gone: the job is over, one way or the other
-            return
+def _answer(store: Any, rank: int, doing: list[str], closed: threading.Event) -> None:
+    try:
+        while not closed.wait(LOOK_S):
+            if store.check([CALL]):
+                store.set(f"{ANSWER}{rank}", doing[0])
+                return
+    except RuntimeError:  # the store is gone: the job is over, one way or the other
+        return
