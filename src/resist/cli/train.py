@@ -7,11 +7,12 @@ from dataclasses import fields, replace
 from resist.checkpoint import newest
 from resist.cli.plan import PlanConfig, plan_facts
 from resist.config import MachineConfig, TrainConfig
-from resist.data import load
+from resist.device import pick_device
 from resist.errors import UserError
 from resist.launch import launch, launched, num_processes, watch_launcher
 from resist.runs import check_free, default_out, read_config
-from resist.train import INTERRUPTED, pick_device, train
+from resist.tasks import open_task
+from resist.train import INTERRUPTED, train
 
 
 def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
@@ -22,15 +23,17 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     before = read_config(path)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     machine = {f.name for f in fields(MachineConfig)}
-    for name in sorted(given - machine - {"resume", "workers", "data_dir"}):
+    for name in sorted(given - machine - {"resume", "workers", "data_dir", "lr", "nonfinite", "safety"}):
         raise UserError(f"--{name.replace('_', '-')} cannot change in a run that goes on; leave it out")
     workers = config.method.workers if "workers" in given else before.method.workers
     epochs = before.optimisation.epochs * before.method.workers / workers  # as many images for all together
+    lr = config.optimisation.lr if "lr" in given else before.optimisation.lr
+    again = {name: getattr(config.method, name) for name in {"nonfinite", "safety"} & given}
     data_dir = config.network.data_dir if "data_dir" in given else before.network.data_dir
     return TrainConfig(
         network=replace(before.network, data_dir=data_dir),
-        method=replace(before.method, workers=workers),
-        optimisation=replace(before.optimisation, epochs=epochs),
+        method=replace(before.method, workers=workers, **again),
+        optimisation=replace(before.optimisation, epochs=epochs, lr=lr),
         machine=replace(before.machine, **{name: getattr(config.machine, name) for name in machine & given}),
         run=replace(before.run, resume=path),
     )
@@ -56,7 +59,7 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
     processes = num_processes(config)
     if processes == 1:
         return train(config)
-    load(config.network.data, config.network.data_dir)
+    open_task(config.network)
     if config.run.resume is None:
         arguments = ["train", *replace(config, run=replace(config.run, out=out)).arguments()]
     timeout_s, workers = config.machine.timeout_s, config.method.workers

@@ -3,9 +3,9 @@
 from resist.comm.distributed import Distributed, connect, meeting_point
 from resist.comm.ledger import Ledger
 from resist.comm.local import Local
-from resist.comm.transport import Handle, Move, Transport, check_agreement, hosting, workers_of
+from resist.comm.transport import Handle, Move, Transport, check_agreement, hosting, together, workers_of
 
 __all__ = [
     "Distributed", "Handle", "Ledger", "Local", "Move", "Transport", "check_agreement", "connect", "hosting",
-    "meeting_point", "workers_of",
+    "meeting_point", "together", "workers_of",
 ]  # fmt: skip
