@@ -81,13 +81,12 @@ def check_optimizers(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer])
     for number, optimizer in enumerate(optimizers):
         if not hasattr(optimizer, "param_groups"):
             raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
-        owners = {owner.get(id(p)) for group in optimizer.param_groups for p in group["params"]}
+        owners = {owner[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in owner}
         if number in owners:
             continue
-        others = sorted(owners - {None})
-        if others:
+        if owners:
             raise UserError(
-                f"optimizer {number} trains the network of job.workers[{others[0]}]; "
+                f"optimizer {number} trains the network of job.workers[{min(owners)}]; "
                 "pass the optimizers in the order of job.workers"
             )
         raise UserError(

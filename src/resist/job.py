@@ -151,8 +151,9 @@ class Job:
         self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
-        """Let averages of the weights, as an EMA, go where their blocks go. Without it, an average kept beside a
-        sub-network mixes the blocks that lie in a slot one after another. Every process has to call it, before training.
+        """Let averages of the weights, as an EMA, go where their blocks go. Call it in all processes, before training.
+
+        Without it, an average kept beside a sub-network mixes the blocks that lie in a slot one after another.
 
             average = AveragedModel(job.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
             job.follow(average)
@@ -282,7 +283,8 @@ class Job:
         """
         kinds = sorted({kind for worker in self.workers for kind in worker.state} - {ANCHOR, VELOCITY})
         mine = json.dumps({"averages": any(worker.average for worker in self.workers), "kinds": kinds})
-        told = [json.loads(text) for text in (self.ledger.gather_text(mine) if self.ledger.num_processes > 1 else [mine])]
+        texts = self.ledger.gather_text(mine) if self.ledger.num_processes > 1 else [mine]
+        told = [json.loads(text) for text in texts]
         if len({one["averages"] for one in told}) > 1:
             raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
         return sorted({kind for one in told for kind in one["kinds"]})
@@ -309,7 +311,7 @@ class Job:
         shapes = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors_of(full).items()])
         weights = blake2b(digest_size=8)
         for tensor in tensors_of(full).values():
-            weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         mine = {  # causes before what follows from them: the first difference is the one that is named
             "workers": self.strategy.workers,
             "strategy": [(s.name, s.local_steps, s.optimizer_state, s.at_round) for s in _parts(self.strategy)],
