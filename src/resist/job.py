@@ -7,7 +7,7 @@
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 import torch
@@ -19,7 +19,7 @@ from resist.chains import choose_chains
 from resist.comm import Ledger, Transport, check_agreement, connect
 from resist.errors import AgreedError, UserError
 from resist.exchange import WEIGHTS, Copy, Exchange, assembly
-from resist.fold import ANCHOR, OPTIMIZER_STATES, VELOCITY, adopt_state, check_optimizers, follow_resize
+from resist.fold import ANCHOR, OPTIMIZER_STATES, VELOCITY, adopt_state, follow_resize, optimizers_of
 from resist.plan import Plan
 from resist.strategy import Strategy
 from resist.subnet import Subnet, scale_branches, tensors_of, use_batch_statistics
@@ -35,6 +35,7 @@ class Worker:
         self.index, self.subnet = index, subnet
         self.state: dict[str, Tensor] = {}  # the optimizer's state by kind, laid out as the weights are
         self.model: nn.Module = subnet.model
+        self.optimizers: list[Optimizer] = []  # those that `Job.step` was given for it
         self.average: Subnet | None = None  # of its weights over time; see `Job.follow`
 
 
@@ -63,7 +64,7 @@ class Job:
         build_model: Callable[[], nn.Module],
         strategy: Strategy,
         *,
-        chains: Sequence[str] = (),
+        chains: str | Sequence[str] = (),
         seed: int = 0,
         batchnorm: str = "recalibrate",
         scale: str | float = "inclusion",
@@ -85,7 +86,7 @@ class Job:
         full = build_seeded(build_model, seed)
         if batchnorm == "batch":
             use_batch_statistics(full)
-        self.chains = choose_chains(full, tuple(chains))
+        self.chains = choose_chains(full, (chains,) if isinstance(chains, str) else tuple(chains))
         self.plans = self.plans_of(self.round)
         _ = self.scales  # complains about a wrong scale now rather than at the end
         self.ledger = Ledger(transport if transport is not None else connect(strategy.workers, device, timeout_s))
@@ -126,12 +127,14 @@ class Job:
         return {c.name: strategy.assign(c.num_blocks, c.name, self.seed, round) for c in self.chains}
 
     def step(self, *optimizers: Optimizer) -> bool:
-        """Call it after each optimizer step, with the optimizer of every hosted worker. After `local_steps` calls it
-        synchronises: waits for all workers, averages, and puts the next round's blocks into the slots.
+        """Call it after each optimizer step, with the optimizers of every hosted worker: one each, or more.
+
+        After `local_steps` calls it synchronises: waits for all workers, averages, and puts the next round's blocks
+        into the slots. Every worker has to call it equally often, also where a GradScaler left a step out.
 
         Returns whether it synchronised.
         """
-        if len(optimizers) != len(self.workers):
+        if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
             self._adopt(optimizers)
@@ -147,7 +150,10 @@ class Job:
         for worker in self.workers:
             worker.subnet.check_attached()
             worker.state = {kind: flat for kind, flat in worker.state.items() if kind in (ANCHOR, VELOCITY)}
-        check_optimizers([worker.subnet for worker in self.workers], optimizers)
+        for worker, own in zip(
+            self.workers, optimizers_of([worker.subnet for worker in self.workers], optimizers), strict=True
+        ):
+            worker.optimizers = own
         self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
@@ -192,14 +198,14 @@ class Job:
             copies.append(Copy(VELOCITY, velocities, moves=True, averages=False, folds=False))
         if not strategy.every_step:
             Exchange(self.ledger, subnets, copies, self.plans, next_plans, strategy.outer, anchors).finish()
-        for number, worker in enumerate(self.workers):
+        for worker in self.workers:
             capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
             worker.state = {one.name: one.flats[worker.index] for one in copies[1:] if one.name != AVERAGE}
             if tuple(capacities) != worker.subnet.capacities:
                 before = {id(parameter) for parameter in worker.model.parameters()}
                 worker.subnet.resize(capacities, copies[0].flats[worker.index])
-                if self._optimizers:
-                    follow_resize(worker.subnet, self._optimizers[number], before, worker.state)
+                for optimizer in worker.optimizers:
+                    follow_resize(worker.subnet, optimizer, before, worker.state)
                 if worker.average is not None:
                     worker.average.resize(capacities, averages[worker.index])
         self.plans = next_plans
@@ -268,8 +274,9 @@ class Job:
             for optimizer in self._optimizers:
                 optimizer.state.clear()
             return []
-        for worker, optimizer in zip(self.workers, self._optimizers, strict=False):
-            adopt_state(worker.subnet, optimizer, worker.state)
+        for worker in self.workers:
+            for optimizer in worker.optimizers:
+                adopt_state(worker.subnet, optimizer, worker.state)
         copies: list[Copy] = []
         for kind in self._kinds():
             flats = {w.index: w.state.setdefault(kind, torch.zeros_like(w.subnet.flat)) for w in self.workers}
@@ -345,6 +352,9 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
         model = build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"build_model() returned a {type(model).__name__}; it has to return the network, an nn.Module")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise UserError(f"parameter {lazy[0]!r} has no shape yet; run a batch through the network in build_model")
     return model
 
 
@@ -355,7 +365,21 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torc
             "batchnorm='recalibrate' estimates statistics on training batches; call full_model(batches), "
             "or give Job batchnorm='average'"
         )
-    update_bn(batches, model, device=device)
+    update_bn(_images(batches), model, device=device)
+
+
+def _images(batches: Iterable[object]) -> Iterator[Tensor]:
+    """What a network takes, of each batch. Raises UserError where there is nothing: the statistics would be lost."""
+    batch = None
+    for batch in batches:
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(images, Tensor):
+            raise UserError(
+                f"full_model got batches of type {type(batch).__name__}; give tensors, or tuples that begin with one"
+            )
+        yield images
+    if batch is None:
+        raise UserError("full_model got no batches (an iterator that is used up?); give some training batches")
 
 
 def _has_running_statistics(model: nn.Module) -> bool:

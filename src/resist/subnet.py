@@ -251,10 +251,13 @@ class Subnet:
     def check_attached(self) -> None:
         """Raise where a parameter no longer lies in the flat tensor (`model.to(...)`, `model.half()` move it out)."""
         for parameter, place in self.parameter_places():
-            if parameter.data_ptr() != self.view(place, self.flat).data_ptr():
+            layout = self.shared_layout if place.chain is None else self.block_layouts[place.chain]
+            known = place.name in layout.pieces
+            if not known or parameter.data_ptr() != self.view(place, self.flat).data_ptr():
                 raise UserError(
                     f"parameter {place.name!r} was moved out of the sub-network's flat tensor (by .to(), .cuda() or "
-                    ".half()?); give Job the device, and use autocast for lower precision"
+                    ".half(), or replaced?); give Job the device, and use autocast for lower precision; change layers "
+                    "in build_model"
                 )
 
     def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
