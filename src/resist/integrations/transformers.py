@@ -5,15 +5,15 @@
         arguments = TrainingArguments(folder, save_strategy="no", seed=job.workers[0].index)   # own batches for each
         Trainer(job.model, arguments, train_dataset=data, callbacks=[ResISTCallback(job)]).train()
     full = job.full_model(batches)                    # the whole network; None but in the process of worker 0
-    if full is not None:
-        full.save_pretrained(folder)
     job.close()
 
 On GPUs start each process with its own CUDA_VISIBLE_DEVICES and give Job device="cuda": of several GPUs that it sees,
 Trainer would use all by DataParallel. Everything that it does in a step stays: bf16, accumulated gradients, clipping,
-schedulers, its optimizers. All processes take the same number of steps: give each as many examples. What it evaluates
-and saves is the sub-network; test and save `job.full_model(batches)`. transformers warns that it does not use the
-process group, which is as it should be.
+schedulers, its optimizers. All processes take the same number of steps: give each as many examples. transformers warns
+that it does not use the process group, which is as it should be.
+
+What it evaluates and saves by itself is the sub-network: test and save `full`. The scale of its blocks is a hook, which
+`save_pretrained` does not keep: put it into the weights first, with `resist.export.fold_scale`.
 """
 
 from typing import Any
