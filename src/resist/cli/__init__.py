@@ -9,6 +9,7 @@ import tyro
 from resist.cli.compare import CompareConfig, run_compare
 from resist.cli.cost import CostConfig, run_cost
 from resist.cli.evaluate import EvaluateConfig, run_evaluate
+from resist.cli.export import ExportConfig, run_export
 from resist.cli.plan import PlanConfig, run_plan
 from resist.cli.train import run_train
 from resist.config import TrainConfig
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "cost": (CostConfig, run_cost),
     "compare": (CompareConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
+    "export": (ExportConfig, run_export),
 }
 
 

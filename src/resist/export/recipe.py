@@ -1,0 +1,74 @@
+"""Whose network it is: what builds the same one outside of a run, and what says so to a reader."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resist.errors import UserError
+from resist.export.folding import TOLERANCE, difference, scale_blocks, scales_of
+
+LIBRARIES = {  # the function of each that builds a network by name
+    "resist": ("resist.models", "build", "from resist.models import build"),
+    "timm": ("timm", "create_model", "import timm"),
+    "torchvision": ("torchvision.models", "get_model", "import torchvision"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """library: resist, timm or torchvision. name: the network's name there. options: further arguments."""
+
+    library: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights. Raises UserError where the library is missing or has no such network."""
+        module, function, _ = LIBRARIES[self.library]
+        try:
+            found = getattr(import_module(module), function)
+        except ImportError as error:
+            raise UserError(f"{self.library} is not installed; pip install {self.library}") from error
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return found(self.name, **self.options)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the library raises
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise UserError(f"{self.library} cannot build {self.name!r}: {reason}") from error
+
+    @property
+    def code(self) -> str:
+        """Python that builds it."""
+        given = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        if self.library == "torchvision":
+            return f"torchvision.models.{self.name}({given.removeprefix(', ')})"
+        return f"{'timm.create_model' if self.library == 'timm' else 'build'}({self.name!r}{given})"
+
+    @property
+    def imports(self) -> str:
+        return LIBRARIES[self.library][2]
+
+
+def check_loads(recipe: Recipe, state: Mapping[str, Tensor], expected: nn.Module, images: Tensor) -> None:
+    """Raise UserError unless the network that `recipe` builds takes `state` and then computes what `expected` does,
+    with the scale of `expected` where that was kept."""
+    theirs = recipe.build()
+    try:
+        theirs.load_state_dict(state)
+        far = difference(expected, scale_blocks(theirs, scales_of(expected)), images)
+    except RuntimeError as error:
+        reason = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"{recipe.code} does not take the weights of this run ({(reason[1:] or reason)[0]}); give --to program"
+        ) from error
+    if not far <= TOLERANCE:
+        raise UserError(
+            f"{recipe.code} computes something else with the weights of this run (off by {far:.1e} of the largest "
+            "logit); give --to program"
+        )
