@@ -1,6 +1,8 @@
 """Exported networks compute what the scaled full network computes, and are ordinary ones wherever that is possible."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from safetensors.torch import load_file, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from resist.chains import find_chains
 from resist.cli import main
 from resist.errors import UserError
 from resist.export import difference, fold, fold_scale, load_scaled, scale_blocks, scales_of
-from resist.export.files import write_program, write_state
-from resist.export.folding import first_tensor
+from resist.export.files import state_of, write_program, write_state
 from resist.export.recipe import Recipe, check_loads
 from resist.job import Job
 from resist.models import build
@@ -226,3 +228,256 @@ def test_a_trained_job_folds_into_an_ordinary_network(batchnorm: str) -> None:
         torch.testing.assert_close(plain(images), scaled(images), rtol=1e-12, atol=1e-12)
     program = torch.export.export(folded, (images,)).module()
     torch.testing.assert_close(program(images), scaled(images), rtol=1e-12, atol=1e-12)
+
+
+TIMM = {  # small networks of theirs, and where the scale goes; None: it cannot be folded
+    "resnetv2_50": ({"layers": (1, 1, 4, 1), "channels": (16, 16, 32, 32), "stem_chs": 8}, "conv3.weight"),
+    "test_convnext": ({}, "gamma"),
+    "test_vit": ({"img_size": 32}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_takes_what_was_trained(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    options, into = TIMM[name]
+    recipe = Recipe("timm", name, {"num_classes": 5, **options})
+    scaled = trained(recipe)
+    images = noise(3, 3, 32, 32, seed=9)
+    if into is None:
+        with pytest.raises(UserError, match="more than one residual branch"):
+            fold_scale(scaled, images)
+        left = scaled
+    else:
+        left, folds = fold(scaled, images)
+        assert {into} == {name for one in folds for name in one.into}
+        assert hooks(left) == 0
+    check_loads(recipe, state_of(left), left, images)
+    path = tmp_path / "x.safetensors"
+    write_state(path, state_of(left), {"format": "resist export 1", "scales": json.dumps(scales_of(left))})
+    theirs = recipe.build().eval()
+    if into is None:
+        load_scaled(theirs, path)
+    else:
+        theirs.load_state_dict(load_file(path))
+    torch.testing.assert_close(theirs(images), scaled(images), rtol=1e-5, atol=1e-5)
+    write_program(tmp_path / "x.pt2", left, images, {})
+    program = torch.export.load(tmp_path / "x.pt2").module()
+    for num in (1, 3, 7):  # any number of images
+        torch.testing.assert_close(program(images[:num]), scaled(images[:num]), rtol=1e-5, atol=1e-5)
+        images = torch.cat((images, images, images))
+
+
+@pytest.mark.slow
+def test_torchvision_takes_what_was_trained(tmp_path: Path) -> None:
+    """MobileNet v2 ends its branches in a norm; ResNet-50 applies a ReLU after the sum."""
+    images = noise(2, 3, 32, 32, seed=9)
+    recipe = Recipe("torchvision", "mobilenet_v2", {"num_classes": 5, "width_mult": 0.25})
+    scaled = trained(recipe)
+    folded = fold_scale(scaled, images)
+    path = tmp_path / "x.pth"
+    write_state(path, state_of(folded), {"scale": "folded"})
+    theirs = recipe.build().eval()
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    torch.testing.assert_close(theirs(images), scaled(images), rtol=1e-5, atol=1e-5)
+
+    recipe = Recipe("torchvision", "resnet50", {"num_classes": 5, "width_per_group": 8})
+    scaled = trained(recipe)
+    with pytest.raises(UserError, match="activation after the sum"):
+        fold_scale(scaled, images)
+    folded, folds = fold(scaled, images, approximate=True)
+    assert {one.into for one in folds} == {("bn3.weight", "bn3.bias")}
+    assert difference(scaled, folded, images) > 0
+    check_loads(recipe, state_of(folded), folded, images)
+    with pytest.raises(UserError, match="computes something else"):
+        check_loads(recipe, state_of(folded), scaled, images)
+
+
+def trained(recipe: Recipe) -> nn.Module:
+    """The scaled full network of a job of two workers after two short rounds on noise."""
+    job = Job(recipe.build, resist(2, 2, min_depth=1))
+    optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.01) for worker in job.workers]
+    for step in range(4):
+        for worker, optimizer in zip(job.workers, optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(worker.model(noise(4, 3, 32, 32, seed=step)), torch.arange(4)).backward()
+            optimizer.step()
+        job.step(*optimizers)
+    full = job.full_model([noise(8, 3, 32, 32, seed=n) for n in range(2)])
+    assert full is not None
+    return full
+
+
+def test_a_recipe_says_what_is_missing() -> None:
+    with pytest.raises(UserError, match="torchvision cannot build 'resnet9'"):
+        Recipe("torchvision", "resnet9").build()
+    with pytest.raises(UserError, match="model='resnet9' is not known"):
+        Recipe("resist", "resnet9", {"num_classes": 2}).build()
+    recipe = Recipe("resist", "preact_small", {"num_classes": 2, "sections": (1, 1, 2, 1), "width": 2})
+    with pytest.raises(UserError, match="does not take the weights of this run"):
+        check_loads(recipe, {}, recipe.build(), noise(2, 3, 16, 16))
+    assert recipe.code == "build('preact_small', num_classes=2, sections=(1, 1, 2, 1), width=2)"
+    assert Recipe("torchvision", "resnet18", {"num_classes": 2}).code == "torchvision.models.resnet18(num_classes=2)"
+    assert Recipe("timm", "vit").code == "timm.create_model('vit')"
+
+
+SMALL = [
+    "--workers", "3", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
+    "--local-steps", "3", "--epochs", "0.2", "--evaluations", "1", "--device", "cpu", "--processes", "1",
+]  # fmt: skip
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of 4 chain blocks dealt to 3 workers, one without running statistics, one without scale."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = {"plain": [], "batch": ["--batchnorm", "batch"]}
+    for name, more in options.items():
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *SMALL, *more, "--out", str(folder / name)])
+        assert not ended.value.code
+    return {name: folder / name for name in options}
+
+
+def own() -> nn.Module:
+    return build("preact_small", num_classes=10, sections=(1, 1, 5, 1), width=4).eval()
+
+
+def scaled_of(run: Path) -> nn.Module:
+    """The full network of the run "plain", put together by hand from what is kept in it."""
+    model = own()
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    return scale_blocks(model, {f"layer3.{number}": 0.5 for number in range(1, 5)})
+
+
+def test_every_target_computes_what_the_run_computes(capsys, tmp_path, runs) -> None:
+    scaled, images = scaled_of(runs["plain"]), noise(3, 3, 16, 16)
+    for to, file in (("safetensors", "a.safetensors"), ("torch", "a.pt"), ("program", "a.pt2")):
+        for scale in ("fold", "keep"):
+            path = tmp_path / f"{scale}-{file}"
+            arguments = ["--to", to, "-o", str(path), "--scale", scale, "--device", "cpu"]
+            status, text, err = command(capsys, "export", str(runs["plain"]), *arguments)
+            assert (status, err) == (0, "")
+            assert str(path) in text
+            assert "4 blocks are multiplied by 0.5" in text
+            found = as_told(text)  # as the reader is told to load it
+            torch.testing.assert_close(found(images), scaled(images), rtol=1e-5, atol=1e-5)
+            assert hooks(found) == (4 if scale == "keep" and to != "program" else 0)
+    with safe_open(tmp_path / "fold-a.safetensors", framework="pt") as file:
+        facts = file.metadata()
+    assert (facts["scale"], json.loads(facts["scales"]), facts["num_classes"]) == ("folded", {}, "10")
+    assert json.loads(facts["input_size"]) == [3, 16, 16]
+    assert json.loads(facts["mean"]) == pytest.approx([0.3052] * 3, abs=1e-4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        f"{scale}-a.{suffix}" for scale in ("fold", "keep") for suffix in ("safetensors", "pt", "pt2")
+    )
+
+
+def as_told(text: str) -> nn.Module:
+    """What the printed lines of code make."""
+    names: dict[str, object] = {}
+    exec("\n".join(line.strip() for line in text.splitlines() if line.startswith("  ")), names)
+    model = names["model"]
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def test_statistics_are_estimated_for_a_run_without_them(capsys, tmp_path, runs) -> None:
+    status, _, err = command(capsys, "export", str(runs["batch"]), "--to", "torch", "-o", str(tmp_path / "x.pt"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--calibrate" in err
+    arguments = ["--to", "torch", "-o", str(tmp_path / "x.pt"), "--calibrate", "--device", "cpu"]
+    status, text, _ = command(capsys, "export", str(runs["batch"]), *arguments)
+    assert status == 0
+    model = as_told(text)
+    own().load_state_dict(model.state_dict())
+    assert model.get_buffer("norm.running_mean").abs().max() > 0
+    trained_weights = load_file(runs["batch"] / "model.safetensors")
+    assert torch.equal(trained_weights["layer3.0.conv2.weight"], model.get_parameter("layer3.0.conv2.weight"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--to", "timm"], "--to timm takes runs of --model timm:NAME, and this one is of preact_small"),
+        (["--to", "torchvision"], "give --to safetensors, torch or program"),
+        (["--to", "torch", "-o", "x.safetensors"], "ends in .safetensors; give it one of .pt, .pth"),
+        (["--to", "torch", "-o", "x"], "ends in nothing"),
+        (["--to", "torch", "-o", "none/x.pt"], "none is not a directory that you may write to"),
+        (["--to", "torch", "--device", "tpu"], "--device 'tpu' is not one of"),
+        (["--to", "safetensors", "-o", "there.safetensors"], "exists already and is never overwritten"),
+        (["--to", "safetensors", "-o", "dangling.safetensors"], "exists already and is never overwritten"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(
+    capsys, tmp_path, monkeypatch, runs, arguments: list[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.safetensors").write_text("precious")
+    Path("dangling.safetensors").symlink_to("nowhere")
+    before = sorted(os.listdir())
+    status, out, err = command(capsys, "export", str(runs["plain"]), *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert text in err
+    assert Path("there.safetensors").read_text() == "precious"
+    assert sorted(os.listdir()) == before
+
+
+def test_a_run_that_is_none_or_damaged(capsys, tmp_path, runs) -> None:
+    status, _, err = command(capsys, "export", str(tmp_path), "--to", "torch")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is not a run directory" in err
+    (tmp_path / "config.json").write_text((runs["plain"] / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((runs["plain"] / "model.safetensors").read_bytes()[:-9])
+    status, _, err = command(capsys, "export", str(tmp_path), "--to", "torch")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "model.safetensors is damaged" in err
+    assert not (tmp_path / "exported.pt").exists()
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, monkeypatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        write_state(tmp_path / "x.pt", {"a": torch.zeros(3)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path, monkeypatch, links: bool) -> None:
+    path, link = tmp_path / "x.pt", os.link
+
+    def late(source: Path, target: Path) -> None:
+        target.write_text("precious")
+        if not links:
+            raise PermissionError("no links here")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(UserError, match="exists already"):
+        write_state(path, {"a": torch.zeros(3)}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    assert path.read_text() == "precious"
+
+
+def test_a_file_that_is_no_export_is_refused(tmp_path, runs) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_scaled(own(), tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="another program wrote it"):
+        load_scaled(own(), runs["plain"] / "model.safetensors")
+    path = tmp_path / "x.safetensors"
+    for state, scales in (({}, "{}"), (state_of(own()), '{"layer9.1": 0.5}'), (state_of(own()), "[")):
+        path.unlink(missing_ok=True)
+        write_state(path, state, {"format": "resist export 1", "scales": scales})
+        with pytest.raises(UserError, match=r"another network|no block 'layer9.1'"):
+            load_scaled(own(), path)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from resist.device import pick_device
 from resist.export import Export, export_run
-from resist.train import pick_device
 
 
 @dataclass(frozen=True)

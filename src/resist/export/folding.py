@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from resist.chains import Chain
 from resist.errors import UserError
-from resist.subnet import ScaleBranch
+from resist.subnet import ScaleBranch, scale_branches
 
 TOLERANCE = 1e-5
 
@@ -102,11 +103,14 @@ def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
 
     Raises UserError where the model has no such block.
     """
-    known = dict(model.named_modules())
     for name, scale in scales.items():
-        if name not in known:
-            raise UserError(f"the model has no block {name!r} to scale; build the network that was exported")
-        known[name].register_forward_hook(ScaleBranch(scale))
+        container, _, key = name.rpartition(".")
+        try:
+            keys = tuple(model.get_submodule(container)._modules)
+            index = keys.index(key)
+        except (AttributeError, ValueError) as error:
+            raise UserError(f"the model has no block {name!r} to scale; build the network that was exported") from error
+        scale_branches(model, [Chain(container, index, index, keys)], [float(scale)])
     return model
 
 
@@ -189,7 +193,7 @@ class _Trial:
 
     @classmethod
     def of(cls, name: str, block: nn.Module, scale: float, call: Call) -> "_Trial":
-        out, x = _run(block, *call), call[0][0]
+        out, x = _run(block, *call), _hidden(call)
         if out.shape != x.shape:
             raise UserError(f"block {name} takes {tuple(x.shape)} and gives {tuple(out.shape)}; it is no residual one")
         return cls(call, scale * (out - x), torch.lerp(x, out, scale), out > 0, bool((out >= 0).all()))
@@ -204,9 +208,9 @@ def _fold_block(
     name: str, block: nn.Module, scale: float, call: Call, first: tuple[str, ...], approximate: bool
 ) -> Fold:
     """Multiply by `scale` the parameters of `block` that make it the scaled block; `first` are tried before others."""
-    copied, (args, kwargs) = detached(block).double().eval(), _double(call)
-    own = _Trial.of(name, copied, scale, (args, kwargs))
-    noise = _Trial.of(name, copied, scale, (_random_like(args), kwargs))
+    copied, call = detached(block).double().eval(), _double(call)
+    own = _Trial.of(name, copied, scale, call)
+    noise = _Trial.of(name, copied, scale, _noisy(call))
     rectified = own.rectified and noise.rectified
     least, taken, around = inf, None, False
     for names in sorted(_candidates(copied, own.call), key=lambda names: names != first):
@@ -272,11 +276,16 @@ def _scaled(block: nn.Module, names: Sequence[str], scale: float) -> Iterator[No
             parameter.copy_(value)
 
 
-def _random_like(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with noise for the first one, of its mean and deviation, the same on every call."""
-    x = args[0]
+def _hidden(call: Call) -> Tensor:
+    """What a block adds its branch to: its first argument, or the first tensor among named ones."""
+    return next(one for one in (*call[0], *call[1].values()) if isinstance(one, Tensor))
+
+
+def _noisy(call: Call) -> Call:
+    """The call with noise in place of the block's input, of its mean and deviation, the same every time."""
+    x = _hidden(call)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
-    return (x.mean() + x.std() * noise, *args[1:])
+    return tree_map(lambda one: x.mean() + x.std() * noise if one is x else one, call)
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

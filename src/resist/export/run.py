@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from resist.chains import choose_chains
 from resist.config import NetworkConfig, TrainConfig
-from resist.data import Images, image_size_of, load, normalisation_of, num_classes_of
+from resist.data import Images, image_size_of, normalisation_of, num_classes_of
 from resist.errors import UserError
-from resist.evaluate import calibration_batches, network, test_accuracy
 from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_program, write_state
 from resist.export.folding import Fold, difference, fold, scale_blocks, scales_of
 from resist.export.recipe import Recipe, check_loads
 from resist.full import FILE, load_full
-from resist.job import recalibrate
+from resist.job import build_seeded, recalibrate
 from resist.runs import read_config
 from resist.subnet import use_batch_statistics
+from resist.tasks import network_builder, open_task
 
 # What each target's files may be called, the default first.
 TARGETS = {
@@ -69,10 +69,11 @@ def export_run(
             raise UserError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
     path = out if out is not None else run / default_name(to)
     config = read_config(run)
+    config = replace(config, network=replace(config.network, data_dir=data_dir or config.network.data_dir))
     check_target(path, TARGETS[to])
     data = data_facts(config.network)
     recipe = recipe_for(to, config.network, data)
-    model = scaled_network(run, config, data, calibrate=calibrate, data_dir=data_dir, device=device)
+    model = scaled_network(run, config, calibrate=calibrate, device=device)
     images = example(data)
     scales = scales_of(model)
     folded, folds = model, list[Fold]()
@@ -80,8 +81,9 @@ def export_run(
         folded, folds = fold(model, images, approximate=scale == "approximate")
     accuracy = None
     if any(not one.exact for one in folds):
-        test = load(config.network.data, data_dir or config.network.data_dir)[1].to(device)
-        accuracy = (test_accuracy(model.to(device), test), test_accuracy(folded.to(device), test))
+        task = open_task(config.network).to(device)
+        before, after = (next(iter(task.test(one.to(device)).values())) for one in (model, folded))
+        accuracy = before, after
         model, folded = model.cpu(), folded.cpu()
     metadata = describe(config, recipe, data, "none" if not scales else "kept" if scale == "keep" else "folded")
     metadata["scales"] = json.dumps(scales_of(folded))  # those that a reader has yet to apply
@@ -129,13 +131,13 @@ def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
 
 
 def scaled_network(
-    run: Path, config: TrainConfig, data: Images, *, calibrate: bool = False, data_dir: Path | None = None,
-    device: torch.device | str = "cpu",
+    run: Path, config: TrainConfig, *, calibrate: bool = False, device: torch.device | str = "cpu"
 ) -> nn.Module:
     """The full network of a finished run in eval mode, blocks scaled by hooks, with running BatchNorm statistics."""
     without = config.method.batchnorm == "batch"
+    build = network_builder(config.network)
     with torch.device("meta"):
-        model = network(config.network, data)
+        model = build()
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if without and normed and not calibrate:
         raise UserError(
@@ -149,13 +151,13 @@ def scaled_network(
     load_full(model, choose_chains(model, config.network.chain), run / FILE)
     if without:
         state, scales = model.state_dict(), scales_of(model)
-        model = network(config.network, data)  # with statistics, which are still those of a fresh network
-        model.load_state_dict(state, strict=False)
+        model = build_seeded(build, config.run.seed)  # with statistics, which are still those of a fresh network
+        missing = model.load_state_dict(state, strict=False).missing_keys
+        assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in missing), missing
         scale_blocks(model, scales)
     if calibrate:
-        train = load(config.network.data, data_dir or config.network.data_dir)[0].to(device)
-        device = torch.device(device)
-        recalibrate(model.to(device), calibration_batches(train, config.run.seed), device)
+        images = open_task(config.network).to(device).calibration(config.run.seed)
+        recalibrate(model.to(device), images, torch.device(device))
     return model.cpu().eval()
 
 
