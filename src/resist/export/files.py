@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from resist.errors import UserError
-from resist.export.folding import scale_blocks
+from resist.export.folding import detached, scale_blocks
 
 FORMAT = "resist export 1"
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -64,7 +64,7 @@ def write_program(path: Path, model: nn.Module, images: Tensor, metadata: Mappin
     check_target(path, (".pt2",))
     try:
         many = torch.export.Dim("batch", min=1)
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: many},))
+        program = torch.export.export(detached(model), (images,), dynamic_shapes=({0: many},))
     except Exception as error:  # whatever the tracer raises
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(f"torch.export cannot trace this network ({reason}); give --to safetensors") from error
