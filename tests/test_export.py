@@ -21,6 +21,7 @@ from resist.errors import UserError
 from resist.export import difference, fold, fold_scale, load_scaled, scale_blocks, scales_of
 from resist.export.files import state_of, write_program, write_state
 from resist.export.recipe import Recipe, check_loads
+from resist.full import save_full
 from resist.job import Job
 from resist.models import build
 from resist.strategy import resist
@@ -361,6 +362,7 @@ def scaled_of(run: Path) -> nn.Module:
     return scale_blocks(model, {f"layer3.{number}": 0.5 for number in range(1, 5)})
 
 
+@pytest.mark.slow
 def test_every_target_computes_what_the_run_computes(capsys, tmp_path, runs) -> None:
     scaled, images = scaled_of(runs["plain"]), noise(3, 3, 16, 16)
     for to, file in (("safetensors", "a.safetensors"), ("torch", "a.pt"), ("program", "a.pt2")):
@@ -382,6 +384,40 @@ def test_every_target_computes_what_the_run_computes(capsys, tmp_path, runs) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         f"{scale}-a.{suffix}" for scale in ("fold", "keep") for suffix in ("safetensors", "pt", "pt2")
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [("timm:test_convnext", {}), ("timm:test_vit", {"img_size": 32}), ("torchvision:resnet18", {})],
+)
+def test_runs_of_their_networks(capsys, tmp_path, monkeypatch, runs, model: str, options: dict[str, int]) -> None:
+    """A run directory as training leaves it: the weights of a network of timm or torchvision, and the scale."""
+    library, _, name = model.partition(":")
+    pytest.importorskip(library, reason="timm is an optional extra")
+    build_theirs = Recipe(library, name, {"num_classes": 10, **options}).build
+    monkeypatch.setattr("resist.export.run.network_builder", lambda _config: build_theirs)
+    config = json.loads((runs["plain"] / "config.json").read_text())
+    config["network"] = {"model": model, "data": "synthetic"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    scaled = build_theirs().eval()
+    chains = find_chains(scaled)[:1]
+    scale_branches(scaled, chains, [0.3])
+    save_full(scaled, chains, [0.3], tmp_path / "model.safetensors")
+    foldable = name == "test_convnext"
+    images = noise(3, 3, 32, 32)
+    status, _, err = command(capsys, "export", str(tmp_path), "--to", library, "-o", str(tmp_path / "x.pth"))
+    assert (status, err.count("\n")) == ((0, 0) if foldable else (2, 1))
+    assert ("cannot be folded" in err) is not foldable
+    status, text, _ = command(capsys, "export", str(tmp_path), "--to", library, "--scale", "keep")
+    assert status == 0
+    assert f"exported-{library}.safetensors" in text
+    torch.testing.assert_close(as_told(text)(images), scaled(images), rtol=1e-5, atol=1e-5)
+    status, text, _ = command(capsys, "export", str(tmp_path), "--to", library, "--scale", "approximate")
+    assert status == 2  # it is there already
+    (tmp_path / f"exported-{library}.safetensors").unlink()
+    status, text, _ = command(capsys, "export", str(tmp_path), "--to", library, "--scale", "approximate")
+    assert status == (2 if name == "test_vit" else 0)
+    assert ("approximate: test accuracy" in text) is (name == "resnet18")
 
 
 def as_told(text: str) -> nn.Module:

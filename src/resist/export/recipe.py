@@ -1,7 +1,7 @@
 """Whose network it is: what builds the same one outside of a run, and what says so to a reader."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -55,20 +55,28 @@ class Recipe:
         return LIBRARIES[self.library][2]
 
 
-def check_loads(recipe: Recipe, state: Mapping[str, Tensor], expected: nn.Module, images: Tensor) -> None:
-    """Raise UserError unless the network that `recipe` builds takes `state` and then computes what `expected` does,
-    with the scale of `expected` where that was kept."""
-    theirs = recipe.build()
-    try:
-        theirs.load_state_dict(state)
-        far = difference(expected, scale_blocks(theirs, scales_of(expected)), images)
-    except RuntimeError as error:
-        reason = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"{recipe.code} does not take the weights of this run ({(reason[1:] or reason)[0]}); give --to program"
-        ) from error
-    if not far <= TOLERANCE:
-        raise UserError(
-            f"{recipe.code} computes something else with the weights of this run (off by {far:.1e} of the largest "
-            "logit); give --to program"
-        )
+def check_loads(recipe: Recipe, state: Mapping[str, Tensor], expected: nn.Module, images: Tensor) -> Recipe:
+    """The recipe whose network takes `state` and then computes what `expected` does, its scale applied where that was
+    kept: `recipe`, or the same for this image size where the size is in the weights, as in a transformer's positions.
+
+    Raises UserError where neither does.
+    """
+    reasons: list[str] = []
+    for one in (recipe, replace(recipe, options={**recipe.options, "img_size": images.shape[-1]})):
+        if one is not recipe and recipe.library != "timm":
+            continue
+        try:
+            theirs = one.build()
+            theirs.load_state_dict(state)
+            far = difference(expected, scale_blocks(theirs, scales_of(expected)), images)
+        except (UserError, RuntimeError, AssertionError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reasons.append((lines[1:] or lines or [type(error).__name__])[0])
+            continue
+        if not far <= TOLERANCE:
+            raise UserError(
+                f"{one.code} computes something else with the weights of this run (off by {far:.1e} of the largest "
+                "logit); give --to program"
+            )
+        return one
+    raise UserError(f"{recipe.code} does not take the weights of this run ({reasons[0]}); give --to program")

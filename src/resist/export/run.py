@@ -85,13 +85,14 @@ def export_run(
         before, after = (next(iter(task.test(one.to(device)).values())) for one in (model, folded))
         accuracy = before, after
         model, folded = model.cpu(), folded.cpu()
+    state = state_of(folded)
+    if to != "program":
+        recipe = check_loads(recipe, state, folded, images)
     metadata = describe(config, recipe, data, "none" if not scales else "kept" if scale == "keep" else "folded")
     metadata["scales"] = json.dumps(scales_of(folded))  # those that a reader has yet to apply
     if to == "program":
         write_program(path, folded, images, metadata)
     else:
-        state = state_of(folded)
-        check_loads(recipe, state, folded, images)
         write_state(path, state, metadata)
     return Export(path, recipe, scales, folds, difference(model, folded, images), accuracy, data)
 
