@@ -1,6 +1,6 @@
 """Whose network it is: what builds the same one outside of a run, and what says so to a reader."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
@@ -15,6 +15,11 @@ LIBRARIES = {  # the function of each that builds a network by name
     "resist": ("resist.models", "build", "from resist.models import build"),
     "timm": ("timm", "create_model", "import timm"),
     "torchvision": ("torchvision.models", "get_model", "import torchvision"),
+}
+# How networks that are built for one size of images are told the size.
+SIZES: dict[str, dict[str, Callable[[int], object]]] = {
+    "timm": {"img_size": lambda size: size},
+    "torchvision": {"image_size": lambda size: size, "input_size": lambda size: (size, size)},
 }
 
 
@@ -59,12 +64,12 @@ def check_loads(recipe: Recipe, state: Mapping[str, Tensor], expected: nn.Module
     """The recipe whose network takes `state` and then computes what `expected` does, its scale applied where that was
     kept: `recipe`, or the same for this image size where the size is in the weights, as in a transformer's positions.
 
-    Raises UserError where neither does.
+    Raises UserError where none does.
     """
     reasons: list[str] = []
-    for one in (recipe, replace(recipe, options={**recipe.options, "img_size": images.shape[-1]})):
-        if one is not recipe and recipe.library != "timm":
-            continue
+    sizes = [{name: of(images.shape[-1])} for name, of in SIZES.get(recipe.library, {}).items()]
+    for more in ({}, *sizes):
+        one = replace(recipe, options={**recipe.options, **more})
         try:
             theirs = one.build()
             theirs.load_state_dict(state)

@@ -122,6 +122,8 @@ def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
         library, name = "resist", config.model
         given = {"sections": config.sections, "width": config.width, "final_norm": config.final_norm}
         options |= {key: value for key, value in given.items() if value}
+        if ":" in name:  # of a library that has no function to build it by name
+            options["image_size"] = data.images.shape[-1]
     if to in ("timm", "torchvision") and to != library:
         fits = f"{library} or " if library != "resist" else ""
         raise UserError(
@@ -137,8 +139,7 @@ def scaled_network(
     """The full network of a finished run in eval mode, blocks scaled by hooks, with running BatchNorm statistics."""
     without = config.method.batchnorm == "batch"
     build = network_builder(config.network)
-    with torch.device("meta"):
-        model = build()
+    model = build_seeded(build, config.run.seed)  # with buffers that are not saved, such as tables of positions
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if without and normed and not calibrate:
         raise UserError(
