@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,8 +132,7 @@ def network(block: Callable[[], nn.Module], scale: float, seed: int = 0) -> nn.M
                 nn.init.normal_(module.bias)
                 module.running_mean = torch.randn(CHANNELS)
                 module.running_var = 0.5 + torch.rand(CHANNELS)
-    scale_branches(model, find_chains(model)[:1], [scale])
-    return model.eval()
+    return scale_blocks(model, {f"2.{number}": scale for number in range(4)}).eval()
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def network(block: Callable[[], nn.Module], scale: float, seed: int = 0) -> nn.M
     ],
 )
 @settings(max_examples=5)
-@given(scale=st.floats(0.01, 1.5), seed=st.integers(0, 1000))
+@given(scale=st.floats(0.01, 0.99) | st.floats(1.01, 2), seed=st.integers(0, 1000))
 def test_folding_is_exact(block: Callable[[], nn.Module], into: tuple[str, ...], scale: float, seed: int) -> None:
     scaled = network(block, scale, seed)
     before = {name: tensor.clone() for name, tensor in scaled.state_dict().items()}
@@ -480,6 +481,18 @@ def test_a_run_that_is_none_or_damaged(capsys, tmp_path, runs) -> None:
     assert (status, err.count("\n")) == (2, 1)
     assert "model.safetensors is damaged" in err
     assert not (tmp_path / "exported.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_reader_that_stops_ends_it_quietly(tmp_path, runs) -> None:
+    words = ["export", str(runs["plain"]), "--to", "torch", "-o", str(tmp_path / "x.pt")]
+    command = [sys.executable, "-m", "resist", *words]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=100, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "x.pt").exists()
 
 
 def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, monkeypatch) -> None:

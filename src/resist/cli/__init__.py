@@ -46,7 +46,9 @@ def _guarded(action: Callable[[], int]) -> int:
     """The exit status of `action`, errors turned into one line."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return action()
+        status = action()
+        sys.stdout.flush()
+        return status
     except AgreedError as error:  # every process has it; the first one says it
         if rank == 0:
             print(f"resist: {error}", file=sys.stderr)
@@ -57,6 +59,9 @@ def _guarded(action: Callable[[], int]) -> int:
     except WorkerLostError as error:
         print(f"resist: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read what we print has stopped, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         if rank == 0:
             print("resist: interrupted", file=sys.stderr)
