@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from resist.build import build_seeded
 from resist.chains import Chain
 from resist.cost.traffic import Part, Sizes
 from resist.errors import UserError
-from resist.job import build_seeded
 from resist.subnet import Subnet
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]

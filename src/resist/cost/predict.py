@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from resist.batchnorm import use_batch_statistics
 from resist.chains import choose_chains, find_chains
 from resist.cost.footprint import BuildOptimizer, Loss, Network, build_on_meta, mean_square, measure, sgd, sizes_of
 from resist.cost.report import Report, Row
@@ -15,7 +16,6 @@ from resist.errors import UserError
 from resist.fold import OPTIMIZER_STATES
 from resist.plan import Plan
 from resist.strategy import Strategy, local_sgd, resist
-from resist.subnet import use_batch_statistics
 
 STRATEGIES = ("resist", "local_sgd", "diloco", "ddp")
 
