@@ -387,6 +387,7 @@ def test_every_target_computes_what_the_run_computes(capsys, tmp_path, runs) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options"),
     [("timm:test_convnext", {}), ("timm:test_vit", {"img_size": 32}), ("torchvision:resnet18", {})],

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from resist.batchnorm import recalibrate, use_batch_statistics
+from resist.build import build_seeded
 from resist.chains import choose_chains
 from resist.config import NetworkConfig, TrainConfig
 from resist.data import Images, image_size_of, normalisation_of, num_classes_of
@@ -16,9 +18,7 @@ from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_
 from resist.export.folding import Fold, difference, fold, scale_blocks, scales_of
 from resist.export.recipe import Recipe, check_loads
 from resist.full import FILE, load_full
-from resist.job import build_seeded, recalibrate
 from resist.runs import read_config
-from resist.subnet import use_batch_statistics
 from resist.tasks import network_builder, open_task
 
 # What each target's files may be called, the default first.
