@@ -294,14 +294,6 @@ def skeleton(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def use_batch_statistics(model: nn.Module) -> None:
-    """Take the running statistics out of every BatchNorm layer: it then uses the batch's own, at test time too."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-
-
 class ScaleBranch:
     """Forward hook that turns a block's x + f(x) into x + scale * f(x). A class, so that the model can be pickled."""
 
