@@ -267,6 +267,7 @@ class Job:
         """The complete network, its chain blocks' branches scaled, in eval mode. Every worker has to call it.
 
         Ends a round that is under way. Only the process that hosts worker `on` assembles it; the others get None.
+        It is a copy. The scales are forward hooks: deepcopy and pickle keep them, a state dict does not.
 
         batches: training batches (images, or tuples that begin with them) to estimate the BatchNorm statistics on:
                  needed for batchnorm="recalibrate" where the network has such layers.
