@@ -51,18 +51,23 @@ def _guarded(action: Callable[[], int]) -> int:
         return status
     except AgreedError as error:  # every process has it; the first one says it
         if rank == 0:
-            print(f"resist: {error}", file=sys.stderr)
+            _say(str(error))
         return 2
     except UserError as error:
-        print(f"resist: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except WorkerLostError as error:
-        print(f"resist: {error}", file=sys.stderr)
+        _say(str(error))
         return 1
     except BrokenPipeError:  # whoever read what we print has stopped, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         if rank == 0:
-            print("resist: interrupted", file=sys.stderr)
+            _say("interrupted")
         return 130
+
+
+def _say(text: str) -> None:
+    """A line on stderr, in one write: several processes may speak at once."""
+    print(f"resist: {text}\n", end="", file=sys.stderr, flush=True)
