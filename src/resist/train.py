@@ -18,7 +18,7 @@ from resist.checkpoint import Checkpoints, restore
 from resist.comm import Transport, check_agreement, connect, together
 from resist.config import TrainConfig
 from resist.device import Clock, pick_device
-from resist.errors import AgreedError
+from resist.errors import AgreedError, UserError
 from resist.full import FILE, save_full
 from resist.job import Job
 from resist.plan import Plan
@@ -117,6 +117,7 @@ class Training:
         self.optimizers = tuple(trainer.optimizer for trainer in trainers)
         self.device = job.workers[0].subnet.device
         self.clock = Clock(self.device)
+        self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
 
     def go_on(self, steps: int) -> int:
         """Train up to step `steps`. Returns the exit status."""
@@ -128,7 +129,7 @@ class Training:
             self.clock.lap()
             for step in range(job.step_index, steps):
                 lr = rate(config.optimisation, step, steps)
-                losses.append(torch.stack([trainer.step(step, lr) for trainer in self.trainers]))
+                losses.append(self._step(step, lr))
                 if job.steps_left > 1 and step < steps - 1:
                     job.step(*self.optimizers)
                     continue
@@ -142,8 +143,22 @@ class Training:
                     break
                 self.clock.lap()
             self.checkpoints.finish()
+            if self.failed is not None:
+                raise UserError(self.failed)
             progress.finish(job)
         return 0
+
+    def _step(self, step: int, lr: float) -> Tensor:
+        """A step of every hosted worker: their losses. Where a batch cannot be had the others hear of it at the end of
+        the round, and so all end with that line; until then there is nothing to do."""
+        if self.failed is None:
+            try:
+                return torch.stack([trainer.step(step, lr) for trainer in self.trainers])
+            except UserError as error:
+                if self.job.strategy.at(self.job.round).every_step:
+                    raise  # the others wait within the step
+                self.failed = str(error)
+        return torch.full((len(self.trainers),), math.nan, device=self.device)
 
     def _end_round(
         self, losses: Sequence[Tensor], lr: float, progress: Progress, interrupted: threading.Event, *, last: bool
@@ -181,14 +196,19 @@ class Training:
     def _compare(self, losses: Tensor, compute_s: float, stop: bool, interrupted: bool) -> News:
         """Tell the others, and hear from them. Waits for the slowest. losses: (steps, hosted workers).
 
-        Raises AgreedError when a worker's loss is no longer a number.
+        Raises AgreedError when a worker's loss is no longer a number, or a process has failed.
         """
         own = [
             {"worker": trainer.index, "loss": value, "compute_s": round(compute_s / len(self.trainers), 6)}
             for trainer, value in zip(self.trainers, losses.mean(0).tolist(), strict=True)
         ]
-        mine = {"workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted}
+        mine = {
+            "workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted, "failed": self.failed
+        }
         told = [json.loads(text) for text in self.job.ledger.gather_text(json.dumps(mine))]
+        for one in told:
+            if one["failed"] is not None:
+                raise AgreedError(one["failed"])
         workers = [worker for one in told for worker in one["workers"]]
         for worker in workers:
             if not math.isfinite(worker["loss"]):
@@ -200,13 +220,18 @@ class Training:
         return News(workers, slowest, any(one["stop"] for one in told), any(one["interrupted"] for one in told))
 
     def _evaluate(self, *, last: bool) -> dict[str, float]:
-        """Test the full network where worker 0 lives ({} elsewhere); the last one is kept in the run directory."""
+        """Test the full network where worker 0 lives ({} elsewhere); the last one is kept in the run directory.
+        Where an image cannot be read the others hear of it at the end of the next round."""
         full = self.job.full_model(self.task.calibration(self.job.seed))
         if full is None or self.run is None:
             return {}
         if last:
             save_full(full, self.job.chains, self.job.scales, self.run.path / FILE)
-        return {name: round(value, 6) for name, value in self.task.test(full).items()}
+        try:
+            return {name: round(value, 6) for name, value in self.task.test(full).items()}
+        except UserError as error:
+            self.failed = str(error)
+            return {}
 
 
 def _record(job: Job, news: News, plans: Mapping[str, Plan]) -> dict[str, object]:

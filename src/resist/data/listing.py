@@ -91,7 +91,7 @@ def list_split(root: Path, classes: list[str], *, skip_bad: bool) -> Listing:
             found += [(path, numbers[name], size, time) for path, size, time in files]
             empty += [] if files else [name]
     except OSError as error:
-        raise UserError(f"{error.filename or root}: {error.strerror}; {LAYOUT}") from error
+        raise UserError(f"{os.fsdecode(error.filename or root)}: {error.strerror}; {LAYOUT}") from error
     left_out: list[str] = []
     for names, what in ((strange, "is not a class of train/"), (empty, "holds no images")):
         if names and not skip_bad:
