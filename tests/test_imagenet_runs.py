@@ -127,6 +127,7 @@ def readers(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # three trainings of two processes
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
     """SIGTERM to the whole group, as a scheduler sends it, with processes that read; going on with other ones."""
     command = [sys.executable, "-m", "resist", "train", *LONG, "--data-dir", str(folder)]

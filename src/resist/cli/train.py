@@ -38,7 +38,8 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
 
 
 def run_train(config: TrainConfig, arguments: list[str]) -> int:
-    config.check()
+    if config.run.resume is None:  # else most of it comes from the run
+        config.check()
     again, out = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0, config.run.out
     if again and out is not None and (out / "config.json").exists():
         # torchrun has started us again after a process died: go on from the last checkpoint
