@@ -19,7 +19,7 @@ from resist.checkpoint import Checkpoints
 from resist.comm import Transport, check_agreement, connect, together
 from resist.config import TrainConfig
 from resist.device import Clock, pick_device
-from resist.errors import AgreedError, DivergedError, WorkerLostError
+from resist.errors import AgreedError, DivergedError, UserError, WorkerLostError
 from resist.full import FILE, save_full
 from resist.job import Job
 from resist.plan import Plan
@@ -48,6 +48,10 @@ def train(config: TrainConfig) -> int:
         check_agreement(transport, {**config.digest(), "resist": resist.__version__, "data set": task.digest()})
         task = task.to(device)
         speaks = 0 in transport.hosted
+        images_per_epoch = together(transport, lambda: _images_per_epoch(config, task))
+        config = config.with_warmup_rounds(images_per_epoch)
+        for note in task.notes if speaks else ():
+            print(f"resist: {note}", flush=True)
         start = starting_point(config, transport, speaks)
         job = Job(
             task.network,
@@ -68,7 +72,7 @@ def train(config: TrainConfig) -> int:
                 held = " ".join(map(str, job.plans[chain.name].capacities))
                 print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {held}", flush=True)
         trainers = [Trainer(config, worker, task) for worker in job.workers]
-        steps = num_steps(config.optimisation, trainers[0].batches.images_per_epoch)
+        steps = num_steps(config.optimisation, images_per_epoch)
         if job.step_index >= steps:
             raise AgreedError(f"the run has done all its {steps} steps; train anew, with more --epochs")
         together(transport, lambda: start.restore(job, tuple(trainer.optimizer for trainer in trainers)))
@@ -137,6 +141,7 @@ class Training:
         self.optimizers = tuple(trainer.optimizer for trainer in trainers)
         self.device = job.workers[0].subnet.device
         self.clock = Clock(self.device)
+        self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
 
     def go_on(self, steps: int) -> int:
         """Train up to step `steps`. Returns the exit status."""
@@ -148,7 +153,7 @@ class Training:
             self.clock.lap()
             for step in range(job.step_index, steps):
                 lr = rate(config.optimisation, step, steps)
-                losses.append(torch.stack([trainer.step(step, lr) for trainer in self.trainers]))
+                losses.append(self._step(step, lr))
                 if job.steps_left > 1 and step < steps - 1:
                     job.step(*self.optimizers)
                     continue
@@ -162,8 +167,22 @@ class Training:
                     break
                 self.clock.lap()
             self.checkpoints.finish()
+            if self.failed is not None:
+                raise UserError(self.failed)
             progress.finish(job)
         return 0
+
+    def _step(self, step: int, lr: float) -> Tensor:
+        """A step of every hosted worker: their losses. Where a batch cannot be had the others hear of it at the end of
+        the round, and so all end with that line; until then there is nothing to do."""
+        if self.failed is None:
+            try:
+                return torch.stack([trainer.step(step, lr) for trainer in self.trainers])
+            except UserError as error:
+                if self.job.strategy.at(self.job.round).every_step:
+                    raise  # the others wait within the step
+                self.failed = str(error)
+        return torch.full((len(self.trainers),), math.nan, device=self.device)
 
     def _end_round(
         self, losses: Sequence[Tensor], lr: float, progress: Progress, interrupted: threading.Event, *, last: bool
@@ -212,26 +231,39 @@ class Training:
         return bad
 
     def _compare(self, losses: list[float], compute_s: float, stop: bool, interrupted: bool) -> News:
-        """Tell the others, and hear from them. Waits for the slowest. losses: the mean of each hosted worker."""
+        """Tell the others, and hear from them. Waits for the slowest. losses: the mean of each hosted worker.
+
+        Raises AgreedError where a process has failed.
+        """
         share = round(compute_s / len(self.trainers), 6)
         own = [
             {"worker": trainer.index, "loss": loss if math.isfinite(loss) else None, "compute_s": share}
             for trainer, loss in zip(self.trainers, losses, strict=True)
         ]
-        mine = {"workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted}
+        mine = {
+            "workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted, "failed": self.failed
+        }
         told = [json.loads(text) for text in self.job.ledger.gather_text(json.dumps(mine))]
+        for one in told:
+            if one["failed"] is not None:
+                raise AgreedError(one["failed"])
         workers = [worker for one in told for worker in one["workers"]]
         slowest = max(one["compute_s"] for one in told)
         return News(workers, slowest, any(one["stop"] for one in told), any(one["interrupted"] for one in told))
 
     def _evaluate(self, *, last: bool) -> dict[str, float]:
-        """Test the full network where worker 0 lives ({} elsewhere); the last one is kept in the run directory."""
+        """Test the full network where worker 0 lives ({} elsewhere); the last one is kept in the run directory.
+        Where an image cannot be read the others hear of it at the end of the next round."""
         full = self.job.full_model(self.task.calibration(self.job.seed))
         if full is None or self.run is None:
             return {}
         if last:
             save_full(full, self.job.chains, self.job.scales, self.run.path / FILE)
-        return {name: round(value, 6) for name, value in self.task.test(full).items()}
+        try:
+            return {name: round(value, 6) for name, value in self.task.test(full).items()}
+        except UserError as error:
+            self.failed = str(error)
+            return {}
 
 
 def _record(job: Job, news: News, plans: Mapping[str, Plan]) -> dict[str, object]:
@@ -271,8 +303,18 @@ def interruption() -> Iterator[threading.Event]:
 def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
     """The task, its data downloaded by one process of each host while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    found = together(transport, lambda: open_task(config.network) if first else None)
+    smoothing = config.optimisation.label_smoothing
+    found = together(transport, lambda: open_task(config.network, label_smoothing=smoothing) if first else None)
     if found is None:
-        return together(transport, lambda: open_task(config.network, download=False))
+        return together(transport, lambda: open_task(config.network, download=False, label_smoothing=smoothing))
     together(transport, lambda: None)
     return found
+
+
+def _images_per_epoch(config: TrainConfig, task: Task) -> int:
+    """Those of worker 0, for all processes: shards may differ by one image, and the number of rounds must not."""
+    batches = task.batches(
+        batch_size=config.optimisation.batch_size, seed=config.run.seed, worker=0, workers=config.method.workers,
+        sampling=config.method.sampling,
+    )
+    return batches.images_per_epoch

@@ -23,15 +23,16 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     before = read_config(path)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     machine = {f.name for f in fields(MachineConfig)}
-    for name in sorted(given - machine - {"resume", "workers", "data_dir", "lr", "nonfinite", "safety"}):
+    may = machine | {"resume", "workers", "data_dir", "loaders", "lr", "nonfinite", "safety"}
+    for name in sorted(given - may):
         raise UserError(f"--{name.replace('_', '-')} cannot change in a run that goes on; leave it out")
     workers = config.method.workers if "workers" in given else before.method.workers
     epochs = before.optimisation.epochs * before.method.workers / workers  # as many images for all together
     lr = config.optimisation.lr if "lr" in given else before.optimisation.lr
     again = {name: getattr(config.method, name) for name in {"nonfinite", "safety"} & given}
-    data_dir = config.network.data_dir if "data_dir" in given else before.network.data_dir
+    here = {name: getattr(config.network, name) for name in {"data_dir", "loaders"} & given}
     return TrainConfig(
-        network=replace(before.network, data_dir=data_dir),
+        network=replace(before.network, **here),
         method=replace(before.method, workers=workers, **again),
         optimisation=replace(before.optimisation, epochs=epochs, lr=lr),
         machine=replace(before.machine, **{name: getattr(config.machine, name) for name in machine & given}),
@@ -40,7 +41,8 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
 
 
 def run_train(config: TrainConfig, arguments: list[str]) -> int:
-    config.check()
+    if config.run.resume is None:  # else most of it comes from the run
+        config.check()
     again, out = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0, config.run.out
     if again and out is not None and (out / "config.json").exists():
         # torchrun has started us again after a process died: go on from the last checkpoint
@@ -51,7 +53,8 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
         watch_launcher()
         return train(config)
     # Everything that can be found wrong here is found once, before any process is started.
-    plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
+    method = replace(config.method, warmup_epochs=0.0)
+    plan_facts(PlanConfig(network=config.network, method=method, seed=config.run.seed))
     pick_device(config.machine.device)
     out = config.run.resume or config.run.out or default_out(config)
     if config.run.resume is None:

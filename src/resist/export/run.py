@@ -103,10 +103,10 @@ def default_name(to: str) -> str:
 
 def data_facts(config: NetworkConfig) -> Images:
     """The data set of a run without its images, which need not be at hand."""
-    size, name = image_size_of(config.data), config.data
+    size, name = config.image_size or image_size_of(config.data), config.data
     none = torch.empty((0, 3, size, size), dtype=torch.uint8)
     labels = torch.empty(0, dtype=torch.int64)
-    return Images(none, labels, num_classes_of(name), *normalisation_of(name), pad=0, flip=False)
+    return Images(none, labels, num_classes_of(name, config.data_dir), *normalisation_of(name), pad=0, flip=False)
 
 
 def example(data: Images, num: int = 2) -> Tensor:
