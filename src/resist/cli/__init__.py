@@ -10,6 +10,7 @@ from resist.cli.compare import CompareConfig, run_compare
 from resist.cli.cost import CostConfig, run_cost
 from resist.cli.evaluate import EvaluateConfig, run_evaluate
 from resist.cli.plan import PlanConfig, run_plan
+from resist.cli.report import ReportConfig, run_report
 from resist.cli.train import run_train
 from resist.config import TrainConfig
 from resist.errors import AgreedError, UserError, WorkerLostError
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "cost": (CostConfig, run_cost),
     "compare": (CompareConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
+    "report": (ReportConfig, run_report),
 }
 
 
