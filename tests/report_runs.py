@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,26 @@ CHAIN, BLOCK_BYTES, SHARED_BYTES = "layer3:1-22", 4_722_688, 61_688_464
 
 def make_run(
     path: Path, *, rounds: int = 40, workers: int = 4, blocks: int = 22, capacity: int = 6, strategy: str = "resist",
-    seed: int = 0, evaluations: int = 8, scheduled: bool = True,
+    seed: int = 0, evaluations: int = 8, distinct: int = 10_000,
 ) -> Path:  # fmt: skip
-    """scheduled: whether the pairs are those of the schedule, which takes a while with many blocks."""
+    """distinct: rounds after which the plans come again, to save the time of drawing them."""
     path.mkdir(parents=True)
     method = MethodConfig(strategy=strategy, workers=workers)  # type: ignore[arg-type]
     config = TrainConfig(NetworkConfig(data="cifar10", model="preact_resnet101"), method, run=RunConfig(path, seed))
     capacities = (capacity if strategy == "resist" else blocks,) * workers
-    plans = [{CHAIN: partition(blocks, capacities, seed=seed, round=i, chain=CHAIN)} for i in range(rounds + 1)]
-    lines: list[str] = []
-    for i in range(rounds):
-        messages = schedule(plans[i], plans[i + 1], {CHAIN: BLOCK_BYTES}).messages if scheduled else ()
+    drawn = min(rounds, distinct)
+    plans = [{CHAIN: partition(blocks, capacities, seed=seed, round=i, chain=CHAIN)} for i in range(drawn + 1)]
+    sent: list[dict[tuple[int, int], int]] = []
+    for now, then in pairwise(plans):
         pairs: dict[tuple[int, int], int] = {}
-        for message in messages if strategy == "resist" else ():
+        for message in schedule(now, then, {CHAIN: BLOCK_BYTES}).messages if strategy == "resist" else ():
             key = (message.source, message.target)
             pairs[key] = pairs.get(key, 0) + message.num_bytes
-        lines.append(json.dumps(record(i, rounds, plans[i][CHAIN].blocks, pairs, capacity / blocks, evaluations)))
+        sent.append(pairs)
+    lines: list[str] = []
+    for i in range(rounds):
+        held = plans[i % len(sent)][CHAIN].blocks
+        lines.append(json.dumps(record(i, rounds, held, sent[i % len(sent)], capacity / blocks, evaluations)))
     (path / "config.json").write_text(json.dumps(config.to_json()))
     (path / "environment.json").write_text(json.dumps({
         "started": "2026-01-02T03:04:05+00:00", "command": ["resist", "train"], "resist": "0.1.0", "commit": "abc1234",
@@ -60,5 +65,7 @@ def record(
         "messages": {"shared": 1, "blocks": len(pairs)}, "wire_bytes": {}, "wait_s": {},
         "pairs": [[a, b, n] for (a, b), n in sorted(pairs.items())],
         "capacity": {CHAIN: [len(held) for held in plan]}, "plan": {CHAIN: plan},
-        "workers": [{"worker": w, "loss": loss + 0.03 * w, "compute_s": compute * (1 - 0.02 * w)} for w in range(workers)],
+        "workers": [
+            {"worker": w, "loss": loss + 0.03 * w, "compute_s": compute * (1 - 0.02 * w)} for w in range(workers)
+        ],
     }  # fmt: skip

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 import tyro
 
 from resist.errors import UserError
+from resist.report.compare import labels
 from resist.report.history import History, read_history
+from resist.report.markdown import markdown
 from resist.report.page import page
 
 FORMATS = {".html": "html", ".htm": "html", ".md": "md", ".png": "png"}
@@ -23,8 +25,8 @@ class ReportConfig:
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write. Default: report.html in the directory of the run, or here for several."""
     format: Literal["html", "md", "png"] | None = None
-    """html: one page that needs nothing else. md: tables, and pictures beside it. png: the pictures.
-    Default: by the ending of --out."""
+    """html: one page that needs nothing else. md: tables, and pictures beside it. png: the pictures, the curves in
+    --out and those of each run beside it. Default: by the ending of --out."""
     force: bool = False
     """Replace files that are there already."""
 
@@ -57,10 +59,22 @@ def found(paths: Sequence[Path]) -> list[Path]:
 
 def write(histories: Sequence[History], out: Path, kind: str, force: bool) -> list[Path]:
     """Write the files of a report. Returns them; raises UserError before any is written where one may not be."""
-    files: dict[Path, str | bytes] = {out: page(histories)}
-    for file in files:
+    curves = out.with_suffix(".png")
+    pictures = [out.with_name(f"{out.stem}-{number}.png") for number in range(1, len(histories) + 1)]
+    for file in [out] if kind == "html" else [out, curves, *pictures]:
         if file.exists() and not force:
             raise UserError(f"{file} exists already; give --force to replace it, or another --out")
+    files: dict[Path, str | bytes] = {}
+    if kind == "html":
+        files[out] = page(histories)
+    else:
+        from resist.report.drawn import curves_png, run_png  # matplotlib is slow to import
+
+        if kind == "md":
+            files[out] = markdown(histories, curves.name, [picture.name for picture in pictures])
+        one = ["full network"] if len(histories) == 1 else labels(histories)
+        files[out if kind == "png" else curves] = curves_png(histories, one)
+        files |= {picture: run_png(history) for picture, history in zip(pictures, histories, strict=True)}
     for file, content in files.items():
         partial = file.with_name(f".{file.name}.partial")
         try:

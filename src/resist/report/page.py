@@ -1,7 +1,6 @@
 """The report as one HTML page that needs nothing else."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from importlib.resources import files
@@ -9,10 +8,10 @@ from typing import Any
 
 import resist
 from resist.report.compare import colours, compare, labels
+from resist.report.curves import curves_of
 from resist.report.history import History
 from resist.report.pictures import holdings_figures, matrix, seconds_figure
-from resist.report.plot import Series, legend, line_plot
-from resist.report.scale import bytes_unit, ends, means, seconds_unit, thin
+from resist.report.plot import legend, line_plot
 from resist.report.tables import (
     COMPARISON_NOTE,
     ENDS,
@@ -23,6 +22,7 @@ from resist.report.tables import (
     environment,
     headline,
     names_of,
+    notes,
     options,
     reading_rows,
     repeat,
@@ -30,8 +30,6 @@ from resist.report.tables import (
     sentence,
     worker_rows,
 )
-
-POINTS = 300  # of a line at most
 
 
 def page(histories: Sequence[History]) -> str:
@@ -98,52 +96,12 @@ def _one(history: History, name: str, heading: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def notes(history: History) -> list[str]:
-    """What a reader has to know before the numbers."""
-    found = list(history.notes)
-    planned = history.state.get("rounds")
-    if history.ended != "finished":
-        of = f" of {planned}" if isinstance(planned, int) else ""
-        found.insert(0, f"The run has not come to its end: {history.rounds[-1]['round']}{of} rounds are done.")
-    if history.ended == "failed" and history.state.get("error"):
-        found.insert(1, str(history.state["error"]))
-    return found
-
-
 def curves(histories: Sequence[History], names: Sequence[str]) -> str:
     """Accuracy and loss against steps, time and bytes: six figures."""
+    figures = [line_plot(c.title, c.x_label, c.y_label, c.series, log_x=c.log_x) for c in curves_of(histories, names)]
     of_name = colours(names)
-    byte, byte_unit = bytes_unit(max(h.bytes[-1] for h in histories))
-    second, second_unit = seconds_unit(max(h.seconds[-1] for h in histories))
-    sent = [h.bytes[-1] for h in histories]
-    far_apart = min(sent) > 0 and max(sent) > 8 * min(sent)
-    axes: tuple[tuple[str, str, Callable[[History], list[float]], bool], ...] = (
-        ("steps", "steps of a worker", lambda h: [float(s) for s in h.steps], False),
-        ("time", f"time without evaluations, {second_unit}", lambda h: [s / second for s in h.seconds], False),
-        ("bytes", f"sent by all workers, {byte_unit}", lambda h: [b / byte for b in h.bytes], far_apart),
-    )
-    figures: list[str] = []
-    for what, label in (("Test accuracy", "%"), ("Training loss", "mean over the workers")):
-        for against, x_label, values, log in axes:
-            lines = [
-                accuracy_line(h, name, of_name[name], values(h)) if label == "%" else
-                loss_line(h, name, of_name[name], values(h))
-                for h, name in zip(histories, names, strict=True)
-            ]  # fmt: skip
-            figures.append(line_plot(f"{what} against {against}", x_label, label, lines, log_x=log))
     key = legend([(name, of_name[name]) for name in dict.fromkeys(names)]) if len(set(names)) > 1 else ""
     return f'<section id="curves"><div class="figures">{"".join(figures)}</div>{key}</section>'
-
-
-def accuracy_line(history: History, name: str, colour: str, x: Sequence[float]) -> Series:
-    kept = [history.tested[i] for i in thin(len(history.tested), POINTS)]
-    values = [100 * history.rounds[i]["accuracy"] for i in kept]
-    return Series(name, colour, [x[i] for i in kept], values, marks=len(kept) <= 60)
-
-
-def loss_line(history: History, name: str, colour: str, x: Sequence[float]) -> Series:
-    losses = [record["loss"] if record["loss"] < 1e30 else math.nan for record in history.rounds]
-    return Series(name, colour, ends(x, POINTS), means(losses, POINTS))
 
 
 def facts(rows: Rows) -> str:

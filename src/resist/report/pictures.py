@@ -38,12 +38,13 @@ def partition_map(facts: Holdings) -> str:
     if facts.every > 1:
         note += f" Every {facts.every}th round is shown."
     key = legend([(f"worker {worker}", colour_of(worker)) for worker in range(facts.workers)])
-    content = f'<div style="max-width:{60 + 30 * num}px">{inside}</div>{key}'
+    content = f'<div style="max-width:{60 + max(160, 30 * num)}px">{inside}</div>{key}'
     return figure(f"Who held which block of {facts.chain}", content, note=note, kind="plot map")
 
 
-def round_ticks(rounds: Sequence[int], num: int = 6) -> Ticks:
+def round_ticks(rounds: Sequence[int]) -> Ticks:
     """Round numbers at the middles of the columns that show them, or are the nearest to them."""
+    num = 12 if len(rounds) <= 12 else 6
     nearest = {bisect_left(rounds, tick): tick for tick in [rounds[0], *whole_ticks(rounds[0], rounds[-1], num)]}
     close = [i for i in nearest if i and i < 0.07 * len(rounds)]  # too near to the first
     return [((i + 0.5) / len(rounds), str(tick)) for i, tick in nearest.items() if i not in close]
@@ -55,7 +56,7 @@ def _in_words(facts: Holdings) -> str:
 
 def block_ticks(blocks: int, height: int) -> Ticks:
     """Every block's number where there is room for it, block 0 at the top."""
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 500, 10**9) if s * height >= 12)
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 500, 10**9) if s * height >= 14)
     return [(1 - (block + 0.5) / blocks, str(block)) for block in range(0, blocks, step)]
 
 

@@ -55,6 +55,18 @@ def headline(history: History) -> Rows:
     return rows
 
 
+def notes(history: History) -> list[str]:
+    """What a reader has to know before the numbers."""
+    found = list(history.notes)
+    planned = history.state.get("rounds")
+    if history.ended != "finished":
+        of = f" of {planned}" if isinstance(planned, int) else ""
+        found.insert(0, f"The run has not come to its end: {history.rounds[-1]['round']}{of} rounds are done.")
+    if history.ended == "failed" and history.state.get("error"):
+        found.insert(1, str(history.state["error"]))
+    return found
+
+
 def _last_plan(history: History, chain: str) -> tuple[tuple[int, ...], ...]:
     return next(record["plan"][chain] for record in reversed(history.rounds) if record["plan"].get(chain))
 
@@ -141,9 +153,9 @@ def worker_rows(history: History) -> tuple[list[str], list[list[str]]]:
 def comparison_rows(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(head, rows) of the table of `resist.report.compare.compare`."""
     target = facts["equal_accuracy"]
-    equal = "equal accuracy" if target is None else f"{100 * target:.2f} %"
+    equal = "equal accuracy" if target is None else f"{100 * target:.2f} %"
     head = ["", "runs", "test %", "steps", "time", "compute", "wait", "exchange", "sent", f"time to {equal}",
-            f"sent to {equal}", "speed-up", "of compute", "of exchange"]  # fmt: skip
+            f"sent to {equal}", "speed‑up", "in compute", "in exchange"]  # fmt: skip
     return head, [_comparison_row(row) for row in facts["rows"]]
 
 
