@@ -59,6 +59,8 @@ def launch(arguments: Sequence[str], processes: int, timeout_s: float) -> int:
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
         if first.exitcode < 0:
+            if sys.stdout.isatty():  # it may have died with the cursor hidden by its display
+                print("\x1b[?25h", end="", flush=True)
             name = signal.Signals(-first.exitcode).name
             print(f"resist: process {rank} was ended by {name}; the others were stopped", file=sys.stderr)
             return 1

@@ -12,6 +12,7 @@ from resist.cli.evaluate import EvaluateConfig, run_evaluate
 from resist.cli.plan import PlanConfig, run_plan
 from resist.cli.report import ReportConfig, run_report
 from resist.cli.train import run_train
+from resist.cli.watch import WatchConfig, run_watch
 from resist.config import TrainConfig
 from resist.errors import AgreedError, UserError, WorkerLostError
 
@@ -24,6 +25,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "cost": (CostConfig, run_cost),
     "compare": (CompareConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
+    "watch": (WatchConfig, run_watch),
     "report": (ReportConfig, run_report),
 }
 
