@@ -198,13 +198,14 @@ SMALL = ["--workers", "4", "--min-depth", "0", "--sections", "1", "1", "5", "1",
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs pseudo terminals")
-def test_a_terminal_shows_a_run_and_ctrl_c_ends_it_in_order(capsys, tmp_path: Path, columns: int = 60) -> None:
+def test_a_terminal_shows_a_run_and_ctrl_c_ends_it_in_order(capsys, tmp_path: Path) -> None:
     """On a pseudo terminal: drawn again and again, no line wider than it; Ctrl-C saves, and the cursor is shown."""
     import fcntl
     import pty
     import struct
     import termios
 
+    columns = 60
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     out = tmp_path / "run"
