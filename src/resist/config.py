@@ -124,6 +124,12 @@ class MachineConfig:
     """Times that resist goes on from the last checkpoint when one of the processes that it started has died."""
     timeout_s: float = 600.0
     """Seconds to wait for another worker before giving it up."""
+    no_progress: bool = False
+    """Print a line now and then instead of a display that is drawn again and again, on a terminal too."""
+    tensorboard: bool = False
+    """Log to RUN/tensorboard too."""
+    wandb: bool = False
+    """Log to Weights & Biases too; WANDB_MODE=offline keeps it in RUN/wandb."""
 
 
 @dataclass(frozen=True)
@@ -311,6 +317,7 @@ class TrainConfig:
     def digest(self) -> dict[str, object]:
         """What has to be equal on all hosts; where files lie and what a host is made of may differ."""
         own = {"data_dir", "loaders", "pretrained", "out", "resume", "device", "processes", "compile", "restarts"}
+        own |= {"no_progress", "tensorboard", "wandb"}
         flat = {name: value for part in self.to_json().values() for name, value in part.items()}
         return {f"--{name.replace('_', '-')}": value for name, value in flat.items() if name not in own}
 

@@ -22,9 +22,10 @@ from resist.device import Clock, pick_device
 from resist.errors import AgreedError, DivergedError, UserError, WorkerLostError
 from resist.full import FILE, save_full
 from resist.job import Job
+from resist.loggers import Logger, open_loggers
 from resist.plan import Plan
-from resist.progress import Progress
 from resist.rates import evaluation_rounds, num_steps, rate
+from resist.recorder import Recorder
 from resist.rescue import write_diverged, write_safe_copies
 from resist.resume import starting_point
 from resist.runs import Run, default_out
@@ -80,8 +81,9 @@ def train(config: TrainConfig) -> int:
         resume_round = None if config.run.resume is None else job.round
         run = together(transport, lambda: Run(out, config, resume_round) if speaks else None)
         out = Path(transport.gather_text(str(out))[0])  # the time of the first process, where it is in the name
+        loggers = together(transport, lambda: open_loggers(config, run.path, run.past) if run else [])
         checkpoints = Checkpoints(out / "checkpoints", transport)
-        training = Training(config, task, job, trainers, run, checkpoints)
+        training = Training(config, task, job, trainers, run, loggers, checkpoints)
         try:
             return _surviving(out, job, lambda: training.go_on(steps))
         finally:
@@ -112,7 +114,8 @@ def _surviving(out: Path, job: Job, action: Callable[[], int]) -> int:
 class News:
     """What all processes know before a round is folded.
 
-    workers:   each worker's mean loss (None: not a number), and its share of its process's seconds of compute.
+    workers:   each worker's mean loss (None: not a number), its share of its process's seconds of compute, and the
+               seconds that its process took for the synchronisation before.
     compute_s: seconds that the slowest process computed.
     stop:      whether a budget is used up, and the run ends after this round.
     interrupted: whether a process was told to end by a signal.
@@ -134,14 +137,16 @@ class Training:
         job: Job,
         trainers: Sequence[Trainer],
         run: Run | None,
+        loggers: Sequence[Logger],
         checkpoints: Checkpoints,
     ) -> None:
         self.config, self.task, self.job, self.run = config, task, job, run
-        self.trainers, self.checkpoints = trainers, checkpoints
+        self.trainers, self.loggers, self.checkpoints = trainers, loggers, checkpoints
         self.optimizers = tuple(trainer.optimizer for trainer in trainers)
         self.device = job.workers[0].subnet.device
         self.clock = Clock(self.device)
         self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
+        self.exchange_s = 0.0  # of the last synchronisation, in this process
 
     def go_on(self, steps: int) -> int:
         """Train up to step `steps`. Returns the exit status."""
@@ -149,7 +154,10 @@ class Training:
         rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
         self.tested = evaluation_rounds(rounds, config.run.evaluations)
         losses: list[Tensor] = []  # (hosted workers,) for each step of the round
-        with interruption() as interrupted, Progress(rounds, self.run, self.run.past if self.run else ()) as progress:
+        with (
+            interruption() as interrupted,
+            Recorder(config, rounds, self.run, self.loggers, interrupted.is_set) as recorder,
+        ):
             self.clock.lap()
             for step in range(job.step_index, steps):
                 lr = rate(config.optimisation, step, steps)
@@ -157,11 +165,11 @@ class Training:
                 if job.steps_left > 1 and step < steps - 1:
                     job.step(*self.optimizers)
                     continue
-                news = self._end_round(losses, lr, progress, interrupted, last=step == steps - 1)
+                news = self._end_round(losses, lr, recorder, interrupted, last=step == steps - 1)
                 losses.clear()
                 if news.interrupted:
                     self.checkpoints.finish()
-                    progress.interrupted()
+                    recorder.interrupted()
                     return INTERRUPTED
                 if news.stop:
                     break
@@ -169,7 +177,7 @@ class Training:
             self.checkpoints.finish()
             if self.failed is not None:
                 raise UserError(self.failed)
-            progress.finish(job)
+            recorder.finish(job)
         return 0
 
     def _step(self, step: int, lr: float) -> Tensor:
@@ -185,12 +193,12 @@ class Training:
         return torch.full((len(self.trainers),), math.nan, device=self.device)
 
     def _end_round(
-        self, losses: Sequence[Tensor], lr: float, progress: Progress, interrupted: threading.Event, *, last: bool
+        self, losses: Sequence[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
     ) -> News:
         """The last step of a round: compare, synchronise, save, test, record."""
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimisation.batch_size
         compute_s = lap()
-        stop = self.run is not None and progress.reached(self.config.budgets(), compute_s)
+        stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
         values = torch.stack(list(losses)).cpu()
         bad = self._bad(values)
         news = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
@@ -198,7 +206,7 @@ class Training:
         seconds = {"compute": news.compute_s, "wait": max(0.0, lap() - news.compute_s + compute_s)}
         if not job.step(*self.optimizers, bad=bad):
             job.synchronise(bad)  # the last round may be short
-        seconds["sync"] = lap()
+        seconds["sync"] = self.exchange_s = lap()
         if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
             self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
         seconds["checkpoint"] = lap()
@@ -207,7 +215,7 @@ class Training:
             scores = self._evaluate(last=last)
         seconds["evaluate"] = lap()
         epoch = job.step_index * batch_size / self.trainers[0].batches.images_per_epoch
-        progress.round(
+        recorder.round(
             {
                 **{"round": job.round, "step": job.step_index, "epoch": round(epoch, 4), "lr": lr},
                 "accuracy": next(iter(scores.values()), None),
@@ -235,9 +243,9 @@ class Training:
 
         Raises AgreedError where a process has failed.
         """
-        share = round(compute_s / len(self.trainers), 6)
+        times = {"compute_s": round(compute_s / len(self.trainers), 6), "exchange_s": round(self.exchange_s, 6)}
         own = [
-            {"worker": trainer.index, "loss": loss if math.isfinite(loss) else None, "compute_s": share}
+            {"worker": trainer.index, "loss": loss if math.isfinite(loss) else None, **times}
             for trainer, loss in zip(self.trainers, losses, strict=True)
         ]
         mine = {
@@ -281,12 +289,16 @@ def _record(job: Job, news: News, plans: Mapping[str, Plan]) -> dict[str, object
 
 @contextlib.contextmanager
 def interruption() -> Iterator[threading.Event]:
-    """Inside it, SIGTERM and SIGINT set the event instead of ending the process; a second SIGINT ends it at once."""
-    event = threading.Event()
+    """Inside it, SIGTERM and SIGINT set the event instead of ending the process; a second Ctrl-C ends it at once.
+
+    torch's launcher turns the second Ctrl-C into a SIGTERM, so that after a SIGINT either of them counts as one.
+    """
+    event, seen = threading.Event(), set[int]()
 
     def note(number: int, _frame: object) -> None:
-        if number == signal.SIGINT and event.is_set():
+        if event.is_set() and signal.SIGINT in (number, *seen):
             raise KeyboardInterrupt
+        seen.add(number)
         event.set()
 
     if threading.current_thread() is not threading.main_thread():

@@ -10,6 +10,7 @@ from resist.config import MachineConfig, TrainConfig
 from resist.device import pick_device
 from resist.errors import UserError
 from resist.launch import launch, launched, num_processes, watch_launcher
+from resist.loggers import check_loggers
 from resist.runs import check_free, default_out, read_config
 from resist.tasks import open_task
 from resist.train import INTERRUPTED, train
@@ -56,6 +57,7 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
     method = replace(config.method, warmup_epochs=0.0)
     plan_facts(PlanConfig(network=config.network, method=method, seed=config.run.seed))
     pick_device(config.machine.device)
+    check_loggers(config)
     out = config.run.resume or config.run.out or default_out(config)
     if config.run.resume is None:
         check_free(out)
