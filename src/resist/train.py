@@ -147,6 +147,7 @@ class Training:
         self.clock = Clock(self.device)
         self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
         self.exchange_s = 0.0  # of the last synchronisation, in this process
+        self.checkpoint_s = 0.0
 
     def go_on(self, steps: int) -> int:
         """Train up to step `steps`. Returns the exit status."""
@@ -195,7 +196,11 @@ class Training:
     def _end_round(
         self, losses: Sequence[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
     ) -> News:
-        """The last step of a round: compare, synchronise, save, test, record."""
+        """The last step of a round: compare, synchronise, test, record, save.
+
+        A checkpoint comes last: where a run goes on from it, the record of the round, and at the end the network that
+        was asked for, are there.
+        """
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimisation.batch_size
         compute_s = lap()
         stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
@@ -207,9 +212,7 @@ class Training:
         if not job.step(*self.optimizers, bad=bad):
             job.synchronise(bad)  # the last round may be short
         seconds["sync"] = self.exchange_s = lap()
-        if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
-            self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
-        seconds["checkpoint"] = lap()
+        seconds["checkpoint"], self.checkpoint_s = self.checkpoint_s, 0.0
         scores: dict[str, float] = {}
         if (job.round in self.tested or last) and not news.interrupted:
             scores = self._evaluate(last=last)
@@ -225,6 +228,10 @@ class Training:
                 **_record(job, news, plans),
             }
         )
+        if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
+            lap()
+            self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
+            self.checkpoint_s = lap()  # told with the next round
         return news
 
     def _bad(self, losses: Tensor) -> dict[int, str]:
