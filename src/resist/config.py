@@ -136,7 +136,8 @@ class RunConfig:
     """Times that the full network is assembled and tested, spread evenly, the last at the end."""
     resume: Path | None = None
     """Go on with this run from its newest checkpoint, or from safe copies that are newer. Other options are those of
-    the run, but for machine options, --workers, --data-dir, --loaders, --lr, --safety and --nonfinite, which may change."""
+    the run, but for machine options, --workers, --data-dir, --loaders, --lr, --safety and --nonfinite, which may
+    change."""
     checkpoint_rounds: int = 10
     """Rounds from one checkpoint to the next; one is always written at the end, and on SIGTERM or SIGINT."""
     until: tuple[str, ...] = ()
