@@ -41,6 +41,8 @@ FORMAT = "resist checkpoint 1"
 INDEX = ".metadata"  # DCP's own
 JOB = "job.json"
 KEEP = 2
+ABANDON_S = 5.0
+LOST = "another process did not write its part"
 UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointException)
 
 
@@ -82,11 +84,19 @@ class Checkpoints:
         self._thread = None
         self._agree()
 
+    def abandon(self) -> None:
+        """Before the process ends by an error: give what is being written a moment to get complete.
+
+        The others' parts may be there already, and a process must not end while a thread of it waits for others.
+        """
+        if self._thread is not None:
+            self._thread.join(ABANDON_S)
+
     def _agree(self) -> None:
         """Raise the error of one process in all."""
         texts = self._transport.gather_text("" if self._error is None else _reason(self._error))
         self._error = None
-        reason = next((text for text in texts if text), None)  # process 0 first: others may only have lost it
+        reason = min((text for text in texts if text), key=lambda text: text == LOST, default=None)  # rather the cause
         if reason is not None:
             raise AgreedError(
                 f"a checkpoint in {self.folder} could not be written: {reason}; make room there, then go on with "
@@ -262,6 +272,8 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
+    elif isinstance(error, RuntimeError) and not isinstance(error, CheckpointException):
+        return LOST
     return (str(error) or type(error).__name__).strip().splitlines()[-1]
 
 

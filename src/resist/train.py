@@ -80,8 +80,12 @@ def train(config: TrainConfig) -> int:
         resume_round = None if config.run.resume is None else job.round
         run = together(transport, lambda: Run(out, config, resume_round) if speaks else None)
         out = Path(transport.gather_text(str(out))[0])  # the time of the first process, where it is in the name
-        training = Training(config, task, job, trainers, run, Checkpoints(out / "checkpoints", transport))
-        return _surviving(out, job, lambda: training.go_on(steps))
+        checkpoints = Checkpoints(out / "checkpoints", transport)
+        training = Training(config, task, job, trainers, run, checkpoints)
+        try:
+            return _surviving(out, job, lambda: training.go_on(steps))
+        finally:
+            checkpoints.abandon()
     finally:
         transport.close()
 
