@@ -104,4 +104,5 @@ class Recorder:
         )
 
     def _remark(self) -> str:
-        return "ending after this round; Ctrl-C again ends at once, unsaved" if self._ending() and not self._state else ""
+        ending = self._ending() and not self._state
+        return "ending after this round; Ctrl-C again ends at once, unsaved" if ending else ""

@@ -91,7 +91,8 @@ class Run:
             })  # fmt: skip
 
     def close(self) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # what the disk did not take was said by `append`
+            self._metrics.close()
 
     def _write(self, name: str, content: object) -> None:
         """Write a file so that it is there with its old or its new content, whatever happens."""

@@ -21,8 +21,6 @@ class CostConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     num_classes: int | None = None
     """Classes of the head. Default: those of --data."""
-    image_size: int | None = None
-    """Height and width of an image. Default: those of --data."""
     workers: tuple[int, ...] = (2, 4, 8)
     """Numbers of workers to look at."""
     strategies: tuple[str, ...] = STRATEGIES
@@ -37,6 +35,8 @@ class CostConfig:
     """As in resist train; for one number of workers."""
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
     """As in resist train."""
+    safety: Literal["none", "copy"] = "none"
+    """As in resist train: count the memory and the bytes of second copies."""
     link_gbit_s: float | None = None
     """Rate of each worker's link, each way. With a speed of the devices, seconds are predicted."""
     latency_ms: float = 0.0
@@ -52,7 +52,7 @@ class CostConfig:
 
 
 def run_cost(config: CostConfig, arguments: list[str]) -> int:
-    network, size = config.network, config.image_size or image_size_of(config.network.data)
+    network, size = config.network, config.network.image_size or image_size_of(config.network.data)
     build_model = network_builder(network, config.num_classes)
     if config.calibrate and config.images_s:
         raise UserError("--calibrate measures what --images-s says; give one of the two")
@@ -81,6 +81,7 @@ def run_cost(config: CostConfig, arguments: list[str]) -> int:
         image_shape=(3, size, size),
         local_steps=config.local_steps,
         optimizer_state=config.optimizer_state,
+        safety=config.safety == "copy",
         min_depth=config.min_depth,
         capacities=config.capacities or None,
         link=link,
