@@ -93,7 +93,7 @@ def clock(seconds: float) -> str:
 class Display:
     """Shows a summary while it grows; a context.
 
-    live:   drawn again twice a second; else a line for each test, and every ten seconds. Only a terminal can be live.
+    live:   drawn again every second; else a line for each test, and every ten seconds. Only a terminal can be live.
     remark: asked for a sentence to be shown below, or "".
     """
 
@@ -107,7 +107,7 @@ class Display:
         self._lock = threading.Lock()
         self._news, self._last_line, self._said = time.monotonic(), 0.0, ""
         self._live = Live(
-            console=self.console, get_renderable=self._locked, refresh_per_second=2, vertical_overflow="crop",
+            console=self.console, get_renderable=self._locked, refresh_per_second=1, vertical_overflow="crop",
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
 
