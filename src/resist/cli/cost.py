@@ -21,8 +21,6 @@ class CostConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     num_classes: int | None = None
     """Classes of the head. Default: those of --data."""
-    image_size: int | None = None
-    """Height and width of an image. Default: those of --data."""
     workers: tuple[int, ...] = (2, 4, 8)
     """Numbers of workers to look at."""
     strategies: tuple[str, ...] = STRATEGIES
@@ -54,7 +52,7 @@ class CostConfig:
 
 
 def run_cost(config: CostConfig, arguments: list[str]) -> int:
-    network, size = config.network, config.image_size or image_size_of(config.network.data)
+    network, size = config.network, config.network.image_size or image_size_of(config.network.data)
     build_model = network_builder(network, config.num_classes)
     if config.calibrate and config.images_s:
         raise UserError("--calibrate measures what --images-s says; give one of the two")
