@@ -159,6 +159,7 @@ class Job:
                 worker.subnet.resize(capacities, copies[0].flats[worker.index])
                 if self._optimizers:
                     follow_resize(worker.subnet, self._optimizers[number], before, worker.state)
+            worker.subnet.hold([next_plans[chain.name].blocks[worker.index] for chain in self.chains])
         self.plans = next_plans
         self.round += 1
         self._steps_in_round = 0
@@ -191,6 +192,7 @@ class Job:
                 channels_last=own.channels_last,
                 template_capacities=own.capacities,
             )
+            full.hold([range(chain.num_blocks) for chain in self.chains])
             with torch.no_grad():
                 full.shared.copy_(own.shared)
         assembly(self.ledger, subnets, self.plans, full, on).finish()
