@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 import resist
 from provenance import provenance
 from resist.data import Images, Loader, load
-from resist.evaluate import calibration_batches
 from resist.job import Job, recalibrate
 from resist.models import build
 from resist.subnet import use_batch_statistics
+from resist.tasks import Classification
 
 RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"
 
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace, train: Images, test: Images) -> dict[str, obje
             train_s += time.process_time() - start
             full = job.full_model()
             assert full is not None
-            recalibrate(full, calibration_batches(train), torch.device("cpu"))
+            recalibrate(full, augmented_batches(train), torch.device("cpu"))
             curve[job.round] = accuracy(full, test, 5000)
             print(f"round {job.round}: {curve[job.round]:.2f} % after {train_s:.0f} s", flush=True)
             start = time.process_time()
@@ -112,6 +113,11 @@ def optimizer_of(job: Job, index: int, chain_lr: float) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
+def augmented_batches(train: Images) -> Iterator[Tensor]:
+    """Training images as `resist train` estimates statistics on."""
+    return Classification(nn.Identity, train, train).calibration(0)
+
+
 def plain_batches(train: Images) -> list[Tensor]:
     """The first 5,000 training images without shift and flip: the first runs were read with statistics of these."""
     return [images for images, _ in train.batches(250, limit=20)]
@@ -134,7 +140,7 @@ def readings(job: Job, train: Images, test: Images) -> dict[str, dict[str, float
         assert averaged is not None
         batch, anew, plain = (copy.deepcopy(averaged) for _ in range(3))
         use_batch_statistics(batch)
-        recalibrate(anew, calibration_batches(train), torch.device("cpu"))
+        recalibrate(anew, augmented_batches(train), torch.device("cpu"))
         recalibrate(plain, plain_batches(train), torch.device("cpu"))
         named = {"average": averaged, "batch": batch, "recalibrate": anew, "recalibrate, not augmented": plain}
         for name, model in named.items():

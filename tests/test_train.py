@@ -6,17 +6,19 @@ import torch
 from torch import nn
 
 from resist.chains import choose_chains
-from resist.comm import Local
+from resist.comm import Local, together
 from resist.config import NetworkConfig, OptimisationConfig, RunConfig, TrainConfig
 from resist.data import load
+from resist.device import pick_device
 from resist.errors import AgreedError, UserError
-from resist.evaluate import network
 from resist.full import load_full, save_full
 from resist.job import Worker
 from resist.models import build
+from resist.rates import evaluation_rounds, num_steps, rate
 from resist.runs import Run, check_free, read_config
 from resist.subnet import Subnet, scale_branches, tensors_of
-from resist.train import Trainer, digest, evaluation_rounds, num_steps, pick_device, rate, together
+from resist.tasks import Classification, network_builder
+from resist.trainer import Trainer
 
 
 def test_step_schedule_is_the_papers() -> None:
@@ -60,7 +62,7 @@ class Mean(nn.Module):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
-    train_set, _ = load("digits")
+    task = Classification(Mean, *load("digits"))
     weights = []
     for parts in (1, 4):
         torch.manual_seed(0)
@@ -68,7 +70,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
         subnet = Subnet(model, (), ())
         subnet.load(tensors_of(model), ())
         config = TrainConfig(optimisation=OptimisationConfig(batch_size=32, accumulate=parts))
-        trainer = Trainer(config, Worker(0, subnet), train_set)
+        trainer = Trainer(config, Worker(0, subnet), task)
         loss = [float(trainer.step(step, 0.1)) for step in range(3)]
         weights.append((loss, subnet.flat.clone()))
     assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-5)
@@ -94,10 +96,10 @@ def failing() -> None:
 
 
 def test_the_data_digest_sees_a_single_label() -> None:
-    train_set, test_set = load("digits")
-    before = digest(train_set, test_set)
-    train_set.labels[7] += 1
-    assert digest(train_set, test_set) != before
+    task = Classification(Mean, *load("digits"))
+    before = task.digest()
+    task.train.labels[7] += 1
+    assert task.digest() != before
 
 
 def test_devices() -> None:
@@ -140,9 +142,8 @@ def saved(tmp_path) -> tuple[nn.Module, object]:
 
 def test_a_saved_network_comes_back_scaled(tmp_path) -> None:
     model, chains = saved(tmp_path)
-    train_set, _ = load("digits")
     with torch.device("meta"):
-        again = network(NetworkConfig(width=4), train_set)
+        again = network_builder(NetworkConfig(width=4))()
     load_full(again, chains, tmp_path / "model.safetensors").eval()
     images = torch.randn(2, 3, 16, 16)
     assert not torch.equal(model(images), again(images))

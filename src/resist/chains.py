@@ -62,13 +62,13 @@ class Chain:
         """What is only nearly true of scaling this chain's branches, "" where it is exact."""
         if self.kind == residual.RELU:
             return (
-                f"the blocks of {self.name} are relu(x + f(x)): the full network uses x + scale * (block(x) - x), which is "
-                "relu(x + scale * f(x)) but where x + f(x) is negative: there (1 - scale) * x remains, not less"
+                f"the blocks of {self.name} end in a ReLU, relu(x + f(x)): the full network uses x + scale * (block(x) - x); "
+                "that is relu(x + scale * f(x)) except where x + f(x) < 0, where it leaves (1 - scale) * x and the other less"
             )
         if self.kind == residual.NORM:
             return (
-                f"the blocks of {self.name} are norm(x + f(x)): the full network uses x + scale * (block(x) - x), a mean "
-                "of two normalised states, which is not itself normalised as norm(x + scale * f(x)) would be"
+                f"the blocks of {self.name} end in a norm, norm(x + f(x)): the full network uses x + scale * (block(x) - x), "
+                "a mean of two normalised states that is not itself normalised, as norm(x + scale * f(x)) would be"
             )
         return ""
 

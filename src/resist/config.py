@@ -22,7 +22,8 @@ class NetworkConfig:
     data_dir: Path = Path("data")
     """Where data sets are looked for, and downloaded to."""
     model: str = "preact_small"
-    """Network: preact_small, preact_resnet101, preact_resnet152 or preact_resnet200."""
+    """Network: preact_small, preact_resnet101, preact_resnet152 or preact_resnet200; or one of another library, with
+    fresh weights: torchvision:resnet101, timm:vit_small_patch16_224, transformers:vit (or :FILE.json)."""
     sections: tuple[int, ...] = ()
     """Blocks in each of the four sections, instead of the model's own (3 4 23 3 for preact_resnet101)."""
     width: int | None = None

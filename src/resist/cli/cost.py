@@ -6,12 +6,12 @@ from typing import Literal
 
 from rich.console import Console
 
-from resist.cli.plan import builder
 from resist.config import NetworkConfig
 from resist.cost import STRATEGIES, Link, Speed, calibrate, predict, print_table
 from resist.data import image_size_of
+from resist.device import pick_device
 from resist.errors import UserError
-from resist.train import pick_device
+from resist.tasks import network_builder
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CostConfig:
 
 def run_cost(config: CostConfig, arguments: list[str]) -> int:
     network, size = config.network, config.image_size or image_size_of(config.network.data)
-    build_model = builder(network, config.num_classes)
+    build_model = network_builder(network, config.num_classes, size)
     if config.calibrate and config.images_s:
         raise UserError("--calibrate measures what --images-s says; give one of the two")
     if config.latency_ms and config.link_gbit_s is None:

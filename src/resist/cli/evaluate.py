@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from resist.device import pick_device
 from resist.evaluate import evaluate_run
-from resist.train import pick_device
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class EvaluateConfig:
 
 
 def run_evaluate(config: EvaluateConfig, arguments: list[str]) -> int:
-    accuracy = evaluate_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
-    print(f"test accuracy {100 * accuracy:.2f} %")
+    scores = evaluate_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
+    for name, score in scores.items():
+        print(f"test {name} {100 * score:.2f} %")
     return 0

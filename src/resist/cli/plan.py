@@ -1,21 +1,19 @@
 """`resist plan`: what would be trained, shown without training it."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import nn
 
 from resist.config import MethodConfig, NetworkConfig, TrainConfig
-from resist.data import num_classes_of
+from resist.cost.footprint import build_on_meta
 from resist.draw import partition_svg
 from resist.errors import UserError
-from resist.models import build
+from resist.foreign import try_network
 from resist.show import describe, print_plan
+from resist.tasks import network_builder
 
 
 @dataclass(frozen=True)
@@ -42,25 +40,12 @@ def plan_facts(config: PlanConfig) -> dict[str, Any]:
         raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
     whole = TrainConfig(network=network, method=config.method)
     whole.check()
-    with torch.device("meta"):
-        model = builder(network, config.num_classes)()
-    return describe(model, whole, config.rounds)
-
-
-def builder(network: NetworkConfig, num_classes: int | None) -> Callable[[], nn.Module]:
-    """What builds the full network of these options."""
-    classes = num_classes_of(network.data) if num_classes is None else num_classes
-    return lambda: build(
-        network.model,
-        num_classes=classes,
-        sections=network.sections,
-        width=network.width,
-        final_norm=network.final_norm,
-    )
+    return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds)
 
 
 def run_plan(config: PlanConfig, arguments: list[str]) -> int:
     facts = plan_facts(config)
+    try_network(config.network, config.num_classes)
     if config.svg is not None:
         try:
             with config.svg.open("x", encoding="utf-8") as file:

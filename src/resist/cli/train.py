@@ -7,11 +7,12 @@ from dataclasses import fields, replace
 from resist.checkpoint import newest
 from resist.cli.plan import PlanConfig, plan_facts
 from resist.config import MachineConfig, TrainConfig
-from resist.data import load
+from resist.device import pick_device
 from resist.errors import UserError
 from resist.launch import launch, launched, num_processes
 from resist.runs import check_free, default_out, read_config
-from resist.train import INTERRUPTED, pick_device, train
+from resist.tasks import open_task
+from resist.train import INTERRUPTED, train
 
 
 def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
@@ -55,7 +56,7 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
     processes = num_processes(config)
     if processes == 1:
         return train(config)
-    load(config.network.data, config.network.data_dir)
+    open_task(config.network)
     if config.run.resume is None:
         arguments = ["train", *replace(config, run=replace(config.run, out=out)).arguments()]
     status = launch(arguments, processes, config.machine.timeout_s)

@@ -3,6 +3,9 @@
 from resist.comm.distributed import Distributed, connect
 from resist.comm.ledger import Ledger
 from resist.comm.local import Local
-from resist.comm.transport import Handle, Move, Transport, check_agreement
+from resist.comm.transport import Handle, Move, Transport, check_agreement, together
 
-__all__ = ["Distributed", "Handle", "Ledger", "Local", "Move", "Transport", "check_agreement", "connect"]
+__all__ = [
+    "Distributed", "Handle", "Ledger", "Local", "Move", "Transport", "check_agreement", "connect",
+    "together",
+]

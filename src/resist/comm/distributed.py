@@ -32,7 +32,8 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
     formed (an address in use, peers that do not come within `timeout_s` seconds).
     """
     device = torch.device(device)
-    if not dist.is_initialized():
+    ours = not dist.is_initialized()
+    if ours:
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return Local(workers)
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -44,7 +45,12 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
                 f"no process group at {where}: {reason}; check that the port is free on the first host and that all "
                 f"{os.environ['WORLD_SIZE']} processes were started"
             ) from error
-    return Distributed(workers, device, timeout_s)
+    try:
+        return Distributed(workers, device, timeout_s)
+    except BaseException:
+        if ours:  # a group that nobody leaves has threads at the end of the process, which C++ then aborts
+            dist.destroy_process_group()
+        raise
 
 
 class Distributed:

@@ -6,11 +6,13 @@ Every worker passes the same list of moves in the same order, its own and the ot
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from resist.errors import AgreedError
+from resist.errors import AgreedError, UserError
+
+T = TypeVar("T")
 
 # Texts up to this size, 8 bytes less, go round in one message.
 PACKET_BYTES = 1024
@@ -112,3 +114,17 @@ def check_agreement(transport: Transport, mine: Mapping[str, object]) -> None:
                     f"process {process} was started with {key}={other.get(key)}, process 0 with {key}={first.get(key)}"
                     "; start all of them with the same arguments"
                 )
+
+
+def together(transport: Transport, action: Callable[[], T]) -> T:
+    """Do `action` in every process; where it fails for one of them, all raise its error and none waits in vain."""
+    result, failure = None, ""
+    try:
+        result = action()
+    except UserError as error:
+        failure = str(error)
+    for process, text in enumerate(transport.gather_text(failure)):
+        if text.strip():
+            where = f" (process {process})" if transport.num_processes > 1 else ""
+            raise AgreedError(text.strip() + where)
+    return result  # type: ignore[return-value]  # it is set: no process failed

@@ -6,6 +6,7 @@ goes on at step t sees what an undisturbed one would see.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,19 @@ class Images:
         return Images(
             self.images.to(device), self.labels.to(device), self.num_classes, self.mean, self.std, self.pad, self.flip
         )
+
+    def loader(
+        self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str = "all"
+    ) -> "Loader":
+        """The training batches of one worker."""
+        return Loader(self, batch_size=batch_size, seed=seed, worker=worker, workers=workers, sampling=sampling)
+
+    def digest(self) -> str:
+        """A short text that differs where images or labels do."""
+        key = blake2b(digest_size=8)
+        for part in (self.images, self.labels):
+            key.update(part.cpu().contiguous().numpy().tobytes())
+        return key.hexdigest()
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (batch, channels, height, width) -> float32 of mean 0 and deviation 1 over the training set."""

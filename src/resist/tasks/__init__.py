@@ -1,1 +1,25 @@
-"""What a network is trained for: the loss of a batch and the metric of a test set."""
+"""Tasks: what is trained, on what, and how it is measured."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from resist.config import NetworkConfig
+from resist.data import num_classes_of
+from resist.tasks.classification import Classification, builder
+from resist.tasks.task import Batches, Task
+
+__all__ = ["Batches", "Classification", "Task", "network_builder", "open_task"]
+
+
+def open_task(config: NetworkConfig, *, download: bool = True) -> Task:
+    """The task that these options name, its data loaded or at hand. Raises UserError in one line where they are not."""
+    return Classification.open(config, download=download)
+
+
+def network_builder(
+    config: NetworkConfig, num_classes: int | None = None, image_size: int | None = None
+) -> Callable[[], nn.Module]:
+    """What builds the full network of these options, without its data. num_classes, image_size: default, those of the
+    data set."""
+    return builder(config, num_classes_of(config.data) if num_classes is None else num_classes, image_size)

@@ -1,22 +1,93 @@
 """Image classification: cross entropy, and the share of test images whose class is given the highest score."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resist.config import NetworkConfig
+from resist.data import Images, image_size_of, load
+from resist.models import build
+from resist.tasks.task import Batches
 
-def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy. logits: (batch, classes); labels: (batch,) int64. Returns a scalar."""
-    return F.cross_entropy(logits, labels)
+# Training images on which BatchNorm statistics are estimated anew.
+CALIBRATION_IMAGES = 5000
+# The paper tests with batches of 100, which matters where the network uses the statistics of the test batch.
+TEST_BATCH = 100
+# From how many classes on the five highest scores count too.
+TOP5_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Images with one class each. A batch is (images (batch, channels, height, width) float32, labels (batch,) int64).
+
+    build: makes the full network.
+    """
+
+    build: Callable[[], nn.Module]
+    train: Images
+    held_out: Images
+
+    @staticmethod
+    def open(config: NetworkConfig, *, download: bool = True) -> "Classification":
+        train, held_out = load(config.data, config.data_dir, download=download)
+        return Classification(builder(config, train.num_classes), train, held_out)
+
+    def network(self) -> nn.Module:
+        return self.build()
+
+    def to(self, device: torch.device | str) -> "Classification":
+        return replace(self, train=self.train.to(device), held_out=self.held_out.to(device))
+
+    def batches(self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str) -> Batches:
+        return self.train.loader(batch_size=batch_size, seed=seed, worker=worker, workers=workers, sampling=sampling)
+
+    def split(self, batch: tuple[Tensor, Tensor], parts: int) -> list[tuple[Tensor, Tensor]]:
+        images, labels = batch
+        return list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+
+    def loss(self, model: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(model(images), labels)
+
+    def calibration(self, seed: int) -> Iterator[Tensor]:
+        """Augmented images, as in training, since the weights have got used to those."""
+        size = min(250, len(self.train))
+        loader = self.train.loader(batch_size=size, seed=seed, worker=-1, workers=1)  # no worker's own batches
+        for step in range(-(-CALIBRATION_IMAGES // size)):
+            yield loader.batch(step)[0]
+
+    def test(self, model: nn.Module) -> dict[str, float]:
+        top1, top5 = accuracies(model.eval(), self.held_out.batches(TEST_BATCH))
+        return {"accuracy": top1, **({"top5": top5} if self.train.num_classes >= TOP5_CLASSES else {})}
+
+    def digest(self) -> str:
+        return f"{self.train.digest()} {self.held_out.digest()}"
+
+
+def builder(config: NetworkConfig, num_classes: int, image_size: int | None = None) -> Callable[[], nn.Module]:
+    """What builds the full network of these options. image_size: default, that of the data set."""
+    return lambda: build(
+        config.model,
+        num_classes=num_classes,
+        sections=config.sections,
+        width=config.width,
+        final_norm=config.final_norm,
+        image_size=image_size_of(config.data) if image_size is None else image_size,
+    )
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The share, 0 to 1, of images in `batches` that `model` puts into their class."""
-    right = total = 0
+def accuracies(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """(top 1, top 5): the shares, 0 to 1, of images in `batches` whose class has the highest score, or one of five."""
+    total, right = 0, torch.zeros(2, dtype=torch.int64)
     for images, labels in batches:
-        right += int((model(images).argmax(1) == labels).sum())
+        scores = model(images)
+        best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
         total += len(labels)
-    return right / total
+    top1, top5 = (right / total).tolist()
+    return top1, top5
