@@ -88,8 +88,9 @@ def nearest_miss(model: nn.Module) -> str:
         for end in range(1, len(children) + 1):
             if end < len(children) and type(children[end]) is type(children[start]):
                 continue
-            composite = next(children[start].children(), None) is not None
-            if composite and end - start > max(best[0], 1) and type(children[start]) not in (nn.Sequential, nn.ModuleList):
+            first = children[start]
+            composite = next(first.children(), None) is not None and type(first) not in (nn.Sequential, nn.ModuleList)
+            if composite and end - start > max(best[0], 1):
                 best = end - start, _reason(model, container, start, end - 1)
             start = end
     return best[1]
@@ -98,7 +99,8 @@ def nearest_miss(model: nn.Module) -> str:
 def _reason(model: nn.Module, container: str, first: int, last: int) -> str:
     module = model.get_submodule(container)
     where = f"{container or 'the model'} blocks {first} to {last}"
-    if not isinstance(module, nn.Sequential | nn.ModuleList):
+    facts = [fixed(child) for child in list(module.children())[first : last + 1]]
+    if not isinstance(module, nn.Sequential | nn.ModuleList) and any(one == other for one, other in pairwise(facts)):
         return f"{where} are children of a {type(module).__name__}, which is no nn.Sequential or nn.ModuleList"
     told = difference(model, container, first, last)
     return told or f"{where} have parameters in common with one another or with another part of the model"
