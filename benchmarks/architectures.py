@@ -24,7 +24,8 @@ transformers.utils.logging.set_verbosity_error()
 @dataclass(frozen=True)
 class Case:
     """build: the network as published. small: the one that is run, described by `small_name`.
-    size, small_size: of the images, or None for a network that takes tokens. chains: named where the default finds none.
+    size, small_size: of the images, or None for a network that takes tokens.
+    chains: named where the default finds none.
     """
 
     name: str

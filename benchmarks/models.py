@@ -16,6 +16,7 @@ as many blocks. Run means, with one batch of random inputs, everything in two pr
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def main() -> None:
     if args.as_part:
         return take_part(**json.loads(args.as_part))
     if args.check:
-        sys.exit(0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(kept()) else f"{PAGE.name} is out of date")
+        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(kept())
+        sys.exit(0 if same else f"{PAGE.name} is out of date")
     if not args.page:
         chosen = [c for c in CASES if not args.only or any(text.lower() in c.name.lower() for text in args.only)]
         results = {result["name"]: result for result in run(chosen)}
@@ -97,7 +99,8 @@ def run(cases: Iterable[Case]) -> list[Record]:
 
 def count(case: Case) -> Record:
     """Chains, weights and FLOPs as published, without weights; or why it is refused."""
-    record: Record = {"name": case.name, "input": case.input_name, "small": case.small_name, "small_input": case.small_input}
+    record: Record = {"name": case.name, "input": case.input_name}
+    record |= {"small": case.small_name, "small_input": case.small_input}
     template = build_on_meta(case.build)
     record["parameters"] = sum(p.numel() for p in template.parameters())
     try:
@@ -120,7 +123,8 @@ def count(case: Case) -> Record:
 def describe(template: nn.Module, chain: Chain) -> Record:
     block = sum(p.numel() for p in template.get_submodule(chain.block_name(0)).parameters())
     differ = [f"{one.module}.{one.name}".lstrip(".") for one in chain.varying]
-    return {"name": chain.name, "blocks": chain.num_blocks, "block_parameters": block, "kind": chain.kind, "differ": differ}
+    record: Record = {"name": chain.name, "blocks": chain.num_blocks, "block_parameters": block}
+    return {**record, "kind": chain.kind, "differ": differ}
 
 
 def footprint(case: Case, template: nn.Module, chains: tuple[Chain, ...], blocks: tuple[int, ...]) -> Any:
@@ -139,7 +143,8 @@ def pair(names: list[str]) -> Iterable[tuple[str, Record]]:
         for rank in range(PROCESSES):
             part = json.dumps({"rank": rank, "folder": folder, "names": names})
             command = [sys.executable, __file__, "--as-part", part]
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
         try:
             outputs = [process.communicate(timeout=120 + 60 * len(names))[0] for process in running]
         finally:
@@ -201,9 +206,9 @@ def live(case: Case, rank: int) -> Record:
         optimizer.zero_grad()
         losses.append(loss.item())
         job.step(optimizer)
-    assert job.round == ROUNDS and all(map(torch.isfinite, map(torch.tensor, losses))), losses
-    statistics = job.batchnorm == "recalibrate" and any(getattr(m, "running_mean", None) is not None for m in model.modules())
-    full = job.full_model([batch] if statistics else None)
+    assert job.round == ROUNDS
+    assert all(map(math.isfinite, losses)), losses
+    full = job.full_model([batch])
     told: Record = {
         "run_chains": [f"{c.name} ({c.num_blocks})" for c in chains],
         "run_parameters": sum(p.numel() for p in model.parameters()),
@@ -213,7 +218,8 @@ def live(case: Case, rank: int) -> Record:
         return told
     with torch.no_grad():
         scaled, before = tensors_in(full(batch)), tensors_in(model(batch))
-    assert [t.shape for t in scaled] == [t.shape for t in before] and all(t.isfinite().all() for t in scaled)
+    assert [t.shape for t in scaled] == [t.shape for t in before]
+    assert all(t.isfinite().all() for t in scaled)
     assert job.scales == [scale_of(c, PROCESSES) for c in chains]
     return {**told, "losses": [round(losses[0], 3), round(losses[-1], 3)], "scales": [round(s, 3) for s in job.scales]}
 
@@ -235,7 +241,8 @@ def conserved(case: Case, chains: tuple[Chain, ...]) -> None:
         full = job.full_model()
         if full is not None:
             lost = [n for n, t in tensors_of(full).items() if not torch.equal(t, original[n])]
-            assert not lost and len(tensors_of(full)) == len(original), f"not conserved: {lost[:3]}"
+            assert not lost, f"not conserved: {lost[:3]}"
+            assert len(tensors_of(full)) == len(original)
 
 
 if __name__ == "__main__":

@@ -62,20 +62,22 @@ class Chain:
         """What is only nearly true of scaling this chain's branches, "" where it is exact."""
         if self.kind == residual.RELU:
             return (
-                f"the blocks of {self.name} end in a ReLU, relu(x + f(x)): the full network uses x + scale * (block(x) - x); "
-                "that is relu(x + scale * f(x)) except where x + f(x) < 0, where it leaves (1 - scale) * x and the other less"
+                f"the blocks of {self.name} end in a ReLU, relu(x + f(x)): the full network uses "
+                "x + scale * (block(x) - x); that is relu(x + scale * f(x)) except where x + f(x) < 0, where it leaves "
+                "(1 - scale) * x and the other less"
             )
         if self.kind == residual.NORM:
             return (
-                f"the blocks of {self.name} end in a norm, norm(x + f(x)): the full network uses x + scale * (block(x) - x), "
-                "a mean of two normalised states that is not itself normalised, as norm(x + scale * f(x)) would be"
+                f"the blocks of {self.name} end in a norm, norm(x + f(x)): the full network uses "
+                "x + scale * (block(x) - x), a mean of two normalised states that is not itself normalised, as "
+                "norm(x + scale * f(x)) would be"
             )
         return ""
 
 
 def find_chains(model: nn.Module) -> tuple[Chain, ...]:
-    """All runs of two or more residual blocks, the longest (then the heaviest) first; last those that could not be tried,
-    whose kind is "unknown"."""
+    """All runs of two or more residual blocks, the longest (then the heaviest) first; last those that could not be
+    tried, whose kind is "unknown"."""
     return tuple(run for run in _runs(model) if run.kind != residual.NONE)
 
 
@@ -88,7 +90,8 @@ def choose_chains(model: nn.Module, names: Sequence[str] = ()) -> tuple[Chain, .
     if not names:
         if runs and runs[0].kind in residual.RESIDUAL:
             return runs[:1]
-        raise UserError(f"the model has no chain of residual blocks, so there is nothing to deal out: {_miss(model, runs)}")
+        reason = _miss(model, runs)
+        raise UserError(f"the model has no chain of residual blocks, so there is nothing to deal out: {reason}")
     chosen = tuple(_parse(name, model, runs) for name in names)
     for i, one in enumerate(chosen):
         for other in chosen[i + 1 :]:

@@ -77,8 +77,8 @@ def _record(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> tupl
                 x, y = hidden_in(args, kwargs), hidden_out(output)
                 if x is None or y is None or x.shape != y.shape:
                     raise UserError(
-                        f"{name} does not take a tensor and return one of the same shape, alone or first in a tuple: it "
-                        "cannot be left out of a sub-network; partition another chain"
+                        f"{name} does not take a tensor and return one of the same shape, alone or first in a tuple: "
+                        "it cannot be left out of a sub-network; partition another chain"
                     )
                 order.append(key)
                 calls[key] = Call(args, kwargs).with_input(x.clone())  # a block may write into its input
@@ -92,7 +92,8 @@ def _record(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> tupl
     for number, chain in enumerate(chains):
         if [block for of_chain, block in order if of_chain == number] != list(range(chain.num_blocks)):
             raise UserError(
-                f"the network does not call the blocks of {chain.name} once each, one after another; partition another chain"
+                f"the network does not call the blocks of {chain.name} once each, one after another; partition "
+                "another chain"
             )
     return [[calls[number, block] for block in range(c.num_blocks)] for number, c in enumerate(chains)], output
 
@@ -144,8 +145,8 @@ def _compare(
     apart = _apart(tensors_in(got), tensors_in(expected))
     if not apart < ROUNDING:
         raise UserError(
-            f"a sub-network with blocks {what} does not compute what the network computes without the others: something "
-            "in it goes by the position of a block; partition another chain"
+            f"a sub-network with blocks {what} does not compute what the network computes without the others: "
+            "something in it goes by the position of a block; partition another chain"
         )
     return apart
 

@@ -71,7 +71,7 @@ def varying(of_blocks: Sequence[dict[Key, Any]]) -> tuple[Varying, ...]:
 def difference(model: nn.Module, container: str, first: int, last: int) -> str:
     """In what the first two neighbours differ that are not of one kind, "" where there are none such."""
     try:
-        children = list(model.get_submodule(container).children())[first : last + 1]
+        children = _children(model.get_submodule(container))[first : last + 1]
     except AttributeError:
         return ""
     for number, (one, other) in enumerate(pairwise(children), first):
@@ -84,7 +84,7 @@ def nearest_miss(model: nn.Module) -> str:
     """Why the longest row of neighbours of one class is no chain, "" where no two neighbours are of one class."""
     best = (0, "")
     for container, module in model.named_modules():
-        children, start = list(module.children()), 0
+        children, start = _children(module), 0
         for end in range(1, len(children) + 1):
             if end < len(children) and type(children[end]) is type(children[start]):
                 continue
@@ -99,11 +99,16 @@ def nearest_miss(model: nn.Module) -> str:
 def _reason(model: nn.Module, container: str, first: int, last: int) -> str:
     module = model.get_submodule(container)
     where = f"{container or 'the model'} blocks {first} to {last}"
-    facts = [fixed(child) for child in list(module.children())[first : last + 1]]
+    facts = [fixed(child) for child in _children(module)[first : last + 1]]
     if not isinstance(module, nn.Sequential | nn.ModuleList) and any(one == other for one, other in pairwise(facts)):
         return f"{where} are children of a {type(module).__name__}, which is no nn.Sequential or nn.ModuleList"
     told = difference(model, container, first, last)
     return told or f"{where} have parameters in common with one another or with another part of the model"
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    """All of them, one that is there twice twice."""
+    return [child for child in module._modules.values() if child is not None]
 
 
 def _compare(one: nn.Module, other: nn.Module) -> str:

@@ -321,8 +321,8 @@ class ScaleBranch:
         x, y = hidden_in(args, kwargs), hidden_out(output)
         if x is None or y is None or x.shape != y.shape:
             raise UserError(
-                f"a {type(module).__name__} cannot be scaled: it has to take a tensor and return one of the same shape, "
-                "alone or first in a tuple; partition another chain, or give scale=1.0"
+                f"a {type(module).__name__} cannot be scaled: it has to take a tensor and return one of the same "
+                "shape, alone or first in a tuple; partition another chain, or give scale=1.0"
             )
         return with_hidden(output, torch.lerp(x.to(y.dtype), y, self.scale))
 

@@ -40,7 +40,9 @@ def build(
     if is_foreign(name):
         for option, given in (("sections", sections), ("width", width is not None), ("final-norm", final_norm)):
             if given:
-                raise UserError(f"--{option} says nothing to model={name!r}, whose shape is its library's; leave it out")
+                raise UserError(
+                    f"--{option} says nothing to model={name!r}, whose shape is its library's; leave it out"
+                )
         return build_foreign(name, num_classes=num_classes, image_size=image_size)
     if name not in MODELS:
         raise UserError(

@@ -2,10 +2,10 @@
 
 torchvision:resnet101               torchvision.models.resnet101, and any other classification network of torchvision
 timm:vit_small_patch16_224          timm.create_model; needs `pip install resist[timm]`
-transformers:vit                    the image classifier of this model type, with the sizes that its configuration has by
-                                    default; transformers:my.json takes them from a file. Needs `resist[transformers]`
+transformers:vit                    the image classifier of this model type, with the sizes that its configuration has
+                                    by default; transformers:my.json takes them from a file. Needs `resist[transformers]`
 
-A network whose size of images is fixed when it is built, as most transformers', is built for the images of the data set.
+A network whose size of images is fixed when it is built, as most transformers', is built for those of the data set.
 """
 
 import difflib
@@ -66,8 +66,8 @@ def check_logits(model: nn.Module, name: str, image_size: int, num_classes: int)
             logits = model.eval()(images)
     except Exception as error:  # theirs
         raise UserError(
-            f"model={name!r} does not take images of {image_size} x {image_size}: {_line(error)}; choose data with larger "
-            "images, or another model"
+            f"model={name!r} does not take images of {image_size} x {image_size}: {_line(error)}; choose data with "
+            "larger images, or another model"
         ) from error
     if not isinstance(logits, Tensor):
         raise UserError(f"model={name!r} returns a {type(logits).__name__}, not logits; choose a classification model")
