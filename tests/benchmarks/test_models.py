@@ -27,8 +27,10 @@ def test_the_page_is_up_to_date() -> None:
 def test_of_every_family_there_is_one_that_passes() -> None:
     passed = [record["name"].lower() for record in kept() if "refused" not in record]
     assert len(set(passed)) >= 20
-    families = ("preact_resnet200", "resnet18", "resnet152", "wide_resnet", "resnext", "regnet", "convnext", "efficientnet",
-                "vit", "deit", "swin", "mixer", "hugging face vit", "hugging face resnet", "bert")  # fmt: skip
+    families = (
+        "preact_resnet200", "resnet18", "resnet152", "wide_resnet", "resnext", "regnet", "convnext", "efficientnet",
+        "vit", "deit", "swin", "mixer", "hugging face vit", "hugging face resnet", "bert",
+    )  # fmt: skip
     assert [family for family in families if not any(family in name for name in passed)] == []
 
 

@@ -3,7 +3,8 @@
 torchvision:resnet101               torchvision.models.resnet101, and any other classification network of torchvision
 timm:vit_small_patch16_224          timm.create_model; needs `pip install resist[timm]`
 transformers:vit                    the image classifier of this model type, with the sizes that its configuration has
-                                    by default; transformers:my.json takes them from a file. Needs `resist[transformers]`
+                                    by default; transformers:my.json takes them from a file; needs
+                                    `pip install resist[transformers]`
 
 A network whose size of images is fixed when it is built, as most transformers', is built for those of the data set.
 """
