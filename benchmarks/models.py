@@ -37,12 +37,12 @@ import resist
 from architectures import CASES, Case
 from model_page import page
 from provenance import provenance
+from resist.build import build_seeded
 from resist.chains import Chain, choose_chains
 from resist.check import check_network, tensors_in
 from resist.comm import Local
 from resist.cost.footprint import build_on_meta, measure
 from resist.errors import UserError
-from resist.job import build_seeded
 from resist.subnet import tensors_of
 
 HERE = Path(__file__).parent

@@ -22,13 +22,13 @@ from torch import nn
 
 import resist
 from namespaces import parse_rate
+from resist.batchnorm import use_batch_statistics
 from resist.chains import choose_chains
 from resist.comm import Local
 from resist.cost import Link, Speed, Traffic, predict
 from resist.cost.footprint import build_on_meta, sizes_of
 from resist.cost.traffic import mean_traffic, paper_bytes, round_traffic
 from resist.models import build
-from resist.subnet import use_batch_statistics
 
 Record = dict[str, Any]
 Build = Callable[[], nn.Module]

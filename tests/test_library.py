@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plain_loop import Plain
-from resist.job import Job, build_seeded
+from resist.build import build_seeded
+from resist.job import Job
 from resist.strategy import Strategy, resist, switch
 from support import batch, floats, make, sgd, tiny, train_step, weights
 
@@ -56,8 +57,8 @@ def by_hand(
     job = Job(build, strategy, batchnorm="average")
     plain = Plain(build_seeded(build, 0), optimizer, step, decay)
     for round in range(rounds):
-        (plan,), l = job.plans_of(round).values(), strategy.at(round).local_steps
-        plain.round(plan.blocks, range(round * l, (round + 1) * l))
+        (plan,), steps = job.plans_of(round).values(), strategy.at(round).local_steps
+        plain.round(plan.blocks, range(round * steps, (round + 1) * steps))
     return plain
 
 

@@ -2,11 +2,11 @@
 
 import torch
 
+from resist.build import build_seeded
 from resist.chains import choose_chains
 from resist.check import check_network
 from resist.config import NetworkConfig
 from resist.data import image_size_of, num_classes_of
-from resist.job import build_seeded
 from resist.models.adapters import check_logits, is_foreign
 from resist.tasks import network_builder
 

@@ -7,6 +7,7 @@ checkpoints/       what a run goes on from, see `resist.checkpoint`
 model.safetensors  the full network at the end, see `resist.full`
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -72,7 +73,8 @@ class Run:
             raise UserError(f"{self.path / 'metrics.jsonl'} cannot be written: {error.strerror}; make room") from error
 
     def close(self) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # what the disk did not take was said by `append`
+            self._metrics.close()
 
     def _write(self, name: str, content: object) -> None:
         """Write a file so that it is there with its old or its new content, whatever happens."""

@@ -141,15 +141,17 @@ class Subnet:
     def _common_buffers(self, template: nn.Module) -> dict[tuple[int | None, str], Tensor]:
         """Float buffers that several blocks use (or a block and something else), as a table of rotations: by each of
         their names. They belong to no block, so every network keeps them as they are, outside of the flat tensor."""
-        names: dict[int, list[str]] = {}
-        common: dict[tuple[int | None, str], Tensor] = {}
-        for name, buffer in template.named_buffers(remove_duplicate=False):
-            names.setdefault(id(buffer), []).append(name)
-        for name, buffer in template.named_buffers(remove_duplicate=False):
-            users = {(place.chain, place.slot) for place in map(self.place, names[id(buffer)])}
-            if buffer.is_floating_point() and len(users) > 1:
-                common[self._key(name)] = buffer.detach().to(buffer.device if buffer.is_meta else self.device, copy=True)
-        return common
+        named = list(template.named_buffers(remove_duplicate=False))
+        users: dict[int, set[tuple[int | None, int]]] = {}
+        for name, buffer in named:
+            place = self.place(name)
+            users.setdefault(id(buffer), set()).add((place.chain, place.slot))
+        copies = {
+            id(buffer): buffer.detach().to(buffer.device if buffer.is_meta else self.device, copy=True)
+            for _, buffer in named
+            if len(users[id(buffer)]) > 1 and buffer.is_floating_point()
+        }
+        return {self._key(name): copies[id(buffer)] for name, buffer in named if id(buffer) in copies}
 
     def _containers(self) -> list[str]:
         """The containers of the chains, inner ones before those that they lie in."""
@@ -200,7 +202,11 @@ class Subnet:
         self._attach()
 
     def _attach(self) -> None:
-        """Make every parameter and float buffer a view into the flat tensor."""
+        """Make every parameter and float buffer a view into the flat tensor.
+
+        As `.data`, which gives each a version counter of its own: else a forward pass that writes to a buffer would
+        look to autograd as if it had overwritten the weights, too.
+        """
         renewed: dict[int, nn.Parameter] = {}
         views: dict[int, Tensor] = {}
         for prefix, module in self.model.named_modules():
@@ -208,7 +214,7 @@ class Subnet:
                 if old is None:
                     continue
                 if id(old) not in renewed:
-                    view = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flat)
+                    view = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flat).data
                     if old.is_meta:
                         renewed[id(old)] = nn.Parameter(view, requires_grad=old.requires_grad)
                     else:
@@ -222,7 +228,7 @@ class Subnet:
                     module._buffers[key] = self._common[self._key(name)]
                 elif old.is_floating_point():
                     if id(old) not in views:
-                        views[id(old)] = self.view(self.place(name), self.flat)
+                        views[id(old)] = self.view(self.place(name), self.flat).data
                     module._buffers[key] = views[id(old)]
                 else:
                     new = torch.zeros_like(old, device=self.device) if old.is_meta else old.to(self.device)
@@ -246,10 +252,13 @@ class Subnet:
     def check_attached(self) -> None:
         """Raise where a parameter no longer lies in the flat tensor (`model.to(...)`, `model.half()` move it out)."""
         for parameter, place in self.parameter_places():
-            if parameter.data_ptr() != self.view(place, self.flat).data_ptr():
+            layout = self.shared_layout if place.chain is None else self.block_layouts[place.chain]
+            known = place.name in layout.pieces
+            if not known or parameter.data_ptr() != self.view(place, self.flat).data_ptr():
                 raise UserError(
                     f"parameter {place.name!r} was moved out of the sub-network's flat tensor (by .to(), .cuda() or "
-                    ".half()?); give Job the device, and use autocast for lower precision"
+                    ".half(), or replaced?); give Job the device, and use autocast for lower precision; change layers "
+                    "in build_model"
                 )
 
     def hold(self, held: Sequence[Sequence[int]]) -> None:
@@ -297,14 +306,6 @@ def skeleton(module: nn.Module) -> nn.Module:
         if buffer.is_floating_point():
             memo[id(buffer)] = buffer.detach().to("meta")
     return copy.deepcopy(module, memo)
-
-
-def use_batch_statistics(model: nn.Module) -> None:
-    """Take the running statistics out of every BatchNorm layer: it then uses the batch's own, at test time too."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
 class ScaleBranch:

@@ -9,6 +9,7 @@ import tyro
 from resist.cli.compare import CompareConfig, run_compare
 from resist.cli.cost import CostConfig, run_cost
 from resist.cli.evaluate import EvaluateConfig, run_evaluate
+from resist.cli.export import ExportConfig, run_export
 from resist.cli.plan import PlanConfig, run_plan
 from resist.cli.train import run_train
 from resist.config import TrainConfig
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "cost": (CostConfig, run_cost),
     "compare": (CompareConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
+    "export": (ExportConfig, run_export),
 }
 
 
@@ -44,18 +46,28 @@ def _guarded(action: Callable[[], int]) -> int:
     """The exit status of `action`, errors turned into one line."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return action()
+        status = action()
+        sys.stdout.flush()
+        return status
     except AgreedError as error:  # every process has it; the first one says it
         if rank == 0:
-            print(f"resist: {error}", file=sys.stderr)
+            _say(str(error))
         return 2
     except UserError as error:
-        print(f"resist: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except WorkerLostError as error:
-        print(f"resist: {error}", file=sys.stderr)
+        _say(str(error))
         return 1
+    except BrokenPipeError:  # whoever read what we print has stopped, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         if rank == 0:
-            print("resist: interrupted", file=sys.stderr)
+            _say("interrupted")
         return 130
+
+
+def _say(text: str) -> None:
+    """A line on stderr, in one write: several processes may speak at once."""
+    print(f"resist: {text}\n", end="", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from resist.cli.plan import PlanConfig, plan_facts
 from resist.config import MachineConfig, TrainConfig
 from resist.device import pick_device
 from resist.errors import UserError
-from resist.launch import launch, launched, num_processes
+from resist.launch import launch, launched, num_processes, watch_launcher
 from resist.runs import check_free, default_out, read_config
 from resist.tasks import open_task
 from resist.train import INTERRUPTED, train
@@ -23,15 +23,17 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     before = read_config(path)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     machine = {f.name for f in fields(MachineConfig)}
-    for name in sorted(given - machine - {"resume", "workers", "data_dir"}):
+    for name in sorted(given - machine - {"resume", "workers", "data_dir", "lr", "nonfinite", "safety"}):
         raise UserError(f"--{name.replace('_', '-')} cannot change in a run that goes on; leave it out")
     workers = config.method.workers if "workers" in given else before.method.workers
     epochs = before.optimisation.epochs * before.method.workers / workers  # as many images for all together
+    lr = config.optimisation.lr if "lr" in given else before.optimisation.lr
+    again = {name: getattr(config.method, name) for name in {"nonfinite", "safety"} & given}
     data_dir = config.network.data_dir if "data_dir" in given else before.network.data_dir
     return TrainConfig(
         network=replace(before.network, data_dir=data_dir),
-        method=replace(before.method, workers=workers),
-        optimisation=replace(before.optimisation, epochs=epochs),
+        method=replace(before.method, workers=workers, **again),
+        optimisation=replace(before.optimisation, epochs=epochs, lr=lr),
         machine=replace(before.machine, **{name: getattr(config.machine, name) for name in machine & given}),
         run=replace(before.run, resume=path),
     )
@@ -46,6 +48,7 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
     config = resumed(config, arguments)
     config.check()
     if launched():
+        watch_launcher()
         return train(config)
     # Everything that can be found wrong here is found once, before any process is started.
     plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
@@ -59,7 +62,8 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
     open_task(config.network)
     if config.run.resume is None:
         arguments = ["train", *replace(config, run=replace(config.run, out=out)).arguments()]
-    status = launch(arguments, processes, config.machine.timeout_s)
+    timeout_s, workers = config.machine.timeout_s, config.method.workers
+    status = launch(arguments, processes, timeout_s, workers)
     saved, machine = newest(out / "checkpoints")[0] is not None, TrainConfig(machine=config.machine).arguments()
     if status > 128:  # a signal to this process: the others have saved what they could
         return INTERRUPTED if saved else status
@@ -67,5 +71,5 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
         if status in (0, 2, INTERRUPTED) or not (out / "config.json").exists():
             break
         print(f"resist: restart {attempt} of {config.machine.restarts}, from the last checkpoint", file=sys.stderr)
-        status = launch(["train", "--resume", str(out), *machine], processes, config.machine.timeout_s)
+        status = launch(["train", "--resume", str(out), *machine], processes, timeout_s, workers)
     return status

@@ -102,6 +102,11 @@ def hosting(workers: int, processes: int) -> list[tuple[int, ...]]:
     ]
 
 
+def workers_of(process: int, hosted: Sequence[Sequence[int]]) -> str:
+    """"workers 2, 3": those of a process, in words. hosted: what `hosting` gave."""
+    return f"worker{'s' if len(hosted[process]) > 1 else ''} {', '.join(map(str, hosted[process]))}"
+
+
 def check_agreement(transport: Transport, mine: Mapping[str, object]) -> None:
     """Raise AgreedError on every process when two were given different values, naming the first that differs."""
     texts = transport.gather_text(json.dumps(mine, default=str))

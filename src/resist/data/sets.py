@@ -19,6 +19,12 @@ from resist.data.images import Images
 from resist.errors import UserError
 
 DATASETS = ("digits", "cifar10", "cifar100", "synthetic")
+# Mean and deviation of each channel over the training set, of pixels in 0..1. Those of digits are computed.
+NORMALISATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "synthetic": ((0.44,) * 3, (0.25,) * 3),
+}
 
 
 def load(name: str, data_dir: str | Path = "data", *, download: bool = True) -> tuple[Images, Images]:
@@ -45,6 +51,15 @@ def num_classes_of(name: str) -> int:
     if name not in DATASETS:
         raise UserError(f"data={name!r} is not known; choose one of {', '.join(DATASETS)}")
     return 100 if name == "cifar100" else 10
+
+
+def normalisation_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel that the images of a data set are normalised with, of pixels in 0..1."""
+    num_classes_of(name)
+    if name == "digits":
+        images = _digits()[0]
+        return images.mean, images.std
+    return NORMALISATION[name]
 
 
 def _digits() -> tuple[Images, Images]:
@@ -84,9 +99,7 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
                     f"data={name} is not complete below {data_dir} and cannot be downloaded ({reason}); "
                     f"put the files of {kind.filename} into {data_dir / folder}"
                 ) from error
-    mean, std = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-    if name == "cifar100":
-        mean, std = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    mean, std = NORMALISATION[name]
     train, test = (
         Images(
             torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),
@@ -108,4 +121,4 @@ def _synthetic(num: int, salt: int) -> Images:
     images = torch.randint(0, 224, (num, 3, 32, 32), generator=generator, dtype=torch.uint8)
     rows = 3 * labels[:, None] + torch.arange(2)
     images[torch.arange(num)[:, None], :, rows] += 31
-    return Images(images, labels, 10, (0.44,) * 3, (0.25,) * 3, pad=4, flip=True)
+    return Images(images, labels, 10, *NORMALISATION["synthetic"], pad=4, flip=True)
