@@ -90,7 +90,7 @@ def run(cases: Iterable[Case]) -> list[Record]:
     records = {case.name: {**count(case), **origin} for case in cases}
     waiting = [name for name, record in records.items() if "refused" not in record]
     while waiting:
-        for name, told in pair(waiting):
+        for name, told in pair(list(waiting)):
             waiting.remove(name)
             records[name] |= told
             print(f"{name}: {told.get('refused') or 'passed'}", file=sys.stderr, flush=True)

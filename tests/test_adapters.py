@@ -143,7 +143,7 @@ def test_the_libraries_are_not_imported_before_they_are_asked_for() -> None:
     ("model", "message"),
     [
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 9), nn.Flatten()), r"does not take images of 8 x 8: .*[Kk]ernel size"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 9)), r"returns the shape \(2, 9\) for two images, not \(2, 4"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 9)), r"returns the shape \(2, 9\) for two images, not"),
         (lambda: _Tuple(), r"returns a tuple, not logits"),
     ],
 )

@@ -101,7 +101,7 @@ def test_no_skip_connection_no_chain() -> None:
     assert choose_chains(model)[0].name == "good:0-1"
     with pytest.raises(UserError, match=r"chain 'bare:0-4': its blocks have no skip connection: .*; found: good:0-1"):
         choose_chains(model, ("bare:0-4",))
-    with pytest.raises(UserError, match=r"nothing to deal out: body:0-2 is a run of equal blocks, but its blocks have no"):
+    with pytest.raises(UserError, match=r"deal out: body:0-2 is a run of equal blocks, but its blocks have no"):
         choose_chains(model_of(Bare(), Bare(), Bare()))
 
 

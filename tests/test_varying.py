@@ -10,8 +10,8 @@ from resist.chains import choose_chains
 from resist.cost.footprint import build_on_meta
 from resist.errors import UserError
 from resist.job import Job
-from resist.strategy import resist, switch
 from resist.strategy import local_sgd as everything
+from resist.strategy import resist, switch
 from resist.subnet import scale_branches
 
 BLOCKS = 7
@@ -99,7 +99,9 @@ def test_the_branch_of_a_block_that_returns_a_tuple_and_is_called_by_name(scale:
 
 
 @pytest.mark.parametrize(
-    "forward", [lambda x: {"x": x}, lambda x: x[:1], lambda x: None, lambda x: (None, x)], ids=["dict", "shape", "none", "2nd"]
+    "forward",
+    [lambda x: {"x": x}, lambda x: x[:1], lambda x: None, lambda x: (None, x)],
+    ids=["dict", "shape", "nothing", "second"],
 )
 def test_a_block_that_cannot_be_scaled_is_named(forward: object) -> None:
     class Odd(Gated):

@@ -44,8 +44,9 @@ def test_numbers_of_a_result_fit_together() -> None:
         assert 0 < dealt < record["parameters"]
         assert record["apart"] < 1e-5
         if "held" in record:
-            left = sum((c["blocks"] - h) * c["block_parameters"] for h, c in zip(record["held"], record["chains"], strict=True))
-            assert record["held_parameters"] == record["parameters"] - left
+            pairs = zip(record["held"], record["chains"], strict=True)
+            left_out = sum((chain["blocks"] - held) * chain["block_parameters"] for held, chain in pairs)
+            assert record["held_parameters"] == record["parameters"] - left_out
             assert record["held_flops"] < record["full_flops"]
 
 
@@ -59,12 +60,11 @@ def test_some_of_them_again() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=115)
     assert done.returncode == 0, done.stderr
     before = {record["name"]: record for record in kept()}
-    machine = {"date", "commit", "machine", "cores", "gpu", "torch", "torchvision", "timm", "transformers", "python", "run_s"}
+    versions = {"torch", "torchvision", "timm", "transformers", "python"}
+    free = versions | {"date", "commit", "machine", "cores", "gpu", "run_s", "losses", "apart"}
     found = json.loads(done.stdout)
     assert len(found) == len(names)
     for record in found:
         old = before[record["name"]]
-        assert {k: v for k, v in record.items() if k not in machine | {"losses", "apart"}} == {
-            k: v for k, v in old.items() if k not in machine | {"losses", "apart"}
-        }
+        assert {k: v for k, v in record.items() if k not in free} == {k: v for k, v in old.items() if k not in free}
         assert record.get("losses") == (pytest.approx(old["losses"], abs=0.02) if "losses" in old else None)
