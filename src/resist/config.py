@@ -35,7 +35,9 @@ class NetworkConfig:
     training, once: the result is kept in the user's cache folder."""
     model: str = "preact_small"
     """Network: preact_small, preact_resnet101, preact_resnet152 or preact_resnet200; for photographs
-    preact_resnet50_imagenet, preact_resnet101_imagenet, preact_resnet152_imagenet or preact_resnet200_imagenet."""
+    preact_resnet50_imagenet, preact_resnet101_imagenet, preact_resnet152_imagenet or preact_resnet200_imagenet; or one
+    of another library, with fresh weights: torchvision:resnet101, timm:vit_small_patch16_224, transformers:vit (or
+    :FILE.json)."""
     sections: tuple[int, ...] = ()
     """Blocks in each of the four sections, instead of the model's own (3 4 23 3 for preact_resnet101)."""
     width: int | None = None

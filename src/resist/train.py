@@ -20,6 +20,7 @@ from resist.comm import Transport, check_agreement, connect, together
 from resist.config import TrainConfig
 from resist.device import Clock, pick_device
 from resist.errors import AgreedError, DivergedError, UserError, WorkerLostError
+from resist.foreign import try_network
 from resist.full import FILE, save_full
 from resist.job import Job
 from resist.loggers import Logger, open_loggers
@@ -53,6 +54,7 @@ def train(config: TrainConfig) -> int:
         config = config.with_warmup_rounds(images_per_epoch)
         for note in task.notes if speaks else ():
             print(f"resist: {note}", flush=True)
+        together(transport, lambda: try_network(config.network) if speaks else None)
         start = starting_point(config, transport, speaks)
         job = Job(
             task.network,
@@ -72,6 +74,8 @@ def train(config: TrainConfig) -> int:
             for chain in job.chains:
                 held = " ".join(map(str, job.plans[chain.name].capacities))
                 print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {held}", flush=True)
+                if chain.caveat:
+                    print(f"note: {chain.caveat}", flush=True)
         trainers = [Trainer(config, worker, task) for worker in job.workers]
         steps = num_steps(config.optimisation, images_per_epoch)
         if job.step_index >= steps:

@@ -53,7 +53,7 @@ class CostConfig:
 
 def run_cost(config: CostConfig, arguments: list[str]) -> int:
     network, size = config.network, config.network.image_size or image_size_of(config.network.data)
-    build_model = network_builder(network, config.num_classes)
+    build_model = network_builder(network, config.num_classes, size)
     if config.calibrate and config.images_s:
         raise UserError("--calibrate measures what --images-s says; give one of the two")
     if config.latency_ms and config.link_gbit_s is None:

@@ -17,6 +17,10 @@ def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: 
     return Classification.open(config, download=download, label_smoothing=label_smoothing)
 
 
-def network_builder(config: NetworkConfig, num_classes: int | None = None) -> Callable[[], nn.Module]:
-    """What builds the full network of these options, without its data. num_classes: default, those of the data set."""
-    return builder(config, num_classes_of(config.data, config.data_dir) if num_classes is None else num_classes)
+def network_builder(
+    config: NetworkConfig, num_classes: int | None = None, image_size: int | None = None
+) -> Callable[[], nn.Module]:
+    """What builds the full network of these options, without its data. num_classes, image_size: default, those of the
+    data set."""
+    classes = num_classes_of(config.data, config.data_dir) if num_classes is None else num_classes
+    return builder(config, classes, image_size)
