@@ -17,8 +17,10 @@ from resist.strategy import Outer, Strategy, ddp, diloco, local_sgd, resist, swi
 
 @dataclass(frozen=True)
 class NetworkConfig:
+    task: Literal["classification", "detection"] = "classification"
+    """What the network learns: the class of an image, or where in it objects of which classes are."""
     data: str = "digits"
-    """Data set: digits (comes with scikit-learn), cifar10, cifar100 or synthetic."""
+    """Data set: digits (comes with scikit-learn), cifar10, cifar100 or synthetic; for detection voc2007 or voc2012."""
     data_dir: Path = Path("data")
     """Where data sets are looked for, and downloaded to."""
     model: str = "preact_small"
@@ -31,6 +33,15 @@ class NetworkConfig:
     """Normalise and rectify before the last pooling. The networks of the paper do not; preact_small always does."""
     chain: tuple[str, ...] = ()
     """Blocks to partition, as in layer3:1-22. Default: the longest run of interchangeable blocks."""
+    image_size: int | None = None
+    """Detection: pixels of an image's shorter side (default 600), the longer one at most 5/3 of that. To predict costs:
+    height and width of any image, by default those of --data."""
+    splits: tuple[str, ...] = ()
+    """Detection: sets to train and to test on. Default: trainval test for voc2007, train val for voc2012."""
+    backbone: Path | None = None
+    """Detection: a classification run whose network the backbone starts from."""
+    skip_bad_files: bool = False
+    """Leave out images and annotations that cannot be read, and count them, instead of ending at the first."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,8 @@ class TrainConfig:
                 f"--batch-size {o.batch_size} cannot be split into --accumulate {o.accumulate} equal parts; "
                 "make the one a multiple of the other"
             )
+        if self.network.task == "detection" and self.machine.compile:
+            raise UserError("--compile cannot take a detector, whose regions differ from image to image; leave it out")
         if o.nesterov and o.momentum == 0:
             raise UserError("--nesterov needs a momentum; give --momentum above 0, or leave --nesterov out")
         processes = self.machine.processes

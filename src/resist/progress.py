@@ -29,6 +29,7 @@ class Progress:
         self.seconds: dict[str, float] = {}
         self.bytes = self.done = 0
         self.accuracy: float | None = None
+        self.score = "accuracy"  # its name: of the scores of a task the one that counts
         self._last_line = 0.0
         self._bar = Bar(
             TextColumn("round"),
@@ -61,7 +62,7 @@ class Progress:
         self._account(record)
         state = f"loss {record['loss']:.4f}"
         if self.accuracy is not None:
-            state += f"  accuracy {100 * self.accuracy:.2f} %"
+            state += f"  {self.score} {100 * self.accuracy:.2f} %"
         self._bar.update(self._task, completed=record["round"], state=state)
         now = time.monotonic()
         if self._bar.disable and (record["accuracy"] is not None or now - self._last_line > EVERY_S):
@@ -76,6 +77,7 @@ class Progress:
         self.bytes += sum(num for kind, num in record["bytes"].items() if kind != "evaluate")
         if record["accuracy"] is not None:
             self.accuracy = record["accuracy"]
+            self.score = next(iter(record.get("scores", ())), self.score)
 
     def reached(self, budgets: Mapping[str, float], more_s: float) -> bool:
         """Whether a budget is used up by the round that is about to end, `more_s` seconds after the last record."""
@@ -103,7 +105,7 @@ class Progress:
         everything = workers * allreduce_bytes(whole * subnet.dtype.itemsize, workers) * self.done
         busy = sum(self.seconds[name] for name in TIMED)
         lines = [
-            f"test accuracy   {100 * (self.accuracy or 0):.2f} % of the full network",
+            f"test {self.score:<10} {100 * (self.accuracy or 0):.2f} % of the full network",
             f"time            {busy:.1f} s: " + ", ".join(f"{name} {self.seconds[name]:.1f}" for name in TIMED)
             + f"; evaluation {self.seconds['evaluate']:.1f} s beside it",
             f"a worker        held {subnet.flat.numel() / whole:.0%} of the network's {whole:,} weights",

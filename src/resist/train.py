@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -240,8 +240,9 @@ def interruption() -> Iterator[threading.Event]:
 def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
     """The task, its data downloaded by one process of each host while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    found = together(transport, lambda: open_task(config.network) if first else None)
+    network = config.network if config.run.resume is None else replace(config.network, backbone=None)
+    found = together(transport, lambda: open_task(network) if first else None)
     if found is None:
-        return together(transport, lambda: open_task(config.network, download=False))
+        return together(transport, lambda: open_task(network, download=False))
     together(transport, lambda: None)
     return found

@@ -104,9 +104,13 @@ def by_the_book(images: Sequence[tuple[Found, Truth]], label: int, points: int |
         if one == label
     ]
     objects = [
-        [(tuple(b), d) for b, l, d in zip(t.boxes.tolist(), t.labels.tolist(), t.difficult.tolist(), strict=True) if l == label]
+        [
+            (tuple(box), difficult)
+            for box, one, difficult in zip(t.boxes.tolist(), t.labels.tolist(), t.difficult.tolist(), strict=True)
+            if one == label
+        ]
         for _, t in images
-    ]  # fmt: skip
+    ]
     total = sum(not difficult for image in objects for _, difficult in image)
     if not total:
         return None
@@ -155,8 +159,8 @@ def test_laws(images) -> None:
     assert measured(first).mean(None) <= area
     for _, objects in images:
         mirror = measured([(Found(objects.boxes, objects.labels, torch.ones(len(objects.labels))), objects)])
-        different = len({(*b, l) for b, l in zip(objects.boxes.tolist(), objects.labels.tolist(), strict=True)})  # noqa: E741
-        if different == len(objects.labels):
+        pairs = zip(objects.boxes.tolist(), objects.labels.tolist(), strict=True)
+        if len({(*box, label) for box, label in pairs}) == len(objects.labels):
             assert all(value == 1.0 for points in (None, 11) for value in mirror.by_class(points).values())
 
 
