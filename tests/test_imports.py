@@ -18,7 +18,7 @@ ALLOWED = {
     "strategy": {"errors", "plan"},
     "chains": {"errors"},
     "subnet": {"chains", "errors"},
-    "fold": {"strategy", "subnet"},
+    "fold": {"errors", "strategy", "subnet"},
     "comm": {"comm", "errors", "fold", "schedule"},
     "exchange": {"chains", "comm", "fold", "plan", "schedule", "strategy", "subnet"},
     "job": {"chains", "comm", "errors", "exchange", "fold", "plan", "strategy", "subnet"},

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from resist.errors import UserError
 from resist.strategy import Outer
 from resist.subnet import Subnet
 
@@ -52,11 +53,19 @@ def outer_step(weights: Tensor, anchor: Tensor, velocity: Tensor, outer: Outer) 
 def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]) -> None:
     """Lay the optimizer's per-weight state out as the weights are, one flat tensor per kind, kept in `adopted`.
 
-    State that lies there already stays. A state of another shape than its parameter (Adam's step count) is left alone.
+    State that lies there already stays. A state of another shape than its parameter (Adam's step count) is left alone,
+    and so is a kind that only parameters without dimensions have in their shape (the step count again).
     """
-    for parameter, place in subnet.parameter_places():
+    places = list(subnet.parameter_places())
+    kinds = {
+        kind
+        for parameter, _ in places
+        for kind, value in optimizer.state.get(parameter, {}).items()
+        if parameter.dim() and isinstance(value, Tensor) and value.shape == parameter.shape
+    }
+    for parameter, place in places:
         for kind, value in optimizer.state.get(parameter, {}).items():
-            if not (isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()):
+            if kind not in kinds or value.shape != parameter.shape or not value.is_floating_point():
                 continue
             if kind not in adopted:
                 adopted[kind] = torch.zeros_like(subnet.flat)
@@ -64,6 +73,27 @@ def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]
             if value.data_ptr() != view.data_ptr() or value.stride() != view.stride():
                 view.copy_(value)
                 optimizer.state[parameter][kind] = view
+
+
+def check_optimizers(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> None:
+    """Raise UserError where an optimizer does not train the sub-network that stands at its place."""
+    owner = {id(p): number for number, subnet in enumerate(subnets) for p in subnet.model.parameters()}
+    for number, optimizer in enumerate(optimizers):
+        if not hasattr(optimizer, "param_groups"):
+            raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
+        owners = {owner.get(id(p)) for group in optimizer.param_groups for p in group["params"]}
+        if number in owners:
+            continue
+        others = sorted(owners - {None})
+        if others:
+            raise UserError(
+                f"optimizer {number} trains the network of job.workers[{others[0]}]; "
+                "pass the optimizers in the order of job.workers"
+            )
+        raise UserError(
+            f"optimizer {number} has no parameter of the network that job.step continues; make it from "
+            + ("job.model.parameters()" if len(subnets) == 1 else f"job.workers[{number}].model.parameters()")
+        )
 
 
 def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopted: dict[str, Tensor]) -> None:

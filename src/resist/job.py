@@ -6,24 +6,26 @@
     full = job.full_model()                                         # the whole network, scaled
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from resist.chains import choose_chains
 from resist.comm import Ledger, Transport, check_agreement, connect
-from resist.errors import UserError
+from resist.errors import AgreedError, UserError
 from resist.exchange import WEIGHTS, Copy, Exchange, assembly
-from resist.fold import ANCHOR, OPTIMIZER_STATES, VELOCITY, adopt_state, follow_resize
+from resist.fold import ANCHOR, OPTIMIZER_STATES, VELOCITY, adopt_state, check_optimizers, follow_resize
 from resist.plan import Plan
 from resist.strategy import Strategy
 from resist.subnet import Subnet, scale_branches, tensors_of, use_batch_statistics
 
 BATCHNORMS = ("recalibrate", "average", "batch")
+AVERAGE = "average of weights"
 
 
 class Worker:
@@ -33,6 +35,7 @@ class Worker:
         self.index, self.subnet = index, subnet
         self.state: dict[str, Tensor] = {}  # the optimizer's state by kind, laid out as the weights are
         self.model: nn.Module = subnet.model
+        self.average: Subnet | None = None  # of its weights over time; see `Job.follow`
 
 
 class Job:
@@ -70,6 +73,8 @@ class Job:
         timeout_s: float = 600.0,
         start: tuple[int, int] = (0, 0),
     ) -> None:
+        if not isinstance(strategy, Strategy):
+            raise UserError(f"strategy={strategy!r} is not a Strategy; give one, as in resist.resist(workers=4)")
         _one_of("batchnorm", batchnorm, BATCHNORMS)
         for part in _parts(strategy):
             _one_of("optimizer_state", part.optimizer_state, OPTIMIZER_STATES)
@@ -128,13 +133,45 @@ class Job:
         """
         if len(optimizers) != len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
-        self._optimizers = optimizers
+        if optimizers != self._optimizers:
+            self._adopt(optimizers)
         self.step_index += 1
         self._steps_in_round += 1
         if self.steps_left > 0:
             return False
         self.synchronise()
         return True
+
+    def _adopt(self, optimizers: tuple[Optimizer, ...]) -> None:
+        """Look at the optimizers, once: mistakes are named here, before a round of work is done in vain."""
+        for worker in self.workers:
+            worker.subnet.check_attached()
+            worker.state = {kind: flat for kind, flat in worker.state.items() if kind in (ANCHOR, VELOCITY)}
+        check_optimizers([worker.subnet for worker in self.workers], optimizers)
+        self._optimizers = optimizers
+
+    def follow(self, *averages: AveragedModel) -> None:
+        """Let averages of the weights, as an EMA, go where their blocks go. Without it, an average kept beside a
+        sub-network mixes the blocks that lie in a slot one after another. Every process has to call it, before training.
+
+            average = AveragedModel(job.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+            job.follow(average)
+            ... optimizer.step(); average.update_parameters(job.model); job.step(optimizer)
+            full = job.full_model(batches, averaged=True)
+
+        averages: one for each hosted worker. At a synchronisation they are folded and handed over as the weights are,
+                  which costs as many bytes again (booked as "state"). They go on through the same parameters.
+        """
+        if len(averages) != len(self.workers):
+            raise UserError(f"{len(averages)} averages for {len(self.workers)} hosted workers; pass one for each")
+        for worker, average in zip(self.workers, averages, strict=True):
+            try:
+                worker.average = worker.subnet.twin(average.module)
+            except (AttributeError, ValueError) as error:
+                raise UserError(
+                    f"{type(average).__name__} holds no copy of the network of worker {worker.index}; make it with "
+                    "torch.optim.swa_utils.AveragedModel(model)"
+                ) from error
 
     def synchronise(self) -> None:
         """End the round now: fold, hand over, go on with the next plan. Every worker has to call it."""
@@ -146,6 +183,9 @@ class Job:
         copies = [Copy(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
         copies += self._state_copies(strategy.optimizer_state)
         anchors = {worker.index: worker.state[ANCHOR] for worker in self.workers} if strategy.outer else {}
+        averages = {w.index: w.average.flat for w in self.workers if w.average is not None}
+        if averages:
+            copies.append(Copy(AVERAGE, averages, moves=True, averages=True))
         if strategy.outer:
             velocities = {worker.index: worker.state[VELOCITY] for worker in self.workers}
             copies.append(Copy(VELOCITY, velocities, moves=True, averages=False, folds=False))
@@ -153,12 +193,14 @@ class Job:
             Exchange(self.ledger, subnets, copies, self.plans, next_plans, strategy.outer, anchors).finish()
         for number, worker in enumerate(self.workers):
             capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
-            worker.state = {one.name: one.flats[worker.index] for one in copies[1:]}
+            worker.state = {one.name: one.flats[worker.index] for one in copies[1:] if one.name != AVERAGE}
             if tuple(capacities) != worker.subnet.capacities:
                 before = {id(parameter) for parameter in worker.model.parameters()}
                 worker.subnet.resize(capacities, copies[0].flats[worker.index])
                 if self._optimizers:
                     follow_resize(worker.subnet, self._optimizers[number], before, worker.state)
+                if worker.average is not None:
+                    worker.average.resize(capacities, averages[worker.index])
         self.plans = next_plans
         self.round += 1
         self._steps_in_round = 0
@@ -169,18 +211,25 @@ class Job:
         if self._steps_in_round:
             self.synchronise()
 
-    def full_model(self, batches: Iterable[object] | None = None, *, on: int = 0) -> nn.Module | None:
+    def full_model(
+        self, batches: Iterable[object] | None = None, *, on: int = 0, averaged: bool = False
+    ) -> nn.Module | None:
         """The complete network, its chain blocks' branches scaled, in eval mode. Every worker has to call it.
 
         Ends a round that is under way. Only the process that hosts worker `on` assembles it; the others get None.
 
         batches: training batches (images, or tuples that begin with them) to estimate the BatchNorm statistics on:
                  needed for batchnorm="recalibrate" where the network has such layers.
+        averaged: of the averages that `follow` was given, instead of the weights.
         """
         if not 0 <= on < self.strategy.workers:
             raise UserError(f"on={on} is outside 0 to {self.strategy.workers - 1}, the workers; change it")
         self.finish()
-        subnets = {worker.index: worker.subnet for worker in self.workers}
+        subnets: dict[int, Subnet] = {}
+        for worker in self.workers:
+            if (subnet := worker.average if averaged else worker.subnet) is None:
+                raise UserError("averaged=True, and there are no averages; give them to job.follow before training")
+            subnets[worker.index] = subnet
         full, own = None, subnets.get(on)
         if own is not None:
             full = Subnet(
@@ -220,16 +269,23 @@ class Job:
             return []
         for worker, optimizer in zip(self.workers, self._optimizers, strict=False):
             adopt_state(worker.subnet, optimizer, worker.state)
-        kinds = sorted(self.workers[0].state.keys() - {ANCHOR, VELOCITY})
-        return [
-            Copy(
-                kind,
-                {worker.index: worker.state[kind] for worker in self.workers},
-                moves=policy in ("travel", "average"),
-                averages=policy == "average",
-            )
-            for kind in kinds
-        ]
+        copies: list[Copy] = []
+        for kind in self._kinds():
+            flats = {w.index: w.state.setdefault(kind, torch.zeros_like(w.subnet.flat)) for w in self.workers}
+            copies.append(Copy(kind, flats, moves=policy in ("travel", "average"), averages=policy == "average"))
+        return copies
+
+    def _kinds(self) -> list[str]:
+        """The kinds of optimizer state that any worker has. Waits for all processes.
+
+        A worker has none yet where a GradScaler left all its steps out; what moves has to be the same list everywhere.
+        """
+        kinds = sorted({kind for worker in self.workers for kind in worker.state} - {ANCHOR, VELOCITY})
+        mine = json.dumps({"averages": any(worker.average for worker in self.workers), "kinds": kinds})
+        told = [json.loads(text) for text in (self.ledger.gather_text(mine) if self.ledger.num_processes > 1 else [mine])]
+        if len({one["averages"] for one in told}) > 1:
+            raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
+        return sorted({kind for one in told for kind in one["kinds"]})
 
     @property
     def scales(self) -> list[float]:
@@ -277,9 +333,17 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
 
     Not `torch.manual_seed`: that seeds the generators of all devices too, and nobody would restore those.
     """
+    if isinstance(build_model, nn.Module):  # which can be called as well
+        raise UserError(
+            f"Job was given a {type(build_model).__name__}; give it the function that builds one, as in "
+            "Job(lambda: Net(), ...), so that all processes begin with the same weights"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return build_model()
+        model = build_model()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"build_model() returned a {type(model).__name__}; it has to return the network, an nn.Module")
+    return model
 
 
 def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torch.device) -> None:

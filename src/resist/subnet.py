@@ -89,7 +89,8 @@ class Subnet:
         self.device, self.channels_last = torch.device(device), channels_last
         self.model = skeleton(template)
         self.capacities = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
-        tensors = dict(_floats(self.model))
+        self._common = self._common_buffers(template)
+        tensors = {name: t for name, t in _floats(self.model) if self._key(name) not in self._common}
         self.dtype = _only_dtype(tensors)
         places = [(self.place(name), tensor) for name, tensor in tensors.items()]
         self.shared_layout = Layout({p.name: t for p, t in places if p.chain is None}, channels_last)
@@ -130,6 +131,24 @@ class Subnet:
             chain, index, key = self._children(container, self.capacities)[position]
             return Place(None, 0, f"{prefix}{key}.{inner}") if chain is None else Place(chain, index, inner)
         return Place(None, 0, name)
+
+    def _key(self, name: str) -> tuple[int | None, str]:
+        """What a tensor's dotted name has in common with those of its counterparts in other slots."""
+        place = self.place(name)
+        return place.chain, place.name
+
+    def _common_buffers(self, template: nn.Module) -> dict[tuple[int | None, str], Tensor]:
+        """Float buffers that several blocks use (or a block and something else), as a table of rotations: by each of
+        their names. They belong to no block, so every network keeps them as they are, outside of the flat tensor."""
+        names: dict[int, list[str]] = {}
+        common: dict[tuple[int | None, str], Tensor] = {}
+        for name, buffer in template.named_buffers(remove_duplicate=False):
+            names.setdefault(id(buffer), []).append(name)
+        for name, buffer in template.named_buffers(remove_duplicate=False):
+            users = {(place.chain, place.slot) for place in map(self.place, names[id(buffer)])}
+            if buffer.is_floating_point() and len(users) > 1:
+                common[self._key(name)] = buffer.detach().to(buffer.device if buffer.is_meta else self.device, copy=True)
+        return common
 
     def _containers(self) -> list[str]:
         """The containers of the chains, inner ones before those that they lie in."""
@@ -182,6 +201,7 @@ class Subnet:
     def _attach(self) -> None:
         """Make every parameter and float buffer a view into the flat tensor."""
         renewed: dict[int, nn.Parameter] = {}
+        views: dict[int, Tensor] = {}
         for prefix, module in self.model.named_modules():
             for key, old in module._parameters.items():
                 if old is None:
@@ -194,11 +214,33 @@ class Subnet:
                         old.data, renewed[id(old)] = view, old
                 module._parameters[key] = renewed[id(old)]
             for key, old in module._buffers.items():
-                if old is not None and old.is_floating_point():
-                    module._buffers[key] = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flat)
-                elif old is not None:
+                if old is None:
+                    continue
+                name = f"{prefix}.{key}".lstrip(".")
+                if self._key(name) in self._common:
+                    module._buffers[key] = self._common[self._key(name)]
+                elif old.is_floating_point():
+                    if id(old) not in views:
+                        views[id(old)] = self.view(self.place(name), self.flat)
+                    module._buffers[key] = views[id(old)]
+                else:
                     new = torch.zeros_like(old, device=self.device) if old.is_meta else old.to(self.device)
                     module._buffers[key] = new
+
+    def twin(self, model: nn.Module) -> "Subnet":
+        """A sub-network of the same blocks around `model`, a deep copy of this one's model whose weights may differ:
+        they move into a flat tensor of their own. Raises ValueError where `model` is of another structure."""
+        own, values = dict(_floats(self.model)), dict(_floats(model))
+        if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in values.items()}:
+            raise ValueError("the two networks have different tensors")
+        twin = copy.copy(self)
+        twin.model, twin.flat = model, torch.empty_like(self.flat)
+        with torch.no_grad():
+            for name, value in values.items():
+                if self._key(name) not in self._common:
+                    twin.view(twin.place(name), twin.flat).copy_(value)
+        twin._attach()
+        return twin
 
     def check_attached(self) -> None:
         """Raise where a parameter no longer lies in the flat tensor (`model.to(...)`, `model.half()` move it out)."""

@@ -46,6 +46,10 @@ def train(config: TrainConfig) -> int:
         check_agreement(transport, {**config.digest(), "resist": resist.__version__, "data set": task.digest()})
         task = task.to(device)
         speaks = 0 in transport.hosted
+        images_per_epoch = together(transport, lambda: _images_per_epoch(config, task))
+        config = config.with_warmup_rounds(images_per_epoch)
+        for note in task.notes if speaks else ():
+            print(f"resist: {note}", flush=True)
         source, start = starting_point(config, transport, speaks)
         job = Job(
             task.network,
@@ -64,7 +68,7 @@ def train(config: TrainConfig) -> int:
                 held = " ".join(map(str, job.plans[chain.name].capacities))
                 print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {held}", flush=True)
         trainers = [Trainer(config, worker, task) for worker in job.workers]
-        steps = num_steps(config.optimisation, trainers[0].batches.images_per_epoch)
+        steps = num_steps(config.optimisation, images_per_epoch)
         if job.step_index >= steps:
             raise AgreedError(f"the run has done all its {steps} steps; train anew, with more --epochs")
         if source is not None:
@@ -240,9 +244,19 @@ def interruption() -> Iterator[threading.Event]:
 def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
     """The task, its data downloaded by one process of each host while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    smoothing = config.optimisation.label_smoothing
     network = config.network if config.run.resume is None else replace(config.network, backbone=None)
-    found = together(transport, lambda: open_task(network) if first else None)
+    found = together(transport, lambda: open_task(network, label_smoothing=smoothing) if first else None)
     if found is None:
-        return together(transport, lambda: open_task(network, download=False))
+        return together(transport, lambda: open_task(network, download=False, label_smoothing=smoothing))
     together(transport, lambda: None)
     return found
+
+
+def _images_per_epoch(config: TrainConfig, task: Task) -> int:
+    """Those of worker 0, for all processes: shards may differ by one image, and the number of rounds must not."""
+    batches = task.batches(
+        batch_size=config.optimisation.batch_size, seed=config.run.seed, worker=0, workers=config.method.workers,
+        sampling=config.method.sampling,
+    )
+    return batches.images_per_epoch

@@ -16,7 +16,7 @@ from torchvision.datasets import voc as torchvision_voc
 import vockit
 from resist.data.annotation import CLASSES, MAX_BYTES, read_annotation
 from resist.data.stream import Stream
-from resist.data.voc import LONGER, Photographs, fitted, load_voc, longer, mirrored
+from resist.data.voc import LONGER, fitted, load_voc, longer, mirrored
 from resist.errors import UserError
 from resist.tasks.detection import collate
 
@@ -153,7 +153,8 @@ def test_a_bad_annotation_is_named_and_can_be_skipped(kit, kind: str) -> None:
     train, test = load_voc("voc2007", kit, image_size=36, skip_bad_files=True)
     assert len(train) == len(test) == 3
     assert len(train.skipped) == len(test.skipped) == 1
-    assert train.skipped[0].startswith(f"{file}: ")
+    listed = base(kit) / "ImageSets" / "Main" / "trainval.txt"
+    assert train.notes[0].startswith(f"{listed}: left out 1 photograph, first {file}: ")
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "no picture", "folder", "pipe", "no annotation"])
@@ -285,7 +286,7 @@ def test_missing_archives_are_downloaded_and_unpacked(tmp_path) -> None:
     for name in ("voc2007", "voc2012"):
         train, test = load_voc(name, tmp_path / "data", image_size=36)
         assert (len(train), len(test)) == (4, 4)
-        again: tuple[Photographs, Photographs] = load_voc(name, tmp_path / "data", image_size=36, download=False)
+        again = load_voc(name, tmp_path / "data", image_size=36, download=False)
         assert again[0].digest() == train.digest()
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,11 @@ from resist.tasks import Detection, image_shape, network_builder, open_task
 from resist.tasks.start import Start
 from resist.trainer import Trainer
 
-SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36)
+SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, loaders=0)
 ARGUMENTS = [
     "--task", "detection", "--data", "voc2007", "--sections", "1", "1", "5", "1", "--width", "4", "--image-size", "36",
     "--workers", "2", "--min-depth", "0", "--batch-size", "2", "--local-steps", "2", "--device", "cpu",
+    "--loaders", "0",
 ]  # fmt: skip
 
 
@@ -64,7 +66,9 @@ def trainers_of(task: Detection, job: Job, config: TrainConfig) -> list[Trainer]
 CONFIG = TrainConfig(network=SMALL, optimisation=OptimisationConfig(batch_size=2, lr=0.01))
 
 
-def trained(task: Detection, steps: int, *, config: TrainConfig = CONFIG, batchnorm: str = "average") -> tuple[Job, list[float]]:
+def trained(
+    task: Detection, steps: int, *, config: TrainConfig = CONFIG, batchnorm: str = "average"
+) -> tuple[Job, list[float]]:
     """A job of two workers in this process after some steps, and the losses."""
     job = Job(task.network, resist(2, 2, min_depth=0), batchnorm=batchnorm, channels_last=config.machine.channels_last)
     trainers, losses = trainers_of(task, job, config), []
@@ -205,9 +209,9 @@ def test_the_years_own_measure_comes_first(tmp_path) -> None:
 # A backbone that starts from a classification run
 
 
-def classification_run(path: Path, *, batchnorm: str = "average", final_norm: bool = True, **network: object) -> nn.Module:
+def classification_run(path: Path, *, batchnorm: str = "average", **network: Any) -> Any:
     """A finished run of ours with weights that are all different from fresh ones; its scaled full network."""
-    part = NetworkConfig(**{"sections": (1, 1, 5, 1), "width": 4, "final_norm": final_norm, **network})
+    part = NetworkConfig(**{"sections": (1, 1, 5, 1), "width": 4, **network})
     model = build_seeded(network_builder(part), 7).eval()
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -239,20 +243,21 @@ def test_the_features_are_those_of_the_run(task, tmp_path) -> None:
     torch.testing.assert_close(mine.rpn.head.cls_logits.weight, fresh.rpn.head.cls_logits.weight)
 
 
-@pytest.mark.parametrize("more", [{"final_norm": False}, {"batchnorm": "batch"}])
+@pytest.mark.parametrize("more", [{"model": "preact_resnet101"}, {"batchnorm": "batch"}])
 def test_runs_without_a_last_norm_or_statistics_serve_too(task, tmp_path, more) -> None:
     classification_run(tmp_path / "run", **more)
-    replace(task, start=Start.read(tmp_path / "run")).network()
+    network = replace(SMALL, model=more.get("model", SMALL.model))
+    replace(task, build=network_builder(network), start=Start.read(tmp_path / "run")).network()
 
 
 @pytest.mark.parametrize(
     ("network", "complaint"),
     [
-        ({"width": 8}, "holds another network, layer1.0.conv1.weight differs; give --model preact_small --sections 1 1 5 1 --width 8"),
+        ({"width": 8}, "layer1.0.conv1.weight differs; give --model preact_small --sections 1 1 5 1 --width 8"),
         ({"sections": (1, 1, 7, 1)}, "differs; give --model preact_small --sections 1 1 7 1 --width 4 as it had"),
         ({"sections": (1, 1, 3, 1)}, "differs; give --model preact_small --sections 1 1 3 1 --width 4 as it had"),
     ],
-)  # fmt: skip
+)
 def test_another_network_is_refused_in_one_line(capsys, kit, tmp_path, network, complaint: str) -> None:
     classification_run(tmp_path / "run", **network)
     out = tmp_path / "new"
@@ -303,22 +308,23 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
         (["--task", "detection", "--data", "coco"], "--data coco is not known; choose one of voc2007, voc2012"),
         (["--data", "voc2007"], "--data voc2007 has boxes around objects; it needs --task detection"),
         (["--splits", "a", "b"], "--splits says nothing to --task classification"),
-        (["--image-size", "64"], "--image-size says nothing to --task classification"),
+        (["--image-size", "64"], "--image-size says nothing to --data digits"),
         (["--backbone", "x"], "--backbone says nothing to --task classification"),
         ([*ARGUMENTS, "--final-norm"], "--final-norm says nothing to --task detection"),
+        ([*ARGUMENTS, "--label-smoothing", "0.1"], "--label-smoothing says nothing to --task detection"),
+        ([*ARGUMENTS, "--pretrained", "timm:x"], "--pretrained timm:x says nothing to this network; give --model"),
+        ([*ARGUMENTS, "--pretrained", "timm:x", "--backbone", "y"], "--pretrained and --backbone both say"),
         ([*ARGUMENTS, "--compile"], "--compile cannot take a detector"),
         ([*ARGUMENTS, "--backbone", "/nonexistent"], "/nonexistent is not a run directory"),
         ([*ARGUMENTS, "--batch-size", "5"], "batch_size=5 is outside 1 to 4"),
-        ([*ARGUMENTS, "--image-size", "4"], "--image-size 4 is too small"),
+        ([*ARGUMENTS, "--image-size", "4"], "--image-size 4 is too small; give at least 32"),
         ([*ARGUMENTS, "--splits", "trainval", "mine"], "mine.txt: is not there; --splits takes two of test, trainval"),
         ([*ARGUMENTS, "--workers", "5"], "workers=5 exceeds the 4 blocks of chain backbone.body.layer3:1-4"),
     ],
 )
-def test_what_does_not_go_together_ends_in_one_line(capsys, kit, tmp_path, arguments: list[str], complaint: str) -> None:
+def test_what_does_not_go_together_ends_in_one_line(capsys, kit, tmp_path, arguments, complaint: str) -> None:
     out = tmp_path / "run"
-    status, _, err = cli(
-        capsys, "train", "--data-dir", str(kit), "--processes", "1", *arguments, "--out", str(out)
-    )
+    status, _, err = cli(capsys, "train", "--data-dir", str(kit), "--processes", "1", *arguments, "--out", str(out))
     assert (status, err.count("\n")) == (2, 1)
     assert complaint in err
     assert not out.exists()
@@ -337,8 +343,9 @@ def test_bad_files_end_the_run_or_are_counted(capsys, tmp_path) -> None:
     photograph.write_bytes(photograph.read_bytes()[:-500])
     status, told, err = cli(capsys, "train", *common, "--skip-bad-files", "--out", str(tmp_path / "b"))
     assert (status, err) == (0, "")
-    assert f"left out 2 files of voc2007 to train on; first, {photograph}: " in told
-    assert "left out 2 files of voc2007 to test on" in told
+    for split in ("trainval", "test"):
+        listed = root / "ImageSets" / "Main" / f"{split}.txt"
+        assert f"resist: {listed}: left out 2 photographs, first {photograph}: is not a picture" in told
     text.write_text(whole)  # what is only seen when it is decoded ends the run then
     status, _, err = cli(capsys, "train", *common, "--out", str(tmp_path / "c"))
     assert (status, err.count("\n")) == (2, 1)
@@ -373,7 +380,7 @@ def test_costs_count_every_weight() -> None:
 
 
 def test_a_network_without_our_sections_is_refused() -> None:
-    with pytest.raises(UserError, match=r"layer1 \.\. layer4.*Sequential has no stem"):
+    with pytest.raises(UserError, match=r"layer1 \.\. layer4.*Sequential has no begin"):
         build_detector(nn.Sequential(nn.Conv2d(3, 4, 1)), 20, 36, 60)
     with pytest.raises(UserError, match="num_classes=0"):
         build_detector(build("preact_small", num_classes=1), 0, 36, 60)
@@ -397,8 +404,9 @@ def test_two_workers_learn_four_photographs(tmp_path) -> None:
     vockit.draw(tmp_path)
     arguments = [*ARGUMENTS, "--data-dir", str(tmp_path), "--width", "8", "--image-size", "48", "--local-steps", "10"]
     schedule = ["--epochs", "30", "--lr", "0.02", "--schedule", "cosine", "--lr-warmup-steps", "10"]
+    arguments += ["--evaluations", "1", "--out", str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, "-m", "resist", "train", *arguments, *schedule, "--evaluations", "1", "--out", str(tmp_path / "run")],
+        [sys.executable, "-m", "resist", "train", *arguments, *schedule],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=580, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

@@ -37,6 +37,8 @@ def plan_facts(config: PlanConfig) -> dict[str, Any]:
     network = config.network
     if config.rounds < 1:
         raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
+    if config.method.warmup_epochs:
+        raise UserError("--warmup-epochs are rounds only where there are data; show a plan with --warmup-rounds")
     whole = TrainConfig(network=network, method=config.method)
     whole.check()
     with torch.device("meta"):

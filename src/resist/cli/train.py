@@ -23,13 +23,13 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     before = read_config(path)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     machine = {f.name for f in fields(MachineConfig)}
-    for name in sorted(given - machine - {"resume", "workers", "data_dir"}):
+    for name in sorted(given - machine - {"resume", "workers", "data_dir", "loaders"}):
         raise UserError(f"--{name.replace('_', '-')} cannot change in a run that goes on; leave it out")
     workers = config.method.workers if "workers" in given else before.method.workers
     epochs = before.optimisation.epochs * before.method.workers / workers  # as many images for all together
-    data_dir = config.network.data_dir if "data_dir" in given else before.network.data_dir
+    here = {name: getattr(config.network, name) for name in ("data_dir", "loaders") if name in given}
     return TrainConfig(
-        network=replace(before.network, data_dir=data_dir),
+        network=replace(before.network, **here),
         method=replace(before.method, workers=workers),
         optimisation=replace(before.optimisation, epochs=epochs),
         machine=replace(before.machine, **{name: getattr(config.machine, name) for name in machine & given}),
@@ -48,7 +48,8 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
     if launched():
         return train(config)
     # Everything that can be found wrong here is found once, before any process is started.
-    plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
+    method = replace(config.method, warmup_epochs=0.0)
+    plan_facts(PlanConfig(network=config.network, method=method, seed=config.run.seed))
     pick_device(config.machine.device)
     out = config.run.resume or config.run.out or default_out(config)
     if config.run.resume is None:

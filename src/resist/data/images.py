@@ -7,6 +7,7 @@ goes on at step t sees what an undisturbed one would see.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ class Images:
     std: tuple[float, ...]
     pad: int
     flip: bool
+
+    notes: ClassVar[tuple[str, ...]] = ()  # files are whole or refused
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,9 +55,7 @@ class Images:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (batch, channels, height, width) -> float32 of mean 0 and deviation 1 over the training set."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1) * 255
-        return (images.float() - mean) / std
+        return normalise(images, self.mean, self.std)
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images in order, not augmented, `size` at a time, for evaluation; `limit` batches at most."""
@@ -87,6 +88,13 @@ class Loader:
             images = shift(images, self.data.pad, chance) if self.data.pad else images
             images = mirror(images, chance) if self.data.flip else images
         return self.data.normalise(images), labels
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (batch, channels, height, width) -> float32; mean and std: of each channel, of pixels in 0..1."""
+    middle = torch.tensor(mean, device=images.device).view(1, -1, 1, 1) * 255
+    spread = torch.tensor(std, device=images.device).view(1, -1, 1, 1) * 255
+    return (images.float() - middle) / spread
 
 
 def shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:

@@ -44,21 +44,30 @@ class Photograph:
 
 
 @dataclass(frozen=True)
-class Photographs:
+class VocSet:
     """A set of photographs, brought to a size.
 
     image_size: the shorter side of what is given, in pixels, unless the longer one would exceed LONGER times that.
     augment:    every other photograph is mirrored, on the average; objects that are marked as difficult are left out.
-    skipped:    what was wrong with the files that were left out.
+    list_file:  what lists the set. skipped: what is wrong with photographs of it that were left out.
     """
 
     photographs: tuple[Photograph, ...]
     image_size: int
     augment: bool
+    list_file: Path
     skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.photographs)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on what was left out."""
+        num = len(self.skipped)
+        if not num:
+            return ()
+        return (f"{self.list_file}: left out {num} photograph{'s' * (num > 1)}, first {self.skipped[0]}",)
 
     def __getitem__(self, index_and_seed: tuple[int, int]) -> Item:
         """(image (3, height, width) uint8, boxes (objects, 4) float32, labels (objects,) int64 from 1 to 20, difficult
@@ -88,7 +97,7 @@ class Photographs:
 def load_voc(
     name: str, data_dir: Path, *, image_size: int | None = None, splits: Sequence[str] = (),
     skip_bad_files: bool = False, download: bool = True,
-) -> tuple[Photographs, Photographs]:
+) -> tuple[VocSet, VocSet]:
     """(to train on, to test on). splits: names of the two sets, instead of those usual for this year.
 
     Raises UserError in one line, the file first, for a file that is missing or damaged; with skip_bad_files it goes on
@@ -102,8 +111,11 @@ def load_voc(
         raise UserError(f"--splits {' '.join(splits)} is not two names of sets, as in --splits trainval test")
     root = data_dir / "VOCdevkit" / f"VOC{year}"
     names = [_names(root, year, split, data_dir, download) for split in splits or usual]
-    train, test = (_open(root, each, skip_bad_files) for each in names)
-    return Photographs(train[0], image_size, True, train[1]), Photographs(test[0], image_size, False, test[1])
+    train, test = (_open(root, *each, skip_bad_files) for each in names)
+    return (
+        VocSet(train[0], image_size, True, names[0][0], train[1]),
+        VocSet(test[0], image_size, False, names[1][0], test[1]),
+    )
 
 
 def fitted(width: int, height: int, image_size: int) -> tuple[int, int]:
@@ -160,10 +172,9 @@ def _fetch(file: Path, year: str, split: str, data_dir: Path, download: bool) ->
 
 
 def _open(
-    root: Path, listed: tuple[Path, list[str]], skip_bad_files: bool
+    root: Path, file: Path, names: list[str], skip_bad_files: bool
 ) -> tuple[tuple[Photograph, ...], tuple[str, ...]]:
-    """The photographs of a set, and what is wrong with the others."""
-    file, names = listed
+    """The photographs of the set that `file` lists, and what is wrong with the others."""
     with ThreadPoolExecutor(8) as pool:  # files are waited for, and decoded outside of Python's lock
         read = _tolerant if skip_bad_files else _photograph
         found = list(pool.map(lambda name: read(root, name), names))
@@ -214,4 +225,4 @@ def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-__all__ = ["CLASSES", "VOC", "Objects", "Photograph", "Photographs", "load_voc"]
+__all__ = ["CLASSES", "VOC", "Objects", "Photograph", "VocSet", "load_voc"]

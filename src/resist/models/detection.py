@@ -99,7 +99,8 @@ class Predictor(FastRCNNPredictor):
 def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size: int) -> Detector:
     """A detector of `num_classes` classes, and of background as class 0.
 
-    body: a network with `stem` and sections `layer1` .. `layer4`; its head is taken off.
+    body: a network with sections `layer1` .. `layer4`, and `begin`, which gives what the first of them is given; its
+          head is taken off.
     image_size, max_size: what images are brought to inside it, see `image_transform`.
     Raises UserError where the body is not such a network.
     """
@@ -133,10 +134,10 @@ def image_transform(image_size: int, max_size: int) -> GeneralizedRCNNTransform:
 
 def headless(body: nn.Module) -> nn.Module:
     """The body of a classification network: its last norm and its head are replaced by nothing."""
-    missing = [name for name in ("stem", *SECTIONS) if not hasattr(body, name)]
+    missing = [name for name in ("begin", *SECTIONS) if not hasattr(body, name)]
     if missing:
         raise UserError(
-            f"detection needs a network with a stem and layer1 .. layer4, as our pre-activation ResNets have; "
+            f"detection needs a network with begin and layer1 .. layer4, as our pre-activation ResNets have; "
             f"{type(body).__name__} has no {missing[0]}"
         )
     for name in ("norm", "head"):
@@ -145,9 +146,9 @@ def headless(body: nn.Module) -> nn.Module:
     return body
 
 
-def sections(body: nn.Module, images: Tensor) -> list[tuple[str, Tensor]]:
+def sections(body: Any, images: Tensor) -> list[tuple[str, Tensor]]:
     """The output of each section, by name."""
-    x, found = body.get_submodule("stem")(images), []
+    x, found = body.begin(images), []
     for name in SECTIONS:
         x = body.get_submodule(name)(x)
         found.append((name, x))

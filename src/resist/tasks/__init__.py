@@ -16,12 +16,14 @@ from resist.tasks.task import Batches, Task
 __all__ = ["Batches", "Classification", "Detection", "Task", "image_shape", "network_builder", "open_task"]
 
 
-def open_task(config: NetworkConfig, *, download: bool = True) -> Task:
+def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: float = 0.0) -> Task:
     """The task that these options name, its data loaded or at hand. Raises UserError in one line where they are not."""
     check(config)
-    if config.task != "detection" and config.image_size is not None:
-        raise UserError("--image-size says nothing to --task classification; leave it out")
-    return (Detection if config.task == "detection" else Classification).open(config, download=download)
+    if config.task == "detection":
+        if label_smoothing:
+            raise UserError("--label-smoothing says nothing to --task detection; leave it out")
+        return Detection.open(config, download=download)
+    return Classification.open(config, download=download, label_smoothing=label_smoothing)
 
 
 def network_builder(config: NetworkConfig, num_classes: int | None = None) -> Callable[[], nn.Module]:
@@ -29,7 +31,9 @@ def network_builder(config: NetworkConfig, num_classes: int | None = None) -> Ca
     check(config)
     if config.task == "detection":
         return detection.builder(config, len(CLASSES) if num_classes is None else num_classes)
-    return classification.builder(config, num_classes_of(config.data) if num_classes is None else num_classes)
+    if num_classes is None:
+        num_classes = num_classes_of(config.data, config.data_dir)
+    return classification.builder(config, num_classes)
 
 
 def image_shape(config: NetworkConfig) -> tuple[int, int, int]:
@@ -47,10 +51,9 @@ def check(config: NetworkConfig) -> None:
         raise UserError(f"--task detection: --data {config.data} {known}; choose one of {', '.join(VOC)}")
     if config.task != "detection" and config.data in VOC:
         raise UserError(f"--data {config.data} has boxes around objects; it needs --task detection")
-    idle = {"--final-norm": config.final_norm} if config.task == "detection" else {
-        "--splits": bool(config.splits), "--backbone": config.backbone is not None,
-        "--skip-bad-files": config.skip_bad_files,
-    }  # fmt: skip
-    for flag, given in idle.items():
+    if config.pretrained is not None and config.backbone is not None:
+        raise UserError("--pretrained and --backbone both say what to begin with; give one of the two")
+    idle = {"--splits": bool(config.splits), "--backbone": config.backbone is not None}
+    for flag, given in ({"--final-norm": config.final_norm} if config.task == "detection" else idle).items():
         if given:
             raise UserError(f"{flag} says nothing to --task {config.task}; leave it out")

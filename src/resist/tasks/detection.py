@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from resist.config import NetworkConfig
 from resist.data.stream import Stream, in_order
-from resist.data.voc import CLASSES, IMAGE_SIZE, Item, Photographs, fitted, load_voc, longer
-from resist.models import build
+from resist.data.voc import CLASSES, IMAGE_SIZE, Item, VocSet, fitted, load_voc, longer
 from resist.models.detection import build_detector, image_transform
+from resist.models.pretrained import start_from
 from resist.plan import keyed_int
+from resist.tasks import classification
 from resist.tasks.start import Start
 from resist.tasks.task import Batches
 from resist.tasks.voc_ap import AveragePrecision, Found, Truth
@@ -32,15 +33,17 @@ class Detection:
     """Photographs with boxes around objects.
 
     build:  makes the full network, with fresh weights.
-    start:  the run that its backbone starts from, if any.
     scores: what `test` gives, by name: points as in `voc_ap.ap`.
+    start:  the run that its backbone begins with, if any. loaders: processes that read for each stream of batches.
     """
 
     build: Callable[[], nn.Module]
-    train: Photographs
-    held_out: Photographs
+    train: VocSet
+    held_out: VocSet
     scores: dict[str, int | None]
     start: Start | None = None
+    loaders: int = 0
+    notes: tuple[str, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @staticmethod
@@ -57,11 +60,13 @@ class Detection:
         if config.data != "voc2007":  # each year's own measure counts
             scores = dict(reversed(scores.items()))
         start = None if config.backbone is None else Start.read(config.backbone)
-        task = Detection(builder(config, len(CLASSES)), train, held_out, scores, start)
-        if start is not None:
-            with torch.device("meta"):
-                start.check(task.build())
-        return task
+        build, notes = builder(config, len(CLASSES)), (*train.notes, *held_out.notes)
+        with torch.device("meta"):
+            if start is not None:
+                start.check(build())
+            if config.pretrained is not None:
+                notes += (start_from(classification.builder(config, 1)(), config.pretrained),)
+        return Detection(build, train, held_out, scores, start, config.loaders, notes)
 
     def network(self) -> nn.Module:
         model = self.build()
@@ -80,6 +85,7 @@ class Detection:
             worker=worker,
             workers=workers,
             sampling=sampling,
+            num_loaders=self.loaders,
             collate=collate,
             pin_memory=self.device.type == "cuda",
         )
@@ -102,7 +108,9 @@ class Detection:
     def calibration(self, seed: int) -> Iterator[Tensor]:
         """Augmented photographs as the network's own transform leaves them."""
         size = min(CALIBRATION_BATCH, len(self.train))
-        stream = Stream(self.train, batch_size=size, seed=seed, worker=-1, workers=1, collate=collate)
+        stream = Stream(
+            self.train, batch_size=size, seed=seed, worker=-1, workers=1, num_loaders=self.loaders, collate=collate
+        )
         transform = image_transform(self.train.image_size, longer(self.train.image_size))
         for step in range(-(-min(CALIBRATION_IMAGES, len(self.train)) // size)):
             yield transform(floats(stream.batch(step)[0]))[0].tensors.to(self.device)
@@ -111,7 +119,7 @@ class Detection:
     def test(self, model: nn.Module) -> dict[str, float]:
         measured = AveragePrecision()
         model.eval()
-        for items in in_order(self.held_out, TEST_BATCH, collate=list):
+        for items in in_order(self.held_out, TEST_BATCH, num_loaders=self.loaders, collate=list):
             images = [image.to(self.device) for image, *_ in items]
             for said, (_, boxes, labels, difficult, _) in zip(model(floats(images)), items, strict=True):
                 found = Found(*(said[kind].cpu() for kind in ("boxes", "labels", "scores")))
@@ -140,13 +148,8 @@ class OnDevice:
 
 def builder(config: NetworkConfig, num_classes: int) -> Callable[[], nn.Module]:
     """What builds the full network of these options. num_classes: of objects, background not among them."""
-    size = image_size(config)
-
-    def make() -> nn.Module:
-        body = build(config.model, num_classes=1, sections=config.sections, width=config.width)
-        return build_detector(body, num_classes, size, longer(size))
-
-    return make
+    body, size = classification.builder(config, 1), image_size(config)  # the class of an image is of no matter
+    return lambda: build_detector(body(), num_classes, size, longer(size))
 
 
 def image_size(config: NetworkConfig) -> int:
