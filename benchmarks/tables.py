@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import detection
 import resist
 from namespaces import parse_rate
 from resist.chains import choose_chains
@@ -82,6 +83,8 @@ def page(results: Path, network: Record = PAPERS) -> str:
     parts += [exchange(record) for record in loopback]
     parts += [memory_table(record) for record in memory]
     parts += accuracy_sections(results / "cifar10.jsonl")
+    photographs = latest(results / "detection.jsonl", "setting", "model", "workers", "image_size", "seed")
+    parts += [detection.section(photographs, table, provenance)] if photographs else []
     return "\n\n".join(parts) + "\n"
 
 

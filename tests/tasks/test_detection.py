@@ -148,8 +148,10 @@ def test_autocast_keeps_boxes_in_float32(task) -> None:
 
 
 def test_channels_last_changes_nothing_but_the_layout(task) -> None:
+    # Not as narrow as the others: on the CPU, torch 2.14 writes beyond its memory for a plain network of 4 channels.
+    wide = replace(task, build=network_builder(replace(SMALL, width=16)))
     last = replace(CONFIG, machine=MachineConfig(channels_last=True))
-    assert trained(task, 2, config=last)[1] == pytest.approx(trained(task, 2)[1], rel=1e-3)
+    assert trained(wide, 2, config=last)[1] == pytest.approx(trained(wide, 2)[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("batchnorm", ["average", "recalibrate", "batch"])
@@ -298,7 +300,7 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
     status, _, err = cli(capsys, "train", "--resume", str(out))
     assert (status, err) == (0, "")
     rounds = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert rounds == [1, 2, 3, 4]
+    assert rounds == [1, 2, 3]  # the budget is used up again
 
 
 @pytest.mark.parametrize(
