@@ -229,9 +229,11 @@ def classification_run(path: Path, *, batchnorm: str = "average", **network: Any
     return model
 
 
-def test_the_features_are_those_of_the_run(task, tmp_path) -> None:
+@pytest.mark.parametrize("model", ["preact_small", "preact_resnet50_imagenet"])
+def test_the_features_are_those_of_the_run(task, tmp_path, model: str) -> None:
     """Its scale is in the weights: every section gives what it gave in the run's scaled full network."""
-    theirs = classification_run(tmp_path / "run")
+    task = replace(task, build=network_builder(replace(SMALL, model=model)))
+    theirs = classification_run(tmp_path / "run", model=model)
     started = replace(task, start=Start.read(tmp_path / "run"))
     mine = build_seeded(started.network, 0).eval()
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
@@ -379,6 +381,20 @@ def test_costs_count_every_weight() -> None:
     assert image_shape(replace(SMALL, image_size=600)) == (3, 608, 800)
     dense_pass(model, torch.randn(1, *image_shape(SMALL))).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_backbone_for_photographs_gives_the_usual_levels(task) -> None:
+    """Strides of 4 to 64 and anchors up to 512 pixels, as in torchvision; the chain is the paper's."""
+    other = replace(task, build=network_builder(replace(SMALL, model="preact_resnet101_imagenet", sections=())))
+    with torch.device("meta"):
+        model: Any = other.network()
+    assert model.backbone.strides == (4, 8, 16, 32, 64)
+    assert model.backbone.out_channels == 64  # of a width of 4; 256 of the usual 64
+    assert [max(sizes) for sizes in model.rpn.anchor_generator.sizes] == [32, 64, 128, 256, 512]
+    assert choose_chains(model)[0].name == "backbone.body.layer3:1-22"
+    small = network_builder(replace(SMALL, model="preact_resnet50_imagenet", sections=(1, 1, 4, 1)))
+    _, losses = trained(replace(task, build=small), 2)
+    assert all(0 < loss < 20 for loss in losses)
 
 
 def test_a_network_without_our_sections_is_refused() -> None:
