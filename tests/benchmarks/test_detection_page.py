@@ -16,7 +16,8 @@ import tables  # noqa: E402
 
 RECORD = {
     "setting": "overfit", "model": "m", "workers": 2, "local_steps": 20, "image_size": 128, "batch_size": 4,
-    "rounds": 2, "steps": 40, "last_loss": 0.5, "curve": [[1, 1.0, {"a": 0.1, "b": 0.2}], [2, 0.5, {"a": 0.7, "b": 0.8}]],
+    "rounds": 2, "steps": 40, "last_loss": 0.5,
+    "curve": [[1, 1.0, {"a": 0.1, "b": 0.2}], [2, 0.5, {"a": 0.7, "b": 0.8}]],
     "parameters": 100, "held_by_worker": [75, 75], "bytes": {"shared": 2_000_000, "state": 500_000},
     "local_sgd_bytes": 4_000_000, "date": "2020-01-02", "commit": "abc", "machine": "m", "cores": 2, "gpu": None,
     "torch": "t", "python": "p",
