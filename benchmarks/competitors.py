@@ -26,11 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import resist
+from resist.batchnorm import use_batch_statistics
+from resist.build import build_seeded
 from resist.chains import Chain, choose_chains
 from resist.fold import OPTIMIZER_STATES
-from resist.job import build_seeded
 from resist.plan import Plan
-from resist.subnet import use_batch_statistics
 
 SEED = 0
 NAMES = ("resist", "local_sgd", "flat", "averager", "ddp", "published", "published-kept")

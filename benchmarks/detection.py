@@ -135,8 +135,8 @@ def section(records: list[Record], table: Callable[..., str], provenance: Callab
         f"l = {one['local_steps']}, photographs of {one['image_size']} pixels, batch {one['batch_size']} a worker, "
         "from fresh weights. AP50 of the full, scaled network, in percent, by the measures of VOC 2007 (11 points) and "
         "of later years (area). `held` is a worker's share of the weights: neck and heads are most of so small a "
-        "network, and they are shared. `sent` is by all workers, momentum included; beside it what local SGD sends of weights "
-        f"alone.{verdict}",
+        "network, and they are shared. `sent` is by all workers, momentum included; beside it what local SGD sends "
+        f"of weights alone.{verdict}",
         table(["", "rounds", "steps", "last loss", *scores, "held", "sent, MB", "local SGD, MB"], rows),
         f"{scores[0]} on the way: {'; '.join(curves)}.",
         provenance(*records, n=lambda r: f"n = 1 run ({r['setting']})"),

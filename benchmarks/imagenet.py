@@ -82,7 +82,7 @@ def train(data_dir: Path, out: Path, warmup_epochs: float) -> dict[str, object]:
     rounds = rounds_of(out)
     epochs: dict[int, list[float]] = {}
     for record in rounds:
-        epochs.setdefault(int(record["epoch"] - 1e-9), []).append(record["loss"])
+        epochs.setdefault(min(int(record["epoch"] - 1e-9), 5), []).append(record["loss"])  # the last may end beyond
     scores = rounds[-1]["scores"]
     return {
         "loss_by_epoch": [round(sum(losses) / len(losses), 4) for losses in epochs.values()],

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from pool import Pool
 from resist.checkpoint import KEEP, Checkpoints, SafeReader, about, complete, newest, restore
 from resist.errors import UserError
-from resist.fold import ANCHOR
 from resist.job import Job
 from resist.strategy import Outer, Strategy, diloco, local_sgd, resist, switch
 from support import adamw, make, sgd, train, weights
@@ -152,4 +151,4 @@ def test_anchors_are_those_of_the_restored_weights(tmp_path: Path) -> None:
     saved(job, optimizers, tmp_path).finish()
     again, others = make(CASES["outer"](), start=(1, STEPS))
     restore(again, tuple(others), complete(tmp_path)[0], same_workers=True)
-    assert all(torch.equal(worker.state[ANCHOR], worker.subnet.flat) for worker in again.workers)
+    assert all(torch.equal(worker.start, worker.subnet.flat) for worker in again.workers)

@@ -23,7 +23,7 @@ from resist.cost.footprint import LiveBytes, build_on_meta, measure, sizes_of
 from resist.cost.timing import PAYLOAD, ddp_step_s, exchange_s
 from resist.cost.traffic import ddp_traffic, round_traffic
 from resist.errors import UserError
-from resist.fold import ANCHOR, OPTIMIZER_STATES, VELOCITY
+from resist.fold import OPTIMIZER_STATES, VELOCITY
 from resist.job import Job
 from resist.models import PreActResNet, build
 from resist.strategy import diloco, local_sgd, resist
@@ -243,7 +243,9 @@ def test_what_ddp_and_diloco_hold_besides() -> None:
     job, optimizers = make(diloco(2, 1))
     local_step(job, optimizers)
     job.step(*optimizers)
-    kept = sum(value.nbytes for name, value in job.workers[0].state.items() if name in (ANCHOR, VELOCITY))
+    start = job.workers[0].start
+    assert start is not None
+    kept = start.nbytes + job.workers[0].state[VELOCITY].nbytes
     assert ddp.peak - plain.peak == ddp.buckets == plain.gradients
     assert outer.peak - plain.peak == outer.outer == pytest.approx(kept, rel=0.01)
     in_json = {one["strategy"]: one["networks"][0]["memory_bytes"] for one in report.to_json()["strategies"]}
@@ -506,3 +508,23 @@ def test_reports_are_values() -> None:
     assert report == predict(tiny, workers=[2], **SMALL)
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.rounds = 3  # type: ignore[misc]
+
+
+def test_what_a_safe_copy_holds_and_sends() -> None:
+    """As the ledger books it, and as the largest of the job's own copies is."""
+    report = predict(tiny, workers=[3], strategies=["resist", "local_sgd"], safety=True, min_depth=0, **SMALL)
+    ours, everything = report.rows
+    job, optimizers = make(resist(3, 1, min_depth=0), safety=True)
+    sent = 0
+    for _ in range(4):
+        local_step(job, optimizers)
+        job.step(*optimizers)
+        sent += job.ledger.bytes["safety"]
+        job.ledger.take()
+    assert 4 * ours.traffic.bytes["safety"] == pytest.approx(sent)
+    start = job.workers[0].start
+    assert start is not None
+    memory = ours.networks[0].memory
+    assert memory.safety >= memory.weights == pytest.approx(start.nbytes, rel=0.01)
+    assert everything.traffic.bytes["safety"] == 0
+    assert everything.networks[0].memory.safety == everything.networks[0].memory.weights

@@ -92,7 +92,7 @@ def test_local_sgd_books_everything_as_shared() -> None:
     job, optimizers = make(local_sgd(2, 1), transport=Counting(2))
     train(job, optimizers, 1)
     numel = sum(t.numel() for t in tiny().state_dict().values() if t.is_floating_point())
-    assert job.ledger.take()["bytes"] == {"control": 0, "shared": 2 * allreduce_bytes(8 * numel, 2)}
+    assert job.ledger.take()["bytes"] == {"shared": 2 * allreduce_bytes(8 * numel, 2)}
 
 
 def test_texts_are_booked_as_control() -> None:

@@ -56,8 +56,8 @@ def by_hand(
     job = Job(build, strategy, batchnorm="average")
     plain = Plain(build_seeded(build, 0), optimizer, step, decay)
     for round in range(rounds):
-        (plan,), l = job.plans_of(round).values(), strategy.at(round).local_steps
-        plain.round(plan.blocks, range(round * l, (round + 1) * l))
+        (plan,), steps = job.plans_of(round).values(), strategy.at(round).local_steps
+        plain.round(plan.blocks, range(round * steps, (round + 1) * steps))
     return plain
 
 

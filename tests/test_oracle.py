@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from oracle import train_resist
-from resist.job import build_seeded
+from resist.build import build_seeded
 from resist.plan import partition
 from resist.strategy import resist
 from support import BLOCKS, batch, floats, make, tiny, train, weights

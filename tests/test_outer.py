@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pool import Pool
 from resist.errors import UserError
-from resist.fold import ANCHOR, VELOCITY
+from resist.fold import VELOCITY
 from resist.job import Job
 from resist.strategy import Outer, ddp, diloco, local_sgd, resist, switch
 from support import floats, local_step, make, train, weights
@@ -61,10 +61,11 @@ def test_the_outer_momentum_travels_with_its_block() -> None:
         local_step(job, optimizers)
         if not job.step(*optimizers):
             continue
-        for kind in (ANCHOR, VELOCITY):
+        for kind in ("start", VELOCITY):
             seen: dict[Any, Tensor] = {}
             for worker in job.workers:
-                subnet, flat = worker.subnet, worker.state[kind]
+                subnet, flat = worker.subnet, worker.start if kind == "start" else worker.state[kind]
+                assert flat is not None
                 parts = {"shared": flat[: subnet.shared_layout.num_trained]}
                 for number, blocks in enumerate(held(job, worker.index)):
                     size = subnet.block_layouts[number].num_trained

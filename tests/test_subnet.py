@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from resist.batchnorm import use_batch_statistics
 from resist.chains import choose_chains
 from resist.errors import UserError
 from resist.job import Job
@@ -15,7 +16,7 @@ from resist.models import PreActResNet, build
 from resist.models.preact import PreActBlock
 from resist.plan import Plan, partition
 from resist.strategy import Strategy, resist
-from resist.subnet import Subnet, scale_branches, skeleton, tensors_of, use_batch_statistics
+from resist.subnet import Subnet, scale_branches, skeleton, tensors_of
 from support import BLOCKS, by_name, floats, make, sgd, tiny, train
 
 

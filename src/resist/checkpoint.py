@@ -35,6 +35,7 @@ from resist.comm import Transport
 from resist.errors import AgreedError, UserError
 from resist.fold import VELOCITY
 from resist.job import Job, Worker
+from resist.rescue import forget_safe_copies
 
 FORMAT = "resist checkpoint 1"
 INDEX = ".metadata"  # DCP's own
@@ -115,6 +116,7 @@ class Checkpoints:
         if final.exists():  # saved before, by the run that this one goes on with, and damaged since
             final.rename(next(p for n in count(1) if not (p := final.with_name(f"damaged-{n}-{final.name}")).exists()))
         partial.rename(final)
+        forget_safe_copies(self.folder.parent / "rescue", int(str(facts["round"])))
         for old in [path for path in complete(self.folder) if path.name < final.name][KEEP - 1 :]:
             with contextlib.suppress(UserError):  # a damaged one stays, for whoever wants to see why
                 about(old)
@@ -164,7 +166,7 @@ def restore(job: Job, optimizers: tuple[Optimizer, ...], path: Path, *, same_wor
         index = reader.read_metadata().state_dict_metadata
         wanted: dict[str, Tensor] = {}
         for worker in job.workers:
-            names = list(worker.subnet.state(_held(job, worker)))
+            names = list(worker.subnet.state(job.held_by(worker)))
             if same_workers:
                 names += [name for name in index if name.startswith(f"workers.{worker.index}.")]
             wanted |= {name: _room(index, name) for name in names}
@@ -178,11 +180,11 @@ def restore(job: Job, optimizers: tuple[Optimizer, ...], path: Path, *, same_wor
     with torch.no_grad():
         for worker, optimizer in zip(job.workers, optimizers, strict=True):
             _fill(job, worker, optimizer, wanted)
-    job.mark_anchors()
+    job.mark_starts()
 
 
 def _fill(job: Job, worker: Worker, optimizer: Optimizer, found: Mapping[str, Tensor]) -> None:
-    held = _held(job, worker)
+    held = job.held_by(worker)
     for name, view in worker.subnet.state(held).items():
         view.copy_(found[name])
     prefix = f"workers.{worker.index}."
@@ -204,7 +206,7 @@ def _fill(job: Job, worker: Worker, optimizer: Optimizer, found: Mapping[str, Te
 def owned(job: Job, optimizers: tuple[Optimizer, ...]) -> Iterator[tuple[str, Tensor]]:
     """Everything that this process writes of a job between two rounds, by global name."""
     for worker, optimizer in zip(job.workers, optimizers, strict=True):
-        prefix, held = f"workers.{worker.index}", _held(job, worker)
+        prefix, held = f"workers.{worker.index}", job.held_by(worker)
         first_holder = {
             f"{chain.block_name(block)}.": job.plans[chain.name].holders(block)[0] == worker.index
             for number, chain in enumerate(job.chains)
@@ -227,7 +229,7 @@ def owned(job: Job, optimizers: tuple[Optimizer, ...]) -> Iterator[tuple[str, Te
 
 def _named(job: Job, worker: Worker) -> Iterator[tuple[torch.nn.Parameter, str]]:
     """The worker's parameters with their global dotted names."""
-    held = _held(job, worker)
+    held = job.held_by(worker)
     for parameter, place in worker.subnet.parameter_places():
         name = place.name
         if place.chain is not None:
@@ -238,10 +240,6 @@ def _named(job: Job, worker: Worker) -> Iterator[tuple[torch.nn.Parameter, str]]
 def _integers(worker: Worker) -> list[tuple[str, Tensor]]:
     """The buffers that are counters: they stay with their slot, so they go by the sub-network's own names."""
     return [(n, b) for n, b in worker.subnet.model.named_buffers() if not b.is_floating_point()]
-
-
-def _held(job: Job, worker: Worker) -> list[tuple[int, ...]]:
-    return [job.plans[chain.name].blocks[worker.index] for chain in job.chains]
 
 
 def _room(index: Mapping[str, Any], name: str) -> Tensor:

@@ -80,6 +80,11 @@ class MethodConfig:
     """Momentum at a synchronisation: forgotten, kept in place, moved with its block, or also averaged where shared."""
     outer: tuple[float, float] | None = None
     """Rate and Nesterov momentum of an outer step along each round's mean change. Default: 0.7 0.9 for diloco."""
+    nonfinite: Literal["stop", "drop"] = "stop"
+    """When a worker's loss or weights are no longer numbers. stop: end the run, the weights kept to be looked at. drop:
+    leave its round out of the means; what only it held stays as it was."""
+    safety: Literal["none", "copy"] = "none"
+    """copy: keep every block twice in memory, so that no round is lost with any one worker; see --resume."""
     scale: str = "inclusion"
     """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number."""
     sampling: Literal["all", "shard"] = "all"
@@ -137,8 +142,8 @@ class RunConfig:
     evaluations: int = 10
     """Times that the full network is assembled and tested, spread evenly, the last at the end."""
     resume: Path | None = None
-    """Go on with this run from its newest checkpoint. Other options are those of the run, but for machine options and
-    --workers, which may change."""
+    """Go on with this run from its newest checkpoint, or from safe copies that are newer. Other options are those of
+    the run, but for machine options, --workers, --data-dir, --loaders, --lr, --safety and --nonfinite, which may change."""
     checkpoint_rounds: int = 10
     """Rounds from one checkpoint to the next; one is always written at the end, and on SIGTERM or SIGINT."""
     until: tuple[str, ...] = ()
@@ -226,11 +231,15 @@ class TrainConfig:
                 ("--capacities", bool(method.capacities)),
                 ("--min-depth", method.min_depth is not None),
                 ("--outer", method.strategy == "ddp" and method.outer is not None),
+                ("--safety", method.strategy == "ddp" and method.safety == "copy"),
+                ("--nonfinite drop", method.strategy == "ddp" and method.nonfinite == "drop"),
             ):
                 if given:
                     raise UserError(
                         f"{flag} says nothing to --strategy {method.strategy}; leave it out"
                     )
+        if method.safety == "copy" and method.workers < 2:
+            raise UserError("--safety copy needs a second worker to keep copies; give --workers 2 or more")
         self.strategy()
         self.scale()
         self.budgets()

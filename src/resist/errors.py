@@ -9,5 +9,9 @@ class AgreedError(UserError):
     """A UserError that every process of the job raises at the same time, so that one of them can speak for all."""
 
 
+class DivergedError(AgreedError):
+    """A worker's loss or weights are no longer numbers; nothing of it was folded into the others'."""
+
+
 class WorkerLostError(RuntimeError):
     """Another worker died, raised or stayed silent past the timeout during an exchange."""

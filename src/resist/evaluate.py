@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from resist.batchnorm import use_batch_statistics
 from resist.chains import choose_chains
 from resist.full import FILE, load_full
 from resist.runs import read_config
-from resist.subnet import use_batch_statistics
 from resist.tasks import open_task
 
 

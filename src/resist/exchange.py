@@ -6,7 +6,7 @@
 The two are apart so that something else may be computed between them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from resist.chains import Chain
 from resist.comm import Handle, Move, Transport
-from resist.fold import VELOCITY, mean_into, outer_step
+from resist.fold import AVERAGE, VELOCITY, mean_into, outer_step
 from resist.plan import Plan
-from resist.schedule import Message, Schedule, schedule
+from resist.schedule import Message, Safekeeping, Schedule, safekeeping, schedule
 from resist.strategy import Outer
 from resist.subnet import Subnet
 
@@ -51,7 +51,13 @@ class Copy:
 
 
 class Exchange:
-    """The synchronisation between two plans, for the workers hosted here. Make it, then `finish` it."""
+    """The synchronisation between two plans, for the workers hosted here. Make it, then `finish` it.
+
+    starts:  for each hosted worker the weights with which the round began, where something needs them.
+    dropped: workers that are left out of every mean; blocks that only they held go back to their start.
+    safety:  keep (or send) a second copy of each block that would have one holder only: `spares`, afterwards, are those
+             kept here, by (chain number, block).
+    """
 
     def __init__(
         self,
@@ -61,7 +67,9 @@ class Exchange:
         plans: dict[str, Plan],
         next_plans: dict[str, Plan],
         outer: Outer | None = None,
-        anchors: dict[int, Tensor] | None = None,
+        starts: Mapping[int, Tensor] | None = None,
+        dropped: Set[int] = frozenset(),
+        safety: bool = False,
     ) -> None:
         self.transport, self.subnets, self.copies = transport, subnets, copies
         self.plans, self.next_plans = plans, next_plans
@@ -70,15 +78,21 @@ class Exchange:
         self.numbers = {chain.name: number for number, chain in enumerate(self.chains)}
         self.numel = [layout.numel for layout in any_subnet.block_layouts]
         self.common = all(plan.held_by_all for plan in (*plans.values(), *next_plans.values()))
-        self.schedule = self._schedule(any_subnet.dtype.itemsize)
-        self.outer, self.anchors = outer, anchors or {}
+        self._plan_messages(any_subnet.dtype.itemsize, safety)
+        self.outer, self.starts, self.dropped = outer, starts or {}, dropped
+        self.spares: dict[Key, Tensor] = {}
+        for worker in self.dropped & subnets.keys():
+            self._discard(worker)
         self.moving = [one for one in copies if one.moves]
         self.folded = [one for one in self.moving if one.folds]
-        self.means: list[Handle] = []
+        self.means: list[tuple[Handle, list[Tensor]]] = []
         for one in copies:
             if one.averages and transport.num_workers > 1:
                 parts = [flat if self.common else flat[: any_subnet.shared_layout.numel] for flat in one.flats.values()]
-                self.means.append(transport.mean(parts, one.kind("shared")))
+                for worker, part in zip(one.flats, parts, strict=True):
+                    if worker in dropped:
+                        part.zero_()
+                self.means.append((transport.mean(parts, one.kind("shared")), parts))
         self.folding = transport.transfer([self._fold_move(one, m) for one in self.folded for m in self.schedule.fold])
 
     def finish(self) -> None:
@@ -91,11 +105,12 @@ class Exchange:
                 self._outer_step(owner, self.numbers[chain], self.plans[chain].slot(owner, block))
         for one in self.copies:
             self._prepare(one)
-        self.transport.transfer(
-            [self._hand_over_move(one, m) for one in self.moving for m in self.schedule.hand_over]
-        ).finish()
-        for mean in self.means:
+        moves = [self._hand_over_move(one, m) for one in self.moving for m in self.schedule.hand_over]
+        self.transport.transfer(moves + self._safety_moves()).finish()
+        for mean, parts in self.means:
             mean.finish()
+            for part in parts if self.dropped else ():  # which counted as zeros
+                part.mul_(self.transport.num_workers / (self.transport.num_workers - len(self.dropped)))
         for worker, subnet in self.subnets.items():
             self._outer_step(worker, None, 0)
             for number, capacity in enumerate(subnet.capacities if self.common else ()):
@@ -104,12 +119,40 @@ class Exchange:
         for one in self.copies:
             self._settle(one)
 
-    def _schedule(self, itemsize: int) -> Schedule:
-        if self.common:  # everything belongs to the mean over all workers
-            return Schedule((), (), {})
-        return schedule(
-            self.plans, self.next_plans, {c.name: n * itemsize for c, n in zip(self.chains, self.numel, strict=True)}
-        )
+    def _plan_messages(self, itemsize: int, safety: bool) -> None:
+        block_bytes = {c.name: n * itemsize for c, n in zip(self.chains, self.numel, strict=True)}
+        self.schedule, self.safekeeping = Schedule((), (), {}), Safekeeping({}, ())
+        if not self.common:  # else everything belongs to the mean over all workers
+            self.schedule = schedule(self.plans, self.next_plans, block_bytes)
+        if safety:
+            self.safekeeping = safekeeping(self.schedule, self.next_plans, block_bytes)
+
+    @torch.no_grad()
+    def _discard(self, worker: int) -> None:
+        """Undo the round of a dropped worker: its weights as at the start, its optimizer's state forgotten."""
+        for one in self.copies:
+            if one.name in (WEIGHTS, AVERAGE):
+                one.flats[worker].copy_(self.starts[worker])
+            elif one.name != VELOCITY:
+                one.flats[worker].zero_()
+
+    @torch.no_grad()
+    def _safety_moves(self) -> list[Move]:
+        """Keep the blocks that are handed over from here, and list the second copies that have to be sent."""
+        weights = self.copies[0]
+        for (chain, block), keeper in self.safekeeping.kept.items():
+            if keeper in self.subnets:
+                self.spares[self.numbers[chain], block] = self._slot(weights, keeper, chain, block).clone()
+        moves: list[Move] = []
+        for m in self.safekeeping.messages:
+            outgoing = self._slot(weights, m.source, m.chain, m.block) if m.source in self.subnets else None
+            incoming = None
+            if m.target in self.subnets:
+                template = next(iter(weights.flats.values()))
+                incoming = template.new_empty(self.numel[self.numbers[m.chain]])
+                self.spares[self.numbers[m.chain], m.block] = incoming
+            moves.append(Move("safety", m.source, m.target, m.num_bytes, outgoing, incoming))
+        return moves
 
     def _slot(self, one: Copy, worker: int, chain: str, block: int) -> Tensor:
         """The slot in which `worker` holds `block` before the synchronisation."""
@@ -127,11 +170,14 @@ class Exchange:
     def _fold(self, one: Copy, arrived: Sequence[Tensor | None]) -> None:
         copies: dict[tuple[int, str, int], list[Tensor]] = {}
         for message, tensor in zip(self.schedule.fold, arrived, strict=True):
-            if message.target in one.flats:
+            if message.target in one.flats and message.source not in self.dropped:
                 assert tensor is not None
                 copies.setdefault((message.target, message.chain, message.block), []).append(tensor)
         for (owner, chain, block), others in copies.items():
-            mean_into(self._slot(one, owner, chain, block), others)
+            slot = self._slot(one, owner, chain, block)
+            if owner in self.dropped:
+                slot.copy_(others.pop(0))
+            mean_into(slot, others)
 
     @torch.no_grad()
     def _prepare(self, one: Copy) -> None:
@@ -169,7 +215,7 @@ class Exchange:
         velocities = next(one.flats for one in self.copies if one.name == VELOCITY)
         weights, anchor, velocity = (
             (flat if chain is None else subnet.slot(chain, slot, flat))[: layout.num_trained]
-            for flat in (self.copies[0].flats[worker], self.anchors[worker], velocities[worker])
+            for flat in (self.copies[0].flats[worker], self.starts[worker], velocities[worker])
         )
         outer_step(weights, anchor, velocity, self.outer)
 

@@ -23,8 +23,15 @@ from resist.subnet import Subnet
 
 OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
 
-# Names of what an outer optimizer keeps for each worker, beside the states of the ordinary one.
-ANCHOR, VELOCITY = "outer anchor", "outer velocity"
+# The name of an outer optimizer's momentum, beside the states of the ordinary one.
+VELOCITY = "outer velocity"
+# The name of an average of the weights over time, which goes where they go.
+AVERAGE = "average of weights"
+
+
+def all_finite(flat: Tensor) -> bool:
+    """Whether a tensor holds numbers only, no infinity and no nan. Waits for the device."""
+    return flat.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(flat, ord=torch.inf)))
 
 
 @torch.no_grad()
@@ -84,7 +91,7 @@ def check_optimizers(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer])
         owners = {owner.get(id(p)) for group in optimizer.param_groups for p in group["params"]}
         if number in owners:
             continue
-        others = sorted(owners - {None})
+        others = sorted(one for one in owners if one is not None)
         if others:
             raise UserError(
                 f"optimizer {number} trains the network of job.workers[{others[0]}]; "

@@ -7,25 +7,44 @@
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from hashlib import blake2b
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel
 
+from resist.batchnorm import BATCHNORMS, has_running_statistics, recalibrate, use_batch_statistics
+from resist.build import build_seeded, fingerprint
 from resist.chains import choose_chains
 from resist.comm import Ledger, Transport, check_agreement, connect
-from resist.errors import AgreedError, UserError
+from resist.errors import AgreedError, DivergedError, UserError
 from resist.exchange import WEIGHTS, Copy, Exchange, assembly
-from resist.fold import ANCHOR, OPTIMIZER_STATES, VELOCITY, adopt_state, check_optimizers, follow_resize
+from resist.fold import (
+    AVERAGE,
+    OPTIMIZER_STATES,
+    VELOCITY,
+    adopt_state,
+    all_finite,
+    check_optimizers,
+    follow_resize,
+)
 from resist.plan import Plan
 from resist.strategy import Strategy
-from resist.subnet import Subnet, scale_branches, tensors_of, use_batch_statistics
+from resist.subnet import Subnet, scale_branches, tensors_of
 
-BATCHNORMS = ("recalibrate", "average", "batch")
-AVERAGE = "average of weights"
+NONFINITE = ("stop", "drop")
+
+
+@dataclass(frozen=True)
+class SafeCopy:
+    """What one process keeps of the network as it was synchronised, by global dotted name: its workers' parts, and
+    second copies of blocks that others hold alone. round, step: those that were done."""
+
+    round: int
+    step: int
+    tensors: dict[str, Tensor]
 
 
 class Worker:
@@ -35,6 +54,7 @@ class Worker:
         self.index, self.subnet = index, subnet
         self.state: dict[str, Tensor] = {}  # the optimizer's state by kind, laid out as the weights are
         self.model: nn.Module = subnet.model
+        self.start: Tensor | None = None  # the weights with which the round began, where something asks for them
         self.average: Subnet | None = None  # of its weights over time; see `Job.follow`
 
 
@@ -52,6 +72,13 @@ class Job:
                  num_blocks), "1/S", or a number.
     transport:   default: torch.distributed where this process was started for it, else this process hosts all workers.
 
+    nonfinite:   "stop": DivergedError, in all processes, when a worker's weights are no longer finite at the end of a
+                 round; "drop": its round is left out of the means, and blocks that only it held stay as they were.
+                 `dropped` says who was left out of the round that ended last, and why. Takes memory for the weights
+                 with which a round began.
+    safety:      keep each block twice, as it was synchronised, until the next synchronisation is over, so that the
+                 network is complete without any one worker: `safe` is what this process keeps. Takes memory for the
+                 weights that a worker holds, and for blocks that it handed over.
     start:       (round, step) at which a job goes on that was interrupted; see `resist.checkpoint`.
 
     workers: the hosted ones; `model` is the sub-network where there is only one.
@@ -71,6 +98,8 @@ class Job:
         channels_last: bool = False,
         transport: Transport | None = None,
         timeout_s: float = 600.0,
+        nonfinite: str = "stop",
+        safety: bool = False,
         start: tuple[int, int] = (0, 0),
     ) -> None:
         if not isinstance(strategy, Strategy):
@@ -78,7 +107,15 @@ class Job:
         _one_of("batchnorm", batchnorm, BATCHNORMS)
         for part in _parts(strategy):
             _one_of("optimizer_state", part.optimizer_state, OPTIMIZER_STATES)
+        _one_of("nonfinite", nonfinite, NONFINITE)
+        if strategy.every_step and (safety or nonfinite == "drop"):
+            raise UserError("ddp mixes gradients at every step and holds all weights anyway; leave safety and drop out")
+        if safety and strategy.workers < 2:
+            raise UserError("safety needs a second worker to keep copies; give at least 2 workers, or leave it out")
         self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
+        self.nonfinite, self.safety = nonfinite, safety
+        self.safe: list[SafeCopy] = []
+        self.dropped: dict[int, str] = {}
         self.round, self.step_index = start
         self._steps_in_round = 0
         self._optimizers: tuple[Optimizer, ...] = ()
@@ -101,7 +138,7 @@ class Job:
             subnet = Subnet(full, self.chains, [len(h) for h in held], device=device, channels_last=channels_last)
             subnet.load(tensors, held)
             self.workers.append(Worker(index, subnet))
-        self.mark_anchors()
+        self.mark_starts()
         if strategy.every_step:
             for worker in self.workers:
                 worker.model = self.ledger.average_gradients(worker.subnet.model)
@@ -125,9 +162,12 @@ class Job:
         strategy = self.strategy.at(round)
         return {c.name: strategy.assign(c.num_blocks, c.name, self.seed, round) for c in self.chains}
 
-    def step(self, *optimizers: Optimizer) -> bool:
+    def step(self, *optimizers: Optimizer, bad: Mapping[int, str] | None = None) -> bool:
         """Call it after each optimizer step, with the optimizer of every hosted worker. After `local_steps` calls it
         synchronises: waits for all workers, averages, and puts the next round's blocks into the slots.
+
+        bad: hosted workers whose round must not count, each with the reason ("a loss of nan in step 7"), treated as
+             `nonfinite` says; weights that are not finite are found without it.
 
         Returns whether it synchronised.
         """
@@ -139,20 +179,20 @@ class Job:
         self._steps_in_round += 1
         if self.steps_left > 0:
             return False
-        self.synchronise()
+        self.synchronise(bad)
         return True
 
     def _adopt(self, optimizers: tuple[Optimizer, ...]) -> None:
         """Look at the optimizers, once: mistakes are named here, before a round of work is done in vain."""
         for worker in self.workers:
             worker.subnet.check_attached()
-            worker.state = {kind: flat for kind, flat in worker.state.items() if kind in (ANCHOR, VELOCITY)}
+            worker.state = {kind: flat for kind, flat in worker.state.items() if kind == VELOCITY}
         check_optimizers([worker.subnet for worker in self.workers], optimizers)
         self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
         """Let averages of the weights, as an EMA, go where their blocks go. Without it, an average kept beside a
-        sub-network mixes the blocks that lie in a slot one after another. Every process has to call it, before training.
+        sub-network mixes the blocks that lie in a slot one after another. Every process calls it, before training.
 
             average = AveragedModel(job.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
             job.follow(average)
@@ -173,38 +213,49 @@ class Job:
                     "torch.optim.swa_utils.AveragedModel(model)"
                 ) from error
 
-    def synchronise(self) -> None:
-        """End the round now: fold, hand over, go on with the next plan. Every worker has to call it."""
+    def synchronise(self, bad: Mapping[int, str] | None = None) -> None:
+        """End the round now: fold, hand over, go on with the next plan. Every worker has to call it.
+
+        bad: hosted workers whose round must not count, each with the reason; see `step`.
+        """
         strategy = self.strategy.at(self.round)
         next_plans = self.plans_of(self.round + 1)
         subnets = {worker.index: worker.subnet for worker in self.workers}
         for subnet in subnets.values():
             subnet.check_attached()
-        copies = [Copy(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
-        copies += self._state_copies(strategy.optimizer_state)
-        anchors = {worker.index: worker.state[ANCHOR] for worker in self.workers} if strategy.outer else {}
-        averages = {w.index: w.average.flat for w in self.workers if w.average is not None}
-        if averages:
-            copies.append(Copy(AVERAGE, averages, moves=True, averages=True))
-        if strategy.outer:
-            velocities = {worker.index: worker.state[VELOCITY] for worker in self.workers}
-            copies.append(Copy(VELOCITY, velocities, moves=True, averages=False, folds=False))
+        copies = self._copies(strategy, bad or {})
+        spares: Mapping[tuple[int, int], Tensor] = {}
         if not strategy.every_step:
-            Exchange(self.ledger, subnets, copies, self.plans, next_plans, strategy.outer, anchors).finish()
+            exchange = Exchange(
+                self.ledger,
+                subnets,
+                copies,
+                self.plans,
+                next_plans,
+                strategy.outer,
+                {worker.index: worker.start for worker in self.workers if worker.start is not None},
+                self.dropped.keys(),
+                self.safety,
+            )
+            exchange.finish()
+            spares = exchange.spares
         for number, worker in enumerate(self.workers):
             capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
-            worker.state = {one.name: one.flats[worker.index] for one in copies[1:] if one.name != AVERAGE}
+            flats = {one.name: one.flats[worker.index] for one in copies}
+            worker.state = {name: flat for name, flat in flats.items() if name not in (WEIGHTS, AVERAGE)}
             if tuple(capacities) != worker.subnet.capacities:
                 before = {id(parameter) for parameter in worker.model.parameters()}
-                worker.subnet.resize(capacities, copies[0].flats[worker.index])
+                worker.subnet.resize(capacities, flats[WEIGHTS])
                 if self._optimizers:
                     follow_resize(worker.subnet, self._optimizers[number], before, worker.state)
                 if worker.average is not None:
-                    worker.average.resize(capacities, averages[worker.index])
+                    worker.average.resize(capacities, flats[AVERAGE])
         self.plans = next_plans
         self.round += 1
         self._steps_in_round = 0
-        self.mark_anchors()
+        self.mark_starts()
+        if self.safety:
+            self._keep_safe(spares)
 
     def finish(self) -> None:
         """Fold the last, short round, if steps are open. Nothing that a worker learned is left out."""
@@ -246,7 +297,7 @@ class Job:
         if full is None or own is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
-        if self.batchnorm == "recalibrate" and _has_running_statistics(full.model):
+        if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
             recalibrate(full.model, batches, own.device)
         return full.model.eval()
 
@@ -254,37 +305,78 @@ class Job:
         """Leave the process group, if there is one."""
         self.ledger.close()
 
-    def mark_anchors(self) -> None:
-        """For an outer optimizer: remember the weights with which this round begins."""
-        if self.strategy.at(self.round).outer is None:
-            return
+    def mark_starts(self) -> None:
+        """Remember the weights with which this round begins, where something will ask for them."""
+        outer = self.strategy.at(self.round).outer is not None
         for worker in self.workers:
-            worker.state[ANCHOR] = worker.subnet.flat.clone()
-            worker.state.setdefault(VELOCITY, torch.zeros_like(worker.subnet.flat))
+            if outer or self.safety or self.nonfinite == "drop":
+                worker.start = worker.subnet.flat.clone()
+            if outer:
+                worker.state.setdefault(VELOCITY, torch.zeros_like(worker.subnet.flat))
 
-    def _state_copies(self, policy: str) -> list[Copy]:
+    @torch.no_grad()
+    def _keep_safe(self, spares: Mapping[tuple[int, int], Tensor]) -> None:
+        """Keep what this process has of the synchronised network; forget the copy before when all have theirs.
+
+        Waits for all processes. If one is lost now, the others still have the one copy or the other, complete.
+        """
+        tensors: dict[str, Tensor] = {}
+        for worker in self.workers:
+            tensors |= worker.subnet.state(self.held_by(worker), worker.start)
+        layouts = self.workers[0].subnet.block_layouts
+        for (number, block), flat in spares.items():
+            name = self.chains[number].block_name(block)
+            tensors |= {f"{name}.{key}": piece.view(flat) for key, piece in layouts[number].pieces.items()}
+        self.safe.append(SafeCopy(self.round, self.step_index, tensors))
+        self.ledger.gather_text("kept")
+        del self.safe[:-1]
+
+    def held_by(self, worker: Worker) -> list[tuple[int, ...]]:
+        """The blocks of each chain that a hosted worker holds, in the order of its slots."""
+        return [self.plans[chain.name].blocks[worker.index] for chain in self.chains]
+
+    def _copies(self, strategy: Strategy, bad: Mapping[int, str]) -> list[Copy]:
+        """What is exchanged at the end of this round. Waits for all processes, to agree on it."""
+        policy, averages = strategy.optimizer_state, {w.index: w.average.flat for w in self.workers if w.average}
         if policy == "reset":
-            for optimizer in self._optimizers:
+            for worker, optimizer in zip(self.workers, self._optimizers, strict=False):
                 optimizer.state.clear()
-            return []
+                worker.state = {kind: flat for kind, flat in worker.state.items() if kind == VELOCITY}
         for worker, optimizer in zip(self.workers, self._optimizers, strict=False):
             adopt_state(worker.subnet, optimizer, worker.state)
-        copies: list[Copy] = []
-        for kind in self._kinds():
+        copies = [Copy(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
+        for kind in self._agree_on_round(bad):
             flats = {w.index: w.state.setdefault(kind, torch.zeros_like(w.subnet.flat)) for w in self.workers}
             copies.append(Copy(kind, flats, moves=policy in ("travel", "average"), averages=policy == "average"))
+        if averages:
+            copies.append(Copy(AVERAGE, averages, moves=True, averages=True))
+        if strategy.outer:
+            velocities = {worker.index: worker.state[VELOCITY] for worker in self.workers}
+            copies.append(Copy(VELOCITY, velocities, moves=True, averages=False, folds=False))
         return copies
 
-    def _kinds(self) -> list[str]:
-        """The kinds of optimizer state that any worker has. Waits for all processes.
+    def _agree_on_round(self, bad: Mapping[int, str]) -> list[str]:
+        """The kinds of optimizer state that any worker has; sets `dropped`. Waits for all processes.
 
-        A worker has none yet where a GradScaler left all its steps out; what moves has to be the same list everywhere.
+        A worker has no state yet where a GradScaler left all its steps out; what moves has to be the same list
+        everywhere. Raises DivergedError where weights are no numbers, unless such workers may be left out.
         """
-        kinds = sorted({kind for worker in self.workers for kind in worker.state} - {ANCHOR, VELOCITY})
-        mine = json.dumps({"averages": any(worker.average for worker in self.workers), "kinds": kinds})
-        told = [json.loads(text) for text in (self.ledger.gather_text(mine) if self.ledger.num_processes > 1 else [mine])]
+        found = {w.index: "weights that are not finite" for w in self.workers if not all_finite(w.subnet.flat)}
+        mine = {
+            "averages": any(worker.average for worker in self.workers),
+            "kinds": sorted({kind for worker in self.workers for kind in worker.state} - {VELOCITY}),
+            "bad": {**found, **bad},
+        }
+        told = [json.loads(text) for text in self.ledger.gather_text(json.dumps(mine))]
         if len({one["averages"] for one in told}) > 1:
             raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
+        self.dropped = {int(worker): reason for one in told for worker, reason in one["bad"].items()}
+        if self.dropped and (self.nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
+            worker, reason = min(self.dropped.items())
+            raise DivergedError(
+                f"worker {worker} has {reason} at the end of round {self.round} (step {self.step_index}): training "
+                "diverged; lower the learning rate or let it rise slowly"
+            )
         return sorted({kind for one in told for kind in one["kinds"]})
 
     @property
@@ -306,58 +398,25 @@ class Job:
 
     def _agree(self, full: nn.Module, channels_last: bool) -> None:
         """Compare with the other processes what must be equal, before anything hangs or aborts because it is not."""
-        shapes = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors_of(full).items()])
-        weights = blake2b(digest_size=8)
-        for tensor in tensors_of(full).values():
-            weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        network = fingerprint(full)
         mine = {  # causes before what follows from them: the first difference is the one that is named
             "workers": self.strategy.workers,
             "strategy": [(s.name, s.local_steps, s.optimizer_state, s.at_round) for s in _parts(self.strategy)],
             "seed": self.seed,
             "batchnorm": self.batchnorm,
             "channels_last": channels_last,
-            "model": blake2b(shapes.encode(), digest_size=8).hexdigest(),
+            "safety": self.safety,
+            "nonfinite": self.nonfinite,
+            "model": network["structure"],
             "chains": [chain.name for chain in self.chains],
             "capacities": [
                 s.assign(chain.num_blocks, chain.name, self.seed, 0).capacities
                 for s in _parts(self.strategy)
                 for chain in self.chains
             ],
-            "initial weights": weights.hexdigest(),
+            "initial weights": network["weights"],
         }
         check_agreement(self.ledger, mine)
-
-
-def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """`build_model()` with torch's generator of the host seeded, the caller's random state untouched.
-
-    Not `torch.manual_seed`: that seeds the generators of all devices too, and nobody would restore those.
-    """
-    if isinstance(build_model, nn.Module):  # which can be called as well
-        raise UserError(
-            f"Job was given a {type(build_model).__name__}; give it the function that builds one, as in "
-            "Job(lambda: Net(), ...), so that all processes begin with the same weights"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = build_model()
-    if not isinstance(model, nn.Module):
-        raise UserError(f"build_model() returned a {type(model).__name__}; it has to return the network, an nn.Module")
-    return model
-
-
-def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torch.device) -> None:
-    """Estimate all running BatchNorm statistics of `model` anew, as the mean over `batches`."""
-    if batches is None:
-        raise UserError(
-            "batchnorm='recalibrate' estimates statistics on training batches; call full_model(batches), "
-            "or give Job batchnorm='average'"
-        )
-    update_bn(batches, model, device=device)
-
-
-def _has_running_statistics(model: nn.Module) -> bool:
-    return any(getattr(module, "running_mean", None) is not None for module in model.modules())
 
 
 def _parts(strategy: Strategy) -> list[Strategy]:

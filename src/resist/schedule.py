@@ -14,7 +14,8 @@ from resist.plan import Plan
 
 @dataclass(frozen=True)
 class Message:
-    """One block on its way. `phase` is "fold" (a copy to the owner) or "hand_over" (owner to next holder)."""
+    """One block on its way. `phase` is "fold" (a copy to the owner), "hand_over" (owner to next holder) or "safety"
+    (a second copy)."""
 
     phase: str
     chain: str
@@ -89,6 +90,41 @@ def _load(messages: Iterable[Message]) -> Counter[tuple[str, int]]:
         load["out", message.source] += message.num_bytes
         load["in", message.target] += message.num_bytes
     return load
+
+
+@dataclass(frozen=True)
+class Safekeeping:
+    """Second copies of the blocks that would have only one holder after a synchronisation.
+
+    kept:     (chain, block) -> the worker that keeps what it hands over: it need only not forget it.
+    messages: ("safety") copies of blocks that stay alone where they are, to a worker that has none.
+    """
+
+    kept: Mapping[tuple[str, int], int]
+    messages: tuple[Message, ...]
+
+
+def safekeeping(
+    plan: Schedule, next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]
+) -> Safekeeping:
+    """Where a second copy of each block lies, so that any one of two or more workers can be lost. Copies that have to
+    be sent go to those that have been sent the fewest bytes."""
+    kept: dict[tuple[str, int], int] = {}
+    messages: list[Message] = []
+    received = Counter({worker: 0 for one in next_plans.values() for worker in range(one.workers)})
+    for message in plan.messages:
+        received[message.target] += message.num_bytes
+    for (chain, block), owner in sorted(plan.owners.items()):
+        holders = next_plans[chain].holders(block)
+        if len(holders) > 1:
+            continue
+        if owner not in holders:
+            kept[chain, block] = owner
+            continue
+        keeper = min((w for w in received if w != owner), key=lambda worker: (received[worker], worker))
+        received[keeper] += block_bytes[chain]
+        messages.append(Message("safety", chain, block, owner, keeper, block_bytes[chain]))
+    return Safekeeping(kept, tuple(messages))
 
 
 def allreduce_bytes(num_bytes: int, workers: int) -> int:

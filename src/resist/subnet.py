@@ -147,7 +147,8 @@ class Subnet:
         for name, buffer in template.named_buffers(remove_duplicate=False):
             users = {(place.chain, place.slot) for place in map(self.place, names[id(buffer)])}
             if buffer.is_floating_point() and len(users) > 1:
-                common[self._key(name)] = buffer.detach().to(buffer.device if buffer.is_meta else self.device, copy=True)
+                device = buffer.device if buffer.is_meta else self.device
+                common[self._key(name)] = buffer.detach().to(device, copy=True)
         return common
 
     def _containers(self) -> list[str]:
@@ -283,14 +284,6 @@ def skeleton(module: nn.Module) -> nn.Module:
         if buffer.is_floating_point():
             memo[id(buffer)] = buffer.detach().to("meta")
     return copy.deepcopy(module, memo)
-
-
-def use_batch_statistics(model: nn.Module) -> None:
-    """Take the running statistics out of every BatchNorm layer: it then uses the batch's own, at test time too."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
 class ScaleBranch:

@@ -6,24 +6,26 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import resist
-from resist.checkpoint import Checkpoints, restore
+from resist.checkpoint import Checkpoints
 from resist.comm import Transport, check_agreement, connect, together
 from resist.config import TrainConfig
 from resist.device import Clock, pick_device
-from resist.errors import AgreedError
+from resist.errors import AgreedError, DivergedError, UserError, WorkerLostError
 from resist.full import FILE, save_full
 from resist.job import Job
 from resist.plan import Plan
 from resist.progress import Progress
 from resist.rates import evaluation_rounds, num_steps, rate
+from resist.rescue import write_diverged, write_safe_copies
 from resist.resume import starting_point
 from resist.runs import Run, default_out
 from resist.tasks import Task, open_task
@@ -50,7 +52,7 @@ def train(config: TrainConfig) -> int:
         config = config.with_warmup_rounds(images_per_epoch)
         for note in task.notes if speaks else ():
             print(f"resist: {note}", flush=True)
-        source, start = starting_point(config, transport, speaks)
+        start = starting_point(config, transport, speaks)
         job = Job(
             task.network,
             config.strategy(),
@@ -61,7 +63,9 @@ def train(config: TrainConfig) -> int:
             device=device,
             channels_last=config.machine.channels_last,
             transport=transport,
-            start=start,
+            nonfinite=config.method.nonfinite,
+            safety=config.method.safety == "copy",
+            start=(start.round, start.step),
         )
         if speaks:
             for chain in job.chains:
@@ -71,30 +75,46 @@ def train(config: TrainConfig) -> int:
         steps = num_steps(config.optimisation, images_per_epoch)
         if job.step_index >= steps:
             raise AgreedError(f"the run has done all its {steps} steps; train anew, with more --epochs")
-        if source is not None:
-            path, same = source
-            optimizers = tuple(trainer.optimizer for trainer in trainers)
-            together(transport, lambda: restore(job, optimizers, path, same_workers=same))
+        together(transport, lambda: start.restore(job, tuple(trainer.optimizer for trainer in trainers)))
         out = config.run.resume or config.run.out or default_out(config)
         resume_round = None if config.run.resume is None else job.round
         run = together(transport, lambda: Run(out, config, resume_round) if speaks else None)
         out = Path(transport.gather_text(str(out))[0])  # the time of the first process, where it is in the name
-        return Training(config, task, job, trainers, run, Checkpoints(out / "checkpoints", transport)).go_on(steps)
+        training = Training(config, task, job, trainers, run, Checkpoints(out / "checkpoints", transport))
+        return _surviving(out, job, lambda: training.go_on(steps))
     finally:
         transport.close()
+
+
+def _surviving(out: Path, job: Job, action: Callable[[], int]) -> int:
+    """`action()`; where it ends because a worker was lost or diverged, what this process has is written first."""
+    try:
+        return action()
+    except WorkerLostError as lost:
+        kept = ""
+        if job.safe:
+            write_safe_copies(out / "rescue", job)
+            kept = f"; safe copies of round {job.safe[-1].round} are in {out / 'rescue'}"
+        raise WorkerLostError(f"round {job.round}: {lost}{kept}; go on with resist train --resume {out}") from lost
+    except DivergedError as error:
+        write_diverged(out / "diverged", job)
+        if job.safe:
+            write_safe_copies(out / "rescue", job)
+        where = f"the weights are in {out / 'diverged'}; to go on from before: --resume {out} --lr ..."
+        raise DivergedError(f"{error}; {where}") from error
 
 
 @dataclass(frozen=True)
 class News:
     """What all processes know before a round is folded.
 
-    workers:   each worker's mean loss, and its share of its process's seconds of compute.
+    workers:   each worker's mean loss (None: not a number), and its share of its process's seconds of compute.
     compute_s: seconds that the slowest process computed.
     stop:      whether a budget is used up, and the run ends after this round.
     interrupted: whether a process was told to end by a signal.
     """
 
-    workers: list[dict[str, float]]
+    workers: list[dict[str, Any]]
     compute_s: float
     stop: bool
     interrupted: bool
@@ -117,6 +137,7 @@ class Training:
         self.optimizers = tuple(trainer.optimizer for trainer in trainers)
         self.device = job.workers[0].subnet.device
         self.clock = Clock(self.device)
+        self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
 
     def go_on(self, steps: int) -> int:
         """Train up to step `steps`. Returns the exit status."""
@@ -128,7 +149,7 @@ class Training:
             self.clock.lap()
             for step in range(job.step_index, steps):
                 lr = rate(config.optimisation, step, steps)
-                losses.append(torch.stack([trainer.step(step, lr) for trainer in self.trainers]))
+                losses.append(self._step(step, lr))
                 if job.steps_left > 1 and step < steps - 1:
                     job.step(*self.optimizers)
                     continue
@@ -142,8 +163,22 @@ class Training:
                     break
                 self.clock.lap()
             self.checkpoints.finish()
+            if self.failed is not None:
+                raise UserError(self.failed)
             progress.finish(job)
         return 0
+
+    def _step(self, step: int, lr: float) -> Tensor:
+        """A step of every hosted worker: their losses. Where a batch cannot be had the others hear of it at the end of
+        the round, and so all end with that line; until then there is nothing to do."""
+        if self.failed is None:
+            try:
+                return torch.stack([trainer.step(step, lr) for trainer in self.trainers])
+            except UserError as error:
+                if self.job.strategy.at(self.job.round).every_step:
+                    raise  # the others wait within the step
+                self.failed = str(error)
+        return torch.full((len(self.trainers),), math.nan, device=self.device)
 
     def _end_round(
         self, losses: Sequence[Tensor], lr: float, progress: Progress, interrupted: threading.Event, *, last: bool
@@ -152,11 +187,13 @@ class Training:
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimisation.batch_size
         compute_s = lap()
         stop = self.run is not None and progress.reached(self.config.budgets(), compute_s)
-        news = self._compare(torch.stack(list(losses)), compute_s, stop, interrupted.is_set())
+        values = torch.stack(list(losses)).cpu()
+        bad = self._bad(values)
+        news = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
         last, plans = news.stop or last, job.plans
         seconds = {"compute": news.compute_s, "wait": max(0.0, lap() - news.compute_s + compute_s)}
-        job.step(*self.optimizers)
-        job.finish()  # the last round may be short
+        if not job.step(*self.optimizers, bad=bad):
+            job.synchronise(bad)  # the last round may be short
         seconds["sync"] = lap()
         if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
             self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
@@ -178,41 +215,59 @@ class Training:
         )
         return news
 
-    def _compare(self, losses: Tensor, compute_s: float, stop: bool, interrupted: bool) -> News:
-        """Tell the others, and hear from them. Waits for the slowest. losses: (steps, hosted workers).
+    def _bad(self, losses: Tensor) -> dict[int, str]:
+        """The hosted workers whose losses, (steps, hosted workers), are not all numbers, and since when."""
+        first_step = self.job.step_index + 1 - len(losses)
+        bad: dict[int, str] = {}
+        for trainer, values in zip(self.trainers, losses.T, strict=True):
+            wrong = (~values.isfinite()).nonzero()
+            if len(wrong):
+                step = int(wrong[0])
+                bad[trainer.index] = f"a loss of {float(values[step])} in step {first_step + step}"
+        return bad
 
-        Raises AgreedError when a worker's loss is no longer a number.
+    def _compare(self, losses: list[float], compute_s: float, stop: bool, interrupted: bool) -> News:
+        """Tell the others, and hear from them. Waits for the slowest. losses: the mean of each hosted worker.
+
+        Raises AgreedError where a process has failed.
         """
+        share = round(compute_s / len(self.trainers), 6)
         own = [
-            {"worker": trainer.index, "loss": value, "compute_s": round(compute_s / len(self.trainers), 6)}
-            for trainer, value in zip(self.trainers, losses.mean(0).tolist(), strict=True)
+            {"worker": trainer.index, "loss": loss if math.isfinite(loss) else None, "compute_s": share}
+            for trainer, loss in zip(self.trainers, losses, strict=True)
         ]
-        mine = {"workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted}
+        mine = {
+            "workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted, "failed": self.failed
+        }
         told = [json.loads(text) for text in self.job.ledger.gather_text(json.dumps(mine))]
+        for one in told:
+            if one["failed"] is not None:
+                raise AgreedError(one["failed"])
         workers = [worker for one in told for worker in one["workers"]]
-        for worker in workers:
-            if not math.isfinite(worker["loss"]):
-                raise AgreedError(
-                    f"the loss of worker {worker['worker']} is {worker['loss']} in round {self.job.round}: training "
-                    "diverged; lower --lr or raise --lr-warmup-steps"
-                )
         slowest = max(one["compute_s"] for one in told)
         return News(workers, slowest, any(one["stop"] for one in told), any(one["interrupted"] for one in told))
 
     def _evaluate(self, *, last: bool) -> dict[str, float]:
-        """Test the full network where worker 0 lives ({} elsewhere); the last one is kept in the run directory."""
+        """Test the full network where worker 0 lives ({} elsewhere); the last one is kept in the run directory.
+        Where an image cannot be read the others hear of it at the end of the next round."""
         full = self.job.full_model(self.task.calibration(self.job.seed))
         if full is None or self.run is None:
             return {}
         if last:
             save_full(full, self.job.chains, self.job.scales, self.run.path / FILE)
-        return {name: round(value, 6) for name, value in self.task.test(full).items()}
+        try:
+            return {name: round(value, 6) for name, value in self.task.test(full).items()}
+        except UserError as error:
+            self.failed = str(error)
+            return {}
 
 
 def _record(job: Job, news: News, plans: Mapping[str, Plan]) -> dict[str, object]:
     """What metrics.jsonl keeps of a round beside its numbers: losses, bytes, who held what."""
+    losses = [worker["loss"] for worker in news.workers if worker["loss"] is not None]
     return {
-        "loss": sum(worker["loss"] for worker in news.workers) / len(news.workers),
+        "loss": sum(losses) / len(losses),
+        **({"dropped": job.dropped} if job.dropped else {}),
         **job.ledger.take(),
         "capacity": {name: plan.capacities for name, plan in plans.items()},
         "plan": {name: plan.blocks for name, plan in plans.items()},

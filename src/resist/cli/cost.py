@@ -36,6 +36,8 @@ class CostConfig:
     """As in resist train; for one number of workers."""
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
     """As in resist train."""
+    safety: Literal["none", "copy"] = "none"
+    """As in resist train: count the memory and the bytes of second copies."""
     link_gbit_s: float | None = None
     """Rate of each worker's link, each way. With a speed of the devices, seconds are predicted."""
     latency_ms: float = 0.0
@@ -83,6 +85,7 @@ def run_cost(config: CostConfig, arguments: list[str]) -> int:
         loss=loss,
         local_steps=config.local_steps,
         optimizer_state=config.optimizer_state,
+        safety=config.safety == "copy",
         min_depth=config.min_depth,
         capacities=config.capacities or None,
         link=link,

@@ -23,22 +23,26 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     before = read_config(path)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     machine = {f.name for f in fields(MachineConfig)}
-    for name in sorted(given - machine - {"resume", "workers", "data_dir", "loaders"}):
+    may = machine | {"resume", "workers", "data_dir", "loaders", "lr", "nonfinite", "safety"}
+    for name in sorted(given - may):
         raise UserError(f"--{name.replace('_', '-')} cannot change in a run that goes on; leave it out")
     workers = config.method.workers if "workers" in given else before.method.workers
     epochs = before.optimisation.epochs * before.method.workers / workers  # as many images for all together
-    here = {name: getattr(config.network, name) for name in ("data_dir", "loaders") if name in given}
+    lr = config.optimisation.lr if "lr" in given else before.optimisation.lr
+    again = {name: getattr(config.method, name) for name in {"nonfinite", "safety"} & given}
+    here = {name: getattr(config.network, name) for name in {"data_dir", "loaders"} & given}
     return TrainConfig(
         network=replace(before.network, **here),
-        method=replace(before.method, workers=workers),
-        optimisation=replace(before.optimisation, epochs=epochs),
+        method=replace(before.method, workers=workers, **again),
+        optimisation=replace(before.optimisation, epochs=epochs, lr=lr),
         machine=replace(before.machine, **{name: getattr(config.machine, name) for name in machine & given}),
         run=replace(before.run, resume=path),
     )
 
 
 def run_train(config: TrainConfig, arguments: list[str]) -> int:
-    config.check()
+    if config.run.resume is None:  # else most of it comes from the run
+        config.check()
     again, out = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0, config.run.out
     if again and out is not None and (out / "config.json").exists():
         # torchrun has started us again after a process died: go on from the last checkpoint

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from resist.build import build_seeded
 from resist.chains import Chain
 from resist.cost.traffic import Part, Sizes
 from resist.errors import UserError
-from resist.job import build_seeded
 from resist.subnet import Subnet
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -34,6 +34,8 @@ class Memory:
     peak:        the most that is alive at one time. Gradients come as activations go, so it is less than the sum.
     buckets:     the copy of all gradients that DistributedDataParallel sends from; `peak` includes it.
     outer:       what an outer optimizer keeps, the round's first weights and its momentum; `peak` includes it.
+    safety:      the safe copy: the round's first weights and spare blocks; `peak` includes it. While workers
+                 synchronise there are two, but then no activations.
     """
 
     weights: int
@@ -43,6 +45,7 @@ class Memory:
     peak: int
     buckets: int = 0
     outer: int = 0
+    safety: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from resist.batchnorm import use_batch_statistics
 from resist.chains import choose_chains, find_chains
 from resist.cost.footprint import BuildOptimizer, Loss, Network, build_on_meta, mean_square, measure, sgd, sizes_of
 from resist.cost.report import Report, Row
@@ -15,7 +16,6 @@ from resist.errors import UserError
 from resist.fold import OPTIMIZER_STATES
 from resist.plan import Plan
 from resist.strategy import Strategy, local_sgd, resist
-from resist.subnet import use_batch_statistics
 
 STRATEGIES = ("resist", "local_sgd", "diloco", "ddp")
 
@@ -30,6 +30,7 @@ def predict(
     image_shape: Sequence[int] = (3, 32, 32),
     local_steps: int = 50,
     optimizer_state: str = "travel",
+    safety: bool = False,
     batchnorm: str = "recalibrate",
     min_depth: int | None = None,
     capacities: Sequence[int] | None = None,
@@ -45,8 +46,8 @@ def predict(
     workers:     the numbers of workers to look at.
     strategies:  of "resist", "local_sgd", "diloco", "ddp". diloco's own optimizer keeps its state, so only weights go.
     batch_size, image_shape: images in a worker's step, and their (channels, height, width).
-    chains, local_steps, optimizer_state, batchnorm, min_depth, capacities, seed: as in `Job` and `resist.resist`;
-                 capacities are those of one number of workers.
+    chains, local_steps, optimizer_state, safety, batchnorm, min_depth, capacities, seed: as in `Job` and
+                 `resist.resist`; capacities are those of one number of workers.
     link, speed: seconds are predicted where both are given; one speed for all workers, or one for each.
     rounds:      how many rounds of real plans the traffic is averaged over.
     build_optimizer, loss: what a step does; loss(model, images) is the scalar that backward begins at.
@@ -74,7 +75,7 @@ def predict(
         )  # fmt: skip
 
     job = _Prediction(
-        sizes_of(template, found), footprint, local_steps, optimizer_state, min_depth, capacities, rounds, seed,
+        sizes_of(template, found), footprint, local_steps, optimizer_state, safety, min_depth, capacities, rounds, seed,
         batch_size, link, speeds,
     )  # fmt: skip
     rows = tuple(job.row(name, number) for number in workers for name in strategies)
@@ -89,6 +90,7 @@ class _Prediction:
     footprint: Callable[[tuple[int, ...]], Network]
     local_steps: int
     optimizer_state: str
+    safety: bool
     min_depth: int | None
     capacities: Sequence[int] | None
     rounds: int
@@ -118,7 +120,7 @@ class _Prediction:
             round_traffic(
                 self.sizes, now, then,
                 workers=workers, optimizer_state="keep" if name == "diloco" else self.optimizer_state,
-                num_states=self.full.num_states,
+                num_states=self.full.num_states, safety=self.safety and workers > 1,
             )
             for now, then in pairwise(plans)
         ]  # fmt: skip
@@ -128,6 +130,9 @@ class _Prediction:
         )
         if name == "diloco":
             networks = tuple(_with_outer(network) for network in networks)
+        if self.safety and workers > 1:
+            spare = [max(one.spare_bytes.get(worker, 0) for one in run) for worker in range(workers)]
+            networks = tuple(_with_safety(n, more, name) for n, more in zip(networks, spare, strict=True))
         seconds = None
         if self.link is not None and self.speeds:
             compute = self.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
@@ -179,6 +184,13 @@ def _with_outer(network: Network) -> Network:
     """With the two copies of the weights that an outer optimizer keeps."""
     memory, more = network.memory, 2 * network.memory.weights
     return replace(network, memory=replace(memory, outer=more, peak=memory.peak + more))
+
+
+def _with_safety(network: Network, spare_bytes: int, name: str) -> Network:
+    """With the safe copy: the round's first weights (which an outer optimizer keeps anyway) and spare blocks."""
+    memory = network.memory
+    more = spare_bytes + (0 if name == "diloco" else memory.weights)
+    return replace(network, memory=replace(memory, safety=more, peak=memory.peak + more))
 
 
 def _check_methods(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from resist.build import build_seeded
 from resist.chains import choose_chains
 from resist.cost.footprint import BuildOptimizer, Loss, count_flops, mean_square, sgd
 from resist.cost.traffic import RoundTraffic
 from resist.errors import UserError
-from resist.job import build_seeded
 from resist.subnet import Subnet, tensors_of
 
 # Of a full-sized Ethernet frame with its preamble and gap (1538 bytes), what TCP over IPv4 with timestamps carries.

@@ -3,11 +3,11 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from resist.chains import Chain
 from resist.plan import Plan
-from resist.schedule import Message, Schedule, allreduce_bytes, schedule
+from resist.schedule import Message, Schedule, allreduce_bytes, safekeeping, schedule
 
 Way = tuple[str, int]  # ("out" or "in", worker): one direction of a worker's link to the network
 
@@ -58,6 +58,7 @@ class RoundTraffic:
                 "buffers" under DistributedDataParallel.
     ring_bytes: what each worker sends, and receives, in all-reduces; allreduces: how many there are.
     fold, hand_over: bytes by way in each of the two phases of point-to-point messages.
+    spare_bytes: second copies of blocks that each worker keeps, with `safety`.
     """
 
     bytes: Mapping[str, int]
@@ -65,6 +66,7 @@ class RoundTraffic:
     allreduces: int
     fold: Mapping[Way, int]
     hand_over: Mapping[Way, int]
+    spare_bytes: Mapping[int, int] = field(default_factory=dict)
 
     def links(self, workers: int) -> dict[Way, int]:
         """Bytes over every link, all-reduces included."""
@@ -111,31 +113,41 @@ def round_traffic(
     workers: int,
     optimizer_state: str,
     num_states: int,
+    safety: bool = False,
 ) -> RoundTraffic:
     """What the synchronisation from `plans` to `next_plans` sends (both keyed by chain).
 
     optimizer_state: the policy, see `resist.fold`.
     num_states:      values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
+    safety:          whether second copies of blocks are kept, and sent where nobody has one.
     """
     common = all(plan.held_by_all for plan in (*plans.values(), *next_plans.values()))
     ring = allreduce_bytes((sizes.whole() if common else sizes.shared).numel * sizes.itemsize, workers)
     lists = Schedule((), (), {})
+    block_bytes = {c.name: b.numel * sizes.itemsize for c, b in zip(sizes.chains, sizes.blocks, strict=True)}
     if not common:
-        block_bytes = {c.name: b.numel * sizes.itemsize for c, b in zip(sizes.chains, sizes.blocks, strict=True)}
         lists = schedule(plans, next_plans, block_bytes)
     moving = num_states if optimizer_state in ("travel", "average") else 0
     averaged = num_states if optimizer_state == "average" else 0
+    safe = safekeeping(lists, next_plans, block_bytes) if safety else None
+    spare, more = Counter[int](), safe.messages if safe else ()
+    for (chain, _), keeper in (safe.kept if safe else {}).items():
+        spare[keeper] += block_bytes[chain]
+    for message in more:
+        spare[message.target] += message.num_bytes
     num_bytes = {
         "shared": workers * ring,
         "blocks": lists.num_bytes,
         "state": workers * ring * averaged + lists.num_bytes * moving,
+        **({"safety": sum(message.num_bytes for message in more)} if safety else {}),
     }
     return RoundTraffic(
         num_bytes,
         ring * (1 + averaged),
         1 + averaged if workers > 1 else 0,
         _links(lists.fold, 1 + moving),
-        _links(lists.hand_over, 1 + moving),
+        Counter(_links(lists.hand_over, 1 + moving)) + Counter(_links(more, 1)),
+        spare,
     )
 
 

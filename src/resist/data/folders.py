@@ -12,18 +12,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import v2
 
 from resist.data.images import normalise
 from resist.data.listing import Listing, class_names, list_split
 from resist.data.stream import Stream, in_order, seeded
 from resist.errors import UserError
+
+if TYPE_CHECKING:  # it takes seconds to import, which only those shall wait who have photographs
+    from torchvision.transforms import v2
 
 # Of the photographs of ImageNet, per channel, of pixels in 0..1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -101,7 +103,7 @@ class Reader:
     """What a stream reads from: (image (3, size, size) uint8, label) by index and seed."""
 
     listing: Listing
-    transform: v2.Transform
+    transform: "v2.Transform"
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -113,11 +115,15 @@ class Reader:
             return self.transform(image), int(self.listing.labels[index])
 
 
-def augmentation(size: int) -> v2.Transform:
+def augmentation(size: int) -> "v2.Transform":
+    from torchvision.transforms import v2
+
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
-def middle(size: int) -> v2.Transform:
+def middle(size: int) -> "v2.Transform":
+    from torchvision.transforms import v2
+
     return v2.Compose([v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size), v2.PILToTensor()])
 
 

@@ -63,12 +63,18 @@ def class_names(data_dir: Path) -> list[str]:
     """The classes: the folders below train/. Raises UserError where there are none."""
     train = data_dir / "train"
     try:
-        names = [entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith(".")]
+        names = _folders(train)
     except OSError as error:
         raise UserError(f"{train}: {error.strerror}; {LAYOUT}") from error
     if not names:
         raise UserError(f"{train}: holds no class folders; {LAYOUT}")
-    return sorted(names, key=os.fsencode)
+    return names
+
+
+def _folders(root: Path) -> list[str]:
+    """The names of the folders in `root`, in the order of their bytes; hidden ones are passed over."""
+    with os.scandir(root) as entries:
+        return sorted((e.name for e in entries if e.is_dir() and not e.name.startswith(".")), key=os.fsencode)
 
 
 def list_split(root: Path, classes: list[str], *, skip_bad: bool) -> Listing:
@@ -81,9 +87,8 @@ def list_split(root: Path, classes: list[str], *, skip_bad: bool) -> Listing:
     empty: list[str] = []
     strange: list[str] = []
     try:
-        folders = sorted((e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != "."), key=os.fsencode)
         numbers = {name: number for number, name in enumerate(classes)}
-        for name in folders:
+        for name in _folders(root):
             if name not in numbers:
                 strange.append(name)
                 continue
@@ -91,7 +96,7 @@ def list_split(root: Path, classes: list[str], *, skip_bad: bool) -> Listing:
             found += [(path, numbers[name], size, time) for path, size, time in files]
             empty += [] if files else [name]
     except OSError as error:
-        raise UserError(f"{error.filename or root}: {error.strerror}; {LAYOUT}") from error
+        raise UserError(f"{os.fsdecode(error.filename or root)}: {error.strerror}; {LAYOUT}") from error
     left_out: list[str] = []
     for names, what in ((strange, "is not a class of train/"), (empty, "holds no images")):
         if names and not skip_bad:

@@ -57,16 +57,17 @@ def start_from(model: nn.Module, source: str) -> str:
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """The named tensors in a .safetensors file or in one that torch.save wrote, which is read without running it."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'is no file' if path.exists() else 'No such file or directory'}; give timm:FILE")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; --pretrained takes timm:FILE") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: is no file of weights ({str(error).strip().splitlines()[0][:80]}); give a whole one"
-        ) from error
+    except (
+        OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile
+    ) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
+        raise UserError(f"{path}: is no file of weights ({reason}); give a whole one") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):  # as timm's training script saves
         found = found["state_dict"]
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):

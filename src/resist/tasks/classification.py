@@ -67,10 +67,12 @@ class Classification:
 
     def calibration(self, seed: int) -> Iterator[Tensor]:
         """Augmented images, as in training, since the weights have got used to those."""
-        most = CALIBRATION_PHOTOGRAPHS if isinstance(self.train, Photographs) else CALIBRATION_BATCH
+        most, images = CALIBRATION_BATCH, CALIBRATION_IMAGES
+        if isinstance(self.train, Photographs):
+            most, images = CALIBRATION_PHOTOGRAPHS, min(images, len(self.train))  # reading one takes its time
         size = min(most, len(self.train))
         loader = self.train.loader(batch_size=size, seed=seed, worker=-1, workers=1)  # no worker's own batches
-        for step in range(-(-CALIBRATION_IMAGES // size)):
+        for step in range(-(-images // size)):
             yield loader.batch(step)[0]
 
     def test(self, model: nn.Module) -> dict[str, float]:
