@@ -5,8 +5,8 @@
 
 `overfit` shows that boxes, labels, folding, scale and evaluation are right: target, AP50 above 60 %. `train` starts
 from nothing and is far too short for a good detector; it is reported as it is. Both are the real command, `resist
-train`, with preact_small and photographs of 128 pixels, which two cores can do. `--run RUN` reads a run that was
-trained before with the same options, instead of training.
+train`, with a narrow preact_small and photographs of 128 pixels, which two cores can do. `--run RUN` reads a run that
+was trained before with the same options, instead of training.
 
 One line of JSON with the run's own provenance is appended to benchmarks/results/detection.jsonl. `section` is what
 docs/results.md says of it.
@@ -32,12 +32,12 @@ TARGET = 0.6  # AP50 of `overfit`
 PHOTOGRAPHS = 16
 COMMON = [
     "--task", "detection", "--data", "voc2007", "--workers", "2", "--min-depth", "0", "--image-size", "128",
-    "--batch-size", "4", "--local-steps", "20", "--lr", "0.02", "--lr-warmup-steps", "20", "--schedule", "cosine",
-    "--weight-decay", "1e-4", "--processes", "1", "--loaders", "0",
+    "--sections", "1", "1", "9", "1", "--width", "8", "--batch-size", "4", "--local-steps", "20", "--lr", "0.02",
+    "--lr-warmup-steps", "20", "--schedule", "cosine", "--weight-decay", "1e-4", "--processes", "1", "--loaders", "0",
 ]  # fmt: skip
 SETTINGS = {
-    "overfit": ["--epochs", "80", "--evaluations", "8", "--splits", "sixteen", "sixteen"],
-    "train": ["--epochs", "5", "--evaluations", "3"],
+    "overfit": ["--epochs", "70", "--evaluations", "5", "--splits", "sixteen", "sixteen"],
+    "train": ["--epochs", "4", "--evaluations", "3"],
 }
 
 
@@ -84,6 +84,8 @@ def summary(run: Path) -> Record:
     kinds = sorted({kind for r in rounds for kind in r["bytes"]} - {"evaluate"})
     return {
         "model": config.network.model,
+        "sections": config.network.sections,
+        "width": config.network.width,
         "image_size": config.network.image_size,
         "workers": config.method.workers,
         "local_steps": config.method.local_steps,
@@ -130,13 +132,17 @@ def section(records: list[Record], table: Callable[..., str], provenance: Callab
         if r["setting"] == "overfit":
             reached = r["curve"][-1][2][scores[0]] > TARGET
             verdict = f" Target of {names['overfit']}: above {TARGET:.0%}: {'reached' if reached else '**missed**'}."
+    blocks = " ".join(map(str, one["sections"]))
+    setting = (
+        f"Faster R-CNN with a feature pyramid over {one['model']}, sections {blocks}, width {one['width']}; "
+        f"S = {one['workers']}, l = {one['local_steps']}, photographs of {one['image_size']} pixels, batch "
+        f"{one['batch_size']} a worker, from fresh weights."
+    )
     return "\n\n".join([
-        f"## Detection on PascalVOC\n\nFaster R-CNN with a feature pyramid over {one['model']}, S = {one['workers']}, "
-        f"l = {one['local_steps']}, photographs of {one['image_size']} pixels, batch {one['batch_size']} a worker, "
-        "from fresh weights. AP50 of the full, scaled network, in percent, by the measures of VOC 2007 (11 points) and "
-        "of later years (area). `held` is a worker's share of the weights: neck and heads are most of so small a "
-        "network, and they are shared. `sent` is by all workers, momentum included; beside it what local SGD sends "
-        f"of weights alone.{verdict}",
+        f"## Detection on PascalVOC\n\n{setting} AP50 of the full, scaled network, in percent, by the measures of "
+        "VOC 2007 (11 points) and of later years (area). `held` is a worker's share of the weights: neck and heads are "
+        "most of so small a network, and they are shared. `sent` is by all workers, momentum included; beside it what "
+        f"local SGD sends of weights alone.{verdict}",
         table(["", "rounds", "steps", "last loss", *scores, "held", "sent, MB", "local SGD, MB"], rows),
         f"{scores[0]} on the way: {'; '.join(curves)}.",
         provenance(*records, n=lambda r: f"n = 1 run ({r['setting']})"),

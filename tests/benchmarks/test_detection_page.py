@@ -15,7 +15,8 @@ import detection  # noqa: E402
 import tables  # noqa: E402
 
 RECORD = {
-    "setting": "overfit", "model": "m", "workers": 2, "local_steps": 20, "image_size": 128, "batch_size": 4,
+    "setting": "overfit", "model": "m", "sections": [1], "width": 8, "workers": 2,
+    "local_steps": 20, "image_size": 128, "batch_size": 4,
     "rounds": 2, "steps": 40, "last_loss": 0.5,
     "curve": [[1, 1.0, {"a": 0.1, "b": 0.2}], [2, 0.5, {"a": 0.7, "b": 0.8}]],
     "parameters": 100, "held_by_worker": [75, 75], "bytes": {"shared": 2_000_000, "state": 500_000},
