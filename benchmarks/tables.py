@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import detection
 import resist
 from namespaces import parse_rate
 from resist.batchnorm import use_batch_statistics
@@ -83,6 +84,8 @@ def page(results: Path, network: Record = PAPERS) -> str:
     parts += [memory_table(record) for record in memory]
     parts += accuracy_sections(results / "cifar10.jsonl")
     parts += photographs(results / "imagenet.jsonl")
+    detectors = latest(results / "detection.jsonl", "setting", "model", "workers", "image_size", "seed")
+    parts += [detection.section(detectors, table, provenance)] if detectors else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -48,6 +48,25 @@ def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Modul
 
     Raises UserError in one line when the file is missing, damaged, of another version, or of another network.
     """
+    tensors, scales = read_full(path)
+    expected = model.state_dict()
+    wrong = [n for n, t in expected.items() if n not in tensors or tensors[n].shape != t.shape]
+    wrong += [n for n in tensors if n not in expected]
+    if wrong:
+        raise UserError(f"{path} holds another network than config.json describes: {wrong[0]} differs")
+    missing = [chain.name for chain in chains if chain.name not in scales]
+    if missing:
+        raise UserError(f"{path} says no scale for chain {', '.join(missing)}; it is damaged")
+    model.load_state_dict(tensors, assign=True)
+    scale_branches(model, chains, [scales[chain.name] for chain in chains])
+    return model
+
+
+def read_full(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The tensors of a full network by name, and the scale of each chain's branches.
+
+    Raises UserError in one line when the file is missing, damaged, or of another version.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -58,15 +77,7 @@ def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Modul
         raise UserError(f"{path} is damaged ({error}); restore it, or train anew") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}; another program wrote it")
-    expected = model.state_dict()
-    wrong = [n for n, t in expected.items() if n not in tensors or tensors[n].shape != t.shape]
-    wrong += [n for n in tensors if n not in expected]
-    if wrong:
-        raise UserError(f"{path} holds another network than config.json describes: {wrong[0]} differs")
-    model.load_state_dict(tensors, assign=True)
     try:
-        scales = json.loads(metadata["scales"])
-        scale_branches(model, chains, [float(scales[chain.name]) for chain in chains])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} says no scale for chain {', '.join(c.name for c in chains)}; it is damaged") from error
-    return model
+        return tensors, {chain: float(scale) for chain, scale in json.loads(metadata["scales"]).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} says no scales; it is damaged") from error

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -327,9 +327,10 @@ def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
     """The task, its data downloaded by one process of each host while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     smoothing = config.optimisation.label_smoothing
-    found = together(transport, lambda: open_task(config.network, label_smoothing=smoothing) if first else None)
+    network = config.network if config.run.resume is None else replace(config.network, backbone=None)
+    found = together(transport, lambda: open_task(network, label_smoothing=smoothing) if first else None)
     if found is None:
-        return together(transport, lambda: open_task(config.network, download=False, label_smoothing=smoothing))
+        return together(transport, lambda: open_task(network, download=False, label_smoothing=smoothing))
     together(transport, lambda: None)
     return found
 
