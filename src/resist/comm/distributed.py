@@ -76,7 +76,7 @@ def meeting_point() -> tuple[object, int]:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     own = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-    return dist.TCPStore("127.0.0.1", port, **own), port
+    return dist.TCPStore("127.0.0.1", port, **own), port  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Distributed:
