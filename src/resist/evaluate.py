@@ -56,13 +56,14 @@ def readings_of_run(
 
 def _open(path: Path, data_dir: Path | None) -> tuple[TrainConfig, Task]:
     config = read_config(path)
-    return config, open_task(replace(config.network, data_dir=data_dir or config.network.data_dir, pretrained=None))
+    # What the network began with is of no matter any more, and need not be there.
+    network = replace(config.network, data_dir=data_dir or config.network.data_dir, pretrained=None, backbone=None)
+    return config, open_task(network)
 
 
 def _load(path: Path, config: TrainConfig, task: Task, *, scaled: bool) -> nn.Module:
     """The full network that a run left behind, its chain blocks' branches scaled as in the run, or not at all."""
-    with torch.device("meta"):
-        model = task.network()
+    model = task.network()  # with weights: buffers that are not saved, as tables of positions, have to be right
     if config.method.batchnorm == "batch":
         use_batch_statistics(model)
     return load_full(model, choose_chains(model, config.network.chain) if scaled else (), path / FILE)
