@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import detection
 import resist
 from namespaces import parse_rate
 from resist.batchnorm import use_batch_statistics
@@ -82,6 +83,9 @@ def page(results: Path, network: Record = PAPERS) -> str:
     parts += [exchange(record) for record in loopback]
     parts += [memory_table(record) for record in memory]
     parts += accuracy_sections(results / "cifar10.jsonl")
+    parts += photographs(results / "imagenet.jsonl")
+    detectors = latest(results / "detection.jsonl", "setting", "model", "workers", "image_size", "seed")
+    parts += [detection.section(detectors, table, provenance)] if detectors else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -418,6 +422,46 @@ def accuracy_sections(file: Path) -> list[str]:
     """Nothing where there are no runs."""
     runs = latest(file, *RUN_SETTINGS)
     return [curves(runs), readings(runs)] if runs else []
+
+
+def photographs(file: Path) -> list[str]:
+    """The ImageNet path on a small scale; nothing where it was not run."""
+    records = latest(file, "part", "warmup_epochs")
+    runs = [r for r in records if r["part"] == "train"]
+    parts = [
+        "## Photographs in folders: the ImageNet path, of a size that two cores can train\n\n50 classes of Tiny ImageNet, S = 2 "
+        "in two processes; the setting is told in `benchmarks/imagenet.py`. It shows that the path works, not what ImageNet gives. "
+        "Chance is 2 %; on 1,250 test images a share near 15 % is known to about 2 points, so that the rows cannot be told apart "
+        "unless they are further from one another."
+    ]
+    if runs:
+        epochs = min(len(r["loss_by_epoch"]) for r in runs)
+        epochs -= epochs > 6  # what is beyond the sixth is the rest of a last round
+        rows = [
+            [f"{r['warmup_epochs']:g} epochs ({r['warmup_rounds']} of {r['rounds']} rounds)",
+             *(f"{loss:.3f}" for loss in r["loss_by_epoch"][:epochs]),
+             show(100 * r["accuracy"]), show(100 * r["top5"]), f"{r['gb_sent']:.3f}"]
+            for r in runs
+        ]  # fmt: skip
+        head = ["local SGD first", *(f"loss, epoch {e + 1}" for e in range(epochs)), "top 1, %", "top 5, %", "GB sent"]
+        parts += ["Mean loss (labels smoothed by 0.1) of the rounds that end in an epoch; test accuracy of the scaled full network.",
+                  table(head, rows)]  # fmt: skip
+    for r in records:
+        if r["part"] == "resume":
+            parts.append(
+                f"Ended by SIGTERM after round {r['interrupted_after']} of {r['rounds']} (status {r['status']}) and gone on with: the loss of "
+                f"a round differs from that of the undisturbed run by at most {r['greatest_difference']:g}; the test accuracy "
+                + ("is the same." if r["same_accuracy"] else "**differs**.")
+            )
+        if r["part"] == "input":
+            read, trained = r["read_images_s"], r["trained_images_s"]
+            rates = ", ".join(f"{read[n]:.0f} with {n}" for n in read)
+            parts.append(
+                f"Input pipeline, images/s read, decoded and augmented: {rates} processes ({read['1'] / trained:.1f} times with 1 what the "
+                f"network trains on one thread, {trained:.0f} images/s). With both at once {r['both_images_s']:.0f} images/s; "
+                f"{r['waited_share']:.1%} of the time went into waiting for data. Others were at work too: load {r['load']:g}."
+            )
+    return ["\n\n".join([*parts, provenance(*records, n=lambda r: "n = 1 of each, so no spread is known")])] if records else []
 
 
 def run_name(run: Record) -> str:

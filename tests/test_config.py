@@ -53,6 +53,13 @@ def refused(**parts: object) -> str:
         ("method", "scale", "big", "--scale 'big'"),
         ("method", "scale", "-1", "--scale '-1'"),
         ("method", "warmup_rounds", -1, "--warmup-rounds -1"),
+        ("method", "warmup_epochs", -0.5, "--warmup-epochs -0.5"),
+        ("optimisation", "label_smoothing", -0.1, "--label-smoothing -0.1 is too small"),
+        ("optimisation", "label_smoothing", 1.0, "--label-smoothing 1.0 leaves nothing of the labels"),
+        ("network", "image_size", 224, "--image-size says nothing to --data digits, only to folder, imagenet"),
+        ("network", "loaders", 2, "--loaders says nothing to --data digits"),
+        ("network", "loaders", -1, "--loaders -1 is too small"),
+        ("network", "skip_bad_files", True, "--skip-bad-files says nothing to --data digits"),
         ("machine", "processes", 5, "--processes 5 exceeds --workers 4"),
         ("machine", "timeout_s", 0.0, "--timeout-s 0.0"),
         ("run", "evaluations", 0, "--evaluations 0"),
@@ -114,3 +121,19 @@ def test_any_value_of_any_entry_is_read_or_refused_in_one_line(entry: tuple[str,
         config.check()
     except UserError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("epochs", "rounds"), [(0.0, 0), (0.01, 1), (1.0, 8), (1.01, 9), (2.5, 20)])
+def test_warm_up_in_epochs_becomes_whole_rounds(epochs: float, rounds: int) -> None:
+    config = TrainConfig(
+        method=MethodConfig(warmup_epochs=epochs, local_steps=5), optimisation=OptimisationConfig(batch_size=25)
+    ).with_warmup_rounds(1000)
+    config.check()
+    assert (config.method.warmup_rounds, config.method.warmup_epochs) == (rounds, 0.0)
+    names = [config.strategy().at(round).name for round in range(rounds + 1)]
+    assert names == ["local_sgd"] * rounds + ["resist"]
+
+
+def test_warm_up_is_said_once() -> None:
+    assert "give one of the two" in refused(method=MethodConfig(warmup_rounds=1, warmup_epochs=1.0))
+    assert "--warmup-epochs" in refused(method=MethodConfig(strategy="ddp", warmup_epochs=1.0))

@@ -52,8 +52,8 @@ def test_every_image_comes_once_an_epoch(num: int, size: int, worker: int, sampl
         return
     data = loader(num, batch_size=size, worker=worker % workers, workers=workers, sampling=sampling)
     assert data.images_per_epoch == own
-    drawn = torch.cat([data.indices(step) for step in range(3 * own // size + 1)])
-    assert all(len(data.indices(step)) == size for step in range(3))
+    drawn = torch.cat([data.order.indices(step) for step in range(3 * own // size + 1)])
+    assert all(len(data.order.indices(step)) == size for step in range(3))
     for epoch in range(3):
         seen = Counter(drawn[epoch * own : (epoch + 1) * own].tolist())
         assert set(seen.values()) == {1}
@@ -65,7 +65,7 @@ def test_shards_are_disjoint_complete_and_even(num: int, workers: int, seed: int
     shards = [
         set(Loader(
             numbered(num), batch_size=num // workers, seed=seed, worker=w, workers=workers, sampling="shard"
-        )._own.tolist())
+        ).order.own.tolist())
         for w in range(workers)
     ]
     assert sum(len(shard) for shard in shards) == num

@@ -22,7 +22,7 @@ from resist.cli import main
 from resist.errors import UserError
 from resist.export import difference, fold, fold_scale, load_scaled, scale_blocks, scales_of
 from resist.export.files import state_of, write_program, write_state
-from resist.export.recipe import Recipe, check_loads
+from resist.export.recipe import Recipe, check_loads, timm_counterpart
 from resist.full import save_full
 from resist.job import Job
 from resist.models import build
@@ -422,6 +422,41 @@ def test_runs_of_their_networks(capsys, tmp_path, monkeypatch, runs, model: str,
     assert ("approximate: test accuracy" in text) is (name == "resnet18")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["preact_resnet101_imagenet", "preact_resnet200_imagenet"])
+def test_our_networks_for_photographs_are_timms(capsys, tmp_path, runs, model: str) -> None:
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    config = json.loads((runs["plain"] / "config.json").read_text())
+    config["network"] = {"model": model, "data": "synthetic", "sections": [1, 1, 3, 1], "width": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    scaled = build(model, num_classes=10, sections=(1, 1, 3, 1), width=8).eval()
+    chains = find_chains(scaled)[:1]
+    scale_branches(scaled, chains, [0.3])
+    save_full(scaled, chains, [0.3], tmp_path / "model.safetensors")
+    images = noise(3, 3, 32, 32)
+    for scale in ("fold", "keep"):
+        path = str(tmp_path / f"{scale}.safetensors")
+        status, text, err = command(capsys, "export", str(tmp_path), "--to", "timm", "--scale", scale, "-o", path)
+        assert (status, err) == (0, "")
+        assert "timm.create_model('resnetv2_50', num_classes=10, layers=(1, 1, 3, 1)" in text
+        found = as_told(text)
+        torch.testing.assert_close(found(images), scaled(images), rtol=1e-5, atol=1e-5)
+        assert scales_of(found) == ({"stages.2.blocks.1": 0.3, "stages.2.blocks.2": 0.3} if scale == "keep" else {})
+
+
+@pytest.mark.parametrize("depth", [50, 101, 152, 200])
+def test_timms_names_of_our_networks(depth: int) -> None:
+    pytest.importorskip("timm", reason="timm is an optional extra")
+    recipe = timm_counterpart(f"preact_resnet{depth}_imagenet", 10, (), None)
+    assert recipe is not None
+    assert recipe.name == f"resnetv2_{depth if depth != 200 else 50}"
+    with torch.device("meta"):
+        ours = build(f"preact_resnet{depth}_imagenet", num_classes=10).state_dict()
+        theirs = recipe.build().state_dict()
+    assert {n: t.shape for n, t in recipe.translated(ours).items()} == {n: t.shape for n, t in theirs.items()}
+    assert timm_counterpart("preact_resnet101", 10, (), None) is None
+
+
 def as_told(text: str) -> nn.Module:
     """What the printed lines of code make."""
     names: dict[str, object] = {}
@@ -448,7 +483,7 @@ def test_statistics_are_estimated_for_a_run_without_them(capsys, tmp_path, runs)
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--to", "timm"], "--to timm takes runs of --model timm:NAME, and this one is of preact_small"),
+        (["--to", "timm"], "of --model timm:NAME or preact_resnet..._imagenet, and this one is of preact_small"),
         (["--to", "torchvision"], "give --to safetensors, torch or program"),
         (["--to", "torch", "-o", "x.safetensors"], "ends in .safetensors; give it one of .pt, .pth"),
         (["--to", "torch", "-o", "x"], "ends in nothing"),

@@ -209,8 +209,10 @@ def _behind(one: Chain, other: Chain, model: nn.Module) -> bool:
 
 def _is_block(module: nn.Module, uses: Counter[int]) -> bool:
     """A block has parameters and parts of its own, which nothing else uses (`uses`: id of a parameter -> number of its
-    names in the whole model). A bare container has no skip connection, so it is none."""
-    composite = next(module.children(), None) is not None and type(module) not in _CONTAINERS
+    names in the whole model). A container that only calls its children one after another has no skip connection, so it
+    is none, a subclass with a `forward` of its own may be one."""
+    bare = any(type(module).forward is container.forward for container in _CONTAINERS)
+    composite = next(module.children(), None) is not None and not bare
     own = _uses(module)
     return composite and bool(own) and all(uses[parameter] == number for parameter, number in own.items())
 

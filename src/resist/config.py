@@ -14,24 +14,50 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from resist.errors import UserError
 from resist.strategy import Outer, Strategy, ddp, diloco, local_sgd, resist, switch
 
+# Data sets of photographs, which are read from files while the network trains.
+STREAMED = ("folder", "imagenet", "voc2007", "voc2012")
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
+    task: Literal["classification", "detection"] = "classification"
+    """What the network learns: the class of an image, or where in it objects of which classes are."""
     data: str = "digits"
-    """Data set: digits (comes with scikit-learn), cifar10, cifar100 or synthetic."""
+    """Data set: digits (comes with scikit-learn), cifar10, cifar100, synthetic; folder or imagenet (1,000 classes):
+    photographs in train/CLASS/* and val/CLASS/* below --data-dir; for detection voc2007 or voc2012."""
     data_dir: Path = Path("data")
     """Where data sets are looked for, and downloaded to."""
+    image_size: int | None = None
+    """Height and width that photographs are cut to, by default 224. Detection: their shorter side, by default 600; the
+    longer one is at most 5/3 of that."""
+    loaders: int = 4
+    """Processes that read and decode photographs for each worker; 0: the worker does it itself. The result is the same.
+    """
+    skip_bad_files: bool = False
+    """Leave out files that cannot be read, and folders without images, and count them. All files are tried before the
+    training; of folders of classes once: the result is kept in the user's cache folder."""
     model: str = "preact_small"
-    """Network: preact_small, preact_resnet101, preact_resnet152 or preact_resnet200; or one of another library, with
-    fresh weights: torchvision:resnet101, timm:vit_small_patch16_224, transformers:vit (or :FILE.json)."""
+    """Network: preact_small, preact_resnet101, preact_resnet152 or preact_resnet200; for photographs
+    preact_resnet50_imagenet, preact_resnet101_imagenet, preact_resnet152_imagenet or preact_resnet200_imagenet; or one
+    of another library, with fresh weights: torchvision:resnet101, timm:vit_small_patch16_224, transformers:vit (or
+    :FILE.json)."""
     sections: tuple[int, ...] = ()
     """Blocks in each of the four sections, instead of the model's own (3 4 23 3 for preact_resnet101)."""
     width: int | None = None
     """Channels of the first section, instead of the model's own (64 for preact_resnet101)."""
     final_norm: bool = False
-    """Normalise and rectify before the last pooling. The networks of the paper do not; preact_small always does."""
+    """Normalise and rectify before the last pooling. The networks of the paper for small images do not; all
+    others always do."""
     chain: tuple[str, ...] = ()
-    """Blocks to partition, as in layer3:1-22. Default: the longest run of interchangeable blocks."""
+    """Blocks to partition, as in layer3:1-22, or layer2 layer3 for the longest run of each. Default: the longest run of
+    interchangeable blocks."""
+    pretrained: str | None = None
+    """Weights to begin with: timm:FILE, the .safetensors or .pth of timm's resnetv2_50, 101 or 152. The head starts
+    anew where the number of classes differs."""
+    backbone: Path | None = None
+    """Detection: a classification run of ours whose network the backbone begins with."""
+    splits: tuple[str, ...] = ()
+    """Detection: sets to train and to test on. Default: trainval test for voc2007, train val for voc2012."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +74,8 @@ class MethodConfig:
     """Chain blocks of each worker, for workers of unequal speed or memory: --capacities 8 6 4 4."""
     warmup_rounds: int = 0
     """Rounds of local SGD before the first round of ResIST."""
+    warmup_epochs: float = 0.0
+    """The same in epochs, rounded up to whole rounds."""
     batchnorm: Literal["recalibrate", "average", "batch"] = "recalibrate"
     """Statistics of the full network: estimated anew, averaged over the workers, or those of each test batch."""
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
@@ -81,6 +109,8 @@ class OptimisationConfig:
     """Nesterov's momentum."""
     weight_decay: float = 5e-4
     """Weight decay, on every parameter."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over all classes; 0.1 is usual for ImageNet."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """Learning rate over the run. step: a tenth after 50 % and again after 75 %."""
     lr_warmup_steps: int = 0
@@ -103,6 +133,12 @@ class MachineConfig:
     """Times that resist goes on from the last checkpoint when one of the processes that it started has died."""
     timeout_s: float = 600.0
     """Seconds to wait for another worker before giving it up."""
+    no_progress: bool = False
+    """Print a line now and then instead of a display that is drawn again and again, on a terminal too."""
+    tensorboard: bool = False
+    """Log to RUN/tensorboard too."""
+    wandb: bool = False
+    """Log to Weights & Biases too; WANDB_MODE=offline keeps it in RUN/wandb."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +151,8 @@ class RunConfig:
     """Times that the full network is assembled and tested, spread evenly, the last at the end."""
     resume: Path | None = None
     """Go on with this run from its newest checkpoint, or from safe copies that are newer. Other options are those of
-    the run, but for machine options, --workers, --lr, --safety and --nonfinite, which may change."""
+    the run, but for machine options, --workers, --data-dir, --loaders, --lr, --safety and --nonfinite, which may
+    change."""
     checkpoint_rounds: int = 10
     """Rounds from one checkpoint to the next; one is always written at the end, and on SIGTERM or SIGINT."""
     until: tuple[str, ...] = ()
@@ -151,6 +188,10 @@ class TrainConfig:
             "--weight-decay": (self.optimisation.weight_decay, 0),
             "--lr-warmup-steps": (self.optimisation.lr_warmup_steps, 0),
             "--warmup-rounds": (self.method.warmup_rounds, 0),
+            "--warmup-epochs": (self.method.warmup_epochs, 0),
+            "--label-smoothing": (self.optimisation.label_smoothing, 0),
+            "--image-size": (self.network.image_size, 32),
+            "--loaders": (self.network.loaders, 0),
             "--processes": (self.machine.processes, 1),
             "--evaluations": (self.run.evaluations, 1),
             "--checkpoint-rounds": (self.run.checkpoint_rounds, 1),
@@ -166,14 +207,27 @@ class TrainConfig:
 
     def _check_pairs(self) -> None:
         """What is wrong only together."""
-        o, method = self.optimisation, self.method
+        o, method, network = self.optimisation, self.method, self.network
         if o.batch_size % o.accumulate:
             raise UserError(
                 f"--batch-size {o.batch_size} cannot be split into --accumulate {o.accumulate} equal parts; "
                 "make the one a multiple of the other"
             )
+        if self.network.task == "detection" and self.machine.compile:
+            raise UserError("--compile cannot take a detector, whose regions differ from image to image; leave it out")
         if o.nesterov and o.momentum == 0:
             raise UserError("--nesterov needs a momentum; give --momentum above 0, or leave --nesterov out")
+        if o.label_smoothing >= 1:
+            raise UserError(f"--label-smoothing {o.label_smoothing} leaves nothing of the labels; give less than 1")
+        if method.warmup_rounds and method.warmup_epochs:
+            raise UserError("--warmup-rounds and --warmup-epochs say the same; give one of the two")
+        for flag, given in (
+            ("--image-size", network.image_size is not None),
+            ("--loaders", network.loaders != NetworkConfig.loaders),
+            ("--skip-bad-files", network.skip_bad_files),
+        ):
+            if given and network.data not in STREAMED:
+                raise UserError(f"{flag} says nothing to --data {network.data}, only to {', '.join(STREAMED)}")
         processes = self.machine.processes
         if processes is not None and processes > method.workers:
             raise UserError(
@@ -182,6 +236,7 @@ class TrainConfig:
         if method.strategy != "resist":
             for flag, given in (
                 ("--warmup-rounds", method.warmup_rounds > 0),
+                ("--warmup-epochs", method.warmup_epochs > 0),
                 ("--capacities", bool(method.capacities)),
                 ("--min-depth", method.min_depth is not None),
                 ("--outer", method.strategy == "ddp" and method.outer is not None),
@@ -218,6 +273,14 @@ class TrainConfig:
             outer=outer,
         )
         return switch(everything, parts, at_round=m.warmup_rounds) if m.warmup_rounds else parts
+
+    def with_warmup_rounds(self, images_per_epoch: int) -> "TrainConfig":
+        """The same with the rounds that `warmup_epochs` are."""
+        m = self.method
+        if not m.warmup_epochs:
+            return self
+        rounds = math.ceil(m.warmup_epochs * images_per_epoch / (self.optimisation.batch_size * m.local_steps))
+        return dataclasses.replace(self, method=dataclasses.replace(m, warmup_rounds=rounds, warmup_epochs=0.0))
 
     def scale(self) -> str | float:
         text = self.method.scale
@@ -264,7 +327,8 @@ class TrainConfig:
 
     def digest(self) -> dict[str, object]:
         """What has to be equal on all hosts; where files lie and what a host is made of may differ."""
-        own = {"data_dir", "out", "resume", "device", "processes", "compile", "restarts"}
+        own = {"data_dir", "loaders", "pretrained", "out", "resume", "device", "processes", "compile", "restarts"}
+        own |= {"no_progress", "tensorboard", "wandb"}
         flat = {name: value for part in self.to_json().values() for name, value in part.items()}
         return {f"--{name.replace('_', '-')}": value for name, value in flat.items() if name not in own}
 

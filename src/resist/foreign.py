@@ -16,8 +16,8 @@ def try_network(config: NetworkConfig, num_classes: int | None = None) -> None:
     breaks a law of `resist.check`. Ours are not tried: the tests do that."""
     if not is_foreign(config.model):
         return
-    size = image_size_of(config.data)
-    classes = num_classes_of(config.data) if num_classes is None else num_classes
+    size = config.image_size or image_size_of(config.data)
+    classes = num_classes_of(config.data, config.data_dir) if num_classes is None else num_classes
     model = build_seeded(network_builder(config, classes), 0)
     check_logits(model, config.model, size, classes)
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -144,9 +144,14 @@ def _say(failed: dict[int, int], stuck: list[int], workers: int, processes: int)
         return ", ".join(f"process {rank} ({workers_of(rank, hosting(workers, processes))})" for rank in ranks)
 
     for code in sorted({code for code in failed.values() if code < 0}):
+        if sys.stdout.isatty():  # it may have died with the cursor hidden by its display
+            print("\x1b[?25h", end="", flush=True)
         ended = [rank for rank, own in failed.items() if own == code]
         print(f"resist: {named(ended)}: ended by {signal.Signals(-code).name}", file=sys.stderr)
     if stuck:
+        for rank, code in failed.items():
+            if code > 0:  # it has spoken, but need not have said which one it is
+                print(f"resist: {named([rank])}: ended with status {code}", file=sys.stderr)
         print(f"resist: {named(stuck)}: killed, because it did not end by itself", file=sys.stderr)
 
 

@@ -35,7 +35,7 @@ class CompareConfig:
         for name in self.strategies:
             method = replace(self.method, strategy=name)  # type: ignore[arg-type]  # checked with the rest
             if name != "resist":
-                method = replace(method, capacities=(), min_depth=None, warmup_rounds=0)
+                method = replace(method, capacities=(), min_depth=None, warmup_rounds=0, warmup_epochs=0.0)
             if name == "ddp":
                 method = replace(method, outer=None)
             for seed in self.seeds:

@@ -38,6 +38,8 @@ def plan_facts(config: PlanConfig) -> dict[str, Any]:
     network = config.network
     if config.rounds < 1:
         raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
+    if config.method.warmup_epochs:
+        raise UserError("--warmup-epochs are rounds only where there are data; show a plan with --warmup-rounds")
     whole = TrainConfig(network=network, method=config.method)
     whole.check()
     return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds)

@@ -10,6 +10,7 @@ from resist.config import MachineConfig, TrainConfig
 from resist.device import pick_device
 from resist.errors import UserError
 from resist.launch import launch, launched, num_processes, watch_launcher
+from resist.loggers import check_loggers
 from resist.runs import check_free, default_out, read_config
 from resist.tasks import open_task
 from resist.train import INTERRUPTED, train
@@ -23,15 +24,16 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     before = read_config(path)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     machine = {f.name for f in fields(MachineConfig)}
-    for name in sorted(given - machine - {"resume", "workers", "data_dir", "lr", "nonfinite", "safety"}):
+    may = machine | {"resume", "workers", "data_dir", "loaders", "lr", "nonfinite", "safety"}
+    for name in sorted(given - may):
         raise UserError(f"--{name.replace('_', '-')} cannot change in a run that goes on; leave it out")
     workers = config.method.workers if "workers" in given else before.method.workers
     epochs = before.optimisation.epochs * before.method.workers / workers  # as many images for all together
     lr = config.optimisation.lr if "lr" in given else before.optimisation.lr
     again = {name: getattr(config.method, name) for name in {"nonfinite", "safety"} & given}
-    data_dir = config.network.data_dir if "data_dir" in given else before.network.data_dir
+    here = {name: getattr(config.network, name) for name in {"data_dir", "loaders"} & given}
     return TrainConfig(
-        network=replace(before.network, data_dir=data_dir),
+        network=replace(before.network, **here),
         method=replace(before.method, workers=workers, **again),
         optimisation=replace(before.optimisation, epochs=epochs, lr=lr),
         machine=replace(before.machine, **{name: getattr(config.machine, name) for name in machine & given}),
@@ -40,7 +42,8 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
 
 
 def run_train(config: TrainConfig, arguments: list[str]) -> int:
-    config.check()
+    if config.run.resume is None:  # else most of it comes from the run
+        config.check()
     again, out = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0, config.run.out
     if again and out is not None and (out / "config.json").exists():
         # torchrun has started us again after a process died: go on from the last checkpoint
@@ -51,8 +54,10 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
         watch_launcher()
         return train(config)
     # Everything that can be found wrong here is found once, before any process is started.
-    plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
+    method = replace(config.method, warmup_epochs=0.0)
+    plan_facts(PlanConfig(network=config.network, method=method, seed=config.run.seed))
     pick_device(config.machine.device)
+    check_loggers(config)
     out = config.run.resume or config.run.out or default_out(config)
     if config.run.resume is None:
         check_free(out)

@@ -71,7 +71,7 @@ def meeting_point() -> tuple[object, int]:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     own = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-    return dist.TCPStore("127.0.0.1", port, **own), port
+    return dist.TCPStore("127.0.0.1", port, **own), port  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Distributed:
@@ -195,11 +195,14 @@ class Distributed:
         try:
             return action()
         except RuntimeError as error:
-            raise WorkerLostError(
-                f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {self._cause()}"
-            ) from error
+            raise self.lost(doing, error) from error
         finally:
             self._roll.is_doing(WORKS)
+
+    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+        return WorkerLostError(
+            f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {self._cause()}"
+        )
 
     def _cause(self) -> str:
         found = self._roll.call()

@@ -7,15 +7,13 @@ goes on at step t sees what an undisturbed one would see.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resist.errors import UserError
-from resist.plan import keyed_int
-
-SAMPLINGS = ("all", "shard")
+from resist.data.order import Order, generator
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Images:
     std: tuple[float, ...]
     pad: int
     flip: bool
+
+    notes: ClassVar[tuple[str, ...]] = ()  # files are whole or refused
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,9 +55,7 @@ class Images:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (batch, channels, height, width) -> float32 of mean 0 and deviation 1 over the training set."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1) * 255
-        return (images.float() - mean) / std
+        return normalise(images, self.mean, self.std)
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images in order, not augmented, `size` at a time, for evaluation; `limit` batches at most."""
@@ -66,57 +64,37 @@ class Images:
 
 
 class Loader:
-    """Training batches of one worker.
-
-    The worker goes through its images in a new random order each epoch. All batches have `batch_size` images: the one
-    at the end of an epoch is filled from the next, so every image comes exactly once an epoch and no shape changes.
-
-    sampling: "all": the whole set, each worker in an order of its own; "shard": a part of the set, the same in every
-              epoch, that no other worker sees. An epoch is one pass through what the worker draws from.
-    """
+    """Training batches of one worker, in the order that `Order` says."""
 
     def __init__(
         self, data: Images, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str = "all",
         augment: bool = True,
     ) -> None:
-        if sampling not in SAMPLINGS:
-            raise UserError(f"sampling={sampling!r} is not one of {', '.join(SAMPLINGS)}")
-        self.data, self.batch_size, self.seed, self.worker, self.augment = data, batch_size, seed, worker, augment
-        own = torch.arange(len(data))
-        if sampling == "shard":
-            own = torch.randperm(len(data), generator=_generator("shard", seed))[worker::workers]
-        if batch_size < 1 or batch_size > len(own):
-            raise UserError(f"batch_size={batch_size} is outside 1 to {len(own)}, the images that a worker draws from")
-        self._own = own
-        self._orders: dict[int, Tensor] = {}
+        self.data, self.seed, self.worker, self.augment = data, seed, worker, augment
+        self.order = Order(
+            len(data), batch_size=batch_size, seed=seed, worker=worker, workers=workers, sampling=sampling
+        )
 
     @property
     def images_per_epoch(self) -> int:
-        return len(self._own)
+        return self.order.images_per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images (batch_size, channels, height, width) float32 and labels (batch_size,) of this step, on the device."""
-        index = self.indices(step).to(self.data.labels.device)
+        index = self.order.indices(step).to(self.data.labels.device)
         images, labels = self.data.images[index], self.data.labels[index]
         if self.augment:
-            generator = _generator("augment", self.seed, self.worker, step)
-            images = shift(images, self.data.pad, generator) if self.data.pad else images
-            images = mirror(images, generator) if self.data.flip else images
+            chance = generator("augment", self.seed, self.worker, step)
+            images = shift(images, self.data.pad, chance) if self.data.pad else images
+            images = mirror(images, chance) if self.data.flip else images
         return self.data.normalise(images), labels
 
-    def indices(self, step: int) -> Tensor:
-        """Which images this step takes. (batch_size,) int64 on the host."""
-        start, end = step * self.batch_size, (step + 1) * self.batch_size
-        epochs = range(start // len(self._own), (end - 1) // len(self._own) + 1)
-        self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in epochs}
-        taken = [
-            self._orders[e][max(start - e * len(self._own), 0) : end - e * len(self._own)] for e in epochs
-        ]
-        return torch.cat(taken)
 
-    def _order(self, epoch: int) -> Tensor:
-        shuffle = torch.randperm(len(self._own), generator=_generator("order", self.seed, self.worker, epoch))
-        return self._own[shuffle]
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (batch, channels, height, width) -> float32; mean and std: of each channel, of pixels in 0..1."""
+    middle = torch.tensor(mean, device=images.device).view(1, -1, 1, 1) * 255
+    spread = torch.tensor(std, device=images.device).view(1, -1, 1, 1) * 255
+    return (images.float() - middle) / spread
 
 
 def shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
@@ -134,7 +112,3 @@ def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror every other image, on the average, left to right."""
     which = torch.rand(len(images), generator=generator).to(images.device) < 0.5
     return torch.where(which[:, None, None, None], images.flip(3), images)
-
-
-def _generator(*key: object) -> torch.Generator:
-    return torch.Generator().manual_seed(keyed_int(*key))

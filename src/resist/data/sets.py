@@ -5,6 +5,8 @@ digits     1,797 handwritten digits that scikit-learn brings along, enlarged fro
 cifar10    60,000 photographs of 32x32 in 10 classes; downloaded by torchvision when missing
 cifar100   the same in 100 classes
 synthetic  noise with a faint mark of its class, for benchmarks
+folder     photographs in train/CLASS/* and val/CLASS/* below data_dir, read while the network trains
+imagenet   the same, with the 1,000 classes of ImageNet
 """
 
 import contextlib
@@ -15,51 +17,76 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from resist.data.folders import IMAGE_SIZE, MEAN, STD, Photographs, load_folder
 from resist.data.images import Images
+from resist.data.listing import class_names
 from resist.errors import UserError
 
-DATASETS = ("digits", "cifar10", "cifar100", "synthetic")
+# Photographs, which are streamed from files; the others are small enough to stay in memory.
+FOLDERS = ("folder", "imagenet")
+DATASETS = ("digits", "cifar10", "cifar100", "synthetic", *FOLDERS)
 # Mean and deviation of each channel over the training set, of pixels in 0..1. Those of digits are computed.
 NORMALISATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "synthetic": ((0.44,) * 3, (0.25,) * 3),
+    **dict.fromkeys(FOLDERS, (MEAN, STD)),
 }
 
 
-def load(name: str, data_dir: str | Path = "data", *, download: bool = True) -> tuple[Images, Images]:
+def load(
+    name: str, data_dir: str | Path = "data", *, download: bool = True, image_size: int | None = None,
+    loaders: int = 0, skip_bad_files: bool = False,
+) -> tuple[Images, Images] | tuple[Photographs, Photographs]:
     """(training, test) images of data set `name`. `data_dir` is where files are looked for and downloaded to.
 
+    image_size, loaders, skip_bad_files: for photographs; see `load_folder`.
     Raises UserError with one line when the name is unknown or the files are neither there nor to be had.
     """
+    check_name(name)
     if name == "digits":
         return _digits()
     if name == "synthetic":
         return _synthetic(2048, 0), _synthetic(512, 1)
     if name in ("cifar10", "cifar100"):
         return _cifar(name, Path(data_dir), download)
-    raise UserError(f"data={name!r} is not known; choose one of {', '.join(DATASETS)}")
+    if name == "imagenet":
+        check_imagenet(Path(data_dir))
+    return load_folder(Path(data_dir), size=image_size, loaders=loaders, skip_bad=skip_bad_files)
+
+
+def check_name(name: str) -> None:
+    if name not in DATASETS:
+        raise UserError(f"data={name!r} is not known; choose one of {', '.join(DATASETS)}")
+
+
+def check_imagenet(data_dir: Path) -> None:
+    found = len(class_names(data_dir))
+    if found != 1000:
+        raise UserError(f"{data_dir / 'train'}: has {found} class folders, ImageNet 1,000; give --data folder")
 
 
 def image_size_of(name: str) -> int:
-    """Height and width of the images of a data set."""
-    num_classes_of(name)
-    return 16 if name == "digits" else 32
+    """Height and width of the images of a data set; those of photographs can be chosen, and this is the default."""
+    check_name(name)
+    return IMAGE_SIZE if name in FOLDERS else 16 if name == "digits" else 32
 
 
-def num_classes_of(name: str) -> int:
-    if name not in DATASETS:
-        raise UserError(f"data={name!r} is not known; choose one of {', '.join(DATASETS)}")
-    return 100 if name == "cifar100" else 10
+def num_classes_of(name: str, data_dir: str | Path = "data") -> int:
+    """Classes of a data set; of a folder, those that lie there now."""
+    check_name(name)
+    if name == "folder":
+        return len(class_names(Path(data_dir)))
+    return {"imagenet": 1000, "cifar100": 100}.get(name, 10)
 
 
 def normalisation_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each channel that the images of a data set are normalised with, of pixels in 0..1."""
-    num_classes_of(name)
+    check_name(name)
     if name == "digits":
         images = _digits()[0]
         return images.mean, images.std
-    return NORMALISATION[name]
+    return (MEAN, STD) if name in FOLDERS else NORMALISATION[name]
 
 
 def _digits() -> tuple[Images, Images]:

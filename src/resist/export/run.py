@@ -16,7 +16,7 @@ from resist.data import Images, image_size_of, normalisation_of, num_classes_of
 from resist.errors import UserError
 from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_program, write_state
 from resist.export.folding import Fold, difference, fold, scale_blocks, scales_of
-from resist.export.recipe import Recipe, check_loads
+from resist.export.recipe import Recipe, check_loads, timm_counterpart
 from resist.full import FILE, load_full
 from resist.runs import read_config
 from resist.tasks import network_builder, open_task
@@ -69,7 +69,8 @@ def export_run(
             raise UserError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
     path = out if out is not None else run / default_name(to)
     config = read_config(run)
-    config = replace(config, network=replace(config.network, data_dir=data_dir or config.network.data_dir))
+    here = data_dir or config.network.data_dir
+    config = replace(config, network=replace(config.network, data_dir=here, pretrained=None))
     check_target(path, TARGETS[to])
     data = data_facts(config.network)
     recipe = recipe_for(to, config.network, data)
@@ -89,11 +90,12 @@ def export_run(
     if to != "program":
         recipe = check_loads(recipe, state, folded, images)
     metadata = describe(config, recipe, data, "none" if not scales else "kept" if scale == "keep" else "folded")
-    metadata["scales"] = json.dumps(scales_of(folded))  # those that a reader has yet to apply
+    left = {recipe.block_name(name): value for name, value in scales_of(folded).items()}
+    metadata["scales"] = json.dumps(left)  # those that a reader has yet to apply
     if to == "program":
         write_program(path, folded, images, metadata)
     else:
-        write_state(path, state, metadata)
+        write_state(path, recipe.translated(state), metadata)
     return Export(path, recipe, scales, folds, difference(model, folded, images), accuracy, data)
 
 
@@ -103,10 +105,10 @@ def default_name(to: str) -> str:
 
 def data_facts(config: NetworkConfig) -> Images:
     """The data set of a run without its images, which need not be at hand."""
-    size, name = image_size_of(config.data), config.data
+    size, name = config.image_size or image_size_of(config.data), config.data
     none = torch.empty((0, 3, size, size), dtype=torch.uint8)
     labels = torch.empty(0, dtype=torch.int64)
-    return Images(none, labels, num_classes_of(name), *normalisation_of(name), pad=0, flip=False)
+    return Images(none, labels, num_classes_of(name, config.data_dir), *normalisation_of(name), pad=0, flip=False)
 
 
 def example(data: Images, num: int = 2) -> Tensor:
@@ -124,10 +126,15 @@ def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
         options |= {key: value for key, value in given.items() if value}
         if ":" in name:  # of a library that has no function to build it by name
             options["image_size"] = data.images.shape[-1]
+    if to == "timm" and library == "resist":
+        counterpart = timm_counterpart(name, data.num_classes, config.sections, config.width)
+        if counterpart is not None:
+            return counterpart
     if to in ("timm", "torchvision") and to != library:
         fits = f"{library} or " if library != "resist" else ""
         raise UserError(
-            f"--to {to} takes runs of --model {to}:NAME, and this one is of {config.model}; "
+            f"--to {to} takes runs of --model {to}:NAME{' or preact_resnet..._imagenet' if to == 'timm' else ''}, and "
+            f"this one is of {config.model}; "
             f"give --to {fits}safetensors, torch or program"
         )
     return Recipe(library, name, options)

@@ -7,24 +7,28 @@ from torch import nn
 
 from resist.errors import UserError
 from resist.models.adapters import build_foreign, is_foreign
+from resist.models.imagenet import IMAGENET_DEPTHS, PreActResNetImageNet
 from resist.models.preact import DEPTHS, PreActResNet
 
-__all__ = ["MODELS", "PreActResNet", "build"]
+__all__ = ["MODELS", "PreActResNet", "PreActResNetImageNet", "build"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """sections: blocks in each; width: channels of the first; final_norm: norm and ReLU before the last pooling."""
+    """sections: blocks in each; width: channels of the first; final_norm: norm and ReLU before the last pooling;
+    photographs: bottleneck blocks and a stem for large images."""
 
     sections: tuple[int, ...]
     width: int = 64
     final_norm: bool = False
+    photographs: bool = False
 
 
 # preact_small is for laptops and small images: 32 layers, trained on digits in a minute on two cores.
 MODELS = {
     "preact_small": Shape((2, 2, 9, 2), width=16, final_norm=True),
     **{name: Shape(sections) for name, sections in DEPTHS.items()},
+    **{name: Shape(sections, final_norm=True, photographs=True) for name, sections in IMAGENET_DEPTHS.items()},
 }
 
 
@@ -55,10 +59,9 @@ def build(
     width = shape.width if width is None else width
     if width < 1 or num_classes < 1:
         raise UserError(f"width={width} and num_classes={num_classes} have to be at least 1")
+    sections = tuple(sections) or shape.sections
+    if shape.photographs:
+        return PreActResNetImageNet(sections, num_classes, width=width, in_channels=in_channels)
     return PreActResNet(
-        tuple(sections) or shape.sections,
-        num_classes,
-        width=width,
-        in_channels=in_channels,
-        final_norm=final_norm or shape.final_norm,
+        sections, num_classes, width=width, in_channels=in_channels, final_norm=final_norm or shape.final_norm
     )

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resist.config import NetworkConfig
-from resist.data import Images, image_size_of, load
+from resist.data import Images, Photographs, image_size_of, load
 from resist.models import build
+from resist.models.pretrained import start_from
 from resist.tasks.task import Batches
 
 # Training images on which BatchNorm statistics are estimated anew.
 CALIBRATION_IMAGES = 5000
+# Of them at a time: photographs are large.
+CALIBRATION_BATCH, CALIBRATION_PHOTOGRAPHS = 250, 100
 # The paper tests with batches of 100, which matters where the network uses the statistics of the test batch.
 TEST_BATCH = 100
 # From how many classes on the five highest scores count too.
@@ -24,17 +27,26 @@ TOP5_CLASSES = 20
 class Classification:
     """Images with one class each. A batch is (images (batch, channels, height, width) float32, labels (batch,) int64).
 
-    build: makes the full network.
+    build: makes the full network. label_smoothing: share of each label that is spread over all classes in training.
     """
 
     build: Callable[[], nn.Module]
-    train: Images
-    held_out: Images
+    train: Images | Photographs
+    held_out: Images | Photographs
+    label_smoothing: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @staticmethod
-    def open(config: NetworkConfig, *, download: bool = True) -> "Classification":
-        train, held_out = load(config.data, config.data_dir, download=download)
-        return Classification(builder(config, train.num_classes), train, held_out)
+    def open(config: NetworkConfig, *, download: bool = True, label_smoothing: float = 0.0) -> "Classification":
+        train, held_out = load(
+            config.data, config.data_dir, download=download, image_size=config.image_size, loaders=config.loaders,
+            skip_bad_files=config.skip_bad_files,
+        )
+        build_model, notes = builder(config, train.num_classes), (*train.notes, *held_out.notes)
+        if config.pretrained is not None:
+            with torch.device("meta"):
+                notes += (start_from(build_model(), config.pretrained),)
+        return Classification(build_model, train, held_out, label_smoothing, notes)
 
     def network(self) -> nn.Module:
         return self.build()
@@ -51,13 +63,16 @@ class Classification:
 
     def loss(self, model: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(model(images), labels)
+        return F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
 
     def calibration(self, seed: int) -> Iterator[Tensor]:
         """Augmented images, as in training, since the weights have got used to those."""
-        size = min(250, len(self.train))
+        most, images = CALIBRATION_BATCH, CALIBRATION_IMAGES
+        if isinstance(self.train, Photographs):
+            most, images = CALIBRATION_PHOTOGRAPHS, min(images, len(self.train))  # reading one takes its time
+        size = min(most, len(self.train))
         loader = self.train.loader(batch_size=size, seed=seed, worker=-1, workers=1)  # no worker's own batches
-        for step in range(-(-CALIBRATION_IMAGES // size)):
+        for step in range(-(-images // size)):
             yield loader.batch(step)[0]
 
     def test(self, model: nn.Module) -> dict[str, float]:
@@ -70,14 +85,22 @@ class Classification:
 
 def builder(config: NetworkConfig, num_classes: int, image_size: int | None = None) -> Callable[[], nn.Module]:
     """What builds the full network of these options. image_size: default, that of the data set."""
-    return lambda: build(
-        config.model,
-        num_classes=num_classes,
-        sections=config.sections,
-        width=config.width,
-        final_norm=config.final_norm,
-        image_size=image_size_of(config.data) if image_size is None else image_size,
-    )
+
+    def build_model() -> nn.Module:
+        model = build(
+            config.model,
+            num_classes=num_classes,
+            sections=config.sections,
+            width=config.width,
+            final_norm=config.final_norm,
+            image_size=image_size or config.image_size or image_size_of(config.data),
+        )
+        # On the meta device there are no weights to fill, and the file need not be there.
+        if config.pretrained is not None and not next(model.parameters()).is_meta:
+            start_from(model, config.pretrained)
+        return model
+
+    return build_model
 
 
 @torch.inference_mode()

@@ -26,6 +26,11 @@ class Batches(Protocol):
 class Task(Protocol):
     """A network with data to train it on. `test` gives its scores by name, 0 to 1, the one that counts first."""
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines for the user before the training: files that were left out, and the like."""
+        ...
+
     def network(self) -> nn.Module:
         """The full network, with fresh weights."""
         ...
