@@ -131,8 +131,8 @@ def section(records: list[Record], table: Callable[..., str], provenance: Callab
     one, verdict = records[0], ""
     for r in records:
         if r["setting"] == "overfit":
-            reached = r["curve"][-1][2][scores[0]] > TARGET
-            verdict = f" Target of the {PHOTOGRAPHS} photographs: above {TARGET:.0%}: {'reached' if reached else '**missed**'}."
+            reached = "reached" if r["curve"][-1][2][scores[0]] > TARGET else "**missed**"
+            verdict = f" Target of the {PHOTOGRAPHS} photographs: above {TARGET:.0%}: {reached}."
     blocks = " ".join(map(str, one["sections"]))
     setting = (
         f"Faster R-CNN with a feature pyramid over {one['model']}, sections {blocks}, width {one['width']}; "
