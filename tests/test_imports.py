@@ -16,8 +16,11 @@ ALLOWED = {
     "plan": {"errors"},
     "schedule": {"plan"},
     "strategy": {"errors", "plan"},
-    "chains": {"errors"},
-    "subnet": {"chains", "errors"},
+    "residual": set(),
+    "facts": set(),
+    "chains": {"errors", "facts", "residual"},
+    "subnet": {"chains", "errors", "residual"},
+    "check": {"chains", "errors", "residual", "subnet"},
     "batchnorm": {"errors"},
     "build": {"errors", "subnet"},
     "fold": {"errors", "strategy", "subnet"},
@@ -27,7 +30,9 @@ ALLOWED = {
     "models": {"errors", "models"},
     "data": {"data", "errors", "plan"},
     "config": {"errors", "strategy"},
-    "tasks": {"config", "data", "errors", "models", "tasks"},
+    "full": {"chains", "errors", "subnet"},
+    "runs": {"config", "errors"},
+    "tasks": {"config", "data", "errors", "full", "models", "plan", "runs", "tasks"},
 }
 NO_TORCH = {"errors", "plan", "schedule", "strategy"}
 TOP = ("cli", "__main__")  # imported by nothing else

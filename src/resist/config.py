@@ -15,27 +15,32 @@ from resist.errors import UserError
 from resist.strategy import Outer, Strategy, ddp, diloco, local_sgd, resist, switch
 
 # Data sets of photographs, which are read from files while the network trains.
-STREAMED = ("folder", "imagenet")
+STREAMED = ("folder", "imagenet", "voc2007", "voc2012")
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
+    task: Literal["classification", "detection"] = "classification"
+    """What the network learns: the class of an image, or where in it objects of which classes are."""
     data: str = "digits"
     """Data set: digits (comes with scikit-learn), cifar10, cifar100, synthetic; folder or imagenet (1,000 classes):
-    photographs in train/CLASS/* and val/CLASS/* below --data-dir."""
+    photographs in train/CLASS/* and val/CLASS/* below --data-dir; for detection voc2007 or voc2012."""
     data_dir: Path = Path("data")
     """Where data sets are looked for, and downloaded to."""
     image_size: int | None = None
-    """Height and width that photographs are cut to. Default: 224."""
+    """Height and width that photographs are cut to, by default 224. Detection: their shorter side, by default 600; the
+    longer one is at most 5/3 of that."""
     loaders: int = 4
     """Processes that read and decode photographs for each worker; 0: the worker does it itself. The result is the same.
     """
     skip_bad_files: bool = False
     """Leave out files that cannot be read, and folders without images, and count them. All files are tried before the
-    training, once: the result is kept in the user's cache folder."""
+    training; of folders of classes once: the result is kept in the user's cache folder."""
     model: str = "preact_small"
     """Network: preact_small, preact_resnet101, preact_resnet152 or preact_resnet200; for photographs
-    preact_resnet50_imagenet, preact_resnet101_imagenet, preact_resnet152_imagenet or preact_resnet200_imagenet."""
+    preact_resnet50_imagenet, preact_resnet101_imagenet, preact_resnet152_imagenet or preact_resnet200_imagenet; or one
+    of another library, with fresh weights: torchvision:resnet101, timm:vit_small_patch16_224, transformers:vit (or
+    :FILE.json)."""
     sections: tuple[int, ...] = ()
     """Blocks in each of the four sections, instead of the model's own (3 4 23 3 for preact_resnet101)."""
     width: int | None = None
@@ -49,6 +54,10 @@ class NetworkConfig:
     pretrained: str | None = None
     """Weights to begin with: timm:FILE, the .safetensors or .pth of timm's resnetv2_50, 101 or 152. The head starts
     anew where the number of classes differs."""
+    backbone: Path | None = None
+    """Detection: a classification run of ours whose network the backbone begins with."""
+    splits: tuple[str, ...] = ()
+    """Detection: sets to train and to test on. Default: trainval test for voc2007, train val for voc2012."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +213,8 @@ class TrainConfig:
                 f"--batch-size {o.batch_size} cannot be split into --accumulate {o.accumulate} equal parts; "
                 "make the one a multiple of the other"
             )
+        if self.network.task == "detection" and self.machine.compile:
+            raise UserError("--compile cannot take a detector, whose regions differ from image to image; leave it out")
         if o.nesterov and o.momentum == 0:
             raise UserError("--nesterov needs a momentum; give --momentum above 0, or leave --nesterov out")
         if o.label_smoothing >= 1:

@@ -249,6 +249,8 @@ class Job:
                     follow_resize(worker.subnet, optimizer, before, worker.state)
                 if worker.average is not None:
                     worker.average.resize(capacities, flats[AVERAGE])
+            for subnet in filter(None, (worker.subnet, worker.average)):
+                subnet.hold([next_plans[chain.name].blocks[worker.index] for chain in self.chains])
         self.plans = next_plans
         self.round += 1
         self._steps_in_round = 0
@@ -291,6 +293,7 @@ class Job:
                 channels_last=own.channels_last,
                 template_capacities=own.capacities,
             )
+            full.hold([range(chain.num_blocks) for chain in self.chains])
             with torch.no_grad():
                 full.shared.copy_(own.shared)
         assembly(self.ledger, subnets, self.plans, full, on).finish()

@@ -34,6 +34,7 @@ class Summary:
         self.seconds: dict[str, float] = {}
         self.bytes = self.done = 0
         self.accuracy: float | None = None
+        self.score = "accuracy"  # its name: of the scores of a task the one that counts
         self.tested = 0  # the round of `accuracy`
         self.last: Mapping[str, Any] = {}
         self._recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT)  # seconds, those of training, images
@@ -45,6 +46,7 @@ class Summary:
         self.done, self.last = record["round"], record
         if record["accuracy"] is not None:
             self.accuracy, self.tested = record["accuracy"], record["round"]
+            self.score = next(iter(record.get("scores") or ()), self.score)
         timed = sum(record["seconds"].get(kind, 0.0) for kind in TIMED)
         self._recent.append((sum(record["seconds"].values()), timed, record.get("images", 0)))
 
@@ -73,7 +75,7 @@ class Summary:
         found = [f"loss {self.last['loss']:.4f}"]
         if self.accuracy is not None:
             when = f" (round {self.tested})" if self.tested < self.done else ""
-            found.append(f"accuracy {100 * self.accuracy:.2f} %{when}")
+            found.append(f"{self.score} {100 * self.accuracy:.2f} %{when}")
         found += [f"{self.images_s:,.0f} images/s"] if self.images_s else []
         left = self.left_s(since_s)
         if left is not None and self.done < (self.rounds or 0):
@@ -93,7 +95,7 @@ def clock(seconds: float) -> str:
 class Display:
     """Shows a summary while it grows; a context.
 
-    live:   drawn again twice a second; else a line for each test, and every ten seconds. Only a terminal can be live.
+    live:   drawn again every second; else a line for each test, and every ten seconds. Only a terminal can be live.
     remark: asked for a sentence to be shown below, or "".
     """
 
@@ -107,7 +109,7 @@ class Display:
         self._lock = threading.Lock()
         self._news, self._last_line, self._said = time.monotonic(), 0.0, ""
         self._live = Live(
-            console=self.console, get_renderable=self._locked, refresh_per_second=2, vertical_overflow="crop",
+            console=self.console, get_renderable=self._locked, refresh_per_second=1, vertical_overflow="crop",
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
 

@@ -94,7 +94,7 @@ class Recorder:
         everything = workers * allreduce_bytes(whole * subnet.dtype.itemsize, workers) * summary.done
         busy = sum(summary.seconds[name] for name in TIMED)
         print(
-            f"test accuracy   {100 * (summary.accuracy or 0):.2f} % of the full network\n"
+            f"test {summary.score:<10} {100 * (summary.accuracy or 0):.2f} % of the full network\n"
             f"time            {busy:.1f} s: " + ", ".join(f"{name} {summary.seconds[name]:.1f}" for name in TIMED)
             + f"; evaluation {summary.seconds['evaluate']:.1f} s beside it\n"
             f"a worker        held {subnet.flat.numel() / whole:.0%} of the network's {whole:,} weights\n"

@@ -43,6 +43,8 @@ def describe(model: nn.Module, config: TrainConfig, rounds: int) -> dict[str, An
                 "blocks": chain.num_blocks,
                 "parameters_of_a_block": block[chain.name],
                 "capacities": capacities[chain.name],
+                "attributes_that_differ": [f"{one.module}.{one.name}".lstrip(".") for one in chain.varying],
+                "caveat": chain.caveat,
             }
             for chain in chains
         ],
@@ -62,11 +64,16 @@ def print_plan(facts: dict[str, Any], console: Console) -> None:
         each = f"{chain['blocks']} blocks of {chain['parameters_of_a_block']:,}"
         table.add_row(f"chain {chain['name']}", each)
         table.add_row("  blocks held by each worker", " ".join(map(str, chain["capacities"])))
+        if chain["attributes_that_differ"]:
+            table.add_row("  goes with each block", " ".join(chain["attributes_that_differ"]))
     share = " ".join(f"{held / facts['parameters']:.0%}" for held in facts["held_by_worker"])
     table.add_row("a worker's share of the network", share)
     if facts["other_chains"]:
         table.add_row("not partitioned, could be", " ".join(facts["other_chains"]) + "  (name chains with --chain)")
     console.print(table)
+    for chain in facts["chains"]:
+        if chain["caveat"]:
+            console.print(f"\nnote: {chain['caveat']}")
     for chain in facts["chains"]:
         console.print(f"\nWho holds which block of {chain['name']}")
         rounds = [of_round[chain["name"]] for of_round in facts["rounds"]]

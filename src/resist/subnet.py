@@ -10,13 +10,14 @@ The full network is a sub-network with every block in its slots, so it is built 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from resist.chains import Chain
 from resist.errors import UserError
+from resist.residual import hidden_in, hidden_out, with_hidden
 
 
 @dataclass(frozen=True)
@@ -260,8 +261,21 @@ class Subnet:
                     "in build_model"
                 )
 
+    def hold(self, held: Sequence[Sequence[int]]) -> None:
+        """Give each slot the attributes of block `held[chain][slot]`, where these differ along the chain."""
+        for number, chain in enumerate(self.chains):
+            if not chain.varying:
+                continue
+            container = self.model.get_submodule(chain.container)
+            children = self._children(chain.container, self.capacities)
+            for (of_chain, slot, _), module in zip(children, container.children(), strict=True):
+                if of_chain == number:
+                    for one in chain.varying:
+                        one.put(module, held[number][slot])
+
     def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
         """Fill the weights from `tensors` (global dotted names), with block `held[chain][slot]` in each slot."""
+        self.hold(held)
         with torch.no_grad():
             for name, view in self.state(held).items():
                 view.copy_(tensors[name])
@@ -295,13 +309,23 @@ def skeleton(module: nn.Module) -> nn.Module:
 
 
 class ScaleBranch:
-    """Forward hook that turns a block's x + f(x) into x + scale * f(x). A class, so that the model can be pickled."""
+    """Forward hook that turns a block's x + f(x) into x + scale * f(x). A class, so that the model can be pickled.
+
+    x is the block's first argument, or the first tensor among named ones; of a tuple that a block returns, the first
+    tensor is scaled. Raises UserError for a block that is called otherwise.
+    """
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.lerp(args[0].to(output.dtype), output, self.scale)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x, y = hidden_in(args, kwargs), hidden_out(output)
+        if x is None or y is None or x.shape != y.shape:
+            raise UserError(
+                f"a {type(module).__name__} cannot be scaled: it has to take a tensor and return one of the same "
+                "shape, alone or first in a tuple; partition another chain, or give scale=1.0"
+            )
+        return with_hidden(output, torch.lerp(x.to(y.dtype), y, self.scale))
 
 
 def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float]) -> None:
@@ -309,7 +333,7 @@ def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[f
     for chain, scale in zip(chains, scales, strict=True):
         for block in range(chain.num_blocks):
             if scale != 1.0:
-                model.get_submodule(chain.block_name(block)).register_forward_hook(ScaleBranch(scale))
+                model.get_submodule(chain.block_name(block)).register_forward_hook(ScaleBranch(scale), with_kwargs=True)
 
 
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from resist.comm import Transport, check_agreement, connect, together
 from resist.config import TrainConfig
 from resist.device import Clock, pick_device
 from resist.errors import AgreedError, DivergedError, UserError, WorkerLostError
+from resist.foreign import try_network
 from resist.full import FILE, save_full
 from resist.job import Job
 from resist.loggers import Logger, open_loggers
@@ -53,6 +54,7 @@ def train(config: TrainConfig) -> int:
         config = config.with_warmup_rounds(images_per_epoch)
         for note in task.notes if speaks else ():
             print(f"resist: {note}", flush=True)
+        together(transport, lambda: try_network(config.network) if speaks else None)
         start = starting_point(config, transport, speaks)
         job = Job(
             task.network,
@@ -72,6 +74,8 @@ def train(config: TrainConfig) -> int:
             for chain in job.chains:
                 held = " ".join(map(str, job.plans[chain.name].capacities))
                 print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {held}", flush=True)
+                if chain.caveat:
+                    print(f"note: {chain.caveat}", flush=True)
         trainers = [Trainer(config, worker, task) for worker in job.workers]
         steps = num_steps(config.optimisation, images_per_epoch)
         if job.step_index >= steps:
@@ -147,6 +151,7 @@ class Training:
         self.clock = Clock(self.device)
         self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
         self.exchange_s = 0.0  # of the last synchronisation, in this process
+        self.checkpoint_s = 0.0
 
     def go_on(self, steps: int) -> int:
         """Train up to step `steps`. Returns the exit status."""
@@ -195,7 +200,11 @@ class Training:
     def _end_round(
         self, losses: Sequence[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
     ) -> News:
-        """The last step of a round: compare, synchronise, save, test, record."""
+        """The last step of a round: compare, synchronise, test, record, save.
+
+        A checkpoint comes last: where a run goes on from it, the record of the round, and at the end the network that
+        was asked for, are there.
+        """
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimisation.batch_size
         compute_s = lap()
         stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
@@ -207,9 +216,7 @@ class Training:
         if not job.step(*self.optimizers, bad=bad):
             job.synchronise(bad)  # the last round may be short
         seconds["sync"] = self.exchange_s = lap()
-        if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
-            self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
-        seconds["checkpoint"] = lap()
+        seconds["checkpoint"], self.checkpoint_s = self.checkpoint_s, 0.0
         scores: dict[str, float] = {}
         if (job.round in self.tested or last) and not news.interrupted:
             scores = self._evaluate(last=last)
@@ -225,6 +232,10 @@ class Training:
                 **_record(job, news, plans),
             }
         )
+        if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
+            lap()
+            self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
+            self.checkpoint_s = lap()  # told with the next round
         return news
 
     def _bad(self, losses: Tensor) -> dict[int, str]:
@@ -316,9 +327,10 @@ def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
     """The task, its data downloaded by one process of each host while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     smoothing = config.optimisation.label_smoothing
-    found = together(transport, lambda: open_task(config.network, label_smoothing=smoothing) if first else None)
+    network = config.network if config.run.resume is None else replace(config.network, backbone=None)
+    found = together(transport, lambda: open_task(network, label_smoothing=smoothing) if first else None)
     if found is None:
-        return together(transport, lambda: open_task(config.network, download=False, label_smoothing=smoothing))
+        return together(transport, lambda: open_task(network, download=False, label_smoothing=smoothing))
     together(transport, lambda: None)
     return found
 

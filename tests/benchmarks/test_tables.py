@@ -133,6 +133,26 @@ def test_first_runs_are_not_taken_for_runs_with_augmented_statistics(tmp_path: P
     assert "in 2 of 2 runs" in readings
 
 
+def test_photographs_say_what_was_measured(tmp_path: Path) -> None:
+    trained = {"part": "train", "loss_by_epoch": [3.9, 3.5], "accuracy": 0.15, "top5": 0.4, "rounds": 9, "gb_sent": 0.1}
+    resumed = {"part": "resume", "status": 75, "interrupted_after": 4, "rounds": 9, "greatest_difference": 0.0}
+    read = {"read_images_s": {"0": 50.0, "1": 90.0}, "trained_images_s": 30.0, "both_images_s": 29.0}
+    write(
+        tmp_path / "i.jsonl",
+        {**trained, "warmup_epochs": 0.0, "warmup_rounds": 0, **ORIGIN},
+        {**trained, "warmup_epochs": 2.0, "warmup_rounds": 4, **ORIGIN},
+        {**resumed, "same_accuracy": False, **ORIGIN},
+        {"part": "input", **read, "waited_share": 0.015, "load": 2.0, **ORIGIN},
+    )
+    (page,) = tables.photographs(tmp_path / "i.jsonl")
+    assert "| 0 epochs (0 of 9 rounds) | 3.900 | 3.500 | 15.00 | 40.00 | 0.100 |" in page
+    assert "| 2 epochs (4 of 9 rounds) |" in page
+    assert "at most 0; the test accuracy **differs**." in page
+    assert "(3.0 times with 1 what the network trains on one thread, 30 images/s)" in page
+    assert "1.5% of the time" in page
+    assert tables.photographs(tmp_path / "none.jsonl") == []
+
+
 @pytest.mark.slow
 def test_the_page_is_up_to_date() -> None:
     command = [sys.executable, BENCHMARKS / "tables.py", "--check"]

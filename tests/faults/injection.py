@@ -4,6 +4,8 @@ A run trains a small network on the digits, 4 workers in 4 processes, a checkpoi
 killed, stopped, delayed by less than the timeout, or made to raise, at a named point. Whatever happens, the command
 has to end by itself, leave no process behind, and say what was lost; going on from the last checkpoint (or starting
 again, where there is no run yet) has to give the weights of an undisturbed run, bit for bit.
+
+    python injection.py FOLDER TIMEOUT_S < faults.json      # prints the outcomes as JSON; processes are forked
 """
 
 import json
@@ -187,7 +189,7 @@ def _first(fault: Fault, status: int | None, said: str, mark: Path) -> Iterator[
     if status == 0 and not last:
         yield "ended with status 0"
     traces = said.count("Traceback (most recent call last)")
-    if traces > (fault.kind == "raise" and "Injected" in said and fault.point not in SAVING):
+    if traces > (fault.kind == "raise" and "injected at" in said and fault.point not in SAVING):
         yield "a traceback"
     if any(word in said for word in ("terminate called", "Fatal Python error", "Exception ignored", "[E", "[W")):
         yield "noise"
@@ -205,3 +207,10 @@ def _differences(out: Path, reference: Path) -> Iterator[str]:
     rounds = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     if rounds != list(range(1, ROUNDS + 1)):
         yield f"metrics.jsonl has the rounds {rounds}"
+
+
+if __name__ == "__main__":
+    given, folder, patience = [Fault(**one) for one in json.load(sys.stdin)], Path(sys.argv[1]), float(sys.argv[2])
+    base = undisturbed(folder, patience, warm=True)
+    outcomes = [suffer(one, folder / str(n), base, patience, warm=True) for n, one in enumerate(given)]
+    print(json.dumps([asdict(outcome) for outcome in outcomes]))

@@ -8,10 +8,11 @@ from rich.console import Console
 
 from resist.config import NetworkConfig
 from resist.cost import STRATEGIES, Link, Speed, calibrate, predict, print_table
-from resist.data import image_size_of
+from resist.cost.footprint import mean_square
 from resist.device import pick_device
 from resist.errors import UserError
-from resist.tasks import network_builder
+from resist.models.detection import dense_pass
+from resist.tasks import image_shape, network_builder
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class CostConfig:
 
 
 def run_cost(config: CostConfig, arguments: list[str]) -> int:
-    network, size = config.network, config.network.image_size or image_size_of(config.network.data)
-    build_model = network_builder(network, config.num_classes)
+    network, shape = config.network, image_shape(config.network)
+    loss = dense_pass if network.task == "detection" else mean_square
+    build_model = network_builder(network, config.num_classes, shape[-1])
     if config.calibrate and config.images_s:
         raise UserError("--calibrate measures what --images-s says; give one of the two")
     if config.latency_ms and config.link_gbit_s is None:
@@ -65,8 +67,9 @@ def run_cost(config: CostConfig, arguments: list[str]) -> int:
             calibrate(
                 build_model,
                 batch_size=config.batch_size,
-                image_shape=(3, size, size),
+                image_shape=shape,
                 chains=network.chain,
+                loss=loss,
                 device=pick_device(config.device),
             )
         ]
@@ -78,7 +81,8 @@ def run_cost(config: CostConfig, arguments: list[str]) -> int:
         strategies=config.strategies,
         chains=network.chain,
         batch_size=config.batch_size,
-        image_shape=(3, size, size),
+        image_shape=shape,
+        loss=loss,
         local_steps=config.local_steps,
         optimizer_state=config.optimizer_state,
         safety=config.safety == "copy",

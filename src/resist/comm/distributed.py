@@ -195,11 +195,14 @@ class Distributed:
         try:
             return action()
         except RuntimeError as error:
-            raise WorkerLostError(
-                f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {self._cause()}"
-            ) from error
+            raise self.lost(doing, error) from error
         finally:
             self._roll.is_doing(WORKS)
+
+    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+        return WorkerLostError(
+            f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {self._cause()}"
+        )
 
     def _cause(self) -> str:
         found = self._roll.call()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from resist.comm.transport import PACKET_BYTES, Handle, Move, Transport
+from resist.errors import WorkerLostError
 from resist.schedule import allreduce_bytes
 
 
@@ -98,6 +99,9 @@ class Ledger:
         self.messages["control"] += 1
         self.wire_bytes["control"] += num_bytes
         return texts
+
+    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+        return self._transport.lost(doing, error)
 
     def close(self) -> None:
         self._transport.close()

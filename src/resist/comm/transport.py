@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from resist.errors import AgreedError, UserError
+from resist.errors import AgreedError, UserError, WorkerLostError
 
 T = TypeVar("T")
 
@@ -79,6 +79,11 @@ class Transport(Protocol):
 
     def gather_text(self, text: str) -> list[str]:
         """The texts of all processes, in their order. Waits for all of them."""
+        ...
+
+    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+        """What to raise when something that needs all processes, on `background`, failed with `error`: it finds out
+        who is missing, which takes some seconds."""
         ...
 
     def close(self) -> None: ...

@@ -66,9 +66,12 @@ class PreActResNetImageNet(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
+    def begin(self, images: Tensor) -> Tensor:
+        """What the first section is given. (batch, width, height / 4, width / 4)"""
+        return F.max_pool2d(self.stem(images), 3, 2, padding=1)
+
     def forward(self, images: Tensor) -> Tensor:
-        x = F.max_pool2d(self.stem(images), 3, 2, padding=1)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.begin(images)))))
         return self.head(F.relu(self.norm(x)).mean(dim=(2, 3)))
 
 

@@ -10,10 +10,6 @@ import json
 import os
 
 
-class InjectedError(Exception):
-    """What a fault of the kind "raise" raises."""
-
-
 def fire(fault):
     try:
         os.close(os.open(fault["mark"], os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -23,7 +19,7 @@ def fire(fault):
     import time
 
     if fault["kind"] == "raise":
-        raise InjectedError(f"injected at {fault['point']}")
+        raise ArithmeticError(f"injected at {fault['point']}")
     if fault["kind"] == "delay":
         time.sleep(fault["seconds"])
     else:
