@@ -37,8 +37,7 @@ NOT_RUN = {
     "git clone ": "needs a network",
 }
 # Commands of the README and the first page that are run: at this size, in one process, in a folder of their own.
-SMALL = ("--sections 1 1 5 1 --width 4 --batch-size 32 --local-steps 2 --epochs 0.15 --evaluations 1 --processes 1 "
-         "--device cpu").split()  # fmt: skip
+SMALL = ["--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32", "--local-steps", "2", "--epochs", "0.15", "--evaluations", "1", "--processes", "1", "--device", "cpu"]  # fmt: skip
 RUN = {"train": SMALL, "compare": [*SMALL[:-4], "--device", "cpu"], "plan": [], "evaluate": [], "export": [],
        "report": ["--force"], "watch": ["--no-progress"]}  # fmt: skip
 
