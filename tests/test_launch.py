@@ -71,6 +71,17 @@ def test_it_ends_with_the_status_of_what_failed_and_says_what_nobody_else_can(
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == bool(said)
     assert said in "".join(lines)
+
+
+def test_one_that_fails_before_it_knows_the_others_is_named(
+    scripted: Callable[[str], list[subprocess.Popen[bytes]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    scripted("sys.exit(1) if rank == 1 else time.sleep(100)")
+    assert launch([], 3, 2.0, 3) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "resist: process 1 (worker 1): ended with status 1",
+        "resist: process 0 (worker 0), process 2 (worker 2): killed, because it did not end by itself",
+    ]
     assert all(process.returncode is not None for process in started)
 
 
