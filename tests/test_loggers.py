@@ -39,6 +39,8 @@ def test_a_record_becomes_scalars(tmp_path: Path) -> None:
     assert found["worker 2/loss"] == record["workers"][2]["loss"]
     assert "accuracy" in found
     assert "accuracy" not in scalars(record | {"accuracy": None})
+    record["workers"][1]["loss"] = None  # it was no number
+    assert "worker 1/loss" not in scalars(record)
     assert all(isinstance(value, int | float) for value in found.values())
 
 

@@ -230,6 +230,18 @@ def test_unfinished_cut_and_old_runs_are_reported(capsys, runs: Path, tmp_path: 
     assert report(capsys, run, "-o", tmp_path / "x.md")[0] == 0
 
 
+def test_rounds_in_which_a_worker_was_left_out_are_told(runs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "resist", run)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records[4] |= {"dropped": {"2": "a loss of nan in step 3"}}
+    records[4]["workers"][2]["loss"] = None
+    records[-1]["scores"] = {"accuracy": 0.9, "top5": 0.987}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "In 1 round workers were left out" in (text := Page(page([read_history(run)])).text)
+    assert "98.70 %" in text
+
+
 def test_of_rounds_that_were_done_twice_the_later_ones_count(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs / "resist", run)
@@ -243,7 +255,8 @@ def test_of_rounds_that_were_done_twice_the_later_ones_count(runs: Path, tmp_pat
 
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 anything = st.recursive(values, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
-KEYS = ("epoch", "lr", "loss", "accuracy", "images", "seconds", "bytes", "pairs", "plan", "workers")
+KEYS = ("epoch", "lr", "loss", "accuracy", "images", "seconds", "bytes", "pairs", "plan", "workers", "dropped",
+        "scores")
 
 
 @given(st.fixed_dictionaries({"round": st.integers(1, 9), "step": st.integers(1, 99)},

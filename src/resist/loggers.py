@@ -45,7 +45,7 @@ def open_loggers(config: TrainConfig, path: Path, past: Sequence[Mapping[str, An
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """A record as numbers by name, as in loss, seconds/sync, bytes/blocks, worker 2/compute_s."""
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for name, value in record.items():
         if name == "workers":
             for worker in value:
@@ -53,9 +53,9 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
                 found |= {f"worker {worker['worker']}/{kind}": number for kind, number in own.items()}
         elif name in ("seconds", "bytes", "wait_s", "scores"):
             found |= {f"{name}/{kind}": number for kind, number in value.items()}
-        elif name != "step" and isinstance(value, int | float):
+        elif name != "step":
             found[name] = value
-    return found
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}  # a loss may be no number
 
 
 class TensorBoard:

@@ -5,6 +5,7 @@ environment.json   versions, commit, hardware, start and end
 metrics.jsonl      a line for each round (see `append`)
 state.json         whether the run goes on, or how it ended (see `state`)
 checkpoints/       what a run goes on from, see `resist.checkpoint`
+evaluation.json    the full network read in several ways, by resist evaluate --readings
 model.safetensors  the full network at the end, see `resist.full`
 """
 

@@ -111,6 +111,18 @@ def test_a_missed_target_is_called_missed() -> None:
     assert "reached, at most 0.50 % apart" in tables.on_wire([wire(method("resist", 1.0, 1.0, ledger_bytes=1000))])
 
 
+def test_the_cost_of_recording_is_judged_by_its_dearest_part() -> None:
+    way = {"cpu_s": 0.002, "all": [0.001, 0.004], "percent": 0.2}
+    record = {
+        "round_cpu_s": 1.0, "workers": 4, "local_steps": 10, "batch_size": 32, "ways": {"wandb": way}, "rounds": 200,
+        "repetitions": 3, "drawing": {"percent": 0.5}, **ORIGIN,
+    }  # fmt: skip
+    page = tables.recording(record)
+    assert "| wandb | 2.00 | 0.200 | 3.00 |" in page
+    assert "reached, at most 0.50 %" in page
+    assert "**missed**, at most 1.50 %" in tables.recording(record | {"drawing": {"percent": 1.5}})
+
+
 def predicted_exchange_s() -> float:
     report = predict(
         tables.builder(SMALL), strategies=["ddp"], workers=[4], batchnorm="batch", batch_size=2, local_steps=2,

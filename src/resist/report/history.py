@@ -137,6 +137,7 @@ def clean(record: Any) -> dict[str, Any]:
         "lr": float(record.get("lr", math.nan)),
         "loss": float(record.get("loss", math.nan)),
         "accuracy": None if accuracy is None or not math.isfinite(accuracy) else float(accuracy),
+        "scores": _table(record.get("scores"), float),
         "images": int(record.get("images", 0)),
         "seconds": _table(record.get("seconds"), _seconds),
         "bytes": _table(record.get("bytes"), int),
@@ -145,12 +146,18 @@ def clean(record: Any) -> dict[str, Any]:
             str(chain): tuple(tuple(_block(block) for block in held) for held in plan)
             for chain, plan in (record.get("plan") or {}).items()
         },
-        "workers": [_table(worker, float) for worker in record.get("workers") or ()],
+        "workers": [_table(worker, _number) for worker in record.get("workers") or ()],
+        "dropped": len(record.get("dropped") or ()),
     }
 
 
 def _table(value: Any, kind: Callable[[Any], Any]) -> dict[str, Any]:
     return {str(name): kind(one) for name, one in (value or {}).items()}
+
+
+def _number(value: Any) -> float:
+    """A worker's loss is null where it was no number."""
+    return math.nan if value is None else float(value)
 
 
 def _seconds(value: Any) -> float:

@@ -43,6 +43,8 @@ def headline(history: History) -> Rows:
     best = max(history.accuracies, default=0.0)
     if history.tested and best > history.accuracies[-1]:
         rows.append(("best accuracy", percent(best)))
+    scores = next((record["scores"] for record in reversed(history.rounds) if record["scores"]), {})
+    rows += [(f"test {name}", percent(value)) for name, value in list(scores.items())[1:5]]
     loss = history.rounds[-1]["loss"]
     rows += [("training loss, last round", f"{loss:.4f}")] if math.isfinite(loss) else []
     rows.append(("time, without evaluations", duration(history.seconds[-1])))
@@ -62,6 +64,10 @@ def notes(history: History) -> list[str]:
     if history.ended != "finished":
         of = f" of {planned}" if isinstance(planned, int) else ""
         found.insert(0, f"The run has not come to its end: {history.rounds[-1]['round']}{of} rounds are done.")
+    dropped = sum(record["dropped"] > 0 for record in history.rounds)
+    if dropped:
+        rounds = f"{dropped} round{'s' * (dropped > 1)}"
+        found.append(f"In {rounds} workers were left out, whose numbers had become infinite or none.")
     if history.ended == "failed" and history.state.get("error"):
         found.insert(1, str(history.state["error"]))
     return found
