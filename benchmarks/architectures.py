@@ -1,7 +1,7 @@
 """The architectures of docs/models.md: as published, and in a small version with as many blocks that can be run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -148,6 +148,10 @@ CASES: tuple[Case, ...] = (
     tm("vit_small_patch16_rope_mixed_224", _TIMM_VIT, _TIMM_VIT_NAME),
     tm("beit_base_patch16_224", _TIMM_VIT, _TIMM_VIT_NAME),
     tm("swin_tiny_patch4_window7_224", _SWIN, "embedding 12", small_size=224),
+    replace(
+        tm("swin_tiny_patch4_window7_224", _SWIN, "embedding 12", small_size=224, chains=("layers.2.blocks:0-5",)),
+        name="timm swin_tiny_patch4_window7_224, its long section",
+    ),
     tm("mixer_s32_224", {"img_size": 64}, "full width", small_size=64),
     tm("gmlp_s16_224", {"img_size": 64}, "full width", small_size=64),
     tm("convnextv2_tiny", {"dims": (12, 24, 48, 96)}, "widths 12 to 96", small_size=64),

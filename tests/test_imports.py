@@ -26,7 +26,10 @@ ALLOWED = {
     "fold": {"errors", "strategy", "subnet"},
     "comm": {"comm", "errors", "fold", "schedule"},
     "exchange": {"chains", "comm", "fold", "plan", "schedule", "strategy", "subnet"},
-    "job": {"batchnorm", "build", "chains", "comm", "errors", "exchange", "fold", "plan", "strategy", "subnet"},
+    "worker": {"fold", "subnet"},
+    "job": {
+        "batchnorm", "build", "chains", "comm", "errors", "exchange", "fold", "plan", "strategy", "subnet", "worker",
+    },
     "models": {"errors", "models"},
     "data": {"data", "errors", "plan"},
     "config": {"errors", "strategy"},

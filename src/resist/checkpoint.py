@@ -34,8 +34,9 @@ from torch.optim import Optimizer
 from resist.comm import Transport
 from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.fold import VELOCITY
-from resist.job import Job, Worker
+from resist.job import Job
 from resist.rescue import forget_safe_copies
+from resist.worker import Worker
 
 FORMAT = "resist checkpoint 1"
 INDEX = ".metadata"  # DCP's own

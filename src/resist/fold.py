@@ -23,10 +23,9 @@ from resist.subnet import Subnet
 
 OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
 
-# The name of an outer optimizer's momentum, beside the states of the ordinary one.
-VELOCITY = "outer velocity"
-# The name of an average of the weights over time, which goes where they go.
-AVERAGE = "average of weights"
+# What goes from worker to worker beside the states of the optimizer, which have names of their own: the weights, an
+# outer optimizer's momentum, and an average of the weights over time.
+WEIGHTS, VELOCITY, AVERAGE = "weights", "outer velocity", "average of weights"
 
 
 def all_finite(flat: Tensor) -> bool:

@@ -8,7 +8,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,35 +19,14 @@ from resist.build import build_seeded, fingerprint
 from resist.chains import choose_chains
 from resist.comm import Ledger, Transport, check_agreement, connect
 from resist.errors import AgreedError, DivergedError, UserError
-from resist.exchange import WEIGHTS, Copy, Exchange, assembly
-from resist.fold import AVERAGE, OPTIMIZER_STATES, VELOCITY, adopt_state, all_finite, follow_resize, optimizers_of
+from resist.exchange import Copy, Exchange, assembly
+from resist.fold import AVERAGE, OPTIMIZER_STATES, VELOCITY, WEIGHTS, all_finite, optimizers_of
 from resist.plan import Plan
 from resist.strategy import Strategy
 from resist.subnet import Subnet, scale_branches, tensors_of
+from resist.worker import SafeCopy, Worker
 
 NONFINITE = ("stop", "drop")
-
-
-@dataclass(frozen=True)
-class SafeCopy:
-    """What one process keeps of the network as it was synchronised, by global dotted name: its workers' parts, and
-    second copies of blocks that others hold alone. round, step: those that were done."""
-
-    round: int
-    step: int
-    tensors: dict[str, Tensor]
-
-
-class Worker:
-    """One of the S trainers, hosted by this process. `model` is its sub-network, an ordinary `nn.Module`."""
-
-    def __init__(self, index: int, subnet: Subnet) -> None:
-        self.index, self.subnet = index, subnet
-        self.state: dict[str, Tensor] = {}  # the optimizer's state by kind, laid out as the weights are
-        self.model: nn.Module = subnet.model
-        self.optimizers: list[Optimizer] = []  # those that `Job.step` was given for it
-        self.start: Tensor | None = None  # the weights with which the round began, where something asks for them
-        self.average: Subnet | None = None  # of its weights over time; see `Job.follow`
 
 
 class Job:
@@ -240,17 +218,8 @@ class Job:
             spares = exchange.spares
         for worker in self.workers:
             capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
-            flats = {one.name: one.flats[worker.index] for one in copies}
-            worker.state = {name: flat for name, flat in flats.items() if name not in (WEIGHTS, AVERAGE)}
-            if tuple(capacities) != worker.subnet.capacities:
-                before = {id(parameter) for parameter in worker.model.parameters()}
-                worker.subnet.resize(capacities, flats[WEIGHTS])
-                for optimizer in worker.optimizers:
-                    follow_resize(worker.subnet, optimizer, before, worker.state)
-                if worker.average is not None:
-                    worker.average.resize(capacities, flats[AVERAGE])
-            for subnet in filter(None, (worker.subnet, worker.average)):
-                subnet.hold([next_plans[chain.name].blocks[worker.index] for chain in self.chains])
+            held = [next_plans[chain.name].blocks[worker.index] for chain in self.chains]
+            worker.go_on({one.name: one.flats[worker.index] for one in copies}, capacities, held)
         self.plans = next_plans
         self.round += 1
         self._steps_in_round = 0
@@ -310,12 +279,11 @@ class Job:
 
     def mark_starts(self) -> None:
         """Remember the weights with which this round begins, where something will ask for them."""
-        outer = self.strategy.at(self.round).outer is not None
         for worker in self.workers:
-            if outer or self.safety or self.nonfinite == "drop":
-                worker.start = worker.subnet.flat.clone()
-            if outer:
-                worker.state.setdefault(VELOCITY, torch.zeros_like(worker.subnet.flat))
+            worker.begin(
+                keep_start=self.safety or self.nonfinite == "drop",
+                outer=self.strategy.at(self.round).outer is not None,
+            )
 
     @torch.no_grad()
     def _keep_safe(self, spares: Mapping[tuple[int, int], Tensor]) -> None:
@@ -341,14 +309,8 @@ class Job:
     def _copies(self, strategy: Strategy, bad: Mapping[int, str]) -> list[Copy]:
         """What is exchanged at the end of this round. Waits for all processes, to agree on it."""
         policy, averages = strategy.optimizer_state, {w.index: w.average.flat for w in self.workers if w.average}
-        if policy == "reset":
-            for worker in self.workers:
-                for optimizer in worker.optimizers:
-                    optimizer.state.clear()
-                worker.state = {kind: flat for kind, flat in worker.state.items() if kind == VELOCITY}
         for worker in self.workers:
-            for optimizer in worker.optimizers:
-                adopt_state(worker.subnet, optimizer, worker.state)
+            worker.collect_state(policy)
         copies = [Copy(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
         for kind in self._agree_on_round(bad):
             flats = {w.index: w.state.setdefault(kind, torch.zeros_like(w.subnet.flat)) for w in self.workers}

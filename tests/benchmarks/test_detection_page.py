@@ -29,7 +29,7 @@ RECORD = {
 def test_the_page_says_what_the_runs_say(score: float, verdict: str) -> None:
     record = {**RECORD, "curve": [RECORD["curve"][0], [2, 0.5, {"a": score, "b": 0.8}]]}
     text = detection.section([record, {**record, "setting": "train"}], tables.table, tables.provenance)
-    assert f"tested on the same: above 60%: {verdict}" in text
+    assert f"16 photographs: above 60%: {verdict}" in text
     figures = f"| 2 | 40 | 0.500 | {100 * score:.2f} | 80.00 | 75% | 2.5 | 4.0 |"
     assert [line.split("|", 2)[2] for line in text.splitlines() if "0.500" in line] == [figures[1:]] * 2
     assert f"10.0 % after 1 rounds, {100 * score:.1f} % after 2 rounds" in text

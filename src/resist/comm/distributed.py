@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from resist.comm.local import Local
+from resist.comm.meeting import meet
 from resist.comm.roll import WAITS, WORKS, Roll
 from resist.comm.transport import (
     PACKET_BYTES,
@@ -50,8 +52,11 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
             return Local(workers)
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
-        except (RuntimeError, ValueError) as error:  # torch derives its own from RuntimeError
+            timeout = timedelta(seconds=timeout_s)
+            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+            attempt = dist.PrefixStore(meet(store, rank, size, timeout_s), store)
+            dist.init_process_group("gloo", store=attempt, rank=rank, world_size=size, timeout=timeout)
+        except (RuntimeError, ValueError, TimeoutError) as error:  # torch derives its own from RuntimeError
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"no process group at {where}: {reason}; check that the port is free on the first host and that all "

@@ -34,6 +34,7 @@ class Roll:
 
         Takes ANSWER_S seconds at most, less where only one is missing: somebody is lost, or it would not be asked.
         """
+        self.is_doing(WAITS)  # it would not ask otherwise
         missing = [rank for rank in range(self._size) if rank != self._rank]
         end = time.monotonic() + ANSWER_S
         try:

@@ -47,7 +47,6 @@ def wrap(owner, name, fault, *, after=False, when=lambda *arguments: True):
 def install(fault):
     import pathlib
 
-    import torch.distributed
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     import resist.job
@@ -58,7 +57,7 @@ def install(fault):
         return path.name.endswith(".partial") and path.parent.name == "checkpoints"
 
     points = {
-        "start": lambda: wrap(torch.distributed, "init_process_group", fault),
+        "start": lambda: wrap(distributed, "rendezvous", fault),
         "joined": lambda: wrap(distributed.Distributed, "__init__", fault, after=True),
         "before exchange": lambda: wrap(resist.job.Job, "synchronise", fault),
         "shared part begun": lambda: wrap(distributed.Distributed, "mean", fault, after=True),
