@@ -318,10 +318,15 @@ def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(
         rounds = [json.loads(line)["round"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert rounds == list(range(1, len(rounds) + 1))
 
-    for arguments, text in ((["--lr", "1"], "--lr cannot change"), ([], "has done all its")):
-        status, _, err = resist(capsys, "train", "--resume", str(tmp_path / "b"), *arguments, "--processes", "1")
+    again = ("train", "--resume", str(tmp_path / "b"), "--processes", "1")
+    status, text, err = resist(capsys, *again)
+    assert (status, err) == (0, "")
+    assert "has done all its" in text
+    (tmp_path / "b" / "model.safetensors").unlink()
+    for arguments, expected in ((["--seed", "1"], "--seed cannot change"), ([], "move the newest folder of")):
+        status, _, err = resist(capsys, *again, *arguments)
         assert status == 2
-        assert text in err
+        assert expected in err
 
 
 @pytest.mark.slow

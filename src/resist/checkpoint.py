@@ -38,10 +38,11 @@ from resist.job import Job
 from resist.rescue import forget_safe_copies
 from resist.worker import Worker
 
-FORMAT = "resist checkpoint 1"
+FORMAT = "resist checkpoint 2"
 INDEX = ".metadata"  # DCP's own
 JOB = "job.json"
 KEEP = 2
+LEAST = {"round": 0, "step": 0, "workers": 1}
 ABANDON_S = 5.0
 UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointException)
 
@@ -132,8 +133,9 @@ class Checkpoints:
 
     def _complete(self, partial: Path, final: Path, facts: dict[str, object]) -> None:
         files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+        content = {**facts, "files": files}
         with (partial / JOB).open("w", encoding="utf-8") as file:
-            json.dump({**facts, "files": files}, file)
+            json.dump({**content, "digest": _digest_of(content)}, file)
             file.flush()
             os.fsync(file.fileno())
         if final.exists():  # saved before, by the run that this one goes on with, and damaged since
@@ -169,7 +171,10 @@ def about(path: Path) -> dict[str, Any]:
         facts = json.loads((path / JOB).read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
             raise UserError(f"checkpoint {path} has the format {facts['format']!r}, not {FORMAT!r}")
-        _ = int(facts["round"]), int(facts["step"]), int(facts["workers"])
+        if facts.pop("digest") != _digest_of(facts):
+            raise UserError(f"checkpoint {path} is damaged: {JOB} is not as it was written")
+        if any(type(facts[name]) is not int or facts[name] < least for name, least in LEAST.items()):
+            raise UserError(f"checkpoint {path} is damaged: {JOB} has a {', '.join(LEAST)} that cannot be")
         for name, digest in dict(facts["files"]).items():
             if _digest(path / Path(name).name) != digest:
                 raise UserError(f"checkpoint {path} is damaged: {name} is not as it was written")
@@ -278,6 +283,10 @@ def _digest(path: Path) -> str:
         while part := file.read(1 << 22):
             key.update(part)
     return key.hexdigest()
+
+
+def _digest_of(facts: Mapping[str, object]) -> str:
+    return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _reason(error: BaseException) -> str:

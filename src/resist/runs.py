@@ -113,11 +113,18 @@ def past_rounds(path: Path, last: int) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-            if {"round", "seconds", "bytes", "accuracy"} <= record.keys() and record["round"] <= last:
+            numbers = [record[name] for name in ("round", "step", "epoch", "lr", "images", "loss")]
+            numbers += [*record["seconds"].values(), *record["bytes"].values()]
+            numbers += [] if record["accuracy"] is None else [record["accuracy"]]
+            if all(map(_is_number, numbers)) and record["round"] <= last:
                 found.append(record)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def read_config(path: Path) -> TrainConfig:

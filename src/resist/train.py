@@ -79,7 +79,7 @@ def train(config: TrainConfig) -> int:
         trainers = [Trainer(config, worker, task) for worker in job.workers]
         steps = num_steps(config.optimisation, images_per_epoch)
         if job.step_index >= steps:
-            raise AgreedError(f"the run has done all its {steps} steps; train anew, with more --epochs")
+            return _all_done(config.run.resume or Path(), steps, speaks)
         together(transport, lambda: start.restore(job, tuple(trainer.optimizer for trainer in trainers)))
         out = config.run.resume or config.run.out or default_out(config)
         resume_round = None if config.run.resume is None else job.round
@@ -94,6 +94,18 @@ def train(config: TrainConfig) -> int:
             checkpoints.abandon()
     finally:
         transport.close()
+
+
+def _all_done(path: Path, steps: int, speaks: bool) -> int:
+    """The exit status of a run that goes on and has no step left to do: 0 where its network is there."""
+    if not (path / FILE).exists():
+        raise AgreedError(
+            f"the run has done all its {steps} steps, but {path / FILE} is not there; move the newest folder of "
+            f"{path / 'checkpoints'} away to go on from the one before"
+        )
+    if speaks:
+        print(f"the run has done all its {steps} steps; its network is {path / FILE}")
+    return 0
 
 
 def _surviving(out: Path, job: Job, action: Callable[[], int]) -> int:
