@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resist.job import Job, Worker
+from resist.job import Job
 from resist.models import PreActResNet
 from resist.strategy import Strategy
+from resist.worker import Worker
 
 CLASSES = 5
 BLOCKS = 6  # in the chain of `tiny`

@@ -104,13 +104,14 @@ def test_label_smoothing_is_in_the_loss(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_file_that_cannot_be_read_ends_all_processes_with_one_line(folder: Path, tmp_path: Path) -> None:
     bad = folder / "train/cat/cat_5.JPEG"
     with Image.open(bad) as image:
         image.save(bad, quality=95)
     bad.write_bytes(bad.read_bytes()[:-200])
     command = [sys.executable, "-m", "resist", "train", *LONG, "--data-dir", str(folder), "--out", str(tmp_path / "a")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 2
     line = f"resist: {bad}: cannot be read (image file is truncated"
     assert [text[: len(line)] for text in done.stderr.splitlines()] == [line]
@@ -127,29 +128,29 @@ def readers(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # three trainings of two processes
+@pytest.mark.timeout(300)  # three trainings; a busy machine takes its time
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
     """SIGTERM to the whole group, as a scheduler sends it, with processes that read; going on with other ones."""
-    command = [sys.executable, "-m", "resist", "train", *LONG, "--data-dir", str(folder)]
-    undisturbed = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True, timeout=100)
+    command = [sys.executable, "-m", "resist", "train", *LONG, "--processes", "1", "--data-dir", str(folder)]
+    undisturbed = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True, timeout=250)
     assert undisturbed.returncode == 0, undisturbed.stderr
     out = tmp_path / "b"
     with subprocess.Popen(
         [*command, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as told:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while not (out / "metrics.jsonl").exists() or len(rounds_of(out)) < 3:
             assert told.poll() is None, told.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.killpg(told.pid, signal.SIGTERM)
-        text, errors = told.communicate(timeout=60)
+        text, errors = told.communicate(timeout=100)
         assert (told.returncode, errors) == (75, "")
     assert "resist train --resume" in text
     assert not readers(folder)
     again = subprocess.run(
         [sys.executable, "-m", "resist", "train", "--resume", str(out), "--loaders", "1"],
-        capture_output=True, text=True, timeout=100,
+        capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert (again.returncode, again.stderr) == (0, "")
     expected, found = (load_file(run / "model.safetensors") for run in (tmp_path / "a", out))

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
+from resist.build import build_seeded
 from resist.chains import choose_chains
 from resist.comm import Local
 from resist.errors import UserError
-from resist.job import Job, build_seeded
+from resist.job import Job
 from resist.strategy import Strategy, local_sgd, resist, switch
 from support import (
     BLOCKS,

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plain_loop import Plain
-from resist.job import Job, build_seeded
+from resist.build import build_seeded
+from resist.job import Job
 from resist.strategy import Strategy, resist, switch
 from support import batch, floats, make, sgd, tiny, train_step, weights
 

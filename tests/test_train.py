@@ -12,13 +12,13 @@ from resist.data import load
 from resist.device import pick_device
 from resist.errors import AgreedError, UserError
 from resist.full import load_full, save_full
-from resist.job import Worker
 from resist.models import build
 from resist.rates import evaluation_rounds, num_steps, rate
 from resist.runs import Run, check_free, read_config
 from resist.subnet import Subnet, scale_branches, tensors_of
 from resist.tasks import Classification, network_builder
 from resist.trainer import Trainer
+from resist.worker import Worker
 
 
 def test_step_schedule_is_the_papers() -> None:

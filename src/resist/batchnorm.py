@@ -5,10 +5,10 @@ average      averaged over holders
 batch        there are none, as in the authors' code: each batch's own statistics, at test time too
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from resist.errors import UserError
@@ -31,7 +31,21 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torc
             "batchnorm='recalibrate' estimates statistics on training batches; call full_model(batches), "
             "or give Job batchnorm='average'"
         )
-    update_bn(batches, model, device=device)
+    update_bn(_images(batches), model, device=device)
+
+
+def _images(batches: Iterable[object]) -> Iterator[Tensor]:
+    """What a network takes, of each batch. Raises UserError where there is nothing: the statistics would be lost."""
+    batch = None
+    for batch in batches:
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(images, Tensor):
+            raise UserError(
+                f"full_model got batches of type {type(batch).__name__}; give tensors, or tuples that begin with one"
+            )
+        yield images
+    if batch is None:
+        raise UserError("full_model got no batches (an iterator that is used up?); give some training batches")
 
 
 def has_running_statistics(model: nn.Module) -> bool:

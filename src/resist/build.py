@@ -25,6 +25,9 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
         model = build_model()
     if not isinstance(model, nn.Module):
         raise UserError(f"build_model() returned a {type(model).__name__}; it has to return the network, an nn.Module")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise UserError(f"parameter {lazy[0]!r} has no shape yet; run a batch through the network in build_model")
     return model
 
 
@@ -34,7 +37,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     shapes = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
     weights = blake2b(digest_size=8)
     for tensor in tensors.values():
-        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {
         "structure": blake2b(shapes.encode(), digest_size=8).hexdigest(),
         "weights": weights.hexdigest(),

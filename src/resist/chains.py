@@ -1,19 +1,24 @@
-"""Chains: runs of interchangeable blocks, found in any `nn.Module` or named by the user.
+"""Chains: runs of residual blocks that can take one another's place, found in any `nn.Module` or named by the user.
 
-Two neighbours under one `nn.Sequential` or `nn.ModuleList` are interchangeable when they have the same class, the same
-parameter and buffer shapes, the same scalar attributes all the way down, and no parameter in common with anything else.
-The strided first block of a section differs in its shapes, so it is never part of a chain.
+Neighbours under one `nn.Sequential` or `nn.ModuleList` form a run when they have the same class, the same parameter and
+buffer shapes all the way down, and no parameter in common with anything else. The strided first block of a section
+differs in its shapes, so it is never part of a chain. Numbers, texts and flags may differ along a run (a drop-path rate
+that grows with depth, a layer's index, a shifted window): they go with their block, see `Varying`.
+
+A block has to be residual, x + f(x), or a sub-network without it would be nonsense: that is tried, see `residual`.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from resist import facts, residual
 from resist.errors import UserError
+from resist.facts import Varying
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_SCALARS = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,16 @@ class Chain:
 
     container: dotted name of the `nn.Sequential` or `nn.ModuleList`.
     keys:      the names of all its children, which a `nn.Sequential` may choose freely.
+    kind:      of the blocks' skip connections, a word of `residual`.
+    varying:   the attributes that differ along the chain, with their value in each block.
     """
 
     container: str
     first: int
     last: int
     keys: tuple[str, ...]
+    kind: str = field(default=residual.UNKNOWN, compare=False)
+    varying: tuple[Varying, ...] = field(default=(), compare=False)
 
     @property
     def num_blocks(self) -> int:
@@ -41,41 +50,48 @@ class Chain:
         """The global dotted name of a block: block 0 of layer3:1-22 is `layer3.1`."""
         return f"{self.container}.{self.keys[self.first + block]}".lstrip(".")
 
+    def part(self, first: int, last: int) -> "Chain":
+        """The children `first`..`last` of the container as a chain of their own."""
+        start, end = first - self.first, last - self.first + 1
+        cut = (Varying(one.module, one.name, one.values[start:end]) for one in self.varying)
+        kept = tuple(one for one in cut if any(value != one.values[0] for value in one.values))
+        return Chain(self.container, first, last, self.keys, self.kind, kept)
+
+    @property
+    def caveat(self) -> str:
+        """What is only nearly true of scaling this chain's branches, "" where it is exact."""
+        if self.kind == residual.RELU:
+            return (
+                f"the blocks of {self.name} end in a ReLU, relu(x + f(x)): the full network uses "
+                "x + scale * (block(x) - x); that is relu(x + scale * f(x)) except where x + f(x) < 0, where it leaves "
+                "(1 - scale) * x and the other less"
+            )
+        if self.kind == residual.NORM:
+            return (
+                f"the blocks of {self.name} end in a norm, norm(x + f(x)): the full network uses "
+                "x + scale * (block(x) - x), a mean of two normalised states that is not itself normalised, as "
+                "norm(x + scale * f(x)) would be"
+            )
+        return ""
+
 
 def find_chains(model: nn.Module) -> tuple[Chain, ...]:
-    """All runs of two or more interchangeable blocks, the longest (then the heaviest) first."""
-    found: list[tuple[int, int, Chain]] = []
-    uses = _uses(model)
-    for container, module in model.named_modules():
-        if not isinstance(module, nn.Sequential | nn.ModuleList):
-            continue
-        keys, blocks = tuple(module._modules), list(module)
-        signatures = [_signature(block) if _is_block(block, uses) else None for block in blocks]
-        start = 0
-        for end in range(1, len(blocks) + 1):
-            if end < len(blocks) and signatures[end] is not None and signatures[end] == signatures[start]:
-                continue
-            if end - start >= 2:
-                weights = sum(p.numel() for block in blocks[start:end] for p in block.parameters())
-                found.append((end - start, weights, Chain(container, start, end - 1, keys)))
-            start = end
-    found.sort(key=lambda item: (-item[0], -item[1]))
-    return tuple(chain for _, _, chain in found)
+    """All runs of two or more residual blocks, the longest (then the heaviest) first; last those that could not be
+    tried, whose kind is "unknown"."""
+    return tuple(run for run in _runs(model) if run.kind != residual.NONE)
 
 
-def choose_chains(model: nn.Module, names: tuple[str, ...] = ()) -> tuple[Chain, ...]:
+def choose_chains(model: nn.Module, names: Sequence[str] = ()) -> tuple[Chain, ...]:
     """The chains to partition: those named (`layer3:1-22`, or `layer3` for its longest run), else the longest of all.
 
-    Raises UserError when a name fits no run of interchangeable blocks, when two overlap, or when there is none.
+    Raises UserError when a name fits no run of residual blocks, when two overlap, or when there is none.
     """
-    runs = find_chains(model)
+    runs = _runs(model)
     if not names:
-        if not runs:
-            raise UserError(
-                "the model has no chain: no nn.Sequential or nn.ModuleList with two neighbouring blocks of the same "
-                "class, shapes and scalar attributes; there is nothing to deal out"
-            )
-        return runs[:1]
+        if runs and runs[0].kind in residual.RESIDUAL:
+            return runs[:1]
+        reason = _miss(model, runs)
+        raise UserError(f"the model has no chain of residual blocks, so there is nothing to deal out: {reason}")
     chosen = tuple(_parse(name, model, runs) for name in names)
     for i, one in enumerate(chosen):
         for other in chosen[i + 1 :]:
@@ -91,21 +107,89 @@ def choose_chains(model: nn.Module, names: tuple[str, ...] = ()) -> tuple[Chain,
     return chosen
 
 
+def _runs(model: nn.Module) -> tuple[Chain, ...]:
+    """As `find_chains`, with the runs of blocks without a skip connection at the very end."""
+    found: list[tuple[tuple[int, int, int], Chain]] = []
+    uses = _uses(model)
+    for container, module in model.named_modules():
+        if not isinstance(module, nn.Sequential | nn.ModuleList):
+            continue
+        blocks = list(module)
+        shapes = [list(facts.fixed(block).items()) if _is_block(block, uses) else None for block in blocks]
+        start = 0
+        for end in range(1, len(blocks) + 1):
+            if end < len(blocks) and shapes[end] is not None and shapes[end] == shapes[start]:
+                continue
+            if end - start >= 2:
+                for run in _tried(Chain(container, start, end - 1, tuple(module._modules)), blocks[start:end]):
+                    weights = sum(p.numel() for block in blocks[run.first : run.last + 1] for p in block.parameters())
+                    rank = residual.RANK[run.kind]
+                    found.append(((rank, -run.num_blocks, -weights), run))
+            start = end
+    found.sort(key=lambda item: item[0])
+    return tuple(run for _, run in found)
+
+
+def _tried(run: Chain, blocks: Sequence[nn.Module]) -> list[Chain]:
+    """The parts of a run that are of one kind. Blocks that differ in an attribute are each tried."""
+    scalars = [facts.scalars(block) for block in blocks]
+    texts = [repr(own) for own in scalars]
+    kinds: dict[str, str] = {}
+    for block, text in zip(blocks, texts, strict=True):
+        if residual.UNKNOWN in kinds.values():  # what one does not take, the others do not take either
+            break
+        if text not in kinds:
+            kinds[text] = residual.skip_of(block)
+    marks = [residual.UNKNOWN if residual.UNKNOWN in kinds.values() else kinds[text] for text in texts]
+    parts: list[Chain] = []
+    start = 0
+    for end in range(1, len(blocks) + 1):
+        if end < len(blocks) and marks[end] == marks[start]:
+            continue
+        if end - start >= 2:
+            kind = residual.NONE if marks[start] == residual.SHAPE else marks[start]
+            varying = facts.varying(scalars[start:end])
+            parts.append(Chain(run.container, run.first + start, run.first + end - 1, run.keys, kind, varying))
+        start = end
+    return parts
+
+
 def _parse(text: str, model: nn.Module, runs: tuple[Chain, ...]) -> Chain:
-    known = "; found: " + (", ".join(run.name for run in runs) or "none")
+    good = [run for run in runs if run.kind != residual.NONE]
+    known = "; found: " + (", ".join(run.name for run in good) or "none")
     container, _, span = text.partition(":")
     if not span:
-        for run in runs:
+        for run in good:
             if run.container == container:
                 return run
-        raise UserError(f"chain {text!r}: {container!r} has no run of interchangeable blocks{known}")
+        raise UserError(f"chain {text!r}: {container!r} has no run of residual blocks{known}")
     first, _, last = span.partition("-")
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise UserError(f"chain {text!r} does not read NAME:FIRST-LAST, as in layer3:1-22{known}")
     for run in runs:
         if run.container == container and run.first <= int(first) and int(last) <= run.last:
-            return Chain(container, int(first), int(last), run.keys)
-    raise UserError(f"chain {text!r}: its blocks are not interchangeable, or not there{known}")
+            if run.kind == residual.NONE:
+                raise UserError(f"chain {text!r}: {_NO_SKIP}{known}")
+            return run.part(int(first), int(last))
+    reason = facts.difference(model, container, int(first), int(last))
+    raise UserError(f"chain {text!r}: {reason or 'its blocks are not interchangeable, or not there'}{known}")
+
+
+_NO_SKIP = "its blocks have no skip connection: with all their weights zero they do not give their input back"
+
+
+def _miss(model: nn.Module, runs: Sequence[Chain]) -> str:
+    """Why the run that came nearest is none."""
+    if runs and runs[0].kind == residual.UNKNOWN:
+        return (
+            f"the blocks of {runs[0].name} may be residual, but could not be tried by themselves; name the chain "
+            f"({runs[0].name}) if they are"
+        )
+    if runs:
+        return f"{runs[0].name} is a run of equal blocks, but {_NO_SKIP}"
+    return facts.nearest_miss(model) or (
+        "no nn.Sequential or nn.ModuleList has two neighbouring blocks of the same class and shapes"
+    )
 
 
 def _inside(one: Chain, other: Chain) -> bool:
@@ -135,26 +219,3 @@ def _is_block(module: nn.Module, uses: Counter[int]) -> bool:
 
 def _uses(module: nn.Module) -> Counter[int]:
     return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
-
-
-def _signature(module: nn.Module) -> object:
-    """Everything that must agree for two blocks to be interchangeable, as a comparable value."""
-    tensors = [
-        (name, tuple(t.shape), t.dtype, t.requires_grad)
-        for named in (module._parameters, module._buffers)
-        for name, t in named.items()
-        if t is not None
-    ]
-    scalars = sorted(
-        (name, value)
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and _is_scalar(value)
-    )
-    children = [(name, _signature(child)) for name, child in module.named_children()]
-    return (type(module), tensors, [(n, repr(v)) for n, v in scalars], children)
-
-
-def _is_scalar(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return all(_is_scalar(item) for item in value)
-    return isinstance(value, _SCALARS)

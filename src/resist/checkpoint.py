@@ -32,15 +32,17 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from resist.comm import Transport
-from resist.errors import AgreedError, UserError
+from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.fold import VELOCITY
-from resist.job import Job, Worker
+from resist.job import Job
 from resist.rescue import forget_safe_copies
+from resist.worker import Worker
 
 FORMAT = "resist checkpoint 1"
 INDEX = ".metadata"  # DCP's own
 JOB = "job.json"
 KEEP = 2
+ABANDON_S = 5.0
 UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointException)
 
 
@@ -75,23 +77,44 @@ class Checkpoints:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until what was begun is complete. Every process has to call it."""
+        """Wait until what was begun is complete. Every process has to call it.
+
+        Raises AgreedError where it could not be written, and WorkerLostError where a process did not write its part.
+        """
         if self._thread is None:
             return
         self._thread.join()  # ends by itself: the group that it waits on has a timeout
-        self._thread = None
-        self._agree()
+        self._thread, error = None, self._error
+        if isinstance(error, RuntimeError) and self._transport.num_processes > 1:  # of the group, not of the disk
+            raise self._transport.lost("writing a checkpoint", error)
+        try:
+            self._agree()
+        except WorkerLostError as lost:
+            if error is None:
+                raise
+            raise UserError(self._complaint(_reason(error))) from lost  # the others wait in vain for this process
+
+    def abandon(self) -> None:
+        """Before the process ends by an error: give what is being written a moment to get complete.
+
+        The others' parts may be there already, and a process must not end while a thread of it waits for others.
+        """
+        if self._thread is not None:
+            self._thread.join(ABANDON_S)
 
     def _agree(self) -> None:
         """Raise the error of one process in all."""
         texts = self._transport.gather_text("" if self._error is None else _reason(self._error))
         self._error = None
-        reason = next((text for text in texts if text), None)  # process 0 first: others may only have lost it
+        reason = next((text for text in texts if text), None)
         if reason is not None:
-            raise AgreedError(
-                f"a checkpoint in {self.folder} could not be written: {reason}; make room there, then go on with "
-                "--resume; older checkpoints are as they were"
-            )
+            raise AgreedError(self._complaint(reason))
+
+    def _complaint(self, reason: str) -> str:
+        return (
+            f"a checkpoint in {self.folder} could not be written: {reason}; make room there, then go on with --resume; "
+            "older checkpoints are as they were"
+        )
 
     def _write(self, staged: dict[str, Tensor], about: dict[str, object], partial: Path, final: Path) -> None:
         try:

@@ -38,7 +38,9 @@ class NetworkConfig:
     training; of folders of classes once: the result is kept in the user's cache folder."""
     model: str = "preact_small"
     """Network: preact_small, preact_resnet101, preact_resnet152 or preact_resnet200; for photographs
-    preact_resnet50_imagenet, preact_resnet101_imagenet, preact_resnet152_imagenet or preact_resnet200_imagenet."""
+    preact_resnet50_imagenet, preact_resnet101_imagenet, preact_resnet152_imagenet or preact_resnet200_imagenet; or one
+    of another library, with fresh weights: torchvision:resnet101, timm:vit_small_patch16_224, transformers:vit (or
+    :FILE.json)."""
     sections: tuple[int, ...] = ()
     """Blocks in each of the four sections, instead of the model's own (3 4 23 3 for preact_resnet101)."""
     width: int | None = None
@@ -131,6 +133,12 @@ class MachineConfig:
     """Times that resist goes on from the last checkpoint when one of the processes that it started has died."""
     timeout_s: float = 600.0
     """Seconds to wait for another worker before giving it up."""
+    no_progress: bool = False
+    """Print a line now and then instead of a display that is drawn again and again, on a terminal too."""
+    tensorboard: bool = False
+    """Log to RUN/tensorboard too."""
+    wandb: bool = False
+    """Log to Weights & Biases too; WANDB_MODE=offline keeps it in RUN/wandb."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,8 @@ class RunConfig:
     """Times that the full network is assembled and tested, spread evenly, the last at the end."""
     resume: Path | None = None
     """Go on with this run from its newest checkpoint, or from safe copies that are newer. Other options are those of
-    the run, but for machine options, --workers, --data-dir, --loaders, --lr, --safety and --nonfinite, which may change."""
+    the run, but for machine options, --workers, --data-dir, --loaders, --lr, --safety and --nonfinite, which may
+    change."""
     checkpoint_rounds: int = 10
     """Rounds from one checkpoint to the next; one is always written at the end, and on SIGTERM or SIGINT."""
     until: tuple[str, ...] = ()
@@ -319,6 +328,7 @@ class TrainConfig:
     def digest(self) -> dict[str, object]:
         """What has to be equal on all hosts; where files lie and what a host is made of may differ."""
         own = {"data_dir", "loaders", "pretrained", "out", "resume", "device", "processes", "compile", "restarts"}
+        own |= {"no_progress", "tensorboard", "wandb"}
         flat = {name: value for part in self.to_json().values() for name, value in part.items()}
         return {f"--{name.replace('_', '-')}": value for name, value in flat.items() if name not in own}
 

@@ -1,45 +1,102 @@
-"""The partition as a picture: a strip for each round, a row for each worker, a square for each block that it holds."""
+"""The partition as a picture: the network, then each worker's sub-network in each round, a square for each block."""
 
+from collections.abc import Sequence
+from html import escape
 from typing import Any
 
-# Eight hues that stay apart for colour-blind readers and on light and dark grounds; more workers use them again.
-COLOURS = ("#3b7dd8", "#e08214", "#2a9d6f", "#c94f7c", "#8467c2", "#b8a11f", "#3ba7b5", "#8a6a4f")
-SIZE, GAP, MARGIN, SHARED = 15, 3, 96, 74
+from resist.colours import colour_of
+
+SIZE, GAP = 15, 4  # of a block, and to the next
+LABELS, SHARED, EDGE = 138, 62, 14  # widths: of the labels on the left, of a shared part, of the margin
+HEAD, LEGEND = 66, 20  # heights: of a chain's title with the network below it, of a line of the legend
+
+# Follows the reader's light or dark mode, also where it is embedded as an image.
+STYLE = (
+    "text{fill:#24292f}.soft{fill:#57606a}.ground{fill:#ffffff}.whole{fill:#8d949e}.path{stroke-opacity:.55}"
+    "@media(prefers-color-scheme:dark){text{fill:#e4e8ee}.soft{fill:#a2abb8}.ground{fill:#14171c}}"
+)
 
 
-def partition_svg(facts: dict[str, Any], chain: int = 0) -> str:
-    """SVG of the plans in `facts` (see `resist.show.describe`) for one of its chains."""
-    name, blocks = facts["chains"][chain]["name"], facts["chains"][chain]["blocks"]
+def partition_svg(facts: dict[str, Any]) -> str:
+    """SVG of the plans in `facts` (see `resist.show.describe`), a drawing for each of its chains and a legend."""
     workers, pitch = len(facts["held_by_worker"]), SIZE + GAP
-    strip = workers * pitch + 22
-    left = MARGIN + SHARED + 8
-    right = left + blocks * pitch + 5
-    width, height = right + SHARED + 8, 46 + strip * len(facts["rounds"])
-    parts = [
+    most = max(chain["blocks"] for chain in facts["chains"])
+    width = LABELS + 2 * SHARED + most * pitch + 2 * EDGE
+    parts: list[str] = []
+    top = EDGE
+    for chain in facts["chains"]:
+        rounds = [of_round[chain["name"]] for of_round in facts["rounds"]]
+        parts += _chain(chain["name"], chain["blocks"], rounds, top)
+        top += HEAD + len(rounds) * (workers * pitch + 14) + 10
+    legend, lines = _legend(workers, top, width)
+    height = top + lines * LEGEND + EDGE
+    return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="system-ui, sans-serif" font-size="11">',
-        f"<title>Who holds which block of {name}</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        _text(MARGIN + SHARED / 2, 18, "shared", "middle"),
-        _text(left + blocks * pitch / 2, 18, f"chain {name}: {blocks} blocks", "middle"),
-        _text(right + SHARED / 2, 18, "shared", "middle"),
+        f'role="img" font-family="system-ui, sans-serif" font-size="12">',
+        "<title>Who holds which block</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="ground" width="{width}" height="{height}"/>',
+        *parts, *legend, "</svg>", "",
+    ])  # fmt: skip
+
+
+def _chain(name: str, blocks: int, rounds: Sequence[Sequence[Sequence[int]]], top: int) -> list[str]:
+    """The whole network, and the sub-networks of each round."""
+    pitch, left, first = SIZE + GAP, EDGE + LABELS, EDGE + LABELS + SHARED + GAP
+    step = next(s for s in (1, 5, 10) if s * pitch >= 7 * len(str(blocks - 1)) + 4)
+    parts = [_text(EDGE, top + 12, f"{blocks} blocks of {name}", weight="bold")]
+    for block in range(0, blocks, step):
+        parts.append(_text(first + block * pitch + SIZE / 2, top + 32, str(block), "middle", 10, "soft"))
+    parts += [_text(EDGE, top + 50, "the network"), *_network(left, top + 38, blocks, range(blocks), None)]
+    y = top + HEAD
+    for number, workers in enumerate(rounds):
+        parts.append(_text(EDGE, y + 12, f"round {number}"))
+        for worker, held in enumerate(workers):
+            parts.append(_text(left - 8, y + 12, f"worker {worker}", "end", 12, "soft"))
+            parts += _network(left, y, blocks, held, colour_of(worker))
+            y += pitch
+        y += 14
+    return parts
+
+
+def _network(x: float, y: float, blocks: int, held: Sequence[int], colour: str | None) -> list[str]:
+    """The shared parts at both ends, the blocks that are held, and the way through them; grey without a colour."""
+    pitch = SIZE + GAP
+    end = x + SHARED + GAP + blocks * pitch
+    fill = 'class="whole"' if colour is None else f'fill="{colour}"'
+    stroke = "#8d949e" if colour is None else colour
+    line = f'<path class="path" d="M{x + SHARED} {y + SIZE / 2}H{end}" stroke="{stroke}" stroke-width="1.5"/>'
+    ends = [
+        f'<rect x="{at}" y="{y}" width="{SHARED}" height="{SIZE}" rx="3" {fill} fill-opacity=".4"/>' for at in (x, end)
     ]
-    parts += [_text(left + b * pitch + SIZE / 2, 34, str(b), "middle", 8) for b in range(blocks)]
-    for number, of_round in enumerate(facts["rounds"]):
-        top = 42 + number * strip
-        parts.append(_text(8, top + workers * pitch / 2 + 2, f"round {number}"))
-        for worker, held in enumerate(of_round[name]):
-            y, colour = top + worker * pitch, COLOURS[worker % len(COLOURS)]
-            parts.append(_text(MARGIN - 6, y + 12, f"{worker}", "end"))
-            parts += [_square(x, y, SHARED, colour, 0.35) for x in (MARGIN, right)]
-            parts.append(f'<path d="M{MARGIN + SHARED} {y + SIZE / 2}H{right}" stroke="{colour}" stroke-opacity=".5"/>')
-            parts += [_square(left + block * pitch, y, SIZE, colour) for block in held]
-    return "\n".join([*parts, "</svg>", ""])
+    places = [x + SHARED + GAP + block * pitch for block in held]
+    return [
+        line, *ends, *(f'<rect x="{at}" y="{y}" width="{SIZE}" height="{SIZE}" rx="2" {fill}/>' for at in places)
+    ]  # fmt: skip
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 11) -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="#333333">{text}</text>'
+def _legend(workers: int, top: float, width: float) -> tuple[list[str], int]:
+    """(elements, lines)"""
+    entries = [(colour_of(worker), 1.0, SIZE, f"worker {worker}") for worker in range(workers)]
+    entries.append(("#8d949e", 0.4, 26, "shared: every worker trains it, and it is averaged"))
+    parts: list[str] = []
+    x, line = float(EDGE), 0
+    for colour, opacity, wide, text in entries:
+        room = wide + 6 + 6.4 * len(text) + 18
+        if x + room > width and x > EDGE:
+            x, line = float(EDGE), line + 1
+        y = top + line * LEGEND
+        parts.append(
+            f'<rect x="{x:g}" y="{y}" width="{wide}" height="{SIZE}" rx="2" fill="{colour}" fill-opacity="{opacity}"/>'
+        )
+        parts.append(_text(x + wide + 6, y + 12, text))
+        x += room
+    return parts, line + 1
 
 
-def _square(x: float, y: float, width: int, colour: str, opacity: float = 1) -> str:
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{SIZE}" rx="2" fill="{colour}" fill-opacity="{opacity}"/>'
+def _text(
+    x: float, y: float, text: str, anchor: str = "start", size: int = 12, kind: str = "", weight: str = "normal"
+) -> str:
+    more = f' class="{kind}"' if kind else ""
+    more += f' font-weight="{weight}"' if weight != "normal" else ""
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"{more}>{escape(text)}</text>'

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resist.chains import Chain
 from resist.comm import Handle, Move, Transport
-from resist.fold import AVERAGE, VELOCITY, mean_into, outer_step
+from resist.fold import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
 from resist.plan import Plan
 from resist.schedule import Message, Safekeeping, Schedule, safekeeping, schedule
 from resist.strategy import Outer
@@ -22,8 +22,6 @@ from resist.subnet import Subnet
 
 Key = tuple[int, int]  # (chain number, block or slot)
 
-
-WEIGHTS = "weights"
 
 
 @dataclass

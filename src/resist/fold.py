@@ -23,10 +23,9 @@ from resist.subnet import Subnet
 
 OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
 
-# The name of an outer optimizer's momentum, beside the states of the ordinary one.
-VELOCITY = "outer velocity"
-# The name of an average of the weights over time, which goes where they go.
-AVERAGE = "average of weights"
+# What goes from worker to worker beside the states of the optimizer, which have names of their own: the weights, an
+# outer optimizer's momentum, and an average of the weights over time.
+WEIGHTS, VELOCITY, AVERAGE = "weights", "outer velocity", "average of weights"
 
 
 def all_finite(flat: Tensor) -> bool:
@@ -82,25 +81,32 @@ def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]
                 optimizer.state[parameter][kind] = view
 
 
-def check_optimizers(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> None:
-    """Raise UserError where an optimizer does not train the sub-network that stands at its place."""
+def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> list[list[Optimizer]]:
+    """The optimizers of each sub-network: those that train parameters of it.
+
+    Raises UserError for one that trains none, and for a sub-network that has none.
+    """
     owner = {id(p): number for number, subnet in enumerate(subnets) for p in subnet.model.parameters()}
+    found: list[list[Optimizer]] = [[] for _ in subnets]
+    seen: dict[int, int] = {}  # id of a parameter -> the optimizer that trains it
+    models = "job.model" if len(subnets) == 1 else "worker.model for each of job.workers"
     for number, optimizer in enumerate(optimizers):
         if not hasattr(optimizer, "param_groups"):
             raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
-        owners = {owner.get(id(p)) for group in optimizer.param_groups for p in group["params"]}
-        if number in owners:
-            continue
-        others = sorted(one for one in owners if one is not None)
-        if others:
+        owners = {owner[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in owner}
+        if len(owners) != 1:
+            trains = "no parameter of the job's network" if not owners else "the networks of several workers"
+            raise UserError(f"optimizer {number} has {trains}; make it from the parameters of {models}")
+        again = {id(p) for group in optimizer.param_groups for p in group["params"]} & seen.keys()
+        if again:
             raise UserError(
-                f"optimizer {number} trains the network of job.workers[{others[0]}]; "
-                "pass the optimizers in the order of job.workers"
+                f"optimizers {seen[again.pop()]} and {number} train the same parameters; give each parameter to one"
             )
-        raise UserError(
-            f"optimizer {number} has no parameter of the network that job.step continues; make it from "
-            + ("job.model.parameters()" if len(subnets) == 1 else f"job.workers[{number}].model.parameters()")
-        )
+        seen |= {id(p): number for group in optimizer.param_groups for p in group["params"]}
+        found[owners.pop()].append(optimizer)
+    if not all(found):
+        raise UserError(f"{len(optimizers)} optimizers, none for job.workers[{found.index([])}]; pass one for each")
+    return found
 
 
 def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopted: dict[str, Tensor]) -> None:

@@ -4,7 +4,8 @@ The metadata says what else is needed to read it: the format's version and the s
 """
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,15 +23,24 @@ FORMAT = "resist full network 1"
 
 def save_full(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float], path: Path) -> None:
     """Write the weights of a full network. `path` appears complete or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     named = {chain.name: scale for chain, scale in zip(chains, scales, strict=True)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(path, tensors, {"format": FORMAT, "scales": json.dumps(named)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of tensors on the host, none of which overlap, that is there complete or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, metadata={"format": FORMAT, "scales": json.dumps(named)})
+        partial.unlink(missing_ok=True)
+        save_file(dict(tensors), partial, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # as any other file: safetensors lets nobody else read what it writes
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error}; make room, or give another --out") from error
+        raise UserError(f"{path} cannot be written: {error}; make room there, or give another directory") from error
 
 
 def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Module:

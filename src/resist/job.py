@@ -8,7 +8,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,42 +19,14 @@ from resist.build import build_seeded, fingerprint
 from resist.chains import choose_chains
 from resist.comm import Ledger, Transport, check_agreement, connect
 from resist.errors import AgreedError, DivergedError, UserError
-from resist.exchange import WEIGHTS, Copy, Exchange, assembly
-from resist.fold import (
-    AVERAGE,
-    OPTIMIZER_STATES,
-    VELOCITY,
-    adopt_state,
-    all_finite,
-    check_optimizers,
-    follow_resize,
-)
+from resist.exchange import Copy, Exchange, assembly
+from resist.fold import AVERAGE, OPTIMIZER_STATES, VELOCITY, WEIGHTS, all_finite, optimizers_of
 from resist.plan import Plan
 from resist.strategy import Strategy
 from resist.subnet import Subnet, scale_branches, tensors_of
+from resist.worker import SafeCopy, Worker
 
 NONFINITE = ("stop", "drop")
-
-
-@dataclass(frozen=True)
-class SafeCopy:
-    """What one process keeps of the network as it was synchronised, by global dotted name: its workers' parts, and
-    second copies of blocks that others hold alone. round, step: those that were done."""
-
-    round: int
-    step: int
-    tensors: dict[str, Tensor]
-
-
-class Worker:
-    """One of the S trainers, hosted by this process. `model` is its sub-network, an ordinary `nn.Module`."""
-
-    def __init__(self, index: int, subnet: Subnet) -> None:
-        self.index, self.subnet = index, subnet
-        self.state: dict[str, Tensor] = {}  # the optimizer's state by kind, laid out as the weights are
-        self.model: nn.Module = subnet.model
-        self.start: Tensor | None = None  # the weights with which the round began, where something asks for them
-        self.average: Subnet | None = None  # of its weights over time; see `Job.follow`
 
 
 class Job:
@@ -90,7 +61,7 @@ class Job:
         build_model: Callable[[], nn.Module],
         strategy: Strategy,
         *,
-        chains: Sequence[str] = (),
+        chains: str | Sequence[str] = (),
         seed: int = 0,
         batchnorm: str = "recalibrate",
         scale: str | float = "inclusion",
@@ -122,7 +93,7 @@ class Job:
         full = build_seeded(build_model, seed)
         if batchnorm == "batch":
             use_batch_statistics(full)
-        self.chains = choose_chains(full, tuple(chains))
+        self.chains = choose_chains(full, (chains,) if isinstance(chains, str) else tuple(chains))
         self.plans = self.plans_of(self.round)
         _ = self.scales  # complains about a wrong scale now rather than at the end
         self.ledger = Ledger(transport if transport is not None else connect(strategy.workers, device, timeout_s))
@@ -163,15 +134,17 @@ class Job:
         return {c.name: strategy.assign(c.num_blocks, c.name, self.seed, round) for c in self.chains}
 
     def step(self, *optimizers: Optimizer, bad: Mapping[int, str] | None = None) -> bool:
-        """Call it after each optimizer step, with the optimizer of every hosted worker. After `local_steps` calls it
-        synchronises: waits for all workers, averages, and puts the next round's blocks into the slots.
+        """Call it after each optimizer step, with the optimizers of every hosted worker: one each, or more.
+
+        After `local_steps` calls it synchronises: waits for all workers, averages, and puts the next round's blocks
+        into the slots. Every worker has to call it equally often, also where a GradScaler left a step out.
 
         bad: hosted workers whose round must not count, each with the reason ("a loss of nan in step 7"), treated as
              `nonfinite` says; weights that are not finite are found without it.
 
         Returns whether it synchronised.
         """
-        if len(optimizers) != len(self.workers):
+        if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
             self._adopt(optimizers)
@@ -187,12 +160,16 @@ class Job:
         for worker in self.workers:
             worker.subnet.check_attached()
             worker.state = {kind: flat for kind, flat in worker.state.items() if kind == VELOCITY}
-        check_optimizers([worker.subnet for worker in self.workers], optimizers)
+        for worker, own in zip(
+            self.workers, optimizers_of([worker.subnet for worker in self.workers], optimizers), strict=True
+        ):
+            worker.optimizers = own
         self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
-        """Let averages of the weights, as an EMA, go where their blocks go. Without it, an average kept beside a
-        sub-network mixes the blocks that lie in a slot one after another. Every process calls it, before training.
+        """Let averages of the weights, as an EMA, go where their blocks go. Call it in all processes, before training.
+
+        Without it, an average kept beside a sub-network mixes the blocks that lie in a slot one after another.
 
             average = AveragedModel(job.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
             job.follow(average)
@@ -239,17 +216,10 @@ class Job:
             )
             exchange.finish()
             spares = exchange.spares
-        for number, worker in enumerate(self.workers):
+        for worker in self.workers:
             capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
-            flats = {one.name: one.flats[worker.index] for one in copies}
-            worker.state = {name: flat for name, flat in flats.items() if name not in (WEIGHTS, AVERAGE)}
-            if tuple(capacities) != worker.subnet.capacities:
-                before = {id(parameter) for parameter in worker.model.parameters()}
-                worker.subnet.resize(capacities, flats[WEIGHTS])
-                if self._optimizers:
-                    follow_resize(worker.subnet, self._optimizers[number], before, worker.state)
-                if worker.average is not None:
-                    worker.average.resize(capacities, flats[AVERAGE])
+            held = [next_plans[chain.name].blocks[worker.index] for chain in self.chains]
+            worker.go_on({one.name: one.flats[worker.index] for one in copies}, capacities, held)
         self.plans = next_plans
         self.round += 1
         self._steps_in_round = 0
@@ -268,6 +238,7 @@ class Job:
         """The complete network, its chain blocks' branches scaled, in eval mode. Every worker has to call it.
 
         Ends a round that is under way. Only the process that hosts worker `on` assembles it; the others get None.
+        It is a copy. The scales are forward hooks: deepcopy and pickle keep them, a state dict does not.
 
         batches: training batches (images, or tuples that begin with them) to estimate the BatchNorm statistics on:
                  needed for batchnorm="recalibrate" where the network has such layers.
@@ -291,6 +262,7 @@ class Job:
                 channels_last=own.channels_last,
                 template_capacities=own.capacities,
             )
+            full.hold([range(chain.num_blocks) for chain in self.chains])
             with torch.no_grad():
                 full.shared.copy_(own.shared)
         assembly(self.ledger, subnets, self.plans, full, on).finish()
@@ -307,12 +279,11 @@ class Job:
 
     def mark_starts(self) -> None:
         """Remember the weights with which this round begins, where something will ask for them."""
-        outer = self.strategy.at(self.round).outer is not None
         for worker in self.workers:
-            if outer or self.safety or self.nonfinite == "drop":
-                worker.start = worker.subnet.flat.clone()
-            if outer:
-                worker.state.setdefault(VELOCITY, torch.zeros_like(worker.subnet.flat))
+            worker.begin(
+                keep_start=self.safety or self.nonfinite == "drop",
+                outer=self.strategy.at(self.round).outer is not None,
+            )
 
     @torch.no_grad()
     def _keep_safe(self, spares: Mapping[tuple[int, int], Tensor]) -> None:
@@ -338,12 +309,8 @@ class Job:
     def _copies(self, strategy: Strategy, bad: Mapping[int, str]) -> list[Copy]:
         """What is exchanged at the end of this round. Waits for all processes, to agree on it."""
         policy, averages = strategy.optimizer_state, {w.index: w.average.flat for w in self.workers if w.average}
-        if policy == "reset":
-            for worker, optimizer in zip(self.workers, self._optimizers, strict=False):
-                optimizer.state.clear()
-                worker.state = {kind: flat for kind, flat in worker.state.items() if kind == VELOCITY}
-        for worker, optimizer in zip(self.workers, self._optimizers, strict=False):
-            adopt_state(worker.subnet, optimizer, worker.state)
+        for worker in self.workers:
+            worker.collect_state(policy)
         copies = [Copy(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
         for kind in self._agree_on_round(bad):
             flats = {w.index: w.state.setdefault(kind, torch.zeros_like(w.subnet.flat)) for w in self.workers}

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from resist.errors import UserError
+from resist.full import write_tensors
 from resist.job import Job
 
 FORMAT = "resist safe copy 1"
@@ -107,13 +107,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object
     """Write a file that is there complete or not at all."""
     whole = torch.contiguous_format
     staged = {name: tensor.detach().cpu().clone(memory_format=whole) for name, tensor in tensors.items()}
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            staged, partial, metadata={"format": FORMAT, "facts": json.dumps({**facts, "digest": _digest(staged)})}
-        )
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error}; make room there") from error
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be made: {error.strerror}; make room there") from error
+    write_tensors(path, staged, {"format": FORMAT, "facts": json.dumps({**facts, "digest": _digest(staged)})})

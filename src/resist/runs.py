@@ -3,13 +3,17 @@
 config.json        the configuration
 environment.json   versions, commit, hardware, start and end
 metrics.jsonl      a line for each round (see `append`)
+state.json         whether the run goes on, or how it ended (see `state`)
 checkpoints/       what a run goes on from, see `resist.checkpoint`
+evaluation.json    the full network read in several ways, by resist evaluate --readings
 model.safetensors  the full network at the end, see `resist.full`
 """
 
+import contextlib
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,6 +30,12 @@ from resist.errors import UserError
 def default_out(config: TrainConfig) -> Path:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{now}-{config.network.data}-{config.method.strategy}"
+
+
+def title_of(config: TrainConfig) -> str:
+    """What is run, in a few words."""
+    network, method = config.network, config.method
+    return f"{network.data}, {network.model}, {method.strategy}, {method.workers} worker{'s' * (method.workers > 1)}"
 
 
 def check_free(path: Path) -> None:
@@ -71,8 +81,19 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.path / 'metrics.jsonl'} cannot be written: {error.strerror}; make room") from error
 
+    def state(self, state: str, rounds: int, error: str = "") -> None:
+        """Tell those who watch: "running", "finished", "interrupted" or "failed", of how many rounds, and by whom.
+
+        A disk that is full is no reason to lose a run: then the file stays as it was.
+        """
+        with contextlib.suppress(OSError):
+            self._write("state.json", {
+                "state": state, "rounds": rounds, "error": error, "host": socket.gethostname(), "process": os.getpid(),
+            })  # fmt: skip
+
     def close(self) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # what the disk did not take was said by `append`
+            self._metrics.close()
 
     def _write(self, name: str, content: object) -> None:
         """Write a file so that it is there with its old or its new content, whatever happens."""

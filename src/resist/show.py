@@ -5,9 +5,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from resist.chains import choose_chains, find_chains
+from resist.colours import colour_of
 from resist.config import TrainConfig
 from resist.plan import Plan
 
@@ -41,6 +43,8 @@ def describe(model: nn.Module, config: TrainConfig, rounds: int) -> dict[str, An
                 "blocks": chain.num_blocks,
                 "parameters_of_a_block": block[chain.name],
                 "capacities": capacities[chain.name],
+                "attributes_that_differ": [f"{one.module}.{one.name}".lstrip(".") for one in chain.varying],
+                "caveat": chain.caveat,
             }
             for chain in chains
         ],
@@ -60,26 +64,52 @@ def print_plan(facts: dict[str, Any], console: Console) -> None:
         each = f"{chain['blocks']} blocks of {chain['parameters_of_a_block']:,}"
         table.add_row(f"chain {chain['name']}", each)
         table.add_row("  blocks held by each worker", " ".join(map(str, chain["capacities"])))
+        if chain["attributes_that_differ"]:
+            table.add_row("  goes with each block", " ".join(chain["attributes_that_differ"]))
     share = " ".join(f"{held / facts['parameters']:.0%}" for held in facts["held_by_worker"])
     table.add_row("a worker's share of the network", share)
     if facts["other_chains"]:
         table.add_row("not partitioned, could be", " ".join(facts["other_chains"]) + "  (name chains with --chain)")
     console.print(table)
     for chain in facts["chains"]:
+        if chain["caveat"]:
+            console.print(f"\nnote: {chain['caveat']}")
+    for chain in facts["chains"]:
         console.print(f"\nWho holds which block of {chain['name']}")
-        console.print(_map(chain["blocks"], len(facts["held_by_worker"]), [r[chain["name"]] for r in facts["rounds"]]))
+        rounds = [of_round[chain["name"]] for of_round in facts["rounds"]]
+        for line in partition_lines(chain["blocks"], rounds, console.width, utf8=console.encoding.startswith("utf")):
+            console.print(line)
 
 
-def _map(num_blocks: int, workers: int, rounds: Sequence[Sequence[Sequence[int]]]) -> str:
-    """A line for each worker of each round, a column for each block."""
-    width = len(str(num_blocks - 1))
-    lines = [" " * 21 + " ".join(f"{block:>{width}}" for block in range(num_blocks))]
-    for number, held in enumerate(rounds):
-        for worker in range(workers):
-            label = f"round {number}" if worker == 0 else ""
-            marks = " ".join(f"{'#' if block in held[worker] else '.':>{width}}" for block in range(num_blocks))
-            lines.append(f"{label:<10}{f'worker {worker}':<11}{marks}")
-    return "\n".join(lines)
+LABELS, SHARED = 21, 2  # columns
+
+
+def partition_lines(
+    num_blocks: int, rounds: Sequence[Sequence[Sequence[int]]], width: int, *, utf8: bool = True
+) -> list[Text]:
+    """The sub-network of each worker in each round as a line: shared parts at both ends, its blocks, the way past the
+    others'.
+
+    Where blocks do not fit into `width` columns, they go on in a further part below.
+    """
+    held_mark, way, shared = ("■", "─", "━") if utf8 else ("#", "-", "=")
+    room = max(8, width - LABELS - 2 * SHARED - 1)
+    pitch = 2 if 2 * num_blocks <= room else 1
+    lines: list[Text] = []
+    for first in range(0, num_blocks, room // pitch):
+        part = range(first, min(num_blocks, first + room // pitch))
+        lines += [Text()] if first else []
+        for digit in range(len(str(num_blocks - 1)), 0, -1):  # numbers stand upright
+            digits = (str(block)[-digit] if len(str(block)) >= digit else " " for block in part)
+            lines.append(Text(" " * (LABELS + SHARED + pitch - 1) + (" " * (pitch - 1)).join(digits), style="dim"))
+        for number, workers in enumerate(rounds):
+            for worker, held in enumerate(workers):
+                label = f"round {number}" if worker == 0 else ""
+                text = Text(f"{label:<10}{f'worker {worker}':<11}")
+                marks = "".join(way * (pitch - 1) + (held_mark if block in held else way) for block in part)
+                text.append(shared * SHARED + marks + way * (pitch - 1) + shared * SHARED, style=colour_of(worker))
+                lines.append(text)
+    return lines
 
 
 def _numel(module: nn.Module) -> int:

@@ -51,6 +51,9 @@ class Strategy:
     at_round: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in (("workers", self.workers), ("local_steps", self.local_steps)):
+            if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise UserError(f"{name}={value!r} is not a whole number; give one")
         if self.workers < 1:
             raise UserError(f"workers={self.workers} is not a number of workers; give at least 1")
         if self.local_steps < 1:

@@ -10,13 +10,14 @@ The full network is a sub-network with every block in its slots, so it is built 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from resist.chains import Chain
 from resist.errors import UserError
+from resist.residual import hidden_in, hidden_out, with_hidden
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,17 @@ class Subnet:
     def _common_buffers(self, template: nn.Module) -> dict[tuple[int | None, str], Tensor]:
         """Float buffers that several blocks use (or a block and something else), as a table of rotations: by each of
         their names. They belong to no block, so every network keeps them as they are, outside of the flat tensor."""
-        names: dict[int, list[str]] = {}
-        common: dict[tuple[int | None, str], Tensor] = {}
-        for name, buffer in template.named_buffers(remove_duplicate=False):
-            names.setdefault(id(buffer), []).append(name)
-        for name, buffer in template.named_buffers(remove_duplicate=False):
-            users = {(place.chain, place.slot) for place in map(self.place, names[id(buffer)])}
-            if buffer.is_floating_point() and len(users) > 1:
-                device = buffer.device if buffer.is_meta else self.device
-                common[self._key(name)] = buffer.detach().to(device, copy=True)
-        return common
+        named = list(template.named_buffers(remove_duplicate=False))
+        users: dict[int, set[tuple[int | None, int]]] = {}
+        for name, buffer in named:
+            place = self.place(name)
+            users.setdefault(id(buffer), set()).add((place.chain, place.slot))
+        copies = {
+            id(buffer): buffer.detach().to(buffer.device if buffer.is_meta else self.device, copy=True)
+            for _, buffer in named
+            if len(users[id(buffer)]) > 1 and buffer.is_floating_point()
+        }
+        return {self._key(name): copies[id(buffer)] for name, buffer in named if id(buffer) in copies}
 
     def _containers(self) -> list[str]:
         """The containers of the chains, inner ones before those that they lie in."""
@@ -200,7 +202,11 @@ class Subnet:
         self._attach()
 
     def _attach(self) -> None:
-        """Make every parameter and float buffer a view into the flat tensor."""
+        """Make every parameter and float buffer a view into the flat tensor.
+
+        As `.data`, which gives each a version counter of its own: else a forward pass that writes to a buffer would
+        look to autograd as if it had overwritten the weights, too.
+        """
         renewed: dict[int, nn.Parameter] = {}
         views: dict[int, Tensor] = {}
         for prefix, module in self.model.named_modules():
@@ -208,7 +214,7 @@ class Subnet:
                 if old is None:
                     continue
                 if id(old) not in renewed:
-                    view = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flat)
+                    view = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flat).data
                     if old.is_meta:
                         renewed[id(old)] = nn.Parameter(view, requires_grad=old.requires_grad)
                     else:
@@ -222,7 +228,7 @@ class Subnet:
                     module._buffers[key] = self._common[self._key(name)]
                 elif old.is_floating_point():
                     if id(old) not in views:
-                        views[id(old)] = self.view(self.place(name), self.flat)
+                        views[id(old)] = self.view(self.place(name), self.flat).data
                     module._buffers[key] = views[id(old)]
                 else:
                     new = torch.zeros_like(old, device=self.device) if old.is_meta else old.to(self.device)
@@ -246,14 +252,30 @@ class Subnet:
     def check_attached(self) -> None:
         """Raise where a parameter no longer lies in the flat tensor (`model.to(...)`, `model.half()` move it out)."""
         for parameter, place in self.parameter_places():
-            if parameter.data_ptr() != self.view(place, self.flat).data_ptr():
+            layout = self.shared_layout if place.chain is None else self.block_layouts[place.chain]
+            known = place.name in layout.pieces
+            if not known or parameter.data_ptr() != self.view(place, self.flat).data_ptr():
                 raise UserError(
                     f"parameter {place.name!r} was moved out of the sub-network's flat tensor (by .to(), .cuda() or "
-                    ".half()?); give Job the device, and use autocast for lower precision"
+                    ".half(), or replaced?); give Job the device, and use autocast for lower precision; change layers "
+                    "in build_model"
                 )
+
+    def hold(self, held: Sequence[Sequence[int]]) -> None:
+        """Give each slot the attributes of block `held[chain][slot]`, where these differ along the chain."""
+        for number, chain in enumerate(self.chains):
+            if not chain.varying:
+                continue
+            container = self.model.get_submodule(chain.container)
+            children = self._children(chain.container, self.capacities)
+            for (of_chain, slot, _), module in zip(children, container.children(), strict=True):
+                if of_chain == number:
+                    for one in chain.varying:
+                        one.put(module, held[number][slot])
 
     def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
         """Fill the weights from `tensors` (global dotted names), with block `held[chain][slot]` in each slot."""
+        self.hold(held)
         with torch.no_grad():
             for name, view in self.state(held).items():
                 view.copy_(tensors[name])
@@ -287,13 +309,23 @@ def skeleton(module: nn.Module) -> nn.Module:
 
 
 class ScaleBranch:
-    """Forward hook that turns a block's x + f(x) into x + scale * f(x). A class, so that the model can be pickled."""
+    """Forward hook that turns a block's x + f(x) into x + scale * f(x). A class, so that the model can be pickled.
+
+    x is the block's first argument, or the first tensor among named ones; of a tuple that a block returns, the first
+    tensor is scaled. Raises UserError for a block that is called otherwise.
+    """
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.lerp(args[0].to(output.dtype), output, self.scale)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x, y = hidden_in(args, kwargs), hidden_out(output)
+        if x is None or y is None or x.shape != y.shape:
+            raise UserError(
+                f"a {type(module).__name__} cannot be scaled: it has to take a tensor and return one of the same "
+                "shape, alone or first in a tuple; partition another chain, or give scale=1.0"
+            )
+        return with_hidden(output, torch.lerp(x.to(y.dtype), y, self.scale))
 
 
 def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float]) -> None:
@@ -301,7 +333,7 @@ def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[f
     for chain, scale in zip(chains, scales, strict=True):
         for block in range(chain.num_blocks):
             if scale != 1.0:
-                model.get_submodule(chain.block_name(block)).register_forward_hook(ScaleBranch(scale))
+                model.get_submodule(chain.block_name(block)).register_forward_hook(ScaleBranch(scale), with_kwargs=True)
 
 
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -20,11 +20,13 @@ from resist.comm import Transport, check_agreement, connect, together
 from resist.config import TrainConfig
 from resist.device import Clock, pick_device
 from resist.errors import AgreedError, DivergedError, UserError, WorkerLostError
+from resist.foreign import try_network
 from resist.full import FILE, save_full
 from resist.job import Job
+from resist.loggers import Logger, open_loggers
 from resist.plan import Plan
-from resist.progress import Progress
 from resist.rates import evaluation_rounds, num_steps, rate
+from resist.recorder import Recorder
 from resist.rescue import write_diverged, write_safe_copies
 from resist.resume import starting_point
 from resist.runs import Run, default_out
@@ -52,6 +54,7 @@ def train(config: TrainConfig) -> int:
         config = config.with_warmup_rounds(images_per_epoch)
         for note in task.notes if speaks else ():
             print(f"resist: {note}", flush=True)
+        together(transport, lambda: try_network(config.network) if speaks else None)
         start = starting_point(config, transport, speaks)
         job = Job(
             task.network,
@@ -71,6 +74,8 @@ def train(config: TrainConfig) -> int:
             for chain in job.chains:
                 held = " ".join(map(str, job.plans[chain.name].capacities))
                 print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {held}", flush=True)
+                if chain.caveat:
+                    print(f"note: {chain.caveat}", flush=True)
         trainers = [Trainer(config, worker, task) for worker in job.workers]
         steps = num_steps(config.optimisation, images_per_epoch)
         if job.step_index >= steps:
@@ -80,8 +85,13 @@ def train(config: TrainConfig) -> int:
         resume_round = None if config.run.resume is None else job.round
         run = together(transport, lambda: Run(out, config, resume_round) if speaks else None)
         out = Path(transport.gather_text(str(out))[0])  # the time of the first process, where it is in the name
-        training = Training(config, task, job, trainers, run, Checkpoints(out / "checkpoints", transport))
-        return _surviving(out, job, lambda: training.go_on(steps))
+        loggers = together(transport, lambda: open_loggers(config, run.path, run.past) if run else [])
+        checkpoints = Checkpoints(out / "checkpoints", transport)
+        training = Training(config, task, job, trainers, run, loggers, checkpoints)
+        try:
+            return _surviving(out, job, lambda: training.go_on(steps))
+        finally:
+            checkpoints.abandon()
     finally:
         transport.close()
 
@@ -108,7 +118,8 @@ def _surviving(out: Path, job: Job, action: Callable[[], int]) -> int:
 class News:
     """What all processes know before a round is folded.
 
-    workers:   each worker's mean loss (None: not a number), and its share of its process's seconds of compute.
+    workers:   each worker's mean loss (None: not a number), its share of its process's seconds of compute, and the
+               seconds that its process took for the synchronisation before.
     compute_s: seconds that the slowest process computed.
     stop:      whether a budget is used up, and the run ends after this round.
     interrupted: whether a process was told to end by a signal.
@@ -130,14 +141,17 @@ class Training:
         job: Job,
         trainers: Sequence[Trainer],
         run: Run | None,
+        loggers: Sequence[Logger],
         checkpoints: Checkpoints,
     ) -> None:
         self.config, self.task, self.job, self.run = config, task, job, run
-        self.trainers, self.checkpoints = trainers, checkpoints
+        self.trainers, self.loggers, self.checkpoints = trainers, loggers, checkpoints
         self.optimizers = tuple(trainer.optimizer for trainer in trainers)
         self.device = job.workers[0].subnet.device
         self.clock = Clock(self.device)
         self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
+        self.exchange_s = 0.0  # of the last synchronisation, in this process
+        self.checkpoint_s = 0.0
 
     def go_on(self, steps: int) -> int:
         """Train up to step `steps`. Returns the exit status."""
@@ -145,7 +159,10 @@ class Training:
         rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
         self.tested = evaluation_rounds(rounds, config.run.evaluations)
         losses: list[Tensor] = []  # (hosted workers,) for each step of the round
-        with interruption() as interrupted, Progress(rounds, self.run, self.run.past if self.run else ()) as progress:
+        with (
+            interruption() as interrupted,
+            Recorder(config, rounds, self.run, self.loggers, interrupted.is_set) as recorder,
+        ):
             self.clock.lap()
             for step in range(job.step_index, steps):
                 lr = rate(config.optimisation, step, steps)
@@ -153,11 +170,11 @@ class Training:
                 if job.steps_left > 1 and step < steps - 1:
                     job.step(*self.optimizers)
                     continue
-                news = self._end_round(losses, lr, progress, interrupted, last=step == steps - 1)
+                news = self._end_round(losses, lr, recorder, interrupted, last=step == steps - 1)
                 losses.clear()
                 if news.interrupted:
                     self.checkpoints.finish()
-                    progress.interrupted()
+                    recorder.interrupted()
                     return INTERRUPTED
                 if news.stop:
                     break
@@ -165,7 +182,7 @@ class Training:
             self.checkpoints.finish()
             if self.failed is not None:
                 raise UserError(self.failed)
-            progress.finish(job)
+            recorder.finish(job)
         return 0
 
     def _step(self, step: int, lr: float) -> Tensor:
@@ -181,12 +198,16 @@ class Training:
         return torch.full((len(self.trainers),), math.nan, device=self.device)
 
     def _end_round(
-        self, losses: Sequence[Tensor], lr: float, progress: Progress, interrupted: threading.Event, *, last: bool
+        self, losses: Sequence[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
     ) -> News:
-        """The last step of a round: compare, synchronise, save, test, record."""
+        """The last step of a round: compare, synchronise, test, record, save.
+
+        A checkpoint comes last: where a run goes on from it, the record of the round, and at the end the network that
+        was asked for, are there.
+        """
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimisation.batch_size
         compute_s = lap()
-        stop = self.run is not None and progress.reached(self.config.budgets(), compute_s)
+        stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
         values = torch.stack(list(losses)).cpu()
         bad = self._bad(values)
         news = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
@@ -194,16 +215,14 @@ class Training:
         seconds = {"compute": news.compute_s, "wait": max(0.0, lap() - news.compute_s + compute_s)}
         if not job.step(*self.optimizers, bad=bad):
             job.synchronise(bad)  # the last round may be short
-        seconds["sync"] = lap()
-        if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
-            self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
-        seconds["checkpoint"] = lap()
+        seconds["sync"] = self.exchange_s = lap()
+        seconds["checkpoint"], self.checkpoint_s = self.checkpoint_s, 0.0
         scores: dict[str, float] = {}
         if (job.round in self.tested or last) and not news.interrupted:
             scores = self._evaluate(last=last)
         seconds["evaluate"] = lap()
         epoch = job.step_index * batch_size / self.trainers[0].batches.images_per_epoch
-        progress.round(
+        recorder.round(
             {
                 **{"round": job.round, "step": job.step_index, "epoch": round(epoch, 4), "lr": lr},
                 "accuracy": next(iter(scores.values()), None),
@@ -213,6 +232,10 @@ class Training:
                 **_record(job, news, plans),
             }
         )
+        if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
+            lap()
+            self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
+            self.checkpoint_s = lap()  # told with the next round
         return news
 
     def _bad(self, losses: Tensor) -> dict[int, str]:
@@ -231,9 +254,9 @@ class Training:
 
         Raises AgreedError where a process has failed.
         """
-        share = round(compute_s / len(self.trainers), 6)
+        times = {"compute_s": round(compute_s / len(self.trainers), 6), "exchange_s": round(self.exchange_s, 6)}
         own = [
-            {"worker": trainer.index, "loss": loss if math.isfinite(loss) else None, "compute_s": share}
+            {"worker": trainer.index, "loss": loss if math.isfinite(loss) else None, **times}
             for trainer, loss in zip(self.trainers, losses, strict=True)
         ]
         mine = {
@@ -277,12 +300,16 @@ def _record(job: Job, news: News, plans: Mapping[str, Plan]) -> dict[str, object
 
 @contextlib.contextmanager
 def interruption() -> Iterator[threading.Event]:
-    """Inside it, SIGTERM and SIGINT set the event instead of ending the process; a second SIGINT ends it at once."""
-    event = threading.Event()
+    """Inside it, SIGTERM and SIGINT set the event instead of ending the process; a second Ctrl-C ends it at once.
+
+    torch's launcher turns the second Ctrl-C into a SIGTERM, so that after a SIGINT either of them counts as one.
+    """
+    event, seen = threading.Event(), set[int]()
 
     def note(number: int, _frame: object) -> None:
-        if number == signal.SIGINT and event.is_set():
+        if event.is_set() and signal.SIGINT in (number, *seen):
             raise KeyboardInterrupt
+        seen.add(number)
         event.set()
 
     if threading.current_thread() is not threading.main_thread():

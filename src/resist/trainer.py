@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from resist.config import TrainConfig
-from resist.job import Worker
 from resist.tasks import Task
+from resist.worker import Worker
 
 
 class Trainer:

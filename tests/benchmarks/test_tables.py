@@ -111,6 +111,18 @@ def test_a_missed_target_is_called_missed() -> None:
     assert "reached, at most 0.50 % apart" in tables.on_wire([wire(method("resist", 1.0, 1.0, ledger_bytes=1000))])
 
 
+def test_the_cost_of_recording_is_judged_by_its_dearest_part() -> None:
+    way = {"cpu_s": 0.002, "all": [0.001, 0.004], "percent": 0.2}
+    record = {
+        "round_cpu_s": 1.0, "workers": 4, "local_steps": 10, "batch_size": 32, "ways": {"wandb": way}, "rounds": 200,
+        "repetitions": 3, "drawing": {"percent": 0.5}, **ORIGIN,
+    }  # fmt: skip
+    page = tables.recording(record)
+    assert "| wandb | 2.00 | 0.200 | 3.00 |" in page
+    assert "reached, at most 0.50 %" in page
+    assert "**missed**, at most 1.50 %" in tables.recording(record | {"drawing": {"percent": 1.5}})
+
+
 def predicted_exchange_s() -> float:
     report = predict(
         tables.builder(SMALL), strategies=["ddp"], workers=[4], batchnorm="batch", batch_size=2, local_steps=2,
@@ -131,6 +143,26 @@ def test_first_runs_are_not_taken_for_runs_with_augmented_statistics(tmp_path: P
     assert "| 40.00 |  | 41.00 | 42.00 |" in readings
     assert "| 50.00 | 51.00 | 31.50 | 52.00 |" in readings
     assert "in 2 of 2 runs" in readings
+
+
+def test_photographs_say_what_was_measured(tmp_path: Path) -> None:
+    trained = {"part": "train", "loss_by_epoch": [3.9, 3.5], "accuracy": 0.15, "top5": 0.4, "rounds": 9, "gb_sent": 0.1}
+    resumed = {"part": "resume", "status": 75, "interrupted_after": 4, "rounds": 9, "greatest_difference": 0.0}
+    read = {"read_images_s": {"0": 50.0, "1": 90.0}, "trained_images_s": 30.0, "both_images_s": 29.0}
+    write(
+        tmp_path / "i.jsonl",
+        {**trained, "warmup_epochs": 0.0, "warmup_rounds": 0, **ORIGIN},
+        {**trained, "warmup_epochs": 2.0, "warmup_rounds": 4, **ORIGIN},
+        {**resumed, "same_accuracy": False, **ORIGIN},
+        {"part": "input", **read, "waited_share": 0.015, "load": 2.0, **ORIGIN},
+    )
+    (page,) = tables.photographs(tmp_path / "i.jsonl")
+    assert "| 0 epochs (0 of 9 rounds) | 3.900 | 3.500 | 15.00 | 40.00 | 0.100 |" in page
+    assert "| 2 epochs (4 of 9 rounds) |" in page
+    assert "at most 0; the test accuracy **differs**." in page
+    assert "(3.0 times with 1 what the network trains on one thread, 30 images/s)" in page
+    assert "1.5% of the time" in page
+    assert tables.photographs(tmp_path / "none.jsonl") == []
 
 
 @pytest.mark.slow

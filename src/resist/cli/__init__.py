@@ -4,13 +4,15 @@ import os
 import sys
 from collections.abc import Callable
 
-import tyro
-
 from resist.cli.compare import CompareConfig, run_compare
 from resist.cli.cost import CostConfig, run_cost
 from resist.cli.evaluate import EvaluateConfig, run_evaluate
+from resist.cli.export import ExportConfig, run_export
+from resist.cli.parse import parse
 from resist.cli.plan import PlanConfig, run_plan
+from resist.cli.report import ReportConfig, run_report
 from resist.cli.train import run_train
+from resist.cli.watch import WatchConfig, run_watch
 from resist.config import TrainConfig
 from resist.errors import AgreedError, UserError, WorkerLostError
 
@@ -23,39 +25,50 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "cost": (CostConfig, run_cost),
     "compare": (CompareConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
+    "export": (ExportConfig, run_export),
+    "watch": (WatchConfig, run_watch),
+    "report": (ReportConfig, run_report),
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """`resist COMMAND ...`. Ends the process with its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    config = tyro.extras.subcommand_cli_from_dict(
-        {name: kind for name, (kind, _) in COMMANDS.items()},
-        prog="resist",
-        description="Train a deep residual network with a different, shallower sub-network on each worker (ResIST).",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
+    words = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_guarded(lambda: _run(words)))
+
+
+def _run(arguments: list[str]) -> int:
+    config = parse({name: kind for name, (kind, _) in COMMANDS.items()}, arguments)
     action = next(action for kind, action in COMMANDS.values() if isinstance(config, kind))
-    sys.exit(_guarded(lambda: action(config, arguments)))
+    return action(config, arguments)
 
 
 def _guarded(action: Callable[[], int]) -> int:
     """The exit status of `action`, errors turned into one line."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return action()
+        status = action()
+        sys.stdout.flush()
+        return status
     except AgreedError as error:  # every process has it; the first one says it
         if rank == 0:
-            print(f"resist: {error}", file=sys.stderr)
+            _say(str(error))
         return 2
     except UserError as error:
-        print(f"resist: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except WorkerLostError as error:
-        print(f"resist: {error}", file=sys.stderr)
+        _say(str(error))
         return 1
+    except BrokenPipeError:  # whoever read what we print has stopped, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         if rank == 0:
-            print("resist: interrupted", file=sys.stderr)
+            _say("interrupted")
         return 130
+
+
+def _say(text: str) -> None:
+    """A line on stderr, in one write: several processes may speak at once."""
+    print(f"resist: {text}\n", end="", file=sys.stderr, flush=True)

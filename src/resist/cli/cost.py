@@ -55,7 +55,7 @@ class CostConfig:
 def run_cost(config: CostConfig, arguments: list[str]) -> int:
     network, shape = config.network, image_shape(config.network)
     loss = dense_pass if network.task == "detection" else mean_square
-    build_model = network_builder(network, config.num_classes)
+    build_model = network_builder(network, config.num_classes, shape[-1])
     if config.calibrate and config.images_s:
         raise UserError("--calibrate measures what --images-s says; give one of the two")
     if config.latency_ms and config.link_gbit_s is None:

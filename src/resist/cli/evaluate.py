@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from resist.device import pick_device
-from resist.evaluate import evaluate_run
+from resist.evaluate import evaluate_run, readings_of_run
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,16 @@ class EvaluateConfig:
     """Where the data set lies. Default: as when it was trained."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    readings: bool = False
+    """Read it in every way, with and without scale and by each kind of BatchNorm statistics; resist report shows it."""
 
 
 def run_evaluate(config: EvaluateConfig, arguments: list[str]) -> int:
+    if config.readings:
+        found = readings_of_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
+        for way, score in found.items():
+            print(f"{way:24}{100 * score:6.2f} %")
+        return 0
     scores = evaluate_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
     for name, score in scores.items():
         print(f"test {name} {100 * score:.2f} %")

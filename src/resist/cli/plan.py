@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from resist.config import MethodConfig, NetworkConfig, TrainConfig
+from resist.cost.footprint import build_on_meta
 from resist.draw import partition_svg
 from resist.errors import UserError
+from resist.foreign import try_network
 from resist.show import describe, print_plan
 from resist.tasks import network_builder
 
@@ -41,13 +42,12 @@ def plan_facts(config: PlanConfig) -> dict[str, Any]:
         raise UserError("--warmup-epochs are rounds only where there are data; show a plan with --warmup-rounds")
     whole = TrainConfig(network=network, method=config.method)
     whole.check()
-    with torch.device("meta"):
-        model = network_builder(network, config.num_classes)()
-    return describe(model, whole, config.rounds)
+    return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds)
 
 
 def run_plan(config: PlanConfig, arguments: list[str]) -> int:
     facts = plan_facts(config)
+    try_network(config.network, config.num_classes)
     if config.svg is not None:
         try:
             with config.svg.open("x", encoding="utf-8") as file:

@@ -9,7 +9,8 @@ from resist.cli.plan import PlanConfig, plan_facts
 from resist.config import MachineConfig, TrainConfig
 from resist.device import pick_device
 from resist.errors import UserError
-from resist.launch import launch, launched, num_processes
+from resist.launch import launch, launched, num_processes, watch_launcher
+from resist.loggers import check_loggers
 from resist.runs import check_free, default_out, read_config
 from resist.tasks import open_task
 from resist.train import INTERRUPTED, train
@@ -50,11 +51,13 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
     config = resumed(config, arguments)
     config.check()
     if launched():
+        watch_launcher()
         return train(config)
     # Everything that can be found wrong here is found once, before any process is started.
     method = replace(config.method, warmup_epochs=0.0)
     plan_facts(PlanConfig(network=config.network, method=method, seed=config.run.seed))
     pick_device(config.machine.device)
+    check_loggers(config)
     out = config.run.resume or config.run.out or default_out(config)
     if config.run.resume is None:
         check_free(out)
@@ -64,7 +67,8 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
     open_task(config.network)
     if config.run.resume is None:
         arguments = ["train", *replace(config, run=replace(config.run, out=out)).arguments()]
-    status = launch(arguments, processes, config.machine.timeout_s)
+    timeout_s, workers = config.machine.timeout_s, config.method.workers
+    status = launch(arguments, processes, timeout_s, workers)
     saved, machine = newest(out / "checkpoints")[0] is not None, TrainConfig(machine=config.machine).arguments()
     if status > 128:  # a signal to this process: the others have saved what they could
         return INTERRUPTED if saved else status
@@ -72,5 +76,5 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
         if status in (0, 2, INTERRUPTED) or not (out / "config.json").exists():
             break
         print(f"resist: restart {attempt} of {config.machine.restarts}, from the last checkpoint", file=sys.stderr)
-        status = launch(["train", "--resume", str(out), *machine], processes, config.machine.timeout_s)
+        status = launch(["train", "--resume", str(out), *machine], processes, timeout_s, workers)
     return status

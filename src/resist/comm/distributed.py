@@ -8,6 +8,7 @@ peers notice at once.
 
 import os
 import re
+import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,10 +17,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from resist.comm.local import Local
-from resist.comm.transport import PACKET_BYTES, Handle, Move, Transport, check_agreement, hosting, local_moves
+from resist.comm.meeting import meet
+from resist.comm.roll import WAITS, WORKS, Roll
+from resist.comm.transport import (
+    PACKET_BYTES,
+    Handle,
+    Move,
+    Transport,
+    check_agreement,
+    hosting,
+    local_moves,
+    workers_of,
+)
 from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.fold import mean_into
 
@@ -38,8 +52,11 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
             return Local(workers)
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
-        except (RuntimeError, ValueError) as error:  # torch derives its own from RuntimeError
+            timeout = timedelta(seconds=timeout_s)
+            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+            attempt = dist.PrefixStore(meet(store, rank, size, timeout_s), store)
+            dist.init_process_group("gloo", store=attempt, rank=rank, world_size=size, timeout=timeout)
+        except (RuntimeError, ValueError, TimeoutError) as error:  # torch derives its own from RuntimeError
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"no process group at {where}: {reason}; check that the port is free on the first host and that all "
@@ -53,15 +70,25 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
         raise
 
 
+def meeting_point() -> tuple[object, int]:
+    """A store at which processes started next to this one find one another, and its port. It serves as long as it is
+    kept, on this machine's loopback only."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    own = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+    return dist.TCPStore("127.0.0.1", port, **own), port  # pyright: ignore[reportPrivateImportUsage]
+
+
 class Distributed:
     def __init__(self, workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> None:
         self.num_workers, self.num_processes = workers, dist.get_world_size()
         self.rank = dist.get_rank()
         timeout = timedelta(seconds=timeout_s)
-        self._words = _group(timeout, "gloo")
-        backend = self._agree(torch.device(device))
         self._hosting = hosting(workers, self.num_processes)
         self.hosted = self._hosting[self.rank]
+        self._roll = Roll(_get_default_store(), self.rank, self.num_processes)
+        self._words = _group(timeout, "gloo")
+        backend = self._agree(torch.device(device))
         self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosting) for worker in hosted}
         self._collective = _group(timeout, backend)
         self._peers = _group(timeout, backend)
@@ -164,17 +191,37 @@ class Distributed:
         return [packet.numpy().tobytes() for packet in packets]
 
     def close(self) -> None:
+        self._roll.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def _run(self, doing: str, action: Any) -> Any:
+        self._roll.is_doing(WAITS)
         try:
             return action()
         except RuntimeError as error:
-            raise WorkerLostError(
-                f"process {self.rank} (workers {', '.join(map(str, self.hosted))}) lost contact while {doing}: "
-                f"{_reason(error)}; another worker died or stalled, its own message says why"
-            ) from error
+            raise self.lost(doing, error) from error
+        finally:
+            self._roll.is_doing(WORKS)
+
+    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+        return WorkerLostError(
+            f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {self._cause()}"
+        )
+
+    def _cause(self) -> str:
+        found = self._roll.call()
+        if found is None:
+            return "the process that holds the job together (process 0, or the launcher) does not answer either"
+        missing, working = found
+        if missing:
+            return f"no answer from {self._named(missing)}"
+        if working:
+            return f"{self._named(working)} did not come in time: it hangs, or needs a longer --timeout-s"
+        return "all processes answer and wait: look at the network"
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        return ", ".join(f"process {rank} ({workers_of(rank, self._hosting)})" for rank in ranks)
 
 
 class _Pending:

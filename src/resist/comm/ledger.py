@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from resist.comm.transport import PACKET_BYTES, Handle, Move, Transport
+from resist.errors import WorkerLostError
 from resist.schedule import allreduce_bytes
 
 
@@ -22,7 +23,7 @@ class Ledger:
                      where every worker holds every block, as in local SGD); "blocks", folded and handed over; "state",
                      the optimizer's, of both parts; "evaluate", to assemble the full network; "control", texts;
                      "gradients", those that ddp averages.
-    pairs:           bytes by (source, target) of point-to-point messages.
+    pairs:           bytes by (source, target) of point-to-point messages, "evaluate" left out.
     wire_bytes:      bytes by kind that crossed from one process to another.
     wait_s:          seconds that this process waited, by kind; a batch of blocks and their state counts as "blocks".
     """
@@ -59,7 +60,8 @@ class Ledger:
         for move in moves:
             self.bytes[move.kind] += move.num_bytes
             self.messages[move.kind] += 1
-            self.pairs[move.source, move.target] += move.num_bytes
+            if move.kind != "evaluate":
+                self.pairs[move.source, move.target] += move.num_bytes
             if self.host(move.source) != self.host(move.target):
                 self.wire_bytes[move.kind] += move.num_bytes
         return self._timed(moves[0].kind if moves else "blocks", lambda: self._transport.transfer(moves))
@@ -97,6 +99,9 @@ class Ledger:
         self.messages["control"] += 1
         self.wire_bytes["control"] += num_bytes
         return texts
+
+    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+        return self._transport.lost(doing, error)
 
     def close(self) -> None:
         self._transport.close()

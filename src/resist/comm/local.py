@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from resist.comm.transport import Handle, Move, local_moves
-from resist.errors import UserError
+from resist.errors import UserError, WorkerLostError
 from resist.fold import mean_into
 
 
@@ -52,6 +52,9 @@ class Local:
 
     def gather_text(self, text: str) -> list[str]:
         return [text]
+
+    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+        raise AssertionError("one process waits for no other") from error
 
     def close(self) -> None:
         pass

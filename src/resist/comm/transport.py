@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from resist.errors import AgreedError, UserError
+from resist.errors import AgreedError, UserError, WorkerLostError
 
 T = TypeVar("T")
 
@@ -81,6 +81,11 @@ class Transport(Protocol):
         """The texts of all processes, in their order. Waits for all of them."""
         ...
 
+    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+        """What to raise when something that needs all processes, on `background`, failed with `error`: it finds out
+        who is missing, which takes some seconds."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -100,6 +105,11 @@ def hosting(workers: int, processes: int) -> list[tuple[int, ...]]:
         tuple(range(process * workers // processes, (process + 1) * workers // processes))
         for process in range(processes)
     ]
+
+
+def workers_of(process: int, hosted: Sequence[Sequence[int]]) -> str:
+    """"workers 2, 3": those of a process, in words. hosted: what `hosting` gave."""
+    return f"worker{'s' if len(hosted[process]) > 1 else ''} {', '.join(map(str, hosted[process]))}"
 
 
 def check_agreement(transport: Transport, mine: Mapping[str, object]) -> None:

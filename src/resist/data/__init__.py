@@ -2,6 +2,8 @@
 
 from resist.data.folders import Photographs
 from resist.data.images import Images, Loader
-from resist.data.sets import DATASETS, image_size_of, load, num_classes_of
+from resist.data.sets import DATASETS, image_size_of, load, normalisation_of, num_classes_of
 
-__all__ = ["DATASETS", "Images", "Loader", "Photographs", "image_size_of", "load", "num_classes_of"]
+__all__ = [
+    "DATASETS", "Images", "Loader", "Photographs", "image_size_of", "load", "normalisation_of", "num_classes_of",
+]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from resist.data.folders import IMAGE_SIZE, Photographs, load_folder
+from resist.data.folders import IMAGE_SIZE, MEAN, STD, Photographs, load_folder
 from resist.data.images import Images
 from resist.data.listing import class_names
 from resist.errors import UserError
@@ -25,6 +25,13 @@ from resist.errors import UserError
 # Photographs, which are streamed from files; the others are small enough to stay in memory.
 FOLDERS = ("folder", "imagenet")
 DATASETS = ("digits", "cifar10", "cifar100", "synthetic", *FOLDERS)
+# Mean and deviation of each channel over the training set, of pixels in 0..1. Those of digits are computed.
+NORMALISATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "synthetic": ((0.44,) * 3, (0.25,) * 3),
+    **dict.fromkeys(FOLDERS, (MEAN, STD)),
+}
 
 
 def load(
@@ -73,6 +80,15 @@ def num_classes_of(name: str, data_dir: str | Path = "data") -> int:
     return {"imagenet": 1000, "cifar100": 100}.get(name, 10)
 
 
+def normalisation_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel that the images of a data set are normalised with, of pixels in 0..1."""
+    check_name(name)
+    if name == "digits":
+        images = _digits()[0]
+        return images.mean, images.std
+    return (MEAN, STD) if name in FOLDERS else NORMALISATION[name]
+
+
 def _digits() -> tuple[Images, Images]:
     from sklearn.datasets import load_digits
 
@@ -110,9 +126,7 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
                     f"data={name} is not complete below {data_dir} and cannot be downloaded ({reason}); "
                     f"put the files of {kind.filename} into {data_dir / folder}"
                 ) from error
-    mean, std = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-    if name == "cifar100":
-        mean, std = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    mean, std = NORMALISATION[name]
     train, test = (
         Images(
             torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),
@@ -134,4 +148,4 @@ def _synthetic(num: int, salt: int) -> Images:
     images = torch.randint(0, 224, (num, 3, 32, 32), generator=generator, dtype=torch.uint8)
     rows = 3 * labels[:, None] + torch.arange(2)
     images[torch.arange(num)[:, None], :, rows] += 31
-    return Images(images, labels, 10, (0.44,) * 3, (0.25,) * 3, pad=4, flip=True)
+    return Images(images, labels, 10, *NORMALISATION["synthetic"], pad=4, flip=True)

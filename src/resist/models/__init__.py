@@ -1,4 +1,4 @@
-"""Networks by name. `build(name, ...)` gives what the command line trains."""
+"""Networks by name. `build(name, ...)` gives what the command line trains: ours, and those of other libraries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from resist.errors import UserError
+from resist.models.adapters import build_foreign, is_foreign
 from resist.models.imagenet import IMAGENET_DEPTHS, PreActResNetImageNet
 from resist.models.preact import DEPTHS, PreActResNet
 
@@ -33,14 +34,25 @@ MODELS = {
 
 def build(
     name: str, *, num_classes: int, in_channels: int = 3, sections: Sequence[int] = (), width: int | None = None,
-    final_norm: bool = False,
+    final_norm: bool = False, image_size: int | None = None,
 ) -> nn.Module:
     """The network `name`; `sections`, `width` and `final_norm` replace its own where given.
 
+    image_size: height and width of the images, for networks of other libraries that are built for one size.
     Raises UserError for what cannot be built.
     """
+    if is_foreign(name):
+        for option, given in (("sections", sections), ("width", width is not None), ("final-norm", final_norm)):
+            if given:
+                raise UserError(
+                    f"--{option} says nothing to model={name!r}, whose shape is its library's; leave it out"
+                )
+        return build_foreign(name, num_classes=num_classes, image_size=image_size)
     if name not in MODELS:
-        raise UserError(f"model={name!r} is not known; choose one of {', '.join(MODELS)}")
+        raise UserError(
+            f"model={name!r} is not known; choose one of {', '.join(MODELS)}, or torchvision:NAME, timm:NAME, "
+            "transformers:TYPE"
+        )
     shape = MODELS[name]
     if sections and (len(sections) != 4 or min(sections) < 1):
         raise UserError(f"sections={' '.join(map(str, sections))} is not four numbers of blocks, each at least 1")

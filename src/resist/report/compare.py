@@ -8,25 +8,31 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from resist.colours import STRATEGIES, colour_of
 from resist.report.history import History
 
-COLOURS = {"resist": "#3b7dd8", "local_sgd": "#e08214", "diloco": "#2a9d6f", "ddp": "#c94f7c"}
 MARKS = {"resist": "o", "local_sgd": "s", "diloco": "^", "ddp": "D"}
 
 
-def compare(histories: Sequence[History]) -> dict[str, Any]:
-    """A row for each strategy, means over its runs, ready for JSON. Equal accuracy: the least final one.
+# Options that do not set two runs of a strategy apart: where they ran, and what the mean is taken over.
+BESIDE = {"seed", "out", "resume", "data_dir", "evaluations", "checkpoint_rounds"}
 
-    Speed-ups are against local SGD where it is among them: round time, and its two parts on their own.
+
+def compare(histories: Sequence[History]) -> dict[str, Any]:
+    """A row for each strategy (see `labels`), means over its runs, ready for JSON. Equal accuracy: the least final one.
+
+    Speed-ups are against local SGD with as many workers, where it is among them: round time, and its two parts on
+    their own.
     """
     tested = [h for h in histories if h.tested]
     target = min((h.accuracies[-1] for h in tested), default=None)
-    rows = [
-        _row([h for h in histories if h.config.method.strategy == name], target)
-        for name in dict.fromkeys(h.config.method.strategy for h in histories)
-    ]
-    base = next((row for row in rows if row["strategy"] == "local_sgd"), None)
+    groups: dict[str, list[History]] = {}
+    for label, history in zip(labels(histories), histories, strict=True):
+        groups.setdefault(label, []).append(history)
+    rows = [{"label": label, **_row(group, target)} for label, group in groups.items()]
     for row in rows:
+        same = (r for r in rows if (r["strategy"], r["workers"]) == ("local_sgd", row["workers"]))
+        base = next(same, None)
         row["speed_up"] = {
             kind: None if base is None or row[f"{kind}_s_per_step"] == 0
             else base[f"{kind}_s_per_step"] / row[f"{kind}_s_per_step"]
@@ -35,12 +41,39 @@ def compare(histories: Sequence[History]) -> dict[str, Any]:
     return {"equal_accuracy": target, "rows": rows}
 
 
+def labels(histories: Sequence[History]) -> list[str]:
+    """For each run its strategy, and the options that other runs of it have differently, but for seeds."""
+    options = [_options(history) for history in histories]
+    found: list[str] = []
+    for history, own in zip(histories, options, strict=True):
+        name = history.config.method.strategy
+        others = [o for h, o in zip(histories, options, strict=True) if h.config.method.strategy == name]
+        differing = [key for key in own if any(other[key] != own[key] for other in others)]
+        found.append(", ".join([name, *(f"{key.replace('_', ' ')} {own[key]}" for key in differing)]))
+    return found
+
+
+def _options(history: History) -> dict[str, Any]:
+    data = history.config.to_json()
+    flat = {name: value for part in ("network", "method", "optimisation", "run") for name, value in data[part].items()}
+    return {name: value for name, value in flat.items() if name not in BESIDE}
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each label: that of its strategy where labels are just that."""
+    unique = list(dict.fromkeys(names))
+    if all(name in STRATEGIES for name in unique):
+        return {name: STRATEGIES[name] for name in unique}
+    return {name: colour_of(number) for number, name in enumerate(unique)}
+
+
 def _row(runs: Sequence[History], target: float | None) -> dict[str, Any]:
     final = [h.accuracies[-1] for h in runs if h.tested]
     positions = [(h, None if target is None else h.reached(target)) for h in runs]
     reached = [(h, i) for h, i in positions if i is not None]
     return {
         "strategy": runs[0].config.method.strategy,
+        "workers": runs[0].workers,
         "runs": [str(h.path) for h in runs],
         "seeds": [h.config.run.seed for h in runs],
         "accuracy": mean(final) if final else None,
@@ -72,7 +105,7 @@ def print_comparison(facts: dict[str, Any], console: Console) -> None:
         spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
         accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
         table.add_row(
-            row["strategy"], accuracy, f"{row['time_s']:.1f}", f"{row['compute_s']:.1f}",
+            row["label"], accuracy, f"{row['time_s']:.1f}", f"{row['compute_s']:.1f}",
             f"{row['exchange_s']:.1f}", f"{row['bytes'] / 1e6:.1f}", _or_dash(row["time_s_to_equal_accuracy"]),
             _or_dash(row["bytes_to_equal_accuracy"], 1e-6), _or_dash(row["speed_up"]["time"], digits=2),
         )  # fmt: skip
@@ -93,14 +126,16 @@ def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None
         ("sent by all workers, MB", lambda h: [b / 1e6 for b in h.bytes]),
         ("optimizer steps of a worker", lambda h: h.steps),
     )
+    names = labels(histories)
+    of_label = colours(names)
     figure = Figure(figsize=(9.6, 3.2), layout="constrained")
     all_axes = figure.subplots(1, 3, sharey=True)
     for axes, (label, values) in zip(all_axes, axes_of, strict=True):
-        for h in histories:
-            name = h.config.method.strategy
+        for name, h in zip(names, histories, strict=True):
+            strategy = h.config.method.strategy
             x = [values(h)[i] for i in h.tested]
             axes.plot(
-                x, [100 * a for a in h.accuracies], color=COLOURS.get(name), marker=MARKS.get(name, "."),
+                x, [100 * a for a in h.accuracies], color=of_label[name], marker=MARKS.get(strategy, "."),
                 markersize=4, linewidth=1.4, label=name.replace("_", " "),
             )  # fmt: skip
         axes.set_xlabel(label)
@@ -111,8 +146,8 @@ def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None
         else:
             axes.set_xlim(left=0)
     all_axes[0].set_ylabel("test accuracy, %")
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
+    handles, texts = all_axes[0].get_legend_handles_labels()
+    unique = dict(zip(texts, handles, strict=True))
     all_axes[-1].legend(unique.values(), unique.keys(), frameon=False, loc="lower right")
     for file in files:
         figure.savefig(file, dpi=200)

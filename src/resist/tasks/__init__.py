@@ -26,14 +26,17 @@ def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: 
     return Classification.open(config, download=download, label_smoothing=label_smoothing)
 
 
-def network_builder(config: NetworkConfig, num_classes: int | None = None) -> Callable[[], nn.Module]:
-    """What builds the full network of these options, without its data. num_classes: default, those of the data set."""
+def network_builder(
+    config: NetworkConfig, num_classes: int | None = None, image_size: int | None = None
+) -> Callable[[], nn.Module]:
+    """What builds the full network of these options, without its data. num_classes, image_size: default, those of the
+    data set."""
     check(config)
     if config.task == "detection":
         return detection.builder(config, len(CLASSES) if num_classes is None else num_classes)
     if num_classes is None:
         num_classes = num_classes_of(config.data, config.data_dir)
-    return classification.builder(config, num_classes)
+    return classification.builder(config, num_classes, image_size)
 
 
 def image_shape(config: NetworkConfig) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resist.config import NetworkConfig
-from resist.data import Images, Photographs, load
+from resist.data import Images, Photographs, image_size_of, load
 from resist.models import build
 from resist.models.pretrained import start_from
 from resist.tasks.task import Batches
@@ -83,8 +83,8 @@ class Classification:
         return f"{self.train.digest()} {self.held_out.digest()}"
 
 
-def builder(config: NetworkConfig, num_classes: int) -> Callable[[], nn.Module]:
-    """What builds the full network of these options."""
+def builder(config: NetworkConfig, num_classes: int, image_size: int | None = None) -> Callable[[], nn.Module]:
+    """What builds the full network of these options. image_size: default, that of the data set."""
 
     def build_model() -> nn.Module:
         model = build(
@@ -93,6 +93,7 @@ def builder(config: NetworkConfig, num_classes: int) -> Callable[[], nn.Module]:
             sections=config.sections,
             width=config.width,
             final_norm=config.final_norm,
+            image_size=image_size or config.image_size or image_size_of(config.data),
         )
         # On the meta device there are no weights to fill, and the file need not be there.
         if config.pretrained is not None and not next(model.parameters()).is_meta:

@@ -1,0 +1,65 @@
+"""Four workers in one process: handwritten digits, a 32-layer network, on a laptop in about a minute.
+
+    python examples/2_four_workers_in_one_process.py
+
+The same plans, batches and messages as with four processes; a message is a copy in memory here. Real ones: example 3.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+import resist
+from resist.data import load
+from resist.models import build
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--steps", type=int, default=240, help="of each worker")
+parser.add_argument("--local-steps", type=int, default=20, help="between two synchronisations")
+options = parser.parse_args()
+
+train, test = load("digits")  # 16x16 images, three equal channels
+
+job = resist.Job(
+    lambda: build("preact_small", num_classes=10),
+    resist.resist(workers=4, local_steps=options.local_steps, min_depth=0),
+)
+optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.05, momentum=0.9) for worker in job.workers]
+loaders = [train.loader(batch_size=32, seed=0, worker=worker.index, workers=4) for worker in job.workers]
+
+(chain,) = job.chains
+whole = sum(p.numel() for p in build("preact_small", num_classes=10).parameters())
+for worker in job.workers:
+    held = job.plans[chain.name].blocks[worker.index]
+    size = sum(p.numel() for p in worker.model.parameters())
+    print(f"worker {worker.index} begins with blocks {held} of {chain.name}: {size / whole:.0%} of all weights")
+
+
+def accuracy(model: torch.nn.Module) -> float:
+    with torch.no_grad():
+        right = [(model(images).argmax(1) == labels).sum() for images, labels in test.batches(100)]
+    return float(sum(right)) / len(test)
+
+
+def calibration():  # training images, on which the full network's BatchNorm statistics are estimated anew
+    return (loaders[0].batch(step)[0] for step in range(20))
+
+
+for step in range(options.steps):
+    losses = []
+    for worker, optimizer, loader in zip(job.workers, optimizers, loaders):
+        images, labels = loader.batch(step)
+        loss = F.cross_entropy(worker.model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    synchronised = job.step(*optimizers)
+    if synchronised and job.round % 4 == 0:
+        held = job.plans[chain.name].blocks
+        share = f"{accuracy(job.full_model(calibration())):6.1%}"
+        print(f"round {job.round:>2}  loss {sum(losses) / 4:.3f}  full network right on {share}  next plan {held}")
+
+booked = job.ledger.take()["bytes"]
+print(f"Sent in {job.round} rounds: " + ", ".join(f"{kind} {n / 1e6:.1f} MB" for kind, n in booked.items() if n))

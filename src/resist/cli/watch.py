@@ -1,0 +1,93 @@
+"""`resist watch`: the display of a run that goes on elsewhere, or is over."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from resist.errors import UserError
+from resist.progress import Display, Summary
+from resist.report.follow import Follower, gone, rounds_of
+from resist.report.history import read_options
+from resist.runs import title_of
+
+POLL_S = 0.5
+GONE_S = 60.0  # a run whose process is gone may be restarted for so long
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Watch a run that was started elsewhere, as far as its directory can be seen from here. Ends when it ends."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    no_progress: bool = False
+    """Print a line now and then instead of a display that is drawn again and again, on a terminal too."""
+    patience_s: float | None = None
+    """Give up after so many seconds without news, with exit status 1. Default: watch on, and say since when."""
+
+
+def run_watch(config: WatchConfig, arguments: list[str]) -> int:
+    if config.patience_s is not None and not config.patience_s > 0:
+        raise UserError(f"--patience-s {config.patience_s} has to be more than 0")
+    try:
+        return watch(config)
+    except KeyboardInterrupt:
+        return 130  # the run goes on
+
+
+def watch(config: WatchConfig) -> int:
+    options, _ = read_options(config.run, [])
+    follower = Follower(config.run)
+    state = follower.state()
+
+    def remark() -> str:
+        if gone(state):
+            return f"process {state['process']} is gone; waiting {GONE_S:.0f} s for a restart"
+        return ""
+
+    title = f"{config.run.absolute().name}: {title_of(options)}"
+    with Display(title, Summary(rounds_of(state)), live=not config.no_progress, remark=remark) as display:
+        first = True
+        while True:
+            state = follower.state()  # before the records: what was written before it ended is read
+            records = follower.read()
+            if follower.restarted:
+                display.restart(rounds_of(state))
+            display.summary.rounds = rounds_of(state)
+            for record in records:
+                display.add(record, fresh=not first and not follower.restarted)
+            if first and records and not display.live:
+                display.line()
+            if first or follower.restarted:
+                display.heard(follower.age_s())
+            first = False
+            ended = end_of(config, state, display)
+            if ended is not None:
+                break
+            display.tick()
+            time.sleep(POLL_S)
+    status, text = ended
+    print(text, file=sys.stderr if status else sys.stdout)
+    return status
+
+
+def end_of(config: WatchConfig, state: dict[str, Any], display: Display) -> tuple[int, str] | None:
+    """(exit status, last words) where the run has ended, or is given up."""
+    run, done, silent = config.run, display.summary.done, display.silent_s
+    match state.get("state"):
+        case "finished":
+            return 0, f"finished after round {done}; a page about it: resist report {run}"
+        case "interrupted":
+            return 0, f"interrupted after round {done}; to go on: resist train --resume {run}"
+        case "failed":
+            error = " ".join(str(state.get("error")).split())
+            return 1, f"resist: the run failed after round {done}: {error}"
+    if gone(state) and silent > GONE_S:
+        return 1, f"resist: the run ended after round {done} without a word: process {state['process']} is gone"
+    if config.patience_s is not None and silent > config.patience_s:
+        return 1, f"resist: no news of {run} for {silent:.0f} s after round {done}; given up"
+    return None

@@ -1,0 +1,115 @@
+"""The report as one HTML page that needs nothing else."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import resist
+from resist.report.compare import colours, compare, labels
+from resist.report.curves import curves_of
+from resist.report.history import History
+from resist.report.pictures import holdings_figures, matrix, seconds_figure
+from resist.report.plot import legend, line_plot
+from resist.report.tables import (
+    COMPARISON_NOTE,
+    ENDS,
+    READINGS_NOTE,
+    WORKERS_NOTE,
+    Rows,
+    comparison_rows,
+    environment,
+    headline,
+    names_of,
+    notes,
+    options,
+    reading_rows,
+    repeat,
+    seconds_by_kind,
+    sentence,
+    worker_rows,
+)
+
+
+def page(histories: Sequence[History]) -> str:
+    """The HTML of a report on one run, or on several and how they compare."""
+    names = names_of(histories)
+    title = names[0] if len(names) == 1 else f"{len(names)} runs compared"
+    body = _several(histories, names) if len(histories) > 1 else _one(histories[0], names[0], "h1")
+    here = files("resist.report")
+    css, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    now = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}".strip()
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)} – resist</title>\n<style>\n{css}</style>\n</head>\n<body>\n"
+        f"{body}\n<footer>Written by resist {escape(resist.__version__)} on {escape(now)} from "
+        f"{'its run directory' if len(histories) == 1 else 'their run directories'}.</footer>\n"
+        f"<script>\n{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _several(histories: Sequence[History], names: Sequence[str]) -> str:
+    head, rows = comparison_rows(compare(histories))
+    links = "".join(f'<li><a href="#run-{i}">{escape(name)}</a></li>' for i, name in enumerate(names, start=1))
+    parts = [
+        f"<header><h1>{len(names)} runs compared</h1><nav><ul>{links}</ul></nav></header>",
+        f'<section id="comparison">{table(head, rows)}<p class="note">{escape(COMPARISON_NOTE)}</p></section>',
+        curves(histories, labels(histories)),
+    ]
+    for number, (history, name) in enumerate(zip(histories, names, strict=True), start=1):
+        parts.append(f'<article id="run-{number}">{_one(history, name, "h2")}</article>')
+    return "\n".join(parts)
+
+
+def _one(history: History, name: str, heading: str) -> str:
+    alone = heading == "h1"
+    badge = f'<span class="badge">{escape(ENDS[history.ended])}</span>'
+    tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in headline(history))
+    parts = [
+        f"<header><{heading}>{escape(name)}{badge}</{heading}><p>{escape(sentence(history))}</p></header>",
+        *(f'<p class="warning">{escape(note)}</p>' for note in notes(history)),
+        f'<dl class="tiles">{tiles}</dl>',
+        curves([history], ["full network"]) if alone else "",
+    ]
+    parts += [f"<section><h3>Who trained what, when</h3>{figures}</section>" for figures in holdings_figures(history)]
+    head, rows = worker_rows(history)
+    parts += [
+        f'<section><h3>What was sent, and where the time went</h3><div class="pair">{matrix(history)}'
+        f"{seconds_figure(history)}</div></section>",
+        f'<section><h3>The workers</h3>{table(head, rows)}<p class="note">{WORKERS_NOTE}</p></section>',
+
+        f"<section><h3>Seconds by kind</h3>{facts(seconds_by_kind(history))}</section>",
+    ]
+    if history.readings:
+        parts.append(
+            f"<section><h3>How the full network is read</h3>{facts(reading_rows(history))}"
+            f'<p class="note">{READINGS_NOTE}</p></section>'
+        )
+    parts.append(
+        f"<section><h3>To do it again</h3><pre>{escape(chr(10).join(repeat(history)))}</pre>"
+        f"<details><summary>All options</summary>{facts(options(history))}</details>"
+        f"<details open><summary>Where it ran</summary>{facts(environment(history))}</details></section>"
+    )
+    return "\n".join(part for part in parts if part)
+
+
+def curves(histories: Sequence[History], names: Sequence[str]) -> str:
+    """Accuracy and loss against steps, time and bytes: six figures."""
+    figures = [line_plot(c.title, c.x_label, c.y_label, c.series, log_x=c.log_x) for c in curves_of(histories, names)]
+    of_name = colours(names)
+    key = legend([(name, of_name[name]) for name in dict.fromkeys(names)]) if len(set(names)) > 1 else ""
+    return f'<section id="curves"><div class="figures">{"".join(figures)}</div>{key}</section>'
+
+
+def facts(rows: Rows) -> str:
+    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f'<div class="scroll"><table class="facts">{cells}</table></div>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    first = "".join(f"<th>{escape(name)}</th>" for name in head)
+    cells = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{first}</tr></thead><tbody>{cells}</tbody></table></div>'

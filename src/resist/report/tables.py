@@ -1,0 +1,203 @@
+"""The tables of a report as rows of text, the same for HTML and Markdown."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from resist.colours import KINDS
+from resist.report.history import History
+from resist.report.holdings import all_reduced, holdings, traffic
+from resist.report.scale import amount, duration
+
+Rows = list[tuple[str, str]]
+NAMES = {"resist": "ResIST", "local_sgd": "local SGD", "diloco": "DiLoCo", "ddp": "DDP"}
+ENDS = {
+    "finished": "finished",
+    "interrupted": "interrupted, can go on",
+    "failed": "failed",
+    "unfinished": "not finished",
+}
+
+
+def percent(value: float | None) -> str:
+    return "not tested" if value is None else f"{100 * value:.2f} %"
+
+
+def sentence(history: History) -> str:
+    """What was run, in a sentence."""
+    c, rounds = history.config, history.rounds[-1]["round"]
+    each = f"{c.method.local_steps} local steps" if c.method.local_steps != 1 else "one local step"
+    return (
+        f"{c.network.model} on {c.network.data}, trained by {NAMES.get(c.method.strategy, c.method.strategy)} with "
+        f"{c.method.workers} worker{'s' if c.method.workers > 1 else ''} and {each} a round: {rounds:,} rounds, "
+        f"{history.steps[-1]:,} steps of each worker."
+    )
+
+
+def headline(history: History) -> Rows:
+    """The few numbers that one looks for first."""
+    images = sum(record["images"] for record in history.rounds)
+    rows = [("test accuracy", percent(history.accuracies[-1] if history.tested else None))]
+    best = max(history.accuracies, default=0.0)
+    if history.tested and best > history.accuracies[-1]:
+        rows.append(("best accuracy", percent(best)))
+    scores = next((record["scores"] for record in reversed(history.rounds) if record["scores"]), {})
+    rows += [(f"test {name}", percent(value)) for name, value in list(scores.items())[1:5]]
+    loss = history.rounds[-1]["loss"]
+    rows += [("training loss, last round", f"{loss:.4f}")] if math.isfinite(loss) else []
+    rows.append(("time, without evaluations", duration(history.seconds[-1])))
+    if images and history.seconds[-1] > 0:
+        rows.append(("images a second", f"{images / history.seconds[-1]:,.0f}"))
+    rows.append(("sent by all workers", amount(history.bytes[-1])))
+    held = [f"{len(h)} of {f.blocks}" for f in holdings(history)[:1] for h in _last_plan(history, f.chain)]
+    if held:
+        rows.append(("blocks a worker holds", " · ".join(dict.fromkeys(held))))
+    return rows
+
+
+def notes(history: History) -> list[str]:
+    """What a reader has to know before the numbers."""
+    found = list(history.notes)
+    planned = history.state.get("rounds")
+    if history.ended != "finished":
+        of = f" of {planned}" if isinstance(planned, int) else ""
+        found.insert(0, f"The run has not come to its end: {history.rounds[-1]['round']}{of} rounds are done.")
+    dropped = sum(record["dropped"] > 0 for record in history.rounds)
+    if dropped:
+        rounds = f"{dropped} round{'s' * (dropped > 1)}"
+        found.append(f"In {rounds} workers were left out, whose numbers had become infinite or none.")
+    if history.ended == "failed" and history.state.get("error"):
+        found.insert(1, str(history.state["error"]))
+    return found
+
+
+def _last_plan(history: History, chain: str) -> tuple[tuple[int, ...], ...]:
+    return next(record["plan"][chain] for record in reversed(history.rounds) if record["plan"].get(chain))
+
+
+def repeat(history: History) -> list[str]:
+    """The commands that do the same again."""
+    words = history.config.arguments()
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        skip = word in ("--out", "--resume") if word.startswith("--") else skip
+        if not skip:
+            kept.append(word)
+    commit = history.environment.get("commit")
+    checkout = [f"git checkout {shlex.quote(str(commit).removesuffix('-dirty'))}"] if commit else []
+    return [*checkout, shlex.join(["resist", "train", *kept])]
+
+
+def options(history: History) -> Rows:
+    """Every option of the run, by name."""
+    known = {f.name for part in fields(history.config) for f in fields(getattr(history.config, part.name))}
+    rows: Rows = []
+    for values in history.given.values():
+        for name, value in values.items():
+            shown = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+            rows.append(("--" + name.replace("_", "-") if name in known else name, shown))
+    return rows
+
+
+def environment(history: History) -> Rows:
+    rows: Rows = []
+    for name, value in history.environment.items():
+        if name == "resumed" and isinstance(value, dict):
+            rows += [(f"resumed: {key}", _shown(one)) for key, one in value.items()]
+        else:
+            rows.append((name, _shown(value)))
+    commit = str(history.environment.get("commit") or "")
+    if commit.endswith("-dirty"):
+        rows.append(("remark", "the source had changes that were not committed"))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return shlex.join(map(str, value)) or "none"
+    return "unknown" if value is None else str(value)
+
+
+def seconds_by_kind(history: History) -> Rows:
+    """Seconds over the whole run, and the share of each kind."""
+    kinds = kinds_of(history)
+    total = sum(history.total(kind) for kind in kinds) or 1.0
+    return [(k, f"{duration(history.total(k))} ({history.total(k) / total:.0%})") for k in kinds]
+
+
+def kinds_of(history: History) -> list[str]:
+    """Kinds of seconds that were booked, those of a round in the order in which they pass."""
+    found = dict.fromkeys(kind for record in history.rounds for kind in record["seconds"])
+    return [k for k in KINDS if k in found] + [k for k in found if k not in KINDS]
+
+
+def worker_rows(history: History) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): what each worker held, computed, sent and received."""
+    sent, _ = traffic(history)
+    whole, shared = len(sent), all_reduced(history)
+    chains = holdings(history)
+    seconds = [0.0] * whole
+    for record in history.rounds:
+        for worker in record["workers"]:
+            if 0 <= worker.get("worker", -1) < whole:
+                seconds[int(worker["worker"])] += worker.get("compute_s", 0.0)
+    head = ["worker", *(f"blocks of {c.chain}" for c in chains), "computing", "sent", "received"]
+    rows: list[list[str]] = []
+    for worker in range(whole):
+        held = [f"{sum(c.shares[worker]):.1f}" if worker < c.workers else "" for c in chains]
+        received = sum(row[worker] for row in sent)
+        rows.append([
+            str(worker), *held, duration(seconds[worker]), amount(sum(sent[worker]) + shared),
+            amount(received + shared),
+        ])  # fmt: skip
+    return head, rows
+
+
+def comparison_rows(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of the table of `resist.report.compare.compare`."""
+    target = facts["equal_accuracy"]
+    equal = "equal accuracy" if target is None else f"{100 * target:.2f} %"
+    head = ["", "runs", "test %", "steps", "time", "compute", "wait", "exchange", "sent", f"time to {equal}",
+            f"sent to {equal}", "speed‑up", "in compute", "in exchange"]  # fmt: skip
+    return head, [_comparison_row(row) for row in facts["rows"]]
+
+
+def _comparison_row(row: dict[str, Any]) -> list[str]:
+    spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
+    times = [duration(row[key]) for key in ("time_s", "compute_s", "wait_s", "exchange_s")]
+    reached, sent = row["time_s_to_equal_accuracy"], row["bytes_to_equal_accuracy"]
+    speed = [row["speed_up"][kind] for kind in ("time", "compute", "exchange")]
+    return [
+        row["label"], str(len(row["runs"])),
+        "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}", f"{row['steps']:,.0f}", *times,
+        amount(row["bytes"]), "–" if reached is None else duration(reached), "–" if sent is None else amount(sent),
+        *("–" if one is None else f"{one:.2f} x" for one in speed),
+    ]  # fmt: skip
+
+
+COMPARISON_NOTE = (
+    "Means over the runs of a row, ± their standard deviation. Times leave evaluations out. Speed-up: time of a step "
+    "of local SGD with as many workers, divided by that of the row; of compute and of exchange, each on its own. "
+    "Equal accuracy: the least of the final ones."
+)
+WORKERS_NOTE = (
+    "Blocks: mean over the rounds. Sent and received: blocks and optimizer state from worker to worker, and a worker's "
+    "part of the all-reduces."
+)
+READINGS_NOTE = "Test accuracy by the scale of the chain's branches, and by where BatchNorm's statistics come from."
+
+
+def reading_rows(history: History) -> Rows:
+    return [(name, percent(value)) for name, value in history.readings.items()]
+
+
+def names_of(histories: Sequence[History]) -> list[str]:
+    """A short name for each run: its directory, with as much of the path as tells them apart."""
+    paths = [history.path.absolute() for history in histories]
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(set(paths)):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]

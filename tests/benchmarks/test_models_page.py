@@ -1,0 +1,71 @@
+"""The page of networks is what the script writes from the results that are kept, and the results are true."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import model_page  # noqa: E402
+
+PAGE = BENCHMARKS.parent / "docs" / "models.md"
+
+
+def kept() -> list[dict[str, Any]]:
+    return json.loads((BENCHMARKS / "results" / "models.json").read_text())
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text() == model_page.page(kept())
+
+
+def test_of_every_family_there_is_one_that_passes() -> None:
+    passed = [record["name"].lower() for record in kept() if "refused" not in record]
+    assert len(set(passed)) >= 20
+    families = (
+        "preact_resnet200", "resnet18", "resnet152", "wide_resnet", "resnext", "regnet", "convnext", "efficientnet",
+        "vit", "deit", "swin", "mixer", "hugging face vit", "hugging face resnet", "bert",
+    )  # fmt: skip
+    assert [family for family in families if not any(family in name for name in passed)] == []
+
+
+def test_numbers_of_a_result_fit_together() -> None:
+    for record in kept():
+        if "refused" in record:
+            assert record["refused"]
+            assert "\n" not in record["refused"]
+            continue
+        dealt = sum(chain["blocks"] * chain["block_parameters"] for chain in record["chains"])
+        assert 0 < dealt < record["parameters"]
+        assert record["apart"] < 1e-5
+        if "held" in record:
+            pairs = zip(record["held"], record["chains"], strict=True)
+            left_out = sum((chain["blocks"] - held) * chain["block_parameters"] for held, chain in pairs)
+            assert record["held_parameters"] == record["parameters"] - left_out
+            assert record["held_flops"] < record["full_flops"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_some_of_them_again() -> None:
+    """Counted and run anew: all that does not depend on the machine comes out the same."""
+    pytest.importorskip("timm", reason="needs the extra timm")
+    pytest.importorskip("transformers", reason="needs the extra transformers")
+    names = ["torchvision swin_t", "torchvision shufflenet", "timm vit_small_patch16_rope", "Hugging Face DistilBERT"]
+    command = [sys.executable, str(BENCHMARKS / "models.py"), "--json", "--only", *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    before = {record["name"]: record for record in kept()}
+    versions = {"torch", "torchvision", "timm", "transformers", "python"}
+    free = versions | {"date", "commit", "machine", "cores", "gpu", "run_s", "losses", "apart"}
+    found = json.loads(done.stdout)
+    assert len(found) == len(names)
+    for record in found:
+        old = before[record["name"]]
+        assert {k: v for k, v in record.items() if k not in free} == {k: v for k, v in old.items() if k not in free}
+        assert record.get("losses") == (pytest.approx(old["losses"], abs=0.02) if "losses" in old else None)

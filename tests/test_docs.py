@@ -1,0 +1,400 @@
+"""The documents do not lie: commands parse and run, links lead somewhere, names exist, quoted messages are the program's."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from resist import cli
+from resist.cli.compare import CompareConfig
+from resist.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+# Commands that are neither run nor parsed here, by how they begin, and why.
+NOT_RUN = {
+    "export ": "sets names in a shell",
+    ". .venv/bin/activate": "needs the environment that make creates",
+    "sudo ufw ": "changes a firewall",
+    "kubectl ": "needs a cluster",
+    "sbatch ": "needs a cluster",
+    "mkdocs serve": "does not end",
+    "git clone ": "needs a network",
+}
+# Commands of the README and the first page that are run: at this size, in one process, in a folder of their own.
+SMALL = ["--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32", "--local-steps", "2", "--epochs", "0.15", "--evaluations", "1", "--processes", "1", "--device", "cpu"]  # fmt: skip
+RUN = {"train": SMALL, "compare": [*SMALL[:-4], "--device", "cpu"], "plan": [], "evaluate": [], "export": [],
+       "report": ["--force"], "watch": ["--no-progress"]}  # fmt: skip
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, also indented ones."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [re.sub(rf"^{indent}", "", text, flags=re.M) for indent, text in found]
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of all blocks marked sh, those that go over several lines as one."""
+    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+ALL = [pytest.param(command, id=f"{page.stem}: {command[:50]}") for page in PAGES for command in commands(page)]
+
+
+def parse_resist(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the real parser makes of the arguments, checked as before a run but not run."""
+    seen: list[Any] = []
+
+    def look(config: Any, _arguments: list[str]) -> int:
+        if isinstance(config, TrainConfig):
+            config.check()
+        if isinstance(config, CompareConfig):
+            for one in config.runs(Path("x")):
+                one.check()
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr(cli, "COMMANDS", {name: (kind, look) for name, (kind, _) in cli.COMMANDS.items()})
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0, arguments
+    return seen[0]
+
+
+def check_torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = get_args_parser().parse_args(words)
+    if options.module:
+        assert options.training_script == "resist"
+        parse_resist(options.training_script_args, monkeypatch)
+    else:
+        assert options.training_script == "mine.py" or (ROOT / options.training_script).is_file()
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if command.startswith(tuple(NOT_RUN)):
+        return
+    words = shlex.split(command, comments=True)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    name, rest = words[0], words[1:]
+    if name == "resist":
+        parse_resist(rest, monkeypatch)
+    elif name == "torchrun":
+        check_torchrun(rest, monkeypatch)
+    elif name == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(rest) <= set(targets)
+    elif name == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert rest[:2] == ["install", "-e"]
+        assert set(re.findall(r"\w+", rest[2].partition("[")[2])) <= set(extras)
+    elif name == "python":
+        assert (ROOT / rest[0]).is_file()  # examples, which test_examples runs
+    elif name.startswith("./"):
+        assert (DOCS / "files" / name[2:]).is_file()
+    else:
+        pytest.fail(f"{command!r}: nothing looks at it; add it here, or to NOT_RUN with the reason")
+
+
+def test_what_is_not_run_is_in_the_documents() -> None:
+    everything = [command for page in PAGES for command in commands(page)]
+    assert len(everything) > 30
+    used = {why for begin, why in NOT_RUN.items() if any(command.startswith(begin) for command in everything)}
+    assert {"sets names in a shell", "changes a firewall"} <= used
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_steps_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the order of the page, each with what the ones before left behind."""
+    monkeypatch.chdir(tmp_path)
+    ran: list[str] = []
+    for command in commands(ROOT / page):
+        words = shlex.split(command, comments=True)
+        if words[0] != "resist" or words[1] not in RUN or "cifar" in command or "imagenet" in command:
+            continue
+        if "--resume" in words:  # the run is over, and that is what it has to say
+            assert run_resist(words[1:]) == 2
+            continue
+        assert run_resist([*words[1:], *RUN[words[1]]]) == 0, command
+        ran.append(words[1])
+    assert {"train", "evaluate", "plan", "report"} <= set(ran)
+    assert list(tmp_path.glob("runs/*/model.safetensors"))
+
+
+def run_resist(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    return int(ended.value.code or 0)
+
+
+def test_python_of_the_library_page_runs() -> None:
+    """One snippet after the other, as the page says."""
+    namespace: dict[str, Any] = {"__name__": "library"}
+    snippets = blocks(DOCS / "library.md", "python")
+    assert len(snippets) > 6
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"library.md, snippet {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_python_elsewhere_is_python(name: str) -> None:
+    for snippet in blocks(ROOT / name, "python"):
+        ast.parse(snippet)
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, where GitHub and MkDocs make the same of it."""
+    plain = re.sub(r"[`*_]|\[(.*?)\]\(.*?\)", r"\1", heading).strip().lower()
+    return re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", plain))
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_relative_to(ROOT), target
+        assert file.exists(), target
+        if page.parent == DOCS:
+            assert file.is_relative_to(DOCS), f"{target} is not part of the site"
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+def dotted_names() -> Iterator[str]:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        yield from re.findall(r"`(resist(?:\.\w+)+)(?:\(.*?\))?`", text)
+        yield from re.findall(r"^::: (\S+)$", text, re.M)
+
+
+@pytest.mark.parametrize("name", sorted(set(dotted_names())))
+def test_named_functions_exist(name: str) -> None:
+    for library in ("lightning", "transformers"):
+        if name.startswith(f"resist.integrations.{library}"):
+            pytest.importorskip(library)
+    resolve(name)
+
+
+def resolve(name: str) -> Any:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(f"{name} is not there")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_files_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:src|tests|benchmarks|examples|docs)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_in_the_text_exist(name: str) -> None:
+    """`--option` in running text is an option of some command, or of another program that is named here."""
+    others = {"--nproc-per-node", "--nnodes", "--node-rank", "--max-restarts", "--help", "--master-addr"}
+    known: set[str] = set(others)
+    for kind, _ in cli.COMMANDS.values():
+        known |= {"--" + name.replace("_", "-") for name in field_names(kind)}
+    text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+    if Path(name).name in ("results.md", "LOG.md"):
+        return  # dated: they say what was run then
+    for option in re.findall(r"`[^`]*?(--[a-z][\w-]*)", text):
+        assert option in known, option
+
+
+def field_names(kind: Any) -> set[str]:
+    names: set[str] = set()
+    for field in kind.__dataclass_fields__.values():
+        inner = field.type if isinstance(field.type, type) else None
+        names |= field_names(inner) if inner is not None and hasattr(inner, "__dataclass_fields__") else {field.name}
+    return names
+
+
+@cache
+def templates() -> tuple[list[str], ...]:
+    """Every text of the source as the literal parts between what is filled in."""
+    found: list[list[str]] = []
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [""]
+                for value in node.values:
+                    if isinstance(value, ast.Constant):
+                        parts[-1] += str(value.value)
+                    else:
+                        parts.append("")
+                found.append(parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append([node.value])
+    return tuple(parts for parts in found if sum(map(len, parts)) >= 12)
+
+
+def said_by_the_program(message: str) -> float:
+    """The share of a message that is literally in texts of the source which fit into it."""
+    covered = [False] * len(message)
+    for parts in templates():
+        found = re.search(".*?".join(f"({re.escape(part)})" for part in parts), message)
+        for group in range(1, len(parts) + 1 if found else 0):
+            assert found is not None
+            covered[found.start(group) : found.end(group)] = [True] * (found.end(group) - found.start(group))
+    return sum(covered) / len(message)
+
+
+MESSAGES = [line for block in blocks(DOCS / "troubleshooting.md", "text") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_quoted_messages_are_those_of_the_source(message: str) -> None:
+    assert said_by_the_program(message) > 0.4, message
+
+
+def test_a_message_that_nobody_says_is_found_out() -> None:
+    assert len(MESSAGES) > 20
+    assert said_by_the_program("--batch-size 7 may not be odd; take an even number of images instead") < 0.3
+
+
+def test_kubernetes_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is YAML, its parts name one another, and the command in it is one."""
+    parts = {part["kind"]: part for part in yaml.safe_load_all((DOCS / "files/kubernetes.yaml").read_text())}
+    assert set(parts) == {"Service", "PersistentVolumeClaim", "NetworkPolicy", "Job"}
+    job = parts["Job"]["spec"]
+    pod, service = job["template"]["spec"], parts["Service"]
+    container = pod["containers"][0]
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    assert job["completions"] == job["parallelism"] == int(environment["WORLD_SIZE"])
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert environment["MASTER_ADDR"] == f"{parts['Job']['metadata']['name']}-0.{service['metadata']['name']}"
+    assert int(environment["MASTER_PORT"]) == service["spec"]["ports"][0]["port"]
+    labels = job["template"]["metadata"]["labels"]
+    assert labels.items() >= service["spec"]["selector"].items()
+    assert labels.items() >= parts["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"].items()
+    claims = {volume["name"] for volume in pod["volumes"]}
+    assert claims == {mount["name"] for mount in container["volumeMounts"]}
+    script = container["args"][0]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    trained = [shlex.split(line)[4:] for line in script.splitlines() if "-m resist" in line]
+    assert len(trained) == 2
+    workers = [parse_resist(arguments, monkeypatch).method.workers for arguments in trained]
+    assert workers[1] == int(environment["WORLD_SIZE"])
+
+
+FAKE = {
+    "ssh": 'exec bash -c "${@: -1}"',  # every host is this one
+    "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2"; else printf "node0\\nnode1\\n"; fi',
+    "srun": 'for SLURM_PROCID in 0 1 2 3; do export SLURM_PROCID SLURM_LOCALID=$((SLURM_PROCID % 2)); "${@:2}"; done',
+}
+SHOW = ('#!/bin/bash\necho "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR: $*"\n'
+        'case "$*" in *0.5*) exit 75;; esac')  # fmt: skip
+
+
+def stage(tmp_path: Path, programs: dict[str, str]) -> dict[str, str]:
+    """Programs of these names first in PATH, and a .venv to activate. Returns the environment for it."""
+    for path in (tmp_path / "bin", tmp_path / ".venv/bin"):
+        path.mkdir(parents=True)
+    for name, text in programs.items():
+        file = tmp_path / "bin" / name
+        file.write_text(f"#!/bin/bash\n{text}\n")
+        file.chmod(0o755)
+    (tmp_path / ".venv/bin/activate").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    path = os.pathsep.join([str(ROOT / "src"), *sys.path])
+    return {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": path}
+
+
+def test_slurm_file(tmp_path: Path) -> None:
+    """What each task is told, with programs that only say it; a run that was cut off is queued again, and goes on."""
+    environment = stage(tmp_path, FAKE) | {
+        "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NTASKS": "4",
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8",
+    }  # fmt: skip
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(SHOW)
+    python.chmod(0o755)
+
+    def batch(*arguments: str) -> tuple[int, list[str]]:
+        command = ["bash", str(DOCS / "files/slurm.sbatch"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.stderr == ""
+        return done.returncode, done.stdout.splitlines()
+
+    run = tmp_path / "runs/77"
+    status, lines = batch("--data", "cifar10")
+    assert status == 0
+    assert lines == [f"{n} 4 {n % 2} 2 node0: -m resist train --out {run} --data cifar10" for n in range(4)]
+    run.mkdir(parents=True)
+    (run / "config.json").touch()
+    status, lines = batch("--epochs", "0.5")
+    assert lines[0].endswith(f"train --resume {run}")
+    (run / "config.json").unlink()
+    status, lines = batch("--epochs", "0.5")
+    assert (status, lines[-1]) == (75, "requeued 77")
+
+
+@pytest.mark.slow
+def test_ssh_script(tmp_path: Path) -> None:
+    """Two hosts that are this one, real processes; a folder with a space in its name."""
+    out = tmp_path / "a run"
+    environment = stage(tmp_path, {"ssh": FAKE["ssh"]}) | {
+        "HOSTS": "localhost 127.0.0.1", "PORT": "29873", "INTERFACE": "lo", "OMP_NUM_THREADS": "1",
+        "DIRECTORY": str(tmp_path),
+    }  # fmt: skip
+    small = [word for word in SMALL if word not in ("--processes",)]
+    small.remove("1") if small[-3] == "1" and small[-2] == "--device" else None
+    script = [str(DOCS / "files/ssh.sh"), "--workers", "2", "--min-depth", "0", *small, "--out", str(out)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    for package in ("material", "mkdocstrings"):
+        pytest.importorskip(package, reason="the site needs pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
+    for name in ("resist.Job.step", "resist.partition", "resist.cost.predict"):
+        assert f'id="{name}"' in reference, name
+    for page in (tmp_path / "site").rglob("*.html"):
+        fetched = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]*)"', page.read_text(encoding="utf-8"))
+        assert not fetched, f"{page} needs a network: {fetched}"
+    for file in (DOCS / "files").iterdir():
+        assert (tmp_path / "site/files" / file.name).read_bytes() == file.read_bytes()
