@@ -234,7 +234,7 @@ def test_training_that_diverges_says_so(capsys, tmp_path) -> None:
         capsys, "train", *SMALL, "--processes", "1", "--lr", "1e20", "--out", str(tmp_path / "run")
     )
     assert (status, err.count("\n")) == (2, 1)
-    assert "lower --lr" in err
+    assert "lower the learning rate" in err
 
 
 @pytest.mark.slow
