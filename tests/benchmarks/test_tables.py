@@ -182,7 +182,8 @@ def saves(percent: float, alone_s: float) -> dict[str, Any]:
     return {
         **SMALL, "workers": 4, "local_steps": 5, "batch_size": 2, "checkpoint_rounds": 10,
         "checkpoint_bytes": 10, "n": 2, "parameters": 1, "percent_cpu": three(percent), "percent_wall": three(0.0),
-        "round_cpu_s": three(1.0), "save_cpu_s": three(alone_s), "stood_s": three(0.1), "others_share": three(0.5), **ORIGIN,
+        "round_cpu_s": three(1.0), "save_cpu_s": three(alone_s), "stood_s": three(0.1), "others_share": three(0.5),
+        **ORIGIN,
     }  # fmt: skip
 
 
