@@ -1,10 +1,11 @@
 # make demo: install, train on handwritten digits with four real processes, see what it saves
 # make test: install, run the tests            make check: tests, lint and types
+# make docs: the documents as a site, in site/
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test lint types check docs clean
 
 demo: .venv/installed
 	@echo "Training a 32-layer residual network on handwritten digits: 4 workers, 4 processes."
@@ -31,6 +32,9 @@ types: .venv/installed
 
 check: test lint types
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Installs again when the requirements change.
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -41,4 +45,4 @@ check: test lint types
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site .pytest_cache .ruff_cache .hypothesis

@@ -37,7 +37,7 @@ COMMON = [
 ]  # fmt: skip
 SETTINGS = {
     "overfit": ["--epochs", "80", "--batch-size", "2", "--evaluations", "8", "--splits", "sixteen", "sixteen"],
-    "train": ["--epochs", "4", "--batch-size", "4", "--evaluations", "3"],
+    "train": ["--epochs", "15", "--batch-size", "2", "--evaluations", "5"],
 }
 
 

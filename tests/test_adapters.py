@@ -206,6 +206,8 @@ def test_the_plan_says_what_goes_with_a_block_and_what_is_only_nearly_true(capsy
     assert "attn.shift_size stochastic_depth.p" in out
     assert run("plan", "--data", "cifar10", "--model", "torchvision:resnet18", "--width", "3") == 2
     assert "--width says nothing" in capsys.readouterr().err
+    assert run("plan", "--task", "detection", "--data", "voc2007", "--model", "timm:resnet50") == 2
+    assert "--task detection takes a pre-activation ResNet of ours" in capsys.readouterr().err
 
 
 @pytest.mark.slow

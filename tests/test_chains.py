@@ -292,3 +292,10 @@ def test_a_chain_behind_another_in_a_module_list() -> None:
     assert len(choose_chains(model, ("body:1-2", "body.0.inner"))) == 2
     with pytest.raises(UserError, match=r"chain body.2.inner:0-2 lies behind body:0-1 in an nn.ModuleList"):
         choose_chains(model, ("body:0-1", "body.2.inner"))
+
+
+def test_chains_are_found_while_the_default_device_is_meta() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet18()
+        assert names(model) == names(torchvision.models.resnet18())
+    assert names(model) == names(torchvision.models.resnet18())

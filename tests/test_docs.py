@@ -1,4 +1,4 @@
-"""The documents do not lie: commands parse and run, links lead somewhere, names exist, quoted messages are the program's."""
+"""The documents do not lie: commands parse and run, links lead somewhere, names and quoted messages are there."""
 
 import ast
 import importlib
@@ -37,9 +37,12 @@ NOT_RUN = {
     "git clone ": "needs a network",
 }
 # Commands of the README and the first page that are run: at this size, in one process, in a folder of their own.
-SMALL = ["--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32", "--local-steps", "2", "--epochs", "0.15", "--evaluations", "1", "--processes", "1", "--device", "cpu"]  # fmt: skip
-RUN = {"train": SMALL, "compare": [*SMALL[:-4], "--device", "cpu"], "plan": [], "evaluate": [], "export": [],
-       "report": ["--force"], "watch": ["--no-progress"]}  # fmt: skip
+SMALL = [
+    "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32", "--local-steps", "2", "--epochs", "0.1",
+    "--evaluations", "1", "--batchnorm", "average", "--device", "cpu",
+]  # fmt: skip
+RUN = {"train": [*SMALL, "--processes", "1"], "compare": [*SMALL, "--processes", "1"], "plan": [], "evaluate": [],
+       "export": [], "report": ["--force"], "watch": ["--no-progress"]}  # fmt: skip
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -49,9 +52,13 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of all blocks marked sh, those that go over several lines as one."""
+    """The commands of all blocks marked sh, those that go over several lines as one; and what begins like one of
+    ours in blocks without a mark, or indented ones."""
     text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    found = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    rest = re.sub(r"^ *```\w+\n.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    rest = rest.replace("\\\n", " ")
+    return found + re.findall(r"^(?:    )?((?:resist [a-z]+ |torchrun |python ).*)$", rest, re.M)
 
 
 ALL = [pytest.param(command, id=f"{page.stem}: {command[:50]}") for page in PAGES for command in commands(page)]
@@ -373,9 +380,7 @@ def test_ssh_script(tmp_path: Path) -> None:
         "HOSTS": "localhost 127.0.0.1", "PORT": "29873", "INTERFACE": "lo", "OMP_NUM_THREADS": "1",
         "DIRECTORY": str(tmp_path),
     }  # fmt: skip
-    small = [word for word in SMALL if word not in ("--processes",)]
-    small.remove("1") if small[-3] == "1" and small[-2] == "--device" else None
-    script = [str(DOCS / "files/ssh.sh"), "--workers", "2", "--min-depth", "0", *small, "--out", str(out)]
+    script = [str(DOCS / "files/ssh.sh"), "--workers", "2", "--min-depth", "0", *SMALL, "--out", str(out)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
@@ -394,7 +399,8 @@ def test_the_site_builds(tmp_path: Path) -> None:
     for name in ("resist.Job.step", "resist.partition", "resist.cost.predict"):
         assert f'id="{name}"' in reference, name
     for page in (tmp_path / "site").rglob("*.html"):
-        fetched = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]*)"', page.read_text(encoding="utf-8"))
+        text = page.read_text(encoding="utf-8")
+        fetched = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]*)"', text)
         assert not fetched, f"{page} needs a network: {fetched}"
     for file in (DOCS / "files").iterdir():
         assert (tmp_path / "site/files" / file.name).read_bytes() == file.read_bytes()

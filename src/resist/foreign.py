@@ -14,7 +14,7 @@ from resist.tasks import network_builder
 def try_network(config: NetworkConfig, num_classes: int | None = None) -> None:
     """Raise UserError where the network of these options does not take the data set's images, gives no logits, or
     breaks a law of `resist.check`. Ours are not tried: the tests do that."""
-    if not is_foreign(config.model):
+    if not is_foreign(config.model) or config.task != "classification":
         return
     size = config.image_size or image_size_of(config.data)
     classes = num_classes_of(config.data, config.data_dir) if num_classes is None else num_classes

@@ -66,7 +66,8 @@ def skip_of(block: nn.Module, call: Call | None = None) -> str:
     block: may be on the meta device; it is not touched.
     call:  arguments of a real call. Without them inputs are guessed; "unknown" where the block takes none of these.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+    # On the host, also where the caller builds on the meta device.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trial = _copy_on_host(block)

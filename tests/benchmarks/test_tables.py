@@ -170,7 +170,8 @@ def faults(*problems: str) -> dict[str, Any]:
         "number": 8, "seed": 0, "timeout_s": 9.0, "lanes": 1, "forked": True, "same_weights": 8 - bool(problems),
         "kinds": dict.fromkeys(("kill", "stop", "delay", "raise"), 2), "points": {"start": 8},
         "to_end_s": {"kill": {"median": 1.25, "max": 2.0}},
-        "problems": [{"kind": "kill", "point": "start", "rank": 1, "problems": list(problems)}] if problems else [], **ORIGIN,
+        "problems": [{"kind": "kill", "point": "start", "rank": 1, "problems": list(problems)}] if problems else [],
+        **ORIGIN,
     }  # fmt: skip
 
 
@@ -180,8 +181,9 @@ def saves(percent: float, alone_s: float) -> dict[str, Any]:
 
     return {
         **SMALL, "workers": 4, "local_steps": 5, "batch_size": 2, "checkpoint_rounds": 10,
-        "checkpoint_bytes": 10, "n": 2, "parameters": 1, "percent_cpu": three(percent), "percent_wall": three(0.0), "round_cpu_s": three(1.0),
-        "save_cpu_s": three(alone_s), "stood_s": three(0.1), "others_share": three(0.5), **ORIGIN,
+        "checkpoint_bytes": 10, "n": 2, "parameters": 1, "percent_cpu": three(percent), "percent_wall": three(0.0),
+        "round_cpu_s": three(1.0), "save_cpu_s": three(alone_s), "stood_s": three(0.1), "others_share": three(0.5),
+        **ORIGIN,
     }  # fmt: skip
 
 

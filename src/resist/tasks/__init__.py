@@ -8,6 +8,7 @@ from resist.config import NetworkConfig
 from resist.data import DATASETS, image_size_of, num_classes_of
 from resist.data.voc import CLASSES, VOC
 from resist.errors import UserError
+from resist.models.adapters import is_foreign
 from resist.tasks import classification, detection
 from resist.tasks.classification import Classification
 from resist.tasks.detection import Detection
@@ -52,6 +53,11 @@ def check(config: NetworkConfig) -> None:
     if config.task == "detection" and config.data not in VOC:
         known = "has no boxes" if config.data in DATASETS else "is not known"
         raise UserError(f"--task detection: --data {config.data} {known}; choose one of {', '.join(VOC)}")
+    if config.task == "detection" and is_foreign(config.model):
+        raise UserError(
+            f"--task detection takes a pre-activation ResNet of ours as its backbone, not --model {config.model}; give "
+            "preact_resnet50_imagenet, say"
+        )
     if config.task != "detection" and config.data in VOC:
         raise UserError(f"--data {config.data} has boxes around objects; it needs --task detection")
     if config.pretrained is not None and config.backbone is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from resist.config import NetworkConfig
 from resist.data import Images, Photographs, image_size_of, load
 from resist.models import build
+from resist.models.adapters import is_foreign
 from resist.models.pretrained import start_from
 from resist.tasks.task import Batches
 
@@ -87,13 +88,16 @@ def builder(config: NetworkConfig, num_classes: int, image_size: int | None = No
     """What builds the full network of these options. image_size: default, that of the data set."""
 
     def build_model() -> nn.Module:
+        size = image_size or config.image_size
+        if size is None and is_foreign(config.model):  # ours take images of any size
+            size = image_size_of(config.data)
         model = build(
             config.model,
             num_classes=num_classes,
             sections=config.sections,
             width=config.width,
             final_norm=config.final_norm,
-            image_size=image_size or config.image_size or image_size_of(config.data),
+            image_size=size,
         )
         # On the meta device there are no weights to fill, and the file need not be there.
         if config.pretrained is not None and not next(model.parameters()).is_meta:
