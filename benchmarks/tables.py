@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import detection
+import reliability
 import resist
 from namespaces import parse_rate
 from resist.batchnorm import use_batch_statistics
@@ -84,6 +85,9 @@ def page(results: Path, network: Record = PAPERS) -> str:
     parts += [exchange(record) for record in loopback]
     parts += [memory_table(record) for record in memory]
     parts += [recording(record) for record in latest(results / "recording.jsonl", "benchmark")]
+    faults = latest(results / "faults.jsonl", "timeout_s", "forked")
+    saves = latest(results / "checkpoints.jsonl", "model", "width", "workers", "local_steps", "batch_size")
+    parts += [reliability.section(faults, saves, table, provenance)] if faults or saves else []
     parts += accuracy_sections(results / "cifar10.jsonl")
     parts += photographs(results / "imagenet.jsonl")
     detectors = latest(results / "detection.jsonl", "setting", "model", "workers", "image_size", "seed")

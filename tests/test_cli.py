@@ -234,7 +234,7 @@ def test_training_that_diverges_says_so(capsys, tmp_path) -> None:
         capsys, "train", *SMALL, "--processes", "1", "--lr", "1e20", "--out", str(tmp_path / "run")
     )
     assert (status, err.count("\n")) == (2, 1)
-    assert "lower --lr" in err
+    assert "lower the learning rate" in err
 
 
 @pytest.mark.slow
@@ -343,3 +343,27 @@ def test_a_run_goes_on_with_fewer_workers(capsys, tmp_path) -> None:
     assert len(records) > done
     assert images == pytest.approx(4 * 3 * 1437, rel=0.02)  # as many as all four together would have seen
     assert len(records[-1]["workers"]) == 2
+
+
+@pytest.mark.slow
+def test_hosts_without_a_shared_file_system_train_without_checkpoints(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "resist", "train", *SMALL, "--out", "run"],
+                env={**ENVIRONMENT, **HOST, "RANK": str(rank), "MASTER_PORT": port},
+                cwd=tmp_path / str(rank),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    texts = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "no checkpoints: process 1 does not see run" in texts[0]
+    assert (tmp_path / "0" / "run" / "model.safetensors").exists()
+    assert not list(tmp_path.glob("*/run/checkpoints/*"))

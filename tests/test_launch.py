@@ -28,7 +28,7 @@ STATUSES: dict[str, tuple[str, int, str]] = {
         "process 2 (workers 2, 3): killed, because it did not end by itself",
     ),
     "one is stopped": (
-        "os.kill(os.getpid(), signal.SIGSTOP) if rank == 0 else sys.exit(1)", 1,
+        "os.kill(os.getpid(), signal.SIGSTOP * (rank == 0)); sys.exit(100)", 100,
         "process 0 (worker 0): killed, because it did not end by itself",
     ),
     "one does not come to its end": (
@@ -55,7 +55,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[subprocess
                 return started[-1]
 
         monkeypatch.setattr(launcher, "subprocess", Scripts)
-        monkeypatch.setattr(launcher, "FAREWELL_S", 1.0)
+        monkeypatch.setattr(launcher, "FAREWELL_S", 3.0 if "100" in script else 60.0)  # a busy machine is slow to start
         return started
 
     return use
@@ -72,6 +72,17 @@ def test_it_ends_with_the_status_of_what_failed_and_says_what_nobody_else_can(
     assert len(lines) == bool(said)
     assert said in "".join(lines)
     assert all(process.returncode is not None for process in started)
+
+
+def test_one_that_fails_before_it_knows_the_others_is_named(
+    scripted: Callable[[str], list[subprocess.Popen[bytes]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    scripted("sys.exit(1) if rank == 1 else time.sleep(100)")
+    assert launch([], 3, 2.0, 3) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "resist: process 1 (worker 1): ended with status 1",
+        "resist: process 0 (worker 0), process 2 (worker 2): killed, because it did not end by itself",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,13 @@ UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.Unpi
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run, one at a time, in the background; keeps the newest KEEP."""
+    """Writes the checkpoints of one run, one at a time, in the background; keeps the newest KEEP.
 
-    def __init__(self, folder: Path, transport: Transport) -> None:
-        self.folder, self._transport = folder, transport
+    possible: whether all processes see the folder. Where they do not, nothing is written.
+    """
+
+    def __init__(self, folder: Path, transport: Transport, *, possible: bool = True) -> None:
+        self.folder, self._transport, self.possible = folder, transport, possible
         self._first = 0 in transport.hosted
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -61,6 +64,8 @@ class Checkpoints:
 
         Waits for the checkpoint before, and raises AgreedError where that one could not be written.
         """
+        if not self.possible:
+            return
         self.finish()
         final = self.folder / f"round-{job.round:06d}"
         partial = self.folder / f".{final.name}.partial"

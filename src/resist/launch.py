@@ -149,8 +149,8 @@ def _say(failed: dict[int, int], stuck: list[int], workers: int, processes: int)
         ended = [rank for rank, own in failed.items() if own == code]
         print(f"resist: {named(ended)}: ended by {signal.Signals(-code).name}", file=sys.stderr)
     if stuck:
-        for rank, code in failed.items():
-            if code > 0:  # it has spoken, but need not have said which one it is
+        for rank, code in failed.items() if len(failed) < len(stuck) else ():
+            if code > 0:  # it has spoken, but may not have said which one it is, and nobody noticed
                 print(f"resist: {named([rank])}: ended with status {code}", file=sys.stderr)
         print(f"resist: {named(stuck)}: killed, because it did not end by itself", file=sys.stderr)
 

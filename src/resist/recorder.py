@@ -77,12 +77,13 @@ class Recorder:
         }
         return any(spent[name] >= budget for name, budget in budgets.items())
 
-    def interrupted(self) -> None:
+    def interrupted(self, *, saved: bool) -> None:
         """Say that the run was stopped by a signal, and how it goes on."""
         self._state = "interrupted"
         if self.run is not None:
             self.display.stop()
-            print(f"interrupted after round {self.summary.done}; to go on: resist train --resume {self.run.path}")
+            then = f"to go on: resist train --resume {self.run.path}" if saved else "nothing was saved"
+            print(f"interrupted after round {self.summary.done}; {then}")
 
     def finish(self, job: Job) -> None:
         """The account at the end."""

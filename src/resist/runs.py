@@ -16,8 +16,10 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from datetime import datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ import torch
 
 from resist.config import TrainConfig, from_json
 from resist.errors import UserError
+
+# How long a file that another host has written may take to be seen.
+SEEN_S = 5.0
 
 
 def default_out(config: TrainConfig) -> Path:
@@ -45,6 +50,22 @@ def check_free(path: Path) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--out {path} cannot be made: {parent} is not a directory that you may write to")
+
+
+def mark(path: Path) -> str:
+    """A text that tells this run directory from others of the same name; "" where there is none."""
+    try:
+        return blake2b((path / "environment.json").read_bytes(), digest_size=8).hexdigest()
+    except OSError:
+        return ""
+
+
+def seen_after_a_while(path: Path, marked: str) -> bool:
+    """Whether the run directory is there with this mark, or comes within seconds: network file systems take some."""
+    end = time.monotonic() + SEEN_S
+    while (seen := mark(path) == marked) is False and time.monotonic() < end:
+        time.sleep(0.2)
+    return seen
 
 
 class Run:

@@ -29,11 +29,12 @@ from resist.rates import evaluation_rounds, num_steps, rate
 from resist.recorder import Recorder
 from resist.rescue import write_diverged, write_safe_copies
 from resist.resume import starting_point
-from resist.runs import Run, default_out
+from resist.runs import Run, default_out, mark, seen_after_a_while
 from resist.tasks import Task, open_task
 from resist.trainer import Trainer
 
 INTERRUPTED = 75  # exit status: stopped by a signal, everything saved, go on with --resume
+NOT_SAVED = 130  # exit status: stopped by a signal, with nowhere to save to
 
 
 def train(config: TrainConfig) -> int:
@@ -86,7 +87,7 @@ def train(config: TrainConfig) -> int:
         run = together(transport, lambda: Run(out, config, resume_round) if speaks else None)
         out = Path(transport.gather_text(str(out))[0])  # the time of the first process, where it is in the name
         loggers = together(transport, lambda: open_loggers(config, run.path, run.past) if run else [])
-        checkpoints = Checkpoints(out / "checkpoints", transport)
+        checkpoints = Checkpoints(out / "checkpoints", transport, possible=_seen_by_all(out, transport))
         training = Training(config, task, job, trainers, run, loggers, checkpoints)
         try:
             return _surviving(out, job, lambda: training.go_on(steps))
@@ -94,6 +95,19 @@ def train(config: TrainConfig) -> int:
             checkpoints.abandon()
     finally:
         transport.close()
+
+
+def _seen_by_all(out: Path, transport: Transport) -> bool:
+    """Whether all processes see the run directory that the first one has made. Says so where they do not."""
+    seen = seen_after_a_while(out, transport.gather_text(mark(out))[0])
+    blind = [str(process) for process, text in enumerate(transport.gather_text(str(seen))) if text != "True"]
+    if blind and 0 in transport.hosted:
+        print(
+            f"note: no checkpoints: process {', '.join(blind)} does not see {out} as process 0 does; give --out in a "
+            "directory that all hosts share",
+            flush=True,
+        )
+    return not blind
 
 
 def _all_done(path: Path, steps: int, speaks: bool) -> int:
@@ -186,8 +200,8 @@ class Training:
                 losses.clear()
                 if news.interrupted:
                     self.checkpoints.finish()
-                    recorder.interrupted()
-                    return INTERRUPTED
+                    recorder.interrupted(saved=self.checkpoints.possible)
+                    return INTERRUPTED if self.checkpoints.possible else NOT_SAVED
                 if news.stop:
                     break
                 self.clock.lap()

@@ -165,6 +165,44 @@ def test_photographs_say_what_was_measured(tmp_path: Path) -> None:
     assert tables.photographs(tmp_path / "none.jsonl") == []
 
 
+def faults(*problems: str) -> dict[str, Any]:
+    return {
+        "number": 8, "seed": 0, "timeout_s": 9.0, "lanes": 1, "forked": True, "same_weights": 8 - bool(problems),
+        "kinds": dict.fromkeys(("kill", "stop", "delay", "raise"), 2), "points": {"start": 8},
+        "to_end_s": {"kill": {"median": 1.25, "max": 2.0}},
+        "problems": [{"kind": "kill", "point": "start", "rank": 1, "problems": list(problems)}] if problems else [],
+        **ORIGIN,
+    }  # fmt: skip
+
+
+def saves(percent: float, alone_s: float) -> dict[str, Any]:
+    def three(value: float) -> dict[str, float]:
+        return {"median": value, "min": value, "max": value}
+
+    return {
+        **SMALL, "workers": 4, "local_steps": 5, "batch_size": 2, "checkpoint_rounds": 10,
+        "checkpoint_bytes": 10, "n": 2, "parameters": 1, "percent_cpu": three(percent), "percent_wall": three(0.0),
+        "round_cpu_s": three(1.0), "save_cpu_s": three(alone_s), "stood_s": three(0.1), "others_share": three(0.5),
+        **ORIGIN,
+    }  # fmt: skip
+
+
+def test_what_faults_and_checkpoints_cost_is_read_from_the_figures(tmp_path: Path) -> None:
+    write(tmp_path / "faults.jsonl", faults())
+    write(tmp_path / "checkpoints.jsonl", saves(2.0, 0.2))
+    page = tables.page(tmp_path, SMALL)
+    assert "All 8 ended by themselves" in page
+    assert "**8 of 8 ended with the weights" in page
+    assert "at most 3 %: reached in processor time, +2.0 % in the median of 2 pairs, 2.00 %" in page
+    write(tmp_path / "faults.jsonl", faults("did not end"))
+    for percent, alone_s in ((4.0, 0.2), (2.0, 0.4)):
+        write(tmp_path / "checkpoints.jsonl", saves(percent, alone_s))
+        page = tables.page(tmp_path, SMALL)
+        assert "7 of 8 ended by themselves" in page
+        assert "kill at `start` in process 1: did not end" in page
+        assert "at most 3 %: **missed**" in page
+
+
 @pytest.mark.slow
 def test_the_page_is_up_to_date() -> None:
     command = [sys.executable, BENCHMARKS / "tables.py", "--check"]

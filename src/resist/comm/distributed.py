@@ -54,7 +54,9 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
         try:
             timeout = timedelta(seconds=timeout_s)
             store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-            attempt = dist.PrefixStore(meet(store, rank, size, timeout_s), store)
+            attempt = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
+                meet(store, rank, size, timeout_s), store
+            )
             dist.init_process_group("gloo", store=attempt, rank=rank, world_size=size, timeout=timeout)
         except (RuntimeError, ValueError, TimeoutError) as error:  # torch derives its own from RuntimeError
             reason = str(error).splitlines()[0]
