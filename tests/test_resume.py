@@ -25,7 +25,7 @@ SIZES = (1, 2, 4)
 STEPS = 4  # in a round
 HOSTINGS = [(workers, processes) for workers, processes in product(SIZES, SIZES) if processes <= workers]
 # With as many workers in other processes only the order of summation differs, and training makes it grow.
-TOLERANCE = {"rtol": 0.01, "atol": 2e-3}
+TOLERANCE = 0.02  # of the norm of all weights
 # Mean loss of the rounds after the change may be this much above that of the last round before it: new plans, momentum
 # anew. Untrained, the loss is 2.4; at the checkpoint it is between 0.9 and 1.6.
 MARGIN = 0.1
@@ -117,11 +117,11 @@ def test_from_any_number_of_workers_and_processes_to_any(
     assert len(rounds[-1]["workers"]) == after[0]
     if after[0] == before[0]:
         expected, found = run.weights(), load_file(out / "model.safetensors")
-        for name, value in expected.items():
-            if after == before:
-                assert torch.equal(found[name], value), name
-            elif value.is_floating_point():
-                torch.testing.assert_close(found[name], value, **TOLERANCE)
+        if after == before:
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+        else:
+            one, two = (torch.cat([t[name].float().flatten() for name in sorted(expected)]) for t in (expected, found))
+            assert (one - two).norm() < TOLERANCE * one.norm()
     else:
         last, then = rounds[run.round - 1]["loss"], [r["loss"] for r in rounds[run.round :]]
         assert sum(then) / len(then) <= last + MARGIN
