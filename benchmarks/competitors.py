@@ -29,6 +29,7 @@ import resist
 from resist.batchnorm import use_batch_statistics
 from resist.build import build_seeded
 from resist.chains import Chain, choose_chains
+from resist.comm.transport import PACKET_BYTES
 from resist.fold import OPTIMIZER_STATES
 from resist.plan import Plan
 
@@ -141,9 +142,10 @@ class Own:
         state = self.job.strategy.optimizer_state
         moved, averaged = 1 + (state in ("travel", "average")), 1 + (state == "average")
         plans, next_plans = self._before, self.job.plans
+        words = workers * (workers - 1) * PACKET_BYTES  # one text for each other process, to agree on the round
         if all(plan.held_by_all for plan in plans.values()):
-            return averaged * 2 * (workers - 1) * subnet.flat.nbytes
-        total = averaged * 2 * (workers - 1) * subnet.shared.nbytes
+            return averaged * 2 * (workers - 1) * subnet.flat.nbytes + words
+        total = averaged * 2 * (workers - 1) * subnet.shared.nbytes + words
         for chain, layout in zip(subnet.chains, subnet.block_layouts, strict=True):
             for block in range(chain.num_blocks):
                 holders, targets = set(plans[chain.name].holders(block)), set(next_plans[chain.name].holders(block))
