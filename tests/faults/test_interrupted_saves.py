@@ -120,6 +120,7 @@ def positions(files: dict[str, int], number: int) -> Iterator[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_save_that_is_killed_at_any_byte_leaves_the_older_checkpoint_or_the_whole_new_one(tmp_path: Path) -> None:
     job, optimizers = make(strategy())
     train(job, optimizers, STEPS)
@@ -134,7 +135,7 @@ def test_a_save_that_is_killed_at_any_byte_leaves_the_older_checkpoint_or_the_wh
 
     rounds: list[int] = []
     for number, limit in enumerate(positions(files, POSITIONS)):
-        folder = tmp_path / str(number) / "checkpoints"
+        folder = tmp_path / f"{number:05}" / "checkpoints"  # as long a name as `whole`: the index has it in it
         shutil.copytree(tmp_path / "older", folder)
         assert saved_in_a_fork(job, optimizers, folder, limit) == signal.SIGKILL, limit
         path, skipped = newest(folder)
