@@ -26,6 +26,7 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: .venv/installed
 	$(BIN)/pyright

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from provenance import provenance
-from resist.checkpoint import Checkpoints
 from resist.job import Job
 from resist.models import build
-from resist.strategy import resist
+from resist.planning.strategy import resist
+from resist.runs.checkpoint import Checkpoints
 
 HERE = Path(__file__).parent
 CLASSES = 10

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import resist
 from provenance import provenance
-from resist.batchnorm import recalibrate, use_batch_statistics
 from resist.data import Images, Loader, load
 from resist.job import Job
 from resist.models import build
+from resist.subnet.batchnorm import recalibrate, use_batch_statistics
 from resist.tasks import Classification
 
 RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"

@@ -26,12 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import resist
-from resist.batchnorm import use_batch_statistics
-from resist.build import build_seeded
-from resist.chains import Chain, choose_chains
-from resist.comm.transport import PACKET_BYTES
-from resist.fold import OPTIMIZER_STATES
-from resist.plan import Plan
+from resist.planning.plan import Plan
+from resist.subnet.batchnorm import use_batch_statistics
+from resist.subnet.chains import Chain, choose_chains
+from resist.subnet.seeded import build_seeded
+from resist.sync.optimizer_state import OPTIMIZER_STATES
+from resist.sync.transport import PACKET_BYTES
 
 SEED = 0
 NAMES = ("resist", "local_sgd", "flat", "averager", "ddp", "published", "published-kept")
@@ -136,8 +136,8 @@ class Own:
         return sum(self.job.ledger.take()["bytes"].values())  # type: ignore[attr-defined]
 
     def expected_bytes(self) -> int:
-        """From the plans alone, without `resist.schedule`. A folded block needs a message from each holder but its
-        owner, then one to each next holder but its owner, who is one of them unless all holders give the block away."""
+        """From the plans alone, without `resist.planning.schedule`. A folded block needs a message from each holder but
+        its owner, then one to each next holder but its owner, who is one of them unless all holders give it away."""
         workers, subnet = self.job.strategy.workers, self.job.workers[0].subnet
         state = self.job.strategy.optimizer_state
         moved, averaged = 1 + (state in ("travel", "average")), 1 + (state == "average")

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from resist.cli.plan import PlanConfig, plan_facts
-from resist.runs import past_rounds, read_config
-from resist.schedule import allreduce_bytes
+from resist.planning.schedule import allreduce_bytes
+from resist.runs.directory import past_rounds, read_config
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
@@ -100,7 +100,8 @@ def summary(run: Path) -> Record:
         "parameters": facts["parameters"],
         "held_by_worker": facts["held_by_worker"],
         "bytes": {kind: sum(r["bytes"].get(kind, 0) for r in rounds) for kind in kinds},
-        "local_sgd_bytes": len(rounds) * config.method.workers
+        "local_sgd_bytes": len(rounds)
+        * config.method.workers
         * allreduce_bytes(4 * facts["parameters"], config.method.workers),
         "train_s": round(sum(r["seconds"][kind] for r in rounds for kind in ("compute", "sync", "wait")), 1),
         "date": datetime.fromisoformat(here["started"]).strftime("%Y-%m-%d"),
@@ -139,15 +140,17 @@ def section(records: list[Record], table: Callable[..., str], provenance: Callab
         f"S = {one['workers']}, l = {one['local_steps']}, photographs of {one['image_size']} pixels, "
         "from fresh weights."
     )
-    return "\n\n".join([
-        f"## Detection on PascalVOC\n\n{setting} AP50 of the full, scaled network, in percent, by the measures of "
-        "VOC 2007 (11 points) and of later years (area). `held` is a worker's share of the weights: neck and heads are "
-        "most of so small a network, and they are shared. `sent` is by all workers, momentum included; beside it what "
-        f"local SGD sends of weights alone.{verdict}",
-        table(["", "rounds", "steps", "last loss", *scores, "held", "sent, MB", "local SGD, MB"], rows),
-        f"{scores[0]} on the way: {'; '.join(curves)}.",
-        provenance(*records, n=lambda r: f"n = 1 run ({r['setting']})"),
-    ])
+    return "\n\n".join(
+        [
+            f"## Detection on PascalVOC\n\n{setting} AP50 of the full, scaled network, in percent, by the measures of "
+            "VOC 2007 (11 points) and of later years (area). `held` is a worker's share of the weights: neck and heads are "
+            "most of so small a network, and they are shared. `sent` is by all workers, momentum included; beside it what "
+            f"local SGD sends of weights alone.{verdict}",
+            table(["", "rounds", "steps", "last loss", *scores, "held", "sent, MB", "local SGD, MB"], rows),
+            f"{scores[0]} on the way: {'; '.join(curves)}.",
+            provenance(*records, n=lambda r: f"n = 1 run ({r['setting']})"),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from torch import nn
 import resist
 from competitors import momentum_sgd
 from provenance import provenance
-from resist.comm import Local
 from resist.models import build
+from resist.sync.local import Local
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 MB = 1e6

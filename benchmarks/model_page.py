@@ -32,7 +32,7 @@ for one size of images are built for the data set's. In the library, `Job` takes
 - A block takes a tensor, its first argument, and returns one of the same shape, alone or first in a tuple.
 - The network does not care **where** a block stands. One that gives layer i something of its own (`rope[i]`) would hand it to
   the wrong block. `resist plan` and `resist train` try that on two images; for your own loop,
-  `resist.check.check_network(model, choose_chains(model), lambda model: model(batch))` does it once.
+  `resist.subnet.validate.check_network(model, choose_chains(model), lambda model: model(batch))` does it once.
 
 **Blocks that end in a ReLU** (torchvision's ResNets, ResNeXt, RegNet): the full network uses x + scale * (block(x) - x) for
 every kind of block. With x + f(x) that is exactly x + scale * f(x). With relu(x + f(x)) it is relu(x + scale * f(x)) wherever
@@ -110,7 +110,17 @@ def ran(results: Sequence[Record]) -> str:
         ]
         for r in results
     ]  # fmt: skip
-    columns = ("network", "smaller version", "input", "parameters", "chain (blocks)", "all blocks", "conserved", "losses", "scale")
+    columns = (
+        "network",
+        "smaller version",
+        "input",
+        "parameters",
+        "chain (blocks)",
+        "all blocks",
+        "conserved",
+        "losses",
+        "scale",
+    )
     return "\n".join([*lines, *table(columns, rows)]) + "\n"
 
 

@@ -7,8 +7,8 @@
 
 Each architecture is counted as it was published, without weights, and run in a small version: less width, small images,
 as many blocks. Run means, with one batch of random inputs, everything in two processes that talk by gloo:
-  laws          `resist.check`: a sub-network with all blocks computes what the network does; one with every other block
-                computes what the network does without the rest; the blocks are residual
+  laws          `resist.subnet.validate`: a sub-network with all blocks computes what the network does; one with
+                every other block computes what the network does without the rest; the blocks are residual
   conservation  the network split into sub-networks, dealt anew twice, and folded: all weights as before, bit for bit
   training      two rounds of two steps; every loss is a number
   evaluation    the full network with scaled branches; its output is a number and of the network's shape
@@ -37,13 +37,13 @@ import resist
 from architectures import CASES, Case
 from model_page import page
 from provenance import provenance
-from resist.build import build_seeded
-from resist.chains import Chain, choose_chains
-from resist.check import check_network, tensors_in
-from resist.comm import Local
 from resist.cost.footprint import build_on_meta, measure
 from resist.errors import UserError
-from resist.subnet import tensors_of
+from resist.subnet.chains import Chain, choose_chains
+from resist.subnet.network import tensors_of
+from resist.subnet.seeded import build_seeded
+from resist.subnet.validate import check_network, tensors_in
+from resist.sync.local import Local
 
 HERE = Path(__file__).parent
 PAGE, RESULTS = HERE.parent / "docs" / "models.md", HERE / "results" / "models.json"
@@ -129,6 +129,7 @@ def describe(template: nn.Module, chain: Chain) -> Record:
 
 def footprint(case: Case, template: nn.Module, chains: tuple[Chain, ...], blocks: tuple[int, ...]) -> Any:
     """Per input, on the meta device. Images are stood in for by a number each: the case makes its own inputs."""
+
     def loss(model: nn.Module, _images: Tensor) -> Tensor:
         outputs = tensors_in(model(case.inputs(2, full=True).to("meta")))
         return torch.stack([t.float().square().mean() for t in outputs if t.is_floating_point()]).sum()

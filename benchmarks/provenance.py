@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from resist.runs import processor
+from resist.runs.directory import processor
 
 
 def provenance() -> dict[str, object]:

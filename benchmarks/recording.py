@@ -24,12 +24,12 @@ import torch
 from rich.console import Console
 
 from provenance import provenance
-from resist.config import MachineConfig, MethodConfig, OptimisationConfig, RunConfig, TrainConfig
-from resist.loggers import open_loggers
-from resist.progress import Display
-from resist.recorder import Recorder
-from resist.runs import Run, title_of
-from resist.train import train
+from resist.runs.config import MachineConfig, MethodConfig, OptimisationConfig, RunConfig, TrainConfig
+from resist.runs.directory import Run, title_of
+from resist.training.loggers import open_loggers
+from resist.training.progress import Display
+from resist.training.recorder import Recorder
+from resist.training.train import train
 
 RESULTS = Path(__file__).parent / "results" / "recording.jsonl"
 WAYS = {"metrics.jsonl": {}, "display": {}, "tensorboard": {"tensorboard": True}, "wandb": {"wandb": True}}

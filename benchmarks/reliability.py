@@ -30,7 +30,9 @@ def _faults(record: Record, table: Table, provenance: Provenance) -> list[str]:
         rows.append([name, record["kinds"][kind], *times])
     started = "forked from one that has imported torch" if record["forked"] else "started anew"
     hung = sum(any(p.startswith(("did not end", "left process")) for p in one["problems"]) for one in problems)
-    said = "; ".join(f"{one['kind']} at `{one['point']}` in process {one['rank']}: {', '.join(one['problems'])}" for one in problems)
+    said = "; ".join(
+        f"{one['kind']} at `{one['point']}` in process {one['rank']}: {', '.join(one['problems'])}" for one in problems
+    )
     return [
         f"`resist train` on the digits, a small network, S = 4 in 4 processes, a checkpoint every 2 of 6 rounds, `--timeout-s "
         f"{record['timeout_s']:g}`: {number} runs, each with one fault drawn at random (seed {record['seed']}) in one process, at one of "
@@ -54,7 +56,11 @@ def _saves(record: Record, table: Table, provenance: Provenance) -> list[str]:
     rows = [
         [name, *(f"{record[key][of]:{form}}" for of in ("median", "min", "max"))]
         for name, key, form in (
-            (f"spans of {rounds} rounds with one checkpoint, over those without: processor time, %", "percent_cpu", "+.1f"),
+            (
+                f"spans of {rounds} rounds with one checkpoint, over those without: processor time, %",
+                "percent_cpu",
+                "+.1f",
+            ),
             ("the same, time on the clock, %", "percent_wall", "+.1f"),
             ("a round without, processor s", "round_cpu_s", ".2f"),
             ("a checkpoint with no training beside it, processor s", "save_cpu_s", ".2f"),

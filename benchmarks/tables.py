@@ -24,13 +24,13 @@ import detection
 import reliability
 import resist
 from namespaces import parse_rate
-from resist.batchnorm import use_batch_statistics
-from resist.chains import choose_chains
-from resist.comm import Local
 from resist.cost import Link, Speed, Traffic, predict
 from resist.cost.footprint import build_on_meta, sizes_of
 from resist.cost.traffic import mean_traffic, paper_bytes, round_traffic
 from resist.models import build
+from resist.subnet.batchnorm import use_batch_statistics
+from resist.subnet.chains import choose_chains
+from resist.sync.local import Local
 
 Record = dict[str, Any]
 Build = Callable[[], nn.Module]
@@ -79,7 +79,9 @@ def page(results: Path, network: Record = PAPERS) -> str:
         "# Results\n\nWritten by `benchmarks/tables.py` from `benchmarks/results/`; do not edit. GB are 1e9 bytes, MB "
         "1e6. A commit that ends in `-dirty` had changes that were not committed."
     ]
-    parts.append(traffic(network, [r for r in wire if all(r[k] == v for k, v in network.items()) and not r["sections"]]))
+    parts.append(
+        traffic(network, [r for r in wire if all(r[k] == v for k, v in network.items()) and not r["sections"]])
+    )
     parts += [round_times(wire)] if wire else []
     parts += [predictions(wire, memory)] if wire or memory else []
     parts += [exchange(record) for record in loopback]
@@ -188,7 +190,9 @@ def ledger(build: Build, strategy: resist.Strategy, rounds: int) -> list[int]:
 def traffic(network: Record, wire: list[Record]) -> str:
     make, rows, links, exact = builder(network), [], [], True
     for name, workers in PAPER_GB:
-        sent = {state: formula(make, strategy_of(name, workers, state), ROUNDS) for state in ("reset", "travel", "average")}
+        sent = {
+            state: formula(make, strategy_of(name, workers, state), ROUNDS) for state in ("reset", "travel", "average")
+        }
         links += [one.mean.link_ratio for one in sent.values()]
         booked = ""
         if workers in LEDGER_WORKERS:
@@ -232,15 +236,23 @@ def on_wire(wire: list[Record]) -> str:
             payload, source = (m["ledger_bytes"], "ledger") if m["ledger_bytes"] else (m["formula_bytes"], "formula")
             sent = sum(m["wire_bytes"])
             over += [100 * (sent / sum(payload) - 1)] if m["ledger_bytes"] else []
-            cells = ["", ""] if not payload else [f"{sum(payload) / m['n'] / 1e9:.4f} ({source})", f"{sent / sum(payload):.4f}"]
+            cells = (
+                ["", ""]
+                if not payload
+                else [f"{sum(payload) / m['n'] / 1e9:.4f} ({source})", f"{sent / sum(payload):.4f}"]
+            )
             rows.append([f"S = {record['workers']}, {record['rate']}, {_short(m)}", f"{sent / m['n'] / 1e9:.4f}", *cells,
                          f"{m['busiest_host_over_mean']:.3f}"])  # fmt: skip
     return (
         "On the wire: interface counters of emulated hosts, headers included, GB in a mean round of those measured. DDP "
         "exchanges in every step.\n\n"
         + table(["", "interfaces", "payload", "ratio", "busiest host / mean"], rows)
-        + (f"\n\nTarget: ledger and interfaces within {MAX_WIRE_ERROR:.0f} %: {reached(max(map(abs, over)) <= MAX_WIRE_ERROR)}, "
-           f"at most {max(map(abs, over)):.2f} % apart." if over else "")
+        + (
+            f"\n\nTarget: ledger and interfaces within {MAX_WIRE_ERROR:.0f} %: {reached(max(map(abs, over)) <= MAX_WIRE_ERROR)}, "
+            f"at most {max(map(abs, over)):.2f} % apart."
+            if over
+            else ""
+        )
         + f"\n\n{provenance(*wire, n=_measured_rounds)}"
     )
 
@@ -302,10 +314,14 @@ def _gains(record: Record, methods: dict[str, Record], base: Record) -> str:
         published = methods.get("published")
         if published is not None and record["compute_s"]:
             # wire.py lets every method that keeps the full network sleep a full step; the paper's workers compute less
-            ratios["published"] = (own["compute_s"]["median"] + published["exchange_s"]["median"]) / own["round_s"]["median"]
+            ratios["published"] = (own["compute_s"]["median"] + published["exchange_s"]["median"]) / own["round_s"][
+                "median"
+            ]
             note = "*"
         ranked = sorted(ratios.items(), key=lambda item: item[1])
-        against = ", ".join(f"{_short(methods[o])}{note if o == 'published' else ''} {ratio:.2f}" for o, ratio in ranked)
+        against = ", ".join(
+            f"{_short(methods[o])}{note if o == 'published' else ''} {ratio:.2f}" for o, ratio in ranked
+        )
         slower = [_short(methods[o]) for o, ratio in ranked if ratio < 1 / (1 + LEVEL)]
         level = [_short(methods[o]) for o, ratio in ranked if 1 / (1 + LEVEL) <= ratio < 1 + LEVEL]
         verdict = f"loses to {', '.join(slower) or 'none'}, gains nothing over {', '.join(level) or 'none'}"
@@ -391,7 +407,10 @@ def exchange(record: Record) -> str:
                  f"{m['times_resist']:.2f}"] for name, m in methods.items()]  # fmt: skip
         said = [f"{name} {methods[name]['times_resist']:.2f} times, target {bound}: {reached(methods[name]['times_resist'] >= bound)}"
                 for name, bound in (("published", TIMES_PUBLISHED), ("flat", TIMES_FLAT)) if name in methods]  # fmt: skip
-        sent = [formula(builder(record), strategy_of(name, int(workers), "reset"), ROUNDS).mean.total_bytes for name in NAMES]
+        sent = [
+            formula(builder(record), strategy_of(name, int(workers), "reset"), ROUNDS).mean.total_bytes
+            for name in NAMES
+        ]
         parts += [
             table([f"S = {workers}", "median s", "quartiles", "times"], rows),
             f"S = {workers}: {'; '.join(said)}. By bytes alone, `flat` would take {sent[0] / sent[1]:.2f} times as long.",
@@ -427,7 +446,10 @@ def memory_table(record: Record) -> str:
 def recording(record: Record) -> str:
     """What it costs to write and show a round's record."""
     ways = record["ways"]
-    rows = [[name, f"{1e3 * way['cpu_s']:.2f}", f"{way['percent']:.3f}", f"{1e3 * spread(way['all']):.2f}"] for name, way in ways.items()]
+    rows = [
+        [name, f"{1e3 * way['cpu_s']:.2f}", f"{way['percent']:.3f}", f"{1e3 * spread(way['all']):.2f}"]
+        for name, way in ways.items()
+    ]
     most = max([way["percent"] for way in ways.values()] + [record["drawing"]["percent"]])
     return "\n\n".join([
         f"## What recording a run costs\n\nProcessor time of a round's record, threads and child processes counted, beside the "
@@ -483,7 +505,11 @@ def photographs(file: Path) -> list[str]:
                 f"network trains on one thread, {trained:.0f} images/s). With both at once {r['both_images_s']:.0f} images/s; "
                 f"{r['waited_share']:.1%} of the time went into waiting for data. Others were at work too: load {r['load']:g}."
             )
-    return ["\n\n".join([*parts, provenance(*records, n=lambda r: "n = 1 of each, so no spread is known")])] if records else []
+    return (
+        ["\n\n".join([*parts, provenance(*records, n=lambda r: "n = 1 of each, so no spread is known")])]
+        if records
+        else []
+    )
 
 
 def run_name(run: Record) -> str:
@@ -557,7 +583,9 @@ def equal_rounds(runs: list[Record]) -> list[str]:
 
 
 def readings(runs: list[Record]) -> str:
-    columns = [(way, scale) for scale in SCALES for way in WAYS if any(percent(r, way, scale) is not None for r in runs)]
+    columns = [
+        (way, scale) for scale in SCALES for way in WAYS if any(percent(r, way, scale) is not None for r in runs)
+    ]
     rows = [[run_name(run), *(show(percent(run, *column)) for column in columns)] for run in runs]
     better = 0
     for run in runs:

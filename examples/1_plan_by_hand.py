@@ -1,6 +1,6 @@
 """A plan by hand: who trains which block, what is sent between two rounds, and what that saves. Nothing is trained.
 
-    python examples/1_plan_by_hand.py --workers 4 --blocks 22 --capacity 6
+python examples/1_plan_by_hand.py --workers 4 --blocks 22 --capacity 6
 """
 
 import argparse

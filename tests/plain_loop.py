@@ -81,6 +81,7 @@ class Plain:
                 for state in started:
                     state.setdefault(name, {})[kind] = value.clone()
 
+
 def mean(values: Sequence[Tensor]) -> Tensor:
     """Of two values with the bits that `lerp` gives, so that workers which share no block can be compared exactly."""
     return values[0].lerp(values[1], 0.5) if len(values) == 2 else torch.stack(list(values)).mean(0)

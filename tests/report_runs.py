@@ -6,9 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from resist.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
-from resist.plan import partition
-from resist.schedule import allreduce_bytes, schedule
+from resist.planning.plan import partition
+from resist.planning.schedule import allreduce_bytes, schedule
+from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
 
 CHAIN, BLOCK_BYTES, SHARED_BYTES = "layer3:1-22", 4_722_688, 61_688_464
 

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from resist.job import Job
 from resist.models import PreActResNet
-from resist.strategy import Strategy
-from resist.worker import Worker
+from resist.planning.strategy import Strategy
+from resist.sync.worker import Worker
 
 CLASSES = 5
 BLOCKS = 6  # in the chain of `tiny`

@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 
 from resist import cli
 from resist.cli.compare import CompareConfig
-from resist.config import TrainConfig
+from resist.runs.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

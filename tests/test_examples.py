@@ -79,8 +79,10 @@ def test_your_own_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     """Three workers in one process, and in three: the same answers."""
     here = run(monkeypatch, capsys, "4", "--steps", 50)
     assert "worker 2 holds 4 blocks of blocks:0-8" in here
-    answers = [re.findall(r"^9 blocks, .* right on (.*)% of 360 test images$", said, re.M)
-               for said in (here, torchrun("4", "--steps", 50, processes=3))]
+    answers = [
+        re.findall(r"^9 blocks, .* right on (.*)% of 360 test images$", said, re.M)
+        for said in (here, torchrun("4", "--steps", 50, processes=3))
+    ]
     assert len(answers[0]) == len(answers[1]) == 2
     for mine, theirs in zip(*answers, strict=True):
         assert float(mine) == pytest.approx(float(theirs), abs=1.0)

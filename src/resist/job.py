@@ -1,9 +1,9 @@
 """Job: ResIST as a user meets it. The training loop stays the user's; `step` is the only call in it.
 
-    job = Job(build_model, resist(workers=4, local_steps=50))       # draw sub-networks            (Algorithm 1, line 1)
-    ... optimizer.step(); job.step(optimizer)                       # l local steps on each        (lines 2 to 4)
-                                                                    # average, draw anew, go on    (lines 5 and 6)
-    full = job.full_model()                                         # the whole network, scaled
+job = Job(build_model, resist(workers=4, local_steps=50))       # draw sub-networks            (Algorithm 1, line 1)
+... optimizer.step(); job.step(optimizer)                       # l local steps on each        (lines 2 to 4)
+                                                                # average, draw anew, go on    (lines 5 and 6)
+full = job.full_model()                                         # the whole network, scaled
 """
 
 import json
@@ -14,17 +14,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from resist.batchnorm import BATCHNORMS, has_running_statistics, recalibrate, use_batch_statistics
-from resist.build import build_seeded, fingerprint
-from resist.chains import choose_chains
-from resist.comm import Ledger, Transport, check_agreement, connect
 from resist.errors import AgreedError, DivergedError, UserError
-from resist.exchange import Copy, Exchange, assembly
-from resist.fold import AVERAGE, OPTIMIZER_STATES, VELOCITY, WEIGHTS, all_finite, optimizers_of
-from resist.plan import Plan
-from resist.strategy import Strategy
-from resist.subnet import Subnet, scale_branches, tensors_of
-from resist.worker import SafeCopy, Worker
+from resist.planning.plan import Plan
+from resist.planning.strategy import Strategy
+from resist.subnet.batchnorm import BATCHNORMS, has_running_statistics, recalibrate, use_batch_statistics
+from resist.subnet.chains import choose_chains
+from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.scaling import scale_branches
+from resist.subnet.seeded import build_seeded, fingerprint
+from resist.sync.agreement import check_agreement
+from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, all_finite
+from resist.sync.distributed import connect
+from resist.sync.exchange import Copy, Exchange, assembly
+from resist.sync.optimizer_state import OPTIMIZER_STATES, optimizers_of
+from resist.sync.traffic import Ledger
+from resist.sync.transport import Transport
+from resist.sync.worker import SafeCopy, Worker
 
 NONFINITE = ("stop", "drop")
 
@@ -34,7 +39,7 @@ class Job:
 
     build_model: called once, on the host, with torch's generator seeded by `seed` and restored afterwards. Every
                  process builds the same network and keeps only its own part of it.
-    strategy:    see `resist.strategy`.
+    strategy:    see `resist.planning.strategy`.
     chains:      what to partition, as in `("layer3:1-22",)`; default: the longest run of interchangeable blocks.
     batchnorm:   "recalibrate": running statistics are averaged over holders, and `full_model(batches)` estimates them
                  anew on the scaled network; "average": the former only; "batch": none, as in the authors' code: the
@@ -50,7 +55,7 @@ class Job:
     safety:      keep each block twice, as it was synchronised, until the next synchronisation is over, so that the
                  network is complete without any one worker: `safe` is what this process keeps. Takes memory for the
                  weights that a worker holds, and for blocks that it handed over.
-    start:       (round, step) at which a job goes on that was interrupted; see `resist.checkpoint`.
+    start:       (round, step) at which a job goes on that was interrupted; see `resist.runs.checkpoint`.
 
     workers: the hosted ones; `model` is the sub-network where there is only one.
     step_index, round: steps done; the round that the next step belongs to.

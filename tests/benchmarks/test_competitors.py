@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import competitors
 from resist.models import build
-from resist.plan import keyed_int
+from resist.planning.plan import keyed_int
 
 WORKERS, ROUNDS = 3, 3
 
@@ -62,4 +62,3 @@ def global_weights(method: competitors.Method) -> dict[str, Tensor]:
         worker, job = method.job.workers[0], method.job
         return worker.subnet.state([job.plans[chain.name].blocks[worker.index] for chain in job.chains])
     return {name: parameter.detach() for name, parameter in method.model.named_parameters()}
-

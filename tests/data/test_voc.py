@@ -15,7 +15,7 @@ from torchvision.datasets import voc as torchvision_voc
 
 import vockit
 from resist.data.annotation import CLASSES, MAX_BYTES, read_annotation
-from resist.data.stream import Stream
+from resist.data.loader import Stream
 from resist.data.voc import LONGER, fitted, load_voc, longer, mirrored
 from resist.errors import UserError
 from resist.tasks.detection import collate

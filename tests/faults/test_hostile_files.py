@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resist.chains import choose_chains
-from resist.checkpoint import FORMAT, Checkpoints, _digest_of, about, complete, newest, restore
-from resist.config import NetworkConfig, RunConfig, TrainConfig, from_json
 from resist.errors import UserError
-from resist.progress import Summary
-from resist.report.history import read_history
-from resist.runs import Run, past_rounds, read_config
-from resist.strategy import resist
+from resist.planning.strategy import resist
+from resist.runs.checkpoint import FORMAT, Checkpoints, _digest_of, about, complete, newest, restore
+from resist.runs.config import NetworkConfig, RunConfig, TrainConfig, from_json
+from resist.runs.directory import Run, past_rounds, read_config
+from resist.runs.history import read_history
+from resist.subnet.chains import choose_chains
+from resist.training.progress import Summary
 from support import make, tiny, train, weights
 
 STEPS = 2

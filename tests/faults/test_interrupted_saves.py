@@ -19,10 +19,10 @@ from injection import ARGUMENTS
 from safetensors.torch import load_file
 from torch import Tensor
 
-from resist.checkpoint import Checkpoints, about, newest, restore
 from resist.cli import main
 from resist.job import Job
-from resist.strategy import Strategy, resist
+from resist.planning.strategy import Strategy, resist
+from resist.runs.checkpoint import Checkpoints, about, newest, restore
 from support import make, train, weights
 
 STEPS, POSITIONS = 2, 50
@@ -216,5 +216,3 @@ def test_a_disk_too_small_for_the_metrics_is_one_line(
     assert status == 2
     assert len(lines) == 1, lines
     assert "cannot be written" in lines[0]
-
-

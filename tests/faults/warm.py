@@ -17,19 +17,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `resist.launch` says to those that it starts
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `resist.training.launcher` says to those that it starts
 
 import sklearn.datasets  # noqa: F401  # which a run on digits imports
 import torch
 
-import resist.launch
+import resist.training.launcher
 from resist.cli import main
 
 INJECT = Path(__file__).parent / "inject" / "sitecustomize.py"
 
 
 class Forked:
-    """What `resist.launch` needs of a `subprocess.Popen`. command: `python -m resist ...`."""
+    """What `resist.training.launcher` needs of a `subprocess.Popen`. command: `python -m resist ...`."""
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str], pass_fds: Sequence[int] = (), **_: Any
@@ -75,7 +75,7 @@ def _run(arguments: list[str], env: Mapping[str, str], kept: Sequence[int]) -> i
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
-    resist.launch.subprocess = _Subprocess  # type: ignore[assignment]
+    resist.training.launcher.subprocess = _Subprocess  # type: ignore[assignment]
     status = 1
     try:
         exec(compile(INJECT.read_text(), str(INJECT), "exec"), {"__name__": "sitecustomize"})
@@ -92,7 +92,7 @@ def _run(arguments: list[str], env: Mapping[str, str], kept: Sequence[int]) -> i
 
 
 class _Subprocess:
-    """Stands for the module `subprocess` in `resist.launch`."""
+    """Stands for the module `subprocess` in `resist.training.launcher`."""
 
     Popen = Forked
 

@@ -12,22 +12,23 @@ import torch
 from torch import nn
 
 import vockit
-from resist.chains import choose_chains, find_chains
 from resist.cli import main
-from resist.comm import Local
-from resist.config import MachineConfig, NetworkConfig, OptimisationConfig, TrainConfig
 from resist.data.voc import load_voc
 from resist.errors import UserError
-from resist.full import FILE, save_full
 from resist.job import Job, build_seeded
 from resist.models import build
-from resist.models.detection import build_detector, dense_pass, sections
-from resist.runs import Run
-from resist.strategy import local_sgd, resist
-from resist.subnet import scale_branches, tensors_of
+from resist.models.faster_rcnn import build_detector, dense_pass, sections
+from resist.planning.strategy import local_sgd, resist
+from resist.runs.config import MachineConfig, NetworkConfig, OptimisationConfig, TrainConfig
+from resist.runs.directory import Run
+from resist.runs.model_file import FILE, save_full
+from resist.subnet.chains import choose_chains, find_chains
+from resist.subnet.network import tensors_of
+from resist.subnet.scaling import scale_branches
+from resist.sync.local import Local
 from resist.tasks import Detection, image_shape, network_builder, open_task
-from resist.tasks.start import Start
-from resist.trainer import Trainer
+from resist.tasks.backbone import Start
+from resist.training.loop import Trainer
 
 SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, loaders=0)
 ARGUMENTS = [

@@ -13,8 +13,8 @@ from resist.cli.plan import PlanConfig, run_plan
 from resist.cli.report import ReportConfig, run_report
 from resist.cli.train import run_train
 from resist.cli.watch import WatchConfig, run_watch
-from resist.config import TrainConfig
 from resist.errors import AgreedError, UserError, WorkerLostError
+from resist.runs.config import TrainConfig
 
 __all__ = ["main"]
 

@@ -8,11 +8,18 @@ from pathlib import Path
 from rich.console import Console
 
 from resist.cli.train import run_train
-from resist.config import MachineConfig, MethodConfig, NetworkConfig, OptimisationConfig, RunConfig, TrainConfig
 from resist.errors import UserError
 from resist.report.compare import compare, draw_comparison, print_comparison
-from resist.report.history import History, read_history
-from resist.runs import check_free
+from resist.runs.config import (
+    MachineConfig,
+    MethodConfig,
+    NetworkConfig,
+    OptimisationConfig,
+    RunConfig,
+    TrainConfig,
+)
+from resist.runs.directory import check_free
+from resist.runs.history import History, read_history
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from typing import Literal
 
 from rich.console import Console
 
-from resist.config import NetworkConfig
 from resist.cost import STRATEGIES, Link, Speed, calibrate, predict, print_table
 from resist.cost.footprint import mean_square
-from resist.device import pick_device
 from resist.errors import UserError
-from resist.models.detection import dense_pass
+from resist.models.faster_rcnn import dense_pass
+from resist.runs.config import NetworkConfig
 from resist.tasks import image_shape, network_builder
+from resist.training.device import pick_device
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from resist.device import pick_device
-from resist.evaluate import evaluate_run, readings_of_run
+from resist.training.device import pick_device
+from resist.training.evaluate import evaluate_run, readings_of_run
 
 
 @dataclass(frozen=True)

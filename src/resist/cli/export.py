@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from resist.device import pick_device
 from resist.export import Export, export_run
+from resist.training.device import pick_device
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,12 @@ class ExportConfig:
 
 def run_export(config: ExportConfig, arguments: list[str]) -> int:
     done = export_run(
-        config.run, config.to, config.out, scale=config.scale, calibrate=config.calibrate, data_dir=config.data_dir,
+        config.run,
+        config.to,
+        config.out,
+        scale=config.scale,
+        calibrate=config.calibrate,
+        data_dir=config.data_dir,
         device=pick_device(config.device),
     )
     print(f"wrote {done.path} ({done.path.stat().st_size / 1e6:.1f} MB)")

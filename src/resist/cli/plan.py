@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
-from resist.config import MethodConfig, NetworkConfig, TrainConfig
 from resist.cost.footprint import build_on_meta
-from resist.draw import partition_svg
 from resist.errors import UserError
-from resist.foreign import try_network
-from resist.show import describe, print_plan
+from resist.planning.plan import Plan
+from resist.report.plan_view import partition_svg, print_plan
+from resist.runs.config import MethodConfig, NetworkConfig, TrainConfig
+from resist.subnet.chains import choose_chains, find_chains
 from resist.tasks import network_builder
+from resist.tasks.preflight import try_network
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,46 @@ def run_plan(config: PlanConfig, arguments: list[str]) -> int:
     else:
         print_plan(facts, Console(highlight=False, soft_wrap=True))
     return 0
+
+
+def describe(model: nn.Module, config: TrainConfig, rounds: int) -> dict[str, Any]:
+    """Counts, chains, capacities and the plans of the first `rounds` rounds, ready for JSON.
+
+    model: the full network; it may be on the meta device. Raises UserError where no plan is possible.
+    """
+    chains, strategy = choose_chains(model, config.network.chain), config.strategy()
+    block = {chain.name: _numel(model.get_submodule(chain.block_name(0))) for chain in chains}
+    total = _numel(model)
+    shared = total - sum(chain.num_blocks * block[chain.name] for chain in chains)
+    plans: list[dict[str, Plan]] = []
+    for number in range(rounds):
+        assign = strategy.at(number).assign
+        plans.append({c.name: assign(c.num_blocks, c.name, config.run.seed, number) for c in chains})
+    last = strategy.at(max(rounds, config.method.warmup_rounds))
+    capacities = {c.name: last.assign(c.num_blocks, c.name, config.run.seed, rounds).capacities for c in chains}
+    held = [
+        shared + sum(capacities[chain.name][worker] * block[chain.name] for chain in chains)
+        for worker in range(strategy.workers)
+    ]
+    return {
+        "parameters": total,
+        "shared": shared,
+        "held_by_worker": held,
+        "chains": [
+            {
+                "name": chain.name,
+                "blocks": chain.num_blocks,
+                "parameters_of_a_block": block[chain.name],
+                "capacities": capacities[chain.name],
+                "attributes_that_differ": [f"{one.module}.{one.name}".lstrip(".") for one in chain.varying],
+                "caveat": chain.caveat,
+            }
+            for chain in chains
+        ],
+        "other_chains": [run.name for run in find_chains(model) if run.name not in block],
+        "rounds": [{name: plan.blocks for name, plan in of_round.items()} for of_round in plans],
+    }
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

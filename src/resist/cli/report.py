@@ -9,9 +9,9 @@ import tyro
 
 from resist.errors import UserError
 from resist.report.compare import labels
-from resist.report.history import History, read_history
 from resist.report.markdown import markdown
 from resist.report.page import page
+from resist.runs.history import History, read_history
 
 FORMATS = {".html": "html", ".htm": "html", ".md": "md", ".png": "png"}
 
@@ -68,7 +68,7 @@ def write(histories: Sequence[History], out: Path, kind: str, force: bool) -> li
     if kind == "html":
         files[out] = page(histories)
     else:
-        from resist.report.drawn import curves_png, run_png  # matplotlib is slow to import
+        from resist.report.png import curves_png, run_png  # matplotlib is slow to import
 
         if kind == "md":
             files[out] = markdown(histories, curves.name, [picture.name for picture in pictures])

@@ -4,16 +4,17 @@ import os
 import sys
 from dataclasses import fields, replace
 
-from resist.checkpoint import newest
 from resist.cli.plan import PlanConfig, plan_facts
-from resist.config import MachineConfig, TrainConfig
-from resist.device import pick_device
 from resist.errors import UserError
-from resist.launch import launch, launched, num_processes, watch_launcher
-from resist.loggers import check_loggers
-from resist.runs import check_free, default_out, read_config
+from resist.runs.checkpoint import newest
+from resist.runs.config import MachineConfig, TrainConfig
+from resist.runs.directory import check_free, default_out, read_config
 from resist.tasks import open_task
-from resist.train import INTERRUPTED, train
+from resist.training.device import pick_device
+from resist.training.launcher import launch, launched, num_processes, watch_launcher
+from resist.training.loggers import check_loggers
+from resist.training.loop import INTERRUPTED
+from resist.training.train import train
 
 
 def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:

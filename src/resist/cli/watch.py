@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import tyro
 
 from resist.errors import UserError
-from resist.progress import Display, Summary
-from resist.report.follow import Follower, gone, rounds_of
-from resist.report.history import read_options
-from resist.runs import title_of
+from resist.runs.directory import title_of
+from resist.runs.history import Follower, gone, read_options, rounds_of
+from resist.training.progress import Display, Summary
 
 POLL_S = 0.5
 GONE_S = 60.0  # a run whose process is gone may be restarted for so long

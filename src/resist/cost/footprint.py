@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from resist.build import build_seeded
-from resist.chains import Chain
 from resist.cost.traffic import Part, Sizes
 from resist.errors import UserError
-from resist.subnet import Subnet
+from resist.subnet.chains import Chain
+from resist.subnet.network import Subnet
+from resist.subnet.seeded import build_seeded
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Loss = Callable[[nn.Module, Tensor], Tensor]

@@ -6,16 +6,16 @@ from itertools import pairwise
 
 from torch import nn
 
-from resist.batchnorm import use_batch_statistics
-from resist.chains import choose_chains, find_chains
 from resist.cost.footprint import BuildOptimizer, Loss, Network, build_on_meta, mean_square, measure, sgd, sizes_of
 from resist.cost.report import Report, Row
 from resist.cost.timing import Link, Seconds, Speed, ddp_step_s, exchange_s
 from resist.cost.traffic import Sizes, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
-from resist.fold import OPTIMIZER_STATES
-from resist.plan import Plan
-from resist.strategy import Strategy, local_sgd, resist
+from resist.planning.plan import Plan
+from resist.planning.strategy import Strategy, local_sgd, resist
+from resist.subnet.batchnorm import use_batch_statistics
+from resist.subnet.chains import choose_chains, find_chains
+from resist.sync.optimizer_state import OPTIMIZER_STATES
 
 STRATEGIES = ("resist", "local_sgd", "diloco", "ddp")
 

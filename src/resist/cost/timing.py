@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from resist.build import build_seeded
-from resist.chains import choose_chains
 from resist.cost.footprint import BuildOptimizer, Loss, count_flops, mean_square, sgd
 from resist.cost.traffic import RoundTraffic
 from resist.errors import UserError
-from resist.subnet import Subnet, tensors_of
+from resist.subnet.chains import choose_chains
+from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.seeded import build_seeded
 
 # Of a full-sized Ethernet frame with its preamble and gap (1538 bytes), what TCP over IPv4 with timestamps carries.
 PAYLOAD = 1448 / 1538

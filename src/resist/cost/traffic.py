@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from resist.chains import Chain
-from resist.plan import Plan
-from resist.schedule import Message, Schedule, allreduce_bytes, safekeeping, schedule
+from resist.planning.plan import Plan
+from resist.planning.schedule import Message, Schedule, allreduce_bytes, safekeeping, schedule
+from resist.subnet.chains import Chain
 
 Way = tuple[str, int]  # ("out" or "in", worker): one direction of a worker's link to the network
 
@@ -117,7 +117,7 @@ def round_traffic(
 ) -> RoundTraffic:
     """What the synchronisation from `plans` to `next_plans` sends (both keyed by chain).
 
-    optimizer_state: the policy, see `resist.fold`.
+    optimizer_state: the policy, see `resist.sync.averaging`.
     num_states:      values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
     safety:          whether second copies of blocks are kept, and sent where nobody has one.
     """

@@ -1,9 +1,16 @@
 """Data sets by name: small images that stay in memory, and photographs that are streamed from files."""
 
-from resist.data.folders import Photographs
-from resist.data.images import Images, Loader
-from resist.data.sets import DATASETS, image_size_of, load, normalisation_of, num_classes_of
+from resist.data.datasets import DATASETS, image_size_of, load, normalisation_of, num_classes_of
+from resist.data.image_folder import Photographs
+from resist.data.in_memory import Images, Loader
 
 __all__ = [
-    "DATASETS", "Images", "Loader", "Photographs", "image_size_of", "load", "normalisation_of", "num_classes_of",
+    "DATASETS",
+    "Images",
+    "Loader",
+    "Photographs",
+    "image_size_of",
+    "load",
+    "normalisation_of",
+    "num_classes_of",
 ]

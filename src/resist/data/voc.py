@@ -95,8 +95,13 @@ class VocSet:
 
 
 def load_voc(
-    name: str, data_dir: Path, *, image_size: int | None = None, splits: Sequence[str] = (),
-    skip_bad_files: bool = False, download: bool = True,
+    name: str,
+    data_dir: Path,
+    *,
+    image_size: int | None = None,
+    splits: Sequence[str] = (),
+    skip_bad_files: bool = False,
+    download: bool = True,
 ) -> tuple[VocSet, VocSet]:
     """(to train on, to test on). splits: names of the two sets, instead of those usual for this year.
 

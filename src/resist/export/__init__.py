@@ -16,9 +16,18 @@ scale   fold          multiplied into the weights, exactly, or refused with the 
 """
 
 from resist.export.files import load_scaled
-from resist.export.folding import Fold, difference, fold, fold_scale, scale_blocks, scales_of
+from resist.export.folding import Fold, difference, fold, fold_scale
 from resist.export.run import Export, export_run
+from resist.subnet.scaling import scale_blocks, scales_of
 
 __all__ = [
-    "Export", "Fold", "difference", "export_run", "fold", "fold_scale", "load_scaled", "scale_blocks", "scales_of",
+    "Export",
+    "Fold",
+    "difference",
+    "export_run",
+    "fold",
+    "fold_scale",
+    "load_scaled",
+    "scale_blocks",
+    "scales_of",
 ]

@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from resist.errors import UserError
-from resist.export.folding import detached, scale_blocks
+from resist.export.folding import detached
+from resist.subnet.scaling import scale_blocks
 
 FORMAT = "resist export 1"
 SUFFIXES = (".safetensors", ".pt", ".pth")

@@ -18,15 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from math import inf
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from resist.chains import Chain
 from resist.errors import UserError
-from resist.subnet import ScaleBranch, scale_branches
+from resist.subnet.scaling import scales_of, unhook
 
 TOLERANCE = 1e-5
 
@@ -86,39 +85,6 @@ def fold(model: nn.Module, inputs: object, *, approximate: bool = False) -> tupl
             raise UserError(f"the folded network's outputs differ by {far:.1e} of the largest; keep the scale instead")
     order = list(scales)
     return folded, sorted(folds, key=lambda one: order.index(one.block))
-
-
-def scales_of(model: nn.Module) -> dict[str, float]:
-    """The scale of each block whose branch is scaled by a hook, by dotted name, in the model's order."""
-    return {
-        name: hook.scale
-        for name, module in model.named_modules()
-        for hook in module._forward_hooks.values()
-        if isinstance(hook, ScaleBranch)
-    }
-
-
-def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
-    """Scale the branches of these blocks by hooks, from the next forward on: what `scales_of` undoes.
-
-    Raises UserError where the model has no such block.
-    """
-    for name, scale in scales.items():
-        container, _, key = name.rpartition(".")
-        try:
-            keys = tuple(model.get_submodule(container)._modules)
-            index = keys.index(key)
-        except (AttributeError, ValueError) as error:
-            raise UserError(f"the model has no block {name!r} to scale; build the network that was exported") from error
-        scale_branches(model, [Chain(container, index, index, keys)], [float(scale)])
-    return model
-
-
-def unhook(block: nn.Module) -> None:
-    """Take the scale off one block."""
-    for key in [key for key, hook in block._forward_hooks.items() if isinstance(hook, ScaleBranch)]:
-        for table in (block._forward_hooks, block._forward_hooks_with_kwargs, block._forward_hooks_always_called):
-            cast(dict[int, object], table).pop(key, None)
 
 
 def detached(model: nn.Module) -> nn.Module:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError
-from resist.export.folding import TOLERANCE, difference, scale_blocks, scales_of
-from resist.models.imagenet import IMAGENET_DEPTHS
-from resist.models.timm_names import timm_name, to_timm
+from resist.export.folding import TOLERANCE, difference
+from resist.models.preact_imagenet import IMAGENET_DEPTHS
+from resist.models.pretrained import timm_name, to_timm
+from resist.subnet.scaling import scale_blocks, scales_of
 
 LIBRARIES = {  # the function of each that builds a network by name
     "resist": ("resist.models", "build", "from resist.models import build"),

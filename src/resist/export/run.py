@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resist.batchnorm import recalibrate, use_batch_statistics
-from resist.build import build_seeded
-from resist.chains import choose_chains
-from resist.config import NetworkConfig, TrainConfig
 from resist.data import Images, image_size_of, normalisation_of, num_classes_of
 from resist.errors import UserError
 from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_program, write_state
-from resist.export.folding import Fold, difference, fold, scale_blocks, scales_of
+from resist.export.folding import Fold, difference, fold
 from resist.export.recipe import Recipe, check_loads, timm_counterpart
-from resist.full import FILE, load_full
-from resist.runs import read_config
+from resist.runs.config import NetworkConfig, TrainConfig
+from resist.runs.directory import read_config
+from resist.runs.model_file import FILE, load_full
+from resist.subnet.batchnorm import recalibrate, use_batch_statistics
+from resist.subnet.chains import choose_chains
+from resist.subnet.scaling import scale_blocks, scales_of
+from resist.subnet.seeded import build_seeded
 from resist.tasks import network_builder, open_task
 
 # What each target's files may be called, the default first.
@@ -53,8 +54,14 @@ class Export:
 
 
 def export_run(
-    run: Path, to: str, out: Path | None = None, *, scale: str = "fold", calibrate: bool = False,
-    data_dir: Path | None = None, device: torch.device | str = "cpu",
+    run: Path,
+    to: str,
+    out: Path | None = None,
+    *,
+    scale: str = "fold",
+    calibrate: bool = False,
+    data_dir: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> Export:
     """Write the network of a finished run for others; `resist.export` tells what `to` and `scale` may be.
 

@@ -41,9 +41,7 @@ class ResISTCallback(TrainerCallback):
     def __init__(self, job: Job) -> None:
         self.job = job
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         if args.world_size > 1 or args.n_gpu > 1:
             raise UserError(
                 f"this Trainer spans {args.world_size} processes and {args.n_gpu} GPUs and averages gradients itself; "
@@ -52,12 +50,8 @@ class ResISTCallback(TrainerCallback):
 
     on_train_begin = on_init_end  # for a callback that was added later
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         self.job.step(given["optimizer"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         self.job.finish()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from resist.errors import UserError
-from resist.models.adapters import build_foreign, is_foreign
-from resist.models.imagenet import IMAGENET_DEPTHS, PreActResNetImageNet
-from resist.models.preact import DEPTHS, PreActResNet
+from resist.models.preact_cifar import DEPTHS, PreActResNet
+from resist.models.preact_imagenet import IMAGENET_DEPTHS, PreActResNetImageNet
+from resist.models.third_party import build_foreign, is_foreign
 
 __all__ = ["MODELS", "PreActResNet", "PreActResNetImageNet", "build"]
 
@@ -33,8 +33,14 @@ MODELS = {
 
 
 def build(
-    name: str, *, num_classes: int, in_channels: int = 3, sections: Sequence[int] = (), width: int | None = None,
-    final_norm: bool = False, image_size: int | None = None,
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    sections: Sequence[int] = (),
+    width: int | None = None,
+    final_norm: bool = False,
+    image_size: int | None = None,
 ) -> nn.Module:
     """The network `name`; `sections`, `width` and `final_norm` replace its own where given.
 

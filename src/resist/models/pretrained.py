@@ -1,6 +1,16 @@
-"""Weights of another program to begin with: `timm:FILE`, a file of timm's resnetv2_50, resnetv2_101 or resnetv2_152."""
+"""Weights of another program to begin with: `timm:FILE`, a file of timm's resnetv2_50, resnetv2_101 or resnetv2_152.
+
+Our ImageNet networks and timm's resnetv2 have the same weights under different names:
+
+    stem.weight             stem.conv.weight
+    layer3.1.conv2.weight   stages.2.blocks.1.conv2.weight
+    layer3.0.shortcut...    stages.2.blocks.0.downsample.conv...
+    head.weight             head.fc.weight, there that of a 1x1 convolution
+
+Tensors are shared, not copied. Names that the other side does not have are left as they are."""
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from resist.errors import UserError
-from resist.models.imagenet import PreActResNetImageNet
-from resist.models.timm_names import from_timm, timm_name
+from resist.models.preact_imagenet import PreActResNetImageNet
 
 HEAD = ("head.weight", "head.bias")
 
@@ -64,7 +73,13 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (
-        OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
     ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
         raise UserError(f"{path}: is no file of weights ({reason}); give a whole one") from error
@@ -73,3 +88,27 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise UserError(f"{path}: holds no table of named tensors; give the state dict of a resnetv2 of timm")
     return found
+
+
+def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `state_dict` of a `PreActResNetImageNet` as timm's network of the same sections takes it."""
+    return {
+        timm_name(name): tensor[:, :, None, None] if name == "head.weight" else tensor for name, tensor in state.items()
+    }
+
+
+def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `state_dict` of one of timm's resnetv2 as a `PreActResNetImageNet` takes it."""
+    return {our_name(name): tensor.flatten(1) if name == "head.fc.weight" else tensor for name, tensor in state.items()}
+
+
+def timm_name(ours: str) -> str:
+    name = re.sub(r"^layer(\d+)\.", lambda found: f"stages.{int(found[1]) - 1}.blocks.", ours)
+    name = name.replace(".shortcut.", ".downsample.conv.")
+    return re.sub(r"^(stem|head)\.", lambda found: {"stem": "stem.conv.", "head": "head.fc."}[found[1]], name)
+
+
+def our_name(timms: str) -> str:
+    name = re.sub(r"^stages\.(\d+)\.blocks\.", lambda found: f"layer{int(found[1]) + 1}.", timms)
+    name = name.replace(".downsample.conv.", ".shortcut.")
+    return re.sub(r"^(stem\.conv|head\.fc)\.", lambda found: f"{found[1][:4]}.", name)

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from resist.colours import STRATEGIES, colour_of
-from resist.report.history import History
+from resist.report.colors import STRATEGIES, colour_of
+from resist.runs.history import History
 
 MARKS = {"resist": "o", "local_sgd": "s", "diloco": "^", "ddp": "D"}
 

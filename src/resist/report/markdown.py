@@ -6,7 +6,6 @@ from html import escape
 from urllib.parse import quote
 
 from resist.report.compare import compare
-from resist.report.history import History
 from resist.report.tables import (
     COMPARISON_NOTE,
     ENDS,
@@ -24,6 +23,7 @@ from resist.report.tables import (
     sentence,
     worker_rows,
 )
+from resist.runs.history import History
 
 
 def markdown(histories: Sequence[History], curves: str, pictures: Sequence[str]) -> str:

@@ -8,10 +8,8 @@ from typing import Any
 
 import resist
 from resist.report.compare import colours, compare, labels
-from resist.report.curves import curves_of
-from resist.report.history import History
-from resist.report.pictures import holdings_figures, matrix, seconds_figure
-from resist.report.plot import legend, line_plot
+from resist.report.figures import curves_of, holdings_figures, matrix, seconds_figure
+from resist.report.svg import legend, line_plot
 from resist.report.tables import (
     COMPARISON_NOTE,
     ENDS,
@@ -30,6 +28,7 @@ from resist.report.tables import (
     sentence,
     worker_rows,
 )
+from resist.runs.history import History
 
 
 def page(histories: Sequence[History]) -> str:
@@ -80,7 +79,6 @@ def _one(history: History, name: str, heading: str) -> str:
         f'<section><h3>What was sent, and where the time went</h3><div class="pair">{matrix(history)}'
         f"{seconds_figure(history)}</div></section>",
         f'<section><h3>The workers</h3>{table(head, rows)}<p class="note">{WORKERS_NOTE}</p></section>',
-
         f"<section><h3>Seconds by kind</h3>{facts(seconds_by_kind(history))}</section>",
     ]
     if history.readings:

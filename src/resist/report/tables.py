@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from resist.colours import KINDS
-from resist.report.history import History
-from resist.report.holdings import all_reduced, holdings, traffic
-from resist.report.scale import amount, duration
+from resist.report.aggregate import all_reduced, holdings, traffic
+from resist.report.colors import KINDS
+from resist.report.units import amount, duration
+from resist.runs.history import History
 
 Rows = list[tuple[str, str]]
 NAMES = {"resist": "ResIST", "local_sgd": "local SGD", "diloco": "DiLoCo", "ddp": "DDP"}

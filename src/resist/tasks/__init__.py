@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from resist.config import NetworkConfig
 from resist.data import DATASETS, image_size_of, num_classes_of
 from resist.data.voc import CLASSES, VOC
 from resist.errors import UserError
-from resist.models.adapters import is_foreign
+from resist.models.third_party import is_foreign
+from resist.runs.config import NetworkConfig
 from resist.tasks import classification, detection
 from resist.tasks.classification import Classification
 from resist.tasks.detection import Detection

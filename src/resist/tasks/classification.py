@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resist.config import NetworkConfig
 from resist.data import Images, Photographs, image_size_of, load
 from resist.models import build
-from resist.models.adapters import is_foreign
 from resist.models.pretrained import start_from
+from resist.models.third_party import is_foreign
+from resist.runs.config import NetworkConfig
 from resist.tasks.task import Batches
 
 # Training images on which BatchNorm statistics are estimated anew.
@@ -40,7 +40,11 @@ class Classification:
     @staticmethod
     def open(config: NetworkConfig, *, download: bool = True, label_smoothing: float = 0.0) -> "Classification":
         train, held_out = load(
-            config.data, config.data_dir, download=download, image_size=config.image_size, loaders=config.loaders,
+            config.data,
+            config.data_dir,
+            download=download,
+            image_size=config.image_size,
+            loaders=config.loaders,
             skip_bad_files=config.skip_bad_files,
         )
         build_model, notes = builder(config, train.num_classes), (*train.notes, *held_out.notes)

@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from resist.config import NetworkConfig
-from resist.data.stream import Stream, in_order
+from resist.data.loader import Stream, in_order
 from resist.data.voc import CLASSES, IMAGE_SIZE, Item, VocSet, fitted, load_voc, longer
-from resist.models.detection import build_detector, image_transform
+from resist.models.faster_rcnn import build_detector, image_transform
 from resist.models.pretrained import start_from
-from resist.plan import keyed_int
+from resist.planning.plan import keyed_int
+from resist.runs.config import NetworkConfig
 from resist.tasks import classification
-from resist.tasks.start import Start
+from resist.tasks.backbone import Start
 from resist.tasks.task import Batches
 from resist.tasks.voc_ap import AveragePrecision, Found, Truth
 

@@ -47,11 +47,11 @@ def wrap(owner, name, fault, *, after=False, when=lambda *arguments: True):
 def install(fault):
     import pathlib
 
+    from resist.comm import distributed
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     import resist.job
-    from resist.checkpoint import Checkpoints
-    from resist.comm import distributed
+    from resist.runs.checkpoint import Checkpoints
 
     def saved(path, *_):
         return path.name.endswith(".partial") and path.parent.name == "checkpoints"

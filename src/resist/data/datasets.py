@@ -1,0 +1,155 @@
+"""Where data sets come from. Each gives its training and its test images.
+
+digits     1,797 handwritten digits that scikit-learn brings along, enlarged from 8x8 to 16x16, in three equal channels;
+           every fifth is for testing
+cifar10    60,000 photographs of 32x32 in 10 classes; downloaded by torchvision when missing
+cifar100   the same in 100 classes
+synthetic  noise with a faint mark of its class, for benchmarks
+folder     photographs in train/CLASS/* and val/CLASS/* below data_dir, read while the network trains
+imagenet   the same, with the 1,000 classes of ImageNet
+"""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from resist.data.image_folder import IMAGE_SIZE, MEAN, STD, Photographs, class_names, load_folder
+from resist.data.in_memory import Images
+from resist.errors import UserError
+
+# Photographs, which are streamed from files; the others are small enough to stay in memory.
+FOLDERS = ("folder", "imagenet")
+DATASETS = ("digits", "cifar10", "cifar100", "synthetic", *FOLDERS)
+# Mean and deviation of each channel over the training set, of pixels in 0..1. Those of digits are computed.
+NORMALISATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "synthetic": ((0.44,) * 3, (0.25,) * 3),
+    **dict.fromkeys(FOLDERS, (MEAN, STD)),
+}
+
+
+def load(
+    name: str,
+    data_dir: str | Path = "data",
+    *,
+    download: bool = True,
+    image_size: int | None = None,
+    loaders: int = 0,
+    skip_bad_files: bool = False,
+) -> tuple[Images, Images] | tuple[Photographs, Photographs]:
+    """(training, test) images of data set `name`. `data_dir` is where files are looked for and downloaded to.
+
+    image_size, loaders, skip_bad_files: for photographs; see `load_folder`.
+    Raises UserError with one line when the name is unknown or the files are neither there nor to be had.
+    """
+    check_name(name)
+    if name == "digits":
+        return _digits()
+    if name == "synthetic":
+        return _synthetic(2048, 0), _synthetic(512, 1)
+    if name in ("cifar10", "cifar100"):
+        return _cifar(name, Path(data_dir), download)
+    if name == "imagenet":
+        check_imagenet(Path(data_dir))
+    return load_folder(Path(data_dir), size=image_size, loaders=loaders, skip_bad=skip_bad_files)
+
+
+def check_name(name: str) -> None:
+    if name not in DATASETS:
+        raise UserError(f"data={name!r} is not known; choose one of {', '.join(DATASETS)}")
+
+
+def check_imagenet(data_dir: Path) -> None:
+    found = len(class_names(data_dir))
+    if found != 1000:
+        raise UserError(f"{data_dir / 'train'}: has {found} class folders, ImageNet 1,000; give --data folder")
+
+
+def image_size_of(name: str) -> int:
+    """Height and width of the images of a data set; those of photographs can be chosen, and this is the default."""
+    check_name(name)
+    return IMAGE_SIZE if name in FOLDERS else 16 if name == "digits" else 32
+
+
+def num_classes_of(name: str, data_dir: str | Path = "data") -> int:
+    """Classes of a data set; of a folder, those that lie there now."""
+    check_name(name)
+    if name == "folder":
+        return len(class_names(Path(data_dir)))
+    return {"imagenet": 1000, "cifar100": 100}.get(name, 10)
+
+
+def normalisation_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel that the images of a data set are normalised with, of pixels in 0..1."""
+    check_name(name)
+    if name == "digits":
+        images = _digits()[0]
+        return images.mean, images.std
+    return (MEAN, STD) if name in FOLDERS else NORMALISATION[name]
+
+
+def _digits() -> tuple[Images, Images]:
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    pixels = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    large = F.interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    large = large.expand(-1, 3, -1, -1).contiguous()  # the networks take colour
+    labels = torch.from_numpy(bunch.target).long()
+    test = torch.arange(len(labels)) % 5 == 0
+    mean, std = (large[~test].float() / 255).mean().item(), (large[~test].float() / 255).std().item()
+
+    def part(which: torch.Tensor) -> Images:
+        return Images(large[which], labels[which], 10, (mean,) * 3, (std,) * 3, pad=1, flip=False)
+
+    return part(~test), part(test)
+
+
+def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    folder = kind.base_folder
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            sets = [kind(data_dir, train=train) for train in (True, False)]
+        except (RuntimeError, OSError, EOFError, ValueError) as missing:
+            try:
+                if not download:
+                    raise RuntimeError("downloading is off") from missing
+                data_dir.mkdir(parents=True, exist_ok=True)
+                sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
+            except Exception as error:  # whatever the network raises
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(
+                    f"data={name} is not complete below {data_dir} and cannot be downloaded ({reason}); "
+                    f"put the files of {kind.filename} into {data_dir / folder}"
+                ) from error
+    mean, std = NORMALISATION[name]
+    train, test = (
+        Images(
+            torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(s.targets),
+            len(s.classes),
+            mean,
+            std,
+            pad=4,
+            flip=True,
+        )
+        for s in sets
+    )
+    return train, test
+
+
+def _synthetic(num: int, salt: int) -> Images:
+    generator = torch.Generator().manual_seed(salt)
+    labels = torch.arange(num) % 10
+    images = torch.randint(0, 224, (num, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    rows = 3 * labels[:, None] + torch.arange(2)
+    images[torch.arange(num)[:, None], :, rows] += 31
+    return Images(images, labels, 10, *NORMALISATION["synthetic"], pad=4, flip=True)

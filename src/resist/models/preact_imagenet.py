@@ -1,0 +1,80 @@
+"""Pre-activation ResNets of bottleneck blocks for photographs: the networks of the paper's ImageNet experiments.
+
+    stem conv7x7 / 2, max pool / 2 -> layer1 .. layer4 (4w, 8w, 16w, 32w channels; the last three halve the image)
+    -> norm, ReLU -> mean pool -> linear head
+
+Layer for layer the networks that timm calls resnetv2_50, resnetv2_101 and resnetv2_152; `resist.models.pretrained` says
+which weight is which. `layer3` is the long section; the 200 layers have a second one, `layer2`.
+
+He et al., "Identity Mappings in Deep Residual Networks", 2016; Dun et al., "ResIST", 2022.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_DEPTHS = {
+    "preact_resnet50_imagenet": (3, 4, 6, 3),
+    "preact_resnet101_imagenet": (3, 4, 23, 3),
+    "preact_resnet152_imagenet": (3, 8, 36, 3),
+    "preact_resnet200_imagenet": (3, 24, 36, 3),
+}
+# A block's output has so many times the channels of its 3x3 convolution.
+EXPANSION = 4
+
+
+class PreActBottleneck(nn.Module):
+    """x + conv1x1(relu(norm(conv3x3(relu(norm(conv1x1(relu(norm(x)))))))); where the shape changes, x is a 1x1
+    convolution of relu(norm(x)). The 3x3 convolution has `channels` channels and the stride."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = EXPANSION * channels
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.norm3 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.norm1(x))
+        skip = x if self.shortcut is None else self.shortcut(out)
+        out = F.relu(self.norm2(self.conv1(out)))
+        return skip + self.conv3(F.relu(self.norm3(self.conv2(out))))
+
+
+class PreActResNetImageNet(nn.Module):
+    """Images (batch, in_channels, height, width) -> logits (batch, num_classes); any height and width from 32 up."""
+
+    def __init__(self, sections: Sequence[int], num_classes: int, *, width: int = 64, in_channels: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=False)
+        self.layer1 = _section(width, width, sections[0], stride=1)
+        self.layer2 = _section(4 * width, 2 * width, sections[1], stride=2)
+        self.layer3 = _section(8 * width, 4 * width, sections[2], stride=2)
+        self.layer4 = _section(16 * width, 8 * width, sections[3], stride=2)
+        self.norm = nn.BatchNorm2d(32 * width)
+        self.head = nn.Linear(32 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def begin(self, images: Tensor) -> Tensor:
+        """What the first section is given. (batch, width, height / 4, width / 4)"""
+        return F.max_pool2d(self.stem(images), 3, 2, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.begin(images)))))
+        return self.head(F.relu(self.norm(x)).mean(dim=(2, 3)))
+
+
+def _section(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+    rest = [PreActBottleneck(EXPANSION * channels, channels, 1) for _ in range(num_blocks - 1)]
+    return nn.Sequential(PreActBottleneck(in_channels, channels, stride), *rest)

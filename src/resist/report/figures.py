@@ -1,0 +1,186 @@
+"""The figures of a report as HTML: curves, the partition map, the matrix of traffic, seconds by kind."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from resist.report.aggregate import Holdings, all_reduced, holdings, map_rows, traffic
+from resist.report.colors import KINDS, colour_of
+from resist.report.compare import colours
+from resist.report.svg import Series, Ticks, data_uri, figure, frame, legend, png, stacked_plot, svg
+from resist.report.tables import kinds_of
+from resist.report.units import amount, bytes_unit, ends, means, seconds_unit, thin, whole_ticks
+from resist.runs.history import History
+
+COLUMNS = 150  # of a picture of all rounds at most
+NUMBERED = 12  # workers up to which a matrix has its numbers written into it
+
+
+def holdings_figures(history: History) -> list[str]:
+    """For each chain the partition map, and how often each worker held each block."""
+    return [f"{partition_map(facts)}{shares(facts)}" for facts in holdings(history)]
+
+
+def partition_map(facts: Holdings) -> str:
+    rows, palette, height = map_rows(facts)
+    picture = png(rows, palette)
+    combinations: dict[tuple[int, ...], int] = {}
+    cells = [[combinations.setdefault(one, len(combinations)) for one in column] for column in facts.holders]
+    data = {
+        "kind": "map", "x": facts.rounds, "blocks": facts.blocks, "cells": cells, "combinations": list(combinations),
+    }  # fmt: skip
+    num = len(facts.rounds)
+    x_ticks = round_ticks(facts.rounds)
+    area = f'<img alt="{escape(_in_words(facts))}" src="{data_uri(picture)}">'
+    inside = frame(area, x_ticks, block_ticks(facts.blocks, height), "round", f"block of {facts.chain}",
+                   height=len(rows), data=data)  # fmt: skip
+    note = "A block in several colours was held by several workers at once."
+    if facts.every > 1:
+        note += f" Every {facts.every}th round is shown."
+    key = legend([(f"worker {worker}", colour_of(worker)) for worker in range(facts.workers)])
+    content = f'<div style="max-width:{60 + max(160, 30 * num)}px">{inside}</div>{key}'
+    return figure(f"Who held which block of {facts.chain}", content, note=note, kind="plot map")
+
+
+def round_ticks(rounds: Sequence[int]) -> Ticks:
+    """Round numbers at the middles of the columns that show them, or are the nearest to them."""
+    num = 12 if len(rounds) <= 12 else 6
+    nearest = {bisect_left(rounds, tick): tick for tick in [rounds[0], *whole_ticks(rounds[0], rounds[-1], num)]}
+    close = [i for i in nearest if i and i < 0.07 * len(rounds)]  # too near to the first
+    return [((i + 0.5) / len(rounds), str(tick)) for i, tick in nearest.items() if i not in close]
+
+
+def _in_words(facts: Holdings) -> str:
+    return f"{facts.blocks} blocks in {len(facts.rounds)} rounds, coloured by the workers that held them"
+
+
+def block_ticks(blocks: int, height: int) -> Ticks:
+    """Every block's number where there is room for it, block 0 at the top."""
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 500, 10**9) if s * height >= 14)
+    return [(1 - (block + 0.5) / blocks, str(block)) for block in range(0, blocks, step)]
+
+
+def shares(facts: Holdings) -> str:
+    """The share of rounds in which each worker held each block, as shades."""
+    parts: list[str] = []
+    shown = [share for row in facts.shares for share in row]
+    for worker, row in enumerate(facts.shares):
+        for block, share in enumerate(row):
+            opacity = f"{share / max(shown):.2f}".rstrip("0").rstrip(".")
+            parts.append(
+                f'<rect x="{block}.04" y="{worker}.04" width=".92" height=".92" fill="{colour_of(worker)}" '
+                f'fill-opacity="{opacity}"><title>worker {worker}, block {block}: {share:.0%}</title></rect>'
+            )
+    pitch = max(8, min(18, 240 // facts.workers))
+    y_step = -(-12 // pitch)
+    y_ticks = [(1 - (w + 0.5) / facts.workers, str(w)) for w in range(0, facts.workers, y_step)]
+    x_ticks = [((b + 0.5) / facts.blocks, str(b)) for b in whole_ticks(0, facts.blocks - 1, 10)]
+    area = svg(parts, facts.blocks, facts.workers)
+    inside = frame(area, x_ticks, y_ticks, f"block of {facts.chain}", "worker", height=pitch * facts.workers)
+    note = f"The stronger the colour, the more of the rounds; from {min(shown):.0%} to {max(shown):.0%}."
+    return figure("How often each worker held each block",
+                  f'<div style="max-width:{60 + 44 * facts.blocks}px">{inside}</div>', note=note)  # fmt: skip
+
+
+def matrix(history: History) -> str:
+    """Who sent how much to whom, from worker to worker."""
+    sent, mixed = traffic(history)
+    most = max(max(row) for row in sent)
+    note = f"By all-reduce, besides: {amount(all_reduced(history))} sent by each worker."
+    if mixed:
+        note += " With what was sent to worker 0 to test the full network."
+    if most == 0:
+        content = '<p class="none">Nothing went from one worker to another; all of it by all-reduce.</p>'
+    else:
+        divisor, unit = bytes_unit(most)
+        content = heat_table(sent, divisor)
+        note = f"{unit}; rows send, columns receive. {note}"
+    return figure("Who sent how much to whom", content, note=note, kind="matrix")
+
+
+def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
+    """A table with shades; with many workers the numbers are left to the tooltip."""
+    most = max(max(row) for row in sent)
+    numbered = len(sent) <= NUMBERED
+    head = "".join(f"<th>{target}</th>" for target in range(len(sent)))
+    rows: list[str] = []
+    for source, row in enumerate(sent):
+        cells: list[str] = []
+        for target, value in enumerate(row):
+            share, text = value / most, f"{value / divisor:,.1f}" if value else ""
+            title = f' title="{source} to {target}: {text or 0}"'
+            cells.append(f'<td class="cell"{title} style="background:rgba(var(--heat),{0.6 * share:.2f})">'
+                         f"{text if numbered else ''}</td>")  # fmt: skip
+        rows.append(f"<tr><th>{source}</th>{''.join(cells)}</tr>")
+    return (
+        f'<div class="scroll"><table class="heat"><thead><tr><th>from \\ to</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def seconds_figure(history: History) -> str:
+    """Seconds by kind in each round, stacked."""
+    kinds = kinds_of(history)
+    of_kind = [[record["seconds"].get(kind, 0.0) for record in history.rounds] for kind in kinds]
+    series = [
+        Series(kind, KINDS.get(kind, colour_of(len(KINDS) + i)), (), means(values, COLUMNS))
+        for i, (kind, values) in enumerate(zip(kinds, of_kind, strict=True))
+        if sum(values) > 0
+    ]
+    rounds = [int(last) for last in ends([record["round"] for record in history.rounds], COLUMNS)]
+    every = -(-len(history.rounds) // COLUMNS)
+    drawn = stacked_plot("Seconds of a round, by kind", "round", "s", rounds, round_ticks(rounds), series)
+    note = f'<p class="note">Means of {every} rounds each.</p>' if every > 1 else ""
+    return f"<div>{drawn}{legend([(one.name, one.colour) for one in series])}{note}</div>"
+
+
+POINTS = 300  # of a line at most
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One set of axes, a line for each run."""
+
+    title: str
+    x_label: str
+    y_label: str
+    log_x: bool
+    series: list[Series]
+
+
+def curves_of(histories: Sequence[History], names: Sequence[str]) -> list[Curves]:
+    """Accuracy against steps, time and bytes, then loss against the same. names: one for each run; equal names have
+    the same colour."""
+    of_name = colours(names)
+    byte, byte_unit = bytes_unit(max(h.bytes[-1] for h in histories))
+    second, second_unit = seconds_unit(max(h.seconds[-1] for h in histories))
+    sent = [h.bytes[-1] for h in histories]
+    far_apart = min(sent) > 0 and max(sent) > 8 * min(sent)
+    axes: tuple[tuple[str, str, Callable[[History], list[float]], bool], ...] = (
+        ("steps", "steps of a worker", lambda h: [float(s) for s in h.steps], False),
+        ("time", f"time without evaluations, {second_unit}", lambda h: [s / second for s in h.seconds], False),
+        ("bytes", f"sent by all workers, {byte_unit}", lambda h: [b / byte for b in h.bytes], far_apart),
+    )
+    return [
+        Curves(
+            f"{what} against {against}", x_label, y_label, log,
+            [line(h, n, of_name[n], values(h)) for h, n in zip(histories, names, strict=True)],
+        )
+        for what, y_label, line in (
+            ("Test accuracy", "%", _accuracy_line), ("Training loss", "mean over the workers", _loss_line),
+        )
+        for against, x_label, values, log in axes
+    ]  # fmt: skip
+
+
+def _accuracy_line(history: History, name: str, colour: str, x: Sequence[float]) -> Series:
+    kept = [history.tested[i] for i in thin(len(history.tested), POINTS)]
+    values = [100 * history.rounds[i]["accuracy"] for i in kept]
+    return Series(name, colour, [x[i] for i in kept], values, marks=len(kept) <= 60)
+
+
+def _loss_line(history: History, name: str, colour: str, x: Sequence[float]) -> Series:
+    losses = [record["loss"] if abs(record["loss"]) < 1e30 else math.nan for record in history.rounds]
+    return Series(name, colour, ends(x, POINTS), means(losses, POINTS))

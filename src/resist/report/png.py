@@ -1,0 +1,117 @@
+"""The figures of a report as PNG, drawn by matplotlib: for Markdown, slides and papers."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from resist.report.aggregate import Holdings, holdings, map_rows, traffic
+from resist.report.colors import KINDS, colour_of
+from resist.report.figures import COLUMNS, NUMBERED, block_ticks, curves_of, round_ticks
+from resist.report.tables import kinds_of
+from resist.report.units import bytes_unit, ends, means
+from resist.runs.history import History
+
+DPI = 150
+
+
+def curves_png(histories: Sequence[History], names: Sequence[str]) -> bytes:
+    """Accuracy and loss against steps, time and bytes, a line for each run."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, curves in zip(figure.subplots(2, 3).flat, curves_of(histories, names), strict=True):
+        for one in curves.series:
+            marker = "o" if one.marks or len(one.x) == 1 else ""
+            axes.plot(one.x, one.y, color=one.colour, marker=marker, markersize=3.5, linewidth=1.4, label=one.name)
+        axes.locator_params(axis="x", nbins=5)
+        if curves.log_x:
+            axes.set_xscale("log")
+        _tidy(axes, curves.title, curves.x_label, curves.y_label)
+    handles, texts = figure.axes[0].get_legend_handles_labels()
+    unique = dict(zip(texts, handles, strict=True))
+    if len(unique) > 1:
+        figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return _bytes(figure)
+
+
+def run_png(history: History) -> bytes:
+    """The partition map of each chain of a run, who sent how much to whom, and seconds of a round by kind."""
+    from matplotlib.figure import Figure
+
+    chains = holdings(history)
+    heights = [1.2 + 0.14 * min(chain.blocks, 40) for chain in chains]
+    figure = Figure(figsize=(11, sum(heights) + 3.6), layout="constrained")
+    grid = figure.add_gridspec(len(chains) + 1, 2, height_ratios=[*heights, 3.6])
+    for row, chain in enumerate(chains):
+        _draw_map(figure.add_subplot(grid[row, :]), chain)
+    _draw_traffic(figure.add_subplot(grid[len(chains), 0]), history)
+    _draw_seconds(figure.add_subplot(grid[len(chains), 1]), history)
+    return _bytes(figure)
+
+
+def _draw_map(axes: Any, chain: Holdings) -> None:
+    from matplotlib.patches import Patch
+
+    rows, palette, height = map_rows(chain)
+    colours = np.array([[255, 255, 255], *(list(bytes.fromhex(colour[1:])) for colour in palette)], dtype=np.uint8)
+    pixels = colours[np.array([list(row) for row in rows])]
+    axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(0, 1, 0, 1))
+    _tidy(axes, f"Who held which block of {chain.chain}", "round", "block")
+    axes.set_xticks(*_places(round_ticks(chain.rounds)))
+    axes.set_yticks(*_places(block_ticks(chain.blocks, height)))
+    axes.grid(visible=False)
+    patches = [Patch(color=colour_of(worker), label=f"worker {worker}") for worker in range(min(chain.workers, 16))]
+    axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+
+
+def _draw_traffic(axes: Any, history: History) -> None:
+    sent, _ = traffic(history)
+    divisor, unit = bytes_unit(max(max(row) for row in sent) or 1)
+    values = np.array(sent) / divisor
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1.6 * values.max() or 1)
+    if len(sent) <= NUMBERED:
+        for (source, target), value in np.ndenumerate(values):
+            axes.text(target, source, f"{value:,.1f}" if value else "", ha="center", va="center", fontsize=8)
+    workers = range(0, len(sent), -(-len(sent) // 16))
+    axes.set_xticks(workers)
+    axes.set_yticks(workers)
+    _tidy(axes, f"Who sent how much to whom, {unit}", "to worker", "from worker")
+    axes.grid(visible=False)
+
+
+def _draw_seconds(axes: Any, history: History) -> None:
+    kinds = [kind for kind in kinds_of(history) if history.total(kind) > 0]
+    rounds = ends([record["round"] for record in history.rounds], COLUMNS)
+    below = np.zeros(len(rounds))
+    for number, kind in enumerate(kinds):
+        values = np.array(means([record["seconds"].get(kind, 0.0) for record in history.rounds], COLUMNS))
+        colour = KINDS.get(kind, colour_of(len(KINDS) + number))
+        axes.bar(range(len(rounds)), values, bottom=below, width=1.0, color=colour, label=kind)
+        below += values
+    _tidy(axes, "Seconds of a round, by kind", "round", "s")
+    places, texts = _places(round_ticks([int(last) for last in rounds]))
+    axes.set_xticks([place * len(rounds) - 0.5 for place in places], texts)
+    if kinds:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+
+
+def _places(ticks: Sequence[tuple[float, str]]) -> tuple[list[float], list[str]]:
+    return [place for place, _ in ticks], [text for _, text in ticks]
+
+
+def _tidy(axes: Any, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left", parse_math=False)
+    axes.set_xlabel(x_label, fontsize=9, parse_math=False)
+    axes.set_ylabel(y_label, fontsize=9, parse_math=False)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _bytes(figure: Any) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, dpi=DPI, format="png")
+    return file.getvalue()

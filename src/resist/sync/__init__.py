@@ -1,0 +1,1 @@
+"""Synchronization: average the copies of each block, hand blocks over, carry both between workers."""

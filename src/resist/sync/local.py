@@ -1,0 +1,60 @@
+"""The transport of one process that hosts all workers: messages are copies."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from resist.errors import UserError, WorkerLostError
+from resist.sync.averaging import mean_into
+from resist.sync.transport import Handle, Move, local_moves
+
+
+class Done:
+    """A handle on something that is over."""
+
+    def __init__(self, arrived: list[Tensor | None]) -> None:
+        self.arrived = arrived
+
+    def finish(self) -> list[Tensor | None]:
+        return self.arrived
+
+
+class Local:
+    num_processes = 1
+    background = None
+
+    def __init__(self, workers: int) -> None:
+        self.num_workers = workers
+        self.hosted = tuple(range(workers))
+
+    def host(self, worker: int) -> int:
+        return 0
+
+    @torch.no_grad()
+    def transfer(self, moves: Sequence[Move]) -> Handle:
+        return Done(local_moves(moves))
+
+    @torch.no_grad()
+    def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
+        mean_into(tensors[0], tensors[1:])
+        for tensor in tensors[1:]:
+            tensor.copy_(tensors[0])
+        return Done([])
+
+    def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
+        if self.num_workers > 1:
+            raise UserError(
+                f"ddp runs one worker in each process, and this one hosts {self.num_workers}; "
+                f"start {self.num_workers} processes (--processes {self.num_workers}, or torchrun)"
+            )
+        return model
+
+    def gather_text(self, text: str) -> list[str]:
+        return [text]
+
+    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+        raise AssertionError("one process waits for no other") from error
+
+    def close(self) -> None:
+        pass

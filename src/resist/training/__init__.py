@@ -1,0 +1,1 @@
+"""Training: the trainer behind `resist train`."""

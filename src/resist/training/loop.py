@@ -1,0 +1,273 @@
+"""The training loop around a `Job`: steps, rounds, the record of each round, evaluation and checkpoints."""
+
+import contextlib
+import json
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import resist
+from resist.errors import AgreedError, UserError
+from resist.job import Job
+from resist.planning.plan import Plan
+from resist.runs.checkpoint import Checkpoints
+from resist.runs.config import TrainConfig
+from resist.runs.directory import Run
+from resist.runs.model_file import FILE, save_full
+from resist.sync.worker import Worker
+from resist.tasks import Task
+from resist.training.device import Clock
+from resist.training.loggers import Logger
+from resist.training.lr_schedule import evaluation_rounds, rate
+from resist.training.recorder import Recorder
+
+INTERRUPTED = 75  # exit status: stopped by a signal, everything saved, go on with --resume
+NOT_SAVED = 130  # exit status: stopped by a signal, with nowhere to save to
+
+
+class Trainer:
+    """Takes the optimizer steps of one worker."""
+
+    def __init__(self, config: TrainConfig, worker: Worker, task: Task) -> None:
+        o = config.optimisation
+        self.index, self._task = worker.index, task
+        self.optimizer = torch.optim.SGD(
+            worker.model.parameters(), lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay
+        )
+        self.batches = task.batches(
+            batch_size=o.batch_size,
+            seed=config.run.seed,
+            worker=worker.index,
+            workers=config.method.workers,
+            sampling=config.method.sampling,
+        )
+        self._model = torch.compile(worker.model) if config.machine.compile else worker.model
+        self._parts, self._bf16 = o.accumulate, config.machine.precision == "bf16"
+        self._device = worker.subnet.device
+
+    def step(self, step: int, lr: float) -> Tensor:
+        """One optimizer step on the batch that belongs to `step`. Returns its mean loss, a scalar on the device."""
+        total = torch.zeros((), device=self._device)
+        for part in self._task.split(self.batches.batch(step), self._parts):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                loss = self._task.loss(self._model, part) / self._parts
+            loss.backward()
+            total += loss.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+
+@dataclass(frozen=True)
+class News:
+    """What all processes know before a round is folded.
+
+    workers:   each worker's mean loss (None: not a number), its share of its process's seconds of compute, and the
+               seconds that its process took for the synchronisation before.
+    compute_s: seconds that the slowest process computed.
+    stop:      whether a budget is used up, and the run ends after this round.
+    interrupted: whether a process was told to end by a signal.
+    """
+
+    workers: list[dict[str, Any]]
+    compute_s: float
+    stop: bool
+    interrupted: bool
+
+
+class Training:
+    """A run under way, as this process sees it: rounds of steps, each round's end, its record."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        job: Job,
+        trainers: Sequence[Trainer],
+        run: Run | None,
+        loggers: Sequence[Logger],
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.config, self.task, self.job, self.run = config, task, job, run
+        self.trainers, self.loggers, self.checkpoints = trainers, loggers, checkpoints
+        self.optimizers = tuple(trainer.optimizer for trainer in trainers)
+        self.device = job.workers[0].subnet.device
+        self.clock = Clock(self.device)
+        self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
+        self.exchange_s = 0.0  # of the last synchronisation, in this process
+        self.checkpoint_s = 0.0
+
+    def go_on(self, steps: int) -> int:
+        """Train up to step `steps`. Returns the exit status."""
+        config, job = self.config, self.job
+        rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
+        self.tested = evaluation_rounds(rounds, config.run.evaluations)
+        losses: list[Tensor] = []  # (hosted workers,) for each step of the round
+        with (
+            interruption() as interrupted,
+            Recorder(config, rounds, self.run, self.loggers, interrupted.is_set) as recorder,
+        ):
+            self.clock.lap()
+            for step in range(job.step_index, steps):
+                lr = rate(config.optimisation, step, steps)
+                losses.append(self._step(step, lr))
+                if job.steps_left > 1 and step < steps - 1:
+                    job.step(*self.optimizers)
+                    continue
+                news = self._end_round(losses, lr, recorder, interrupted, last=step == steps - 1)
+                losses.clear()
+                if news.interrupted:
+                    self.checkpoints.finish()
+                    recorder.interrupted(saved=self.checkpoints.possible)
+                    return INTERRUPTED if self.checkpoints.possible else NOT_SAVED
+                if news.stop:
+                    break
+                self.clock.lap()
+            self.checkpoints.finish()
+            if self.failed is not None:
+                raise UserError(self.failed)
+            recorder.finish(job)
+        return 0
+
+    def _step(self, step: int, lr: float) -> Tensor:
+        """A step of every hosted worker: their losses. Where a batch cannot be had the others hear of it at the end of
+        the round, and so all end with that line; until then there is nothing to do."""
+        if self.failed is None:
+            try:
+                return torch.stack([trainer.step(step, lr) for trainer in self.trainers])
+            except UserError as error:
+                if self.job.strategy.at(self.job.round).every_step:
+                    raise  # the others wait within the step
+                self.failed = str(error)
+        return torch.full((len(self.trainers),), math.nan, device=self.device)
+
+    def _end_round(
+        self, losses: Sequence[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
+    ) -> News:
+        """The last step of a round: compare, synchronise, test, record, save.
+
+        A checkpoint comes last: where a run goes on from it, the record of the round, and at the end the network that
+        was asked for, are there.
+        """
+        job, lap, batch_size = self.job, self.clock.lap, self.config.optimisation.batch_size
+        compute_s = lap()
+        stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
+        values = torch.stack(list(losses)).cpu()
+        bad = self._bad(values)
+        news = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
+        last, plans = news.stop or last, job.plans
+        seconds = {"compute": news.compute_s, "wait": max(0.0, lap() - news.compute_s + compute_s)}
+        if not job.step(*self.optimizers, bad=bad):
+            job.synchronise(bad)  # the last round may be short
+        seconds["sync"] = self.exchange_s = lap()
+        seconds["checkpoint"], self.checkpoint_s = self.checkpoint_s, 0.0
+        scores: dict[str, float] = {}
+        if (job.round in self.tested or last) and not news.interrupted:
+            scores = self._evaluate(last=last)
+        seconds["evaluate"] = lap()
+        epoch = job.step_index * batch_size / self.trainers[0].batches.images_per_epoch
+        recorder.round(
+            {
+                **{"round": job.round, "step": job.step_index, "epoch": round(epoch, 4), "lr": lr},
+                "accuracy": next(iter(scores.values()), None),
+                **({"scores": scores} if len(scores) > 1 else {}),
+                "images": len(losses) * batch_size * len(news.workers),
+                "seconds": {kind: round(value, 6) for kind, value in seconds.items()},
+                **_record(job, news, plans),
+            }
+        )
+        if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
+            lap()
+            self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
+            self.checkpoint_s = lap()  # told with the next round
+        return news
+
+    def _bad(self, losses: Tensor) -> dict[int, str]:
+        """The hosted workers whose losses, (steps, hosted workers), are not all numbers, and since when."""
+        first_step = self.job.step_index + 1 - len(losses)
+        bad: dict[int, str] = {}
+        for trainer, values in zip(self.trainers, losses.T, strict=True):
+            wrong = (~values.isfinite()).nonzero()
+            if len(wrong):
+                step = int(wrong[0])
+                bad[trainer.index] = f"a loss of {float(values[step])} in step {first_step + step}"
+        return bad
+
+    def _compare(self, losses: list[float], compute_s: float, stop: bool, interrupted: bool) -> News:
+        """Tell the others, and hear from them. Waits for the slowest. losses: the mean of each hosted worker.
+
+        Raises AgreedError where a process has failed.
+        """
+        times = {"compute_s": round(compute_s / len(self.trainers), 6), "exchange_s": round(self.exchange_s, 6)}
+        own = [
+            {"worker": trainer.index, "loss": loss if math.isfinite(loss) else None, **times}
+            for trainer, loss in zip(self.trainers, losses, strict=True)
+        ]
+        mine = {"workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted, "failed": self.failed}
+        told = [json.loads(text) for text in self.job.ledger.gather_text(json.dumps(mine))]
+        for one in told:
+            if one["failed"] is not None:
+                raise AgreedError(one["failed"])
+        workers = [worker for one in told for worker in one["workers"]]
+        slowest = max(one["compute_s"] for one in told)
+        return News(workers, slowest, any(one["stop"] for one in told), any(one["interrupted"] for one in told))
+
+    def _evaluate(self, *, last: bool) -> dict[str, float]:
+        """Test the full network where worker 0 lives ({} elsewhere); the last one is kept in the run directory.
+        Where an image cannot be read the others hear of it at the end of the next round."""
+        full = self.job.full_model(self.task.calibration(self.job.seed))
+        if full is None or self.run is None:
+            return {}
+        if last:
+            save_full(full, self.job.chains, self.job.scales, self.run.path / FILE)
+        try:
+            return {name: round(value, 6) for name, value in self.task.test(full).items()}
+        except UserError as error:
+            self.failed = str(error)
+            return {}
+
+
+def _record(job: Job, news: News, plans: Mapping[str, Plan]) -> dict[str, object]:
+    """What metrics.jsonl keeps of a round beside its numbers: losses, bytes, who held what."""
+    losses = [worker["loss"] for worker in news.workers if worker["loss"] is not None]
+    return {
+        "loss": sum(losses) / len(losses),
+        **({"dropped": job.dropped} if job.dropped else {}),
+        **job.ledger.take(),
+        "capacity": {name: plan.capacities for name, plan in plans.items()},
+        "plan": {name: plan.blocks for name, plan in plans.items()},
+        "workers": news.workers,
+    }
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[threading.Event]:
+    """Inside it, SIGTERM and SIGINT set the event instead of ending the process; a second Ctrl-C ends it at once.
+
+    torch's launcher turns the second Ctrl-C into a SIGTERM, so that after a SIGINT either of them counts as one.
+    """
+    event, seen = threading.Event(), set[int]()
+
+    def note(number: int, _frame: object) -> None:
+        if event.is_set() and signal.SIGINT in (number, *seen):
+            raise KeyboardInterrupt
+        seen.add(number)
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,27 @@
+"""Learning rates, and how many steps, rounds and evaluations a run has. Pure functions of its options."""
+
+import math
+
+from resist.runs.config import OptimisationConfig
+
+
+def num_steps(config: OptimisationConfig, images_per_epoch: int) -> int:
+    """Optimizer steps of a run: enough for `epochs` passes."""
+    return max(1, math.ceil(config.epochs * images_per_epoch / config.batch_size))
+
+
+def evaluation_rounds(rounds: int, evaluations: int) -> set[int]:
+    """After which rounds (counted from 1) the full network is tested: spread evenly, the last one among them."""
+    return {-(-rounds * number // evaluations) for number in range(1, evaluations + 1)}
+
+
+def rate(config: OptimisationConfig, step: int, steps: int) -> float:
+    """The learning rate of `step`, counted from 0, in a run of `steps`."""
+    if step < config.lr_warmup_steps:
+        return config.lr * (step + 1) / config.lr_warmup_steps
+    if config.schedule == "step":
+        return config.lr * (1.0 if step < steps / 2 else 0.1 if step < 3 * steps / 4 else 0.01)
+    if config.schedule == "cosine":
+        passed = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
+        return config.lr * (1 + math.cos(math.pi * passed)) / 2
+    return config.lr

@@ -1,0 +1,365 @@
+"""The command line as people use it. In-process where that is enough, real processes where it is not."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from resist.cli import main
+
+SMALL = [
+    "--workers", "4", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
+    "--local-steps", "3", "--epochs", "0.2", "--evaluations", "2", "--device", "cpu",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+HOST = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # one process on each of two hosts
+
+
+def resist(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def run(*command: str, timeout: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def accuracies(path: Path) -> list[float | None]:
+    return [json.loads(line)["accuracy"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_then_evaluate_in_one_process(capsys, tmp_path) -> None:
+    out = tmp_path / "run"
+    status, text, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--out", str(out))
+    assert status == 0
+    assert "test accuracy" in text
+    for name in ("config.json", "environment.json", "metrics.jsonl", "model.safetensors"):
+        assert (out / name).is_file()
+    rounds = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["round"] for r in rounds] == [1, 2, 3]
+    assert rounds[-1]["step"] == 9  # 0.2 of 1,437 images in batches of 32
+    assert [r["accuracy"] is not None for r in rounds] == [False, True, True]
+    assert rounds[0]["plan"] != rounds[1]["plan"]
+    assert sum(rounds[0]["bytes"].values()) > 0
+    status, text, _ = resist(capsys, "evaluate", str(out), "--device", "cpu")
+    assert status == 0
+    assert text == f"test accuracy {100 * rounds[-1]['accuracy']:.2f} %\n"
+
+
+@pytest.mark.slow
+def test_processes_and_torchrun_give_the_same_run(capsys, tmp_path) -> None:
+    """One process, four started by resist, two started by torchrun: the same losses up to summation order."""
+    status, _, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--out", str(tmp_path / "one"))
+    assert status == 0
+    own = run(sys.executable, "-m", "resist", "train", *SMALL, "--out", str(tmp_path / "four"))
+    assert (own.returncode, own.stderr) == (0, "")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = run(*torchrun, "-m", "resist", "train", *SMALL, "--out", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr
+    losses = {}
+    for name in ("one", "two", "four"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-3)
+    assert losses["four"] == pytest.approx(losses["one"], abs=1e-3)
+
+
+def test_a_run_ends_early_when_its_budget_is_used_up(capsys, tmp_path) -> None:
+    budgets = {"gb=0.0000001": 2, "seconds=0.000001": 1, "accuracy=0.0001": 3, "rounds=2": 2, "gb=9": 3}
+    for budget, rounds in budgets.items():
+        out = tmp_path / budget
+        status, _, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--until", budget, "--out", str(out))
+        assert status == 0
+        found = accuracies(out)
+        assert len(found) == rounds
+        assert found[-1] is not None
+        assert (out / "model.safetensors").is_file()
+
+
+def test_plan_names_the_papers_counts(capsys) -> None:
+    arguments = ["plan", "--model", "preact_resnet101", "--num-classes", "100", "--workers", "4"]
+    status, text, _ = resist(capsys, *arguments)
+    assert status == 0
+    for number in ("41,396,900", "15,422,116", "22 blocks of 1,180,672", "6 6 6 6"):
+        assert number in text
+    _, text, _ = resist(capsys, *arguments, "--json", "--rounds", "5")
+    facts = json.loads(text)
+    assert (facts["parameters"], facts["shared"]) == (41396900, 15422116)
+    assert len(facts["rounds"]) == 5
+    for held in facts["rounds"]:
+        assert set().union(*map(set, held["layer3:1-22"])) == set(range(22))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--model", "resnet9"], "model='resnet9' is not known; choose one of"),
+        (["--data", "mnist"], "data='mnist' is not known; choose one of digits"),
+        (["--chain", "layer9:1-2"], "chain 'layer9:1-2'"),
+        (["--chain", "layer3:0-3"], "chain 'layer3:0-3': blocks 0 and 1 of layer3 differ in parameter"),
+        (["--chain", "layer3:x"], "does not read NAME:FIRST-LAST"),
+        (["--workers", "9"], "workers=9 exceeds the 8 blocks of chain layer3:1-8"),
+        (["--min-depth", "30"], "min_depth=30 exceeds the 8 blocks of chain layer3:1-8; lower it or add chains"),
+        (["--capacities", "1", "1", "1", "1"], "capacities (1, 1, 1, 1) hold 4 of the 8 blocks"),
+        (["--sections", "1", "1"], "sections=1 1 is not four numbers"),
+        (["--sections", "1", "1", "1", "1"], "the model has no chain"),
+        (["--processes", "9"], "--processes 9 exceeds --workers 4"),
+        (["--lr", "-1"], "--lr -1.0 is too small"),
+        (["--batch-size", "5000", "--processes", "1"], "batch_size=5000 is outside 1 to 1437"),
+        (["--device", "tpu"], "--device 'tpu' is not one of auto, cpu, cuda"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_status_2(capsys, tmp_path, arguments: list[str], text: str) -> None:
+    out = tmp_path / "run"
+    status, _, err = resist(capsys, "train", *arguments, "--out", str(out))
+    assert status == 2
+    assert err.count("\n") == 1
+    assert err.startswith("resist: ")
+    assert text in err
+    assert not out.exists()
+
+
+def test_cost_prints_the_papers_first_table(capsys) -> None:
+    network = ["--model", "preact_resnet101", "--num-classes", "100", "--image-size", "32"]
+    arguments = ["cost", *network, "--batch-size", "2"]
+    status, text, _ = resist(capsys, *arguments, "--workers", "2", "4", "8", "--json")
+    assert status == 0
+    found = {(row["strategy"], row["workers"]): round(row["paper_gb"], 3) for row in json.loads(text)["strategies"]}
+    assert [found["local_sgd", s] for s in (2, 4, 8)] == [0.662, 1.325, 2.649]
+    assert [found["resist", s] for s in (2, 4, 8)] == [0.455, 0.720, 1.289]
+    status, text, _ = resist(capsys, *arguments, "--workers", "4", "--link-gbit-s", "1", "--images-s", "1000")
+    assert status == 0
+    assert "4 workers: resist is quickest per image" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--link-gbit-s", "0", "--images-s", "5"], "link_gbit_s=0 is not a rate"),
+        (["--link-gbit-s", "-1", "--images-s", "5"], "link_gbit_s=-1 is not a rate"),
+        (["--link-gbit-s", "1", "--images-s", "0"], "images_s=0"),
+        (["--link-gbit-s", "1"], "seconds need both"),
+        (["--images-s", "1"], "seconds need both"),
+        (["--latency-ms", "1"], "says nothing without --link-gbit-s"),
+        (["--workers", "9"], "workers=9 exceeds the 8 blocks"),
+        (["--workers", "0"], "workers=0 is too small"),
+        (["--sections", "1", "1", "1", "1"], "the model has no chain"),
+        (["--strategies", "magic"], "magic"),
+    ],
+)
+def test_cost_refuses_in_one_line(capsys, arguments: list[str], text: str) -> None:
+    status, _, err = resist(capsys, "cost", "--width", "4", "--batch-size", "2", *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert text in err
+
+
+def test_compare_trains_each_strategy_and_draws(capsys, tmp_path) -> None:
+    out = tmp_path / "both"
+    arguments = ["compare", *SMALL, "--processes", "1", "--seeds", "0", "1", "--out", str(out)]
+    status, text, _ = resist(capsys, *arguments)
+    assert status == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "compare.json", "compare.png", "compare.svg",
+        "local_sgd-seed0", "local_sgd-seed1", "resist-seed0", "resist-seed1",
+    ]  # fmt: skip
+    rows = {row["strategy"]: row for row in json.loads((out / "compare.json").read_text())["rows"]}
+    assert rows["resist"]["bytes"] < rows["local_sgd"]["bytes"]
+    assert rows["local_sgd"]["speed_up"]["time"] == 1
+    assert rows["resist"]["steps"] == rows["local_sgd"]["steps"] == 9
+    assert rows["resist"]["accuracy_sd"] is not None
+    assert "<svg" in (out / "compare.svg").read_text()
+    assert "local_sgd" in text
+
+
+def test_compare_refuses_options_of_a_single_run(capsys, tmp_path) -> None:
+    for arguments, text in (
+        (["--seed", "1"], "compare takes --seeds"),
+        (["--strategy", "resist"], "compare takes --strategies"),
+        (["--strategies", "magic"], "--strategy 'magic' is not one of resist, local_sgd, diloco, ddp"),
+        (["--strategies", "resist", "resist"], "once"),
+    ):
+        status, _, err = resist(capsys, "compare", *arguments, "--out", str(tmp_path / "x"))
+        assert (status, err.count("\n")) == (2, 1)
+        assert text in err
+
+
+def test_missing_data_says_where_files_belong(capsys, tmp_path, monkeypatch) -> None:
+    def unreachable(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
+    status, _, err = resist(
+        capsys, "train", "--data", "cifar10", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "run")
+    )
+    assert (status, err.count("\n")) == (2, 1)
+    assert "cifar-10-batches-py" in err
+
+
+def test_an_existing_run_is_left_alone(capsys, tmp_path) -> None:
+    (tmp_path / "precious").write_text("x")
+    status, _, err = resist(capsys, "train", "--out", str(tmp_path))
+    assert status == 2
+    assert "never overwritten" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="needs a file system that nobody may write to")
+def test_an_out_that_cannot_be_written(capsys) -> None:
+    status, _, err = resist(capsys, "train", "--processes", "1", "--out", "/proc/run")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "/proc/run" in err
+
+
+def test_evaluate_refuses_what_is_no_run(capsys, tmp_path) -> None:
+    status, _, err = resist(capsys, "evaluate", str(tmp_path))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is not a run directory" in err
+
+
+def test_training_that_diverges_says_so(capsys, tmp_path) -> None:
+    status, _, err = resist(capsys, "train", *SMALL, "--processes", "1", "--lr", "1e20", "--out", str(tmp_path / "run"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "lower the learning rate" in err
+
+
+@pytest.mark.slow
+def test_hosts_with_different_arguments_are_told_apart(tmp_path) -> None:
+    """Two processes started by hand, as on two hosts: they name the difference at once instead of hanging."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for different in (["--lr", "0.5"], ["--workers", "1", "--min-depth", "5"]):
+        processes = []
+        for rank in range(2):
+            extra = different if rank else []
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "resist", "train", *SMALL, *extra, "--out", str(tmp_path / "run")],
+                    env={**ENVIRONMENT, **HOST, "RANK": str(rank), "MASTER_PORT": port},
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        assert [process.returncode for process in processes] == [2, 2]
+        assert different[0].strip("-").replace("-", "_") in errors[0].replace("-", "_")
+        assert errors[0].count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run(sys.executable, "-m", "resist", "train", *SMALL, **HOST, RANK="0", MASTER_PORT=port)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert port in done.stderr
+
+
+def started(out: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """A training in the background, four processes of its own, that has come through its third round."""
+    command = [sys.executable, "-m", "resist", "train", *LONG, *arguments, "--out", str(out)]
+    running = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or len(accuracies(out)) < 3:
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return running
+
+
+LONG = [*SMALL[:-4], "--epochs", "3", "--evaluations", "1", "--checkpoint-rounds", "2", "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(capsys, tmp_path) -> None:
+    """SIGTERM and then --resume; a killed worker and --restarts: bit for bit the undisturbed run."""
+    undisturbed = run(sys.executable, "-m", "resist", "train", *LONG, "--out", str(tmp_path / "a"))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    told = started(tmp_path / "b")
+    told.send_signal(signal.SIGTERM)
+    text = told.communicate(timeout=60)[0]
+    assert told.returncode == 75
+    assert "resist train --resume" in text
+    again = run(sys.executable, "-m", "resist", "train", "--resume", str(tmp_path / "b"))
+    assert (again.returncode, again.stderr) == (0, "")
+
+    robbed = started(tmp_path / "c", "--restarts", "1")
+    worker = next(p for p in psutil.Process(robbed.pid).children() if "resist" in p.cmdline())
+    worker.kill()
+    _, errors = robbed.communicate(timeout=100)
+    assert robbed.returncode == 0, errors
+    assert "restart 1 of 1" in errors
+
+    expected = load_file(tmp_path / "a" / "model.safetensors")
+    for name in ("b", "c"):
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        rounds = [json.loads(line)["round"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert rounds == list(range(1, len(rounds) + 1))
+
+    again = ("train", "--resume", str(tmp_path / "b"), "--processes", "1")
+    status, text, err = resist(capsys, *again)
+    assert (status, err) == (0, "")
+    assert "has done all its" in text
+    (tmp_path / "b" / "model.safetensors").unlink()
+    for arguments, expected in ((["--seed", "1"], "--seed cannot change"), ([], "move the newest folder of")):
+        status, _, err = resist(capsys, *again, *arguments)
+        assert status == 2
+        assert expected in err
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_workers(capsys, tmp_path) -> None:
+    told = started(tmp_path / "a")
+    told.send_signal(signal.SIGTERM)
+    told.communicate(timeout=60)
+    done = len(accuracies(tmp_path / "a"))
+    status, text, _ = resist(capsys, "train", "--resume", str(tmp_path / "a"), "--workers", "2", "--processes", "1")
+    assert status == 0
+    assert "going on with 2 workers instead of 4" in text
+    records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    images = sum(record["images"] for record in records)
+    assert len(records) > done
+    assert images == pytest.approx(4 * 3 * 1437, rel=0.02)  # as many as all four together would have seen
+    assert len(records[-1]["workers"]) == 2
+
+
+@pytest.mark.slow
+def test_hosts_without_a_shared_file_system_train_without_checkpoints(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "resist", "train", *SMALL, "--out", "run"],
+                env={**ENVIRONMENT, **HOST, "RANK": str(rank), "MASTER_PORT": port},
+                cwd=tmp_path / str(rank),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    texts = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "no checkpoints: process 1 does not see run" in texts[0]
+    assert (tmp_path / "0" / "run" / "model.safetensors").exists()
+    assert not list(tmp_path.glob("*/run/checkpoints/*"))

@@ -1,0 +1,253 @@
+"""Data: batches are a function of (seed, worker, step), no image is lost, and files that are missing are named."""
+
+import hashlib
+import pickle
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resist.data import Images, Loader, load
+from resist.data.datasets import num_classes_of
+from resist.data.in_memory import mirror, shift
+from resist.errors import UserError
+
+
+def numbered(num: int, pad: int = 0, flip: bool = False) -> Images:
+    """Image i is filled with i."""
+    images = torch.arange(num, dtype=torch.uint8)[:, None, None, None].expand(num, 3, 4, 4).contiguous()
+    return Images(images, torch.arange(num) % 10, 10, (0.0,) * 3, (1 / 255,) * 3, pad, flip)
+
+
+def loader(num: int = 23, **options: object) -> Loader:
+    settings = {"batch_size": 5, "seed": 0, "worker": 0, "workers": 3, **options}
+    return Loader(numbered(num, pad=1, flip=True), **settings)  # type: ignore[arg-type]
+
+
+def test_batches_depend_on_seed_worker_and_step_alone() -> None:
+    first = loader()
+    in_order = [first.batch(step) for step in range(12)]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    other = loader()
+    for step in (11, 0, 7, 3, 11):
+        images, labels = other.batch(step)
+        assert torch.equal(images, in_order[step][0])
+        assert torch.equal(labels, in_order[step][1])
+    assert torch.equal(torch.get_rng_state(), before)
+    for changed in (loader(seed=1), loader(worker=1)):
+        assert not torch.equal(changed.batch(0)[0], in_order[0][0])
+    assert not torch.equal(loader().batch(1)[0], in_order[0][0])
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3), st.sampled_from(["all", "shard"]), st.integers(1, 4))
+def test_every_image_comes_once_an_epoch(num: int, size: int, worker: int, sampling: str, workers: int) -> None:
+    own = len(range(worker % workers, num, workers)) if sampling == "shard" else num
+    if not 1 <= size <= own:
+        return
+    data = loader(num, batch_size=size, worker=worker % workers, workers=workers, sampling=sampling)
+    assert data.images_per_epoch == own
+    drawn = torch.cat([data.order.indices(step) for step in range(3 * own // size + 1)])
+    assert all(len(data.order.indices(step)) == size for step in range(3))
+    for epoch in range(3):
+        seen = Counter(drawn[epoch * own : (epoch + 1) * own].tolist())
+        assert set(seen.values()) == {1}
+        assert len(seen) == own
+
+
+@given(st.integers(4, 60), st.integers(1, 4), st.integers(0, 99))
+def test_shards_are_disjoint_complete_and_even(num: int, workers: int, seed: int) -> None:
+    shards = [
+        set(
+            Loader(
+                numbered(num), batch_size=num // workers, seed=seed, worker=w, workers=workers, sampling="shard"
+            ).order.own.tolist()
+        )
+        for w in range(workers)
+    ]
+    assert sum(len(shard) for shard in shards) == num
+    assert set().union(*shards) == set(range(num))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_images_and_labels_stay_together() -> None:
+    images, labels = loader(augment=False).batch(2)
+    assert torch.equal(images[:, 0, 0, 0].round().long() % 10, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"batch_size=0 is outside 1 to 23, the images that a worker draws from"),
+        ({"batch_size": 24}, r"batch_size=24 is outside 1 to 23"),
+        ({"batch_size": 9, "sampling": "shard"}, r"batch_size=9 is outside 1 to 8"),
+        ({"sampling": "some"}, r"sampling='some' is not one of all, shard"),
+    ],
+)
+def test_what_a_loader_refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loader(**options)  # type: ignore[arg-type]
+
+
+def test_shift_by_hand() -> None:
+    """A 3x3 image moved by at most one pixel is a window of the image with a black border of one."""
+    image = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3)
+    border = torch.nn.functional.pad(image, (1, 1, 1, 1))[0, 0]
+    windows = [border[r : r + 3, c : c + 3] for r in range(3) for c in range(3)]
+    moved = shift(image.expand(400, 2, 3, 3).contiguous(), 1, torch.Generator().manual_seed(0))
+    assert moved.dtype == torch.uint8
+    assert moved.shape == (400, 2, 3, 3)
+    seen = Counter(next(i for i, w in enumerate(windows) if torch.equal(w, one[0])) for one in moved)
+    assert len(seen) == 9
+    assert min(seen.values()) > 20  # 44 are expected of each
+    assert torch.equal(moved[:, 0], moved[:, 1])  # all channels alike
+
+
+def test_mirror_by_hand() -> None:
+    image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).view(1, 1, 2, 2)
+    flipped = torch.tensor([[2, 1], [4, 3]], dtype=torch.uint8)
+    out = mirror(image.expand(200, 1, 2, 2), torch.Generator().manual_seed(0))[:, 0]
+    is_flipped = [torch.equal(one, flipped) for one in out]
+    assert all(torch.equal(one, image[0, 0]) for one, f in zip(out, is_flipped, strict=True) if not f)
+    assert 70 < sum(is_flipped) < 130
+
+
+def test_evaluation_batches_cover_the_set_in_order() -> None:
+    data = numbered(10)
+    assert [labels.tolist() for _, labels in data.batches(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len(list(data.batches(4, limit=2))) == 2
+    assert len(list(data.batches(4, limit=99))) == 3
+    images, _ = next(data.batches(10))
+    assert torch.equal(images[:, 0, 0, 0].round(), torch.arange(10.0))
+
+
+def test_digits() -> None:
+    train, test = load("digits")
+    assert (len(train), len(test), train.images.shape[1:]) == (1437, 360, (3, 16, 16))
+    assert (train.flip, train.num_classes, num_classes_of("digits")) == (False, 10, 10)
+    pixels = train.normalise(train.images)
+    assert abs(pixels.mean().item()) < 1e-3
+    assert abs(pixels.std().item() - 1) < 1e-3
+
+
+def test_synthetic_images_bear_their_class() -> None:
+    train, test = load("synthetic")
+    assert (len(train), len(test)) == (2048, 512)
+    assert torch.equal(load("synthetic")[0].images, train.images)
+    means = torch.stack([train.images[train.labels == label].float().mean((0, 1, 3)) for label in range(10)])
+    marked = (means - means.median(0).values).argmax(1)
+    assert torch.equal(marked // 3, torch.arange(10))
+
+
+def test_unknown_names() -> None:
+    for function in (load, num_classes_of):
+        with pytest.raises(UserError, match=r"data='mnist' is not known; choose one of digits, cifar10"):
+            function("mnist")
+
+
+CIFAR = {
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+}
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def cifar(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, Path, np.ndarray]:
+    """A data set in CIFAR's format with 20 training and 6 test images: its name, the archive, the training pixels
+    (num, 3, 32, 32). Torchvision compares MD5 sums; here those of the files that we wrote."""
+    from torchvision import datasets
+
+    name = request.param
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    folder, archive = CIFAR[name]
+    source = tmp_path / "source" / folder
+    source.mkdir(parents=True)
+    random, key = np.random.default_rng(0), "labels" if name == "cifar10" else "fine_labels"
+    sums: dict[str, str] = {}
+
+    def write(file: str, content: object) -> str:
+        (source / file).write_bytes(pickle.dumps(content))
+        return hashlib.md5((source / file).read_bytes()).hexdigest()
+
+    pixels = []
+    for file in [file for file, _ in kind.train_list] + [file for file, _ in kind.test_list]:
+        num = 6 if file in ("test_batch", "test") else 20 // len(kind.train_list)
+        data = random.integers(0, 256, (num, 3072), dtype=np.uint8)
+        pixels += [data] if num != 6 else []
+        sums[file] = write(file, {"data": data, key: list(range(num))})
+    meta = kind.meta["filename"]
+    sums[meta] = write(meta, {kind.meta["key"]: [f"class {i}" for i in range(num_classes_of(name))]})
+    with tarfile.open(tmp_path / archive, "w:gz") as tar:
+        tar.add(source, folder)
+    monkeypatch.setattr(kind, "train_list", [[file, sums[file]] for file, _ in kind.train_list])
+    monkeypatch.setattr(kind, "test_list", [[file, sums[file]] for file, _ in kind.test_list])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums[meta]})
+    return name, tmp_path / archive, np.concatenate(pixels).reshape(-1, 3, 32, 32)
+
+
+def unpack(archive: Path, into: Path) -> None:
+    with tarfile.open(archive) as tar:
+        tar.extractall(into, filter="data")
+
+
+def test_cifar_from_its_files(cifar: tuple[str, Path, np.ndarray], tmp_path: Path) -> None:
+    name, archive, pixels = cifar
+    unpack(archive, tmp_path / "data")
+    train, test = load(name, tmp_path / "data", download=False)
+    assert np.array_equal(train.images.numpy(), pixels)
+    assert train.images.is_contiguous()
+    assert len(test) == 6
+    assert test.labels.tolist() == list(range(6))
+    assert (train.num_classes, train.pad, train.flip) == (num_classes_of(name), 4, True)
+
+
+def test_cifar_is_downloaded_when_missing(
+    cifar: tuple[str, Path, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, archive, pixels = cifar
+    asked: list[Path] = []
+
+    def download(url: str, root: Path, **options: object) -> None:
+        asked.append(Path(root))
+        unpack(archive, Path(root))
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
+    train, _ = load(name, tmp_path / "new" / "data")
+    assert len(train) == len(pixels)
+    assert asked == [tmp_path / "new" / "data"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_cifar_that_is_not_to_be_had(
+    cifar: tuple[str, Path, np.ndarray], damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, archive, _ = cifar
+    folder, file = CIFAR[name]
+    where = tmp_path / "data"
+    if damage == "cut short":
+        unpack(archive, where)
+        victim = sorted((where / folder).iterdir())[-1]
+        victim.write_bytes(victim.read_bytes()[:100])
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError("no route to host\nand more lines")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
+    for download, reason in ((False, "downloading is off"), (True, "no route to host")):
+        with pytest.raises(UserError) as raised:
+            load(name, where, download=download)
+        assert str(raised.value) == (
+            f"data={name} is not complete below {where} and cannot be downloaded ({reason}); "
+            f"put the files of {file} into {where / folder}"
+        )

@@ -1,0 +1,232 @@
+"""Photographs in folders: who is listed, what a batch is, and files that are wrong named in one line."""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from photographs import COLOURS, make_folder, write
+from resist.data import Photographs, image_size_of, load, num_classes_of
+from resist.data.image_folder import MEAN, STD, class_names, list_split, read
+from resist.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return make_folder(tmp_path / "data")
+
+
+def opened(folder: Path, **options: object) -> tuple[Photographs, Photographs]:
+    train, held_out = load("folder", folder, **{"image_size": 32, **options})  # type: ignore[arg-type]
+    assert isinstance(train, Photographs)
+    assert isinstance(held_out, Photographs)
+    return train, held_out
+
+
+def test_what_is_listed(folder: Path) -> None:
+    write(folder / "train/ant/deeper/still/z.webp", (0, 0, 0), (40, 40))
+    (folder / "train/ant/.hidden.png").write_bytes(b"")
+    (folder / "train/ant/notes.txt").write_text("no image")
+    (folder / "train/readme.png").write_bytes(b"")
+    (folder / "train/.cache").mkdir()
+    (folder / "val/cat").rename(folder / "elsewhere")
+    train, held_out = opened(folder)
+    names = [train.listing.path(i).relative_to(folder / "train").as_posix() for i in range(len(train))]
+    assert names == sorted(names, key=os.fsencode)
+    assert Counter(name.split("/")[0] for name in names) == {"ant": 9, "bee": 8, "cat": 8}
+    assert [sorted(COLOURS)[label] for label in train.listing.labels] == [name.split("/")[0] for name in names]
+    assert set(held_out.listing.labels.tolist()) == {0, 1}  # a class need not be tested
+    assert (train.num_classes, held_out.num_classes, num_classes_of("folder", folder)) == (3, 3, 3)
+    assert (image_size_of("folder"), num_classes_of("imagenet")) == (224, 1000)
+    assert train.notes == ()
+
+
+def test_the_order_is_that_of_the_names_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    for name in sorted(names, key=lambda name: hash(str(name))):
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, tmp_path / "copy" / name)
+    one, other = opened(folder)[0], opened(tmp_path / "copy")[0]
+    assert one.digest() == other.digest()
+    assert one.listing.names.tolist() == other.listing.names.tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda train: (train / "ant/ant_0.png").rename(train / "ant/ant_x.png"),
+        lambda train: (train / "ant/ant_0.png").rename(train / "bee/ant_0.png"),
+        lambda train: (train / "ant/ant_0.png").unlink(),
+        lambda train: (train / "ant/ant_0.png").write_bytes((train / "ant/ant_0.png").read_bytes() + b"\0"),
+    ],
+)
+def test_the_digest_follows_names_labels_and_sizes(folder: Path, change: Callable[[Path], object]) -> None:
+    before = opened(folder)[0].digest()
+    os.utime(folder / "train/ant/ant_0.png", (0, 0))
+    assert opened(folder)[0].digest() == before
+    change(folder / "train")
+    assert opened(folder)[0].digest() != before
+
+
+def test_training_batches_keep_image_and_label_together(folder: Path) -> None:
+    train = opened(folder)[0]
+    loader = train.loader(batch_size=12, seed=0, worker=0, workers=2)
+    assert loader.images_per_epoch == 24
+    labels: list[int] = []
+    for step in range(2):
+        images, own = loader.batch(step)
+        assert (images.shape, images.dtype, own.dtype) == ((12, 3, 32, 32), torch.float32, torch.int64)
+        assert torch.equal(images.mean(dim=(2, 3)).argmax(1), own)  # class and strongest colour have the same number
+        labels += own.tolist()
+    assert Counter(labels) == {0: 8, 1: 8, 2: 8}
+
+
+@pytest.mark.slow
+def test_batches_are_the_same_whoever_reads_them(folder: Path) -> None:
+    def batches(loaders: int, steps: list[int]) -> list[tuple[Tensor, Tensor]]:
+        loader = opened(folder, loaders=loaders)[0].loader(batch_size=7, seed=3, worker=1, workers=2, sampling="shard")
+        return [loader.batch(step) for step in steps]
+
+    expected = batches(0, list(range(6)))
+    for got, step in zip(batches(2, [3, 4, 5, 0]), (3, 4, 5, 0), strict=True):
+        assert torch.equal(got[0], expected[step][0])
+        assert torch.equal(got[1], expected[step][1])
+    assert not torch.equal(expected[0][0], expected[1][0])
+
+
+@pytest.mark.parametrize("loaders", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_test_image_comes_once_as_torchvision_cuts_it(folder: Path, loaders: int) -> None:
+    _, held_out = opened(folder, loaders=loaders)
+    batches = list(held_out.batches(4))
+    assert [len(labels) for _, labels in batches] == [4, 4, 1]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    usual = v2.Compose(
+        [v2.Resize(37), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    )
+    expected = torch.stack([usual(read(held_out.listing.path(i))) for i in range(9)])
+    torch.testing.assert_close(torch.cat([images for images, _ in batches]), expected, rtol=1e-5, atol=1e-5)
+    assert [len(labels) for _, labels in held_out.batches(4, limit=1)] == [4]
+
+
+def test_colour_is_made_of_whatever_is_in_a_file(tmp_path: Path) -> None:
+    for mode in ("L", "1", "P", "RGBA", "CMYK", "I;16", "LA"):
+        path = tmp_path / f"{mode[0]}{len(mode)}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}"
+        Image.new(mode, (5, 4)).save(path)
+        assert (read(path).mode, read(path).size) == ("RGB", (5, 4))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), r"is empty"),
+    "text": (lambda path: path.write_text("<html>not found</html>"), r"is of no known format"),
+    "cut": (cut, r"cannot be read \(.*\)"),
+    "noise": (lambda path: path.write_bytes(path.read_bytes()[:20] + bytes(range(200))), r"(cannot be|is of no).*"),
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE)
+@pytest.mark.parametrize("file", ["ant_1.JPEG", "ant_2.png"])
+def test_a_file_that_cannot_be_read_is_named(folder: Path, damage: str, file: str) -> None:
+    path = folder / "train/ant" / file
+    make_bad, reason = UNREADABLE[damage]
+    make_bad(path)
+    with pytest.raises(UserError, match=rf"^{path}: {reason}; mend or remove it, or give --skip-bad-files$"):
+        read(path)
+    loader = opened(folder)[0].loader(batch_size=24, seed=0, worker=0, workers=1)
+    with pytest.raises(UserError, match=rf"^{path}: "):
+        loader.batch(0)
+
+
+@pytest.mark.parametrize("loaders", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_bad_files_are_left_out_and_counted(folder: Path, capsys: pytest.CaptureFixture[str], loaders: int) -> None:
+    cut(folder / "train/bee/bee_3.JPEG")
+    (folder / "train/cat/cat_0.png").write_bytes(b"")
+    (folder / "train/dog").mkdir()
+    write(folder / "val/elk/0.png", (0, 0, 0), (40, 40))
+    train, held_out = opened(folder, skip_bad_files=True, loaders=loaders)
+    assert (len(train), len(held_out), train.num_classes) == (22, 9, 4)
+    assert train.notes == (
+        f"{folder / 'train'}: left out 1 folder, first dog: holds no images",
+        f"{folder / 'train'}: left out 2 files that cannot be read, first bee/bee_3.JPEG",
+    )
+    assert held_out.notes == (f"{folder / 'val'}: left out 1 folder, first elk: is not a class of train/",)
+    batches = train.loader(batch_size=11, seed=0, worker=0, workers=1)
+    assert sum(len(batches.batch(step)[1]) for step in range(2)) == 22
+    assert capsys.readouterr().out.count("looking for files that cannot be read among") == 2
+    again = opened(folder, skip_bad_files=True)[0]
+    assert (again.digest(), again.notes, capsys.readouterr().out) == (train.digest(), train.notes, "")
+    write(folder / "train/cat/cat_0.png", COLOURS["cat"], (40, 40))
+    assert len(opened(folder, skip_bad_files=True)[0]) == 23
+
+
+def test_what_was_found_is_looked_for_again_where_it_cannot_be_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(folder / "train/bee/bee_3.JPEG")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert len(opened(folder, skip_bad_files=True)[0]) == 23
+
+
+def test_all_of_a_class_may_be_bad_but_not_all_files(folder: Path) -> None:
+    for path in (folder / "val").rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"^{folder / 'val'}: holds no image that can be read$"):
+        opened(folder, skip_bad_files=True)
+    write(folder / "val/cat/new.png", COLOURS["cat"], (40, 40))
+    assert opened(folder, skip_bad_files=True)[1].listing.labels.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: shutil.rmtree(d), "/train: No such file or directory; --data-dir has to hold train/CLASS/* and"),
+        (lambda d: shutil.rmtree(d / "train"), "/train: No such file or directory; --data-dir has to hold"),
+        (lambda d: shutil.rmtree(d / "val"), "/val: No such file or directory; --data-dir has to hold"),
+        (lambda d: [shutil.rmtree(p) for p in (d / "train").iterdir()], "/train: holds no class folders; --data-dir"),
+        (lambda d: [shutil.rmtree(p) for p in (d / "val").iterdir()], "/val: holds no images in class folders"),
+        (lambda d: (d / "train/dog").mkdir(), "/train/dog: holds no images; mend or remove it, or give --skip"),
+        (lambda d: (d / "val/dog").mkdir(), "/val/dog: is not a class of train/; mend or remove it, or give --skip"),
+        (lambda d: shutil.rmtree(d / "train/bee"), "/val/bee: is not a class of train/; mend or remove it"),
+    ],
+)
+def test_folders_that_are_wrong_are_named(folder: Path, change: Callable[[Path], object], message: str) -> None:
+    change(folder)
+    with pytest.raises(UserError) as raised:
+        opened(folder)
+    assert str(raised.value).startswith(f"{folder}{message}")
+    assert "\n" not in str(raised.value)
+
+
+def test_imagenet_has_a_thousand_classes(folder: Path) -> None:
+    with pytest.raises(UserError, match=rf"^{folder / 'train'}: has 3 class folders, ImageNet 1,000; give --data fold"):
+        load("imagenet", folder)
+
+
+def test_names_that_are_no_unicode(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write(tmp_path / "train" / name / "1.png", (9, 9, 9), (40, 40))
+    listing = list_split(tmp_path / "train", class_names(tmp_path), skip_bad=False)
+    assert read(listing.path(0)).size == (40, 40)
+
+
+def test_a_large_listing_is_small(tmp_path: Path) -> None:
+    """Arrays that processes share, not a Python object for each file."""
+    root = make_folder(tmp_path)
+    listing = list_split(root / "train", class_names(root), skip_bad=False)
+    for part in (listing.names, listing.labels, listing.sizes):
+        assert isinstance(part, np.ndarray)
+        assert part.dtype != object

@@ -1,0 +1,137 @@
+"""Streams: batches are a function of (seed, worker, step), whoever reads them; processes end when they should."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from resist.data.loader import Stream, in_order, seeded
+from resist.errors import UserError
+
+
+class Numbers:
+    """Item i is i, some chance, and the process that read it. Item `bad` cannot be read."""
+
+    def __init__(self, num: int, bad: int = -1) -> None:
+        self.num, self.bad = num, bad
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        index, seed = pair
+        if index == self.bad:
+            raise UserError(f"file{index}.jpg: cannot be read; repair it")
+        with seeded(seed):
+            return torch.tensor(index), torch.rand(3), os.getpid()
+
+
+def stream(num: int = 23, bad: int = -1, **options: object) -> Stream:
+    settings = {"batch_size": 5, "seed": 0, "worker": 0, "workers": 3, **options}
+    return Stream(Numbers(num, bad), **settings)  # type: ignore[arg-type]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+@pytest.mark.slow
+def test_batches_depend_on_seed_worker_and_step_alone() -> None:
+    alone = stream()
+    expected = [alone.batch(step) for step in range(12)]
+    before = torch.get_rng_state()
+    for num_loaders in (0, 1, 3):
+        other = stream(num_loaders=num_loaders)
+        for step in (4, 5, 6, 11, 0, 1, 7, 7):
+            assert same(other.batch(step), expected[step])
+    assert torch.equal(torch.get_rng_state(), before)
+    for changed in (stream(seed=1), stream(worker=1)):
+        assert not torch.equal(changed.batch(0)[1], expected[0][1])
+    again = [number for step in range(12) for number in zip(*expected[step][:2], strict=True) if number[0] == 7]
+    assert not torch.equal(again[0][1], again[1][1])  # another augmentation in the next epoch
+
+
+@pytest.mark.slow
+def test_the_processes_stay_and_end_with_the_stream() -> None:
+    one = stream(num_loaders=2)
+    seen = {int(pid) for step in (0, 1, 2, 3, 9, 10, 2, 3) for pid in one.batch(step)[2]}
+    assert len(seen) == 2
+    assert os.getpid() not in seen
+    assert all(os.getpgid(pid) == pid for pid in seen)
+    one.close()
+    assert not any(psutil.pid_exists(pid) for pid in seen)
+    assert same(one.batch(3), stream().batch(3))
+
+
+@pytest.mark.parametrize("num_loaders", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_all_items_in_order(num_loaders: int) -> None:
+    batches = list(in_order(Numbers(11), 4, num_loaders=num_loaders))
+    assert [batch[0].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert len(list(in_order(Numbers(11), 4, num_loaders=num_loaders, limit=2))) == 2
+    assert list(in_order(Numbers(0), 4, num_loaders=num_loaders)) == []
+
+
+@pytest.mark.parametrize("num_loaders", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_item_that_cannot_be_read_is_one_line(num_loaders: int) -> None:
+    bad = stream(bad=7, num_loaders=num_loaders)
+    with pytest.raises(UserError, match=r"^file7\.jpg: cannot be read; repair it$"):
+        _ = [bad.batch(step) for step in range(5)]
+    with pytest.raises(UserError, match=r"^file7\.jpg: cannot be read; repair it$"):
+        list(in_order(Numbers(9, bad=7), 4, num_loaders=num_loaders))
+
+
+@pytest.mark.parametrize("sampling", ["all", "shard"])
+def test_every_item_comes_once_an_epoch(sampling: str) -> None:
+    own: list[int] = []
+    for worker in range(3):
+        one = stream(worker=worker, sampling=sampling, batch_size=3)
+        drawn = torch.cat([one.batch(step)[0] for step in range(one.images_per_epoch)]).tolist()
+        for epoch in range(3):
+            seen = Counter(drawn[epoch * one.images_per_epoch : (epoch + 1) * one.images_per_epoch])
+            assert set(seen.values()) == {1}
+        own += drawn[: one.images_per_epoch]
+    assert Counter(Counter(own).values()) == ({3: 23} if sampling == "all" else {1: 23})
+
+
+@pytest.mark.slow
+def test_a_reading_process_that_is_killed_is_one_line() -> None:
+    one = stream(num_loaders=1)
+    os.kill(int(one.batch(0)[2][0]), signal.SIGKILL)
+    with pytest.raises(UserError, match=r"^a process that reads data was lost: .*; give fewer --loaders, or 0$"):
+        _ = [one.batch(step) for step in range(1, 9)]
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from test_loader import stream
+one = stream(num_loaders=2)
+print(*{int(pid) for step in range(4) for pid in one.batch(step)[2]}, flush=True)
+if sys.argv[2] == "wait":
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["exit", "SIGTERM", "SIGKILL"])
+def test_no_process_is_left_however_the_training_ends(end: str) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), "exit" if end == "exit" else "wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        readers = [int(word) for word in process.stdout.readline().split()]
+        assert len(readers) == 2
+        if end != "exit":
+            os.killpg(process.pid, getattr(signal, end))
+        assert process.wait(30) == (0 if end == "exit" else -getattr(signal, end))
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) for pid in readers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(pid) for pid in readers)

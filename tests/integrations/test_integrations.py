@@ -1,0 +1,230 @@
+"""The callbacks, each in a real Trainer over two processes, against the same loop written by hand in one process."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resist.integrations
+from pool import Pool
+from resist.errors import UserError
+from resist.integrations import alone
+from resist.job import Job
+from resist.planning.strategy import resist as resist_strategy
+from resist.subnet.scaling import scale_branches
+from support import batch, floats, sgd, tiny
+
+STRATEGY = resist_strategy(2, 2, capacities=(4, 3))
+STEPS = 5  # the last round is short
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
+
+
+@contextmanager
+def torchrun() -> Iterator[None]:
+    """The environment that torchrun gives a process, around what joined the others already."""
+    names = {
+        "RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(),
+        "LOCAL_WORLD_SIZE": dist.get_world_size(), "MASTER_ADDR": "localhost", "MASTER_PORT": 29499,
+        "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    os.environ.update({name: str(value) for name, value in names.items()})
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+
+
+def by_hand(build: Callable[[], nn.Module], loss: Callable[..., Tensor], parts: int, clip: float) -> dict[str, Tensor]:
+    """The weights of the full network after STEPS steps of `parts` batches each, in one process."""
+    job = Job(build, STRATEGY, batchnorm="average")
+    optimizers = [sgd(worker.model) for worker in job.workers]
+    for step in range(STEPS):
+        for worker, optimizer in zip(job.workers, optimizers, strict=True):
+            for part in range(parts):
+                (loss(worker.model, *batch(worker.index, parts * step + part)) / parts).backward()
+            nn.utils.clip_grad_norm_(worker.model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        job.step(*optimizers)
+    return floats_of(job.full_model())
+
+
+def floats_of(full: nn.Module | None) -> dict[str, Tensor]:
+    return {} if full is None else floats(full)
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def in_lightning(wrong: bool) -> Any:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.data import DataLoader
+
+    from resist.integrations.lightning import ResIST
+
+    class Module(LightningModule):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, images_and_labels: tuple[Tensor, Tensor]) -> Tensor:
+            images, labels = images_and_labels
+            return F.cross_entropy(self.net(images), labels)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return sgd(self)
+
+    with torchrun():
+        job = Job(tiny, STRATEGY, batchnorm="average")
+        data: Any = [batch(job.workers[0].index, step) for step in range(2 * STEPS)]
+        options: dict[str, Any] = {
+            "max_epochs": 1, "accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1,
+            "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+            "enable_model_summary": False, "use_distributed_sampler": False,
+        }  # fmt: skip
+        if wrong:
+            options |= {"devices": 2, "strategy": "ddp"}
+        trainer = Trainer(**options, callbacks=[ResIST(job)])
+        try:
+            trainer.fit(Module(job.model), DataLoader(data, batch_size=None))
+        except UserError as error:
+            return str(error)
+        return floats_of(job.full_model()), job.round, job.step_index
+
+
+@pytest.mark.slow
+@needs("lightning")
+def test_lightning(pool: Pool) -> None:
+    """With accumulated and clipped gradients: as many steps as optimizer steps, and the weights of the plain loop."""
+    (found, *told), (nothing, *others) = pool.run(2, in_lightning, False, timeout_s=100)
+    assert told == others == [3, STEPS]
+    assert not nothing
+    same(found, by_hand(tiny, lambda model, images, labels: F.cross_entropy(model(images), labels), 2, 0.1))
+
+
+@pytest.mark.slow
+@needs("lightning")
+def test_lightning_over_all_processes_is_refused(pool: Pool) -> None:
+    for told in pool.run(2, in_lightning, True, timeout_s=100):
+        assert told.startswith("this Trainer spans 2 processes and averages gradients itself; give it devices=1")
+
+
+class WithLoss(nn.Module):
+    """A network as Trainer likes it: its forward takes labels and gives the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny()
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(images)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def in_transformers(folder: Path, bf16: bool, wrong: bool) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    from resist.integrations.transformers import ResISTCallback, alone
+
+    with torchrun():
+        job = Job(WithLoss, STRATEGY, batchnorm="average")
+        data: list[dict[str, Any]] = []
+        for step in range(2 * STEPS):
+            images, labels = batch(job.workers[0].index, step)
+            data += [{"images": x, "labels": y} for x, y in zip(images, labels, strict=True)]
+        with nullcontext() if wrong else alone():
+            arguments = TrainingArguments(
+                str(folder), num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+                max_grad_norm=0.1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, bf16=bf16,
+                train_sampling_strategy="sequential", remove_unused_columns=False, logging_strategy="no",
+            )  # fmt: skip
+            optimizer = sgd(job.model)
+            constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+            given: Any = {"train_dataset": data, "optimizers": (optimizer, constant)}
+            try:
+                Trainer(job.model, arguments, callbacks=[ResISTCallback(job)], **given).train()
+            except UserError as error:
+                return str(error)
+            return floats_of(full := job.full_model()), job.round, job.step_index, logits(full)
+
+
+def logits(full: nn.Module | None) -> Tensor | None:
+    if full is None:
+        return None
+    images, labels = batch(9, 0)
+    with torch.no_grad():
+        return full(images, labels)["logits"]
+
+
+@pytest.mark.slow
+@needs("transformers")
+def test_transformers(pool: Pool, tmp_path: Path) -> None:
+    """With accumulated and clipped gradients, as above."""
+    (found, *told, _), (nothing, *others, _) = pool.run(2, in_transformers, tmp_path, False, False, timeout_s=100)
+    assert told == others == [3, STEPS]
+    assert not nothing
+    same(found, by_hand(WithLoss, lambda model, images, labels: model(images, labels)["loss"], 2, 0.1))
+
+
+@pytest.mark.slow
+@needs("transformers")
+def test_the_full_network_is_whole_after_accelerate_has_wrapped_a_forward(pool: Pool, tmp_path: Path) -> None:
+    """For bf16 it replaces `forward` of the sub-network's instance. The full network's has to be its own."""
+    (found, *_, answer), _ = pool.run(2, in_transformers, tmp_path, True, False, timeout_s=100)
+    plain = WithLoss().eval()
+    plain.load_state_dict(found, strict=False)
+    job = Job(WithLoss, STRATEGY)
+    scale_branches(plain, job.chains, job.scales)
+    expected = logits(plain)
+    assert expected is not None
+    torch.testing.assert_close(answer.to(expected.dtype), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@needs("transformers")
+def test_transformers_over_all_processes_is_refused(pool: Pool, tmp_path: Path) -> None:
+    for told in pool.run(2, in_transformers, tmp_path, False, True, timeout_s=100):
+        assert told.startswith("this Trainer spans 2 processes and 0 GPUs and averages gradients itself; make ")
+
+
+def test_alone_hides_the_other_processes_and_brings_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "7")
+    before = dict(os.environ)
+    with alone():
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & os.environ.keys()
+        assert os.environ["PATH"] == before["PATH"]
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_without_the_framework_one_line_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name, f"{name}.pytorch"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"resist.integrations.{name}", raising=False)
+    with pytest.raises(ImportError, match=rf"needs .*: pip install 'resist\[{name}\]'$"):
+        importlib.import_module(f"resist.integrations.{name}")
+
+
+@pytest.mark.parametrize("file", sorted(Path(resist.integrations.__file__).parent.glob("*.py")), ids=lambda p: p.name)
+def test_they_stay_small(file: Path) -> None:
+    assert len(file.read_text().splitlines()) < 80

@@ -1,0 +1,73 @@
+"""Networks: the paper's, to the last parameter."""
+
+import pytest
+import torch
+from torch import nn
+
+from resist.errors import UserError
+from resist.models import PreActResNet, build
+from resist.models.preact_cifar import PreActBlock
+from resist.subnet.chains import choose_chains
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_blocks"), [("preact_resnet101", 22), ("preact_resnet152", 35), ("preact_resnet200", 49)]
+)
+@pytest.mark.parametrize("final_norm", [False, True])
+def test_the_papers_networks(name: str, num_blocks: int, final_norm: bool) -> None:
+    with torch.device("meta"):
+        model = build(name, num_classes=100, final_norm=final_norm)
+    chain = choose_chains(model)[0]
+    norm = 2 * 512 if final_norm else 0
+    assert (chain.name, chain.num_blocks) == (f"layer3:1-{num_blocks}", num_blocks)
+    in_chain = [count(model.get_submodule(chain.block_name(block))) for block in range(num_blocks)]
+    assert in_chain == [1_180_672] * num_blocks
+    assert count(model) - sum(in_chain) == 15_422_116 + norm
+    assert count(model) == 41_396_900 + norm + (num_blocks - 22) * 1_180_672
+
+
+def test_a_block_by_hand() -> None:
+    """x + conv(relu(norm(conv(relu(norm(x)))))); a block that changes the shape gives its convolution relu(norm(x))."""
+    images = torch.randn(2, 4, 6, 6)
+    for block in (PreActBlock(4, 4, 1).eval(), PreActBlock(4, 6, 2).eval()):
+        inside = torch.relu(block.norm1(images))
+        branch = block.conv2(torch.relu(block.norm2(block.conv1(inside))))
+        skip = images if block.shortcut is None else block.shortcut(inside)
+        assert torch.equal(block(images), skip + branch)
+
+
+def test_shapes() -> None:
+    model = build("preact_resnet101", num_classes=7, in_channels=1, sections=(1, 2, 3, 1), width=4)
+    assert model(torch.randn(2, 1, 16, 24)).shape == (2, 7)
+    assert [len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 2, 3, 1]
+    with_norm = PreActResNet((1, 1, 1, 1), 3, width=2, final_norm=True)
+    assert with_norm(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    halves = model.layer3(model.layer2(model.layer1(model.stem(torch.randn(1, 1, 16, 16)))))
+    assert halves.shape == (1, 16, 4, 4)
+
+
+def test_the_small_one() -> None:
+    with torch.device("meta"):
+        model = build("preact_small", num_classes=10)
+    assert [len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)] == [2, 2, 9, 2]
+    assert (model.stem.out_channels, model.norm is not None) == (16, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet"}, r"model='resnet' is not known; choose one of .*preact_resnet101"),
+        ({"sections": (1, 2, 3)}, r"sections=1 2 3 is not four numbers of blocks, each at least 1"),
+        ({"sections": (1, 2, 0, 1)}, r"sections=1 2 0 1 is not"),
+        ({"width": 0}, r"width=0"),
+        ({"num_classes": 0}, r"num_classes=0"),
+    ],
+)
+def test_refusals(arguments: dict[str, object], message: str) -> None:
+    options = {"name": "preact_resnet101", "num_classes": 10, **arguments}
+    with pytest.raises(UserError, match=message):
+        build(options.pop("name"), **options)  # type: ignore[arg-type]

@@ -1,0 +1,56 @@
+"""Strategies: records, their switches, and what they refuse."""
+
+from collections.abc import Callable
+
+import pytest
+
+from resist.errors import UserError
+from resist.planning.strategy import Strategy, local_sgd, resist, switch
+
+
+def test_resist_gives_each_worker_its_share_and_four_blocks_at_least() -> None:
+    assert [resist(s).assign(22, "c", 0, 0).capacities[0] for s in (1, 2, 4, 8)] == [22, 11, 6, 4]
+    assert resist(8, min_depth=0).assign(22, "c", 0, 0).capacities == (3,) * 8
+    assert resist(2, min_depth=15).assign(22, "c", 0, 0).capacities == (15, 15)
+    assert resist(3).assign(3, "c", 0, 0).held_by_all  # four blocks at least, of three
+    assert resist(2, capacities=(20, 2)).assign(22, "c", 0, 0).capacities == (20, 2)
+
+
+def test_local_sgd_gives_everybody_everything() -> None:
+    plan = local_sgd(3).assign(5, "c", 0, 7)
+    assert (plan.held_by_all, plan.workers) == (True, 3)
+
+
+def test_a_switch_takes_over_at_its_round() -> None:
+    first, second, third = local_sgd(2, 1), resist(2, 2), local_sgd(2, 3)
+    both = switch(switch(first, second, at_round=3), third, at_round=5)
+    assert [both.at(round).local_steps for round in range(7)] == [1, 1, 1, 2, 2, 3, 3]
+    nested = switch(first, switch(second, third, at_round=5), at_round=3)
+    assert [nested.at(round).local_steps for round in range(7)] == [1, 1, 1, 2, 2, 3, 3]
+    assert switch(first, second, at_round=0).at(0).local_steps == 2
+    assert first.at(99) is first
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: resist(0), r"workers=0 is not a number of workers; give at least 1"),
+        (lambda: local_sgd(-1), r"workers=-1"),
+        (lambda: resist(2, 0), r"local_steps=0 is not a number of steps; give at least 1"),
+        (lambda: resist(3, capacities=(1, 2)), r"2 capacities for 3 workers; give one for each worker"),
+        (lambda: resist(2, capacities=(1, 2), min_depth=1), r"min_depth=1 says nothing beside explicit capacities"),
+        (lambda: resist(23).assign(22, "c", 0, 0), r"workers=23 exceeds the 22 blocks of chain c"),
+        (lambda: resist(2, min_depth=30).assign(22, "c", 0, 0), r"min_depth=30 exceeds the 22 blocks of chain c"),
+        (lambda: resist(2, capacities=(1, 2)).assign(22, "c", 0, 0), r"hold 3 of the 22 blocks of chain c"),
+        (lambda: switch(resist(2), resist(3), at_round=1), r"from 2 to 3 workers; give both the same number"),
+        (lambda: switch(resist(2), resist(2), at_round=-1), r"at_round=-1 is negative"),
+        (
+            lambda: switch(switch(resist(2), resist(2), at_round=4), resist(2), at_round=3),
+            r"at_round=3 comes before the switch at round 4; order them",
+        ),
+    ],
+)
+def test_refusals(make: Callable[[], Strategy], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        make()
+    assert "\n" not in str(raised.value)

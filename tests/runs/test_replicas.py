@@ -1,0 +1,249 @@
+"""Second copies of every block: the network is complete without any one worker, whenever that one is lost.
+And workers whose numbers have gone bad: found before they are folded, or left out of the means."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pool import Pool
+from resist.errors import DivergedError, UserError, WorkerLostError
+from resist.job import Job
+from resist.planning.plan import partition
+from resist.planning.schedule import safekeeping, schedule
+from resist.planning.strategy import Outer, Strategy, ddp, local_sgd, resist, switch
+from resist.runs.rescue import forget_safe_copies, newest_safe_round, restore_safe_copy, write_safe_copies
+from resist.sync.averaging import all_finite
+from resist.sync.distributed import Distributed
+from resist.sync.transport import Handle
+from support import local_step, make, train, weights
+
+
+@given(st.data())
+def test_every_block_lies_with_two_workers_after_any_synchronisation(data: st.DataObject) -> None:
+    workers = data.draw(st.integers(2, 5))
+    blocks = data.draw(st.integers(workers, 12))
+    own = -(-blocks // workers)
+    capacities = [data.draw(st.integers(own, blocks)) for _ in range(workers)]
+    now, then = (partition(blocks, capacities, seed=0, round=data.draw(st.integers(0, 50))) for _ in range(2))
+    plan = schedule({"c": now}, {"c": then}, {"c": 10})
+    kept = safekeeping(plan, {"c": then}, {"c": 10})
+    where = {block: set(then.holders(block)) for block in range(blocks)}
+    for (_, block), keeper in kept.kept.items():
+        assert keeper in now.holders(block)  # it need not be told
+        where[block].add(keeper)
+    for message in kept.messages:
+        assert plan.owners["c", message.block] == message.source
+        where[message.block].add(message.target)
+    assert all(len(found) >= 2 for found in where.values())
+    assert len(kept.kept) + len(kept.messages) == sum(len(then.holders(b)) == 1 for b in range(blocks))
+
+
+STRATEGIES = {
+    "alone": lambda: resist(3, 2, min_depth=0),
+    "shared": lambda: resist(3, 2, capacities=(4, 3, 2)),
+    "local_sgd": lambda: local_sgd(3, 2),
+    "warm-up": lambda: switch(local_sgd(3, 2), resist(3, 2, min_depth=0), at_round=2),
+    "outer": lambda: resist(3, 2, min_depth=0, outer=Outer()),
+}
+
+
+class Dying(Distributed):
+    """A transport whose process kills itself: before call number `fatal` in `round`, counting the wait for a handle."""
+
+    def arm(self, job: Job, round: int, fatal: int) -> None:
+        self.job, self.round, self.fatal, self.calls = job, round, fatal, 0
+
+    def count(self) -> None:
+        if hasattr(self, "job") and self.job.round >= self.round:
+            if self.calls == self.fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.calls += 1
+
+    def gather_text(self, text: str) -> list[str]:
+        self.count()
+        return super().gather_text(text)
+
+    def transfer(self, moves: Any) -> Handle:
+        self.count()
+        return Waiting(self, super().transfer(moves))
+
+    def mean(self, tensors: Any, kind: str) -> Handle:
+        self.count()
+        return Waiting(self, super().mean(tensors, kind))
+
+
+class Waiting:
+    def __init__(self, owner: Dying, handle: Handle) -> None:
+        self.owner, self.handle = owner, handle
+
+    def finish(self) -> list[Tensor | None]:
+        self.owner.count()
+        return self.handle.finish()
+
+
+Copies = list[tuple[int, int, dict[str, Tensor]]]
+
+
+def run_safely(name: str, victim: int | None, fatal: int) -> list[Copies]:
+    """The safe copies after every round, or, where another process is lost, those that were left then."""
+    transport = Dying(3, timeout_s=20)
+    job, optimizers = make(STRATEGIES[name](), safety=True, transport=transport)
+    if transport.rank == victim:
+        transport.arm(job, 2, fatal)
+    history: list[Copies] = []
+    try:
+        for _ in range(4 * 2):
+            local_step(job, optimizers)
+            if job.step(*optimizers):
+                history.append([(one.round, one.step, clones(one.tensors)) for one in job.safe])
+    except WorkerLostError:
+        history.append([(one.round, one.step, clones(one.tensors)) for one in job.safe])
+    job.close()
+    return history
+
+
+def clones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def union(parts: list[Copies], round: int) -> dict[str, Tensor]:
+    """All that several processes have of a round; what two of them have is the same."""
+    found: dict[str, Tensor] = {}
+    for copies in parts:
+        for tensors in (tensors for done, _, tensors in copies if done == round):
+            for name, tensor in tensors.items():
+                assert torch.equal(found.setdefault(name, tensor), tensor)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_network_outlives_a_process_that_is_killed_in_any_phase(pool: Pool, name: str) -> None:
+    """One process kills itself before each thing that it does in the round after the second synchronisation: the
+    others' copies are the whole network as it was synchronised last, bit for bit."""
+    undisturbed = pool.run(3, run_safely, name, None, 0)
+    truth = {round: union([history[round - 1] for history in undisturbed], round) for round in range(1, 5)}
+    everything = set(truth[1])
+    calls = 8  # agreement, mean, two batches of blocks, the waits for these three, the confirmation
+    for fatal in range(calls + 1) if name == "alone" else (0, 3, calls - 1):
+        outcomes = pool.outcomes(3, run_safely, name, fatal % 3, fatal)
+        assert outcomes[fatal % 3].error == ""
+        left = [outcome.value[-1] for outcome in outcomes if outcome.error is None]
+        assert len(left) == 2
+        complete = [round for round in (2, 3) if set(union(left, round)) == everything]
+        assert complete, f"killed before call {fatal}"
+        newest = max(complete)
+        assert newest == {0: 2, calls: 3}.get(fatal, newest)
+        assert all(torch.equal(truth[newest][key], value) for key, value in union(left, newest).items())
+
+
+def test_safe_copies_on_disk(tmp_path) -> None:
+    """They are read where they are complete, and only then; a damaged file counts as not there."""
+    job, optimizers = make(resist(2, 2, min_depth=0), safety=True)
+    train(job, optimizers, 4)
+    expected = weights(job)
+    write_safe_copies(tmp_path, job)
+    found = newest_safe_round(tmp_path)
+    assert found is not None
+    assert (found["round"], found["step"], found["workers"]) == (2, 4, 2)
+
+    again, _ = make(resist(2, 2, min_depth=0), safety=True, start=(2, 4))
+    restore_safe_copy(again, tmp_path, 2)
+    assert all(torch.equal(expected[name], value) for name, value in weights(again).items())
+    other, _ = make(resist(3, 2, min_depth=0), start=(2, 4))
+    restore_safe_copy(other, tmp_path, 2)
+    assert all(torch.equal(expected[name], value) for name, value in weights(other).items())
+    with pytest.raises(UserError, match="no safe copy of"):
+        restore_safe_copy(other, tmp_path, 3)
+
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    half = len(whole) // 2
+    for damaged in (b"", whole[:half], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"\x08" + whole[1:]):
+        file.write_bytes(damaged)
+        assert newest_safe_round(tmp_path) is None
+    file.write_bytes(whole)
+    forget_safe_copies(tmp_path, 1)
+    assert newest_safe_round(tmp_path)
+    forget_safe_copies(tmp_path, 2)
+    assert newest_safe_round(tmp_path) is None
+
+
+def poison(job: Job, worker: int) -> None:
+    job.workers[worker].subnet.flat[7] = torch.nan
+
+
+def test_a_network_with_a_single_nan_is_not_finite() -> None:
+    flat = torch.randn(1000)
+    assert all_finite(flat)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        flat[500] = value
+        assert not all_finite(flat)
+    assert all_finite(torch.empty(0))
+
+
+def test_bad_weights_stop_the_run_before_anything_is_folded() -> None:
+    job, optimizers = make(resist(3, 2))
+    train(job, optimizers, 3)
+    local_step(job, optimizers)
+    poison(job, 1)
+    before = [worker.subnet.flat.clone() for worker in job.workers]
+    expected = r"worker 1 has weights that are not finite at the end of round 1 \(step 4\)"
+    with pytest.raises(DivergedError, match=expected):
+        job.step(*optimizers)
+    assert all(torch.equal(w.subnet.flat, b) or w.index == 1 for w, b in zip(job.workers, before, strict=True))
+    assert job.round == 1
+
+
+@pytest.mark.parametrize("policy", ["reset", "keep", "travel", "average"])
+@pytest.mark.parametrize("capacities", [(2, 2, 2), (4, 3, 2), (6, 6, 6)])
+def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int, ...]) -> None:
+    """Every weight is the mean over its other holders; what nobody else held is as the round began."""
+    strategy: Strategy = resist(3, 2, capacities=capacities, optimizer_state=policy)
+    job, optimizers = make(strategy, nonfinite="drop")
+    train(job, optimizers, 2)
+    begun, plan = weights(job), job.plans[job.chains[0].name]
+    local_step(job, optimizers)
+    job.step(*optimizers)
+    local_step(job, optimizers)
+    states = [dict(worker.subnet.state(job.held_by(worker))) for worker in job.workers]
+    expected: dict[str, Tensor] = {}
+    for name, value in begun.items():
+        good = [state[name].clone() for state in (states[0], states[2]) if name in state]
+        expected[name] = torch.stack(good).mean(0) if good else value
+    poison(job, 1)
+    job.step(*optimizers, bad={1: "a loss of nan in step 4"})
+    assert list(job.dropped) == [1]
+    found = weights(job)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+    only = [b for b in range(plan.num_blocks) if plan.holders(b) == (1,)]
+    assert bool(only) == (capacities != (6, 6, 6))
+    train(job, optimizers, 4)
+    assert not job.dropped
+    assert all(all_finite(worker.subnet.flat) for worker in job.workers)
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            assert all_finite(state["momentum_buffer"])
+
+
+def test_a_round_that_nobody_can_give_stops_the_run() -> None:
+    job, optimizers = make(resist(2, 1), nonfinite="drop")
+    local_step(job, optimizers)
+    with pytest.raises(DivergedError, match="worker 0 has a loss of inf"):
+        job.step(*optimizers, bad={0: "a loss of inf in step 1", 1: "a loss of nan in step 1"})
+
+
+def test_what_cannot_be_kept_safe_is_refused() -> None:
+    with pytest.raises(UserError, match="second worker"):
+        make(resist(1, 2), safety=True)
+    with pytest.raises(UserError, match="ddp mixes"):
+        make(ddp(1), nonfinite="drop")
+    with pytest.raises(UserError, match="nonfinite='ignore' is not one of stop, drop"):
+        make(resist(2, 2), nonfinite="ignore")

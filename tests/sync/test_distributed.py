@@ -1,0 +1,329 @@
+"""Several processes: the same weights as one, the same ledger everywhere, and an end where a peer is gone."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pool import Pool
+from resist.errors import UserError, WorkerLostError
+from resist.planning.schedule import allreduce_bytes
+from resist.planning.strategy import Strategy, local_sgd, resist, switch
+from resist.sync.agreement import check_agreement
+from resist.sync.distributed import Distributed
+from resist.sync.local import Local
+from resist.sync.traffic import Ledger
+from resist.sync.transport import PACKET_BYTES
+from support import adamw, floats, local_step, make, sgd, states, train, weights
+
+# Worker counts of two sum in one order only; others differ by rounding, which five rounds of training hardly enlarge.
+TOLERANCE = 1e-10
+
+
+@dataclass
+class Case:
+    """What to train, in a form that can be sent to a process."""
+
+    capacities: tuple[int, ...]
+    policy: str = "travel"
+    adam: bool = False
+    warm_up: bool = False
+    steps: int = 9
+    channels_last: bool = False
+    lr: float | None = None
+
+    @property
+    def workers(self) -> int:
+        return len(self.capacities)
+
+    def strategy(self) -> Strategy:
+        one = resist(self.workers, 2, capacities=self.capacities, optimizer_state=self.policy)
+        first = local_sgd(self.workers, 2, optimizer_state=self.policy)
+        return switch(first, one, at_round=2) if self.warm_up else one
+
+
+@dataclass
+class Result:
+    """full: the full network, where worker 0 is hosted. flats, momenta: of each hosted worker. ledgers: one a round."""
+
+    full: dict[str, Tensor] | None
+    flats: dict[int, Tensor]
+    momenta: dict[int, dict[str, Tensor]]
+    ledgers: list[dict[str, Any]]
+
+
+def run_case(case: Case, alone: bool = False) -> Result:
+    """Train `case` in this process and its peers, or `alone`. The default transport is what `connect` finds."""
+    transport = Local(case.workers) if alone else None
+    job, optimizers = make(
+        case.strategy(), adamw if case.adam else sgd, transport=transport, seed=2, channels_last=case.channels_last
+    )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] if case.lr is None else case.lr
+    ledgers = []
+    for _ in range(case.steps):
+        local_step(job, optimizers)
+        if job.step(*optimizers):
+            ledgers.append(job.ledger.take())
+    full = job.full_model()
+    ledgers.append(job.ledger.take())
+    kind = "exp_avg" if case.adam else "momentum_buffer"
+    return Result(
+        None if full is None else floats(full),
+        {worker.index: worker.subnet.flat.clone() for worker in job.workers},
+        {w.index: s for w, s in zip(job.workers, states(job, optimizers, kind), strict=True)},
+        ledgers,
+    )
+
+
+def merged(results: list[Result]) -> Result:
+    flats = {worker: flat for result in results for worker, flat in result.flats.items()}
+    momenta = {worker: state for result in results for worker, state in result.momenta.items()}
+    (full,) = [result.full for result in results if result.full is not None]
+    return Result(full, flats, momenta, results[0].ledgers)
+
+
+CASES = [
+    Case((2, 2, 2, 2)),
+    Case((2, 2, 2, 2), policy="average"),
+    Case((4, 3, 1, 2), policy="travel"),
+    Case((4, 3, 1, 2), policy="average", adam=True, channels_last=True),
+    Case((3, 2, 1, 2), policy="keep", warm_up=True),
+    Case((6, 6, 6, 6), policy="average"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_the_number_of_processes_does_not_matter(pool: Pool, case: Case) -> None:
+    """1, 2 and 4 processes that host 4 workers: weights, statistics and momentum to 1e-10 in double precision; the
+    books of all processes are equal, and those of different numbers of processes too, but for the bytes on wires."""
+    alone = run_case(case, alone=True)
+    for processes in (2, 4):
+        results = pool.run(processes, run_case, case)
+        check_equal(alone, merged(results))
+        for result in results:
+            for ours, theirs, first in zip(result.ledgers, alone.ledgers, results[0].ledgers, strict=True):
+                assert books(ours) == books(first)
+                for key in ("bytes", "messages") if "evaluate" in ours["bytes"] else ("bytes", "messages", "pairs"):
+                    assert without_control(ours[key]) == without_control(theirs[key])
+
+
+def books(ledger: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in ledger.items() if key != "wait_s"}
+
+
+def without_control(counted: Any) -> Any:
+    """Texts go between processes, so they alone depend on how many there are."""
+    return {k: n for k, n in counted.items() if k != "control"} if isinstance(counted, dict) else counted
+
+
+def check_equal(one: Result, other: Result) -> None:
+    assert one.full is not None
+    assert other.full is not None
+    assert one.flats.keys() == other.flats.keys()
+    for worker, flat in one.flats.items():
+        torch.testing.assert_close(other.flats[worker], flat, rtol=TOLERANCE, atol=TOLERANCE)
+        assert one.momenta[worker].keys() == other.momenta[worker].keys()
+        for name, value in one.momenta[worker].items():
+            torch.testing.assert_close(other.momenta[worker][name], value, rtol=TOLERANCE, atol=TOLERANCE)
+    for name, value in one.full.items():
+        torch.testing.assert_close(other.full[name], value, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_three_workers_in_two_processes(pool: Pool) -> None:
+    """One process hosts one worker, the other two: the mean weighs them as workers, not as processes."""
+    case = Case((3, 2, 2), policy="average")
+    check_equal(run_case(case, alone=True), merged(pool.run(2, run_case, case)))
+
+
+def test_shared_parts_have_the_same_bits(pool: Pool) -> None:
+    """All workers end a round with one and the same shared part, in whatever process they live."""
+    for processes in (2, 4):
+        results = merged(pool.run(processes, shared_parts, Case((2, 2, 2, 2), steps=4)))
+        assert all(torch.equal(flat, results.flats[0]) for flat in results.flats.values())
+
+
+def shared_parts(case: Case) -> Result:
+    job, optimizers = make(case.strategy(), seed=2)
+    train(job, optimizers, case.steps)
+    shared = {worker.index: worker.subnet.shared.clone() for worker in job.workers}
+    return Result({} if 0 in job.ledger.hosted else None, shared, {}, [])
+
+
+def test_without_learning_nothing_changes_by_a_bit(pool: Pool) -> None:
+    """Parameters at rate 0, 5 rounds of folding and handing over: bit for bit the first ones."""
+    case = Case((4, 3, 1, 2), lr=0.0, steps=10)
+    start = weights(make(case.strategy(), seed=2, transport=Local(4))[0])
+    for processes in (2, 4):
+        full = merged(pool.run(processes, run_case, case)).full
+        assert full is not None
+        assert all(torch.equal(value, start[name]) for name, value in full.items() if "running" not in name)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_bytes_on_the_wire(pool: Pool, processes: int) -> None:
+    """Only what leaves a process: messages between workers of one are copies; the mean runs between processes."""
+    case = Case((4, 3, 1, 2), policy="average")
+    job, _ = make(case.strategy(), seed=2, transport=Local(4))
+    subnet, host = job.workers[0].subnet, [worker * processes // 4 for worker in range(4)]
+    for result in pool.run(processes, run_case, case):
+        for ledger in result.ledgers[:-1]:
+            shared = processes * allreduce_bytes(subnet.shared_layout.numel * 8, processes)
+            crossing = sum(n for source, target, n in ledger["pairs"] if host[source] != host[target])
+            assert ledger["wire_bytes"]["shared"] == shared
+            blocks_and_state = ledger["wire_bytes"]["blocks"] + ledger["wire_bytes"]["state"]
+            assert blocks_and_state == crossing + shared  # the momentum of the shared part is averaged too
+
+
+def mixed_up(options: list[dict[str, Any]]) -> str:
+    rank = torch.distributed.get_rank()
+    own = {"strategy": resist(2, 2), **options[min(rank, len(options) - 1)]}
+    try:
+        make(own.pop("strategy"), **own)
+    except UserError as error:
+        return str(error)
+    return "agreed"
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"seed": 1}, "seed=1"),
+        ({"batchnorm": "batch"}, "batchnorm=batch"),
+        ({"channels_last": True}, "channels_last=True"),
+        ({"chains": ("layer3:1-4",)}, "chains=['layer3:1-4']"),
+    ],
+)
+def test_different_arguments_are_named(pool: Pool, options: dict[str, Any], key: str) -> None:
+    for message in pool.run(2, mixed_up, [{}, options]):
+        assert message.startswith(f"process 1 was started with {key}, process 0 with ")
+        assert message.endswith("start all of them with the same arguments")
+        assert "\n" not in message
+
+
+def different_strategies(number: int) -> str:
+    first = [
+        resist(2, 2),
+        resist(2, 2),
+        resist(2, 2),
+        switch(local_sgd(2), resist(2), at_round=1),
+        switch(local_sgd(2), resist(2), at_round=1),
+    ]
+    other = [
+        resist(2, 3),
+        resist(2, 2, min_depth=5),
+        resist(2, 2, optimizer_state="reset"),
+        switch(local_sgd(2), resist(2, min_depth=5), at_round=1),
+        switch(local_sgd(2), resist(2), at_round=2),
+    ]
+    return mixed_up([{"strategy": first[number]}, {"strategy": other[number]}])
+
+
+def test_different_strategies_are_named(pool: Pool) -> None:
+    for number, key in enumerate(["strategy", "capacities", "strategy", "capacities", "strategy"]):
+        assert all(f"process 1 was started with {key}=" in text for text in pool.run(2, different_strategies, number))
+
+
+def gather(texts: list[str]) -> tuple[list[str], int, str]:
+    ledger = Ledger(Distributed(2, timeout_s=20))
+    rank = torch.distributed.get_rank()
+    gathered = ledger.gather_text(texts[rank])
+    try:
+        check_agreement(ledger, {"a": 1, **({"b": 2} if rank else {})})
+    except UserError as error:
+        return gathered, ledger.bytes["control"], str(error)
+    raise AssertionError("the two differ")
+
+
+def test_texts_of_different_lengths(pool: Pool) -> None:
+    """Each gets all; a key that only one process has is named too."""
+    for gathered, num_bytes, message in pool.run(2, gather, ["grüße", "x" * 3000]):
+        assert gathered == ["grüße", "x" * 3000]
+        assert num_bytes == 2 * (PACKET_BYTES + 3000) + 2 * PACKET_BYTES
+        assert message.startswith("process 1 was started with b=2, process 0 with b=None")
+
+
+def more_processes_than_workers() -> str:
+    with pytest.raises(UserError) as raised:
+        make(resist(1))
+    return str(raised.value)
+
+
+def test_more_processes_than_workers(pool: Pool) -> None:
+    expected = "2 processes for 1 workers; start at most one process for each worker"
+    assert pool.run(2, more_processes_than_workers) == [expected] * 2
+
+
+def lose(how: str, at: str) -> tuple[str, float]:
+    """Process 1 goes away in its second round; what the others get, and after how many seconds."""
+    rank = torch.distributed.get_rank()
+    size = torch.distributed.get_world_size()
+    job, optimizers = make(resist(size, 2), timeout_s=4.0)
+    train(job, optimizers, 3)
+    if rank == 1:
+        local_step(job, optimizers)
+        if how == "raise":
+            raise RuntimeError("the second worker has had enough")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(12)
+        os._exit(1)
+    start = time.monotonic()
+    try:
+        if at == "step":
+            train(job, optimizers, 1)
+        else:
+            job.full_model()
+    except WorkerLostError as error:
+        text = str(error)
+        torch.distributed.destroy_process_group()
+        return text, time.monotonic() - start
+    raise AssertionError("the loss of a worker went unnoticed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "at", "processes"),
+    [("raise", "step", 2), ("kill", "step", 4), ("kill", "step", 2), ("stall", "step", 2), ("kill", "full_model", 2)],
+)
+def test_the_loss_of_a_worker_ends_the_others(pool: Pool, how: str, at: str, processes: int) -> None:
+    """At once where its connections close, after the timeout of 4 s where it says nothing. Never a hang."""
+    outcomes = pool.outcomes(processes, lose, how, at, timeout_s=40)
+    lost = outcomes.pop(1)
+    assert lost.error is not None
+    assert how != "raise" or "RuntimeError: the second worker has had enough" in lost.error
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.error is None, outcome.error
+        text, seconds = outcome.value
+        assert text.startswith(f"process {rank if rank == 0 else rank + 1} (worker ")
+        assert text.endswith("process 1 (worker 1) did not come in time: it hangs, or needs a longer --timeout-s") or (
+            how != "stall" and text.endswith("no answer from process 1 (worker 1)")
+        )
+        assert "lost contact while" in text
+        assert "\n" not in text
+        assert seconds < 10
+
+
+def boom() -> None:
+    if torch.distributed.get_rank() == 1:
+        raise ValueError("a text to be found")
+
+
+def sleep() -> None:
+    time.sleep(30)
+
+
+@pytest.mark.slow
+def test_the_pool_itself(pool: Pool) -> None:
+    """An exception arrives with its traceback, silence ends with the timeout, and the pool goes on afterwards."""
+    with pytest.raises(AssertionError, match=r"(?s)process 1: Traceback.*in boom.*ValueError: a text to be found"):
+        pool.run(2, boom, timeout_s=40)
+    with pytest.raises(TimeoutError, match="did not answer within 1 s"):
+        pool.run(2, sleep, timeout_s=1)
+    assert pool.run(2, os.getpid)[0] != os.getpid()

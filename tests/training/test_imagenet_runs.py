@@ -1,0 +1,170 @@
+"""`resist` on a folder of photographs, as people use it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from photographs import make_folder
+from resist.cli import main
+from resist.runs.config import NetworkConfig
+from resist.tasks import open_task
+
+SMALL = [
+    "--data", "folder", "--model", "preact_resnet50_imagenet", "--sections", "1", "1", "5", "1", "--width", "2",
+    "--image-size", "32", "--workers", "2", "--min-depth", "0", "--batch-size", "8", "--local-steps", "2",
+    "--evaluations", "1", "--device", "cpu",
+]  # fmt: skip
+LONG = [*SMALL, "--loaders", "2", "--epochs", "8", "--warmup-epochs", "1.5", "--checkpoint-rounds", "2"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return make_folder(tmp_path / "data", train=16)
+
+
+def resist(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def rounds_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_and_evaluate(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    (folder / "train/bee/bee_0.png").write_bytes(b"")
+    options = ["--processes", "1", "--loaders", "0", "--epochs", "2", "--warmup-epochs", "1", "--skip-bad-files"]
+    out = tmp_path / "run"
+    status, text, err = resist(
+        capsys,
+        "train",
+        *SMALL,
+        *options,
+        "--data-dir",
+        str(folder),
+        "--out",
+        str(out),
+        "--schedule",
+        "cosine",
+        "--label-smoothing",
+        "0.1",
+        "--precision",
+        "bf16",
+    )
+    assert (status, err) == (0, "")
+    assert f"resist: {folder / 'train'}: left out 1 file that cannot be read, first bee/bee_0.png\n" in text
+    records = rounds_of(out)
+    assert [max(held) for held in (r["capacity"]["layer3:1-4"] for r in records)] == [4] * 3 + [2] * 3
+    assert json.loads((out / "config.json").read_text())["method"]["warmup_rounds"] == 3  # of 47 images in 16s
+    status, text, _ = resist(capsys, "evaluate", str(out), "--device", "cpu")
+    assert text == f"test accuracy {100 * records[-1]['accuracy']:.2f} %\n"
+
+
+def test_plan_and_cost_know_the_folder(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    model = ["--model", "preact_resnet200_imagenet", "--chain", "layer2", "layer3", "--json"]
+    status, text, _ = resist(capsys, "plan", "--data", "folder", "--data-dir", str(folder), *model)
+    facts = json.loads(text)
+    assert status == 0
+    assert facts["parameters"] == 64_666_152 - 997 * 2049
+    assert [(chain["name"], chain["blocks"]) for chain in facts["chains"]] == [("layer2:1-23", 23), ("layer3:1-35", 35)]
+    small = ["--model", "preact_resnet50_imagenet", "--sections", "1", "1", "3", "1", "--width", "2", "--workers", "2"]
+    flops = []
+    for size in ([], ["--image-size", "112"]):  # no files are needed
+        status, text, _ = resist(capsys, "cost", "--data", "imagenet", *small, *size, "--json")
+        assert status == 0
+        flops.append(text)
+    assert flops[0] != flops[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--warmup-epochs", "1"], "show a plan with --warmup-rounds"),
+        (["--data", "folder", "--data-dir", "nowhere"], "nowhere/train: No such file or directory; --data-dir has to"),
+    ],
+)
+def test_plan_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], text: str) -> None:
+    status, _, err = resist(capsys, "plan", *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert text in err
+
+
+def test_label_smoothing_is_in_the_loss(folder: Path) -> None:
+    config = NetworkConfig(data="folder", data_dir=folder, image_size=32, loaders=0)
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    logs = F.log_softmax(model(images), 1)
+    expected = -0.8 * logs[torch.arange(4), labels].mean() - 0.2 * logs.mean()
+    task = open_task(config, label_smoothing=0.2)
+    torch.testing.assert_close(task.loss(model, (images, labels)), expected)
+    torch.testing.assert_close(open_task(config).loss(model, (images, labels)), -logs[torch.arange(4), labels].mean())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_file_that_cannot_be_read_ends_all_processes_with_one_line(folder: Path, tmp_path: Path) -> None:
+    bad = folder / "train/cat/cat_5.JPEG"
+    with Image.open(bad) as image:
+        image.save(bad, quality=95)
+    bad.write_bytes(bad.read_bytes()[:-200])
+    command = [sys.executable, "-m", "resist", "train", *LONG, "--data-dir", str(folder), "--out", str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 2
+    line = f"resist: {bad}: cannot be read (image file is truncated"
+    assert [text[: len(line)] for text in done.stderr.splitlines()] == [line]
+    assert not readers(folder)
+
+
+def readers(folder: Path) -> list[psutil.Process]:
+    """Processes that are busy with this folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(folder) in (process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # three trainings; a busy machine takes its time
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    """SIGTERM to the whole group, as a scheduler sends it, with processes that read; going on with other ones."""
+    command = [sys.executable, "-m", "resist", "train", *LONG, "--processes", "1", "--data-dir", str(folder)]
+    undisturbed = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True, timeout=250)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    out = tmp_path / "b"
+    with subprocess.Popen(
+        [*command, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as told:
+        deadline = time.monotonic() + 100
+        while not (out / "metrics.jsonl").exists() or len(rounds_of(out)) < 3:
+            assert told.poll() is None, told.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(told.pid, signal.SIGTERM)
+        text, errors = told.communicate(timeout=100)
+        assert (told.returncode, errors) == (75, "")
+    assert "resist train --resume" in text
+    assert not readers(folder)
+    again = subprocess.run(
+        [sys.executable, "-m", "resist", "train", "--resume", str(out), "--loaders", "1"],
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert (again.returncode, again.stderr) == (0, "")
+    expected, found = (load_file(run / "model.safetensors") for run in (tmp_path / "a", out))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert [r["loss"] for r in rounds_of(out)] == [r["loss"] for r in rounds_of(tmp_path / "a")]

@@ -1,0 +1,132 @@
+"""The launcher, with small scripts in the place of workers: whatever they do, it ends, and leaves none behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resist.training import launcher as launcher
+from resist.training.launcher import LIFELINE, launch
+
+STATUSES: dict[str, tuple[str, int, str]] = {
+    "all is well": ("pass", 0, ""),
+    "one fails": ("sys.exit(3 * (rank == 1))", 3, ""),
+    "all fail": ("sys.exit(2)", 2, ""),
+    "one is killed": (
+        "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sys.exit(1)", 1,
+        "process 1 (worker 1): ended by SIGKILL",
+    ),
+    "one hangs": (
+        "time.sleep(100) if rank == 2 else sys.exit(1)", 1,
+        "process 2 (workers 2, 3): killed, because it did not end by itself",
+    ),
+    "one is stopped": (
+        "os.kill(os.getpid(), signal.SIGSTOP * (rank == 0)); sys.exit(100)", 100,
+        "process 0 (worker 0): killed, because it did not end by itself",
+    ),
+    "one does not come to its end": (
+        "time.sleep(100 * (rank == 1))", 1, "process 1 (worker 1): killed, because it did not end by itself"
+    ),
+    "one starts another, and hangs": (
+        "subprocess.run(['sleep', '100']) if rank == 1 else sys.exit(1)", 1, "process 1 (worker 1): killed, because it"
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[subprocess.Popen[bytes]]]:
+    """Lets `launch` start a script; returns the list of processes that it will have started."""
+
+    def use(script: str) -> list[subprocess.Popen[bytes]]:
+        started: list[subprocess.Popen[bytes]] = []
+        head = "import os, signal, subprocess, sys, time\nrank = int(os.environ['RANK'])\n"
+
+        class Scripts:
+            @staticmethod
+            def Popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:  # noqa: N802
+                started.append(subprocess.Popen([sys.executable, "-S", "-c", head + script], **options))
+                return started[-1]
+
+        monkeypatch.setattr(launcher, "subprocess", Scripts)
+        monkeypatch.setattr(launcher, "FAREWELL_S", 3.0 if "100" in script else 60.0)  # a busy machine is slow to start
+        return started
+
+    return use
+
+
+@pytest.mark.parametrize("case", STATUSES)
+def test_it_ends_with_the_status_of_what_failed_and_says_what_nobody_else_can(
+    scripted: Callable[[str], list[subprocess.Popen[bytes]]], capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    script, status, said = STATUSES[case]
+    started = scripted(script)
+    assert launch([], 3, 2.0, 4) == status
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == bool(said)
+    assert said in "".join(lines)
+    assert all(process.returncode is not None for process in started)
+
+
+def test_one_that_fails_before_it_knows_the_others_is_named(
+    scripted: Callable[[str], list[subprocess.Popen[bytes]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    scripted("sys.exit(1) if rank == 1 else time.sleep(100)")
+    assert launch([], 3, 2.0, 3) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "resist: process 1 (worker 1): ended with status 1",
+        "resist: process 0 (worker 0), process 2 (worker 2): killed, because it did not end by itself",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("signal.signal(15, lambda *_: sys.exit(75)); open('ready', 'a').write('x'); time.sleep(100)", 75),
+        ("open('ready', 'a').write('x'); time.sleep(100)", 128 + signal.SIGTERM),
+        ("signal.signal(15, signal.SIG_IGN); open('ready', 'a').write('x'); time.sleep(100)", 128 + signal.SIGTERM),
+    ],
+    ids=["they save", "they end at once", "they do not listen"],
+)
+def test_a_signal_goes_on_to_all(
+    scripted: Callable[[str], list[subprocess.Popen[bytes]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    script: str, status: int,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    started = scripted(script)
+
+    def tell() -> None:
+        while not Path("ready").exists() or len(Path("ready").read_text()) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell).start()
+    assert launch([], 3, 1.0, 3) == status
+    assert all(process.returncode is not None for process in started)
+
+
+def test_workers_outlive_no_launcher(tmp_path: Path) -> None:
+    """A launcher that is killed closes its end of the pipe, and the workers are told to end."""
+    script = (
+        "import os, sys, time, resist.training.launcher as launch\n"
+        "launch.watch_launcher()\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    ours, theirs = os.pipe()[::-1]
+    worker = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, LIFELINE: str(theirs)}, pass_fds=(theirs,),
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    os.close(theirs)
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == b"ready\n"
+    os.close(ours)
+    assert worker.wait(30) == -signal.SIGTERM
+    worker.stdout.close()
