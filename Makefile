@@ -10,7 +10,7 @@ DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: .venv/installed
 	@echo "Training a 32-layer residual network on handwritten digits: 4 workers, 4 processes."
 	$(BIN)/resist train --data digits --model preact_small --workers 4 --min-depth 0 --local-steps 20 \
-	    --epochs 9 --batch-size 32 --lr 0.05 --evaluations 5 --out $(DEMO)
+	    --epochs 9 --batch-size 32 --lr 0.05 --num-evals 5 --out $(DEMO)
 	@echo
 	$(BIN)/resist evaluate $(DEMO)
 	@echo

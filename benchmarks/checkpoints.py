@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         resist(options.workers, options.local_steps, min_depth=0), batchnorm="average",
     )  # fmt: skip
     optimizers = tuple(torch.optim.SGD(worker.model.parameters(), lr=0.01, momentum=0.9) for worker in job.workers)
-    checkpoints = Checkpoints(folder, job.ledger)
+    checkpoints = Checkpoints(folder, job.transport)
     images = torch.randn(options.batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(CLASSES, (options.batch_size,), generator=torch.Generator().manual_seed(1))
 

@@ -8,7 +8,7 @@ weight decay 5e-4, crop and flip, every worker draws from the whole set, one thr
 
 While it trains, the full network is tested on the first 5,000 test images every 20 rounds. At the end it is read in
 every way (how the BatchNorm statistics come about, with and without the scale) on those and on all 10,000.
-`train_cpu_s` is the processor time of training and synchronising, without the evaluations: the machine is shared.
+`train_cpu_s` is the processor time of training and synchronizing, without the evaluations: the machine is shared.
 One line of JSON with the provenance is appended to benchmarks/results/cifar10.jsonl.
 """
 

@@ -1,4 +1,4 @@
-"""What ResIST is measured against, each behind the same small face: a network to train, and a `synchronise` to call.
+"""What ResIST is measured against, each behind the same small face: a network to train, and a `synchronize` to call.
 
 resist, local_sgd   this package (`Job`), with keyword arguments after commas: resist,optimizer_state=travel,min_depth=8
 flat                local SGD by hand: the parameters lie in one flat tensor, one all-reduce averages it in place
@@ -46,7 +46,7 @@ class Method(Protocol):
     model: nn.Module
     optimizer: SGD
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """End a round. Every worker has to call it, and it waits for the others."""
         ...
 
@@ -55,7 +55,7 @@ class Method(Protocol):
         ...
 
     def expected_bytes(self) -> int | None:
-        """Payload bytes that all workers together sent in the last `synchronise`, by formula; None: not predicted."""
+        """Payload bytes that all workers together sent in the last `synchronize`, by formula; None: not predicted."""
         ...
 
     def counted_bytes(self) -> int | None:
@@ -122,7 +122,7 @@ class Own:
         self._steps = strategy.local_steps
         self._before = self.job.plans_of(0)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         self._before = self.job.plans_of(self.job.round)
         if not self.optimizer.state and self.job.strategy.optimizer_state != "reset":
             raise AssertionError("the optimizer has no state that could be carried")
@@ -133,7 +133,7 @@ class Own:
         pass
 
     def counted_bytes(self) -> int:
-        return sum(self.job.ledger.take()["bytes"].values())  # type: ignore[attr-defined]
+        return sum(self.job.transport.take()["bytes"].values())  # type: ignore[attr-defined]
 
     def expected_bytes(self) -> int:
         """From the plans alone, without `resist.planning.schedule`. A folded block needs a message from each holder but
@@ -187,7 +187,7 @@ class Flat(_Full):
         self.optimizer = momentum_sgd(self.model)
 
     @torch.no_grad()
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         dist.all_reduce(self.flat)
         self.flat.div_(self.workers)
 
@@ -203,7 +203,7 @@ class Averager(_Full):
         for parameter in self.model.parameters():  # it passes over parameters that have no gradient
             parameter.grad = torch.zeros_like(parameter)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """The calls of one round: it averages in one of them and counts in the others."""
         for _ in range(self.period):
             self.averager.average_parameters(self.model.parameters())
@@ -220,7 +220,7 @@ class Ddp(_Full):
         """`model`, which has the parameters of `self.model`, under DDP, with gradients as views, which saves a copy."""
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         pass
 
 
@@ -237,7 +237,7 @@ class Published(_Full):
         self.others = [t for t in self.model.parameters() if id(t) not in inside]
 
     @torch.no_grad()
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         for chain in self.chains:
             plan, following = self._plan(chain, self.round), self._plan(chain, self.round + 1)
             for block in range(chain.num_blocks):

@@ -33,11 +33,11 @@ PHOTOGRAPHS = 16
 COMMON = [
     "--task", "detection", "--data", "voc2007", "--workers", "2", "--min-depth", "0", "--image-size", "128",
     "--sections", "1", "1", "9", "1", "--width", "8", "--local-steps", "20", "--lr", "0.02", "--lr-warmup-steps", "20",
-    "--schedule", "cosine", "--weight-decay", "1e-4", "--loaders", "0",
+    "--lr-schedule", "cosine", "--weight-decay", "1e-4", "--data-workers", "0",
 ]  # fmt: skip
 SETTINGS = {
-    "overfit": ["--epochs", "80", "--batch-size", "2", "--evaluations", "8", "--splits", "sixteen", "sixteen"],
-    "train": ["--epochs", "15", "--batch-size", "2", "--evaluations", "5"],
+    "overfit": ["--epochs", "80", "--batch-size", "2", "--num-evals", "8", "--splits", "sixteen", "sixteen"],
+    "train": ["--epochs", "15", "--batch-size", "2", "--num-evals", "5"],
 }
 
 
@@ -89,8 +89,8 @@ def summary(run: Path) -> Record:
         "image_size": config.network.image_size,
         "workers": config.method.workers,
         "local_steps": config.method.local_steps,
-        "batch_size": config.optimisation.batch_size,
-        "epochs": config.optimisation.epochs,
+        "batch_size": config.optimization.batch_size,
+        "epochs": config.optimization.epochs,
         "rounds": len(rounds),
         "steps": rounds[-1]["step"],
         "images": sum(r["images"] for r in rounds),

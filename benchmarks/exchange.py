@@ -1,9 +1,9 @@
-"""Seconds for one synchronisation over loopback: ResIST, local SGD, and the published pattern, side by side in one run.
+"""Seconds for one synchronization over loopback: ResIST, local SGD, and the published pattern, side by side in one run.
 
     python benchmarks/exchange.py                    # the paper's ResNet101 with 100 classes, S = 2 and 4
     python benchmarks/exchange.py --width 8 --repetitions 3 --workers 2       # seconds, to try it
 
-One process a worker, one thread each, gloo over the loopback interface. In every repetition each method synchronises
+One process a worker, one thread each, gloo over the loopback interface. In every repetition each method synchronizes
 once, in a turning order; a barrier comes before each, and the slowest process counts. All methods carry fp32 parameters
 and nothing else (optimizer_state=reset), except where the row says that momentum travels too. What the methods are
 is told in competitors.py.
@@ -103,13 +103,13 @@ def worker_main(rank: int, workers: int, folder: str, args: argparse.Namespace) 
 
 
 def repeat(methods: list[Method]) -> Repetition:
-    """One synchronisation by each method. The same result in every process."""
+    """One synchronization by each method. The same result in every process."""
     seconds, cpu_seconds = {}, {}
     own, busy, start = time.process_time(), busy_seconds(), time.perf_counter()
     for method in methods:
         dist.barrier()
         cpu, begin = time.process_time(), time.perf_counter()
-        method.synchronise()
+        method.synchronize()
         slowest = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
         together = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -171,7 +171,7 @@ def summary(repetitions: list[Repetition], wanted: int) -> dict[str, object]:
 def table(workers: int, result: dict[str, Any]) -> str:
     others = result["others_share"]
     lines = [
-        f"S = {workers}: seconds of one synchronisation, n = {result['n']} of {result['measured']} repetitions; "
+        f"S = {workers}: seconds of one synchronization, n = {result['n']} of {result['measured']} repetitions; "
         f"others took {others['median']:.0%} of the processors (at most {others['max']:.0%})",
         f"{'method':32} {'median':>8} {'quartiles':>16} {'min':>7} {'max':>7} {'cpu':>7} {'x resist':>9}",
     ]

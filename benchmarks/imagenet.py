@@ -35,9 +35,9 @@ RESULTS = Path(__file__).parent / "results" / "imagenet.jsonl"
 NETWORK = {"sections": (2, 2, 9, 2), "width": 8}
 SIZE, BATCH, WARMUP_EPOCHS = 64, 32, 2.0
 OPTIONS = (
-    f"--data folder --model preact_resnet50_imagenet --sections 2 2 9 2 --width 8 --image-size {SIZE} --loaders 1 "
-    f"--workers 2 --min-depth 4 --local-steps 25 --epochs 6 --batch-size {BATCH} --lr 0.05 --schedule cosine "
-    "--label-smoothing 0.1 --evaluations 2 --checkpoint-rounds 10"
+    f"--data folder --model preact_resnet50_imagenet --sections 2 2 9 2 --width 8 --image-size {SIZE} --data-workers 1 "
+    f"--workers 2 --min-depth 4 --local-steps 25 --epochs 6 --batch-size {BATCH} --lr 0.05 --lr-schedule cosine "
+    "--label-smoothing 0.1 --num-evals 2 --checkpoint-rounds 10"
 ).split()
 
 
@@ -119,7 +119,7 @@ def resume(data_dir: Path, out: Path, undisturbed: Path) -> dict[str, object]:
 def pipeline(data_dir: Path) -> dict[str, object]:
     rates: dict[str, float] = {}
     for loaders in (0, 1, 2):
-        data, _ = load("folder", data_dir, image_size=SIZE, loaders=loaders)
+        data, _ = load("folder", data_dir, image_size=SIZE, data_workers=loaders)
         assert isinstance(data, Photographs)
         loader = data.loader(batch_size=BATCH, seed=0, worker=0, workers=1)
         for step in range(5):
@@ -141,7 +141,7 @@ def pipeline(data_dir: Path) -> dict[str, object]:
             optimizer.zero_grad()
         return steps * BATCH / (time.perf_counter() - start)
 
-    data, _ = load("folder", data_dir, image_size=SIZE, loaders=1)
+    data, _ = load("folder", data_dir, image_size=SIZE, data_workers=1)
     loader = data.loader(batch_size=BATCH, seed=0, worker=0, workers=1)
     at_hand = loader.batch(0)
     trained(at_hand, 3)

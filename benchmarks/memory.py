@@ -11,9 +11,9 @@ keeps for later. On a GPU it is torch.cuda.max_memory_allocated.
 
 Training: two steps of SGD with momentum on random images (3 x 32 x 32), in fp32; the peak holds parameters, gradients,
 momentum, flat tensors, activations and the workspace of the convolutions. One worker of S, alone: it takes its part of
-the network and never synchronises.
+the network and never synchronizes.
 Building: the peak while the job is made: the full network is built on the host first.
-Exchange: S processes on loopback. The peak of a synchronisation above the size before it, the largest over processes,
+Exchange: S processes on loopback. The peak of a synchronization above the size before it, the largest over processes,
 against the bytes of a worker's own sub-network and of the full network. The first one is told apart from the next
 three: it makes the connections, and lays the optimizer's state out as the weights are.
 

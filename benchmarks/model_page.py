@@ -23,7 +23,7 @@ for one size of images are built for the data set's. In the library, `Job` takes
 
 ## What a network has to be like
 
-- A **chain** is a run of neighbours in one `nn.Sequential` or `nn.ModuleList` with the same class and the same shapes of
+- A **chain** is a run of neighbors in one `nn.Sequential` or `nn.ModuleList` with the same class and the same shapes of
   weights. Numbers and flags that differ along it (drop-path rates, layer indices, shifted windows) **go with their block**,
   as its weights do. With `torch.compile` each new combination of them is compiled anew.
 - Its blocks are **residual**. That is tried: with all weights zero a block has to give its input back. A block that ends in a
@@ -37,7 +37,7 @@ for one size of images are built for the data set's. In the library, `Job` takes
 **Blocks that end in a ReLU** (torchvision's ResNets, ResNeXt, RegNet): the full network uses x + scale * (block(x) - x) for
 every kind of block. With x + f(x) that is exactly x + scale * f(x). With relu(x + f(x)) it is relu(x + scale * f(x)) wherever
 x + f(x) is not negative; where it is negative, (1 - scale) * x remains, and the other would give less, down to zero. **Blocks
-that end in a norm** (BERT): it is the mean of two normalised states, and not normalised itself. Either way the scale cannot be
+that end in a norm** (BERT): it is the mean of two normalized states, and not normalized itself. Either way the scale cannot be
 folded into the weights of a block exactly. `resist plan` and a run's first lines say so.
 """
 

@@ -238,7 +238,7 @@ def conserved(case: Case, chains: tuple[Chain, ...]) -> None:
         strategy = resist.resist(workers, 1, min_depth=0)
         job = resist.Job(case.small, strategy, chains=case.chains, batchnorm="average", transport=transport)
         for _ in range(2):
-            job.synchronise()
+            job.synchronize()
         full = job.full_model()
         if full is not None:
             lost = [n for n, t in tensors_of(full).items() if not torch.equal(t, original[n])]

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from provenance import provenance
-from resist.runs.config import MachineConfig, MethodConfig, OptimisationConfig, RunConfig, TrainConfig
+from resist.runs.config import MachineConfig, MethodConfig, OptimizationConfig, RunConfig, TrainConfig
 from resist.runs.directory import Run, title_of
 from resist.training.loggers import open_loggers
 from resist.training.progress import Display
@@ -71,13 +71,13 @@ def small_round(folder: Path) -> tuple[float, list[dict[str, Any]]]:
     """(processor seconds of a round, without recording's own; the records of a run)."""
     config = TrainConfig(
         method=MethodConfig(workers=4, local_steps=LOCAL_STEPS),
-        optimisation=OptimisationConfig(batch_size=32, lr=0.05),
+        optimization=OptimizationConfig(batch_size=32, lr=0.05),
         machine=MachineConfig(device="cpu", processes=1),
     )
     spent: list[float] = []
     for rounds in (SHORT, LONG):
         out, until = folder / f"run-{rounds}", (f"rounds={rounds}",)
-        run = RunConfig(out=out, evaluations=1, checkpoint_rounds=1000, until=until)
+        run = RunConfig(out=out, num_evals=1, checkpoint_rounds=1000, until=until)
         start = time.process_time()
         assert train(replace(config, run=run)) == 0
         spent.append(time.process_time() - start)

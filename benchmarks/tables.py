@@ -173,15 +173,15 @@ def formula(build: Build, strategy: resist.Strategy, rounds: int, *, statistics:
 
 
 def ledger(build: Build, strategy: resist.Strategy, rounds: int) -> list[int]:
-    """Bytes that a job books in each of its first `rounds` synchronisations. One process hosts all workers, and
+    """Bytes that a job books in each of its first `rounds` synchronizations. One process hosts all workers, and
     nothing is trained, so that no optimizer has state to send: `strategy` has to reset it."""
     assert strategy.optimizer_state == "reset", "without an optimizer there is no state to book"
     job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", transport=Local(strategy.workers))
-    job.ledger.take()  # what was said while the job was built
+    job.transport.take()  # what was said while the job was built
     booked: list[int] = []
     for _ in range(rounds):
-        job.synchronise()
-        num_bytes = job.ledger.take()["bytes"]
+        job.synchronize()
+        num_bytes = job.transport.take()["bytes"]
         assert isinstance(num_bytes, dict)
         booked.append(sum(num_bytes.values()))
     return booked
@@ -211,7 +211,7 @@ def traffic(network: Record, wire: list[Record]) -> str:
     head = ["", "paper", "its formula", "sent, `reset`", "sent, `travel`", "sent, `average`", "ledger, `reset`",
             "busiest link / mean"]  # fmt: skip
     parts = [
-        f"## Table 1 of the paper: GB per synchronisation, {network['model']}, {network['num_classes']} classes\n\n"
+        f"## Table 1 of the paper: GB per synchronization, {network['model']}, {network['num_classes']} classes\n\n"
         "The paper counts what a parameter server would see; `its formula` is that count by `resist.cost`. `sent` is what "
         f"all workers together really send, float32 parameters, mean over {ROUNDS} rounds of plans, by what becomes of the "
         "momentum (`reset` sends weights only). `ledger` is what a real job over local copies books, mean of its first "
@@ -396,10 +396,10 @@ def _memory_errors(record: Record) -> Iterable[tuple[Any, ...]]:
 
 def exchange(record: Record) -> str:
     parts = [
-        f"## One synchronisation over loopback\n\nSeconds for {record['model']}, gloo, one process a worker, one thread each, "
+        f"## One synchronization over loopback\n\nSeconds for {record['model']}, gloo, one process a worker, one thread each, "
         "weights only unless said otherwise. `times` is the median of the ratios to ResIST within a repetition.\n\n"
         "`published` is the paper's pattern, a process group for every block in every round and a collective for every "
-        "tensor, as favourable as we could make it; `flat` is one all-reduce of everything."
+        "tensor, as favorable as we could make it; `flat` is one all-reduce of everything."
     ]
     for workers, found in record["results"].items():
         methods = found["methods"]
@@ -437,7 +437,7 @@ def memory_table(record: Record) -> str:
         f"## Memory of a worker\n\n{record['model']}, S = {record['workers']}, {record['device']}, MB above an idle process. While a "
         "job is built, each process builds the full network once, on the host.",
         table(["", "weights", "held when built", "peak, building", "peak, training", "max - min of it"], rows),
-        "What a synchronisation adds at its peak, MB:",
+        "What a synchronization adds at its peak, MB:",
         table(["", "first", "later ones", "max - min", "later, of the worker's weights"], later),
         provenance(record, n=lambda r: f"largest of n = {r['repetitions']} runs"),
     ])  # fmt: skip
@@ -551,9 +551,9 @@ def curves(runs: list[Record]) -> str:
             "end, averaged, 10,000", "processor s"]  # fmt: skip
     return "\n\n".join([
         "## Accuracy on CIFAR-10, of a width that two cores can train\n\nPercent of test images; the setting is told in "
-        "`benchmarks/cifar10.py`. The word after the strategy is what becomes of the momentum at a synchronisation. While it "
+        "`benchmarks/cifar10.py`. The word after the strategy is what becomes of the momentum at a synchronization. While it "
         "trains: the first 5,000 test images, BatchNorm statistics re-estimated on 5,000 training images (plain, or augmented as "
-        "in training), inclusion scale. Processor seconds are those of training and synchronising all workers.",
+        "in training), inclusion scale. Processor seconds are those of training and synchronizing all workers.",
         table(head, rows),
         *equal_rounds(runs),
         provenance(*runs, n=lambda r: "n = 1 run of each row, so no spread is known"),

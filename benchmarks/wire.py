@@ -6,11 +6,11 @@
 Every worker is a process in a network namespace of its own (namespaces.py), started with the variables that torch's
 launchers set, and talks gloo. Needs Linux, root and iproute2. What the methods are is told in competitors.py.
 
-A round is `--local-steps` steps, then the synchronisation of the method.
+A round is `--local-steps` steps, then the synchronization of the method.
 compute   seconds of the steps, on the slowest host: real steps on random images in fp32, unless `--compute-s SUB FULL`
           gives the seconds that one step of a sub-network and of the full network take on some other device. Then the
           hosts sleep that long, and the table says so: the ratio of compute to exchange is that of the named device.
-exchange  seconds of the synchronisation on the slowest host, after a barrier. DDP exchanges within its steps: for it,
+exchange  seconds of the synchronization on the slowest host, after a barrier. DDP exchanges within its steps: for it,
           the time that these take longer than steps without exchange, over `--ddp-steps` and scaled to a round.
           Under `--compute-s` its layers sleep in the backward pass in turn (two thirds of a step), so that it
           overlaps compute and exchange as usual.
@@ -163,7 +163,7 @@ def measure(method: Method, args: argparse.Namespace) -> list[dict[str, Any]]:
             compute_s[index] = time.perf_counter() - start
         dist.barrier()
         start = time.perf_counter()
-        method.synchronise()
+        method.synchronize()
         exchange_s = time.perf_counter() - start
         dist.barrier()
         sent = sent_bytes() - sent

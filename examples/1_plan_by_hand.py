@@ -27,7 +27,9 @@ for round, plan in enumerate(plans):
 
 # From one plan to the next: copies of a block are averaged by one of its holders, which sends it to the next holders.
 steps = schedule({"layer3": plans[0]}, {"layer3": plans[1]}, {"layer3": BLOCK_BYTES})
-print(f"\nFrom round 0 to round 1: {len(steps.fold)} copies averaged, {len(steps.hand_over)} handed over. It begins:")
+print(
+    f"\nFrom round 0 to round 1: {len(steps.average)} copies averaged, {len(steps.hand_over)} handed over. It begins:"
+)
 for message in steps.messages[:6]:
     print(f"  {message.phase:<9}  block {message.block:>2}  worker {message.source} -> {message.target}")
 
@@ -35,7 +37,7 @@ shared = options.workers * allreduce_bytes(SHARED_BYTES, options.workers)
 whole = SHARED_BYTES + options.blocks * BLOCK_BYTES
 everything = options.workers * allreduce_bytes(whole, options.workers)
 blocks = steps.num_bytes
-print("\nSent by all workers in a synchronisation, MB:")
+print("\nSent by all workers in a synchronization, MB:")
 print(f"  ResIST      {(shared + blocks) / 1e6:7.1f}  ({shared / 1e6:.1f} shared part, {blocks / 1e6:.1f} blocks)")
 print(f"  local SGD   {everything / 1e6:7.1f}  (every worker holds every block)")
 mine = SHARED_BYTES + options.capacity * BLOCK_BYTES

@@ -16,7 +16,7 @@ from resist.models import build
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=240, help="of each worker")
-parser.add_argument("--local-steps", type=int, default=20, help="between two synchronisations")
+parser.add_argument("--local-steps", type=int, default=20, help="between two synchronizations")
 options = parser.parse_args()
 
 train, test = load("digits")  # 16x16 images, three equal channels
@@ -55,11 +55,11 @@ for step in range(options.steps):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    synchronised = job.step(*optimizers)
-    if synchronised and job.round % 4 == 0:
+    synchronized = job.step(*optimizers)
+    if synchronized and job.round % 4 == 0:
         held = job.plans[chain.name].blocks
         share = f"{accuracy(job.full_model(calibration())):6.1%}"
         print(f"round {job.round:>2}  loss {sum(losses) / 4:.3f}  full network right on {share}  next plan {held}")
 
-booked = job.ledger.take()["bytes"]
+booked = job.transport.take()["bytes"]
 print(f"Sent in {job.round} rounds: " + ", ".join(f"{kind} {n / 1e6:.1f} MB" for kind, n in booked.items() if n))

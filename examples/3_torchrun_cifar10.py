@@ -31,8 +31,8 @@ options = parser.parse_args()
 workers = int(os.environ["WORLD_SIZE"])
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
-normalise = v2.Normalize([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
-tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalise]
+normalize = v2.Normalize([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
+tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
 if options.synthetic:
     labels = torch.arange(512) % 10
     train = test = TensorDataset(torch.randn(512, 3, 32, 32) + labels.view(-1, 1, 1, 1) / 5, labels)
@@ -65,6 +65,6 @@ full = job.full_model(islice(loader, 40))  # assembled where worker 0 lives; Non
 if full is not None:
     with torch.no_grad():
         right = [(full(x.to(device)).argmax(1).cpu() == y).float().mean() for x, y in DataLoader(test, batch_size=128)]
-    sent = sum(job.ledger.take()["wire_bytes"].values())
+    sent = sum(job.transport.take()["wire_bytes"].values())
     print(f"{workers} workers: the full network is right on {sum(right) / len(right):.1%}; {sent / 1e6:.0f} MB sent")
 job.close()

@@ -56,7 +56,7 @@ def run(strategy: resist.Strategy) -> tuple[float, float, float]:
             optimizer.zero_grad()
         seconds += time.perf_counter() - begin
         job.step(*optimizers)
-    sent = sum(n for kind, n in job.ledger.take()["bytes"].items() if kind != "evaluate")
+    sent = sum(n for kind, n in job.transport.take()["bytes"].items() if kind != "evaluate")
     full = job.full_model(loaders[0].batch(step)[0] for step in range(20))
     return accuracy(full), seconds, sent / 1e6
 

@@ -19,7 +19,7 @@ from pool import Pool
 
 torch.set_num_threads(1)
 
-# A loaded machine is slow at times, and that is no failure. Derandomised: a run of the tests is the same everywhere.
+# A loaded machine is slow at times, and that is no failure. Derandomized: a run of the tests is the same everywhere.
 hypothesis.settings.register_profile(
     "resist",
     deadline=None,

@@ -39,7 +39,7 @@ NOT_RUN = {
 # Commands of the README and the first page that are run: at this size, in one process, in a folder of their own.
 SMALL = [
     "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32", "--local-steps", "2", "--epochs", "0.1",
-    "--evaluations", "1", "--batchnorm", "average", "--device", "cpu",
+    "--num-evals", "1", "--batchnorm", "average", "--device", "cpu",
 ]  # fmt: skip
 RUN = {"train": [*SMALL, "--processes", "1"], "compare": [*SMALL, "--processes", "1"], "plan": [], "evaluate": [],
        "export": [], "report": ["--force"], "watch": ["--no-progress"]}  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {"bus": (230, 40, 40), "sheep": (40, 220, 60), "boat": (50, 60, 230)}
+COLORS = {"bus": (230, 40, 40), "sheep": (40, 220, 60), "boat": (50, 60, 230)}
 Object = tuple[str, tuple[float, float, float, float], bool]  # class; left, top, right, bottom from 0; difficult
 
 
@@ -31,7 +31,7 @@ def write(root: Path, name: str, objects: Sequence[Object], width: int = 96, hei
     draw = ImageDraw.Draw(picture)
     for kind, (left, top, right, bottom), _ in objects:
         shape = draw.ellipse if kind == "sheep" else draw.rectangle
-        shape((left, top, right - 1, bottom - 1), fill=COLOURS[kind])
+        shape((left, top, right - 1, bottom - 1), fill=COLORS[kind])
     picture.save(base / "JPEGImages" / f"{name}.jpg", quality=95)
     (base / "Annotations" / f"{name}.xml").write_text(annotation(objects, width, height))
 

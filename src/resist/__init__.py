@@ -4,7 +4,7 @@ from resist.errors import UserError, WorkerLostError
 from resist.job import Job
 from resist.planning.plan import Plan, partition
 from resist.planning.schedule import Message, Schedule, allreduce_bytes, schedule
-from resist.planning.strategy import Outer, Strategy, ddp, diloco, local_sgd, resist, switch
+from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
 from resist.subnet.chains import Chain, find_chains
 from resist.sync.worker import Worker
 
@@ -14,7 +14,7 @@ __all__ = [
     "Chain",
     "Job",
     "Message",
-    "Outer",
+    "OuterSGD",
     "Plan",
     "Schedule",
     "Strategy",

@@ -25,11 +25,11 @@ from resist.subnet.seeded import build_seeded, fingerprint
 from resist.sync.agreement import check_agreement
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, all_finite
 from resist.sync.distributed import connect
-from resist.sync.exchange import Copy, Exchange, assembly
+from resist.sync.exchange import Exchange, Payload, assembly
 from resist.sync.optimizer_state import OPTIMIZER_STATES, optimizers_of
-from resist.sync.traffic import Ledger
+from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
-from resist.sync.worker import SafeCopy, Worker
+from resist.sync.worker import Replica, Worker
 
 NONFINITE = ("stop", "drop")
 
@@ -48,14 +48,14 @@ class Job:
                  num_blocks), "1/S", or a number.
     transport:   default: torch.distributed where this process was started for it, else this process hosts all workers.
 
-    nonfinite:   "stop": DivergedError, in all processes, when a worker's weights are no longer finite at the end of a
+    on_nonfinite: "stop": DivergedError, in all processes, when a worker's weights are no longer finite at the end of a
                  round; "drop": its round is left out of the means, and blocks that only it held stay as they were.
                  `dropped` says who was left out of the round that ended last, and why. Takes memory for the weights
                  with which a round began.
-    safety:      keep each block twice, as it was synchronised, until the next synchronisation is over, so that the
+    replicate:      keep each block twice, as it was synchronized, until the next synchronization is over, so that the
                  network is complete without any one worker: `safe` is what this process keeps. Takes memory for the
                  weights that a worker holds, and for blocks that it handed over.
-    start:       (round, step) at which a job goes on that was interrupted; see `resist.runs.checkpoint`.
+    resume_at:   (round, step) at which a job goes on that was interrupted; see `resist.runs.checkpoint`.
 
     workers: the hosted ones; `model` is the sub-network where there is only one.
     step_index, round: steps done; the round that the next step belongs to.
@@ -74,25 +74,30 @@ class Job:
         channels_last: bool = False,
         transport: Transport | None = None,
         timeout_s: float = 600.0,
-        nonfinite: str = "stop",
-        safety: bool = False,
-        start: tuple[int, int] = (0, 0),
+        on_nonfinite: str = "stop",
+        replicate: bool = False,
+        resume_at: tuple[int, int] = (0, 0),
     ) -> None:
         if not isinstance(strategy, Strategy):
             raise UserError(f"strategy={strategy!r} is not a Strategy; give one, as in resist.resist(workers=4)")
         _one_of("batchnorm", batchnorm, BATCHNORMS)
         for part in _parts(strategy):
             _one_of("optimizer_state", part.optimizer_state, OPTIMIZER_STATES)
-        _one_of("nonfinite", nonfinite, NONFINITE)
-        if strategy.every_step and (safety or nonfinite == "drop"):
-            raise UserError("ddp mixes gradients at every step and holds all weights anyway; leave safety and drop out")
-        if safety and strategy.workers < 2:
-            raise UserError("safety needs a second worker to keep copies; give at least 2 workers, or leave it out")
+        _one_of("on_nonfinite", on_nonfinite, NONFINITE)
+        if strategy.every_step and (replicate or on_nonfinite == "drop"):
+            raise UserError(
+                "ddp averages gradients in every step, and every worker holds all weights; leave out replicate and "
+                "on_nonfinite='drop'"
+            )
+        if replicate and strategy.workers < 2:
+            raise UserError(
+                "replicate needs a second worker to hold the replicas; give at least 2 workers, or leave it out"
+            )
         self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
-        self.nonfinite, self.safety = nonfinite, safety
-        self.safe: list[SafeCopy] = []
+        self.on_nonfinite, self.replicate = on_nonfinite, replicate
+        self.replicas: list[Replica] = []
         self.dropped: dict[int, str] = {}
-        self.round, self.step_index = start
+        self.round, self.step_index = resume_at
         self._steps_in_round = 0
         self._optimizers: tuple[Optimizer, ...] = ()
         full = build_seeded(build_model, seed)
@@ -101,23 +106,25 @@ class Job:
         self.chains = choose_chains(full, (chains,) if isinstance(chains, str) else tuple(chains))
         self.plans = self.plans_of(self.round)
         _ = self.scales  # complains about a wrong scale now rather than at the end
-        self.ledger = Ledger(transport if transport is not None else connect(strategy.workers, device, timeout_s))
-        if self.ledger.num_workers != strategy.workers:
+        self.transport = CountingTransport(
+            transport if transport is not None else connect(strategy.workers, device, timeout_s)
+        )
+        if self.transport.num_workers != strategy.workers:
             raise UserError(
-                f"a transport for {self.ledger.num_workers} workers, a strategy for {strategy.workers}; match them"
+                f"a transport for {self.transport.num_workers} workers, a strategy for {strategy.workers}; match them"
             )
         self._agree(full, channels_last)
         tensors = tensors_of(full)
         self.workers: list[Worker] = []
-        for index in self.ledger.hosted:
+        for index in self.transport.hosted:
             held = [self.plans[chain.name].blocks[index] for chain in self.chains]
             subnet = Subnet(full, self.chains, [len(h) for h in held], device=device, channels_last=channels_last)
             subnet.load(tensors, held)
             self.workers.append(Worker(index, subnet))
-        self.mark_starts()
+        self.mark_anchors()
         if strategy.every_step:
             for worker in self.workers:
-                worker.model = self.ledger.average_gradients(worker.subnet.model)
+                worker.model = self.transport.average_gradients(worker.subnet.model)
 
     @property
     def model(self) -> nn.Module:
@@ -130,7 +137,7 @@ class Job:
 
     @property
     def steps_left(self) -> int:
-        """Calls of `step` until the next synchronisation, that one included."""
+        """Calls of `step` until the next synchronization, that one included."""
         return self.strategy.at(self.round).local_steps - self._steps_in_round
 
     def plans_of(self, round: int) -> dict[str, Plan]:
@@ -138,16 +145,16 @@ class Job:
         strategy = self.strategy.at(round)
         return {c.name: strategy.assign(c.num_blocks, c.name, self.seed, round) for c in self.chains}
 
-    def step(self, *optimizers: Optimizer, bad: Mapping[int, str] | None = None) -> bool:
+    def step(self, *optimizers: Optimizer, nonfinite: Mapping[int, str] | None = None) -> bool:
         """Call it after each optimizer step, with the optimizers of every hosted worker: one each, or more.
 
-        After `local_steps` calls it synchronises: waits for all workers, averages, and puts the next round's blocks
+        After `local_steps` calls it synchronizes: waits for all workers, averages, and puts the next round's blocks
         into the slots. Every worker has to call it equally often, also where a GradScaler left a step out.
 
-        bad: hosted workers whose round must not count, each with the reason ("a loss of nan in step 7"), treated as
-             `nonfinite` says; weights that are not finite are found without it.
+        nonfinite: hosted workers whose round must not count, each with the reason ("a loss of nan in step 7"), treated
+             as `on_nonfinite` says; weights that are not finite are found without it.
 
-        Returns whether it synchronised.
+        Returns whether it synchronized.
         """
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
@@ -157,7 +164,7 @@ class Job:
         self._steps_in_round += 1
         if self.steps_left > 0:
             return False
-        self.synchronise(bad)
+        self.synchronize(nonfinite)
         return True
 
     def _adopt(self, optimizers: tuple[Optimizer, ...]) -> None:
@@ -181,7 +188,7 @@ class Job:
             ... optimizer.step(); average.update_parameters(job.model); job.step(optimizer)
             full = job.full_model(batches, averaged=True)
 
-        averages: one for each hosted worker. At a synchronisation they are folded and handed over as the weights are,
+        averages: one for each hosted worker. At a synchronization they are folded and handed over as the weights are,
                   which costs as many bytes again (booked as "state"). They go on through the same parameters.
         """
         if len(averages) != len(self.workers):
@@ -195,47 +202,47 @@ class Job:
                     "torch.optim.swa_utils.AveragedModel(model)"
                 ) from error
 
-    def synchronise(self, bad: Mapping[int, str] | None = None) -> None:
+    def synchronize(self, nonfinite: Mapping[int, str] | None = None) -> None:
         """End the round now: fold, hand over, go on with the next plan. Every worker has to call it.
 
-        bad: hosted workers whose round must not count, each with the reason; see `step`.
+        nonfinite: hosted workers whose round must not count, each with the reason; see `step`.
         """
         strategy = self.strategy.at(self.round)
         next_plans = self.plans_of(self.round + 1)
         subnets = {worker.index: worker.subnet for worker in self.workers}
         for subnet in subnets.values():
             subnet.check_attached()
-        copies = self._copies(strategy, bad or {})
-        spares: Mapping[tuple[int, int], Tensor] = {}
+        payloads = self._payloads(strategy, nonfinite or {})
+        replicas: Mapping[tuple[int, int], Tensor] = {}
         if not strategy.every_step:
             exchange = Exchange(
-                self.ledger,
+                self.transport,
                 subnets,
-                copies,
+                payloads,
                 self.plans,
                 next_plans,
                 strategy.outer,
-                {worker.index: worker.start for worker in self.workers if worker.start is not None},
+                {worker.index: worker.anchor for worker in self.workers if worker.anchor is not None},
                 self.dropped.keys(),
-                self.safety,
+                self.replicate,
             )
             exchange.finish()
-            spares = exchange.spares
+            replicas = exchange.replicas
         for worker in self.workers:
             capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
             held = [next_plans[chain.name].blocks[worker.index] for chain in self.chains]
-            worker.go_on({one.name: one.flats[worker.index] for one in copies}, capacities, held)
+            worker.go_on({one.name: one.flats[worker.index] for one in payloads}, capacities, held)
         self.plans = next_plans
         self.round += 1
         self._steps_in_round = 0
-        self.mark_starts()
-        if self.safety:
-            self._keep_safe(spares)
+        self.mark_anchors()
+        if self.replicate:
+            self._keep_replicas(replicas)
 
     def finish(self) -> None:
         """Fold the last, short round, if steps are open. Nothing that a worker learned is left out."""
         if self._steps_in_round:
-            self.synchronise()
+            self.synchronize()
 
     def full_model(
         self, batches: Iterable[object] | None = None, *, on: int = 0, averaged: bool = False
@@ -270,7 +277,7 @@ class Job:
             full.hold([range(chain.num_blocks) for chain in self.chains])
             with torch.no_grad():
                 full.shared.copy_(own.shared)
-        assembly(self.ledger, subnets, self.plans, full, on).finish()
+        assembly(self.transport, subnets, self.plans, full, on).finish()
         if full is None or own is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
@@ -280,54 +287,56 @@ class Job:
 
     def close(self) -> None:
         """Leave the process group, if there is one."""
-        self.ledger.close()
+        self.transport.close()
 
-    def mark_starts(self) -> None:
+    def mark_anchors(self) -> None:
         """Remember the weights with which this round begins, where something will ask for them."""
         for worker in self.workers:
             worker.begin(
-                keep_start=self.safety or self.nonfinite == "drop",
+                keep_anchor=self.replicate or self.on_nonfinite == "drop",
                 outer=self.strategy.at(self.round).outer is not None,
             )
 
     @torch.no_grad()
-    def _keep_safe(self, spares: Mapping[tuple[int, int], Tensor]) -> None:
-        """Keep what this process has of the synchronised network; forget the copy before when all have theirs.
+    def _keep_replicas(self, replicas: Mapping[tuple[int, int], Tensor]) -> None:
+        """Keep what this process has of the synchronized network; forget the copy before when all have theirs.
 
         Waits for all processes. If one is lost now, the others still have the one copy or the other, complete.
         """
         tensors: dict[str, Tensor] = {}
         for worker in self.workers:
-            tensors |= worker.subnet.state(self.held_by(worker), worker.start)
+            tensors |= worker.subnet.state(self.held_by(worker), worker.anchor)
         layouts = self.workers[0].subnet.block_layouts
-        for (number, block), flat in spares.items():
+        for (number, block), flat in replicas.items():
             name = self.chains[number].block_name(block)
             tensors |= {f"{name}.{key}": piece.view(flat) for key, piece in layouts[number].pieces.items()}
-        self.safe.append(SafeCopy(self.round, self.step_index, tensors))
-        self.ledger.gather_text("kept")
-        del self.safe[:-1]
+        self.replicas.append(Replica(self.round, self.step_index, tensors))
+        self.transport.all_gather_text("kept")
+        del self.replicas[:-1]
 
     def held_by(self, worker: Worker) -> list[tuple[int, ...]]:
         """The blocks of each chain that a hosted worker holds, in the order of its slots."""
         return [self.plans[chain.name].blocks[worker.index] for chain in self.chains]
 
-    def _copies(self, strategy: Strategy, bad: Mapping[int, str]) -> list[Copy]:
+    def _payloads(self, strategy: Strategy, nonfinite: Mapping[int, str]) -> list[Payload]:
         """What is exchanged at the end of this round. Waits for all processes, to agree on it."""
         policy, averages = strategy.optimizer_state, {w.index: w.average.flat for w in self.workers if w.average}
         for worker in self.workers:
             worker.collect_state(policy)
-        copies = [Copy(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, averages=True)]
-        for kind in self._agree_on_round(bad):
+        payloads = [Payload(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, average_shared=True)]
+        for kind in self._agree_on_round(nonfinite):
             flats = {w.index: w.state.setdefault(kind, torch.zeros_like(w.subnet.flat)) for w in self.workers}
-            copies.append(Copy(kind, flats, moves=policy in ("travel", "average"), averages=policy == "average"))
+            payloads.append(
+                Payload(kind, flats, moves=policy in ("travel", "average"), average_shared=policy == "average")
+            )
         if averages:
-            copies.append(Copy(AVERAGE, averages, moves=True, averages=True))
+            payloads.append(Payload(AVERAGE, averages, moves=True, average_shared=True))
         if strategy.outer:
             velocities = {worker.index: worker.state[VELOCITY] for worker in self.workers}
-            copies.append(Copy(VELOCITY, velocities, moves=True, averages=False, folds=False))
-        return copies
+            payloads.append(Payload(VELOCITY, velocities, moves=True, average_shared=False, average_blocks=False))
+        return payloads
 
-    def _agree_on_round(self, bad: Mapping[int, str]) -> list[str]:
+    def _agree_on_round(self, nonfinite: Mapping[int, str]) -> list[str]:
         """The kinds of optimizer state that any worker has; sets `dropped`. Waits for all processes.
 
         A worker has no state yet where a GradScaler left all its steps out; what moves has to be the same list
@@ -337,13 +346,13 @@ class Job:
         mine = {
             "averages": any(worker.average for worker in self.workers),
             "kinds": sorted({kind for worker in self.workers for kind in worker.state} - {VELOCITY}),
-            "bad": {**found, **bad},
+            "nonfinite": {**found, **nonfinite},
         }
-        told = [json.loads(text) for text in self.ledger.gather_text(json.dumps(mine))]
+        told = [json.loads(text) for text in self.transport.all_gather_text(json.dumps(mine))]
         if len({one["averages"] for one in told}) > 1:
             raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
-        self.dropped = {int(worker): reason for one in told for worker, reason in one["bad"].items()}
-        if self.dropped and (self.nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
+        self.dropped = {int(worker): reason for one in told for worker, reason in one["nonfinite"].items()}
+        if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
             worker, reason = min(self.dropped.items())
             raise DivergedError(
                 f"worker {worker} has {reason} at the end of round {self.round} (step {self.step_index}): training "
@@ -377,8 +386,8 @@ class Job:
             "seed": self.seed,
             "batchnorm": self.batchnorm,
             "channels_last": channels_last,
-            "safety": self.safety,
-            "nonfinite": self.nonfinite,
+            "replicate": self.replicate,
+            "on_nonfinite": self.on_nonfinite,
             "model": network["structure"],
             "chains": [chain.name for chain in self.chains],
             "capacities": [
@@ -388,7 +397,7 @@ class Job:
             ],
             "initial weights": network["weights"],
         }
-        check_agreement(self.ledger, mine)
+        check_agreement(self.transport, mine)
 
 
 def _parts(strategy: Strategy) -> list[Strategy]:

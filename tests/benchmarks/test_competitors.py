@@ -52,7 +52,7 @@ def weights_after_rounds(spec: str, rank: int) -> dict[str, Tensor]:
         for name, weight in global_weights(method).items():
             generator = torch.Generator().manual_seed(keyed_int(name, round, rank))
             weight += torch.randn(weight.shape, generator=generator)
-        method.synchronise()
+        method.synchronize()
         method.tidy()
     return {name: weight.clone() for name, weight in global_weights(method).items()}
 

@@ -54,7 +54,7 @@ def run(percent: float, **other: Any) -> dict[str, Any]:
 def test_without_results_there_is_only_what_can_be_computed(tmp_path: Path) -> None:
     page = tables.page(tmp_path, SMALL)
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
-        "## Table 1 of the paper: GB per synchronisation, preact_small, 10 classes"
+        "## Table 1 of the paper: GB per synchronization, preact_small, 10 classes"
     ]
     assert page == tables.page(tmp_path, SMALL)
 

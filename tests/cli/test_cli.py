@@ -18,7 +18,7 @@ from resist.cli import main
 
 SMALL = [
     "--workers", "4", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
-    "--local-steps", "3", "--epochs", "0.2", "--evaluations", "2", "--device", "cpu",
+    "--local-steps", "3", "--epochs", "0.2", "--num-evals", "2", "--device", "cpu",
 ]  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 HOST = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # one process on each of two hosts
@@ -283,7 +283,7 @@ def started(out: Path, *arguments: str) -> "subprocess.Popen[str]":
     return running
 
 
-LONG = [*SMALL[:-4], "--epochs", "3", "--evaluations", "1", "--checkpoint-rounds", "2", "--device", "cpu"]
+LONG = [*SMALL[:-4], "--epochs", "3", "--num-evals", "1", "--checkpoint-rounds", "2", "--device", "cpu"]
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ train --capacities 1 1 1 1
 train --processes 9
 train --lr -1
 train --epochs 0
-train --batch-size 10 --accumulate 3
+train --batch-size 10 --grad-accum-steps 3
 train --nesterov --momentum 0
 train --model resnet9
 train --data mnist

@@ -86,7 +86,7 @@ def test_real_traffic_of_four_workers(paper: Report) -> None:
 def follow(job: Job, optimizers: Sequence[Optimizer], num_states: int, rounds: int) -> None:
     """Train some rounds; after each compare the ledger with `round_traffic`, by kind and by link."""
     strategy, workers = job.strategy, job.strategy.workers
-    job.ledger.take()
+    job.transport.take()
     for number in range(rounds):
         expected = round_traffic(
             SIZES, job.plans_of(number), job.plans_of(number + 1),
@@ -96,15 +96,15 @@ def follow(job: Job, optimizers: Sequence[Optimizer], num_states: int, rounds: i
             local_step(job, optimizers)
             if job.step(*optimizers):
                 break
-        booked, by_way = +job.ledger.bytes, Counter[tuple[str, int]]()
-        for (source, target), num_bytes in job.ledger.pairs.items():
+        booked, by_way = +job.transport.bytes, Counter[tuple[str, int]]()
+        for (source, target), num_bytes in job.transport.pairs.items():
             by_way["out", source] += num_bytes
             by_way["in", target] += num_bytes
         assert booked == +Counter(expected.bytes)
-        assert by_way == Counter(expected.fold) + Counter(expected.hand_over)
-        means = sum(booked.values()) - sum(job.ledger.pairs.values())
+        assert by_way == Counter(expected.average) + Counter(expected.hand_over)
+        means = sum(booked.values()) - sum(job.transport.pairs.values())
         assert means == workers * expected.ring_bytes
-        job.ledger.take()
+        job.transport.take()
 
 
 @st.composite
@@ -140,13 +140,13 @@ def test_a_report_is_the_mean_of_what_the_ledger_books(name: str, policy: str) -
     report = predict(tiny, workers=[3], strategies=[name], local_steps=1, optimizer_state=policy, **SMALL)
     state = {} if name == "diloco" else {"optimizer_state": policy}  # DiLoCo's inner optimizers keep theirs
     job, optimizers = make({"resist": resist, "local_sgd": local_sgd, "diloco": diloco}[name](3, 1, **state))
-    job.ledger.take()
+    job.transport.take()
     for _ in range(report.rounds):
         local_step(job, optimizers)
         job.step(*optimizers)
     traffic = report.rows[0].traffic
     predicted = {kind: report.rounds * num_bytes for kind, num_bytes in traffic.bytes.items() if num_bytes}
-    assert predicted == +job.ledger.bytes
+    assert predicted == +job.transport.bytes
 
 
 def test_ddp_sends_all_gradients_in_every_step() -> None:
@@ -246,7 +246,7 @@ def test_what_ddp_and_diloco_hold_besides() -> None:
     job, optimizers = make(diloco(2, 1))
     local_step(job, optimizers)
     job.step(*optimizers)
-    start = job.workers[0].start
+    start = job.workers[0].anchor
     assert start is not None
     kept = start.nbytes + job.workers[0].state[VELOCITY].nbytes
     assert ddp.peak - plain.peak == ddp.buckets == plain.gradients
@@ -515,19 +515,19 @@ def test_reports_are_values() -> None:
 
 def test_what_a_safe_copy_holds_and_sends() -> None:
     """As the ledger books it, and as the largest of the job's own copies is."""
-    report = predict(tiny, workers=[3], strategies=["resist", "local_sgd"], safety=True, min_depth=0, **SMALL)
+    report = predict(tiny, workers=[3], strategies=["resist", "local_sgd"], replicate=True, min_depth=0, **SMALL)
     ours, everything = report.rows
-    job, optimizers = make(resist(3, 1, min_depth=0), safety=True)
+    job, optimizers = make(resist(3, 1, min_depth=0), replicate=True)
     sent = 0
     for _ in range(4):
         local_step(job, optimizers)
         job.step(*optimizers)
-        sent += job.ledger.bytes["safety"]
-        job.ledger.take()
-    assert 4 * ours.traffic.bytes["safety"] == pytest.approx(sent)
-    start = job.workers[0].start
+        sent += job.transport.bytes["replica"]
+        job.transport.take()
+    assert 4 * ours.traffic.bytes["replica"] == pytest.approx(sent)
+    start = job.workers[0].anchor
     assert start is not None
     memory = ours.networks[0].memory
-    assert memory.safety >= memory.weights == pytest.approx(start.nbytes, rel=0.01)
-    assert everything.traffic.bytes["safety"] == 0
-    assert everything.networks[0].memory.safety == everything.networks[0].memory.weights
+    assert memory.replicas >= memory.weights == pytest.approx(start.nbytes, rel=0.01)
+    assert everything.traffic.bytes["replica"] == 0
+    assert everything.networks[0].memory.replicas == everything.networks[0].memory.weights

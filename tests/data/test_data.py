@@ -130,7 +130,7 @@ def test_digits() -> None:
     train, test = load("digits")
     assert (len(train), len(test), train.images.shape[1:]) == (1437, 360, (3, 16, 16))
     assert (train.flip, train.num_classes, num_classes_of("digits")) == (False, 10, 10)
-    pixels = train.normalise(train.images)
+    pixels = train.normalize(train.images)
     assert abs(pixels.mean().item()) < 1e-3
     assert abs(pixels.std().item() - 1) < 1e-3
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from photographs import COLOURS, make_folder, write
+from photographs import COLORS, make_folder, write
 from resist.data import Photographs, image_size_of, load, num_classes_of
 from resist.data.image_folder import MEAN, STD, class_names, list_split, read
 from resist.errors import UserError
@@ -43,7 +43,7 @@ def test_what_is_listed(folder: Path) -> None:
     names = [train.listing.path(i).relative_to(folder / "train").as_posix() for i in range(len(train))]
     assert names == sorted(names, key=os.fsencode)
     assert Counter(name.split("/")[0] for name in names) == {"ant": 9, "bee": 8, "cat": 8}
-    assert [sorted(COLOURS)[label] for label in train.listing.labels] == [name.split("/")[0] for name in names]
+    assert [sorted(COLORS)[label] for label in train.listing.labels] == [name.split("/")[0] for name in names]
     assert set(held_out.listing.labels.tolist()) == {0, 1}  # a class need not be tested
     assert (train.num_classes, held_out.num_classes, num_classes_of("folder", folder)) == (3, 3, 3)
     assert (image_size_of("folder"), num_classes_of("imagenet")) == (224, 1000)
@@ -85,15 +85,17 @@ def test_training_batches_keep_image_and_label_together(folder: Path) -> None:
     for step in range(2):
         images, own = loader.batch(step)
         assert (images.shape, images.dtype, own.dtype) == ((12, 3, 32, 32), torch.float32, torch.int64)
-        assert torch.equal(images.mean(dim=(2, 3)).argmax(1), own)  # class and strongest colour have the same number
+        assert torch.equal(images.mean(dim=(2, 3)).argmax(1), own)  # class and strongest color have the same number
         labels += own.tolist()
     assert Counter(labels) == {0: 8, 1: 8, 2: 8}
 
 
 @pytest.mark.slow
 def test_batches_are_the_same_whoever_reads_them(folder: Path) -> None:
-    def batches(loaders: int, steps: list[int]) -> list[tuple[Tensor, Tensor]]:
-        loader = opened(folder, loaders=loaders)[0].loader(batch_size=7, seed=3, worker=1, workers=2, sampling="shard")
+    def batches(data_workers: int, steps: list[int]) -> list[tuple[Tensor, Tensor]]:
+        loader = opened(folder, data_workers=data_workers)[0].loader(
+            batch_size=7, seed=3, worker=1, workers=2, sampling="shard"
+        )
         return [loader.batch(step) for step in steps]
 
     expected = batches(0, list(range(6)))
@@ -103,9 +105,9 @@ def test_batches_are_the_same_whoever_reads_them(folder: Path) -> None:
     assert not torch.equal(expected[0][0], expected[1][0])
 
 
-@pytest.mark.parametrize("loaders", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_every_test_image_comes_once_as_torchvision_cuts_it(folder: Path, loaders: int) -> None:
-    _, held_out = opened(folder, loaders=loaders)
+@pytest.mark.parametrize("data_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_test_image_comes_once_as_torchvision_cuts_it(folder: Path, data_workers: int) -> None:
+    _, held_out = opened(folder, data_workers=data_workers)
     batches = list(held_out.batches(4))
     assert [len(labels) for _, labels in batches] == [4, 4, 1]
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -117,7 +119,7 @@ def test_every_test_image_comes_once_as_torchvision_cuts_it(folder: Path, loader
     assert [len(labels) for _, labels in held_out.batches(4, limit=1)] == [4]
 
 
-def test_colour_is_made_of_whatever_is_in_a_file(tmp_path: Path) -> None:
+def test_color_is_made_of_whatever_is_in_a_file(tmp_path: Path) -> None:
     for mode in ("L", "1", "P", "RGBA", "CMYK", "I;16", "LA"):
         path = tmp_path / f"{mode[0]}{len(mode)}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}"
         Image.new(mode, (5, 4)).save(path)
@@ -149,13 +151,15 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, damage: str, file: st
         loader.batch(0)
 
 
-@pytest.mark.parametrize("loaders", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_bad_files_are_left_out_and_counted(folder: Path, capsys: pytest.CaptureFixture[str], loaders: int) -> None:
+@pytest.mark.parametrize("data_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_bad_files_are_left_out_and_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str], data_workers: int
+) -> None:
     cut(folder / "train/bee/bee_3.JPEG")
     (folder / "train/cat/cat_0.png").write_bytes(b"")
     (folder / "train/dog").mkdir()
     write(folder / "val/elk/0.png", (0, 0, 0), (40, 40))
-    train, held_out = opened(folder, skip_bad_files=True, loaders=loaders)
+    train, held_out = opened(folder, skip_bad_files=True, data_workers=data_workers)
     assert (len(train), len(held_out), train.num_classes) == (22, 9, 4)
     assert train.notes == (
         f"{folder / 'train'}: left out 1 folder, first dog: holds no images",
@@ -167,7 +171,7 @@ def test_bad_files_are_left_out_and_counted(folder: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.count("looking for files that cannot be read among") == 2
     again = opened(folder, skip_bad_files=True)[0]
     assert (again.digest(), again.notes, capsys.readouterr().out) == (train.digest(), train.notes, "")
-    write(folder / "train/cat/cat_0.png", COLOURS["cat"], (40, 40))
+    write(folder / "train/cat/cat_0.png", COLORS["cat"], (40, 40))
     assert len(opened(folder, skip_bad_files=True)[0]) == 23
 
 
@@ -186,7 +190,7 @@ def test_all_of_a_class_may_be_bad_but_not_all_files(folder: Path) -> None:
         path.write_bytes(b"")
     with pytest.raises(UserError, match=rf"^{folder / 'val'}: holds no image that can be read$"):
         opened(folder, skip_bad_files=True)
-    write(folder / "val/cat/new.png", COLOURS["cat"], (40, 40))
+    write(folder / "val/cat/new.png", COLORS["cat"], (40, 40))
     assert opened(folder, skip_bad_files=True)[1].listing.labels.tolist() == [2]
 
 

@@ -48,8 +48,8 @@ def test_batches_depend_on_seed_worker_and_step_alone() -> None:
     alone = stream()
     expected = [alone.batch(step) for step in range(12)]
     before = torch.get_rng_state()
-    for num_loaders in (0, 1, 3):
-        other = stream(num_loaders=num_loaders)
+    for num_data_workers in (0, 1, 3):
+        other = stream(num_data_workers=num_data_workers)
         for step in (4, 5, 6, 11, 0, 1, 7, 7):
             assert same(other.batch(step), expected[step])
     assert torch.equal(torch.get_rng_state(), before)
@@ -61,7 +61,7 @@ def test_batches_depend_on_seed_worker_and_step_alone() -> None:
 
 @pytest.mark.slow
 def test_the_processes_stay_and_end_with_the_stream() -> None:
-    one = stream(num_loaders=2)
+    one = stream(num_data_workers=2)
     seen = {int(pid) for step in (0, 1, 2, 3, 9, 10, 2, 3) for pid in one.batch(step)[2]}
     assert len(seen) == 2
     assert os.getpid() not in seen
@@ -71,21 +71,21 @@ def test_the_processes_stay_and_end_with_the_stream() -> None:
     assert same(one.batch(3), stream().batch(3))
 
 
-@pytest.mark.parametrize("num_loaders", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_all_items_in_order(num_loaders: int) -> None:
-    batches = list(in_order(Numbers(11), 4, num_loaders=num_loaders))
+@pytest.mark.parametrize("num_data_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_all_items_in_order(num_data_workers: int) -> None:
+    batches = list(in_order(Numbers(11), 4, num_data_workers=num_data_workers))
     assert [batch[0].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-    assert len(list(in_order(Numbers(11), 4, num_loaders=num_loaders, limit=2))) == 2
-    assert list(in_order(Numbers(0), 4, num_loaders=num_loaders)) == []
+    assert len(list(in_order(Numbers(11), 4, num_data_workers=num_data_workers, limit=2))) == 2
+    assert list(in_order(Numbers(0), 4, num_data_workers=num_data_workers)) == []
 
 
-@pytest.mark.parametrize("num_loaders", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_item_that_cannot_be_read_is_one_line(num_loaders: int) -> None:
-    bad = stream(bad=7, num_loaders=num_loaders)
+@pytest.mark.parametrize("num_data_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_item_that_cannot_be_read_is_one_line(num_data_workers: int) -> None:
+    bad = stream(bad=7, num_data_workers=num_data_workers)
     with pytest.raises(UserError, match=r"^file7\.jpg: cannot be read; repair it$"):
         _ = [bad.batch(step) for step in range(5)]
     with pytest.raises(UserError, match=r"^file7\.jpg: cannot be read; repair it$"):
-        list(in_order(Numbers(9, bad=7), 4, num_loaders=num_loaders))
+        list(in_order(Numbers(9, bad=7), 4, num_data_workers=num_data_workers))
 
 
 @pytest.mark.parametrize("sampling", ["all", "shard"])
@@ -103,9 +103,9 @@ def test_every_item_comes_once_an_epoch(sampling: str) -> None:
 
 @pytest.mark.slow
 def test_a_reading_process_that_is_killed_is_one_line() -> None:
-    one = stream(num_loaders=1)
+    one = stream(num_data_workers=1)
     os.kill(int(one.batch(0)[2][0]), signal.SIGKILL)
-    with pytest.raises(UserError, match=r"^a process that reads data was lost: .*; give fewer --loaders, or 0$"):
+    with pytest.raises(UserError, match=r"^a process that reads data was lost: .*; give fewer --data-workers, or 0$"):
         _ = [one.batch(step) for step in range(1, 9)]
 
 
@@ -113,7 +113,7 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from test_loader import stream
-one = stream(num_loaders=2)
+one = stream(num_data_workers=2)
 print(*{int(pid) for step in range(4) for pid in one.batch(step)[2]}, flush=True)
 if sys.argv[2] == "wait":
     time.sleep(60)

@@ -85,7 +85,7 @@ def test_boxes_stay_around_their_objects(tmp_path, size: int) -> None:
 def test_a_stream_of_photographs_does_not_depend_on_who_reads(kit) -> None:
     train, _ = load_voc("voc2007", kit, image_size=36, download=False)
     streams = [
-        Stream(train, batch_size=3, seed=1, worker=0, workers=2, num_loaders=loaders, collate=collate)
+        Stream(train, batch_size=3, seed=1, worker=0, workers=2, num_data_workers=loaders, collate=collate)
         for loaders in (0, 1)
     ]
     for step in (0, 1, 5):

@@ -65,8 +65,8 @@ class LayerScale(nn.Module):
         return x + self.gamma * self.conv(x)
 
 
-class Standardised(nn.Conv2d):
-    """Weight-standardised: scaling the weight changes nothing, `gain` and bias have to be scaled."""
+class Standardized(nn.Conv2d):
+    """Weight-standardized: scaling the weight changes nothing, `gain` and bias have to be scaled."""
 
     def __init__(self) -> None:
         super().__init__(CHANNELS, CHANNELS, 1)
@@ -80,7 +80,7 @@ class Standardised(nn.Conv2d):
 class Gain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = Standardised()
+        self.conv = Standardized()
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(torch.sigmoid(x))
@@ -182,7 +182,7 @@ def test_an_activation_after_the_sum_can_be_folded_around_and_the_difference_is_
 
 
 def test_blocks_within_blocks_and_other_hooks() -> None:
-    class Outer(nn.Module):
+    class OuterSGD(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner, self.last = nn.Sequential(Before(), Before()), nn.Conv2d(CHANNELS, CHANNELS, 1)
@@ -190,7 +190,7 @@ def test_blocks_within_blocks_and_other_hooks() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.last(self.inner(x))
 
-    model = network(Outer, 0.4)
+    model = network(OuterSGD, 0.4)
     scale_blocks(model, {f"2.{i}.inner.{j}": 0.7 for i in range(4) for j in range(2)})
     seen: list[int] = []
     model.get_submodule("2.3").register_forward_hook(lambda *_: seen.append(1))
@@ -329,7 +329,7 @@ def test_a_recipe_says_what_is_missing() -> None:
 
 SMALL = [
     "--workers", "3", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
-    "--local-steps", "3", "--epochs", "0.2", "--evaluations", "1", "--device", "cpu", "--processes", "1",
+    "--local-steps", "3", "--epochs", "0.2", "--num-evals", "1", "--device", "cpu", "--processes", "1",
 ]  # fmt: skip
 
 

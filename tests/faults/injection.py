@@ -28,7 +28,7 @@ import resist
 ARGUMENTS = (
     "--data", "digits", "--model", "preact_small", "--width", "4", "--sections", "1", "1", "5", "1", "--workers", "4",
     "--min-depth", "0", "--local-steps", "2", "--epochs", "0.25", "--batch-size", "32", "--lr", "0.05",
-    "--evaluations", "2", "--checkpoint-rounds", "2", "--device", "cpu", "--processes", "4",
+    "--num-evals", "2", "--checkpoint-rounds", "2", "--device", "cpu", "--processes", "4",
 )  # fmt: skip
 PROCESSES = 4
 ROUNDS, SAVES, TESTS = 6, 3, 2  # what these arguments give

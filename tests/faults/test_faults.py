@@ -58,7 +58,7 @@ def test_torchrun_starts_a_killed_job_again_from_its_last_checkpoint(tmp_path: P
     arguments = (
         "train", "--sections", "1", "1", "5", "1", "--width", "4", "--workers", "2", "--local-steps", "2",
         "--epochs", "0.25", "--min-depth", "0", "--batch-size", "32",
-        "--evaluations", "1", "--checkpoint-rounds", "2", "--device", "cpu",
+        "--num-evals", "1", "--checkpoint-rounds", "2", "--device", "cpu",
     )  # fmt: skip
     found = []
     for fault in (None, Fault("kill", "before exchange", 1, 4)):

@@ -118,7 +118,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[
     """Checkpoints of rounds 1 and 2, and the weights of each."""
     folder, found = tmp_path_factory.mktemp("whole"), dict[int, dict[str, Tensor]]()
     job, optimizers = make(resist(2, STEPS, min_depth=0))
-    checkpoints = Checkpoints(folder, job.ledger)
+    checkpoints = Checkpoints(folder, job.transport)
     for _ in range(2):
         train(job, optimizers, STEPS)
         checkpoints.begin(job, tuple(optimizers), {})
@@ -133,7 +133,7 @@ def resumed(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     if path is None:
         return None
     at = about(path)["round"]
-    job, optimizers = make(resist(2, STEPS, min_depth=0), start=(at, at * STEPS))
+    job, optimizers = make(resist(2, STEPS, min_depth=0), resume_at=(at, at * STEPS))
     restore(job, tuple(optimizers), path, same_workers=True)
     return at, weights(job)
 

@@ -77,7 +77,7 @@ def install(meter: Meter) -> None:
 
 
 def save(job: Job, optimizers: list[torch.optim.Optimizer], folder: Path) -> None:
-    checkpoints = Checkpoints(folder, job.ledger)
+    checkpoints = Checkpoints(folder, job.transport)
     checkpoints.begin(job, tuple(optimizers), {})
     checkpoints.finish()
 
@@ -101,7 +101,7 @@ def saved_in_a_fork(job: Job, optimizers: list[torch.optim.Optimizer], folder: P
 def restored(folder: Path, path: Path) -> dict[str, Tensor]:
     """The full network of a checkpoint."""
     at = about(path)["round"]
-    job, optimizers = make(strategy(), start=(at, at * STEPS))
+    job, optimizers = make(strategy(), resume_at=(at, at * STEPS))
     restore(job, tuple(optimizers), path, same_workers=True)
     return weights(job)
 

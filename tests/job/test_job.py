@@ -73,7 +73,7 @@ def test_one_worker_is_plain_sgd(optimizer: str, policy: str) -> None:
     ids=["local_sgd", "resist"],
 )
 def test_everyone_holding_all_is_local_sgd(strategy: Strategy) -> None:
-    """A hand-written local SGD, to 1e-12; and all workers have the same bits after a synchronisation."""
+    """A hand-written local SGD, to 1e-12; and all workers have the same bits after a synchronization."""
     nets = [build_seeded(tiny, 0) for _ in range(3)]
     theirs = [sgd(net) for net in nets]
     job, ours = make(strategy)
@@ -93,7 +93,7 @@ def test_everyone_holding_all_is_local_sgd(strategy: Strategy) -> None:
         assert torch.equal(worker.subnet.flat, job.workers[0].subnet.flat)
 
 
-def test_the_shared_part_is_the_same_everywhere_after_a_synchronisation() -> None:
+def test_the_shared_part_is_the_same_everywhere_after_a_synchronization() -> None:
     job, optimizers = make(resist(4, 3))
     train(job, optimizers, 6)
     assert all(torch.equal(worker.subnet.shared, job.workers[0].subnet.shared) for worker in job.workers)

@@ -256,7 +256,7 @@ class Scaled:
     ids=["first of a round", "last of a round", "a whole round", "everyone's first round"],
 )
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_skipped_step_skips_no_synchronisation(optimizer: str, broken: set[tuple[int, int]], policy: str) -> None:
+def test_a_skipped_step_skips_no_synchronization(optimizer: str, broken: set[tuple[int, int]], policy: str) -> None:
     """Rounds end at the same calls as without, and the weights are those of the loop by hand."""
     strategy = resist(3, 2, capacities=(4, 3, 2), optimizer_state=policy)
     job, optimizers = make(strategy, OPTIMIZERS[optimizer])

@@ -103,9 +103,9 @@ def test_bytes() -> None:
     """As many as the weights', and booked apart."""
     job, optimizers = make(resist(3, 1, capacities=(4, 3, 2), optimizer_state="reset"))
     averages = follow(job)
-    job.ledger.take()
+    job.transport.take()
     go(job, optimizers, averages, 1)
-    taken = job.ledger.take()["bytes"]
+    taken = job.transport.take()["bytes"]
     assert isinstance(taken, dict)
     assert taken["shared"] == 3 * allreduce_bytes(8 * job.workers[0].subnet.shared_layout.numel, 3)
     assert taken["state"] == taken["shared"] + taken["blocks"] > 0

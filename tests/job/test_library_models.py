@@ -24,7 +24,7 @@ class Rotation(nn.Module):
         return x * self.get_buffer("table")
 
 
-class Standardise(nn.Module):
+class Standardize(nn.Module):
     """Buffers only, of one block (or of none): a mean that follows what it sees."""
 
     def __init__(self) -> None:
@@ -44,14 +44,14 @@ class Block(nn.Module):
 
     def __init__(self, rotation: nn.Module, mask: Tensor) -> None:
         super().__init__()
-        self.rotation, self.standardise = rotation, Standardise()
+        self.rotation, self.standardize = rotation, Standardize()
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
         self.second.weight = self.first.weight
         self.gate = nn.Parameter(torch.tensor(0.5))
         self.register_buffer("mask", mask)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.first(self.rotation(self.standardise(x))).tanh() * self.get_buffer("mask")
+        inner = self.first(self.rotation(self.standardize(x))).tanh() * self.get_buffer("mask")
         return x + self.gate * self.second(inner)
 
 
@@ -102,7 +102,7 @@ def test_conservation(net: str, chain: str) -> None:
         for name, value in start.state_dict().items():
             assert torch.equal(value, full.state_dict()[name]), name
         assert torch.equal(full(x), start(x))
-        job.synchronise()
+        job.synchronize()
 
 
 @pytest.mark.parametrize("net", NETS)

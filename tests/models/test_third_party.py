@@ -213,7 +213,7 @@ def test_the_plan_says_what_goes_with_a_block_and_what_is_only_nearly_true(capsy
 @pytest.mark.slow
 def test_trained_and_tested_again_from_disk(vit: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    options = ["--epochs", "0.1", "--local-steps", "2", "--batch-size", "8", "--evaluations", "1", "--device", "cpu"]
+    options = ["--epochs", "0.1", "--local-steps", "2", "--batch-size", "8", "--num-evals", "1", "--device", "cpu"]
     assert run("train", "--data", "digits", "--model", vit, "--workers", "2", "--out", str(out), *options) == 0
     trained = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["accuracy"]
     assert "chain vit.layers:0-4: 5 blocks" in capfd.readouterr().out

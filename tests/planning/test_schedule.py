@@ -29,8 +29,8 @@ def test_replaying_a_schedule_gives_the_next_plan(case: tuple[dict[str, Plan], d
     plans, next_plans = case
     copies = {(c, b, w): {w} for c, plan in plans.items() for b in range(plan.num_blocks) for w in plan.holders(b)}
     plan = schedule(plans, next_plans, BLOCK_BYTES)
-    for message in plan.fold:
-        assert message.phase == "fold"
+    for message in plan.average:
+        assert message.phase == "average"
         assert message.target == plan.owners[message.chain, message.block]
         copies[message.chain, message.block, message.target] |= copies[message.chain, message.block, message.source]
     kept = {(c, b, w): copy for (c, b, w), copy in copies.items() if plan.owners[c, b] == w}
@@ -41,7 +41,7 @@ def test_replaying_a_schedule_gives_the_next_plan(case: tuple[dict[str, Plan], d
         for block in range(after.num_blocks):
             for worker in after.holders(block):
                 assert kept[chain, block, worker] == set(plans[chain].holders(block))
-    for phase in (plan.fold, plan.hand_over):
+    for phase in (plan.average, plan.hand_over):
         assert max(Counter((m.chain, m.block, m.source, m.target) for m in phase).values(), default=0) <= 1
     for message in plan.messages:
         assert message.source != message.target
@@ -52,9 +52,9 @@ def test_replaying_a_schedule_gives_the_next_plan(case: tuple[dict[str, Plan], d
 def test_no_block_goes_twice_to_a_worker_and_no_byte_is_wasted(case: tuple[dict[str, Plan], dict[str, Plan]]) -> None:
     plans, next_plans = case
     plan = schedule(plans, next_plans, BLOCK_BYTES)
-    for phase in (plan.fold, plan.hand_over):
+    for phase in (plan.average, plan.hand_over):
         arrivals = Counter((m.chain, m.block, m.target) for m in phase)
-        allowed = {key: len(plans[key[0]].holders(key[1])) - 1 if phase is plan.fold else 1 for key in arrivals}
+        allowed = {key: len(plans[key[0]].holders(key[1])) - 1 if phase is plan.average else 1 for key in arrivals}
         assert all(arrivals[key] <= allowed[key] for key in arrivals)
     assert plan.num_bytes == least_bytes(plans, next_plans)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from resist.cli import main
 from resist.planning.plan import partition
-from resist.report.colors import COLOURS, colour_of
+from resist.report.colors import COLORS, color_of
 from resist.report.plan_view import LABEL_COLUMNS, SHARED_COLUMNS, partition_lines, partition_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -55,7 +55,7 @@ def test_the_picture_has_a_square_for_each_block_and_stays_within(blocks: int, w
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
     squares = [one for one in root.iter(f"{SVG}rect") if one.get("width") == one.get("height") == "15"]
     for worker in range(workers):
-        own = [one for one in squares if one.get("fill") == colour_of(worker)]
+        own = [one for one in squares if one.get("fill") == color_of(worker)]
         assert len(own) == 1 + rounds * -(-blocks // workers)  # one in the legend
     for one in root.iter(f"{SVG}rect"):
         assert float(one.get("x", 0)) + float(one.get("width", 0)) <= width
@@ -70,9 +70,9 @@ def test_names_from_elsewhere_are_escaped() -> None:
     assert '4 blocks of <script>"&' in [text.text for text in root.iter(f"{SVG}text")]
 
 
-def test_workers_have_different_colours() -> None:
-    assert len({colour_of(worker) for worker in range(64)}) == 64
-    assert [colour_of(worker) for worker in range(8)] == list(COLOURS)
+def test_workers_have_different_colors() -> None:
+    assert len({color_of(worker) for worker in range(64)}) == 64
+    assert [color_of(worker) for worker in range(8)] == list(COLORS)
 
 
 def test_plan_draws_all_chains_into_a_file_that_is_not_there_yet(capsys, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ FIGURES = """() => [...document.querySelectorAll("figure")].map((figure) => {
 
 # The smallest text and the least contrast of any text with what lies behind it.
 TEXT = """() => {
-  const channels = (colour) => { const n = colour.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const channels = (color) => { const n = color.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
   const behind = (element) => {
     const layers = [];
     for (let e = element; e; e = e.parentElement) {
@@ -109,7 +109,7 @@ def reports(tmp_path_factory) -> dict[str, Path]:
         "resist": make_run(folder / "resist"),
         "local": make_run(folder / "local", strategy="local_sgd"),
         "eight": make_run(folder / "eight", workers=8, capacity=4, rounds=313, distinct=20),
-        "short": make_run(folder / "short", rounds=2, evaluations=0),
+        "short": make_run(folder / "short", rounds=2, num_evals=0),
     }
     for name, members in (("one", ["resist"]), ("all", list(runs)), ("untested", ["short"])):
         (folder / f"{name}.html").write_text(page_of([read_history(runs[one]) for one in members]), encoding="utf-8")
@@ -163,7 +163,7 @@ def test_what_the_map_says_is_what_the_plan_was(browser: Any, reports: dict[str,
 
 
 def test_ten_thousand_rounds_of_a_hundred_blocks_stay_small_and_quick(browser: Any, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", rounds=10_000, workers=8, blocks=100, capacity=16, evaluations=200, distinct=40)
+    make_run(tmp_path / "run", rounds=10_000, workers=8, blocks=100, capacity=16, num_evals=200, distinct=40)
     file = tmp_path / "big.html"
     file.write_text(page_of([read_history(tmp_path / "run")]), encoding="utf-8")
     assert file.stat().st_size < MAX_BYTES

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from pool import Pool
 from resist.errors import UserError
 from resist.job import Job
-from resist.planning.strategy import Outer, Strategy, diloco, local_sgd, resist, switch
+from resist.planning.strategy import OuterSGD, Strategy, diloco, local_sgd, resist, switch
 from resist.runs.checkpoint import KEEP, Checkpoints, SafeReader, about, complete, newest, restore
 from support import adamw, make, sgd, train, weights
 
@@ -26,7 +26,7 @@ def warmed_up(policy: str) -> Strategy:
 
 CASES: dict[str, Callable[[], Strategy]] = {
     **{policy: lambda policy=policy: warmed_up(policy) for policy in ("reset", "keep", "travel", "average")},
-    "outer": lambda: resist(3, STEPS, min_depth=3, outer=Outer()),
+    "outer": lambda: resist(3, STEPS, min_depth=3, outer=OuterSGD()),
     "diloco": lambda: diloco(3, STEPS),
 }
 
@@ -37,7 +37,7 @@ def everything(job: Job) -> list[Tensor]:
 
 
 def saved(job: Job, optimizers: Sequence[Optimizer], folder: Path) -> Checkpoints:
-    checkpoints = Checkpoints(folder, job.ledger)
+    checkpoints = Checkpoints(folder, job.transport)
     checkpoints.begin(job, tuple(optimizers), {})
     return checkpoints
 
@@ -50,8 +50,8 @@ def continued(case: str, at: int, folder: Path, optimizer: str = "sgd") -> bool:
     checkpoints = saved(job, optimizers, folder)
     train(job, optimizers, 2 * STEPS)  # while it is being written
     checkpoints.finish()
-    job.ledger.gather_text("")  # the first process is done with renaming when it comes here
-    again, others = make(CASES[case](), kind, start=(at, at * STEPS))
+    job.transport.all_gather_text("")  # the first process is done with renaming when it comes here
+    again, others = make(CASES[case](), kind, resume_at=(at, at * STEPS))
     restore(again, tuple(others), complete(folder)[0], same_workers=True)
     train(again, others, 2 * STEPS)
     return all(torch.equal(a, b) for a, b in zip(everything(job), everything(again), strict=True))
@@ -77,7 +77,7 @@ def test_another_number_of_workers_takes_over_the_weights(workers: int, tmp_path
     job, optimizers = make(CASES["travel"]())
     train(job, optimizers, 3 * STEPS)
     saved(job, optimizers, tmp_path).finish()
-    again, others = make(resist(workers, STEPS, min_depth=0), start=(3, 4))
+    again, others = make(resist(workers, STEPS, min_depth=0), resume_at=(3, 4))
     restore(again, tuple(others), complete(tmp_path)[0], same_workers=False)
     before, after = weights(job), weights(again)
     assert before.keys() == after.keys()
@@ -149,6 +149,6 @@ def test_anchors_are_those_of_the_restored_weights(tmp_path: Path) -> None:
     job, optimizers = make(CASES["outer"]())
     train(job, optimizers, STEPS)
     saved(job, optimizers, tmp_path).finish()
-    again, others = make(CASES["outer"](), start=(1, STEPS))
+    again, others = make(CASES["outer"](), resume_at=(1, STEPS))
     restore(again, tuple(others), complete(tmp_path)[0], same_workers=True)
-    assert all(torch.equal(worker.start, worker.subnet.flat) for worker in again.workers)
+    assert all(torch.equal(worker.anchor, worker.subnet.flat) for worker in again.workers)

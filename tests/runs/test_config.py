@@ -11,7 +11,7 @@ from resist.runs.config import (
     MachineConfig,
     MethodConfig,
     NetworkConfig,
-    OptimisationConfig,
+    OptimizationConfig,
     RunConfig,
     TrainConfig,
     from_json,
@@ -20,7 +20,7 @@ from resist.runs.config import (
 CHANGED = TrainConfig(
     network=NetworkConfig(data="cifar10", data_dir=Path("d"), sections=(1, 2, 3, 4), width=8, chain=("layer3:1-2",)),
     method=MethodConfig(workers=3, capacities=(2, 1, 1), scale="0.5", optimizer_state="reset"),
-    optimisation=OptimisationConfig(epochs=1.5, nesterov=True),
+    optimization=OptimizationConfig(epochs=1.5, nesterov=True),
     machine=MachineConfig(processes=2, precision="bf16"),
     run=RunConfig(out=Path("runs/x"), seed=7),
 )
@@ -41,12 +41,12 @@ def refused(**parts: object) -> str:
 @pytest.mark.parametrize(
     ("part", "name", "value", "text"),
     [
-        ("optimisation", "batch_size", 0, "--batch-size 0 is too small; give at least 1"),
-        ("optimisation", "lr", -1.0, "--lr -1.0 is too small"),
-        ("optimisation", "lr", float("nan"), "--lr nan is not a finite number"),
-        ("optimisation", "epochs", 0.0, "--epochs 0.0 has to be more than 0"),
-        ("optimisation", "accumulate", 3, "cannot be split into --accumulate 3"),
-        ("optimisation", "schedule", "linear", "--schedule 'linear' is not one of step, cosine, constant"),
+        ("optimization", "batch_size", 0, "--batch-size 0 is too small; give at least 1"),
+        ("optimization", "lr", -1.0, "--lr -1.0 is too small"),
+        ("optimization", "lr", float("nan"), "--lr nan is not a finite number"),
+        ("optimization", "epochs", 0.0, "--epochs 0.0 has to be more than 0"),
+        ("optimization", "grad_accum_steps", 3, "cannot be split into --grad-accum-steps 3"),
+        ("optimization", "lr_schedule", "linear", "--lr-schedule 'linear' is not one of step, cosine, constant"),
         ("method", "workers", 0, "workers=0"),
         ("method", "local_steps", 0, "local_steps=0"),
         ("method", "capacities", (1, 2), "2 capacities for 4 workers"),
@@ -54,15 +54,15 @@ def refused(**parts: object) -> str:
         ("method", "scale", "-1", "--scale '-1'"),
         ("method", "warmup_rounds", -1, "--warmup-rounds -1"),
         ("method", "warmup_epochs", -0.5, "--warmup-epochs -0.5"),
-        ("optimisation", "label_smoothing", -0.1, "--label-smoothing -0.1 is too small"),
-        ("optimisation", "label_smoothing", 1.0, "--label-smoothing 1.0 leaves nothing of the labels"),
+        ("optimization", "label_smoothing", -0.1, "--label-smoothing -0.1 is too small"),
+        ("optimization", "label_smoothing", 1.0, "--label-smoothing 1.0 leaves nothing of the labels"),
         ("network", "image_size", 224, "--image-size says nothing to --data digits, only to folder, imagenet"),
-        ("network", "loaders", 2, "--loaders says nothing to --data digits"),
-        ("network", "loaders", -1, "--loaders -1 is too small"),
+        ("network", "data_workers", 2, "--data-workers says nothing to --data digits"),
+        ("network", "data_workers", -1, "--data-workers -1 is too small"),
         ("network", "skip_bad_files", True, "--skip-bad-files says nothing to --data digits"),
         ("machine", "processes", 5, "--processes 5 exceeds --workers 4"),
         ("machine", "timeout_s", 0.0, "--timeout-s 0.0"),
-        ("run", "evaluations", 0, "--evaluations 0"),
+        ("run", "num_evals", 0, "--num-evals 0"),
         ("run", "until", ("hours=1",), "--until 'hours=1'"),
         ("run", "until", ("seconds=",), "--until 'seconds='"),
         ("run", "until", ("accuracy=95",), "an accuracy is at most 1"),
@@ -77,7 +77,7 @@ def test_options_that_would_do_nothing_are_refused() -> None:
     assert "--capacities" in refused(method=MethodConfig(strategy="local_sgd", capacities=(1, 1, 1, 1)))
     assert "--min-depth" in refused(method=MethodConfig(strategy="local_sgd", min_depth=0))
     assert "min_depth=2" in refused(method=MethodConfig(min_depth=2, capacities=(4, 4, 4, 4)))
-    assert "--nesterov" in refused(optimisation=OptimisationConfig(nesterov=True, momentum=0.0))
+    assert "--nesterov" in refused(optimization=OptimizationConfig(nesterov=True, momentum=0.0))
 
 
 def test_the_digest_leaves_out_what_hosts_may_differ_in() -> None:
@@ -126,7 +126,7 @@ def test_any_value_of_any_entry_is_read_or_refused_in_one_line(entry: tuple[str,
 @pytest.mark.parametrize(("epochs", "rounds"), [(0.0, 0), (0.01, 1), (1.0, 8), (1.01, 9), (2.5, 20)])
 def test_warm_up_in_epochs_becomes_whole_rounds(epochs: float, rounds: int) -> None:
     config = TrainConfig(
-        method=MethodConfig(warmup_epochs=epochs, local_steps=5), optimisation=OptimisationConfig(batch_size=25)
+        method=MethodConfig(warmup_epochs=epochs, local_steps=5), optimization=OptimizationConfig(batch_size=25)
     ).with_warmup_rounds(1000)
     config.check()
     assert (config.method.warmup_rounds, config.method.warmup_epochs) == (rounds, 0.0)

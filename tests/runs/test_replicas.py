@@ -15,9 +15,9 @@ from pool import Pool
 from resist.errors import DivergedError, UserError, WorkerLostError
 from resist.job import Job
 from resist.planning.plan import partition
-from resist.planning.schedule import safekeeping, schedule
-from resist.planning.strategy import Outer, Strategy, ddp, local_sgd, resist, switch
-from resist.runs.rescue import forget_safe_copies, newest_safe_round, restore_safe_copy, write_safe_copies
+from resist.planning.schedule import place_replicas, schedule
+from resist.planning.strategy import OuterSGD, Strategy, ddp, local_sgd, resist, switch
+from resist.runs.rescue import newest_replica_round, remove_replicas, restore_replicas, write_replicas
 from resist.sync.averaging import all_finite
 from resist.sync.distributed import Distributed
 from resist.sync.transport import Handle
@@ -25,14 +25,14 @@ from support import local_step, make, train, weights
 
 
 @given(st.data())
-def test_every_block_lies_with_two_workers_after_any_synchronisation(data: st.DataObject) -> None:
+def test_every_block_lies_with_two_workers_after_any_synchronization(data: st.DataObject) -> None:
     workers = data.draw(st.integers(2, 5))
     blocks = data.draw(st.integers(workers, 12))
     own = -(-blocks // workers)
     capacities = [data.draw(st.integers(own, blocks)) for _ in range(workers)]
     now, then = (partition(blocks, capacities, seed=0, round=data.draw(st.integers(0, 50))) for _ in range(2))
     plan = schedule({"c": now}, {"c": then}, {"c": 10})
-    kept = safekeeping(plan, {"c": then}, {"c": 10})
+    kept = place_replicas(plan, {"c": then}, {"c": 10})
     where = {block: set(then.holders(block)) for block in range(blocks)}
     for (_, block), keeper in kept.kept.items():
         assert keeper in now.holders(block)  # it need not be told
@@ -49,7 +49,7 @@ STRATEGIES = {
     "shared": lambda: resist(3, 2, capacities=(4, 3, 2)),
     "local_sgd": lambda: local_sgd(3, 2),
     "warm-up": lambda: switch(local_sgd(3, 2), resist(3, 2, min_depth=0), at_round=2),
-    "outer": lambda: resist(3, 2, min_depth=0, outer=Outer()),
+    "outer": lambda: resist(3, 2, min_depth=0, outer=OuterSGD()),
 }
 
 
@@ -65,9 +65,9 @@ class Dying(Distributed):
                 os.kill(os.getpid(), signal.SIGKILL)
             self.calls += 1
 
-    def gather_text(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         self.count()
-        return super().gather_text(text)
+        return super().all_gather_text(text)
 
     def transfer(self, moves: Any) -> Handle:
         self.count()
@@ -93,7 +93,7 @@ Copies = list[tuple[int, int, dict[str, Tensor]]]
 def run_safely(name: str, victim: int | None, fatal: int) -> list[Copies]:
     """The safe copies after every round, or, where another process is lost, those that were left then."""
     transport = Dying(3, timeout_s=20)
-    job, optimizers = make(STRATEGIES[name](), safety=True, transport=transport)
+    job, optimizers = make(STRATEGIES[name](), replicate=True, transport=transport)
     if transport.rank == victim:
         transport.arm(job, 2, fatal)
     history: list[Copies] = []
@@ -101,9 +101,9 @@ def run_safely(name: str, victim: int | None, fatal: int) -> list[Copies]:
         for _ in range(4 * 2):
             local_step(job, optimizers)
             if job.step(*optimizers):
-                history.append([(one.round, one.step, clones(one.tensors)) for one in job.safe])
+                history.append([(one.round, one.step, clones(one.tensors)) for one in job.replicas])
     except WorkerLostError:
-        history.append([(one.round, one.step, clones(one.tensors)) for one in job.safe])
+        history.append([(one.round, one.step, clones(one.tensors)) for one in job.replicas])
     job.close()
     return history
 
@@ -125,8 +125,8 @@ def union(parts: list[Copies], round: int) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_network_outlives_a_process_that_is_killed_in_any_phase(pool: Pool, name: str) -> None:
-    """One process kills itself before each thing that it does in the round after the second synchronisation: the
-    others' copies are the whole network as it was synchronised last, bit for bit."""
+    """One process kills itself before each thing that it does in the round after the second synchronization: the
+    others' copies are the whole network as it was synchronized last, bit for bit."""
     undisturbed = pool.run(3, run_safely, name, None, 0)
     truth = {round: union([history[round - 1] for history in undisturbed], round) for round in range(1, 5)}
     everything = set(truth[1])
@@ -145,34 +145,34 @@ def test_the_network_outlives_a_process_that_is_killed_in_any_phase(pool: Pool, 
 
 def test_safe_copies_on_disk(tmp_path) -> None:
     """They are read where they are complete, and only then; a damaged file counts as not there."""
-    job, optimizers = make(resist(2, 2, min_depth=0), safety=True)
+    job, optimizers = make(resist(2, 2, min_depth=0), replicate=True)
     train(job, optimizers, 4)
     expected = weights(job)
-    write_safe_copies(tmp_path, job)
-    found = newest_safe_round(tmp_path)
+    write_replicas(tmp_path, job)
+    found = newest_replica_round(tmp_path)
     assert found is not None
     assert (found["round"], found["step"], found["workers"]) == (2, 4, 2)
 
-    again, _ = make(resist(2, 2, min_depth=0), safety=True, start=(2, 4))
-    restore_safe_copy(again, tmp_path, 2)
+    again, _ = make(resist(2, 2, min_depth=0), replicate=True, resume_at=(2, 4))
+    restore_replicas(again, tmp_path, 2)
     assert all(torch.equal(expected[name], value) for name, value in weights(again).items())
-    other, _ = make(resist(3, 2, min_depth=0), start=(2, 4))
-    restore_safe_copy(other, tmp_path, 2)
+    other, _ = make(resist(3, 2, min_depth=0), resume_at=(2, 4))
+    restore_replicas(other, tmp_path, 2)
     assert all(torch.equal(expected[name], value) for name, value in weights(other).items())
     with pytest.raises(UserError, match="no safe copy of"):
-        restore_safe_copy(other, tmp_path, 3)
+        restore_replicas(other, tmp_path, 3)
 
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     half = len(whole) // 2
     for damaged in (b"", whole[:half], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"\x08" + whole[1:]):
         file.write_bytes(damaged)
-        assert newest_safe_round(tmp_path) is None
+        assert newest_replica_round(tmp_path) is None
     file.write_bytes(whole)
-    forget_safe_copies(tmp_path, 1)
-    assert newest_safe_round(tmp_path)
-    forget_safe_copies(tmp_path, 2)
-    assert newest_safe_round(tmp_path) is None
+    remove_replicas(tmp_path, 1)
+    assert newest_replica_round(tmp_path)
+    remove_replicas(tmp_path, 2)
+    assert newest_replica_round(tmp_path) is None
 
 
 def poison(job: Job, worker: int) -> None:
@@ -206,7 +206,7 @@ def test_bad_weights_stop_the_run_before_anything_is_folded() -> None:
 def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int, ...]) -> None:
     """Every weight is the mean over its other holders; what nobody else held is as the round began."""
     strategy: Strategy = resist(3, 2, capacities=capacities, optimizer_state=policy)
-    job, optimizers = make(strategy, nonfinite="drop")
+    job, optimizers = make(strategy, on_nonfinite="drop")
     train(job, optimizers, 2)
     begun, plan = weights(job), job.plans[job.chains[0].name]
     local_step(job, optimizers)
@@ -218,7 +218,7 @@ def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int,
         good = [state[name].clone() for state in (states[0], states[2]) if name in state]
         expected[name] = torch.stack(good).mean(0) if good else value
     poison(job, 1)
-    job.step(*optimizers, bad={1: "a loss of nan in step 4"})
+    job.step(*optimizers, nonfinite={1: "a loss of nan in step 4"})
     assert list(job.dropped) == [1]
     found = weights(job)
     for name, value in expected.items():
@@ -234,16 +234,16 @@ def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int,
 
 
 def test_a_round_that_nobody_can_give_stops_the_run() -> None:
-    job, optimizers = make(resist(2, 1), nonfinite="drop")
+    job, optimizers = make(resist(2, 1), on_nonfinite="drop")
     local_step(job, optimizers)
     with pytest.raises(DivergedError, match="worker 0 has a loss of inf"):
-        job.step(*optimizers, bad={0: "a loss of inf in step 1", 1: "a loss of nan in step 1"})
+        job.step(*optimizers, nonfinite={0: "a loss of inf in step 1", 1: "a loss of nan in step 1"})
 
 
 def test_what_cannot_be_kept_safe_is_refused() -> None:
     with pytest.raises(UserError, match="second worker"):
-        make(resist(1, 2), safety=True)
-    with pytest.raises(UserError, match="ddp mixes"):
-        make(ddp(1), nonfinite="drop")
-    with pytest.raises(UserError, match="nonfinite='ignore' is not one of stop, drop"):
-        make(resist(2, 2), nonfinite="ignore")
+        make(resist(1, 2), replicate=True)
+    with pytest.raises(UserError, match="ddp averages"):
+        make(ddp(1), on_nonfinite="drop")
+    with pytest.raises(UserError, match="on_nonfinite='ignore' is not one of stop, drop"):
+        make(resist(2, 2), on_nonfinite="ignore")

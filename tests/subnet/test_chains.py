@@ -47,7 +47,7 @@ def model_of(*blocks: nn.Module, container: type = nn.Sequential) -> nn.Module:
 
 
 @pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])
-def test_neighbours_of_one_kind_are_a_chain(container: type) -> None:
+def test_neighbors_of_one_kind_are_a_chain(container: type) -> None:
     model = model_of(Block(3), Block(), Block(), Block(), nn.Linear(4, 4), nn.Linear(4, 4), container=container)
     (chain,) = find_chains(model)
     assert (chain.name, chain.num_blocks, chain.block_name(0)) == ("body:1-3", 3, "body.1")
@@ -154,7 +154,7 @@ def test_functions_and_tables_end_a_chain() -> None:
     [
         ((Block(3), Block(4)), r"blocks 0 and 1 of body differ in parameter linear.weight: \(3, 3\) and \(4, 4\)"),
         ((Block(), Block().requires_grad_(False)), r"parameter linear.weight"),
-        ((Block(), Wide()), r"no nn.Sequential or nn.ModuleList has two neighbouring blocks of the same class"),
+        ((Block(), Wide()), r"no nn.Sequential or nn.ModuleList has two neighboring blocks of the same class"),
         ([Block()] * 2, r"body blocks 0 to 1 have parameters in common with one another"),
     ],
 )
@@ -180,7 +180,7 @@ def test_what_is_only_nearly_true_of_a_kind_is_said() -> None:
     assert "relu(x + scale * f(x)) except where x + f(x) < 0" in choose_chains(resnet)[0].caveat
     assert choose_chains(vit)[0].caveat == ""
     post = model_of(*(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2)))
-    assert "not itself normalised" in choose_chains(post)[0].caveat
+    assert "not itself normalized" in choose_chains(post)[0].caveat
 
 
 def test_lone_and_bare_modules_are_no_chain() -> None:

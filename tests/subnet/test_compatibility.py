@@ -74,7 +74,7 @@ def test_they_are_where_their_block_is_in_every_round(strategy: object) -> None:
             for number in blocks:
                 y, _ = gated(whole)[number].eval()(y)
             torch.testing.assert_close(worker.model.eval()(x), y)
-        job.synchronise()
+        job.synchronize()
     full = job.full_model()
     assert full is not None
     assert [(one.number, one.drop.p) for one in gated(full)] == [(b, b / 10) for b in range(BLOCKS)]
@@ -130,4 +130,4 @@ def test_windows_are_shifted_with_their_block() -> None:
             section = worker.model.get_submodule("features.5")
             shifts = [block.attn.shift_size for block in section.children()]  # type: ignore[union-attr]
             assert shifts == [[0, 0] if block % 2 == 0 else [1, 1] for block in held(job, worker.index)]
-        job.synchronise()
+        job.synchronize()

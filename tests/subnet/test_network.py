@@ -80,7 +80,7 @@ def test_splitting_and_folding_gives_everything_back(
     job = Job(zoo, strategy, chains=names, seed=seed, channels_last=channels_last, batchnorm="average", scale=1.0)
     original = job_full(seed)
     for _ in range(rounds):
-        job.synchronise()
+        job.synchronize()
     for worker in job.workers:
         own = worker.model.state_dict()
         assert set(by_name(job, worker, lambda p: p)) <= set(original)
@@ -209,7 +209,7 @@ def test_tied_weights_of_the_shared_part_stay_tied() -> None:
     job = Job(Tied, resist(2, 1), batchnorm="average")
     for worker in job.workers:
         assert worker.model.get_parameter("extra.weight") is worker.model.get_parameter("head.weight")
-    job.synchronise()
+    job.synchronize()
     full = job.full_model()
     assert isinstance(full, Tied)
     assert full.extra.weight is full.head.weight
@@ -267,11 +267,11 @@ def test_moved_parameters_are_named() -> None:
     job, _ = make(resist(2, 1))
     job.workers[1].model.to(memory_format=torch.channels_last)
     with pytest.raises(UserError, match=r"parameter '.*' was moved out of the sub-network's flat tensor"):
-        job.synchronise()
+        job.synchronize()
     job, _ = make(resist(2, 1))
     job.workers[0].model.float()
     with pytest.raises(UserError, match="give Job the device, and use autocast for lower precision"):
-        job.synchronise()
+        job.synchronize()
 
 
 def test_memory_follows_the_subnetwork() -> None:

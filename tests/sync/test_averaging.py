@@ -38,7 +38,7 @@ def mean_over_holders(held: list[dict[str, Tensor]], name: str) -> Tensor:
 @pytest.mark.parametrize("capacities", [(2, 2, 2), (4, 3, 3)])
 @pytest.mark.parametrize("policy", ["keep", "travel", "average"])
 @pytest.mark.parametrize(("optimizer", "kinds"), [(sgd, ["momentum_buffer"]), (adamw, ["exp_avg", "exp_avg_sq"])])
-def test_state_at_a_synchronisation(optimizer, kinds: list[str], policy: str, capacities: tuple[int, ...]) -> None:
+def test_state_at_a_synchronization(optimizer, kinds: list[str], policy: str, capacities: tuple[int, ...]) -> None:
     """Twice: the state is the optimizer's own tensor in the first round, a view of ours from then on."""
     job, optimizers = make(resist(3, 2, capacities=capacities, optimizer_state=policy), optimizer)
     for _ in range(2):

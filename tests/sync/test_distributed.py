@@ -17,7 +17,7 @@ from resist.planning.strategy import Strategy, local_sgd, resist, switch
 from resist.sync.agreement import check_agreement
 from resist.sync.distributed import Distributed
 from resist.sync.local import Local
-from resist.sync.traffic import Ledger
+from resist.sync.traffic import CountingTransport
 from resist.sync.transport import PACKET_BYTES
 from support import adamw, floats, local_step, make, sgd, states, train, weights
 
@@ -70,9 +70,9 @@ def run_case(case: Case, alone: bool = False) -> Result:
     for _ in range(case.steps):
         local_step(job, optimizers)
         if job.step(*optimizers):
-            ledgers.append(job.ledger.take())
+            ledgers.append(job.transport.take())
     full = job.full_model()
-    ledgers.append(job.ledger.take())
+    ledgers.append(job.transport.take())
     kind = "exp_avg" if case.adam else "momentum_buffer"
     return Result(
         None if full is None else floats(full),
@@ -153,7 +153,7 @@ def shared_parts(case: Case) -> Result:
     job, optimizers = make(case.strategy(), seed=2)
     train(job, optimizers, case.steps)
     shared = {worker.index: worker.subnet.shared.clone() for worker in job.workers}
-    return Result({} if 0 in job.ledger.hosted else None, shared, {}, [])
+    return Result({} if 0 in job.transport.hosted else None, shared, {}, [])
 
 
 def test_without_learning_nothing_changes_by_a_bit(pool: Pool) -> None:
@@ -231,9 +231,9 @@ def test_different_strategies_are_named(pool: Pool) -> None:
 
 
 def gather(texts: list[str]) -> tuple[list[str], int, str]:
-    ledger = Ledger(Distributed(2, timeout_s=20))
+    ledger = CountingTransport(Distributed(2, timeout_s=20))
     rank = torch.distributed.get_rank()
-    gathered = ledger.gather_text(texts[rank])
+    gathered = ledger.all_gather_text(texts[rank])
     try:
         check_agreement(ledger, {"a": 1, **({"b": 2} if rank else {})})
     except UserError as error:

@@ -11,8 +11,8 @@ from resist.job import Job
 from resist.planning.schedule import allreduce_bytes
 from resist.planning.strategy import local_sgd, resist
 from resist.sync.local import Local
-from resist.sync.traffic import Ledger
-from resist.sync.transport import PACKET_BYTES, Handle, Move, hosting
+from resist.sync.traffic import CountingTransport
+from resist.sync.transport import PACKET_BYTES, Handle, Move, hosted_workers
 from support import adamw, make, sgd, tiny, train
 
 
@@ -66,11 +66,11 @@ def test_ledger(policy: str, optimizer, kinds: int, capacities: tuple[int, ...])
     job, optimizers = make(strategy, optimizer, transport=transport)
     subnet = job.workers[0].subnet
     shared, block = subnet.shared_layout.numel * 8, subnet.block_layouts[0].numel * 8
-    job.ledger.take()
+    job.transport.take()
     for round in range(3):
         transport.moves.clear()
         train(job, optimizers, 1)
-        taken = job.ledger.take()
+        taken = job.transport.take()
         messages = block_messages(job, round)
         expected = {"shared": 3 * allreduce_bytes(shared, 3), "blocks": messages * block}
         state = kinds * (policy in ("travel", "average")) * expected["blocks"]
@@ -85,25 +85,25 @@ def test_ledger(policy: str, optimizer, kinds: int, capacities: tuple[int, ...])
         assert not any(taken["wire_bytes"].values())  # type: ignore[union-attr]
     plan = job.plans[job.chains[0].name]
     job.full_model(on=1)
-    assert job.ledger.take()["bytes"] == {"evaluate": (plan.num_blocks - len(plan.blocks[1])) * block}
+    assert job.transport.take()["bytes"] == {"evaluate": (plan.num_blocks - len(plan.blocks[1])) * block}
 
 
 def test_local_sgd_books_everything_as_shared() -> None:
     job, optimizers = make(local_sgd(2, 1), transport=Counting(2))
     train(job, optimizers, 1)
     numel = sum(t.numel() for t in tiny().state_dict().values() if t.is_floating_point())
-    assert job.ledger.take()["bytes"] == {"shared": 2 * allreduce_bytes(8 * numel, 2)}
+    assert job.transport.take()["bytes"] == {"shared": 2 * allreduce_bytes(8 * numel, 2)}
 
 
 def test_texts_are_booked_as_control() -> None:
     class Three(Local):
         num_processes = 3
 
-        def gather_text(self, text: str) -> list[str]:
+        def all_gather_text(self, text: str) -> list[str]:
             return [text, "grüße", ""]
 
-    ledger = Ledger(Three(3))
-    assert ledger.gather_text("abc") == ["abc", "grüße", ""]
+    ledger = CountingTransport(Three(3))
+    assert ledger.all_gather_text("abc") == ["abc", "grüße", ""]
     taken = ledger.take()
     assert taken["bytes"] == taken["wire_bytes"] == {"control": 3 * 2 * PACKET_BYTES}
     assert ledger.take()["bytes"] == {}
@@ -120,6 +120,6 @@ def test_the_full_network_is_the_same_wherever_it_is_assembled() -> None:
 
 @pytest.mark.parametrize(("workers", "processes"), [(4, 1), (4, 2), (3, 2), (7, 3), (5, 5)])
 def test_hosting_is_even_and_complete(workers: int, processes: int) -> None:
-    hosted = hosting(workers, processes)
+    hosted = hosted_workers(workers, processes)
     assert [worker for one in hosted for worker in one] == list(range(workers))
     assert max(map(len, hosted)) - min(map(len, hosted)) <= 1

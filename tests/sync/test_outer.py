@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from pool import Pool
 from resist.errors import UserError
 from resist.job import Job
-from resist.planning.strategy import Outer, ddp, diloco, local_sgd, resist, switch
+from resist.planning.strategy import OuterSGD, ddp, diloco, local_sgd, resist, switch
 from resist.sync.averaging import VELOCITY
 from support import floats, local_step, make, train, weights
 
 
 def test_outer_lr_1_without_momentum_is_the_plain_mean() -> None:
     plain, first = make(local_sgd(3, 2))
-    outer, second = make(diloco(3, 2, optimizer_state="travel", outer=Outer(1.0, 0.0)))
+    outer, second = make(diloco(3, 2, optimizer_state="travel", outer=OuterSGD(1.0, 0.0)))
     train(plain, first, 6)
     train(outer, second, 6)
     for name, value in weights(plain).items():
@@ -56,7 +56,7 @@ def held(job: Job, worker: int) -> list[tuple[int, ...]]:
 
 def test_the_outer_momentum_travels_with_its_block() -> None:
     """All holders of a block agree on its velocity and anchor, in every round, and on those of the shared part."""
-    job, optimizers = make(resist(3, 2, min_depth=3, outer=Outer()))
+    job, optimizers = make(resist(3, 2, min_depth=3, outer=OuterSGD()))
     for _ in range(10):
         local_step(job, optimizers)
         if not job.step(*optimizers):
@@ -64,7 +64,7 @@ def test_the_outer_momentum_travels_with_its_block() -> None:
         for kind in ("start", VELOCITY):
             seen: dict[Any, Tensor] = {}
             for worker in job.workers:
-                subnet, flat = worker.subnet, worker.start if kind == "start" else worker.state[kind]
+                subnet, flat = worker.subnet, worker.anchor if kind == "start" else worker.state[kind]
                 assert flat is not None
                 parts = {"shared": flat[: subnet.shared_layout.num_trained]}
                 for number, blocks in enumerate(held(job, worker.index)):
@@ -76,7 +76,7 @@ def test_the_outer_momentum_travels_with_its_block() -> None:
 
 
 def test_running_statistics_are_averaged_not_stepped() -> None:
-    job, optimizers = make(resist(2, 3, outer=Outer(lr=5.0)))
+    job, optimizers = make(resist(2, 3, outer=OuterSGD(lr=5.0)))
     train(job, optimizers, 6)
     variances = [v for name, v in weights(job).items() if name.endswith("running_var")]
     assert variances
@@ -84,7 +84,7 @@ def test_running_statistics_are_averaged_not_stepped() -> None:
 
 
 def test_a_switch_to_and_from_an_outer_optimizer() -> None:
-    first = switch(local_sgd(2, 2), resist(2, 2, outer=Outer()), at_round=1)
+    first = switch(local_sgd(2, 2), resist(2, 2, outer=OuterSGD()), at_round=1)
     job, optimizers = make(switch(first, diloco(2, 2), at_round=3))
     train(job, optimizers, 10)
     assert all(torch.isfinite(value).all() for value in weights(job).values())
@@ -93,7 +93,7 @@ def test_a_switch_to_and_from_an_outer_optimizer() -> None:
 def test_bounds() -> None:
     for wrong in ({"lr": 0.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"momentum": -0.1}):
         with pytest.raises(UserError, match="outer"):
-            Outer(**wrong)
+            OuterSGD(**wrong)
     with pytest.raises(UserError, match="ddp cannot be part of a switch"):
         switch(ddp(2), resist(2), at_round=1)
     with pytest.raises(UserError, match="start 2 processes"):
@@ -103,16 +103,16 @@ def test_bounds() -> None:
 STRATEGIES = {
     "ddp": lambda: ddp(2, 2),
     "local_sgd": lambda: local_sgd(2, 1, optimizer_state="average"),
-    "outer": lambda: resist(4, 2, min_depth=3, outer=Outer()),
+    "outer": lambda: resist(4, 2, min_depth=3, outer=OuterSGD()),
 }
 
 
 def train_here(name: str, steps: int) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Weights of the full network (where worker 0 lives) and bytes by kind, by one of STRATEGIES."""
     job, optimizers = make(STRATEGIES[name]())
-    job.ledger.take()
+    job.transport.take()
     train(job, optimizers, steps)
-    counted = {kind: num for kind, num in job.ledger.bytes.items() if kind != "control"}
+    counted = {kind: num for kind, num in job.transport.bytes.items() if kind != "control"}
     full = job.full_model()
     return ({} if full is None else floats(full)), counted
 

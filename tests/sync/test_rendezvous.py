@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from resist.sync.liveness import Roll
-from resist.sync.rendezvous import NAME, meet
+from resist.sync.liveness import Liveness
+from resist.sync.rendezvous import NAME, agree_on_attempt
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def store() -> dist.HashStore:
 def attempt(store: dist.Store, size: int, delays: list[float], timeout_s: float = 20.0) -> list[str]:
     def one(rank: int) -> str:
         time.sleep(delays[rank])
-        return meet(store, rank, size, timeout_s)
+        return agree_on_attempt(store, rank, size, timeout_s)
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(one, range(size)))
@@ -34,9 +34,9 @@ def test_every_attempt_has_a_name_of_its_own(store: dist.HashStore, delays: list
 
 def test_an_attempt_that_broke_off_confuses_nobody(store: dist.HashStore) -> None:
     with pytest.raises(TimeoutError, match=r"no sign of process 1, 2 within 0\.1 s"):
-        meet(store, 0, 3, 0.1)
+        agree_on_attempt(store, 0, 3, 0.1)
     with pytest.raises(TimeoutError, match="process 0 has not seen all 3"):
-        meet(store, 1, 3, 0.2)  # it found the name of the attempt that broke off, and answered
+        agree_on_attempt(store, 1, 3, 0.2)  # it found the name of the attempt that broke off, and answered
     old = store.get(NAME).decode()
     names = attempt(store, 3, [0.3, 0, 0])
     assert len(set(names)) == 1
@@ -45,7 +45,7 @@ def test_an_attempt_that_broke_off_confuses_nobody(store: dist.HashStore) -> Non
 
 def test_who_does_not_answer_is_missing_and_who_is_at_work_is_named(store: dist.HashStore) -> None:
     before = threading.active_count()
-    rolls = [Roll(store, rank, 4) for rank in range(3)]  # number 3 is dead
+    rolls = [Liveness(store, rank, 4) for rank in range(3)]  # number 3 is dead
     rolls[1].is_doing("waits")
     assert rolls[0].call() == ([3], [2])
     del rolls

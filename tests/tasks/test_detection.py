@@ -19,7 +19,7 @@ from resist.job import Job, build_seeded
 from resist.models import build
 from resist.models.faster_rcnn import build_detector, dense_pass, sections
 from resist.planning.strategy import local_sgd, resist
-from resist.runs.config import MachineConfig, NetworkConfig, OptimisationConfig, TrainConfig
+from resist.runs.config import MachineConfig, NetworkConfig, OptimizationConfig, TrainConfig
 from resist.runs.directory import Run
 from resist.runs.model_file import FILE, save_full
 from resist.subnet.chains import choose_chains, find_chains
@@ -27,14 +27,14 @@ from resist.subnet.network import tensors_of
 from resist.subnet.scaling import scale_branches
 from resist.sync.local import Local
 from resist.tasks import Detection, image_shape, network_builder, open_task
-from resist.tasks.backbone import Start
+from resist.tasks.backbone import BackboneInit
 from resist.training.loop import Trainer
 
-SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, loaders=0)
+SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, data_workers=0)
 ARGUMENTS = [
     "--task", "detection", "--data", "voc2007", "--sections", "1", "1", "5", "1", "--width", "4", "--image-size", "36",
     "--workers", "2", "--min-depth", "0", "--batch-size", "2", "--local-steps", "2", "--device", "cpu",
-    "--loaders", "0",
+    "--data-workers", "0",
 ]  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def trainers_of(task: Detection, job: Job, config: TrainConfig) -> list[Trainer]
     return [Trainer(config, worker, task) for worker in job.workers]
 
 
-CONFIG = TrainConfig(network=SMALL, optimisation=OptimisationConfig(batch_size=2, lr=0.01))
+CONFIG = TrainConfig(network=SMALL, optimization=OptimizationConfig(batch_size=2, lr=0.01))
 
 
 def trained(
@@ -92,7 +92,7 @@ def test_splitting_and_folding_give_the_network_back(task) -> None:
     full = tensors_of(build_seeded(task.network, 0))
     job = Job(task.network, resist(2, 1, min_depth=0), batchnorm="average", scale=1.0)
     for _ in range(3):
-        job.synchronise()
+        job.synchronize()
         found = job.full_model()
         assert found is not None
         for name, tensor in tensors_of(found).items():
@@ -129,9 +129,9 @@ def test_a_batch_in_parts_is_the_batch(task) -> None:
         for kind in range(3):
             joined = [one for part in split for one in part[kind]]
             assert all(a is b for a, b in zip(joined, batch[kind], strict=True))
-    whole, losses = trained(task, 1, config=replace(CONFIG, optimisation=OptimisationConfig(batch_size=4)))
+    whole, losses = trained(task, 1, config=replace(CONFIG, optimization=OptimizationConfig(batch_size=4)))
     del whole
-    parts_config = replace(CONFIG, optimisation=OptimisationConfig(batch_size=4, accumulate=2))
+    parts_config = replace(CONFIG, optimization=OptimizationConfig(batch_size=4, grad_accum_steps=2))
     assert trained(task, 1, config=parts_config)[1] == pytest.approx(losses, rel=0.2)  # other regions are drawn
 
 
@@ -235,7 +235,7 @@ def test_the_features_are_those_of_the_run(task, tmp_path, model: str) -> None:
     """Its scale is in the weights: every section gives what it gave in the run's scaled full network."""
     task = replace(task, build=network_builder(replace(SMALL, model=model)))
     theirs = classification_run(tmp_path / "run", model=model)
-    started = replace(task, start=Start.read(tmp_path / "run"))
+    started = replace(task, start=BackboneInit.read(tmp_path / "run"))
     mine = build_seeded(started.network, 0).eval()
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_the_features_are_those_of_the_run(task, tmp_path, model: str) -> None:
 def test_runs_without_a_last_norm_or_statistics_serve_too(task, tmp_path, more) -> None:
     classification_run(tmp_path / "run", **more)
     network = replace(SMALL, model=more.get("model", SMALL.model))
-    replace(task, build=network_builder(network), start=Start.read(tmp_path / "run")).network()
+    replace(task, build=network_builder(network), start=BackboneInit.read(tmp_path / "run")).network()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
     vockit.draw(tmp_path)
     classification_run(tmp_path / "start")
     out = tmp_path / "run"
-    common = ["--data-dir", str(tmp_path), "--processes", "1", "--out", str(out), "--evaluations", "1"]
+    common = ["--data-dir", str(tmp_path), "--processes", "1", "--out", str(out), "--num-evals", "1"]
     status, text, err = cli(
         capsys, "train", *ARGUMENTS, *common, "--epochs", "4", "--until", "rounds=2",
         "--backbone", str(tmp_path / "start"),
@@ -340,7 +340,7 @@ def test_bad_files_end_the_run_or_are_counted(capsys, tmp_path) -> None:
     root = tmp_path / "VOCdevkit" / "VOC2007"
     photograph, text = root / "JPEGImages" / "000002.jpg", root / "Annotations" / "000003.xml"
     whole = text.read_text()
-    common = [*ARGUMENTS, "--data-dir", str(tmp_path), "--processes", "1", "--epochs", "1", "--evaluations", "1"]
+    common = [*ARGUMENTS, "--data-dir", str(tmp_path), "--processes", "1", "--epochs", "1", "--num-evals", "1"]
     text.write_text(whole[:-30])
     status, _, err = cli(capsys, "train", *common, "--out", str(tmp_path / "a"))
     assert (status, err.count("\n")) == (2, 1)
@@ -399,7 +399,7 @@ def test_a_backbone_for_photographs_gives_the_usual_levels(task) -> None:
 
 
 def test_a_network_without_our_sections_is_refused() -> None:
-    with pytest.raises(UserError, match=r"layer1 \.\. layer4.*Sequential has no begin"):
+    with pytest.raises(UserError, match=r"layer1 \.\. layer4.*Sequential has no forward_stem"):
         build_detector(nn.Sequential(nn.Conv2d(3, 4, 1)), 20, 36, 60)
     with pytest.raises(UserError, match="num_classes=0"):
         build_detector(build("preact_small", num_classes=1), 0, 36, 60)
@@ -422,8 +422,8 @@ def test_two_workers_learn_four_photographs(tmp_path) -> None:
     """Boxes, labels, folding, scale and evaluation are right, or this could not be: two real processes."""
     vockit.draw(tmp_path)
     arguments = [*ARGUMENTS, "--data-dir", str(tmp_path), "--width", "8", "--image-size", "48", "--local-steps", "10"]
-    schedule = ["--epochs", "30", "--lr", "0.02", "--schedule", "cosine", "--lr-warmup-steps", "10"]
-    arguments += ["--evaluations", "1", "--out", str(tmp_path / "run")]
+    schedule = ["--epochs", "30", "--lr", "0.02", "--lr-schedule", "cosine", "--lr-warmup-steps", "10"]
+    arguments += ["--num-evals", "1", "--out", str(tmp_path / "run")]
     done = subprocess.run(
         [sys.executable, "-m", "resist", "train", *arguments, *schedule],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=580, check=False,

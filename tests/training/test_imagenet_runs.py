@@ -24,9 +24,9 @@ from resist.tasks import open_task
 SMALL = [
     "--data", "folder", "--model", "preact_resnet50_imagenet", "--sections", "1", "1", "5", "1", "--width", "2",
     "--image-size", "32", "--workers", "2", "--min-depth", "0", "--batch-size", "8", "--local-steps", "2",
-    "--evaluations", "1", "--device", "cpu",
+    "--num-evals", "1", "--device", "cpu",
 ]  # fmt: skip
-LONG = [*SMALL, "--loaders", "2", "--epochs", "8", "--warmup-epochs", "1.5", "--checkpoint-rounds", "2"]
+LONG = [*SMALL, "--data-workers", "2", "--epochs", "8", "--warmup-epochs", "1.5", "--checkpoint-rounds", "2"]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def rounds_of(out: Path) -> list[dict]:
 
 def test_train_and_evaluate(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
     (folder / "train/bee/bee_0.png").write_bytes(b"")
-    options = ["--processes", "1", "--loaders", "0", "--epochs", "2", "--warmup-epochs", "1", "--skip-bad-files"]
+    options = ["--processes", "1", "--data-workers", "0", "--epochs", "2", "--warmup-epochs", "1", "--skip-bad-files"]
     out = tmp_path / "run"
     status, text, err = resist(
         capsys,
@@ -59,7 +59,7 @@ def test_train_and_evaluate(capsys: pytest.CaptureFixture[str], folder: Path, tm
         str(folder),
         "--out",
         str(out),
-        "--schedule",
+        "--lr-schedule",
         "cosine",
         "--label-smoothing",
         "0.1",
@@ -105,7 +105,7 @@ def test_plan_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], 
 
 
 def test_label_smoothing_is_in_the_loss(folder: Path) -> None:
-    config = NetworkConfig(data="folder", data_dir=folder, image_size=32, loaders=0)
+    config = NetworkConfig(data="folder", data_dir=folder, image_size=32, data_workers=0)
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     logs = F.log_softmax(model(images), 1)
@@ -161,7 +161,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(folder: Path, tmp
     assert "resist train --resume" in text
     assert not readers(folder)
     again = subprocess.run(
-        [sys.executable, "-m", "resist", "train", "--resume", str(out), "--loaders", "1"],
+        [sys.executable, "-m", "resist", "train", "--resume", str(out), "--data-workers", "1"],
         capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert (again.returncode, again.stderr) == (0, "")

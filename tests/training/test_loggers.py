@@ -14,7 +14,7 @@ from resist.training.loggers import PACKAGES, TensorBoard, open_loggers, scalars
 from resist.training.recorder import Recorder
 
 SMALL = ["--workers", "4", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
-         "--local-steps", "3", "--epochs", "0.2", "--evaluations", "2", "--device", "cpu",
+         "--local-steps", "3", "--epochs", "0.2", "--num-evals", "2", "--device", "cpu",
          "--processes", "1"]  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def events(path: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_a_record_becomes_scalars(tmp_path: Path) -> None:
-    record = lines(make_run(tmp_path / "run", rounds=3, evaluations=3))[2]
+    record = lines(make_run(tmp_path / "run", rounds=3, num_evals=3))[2]
     found = scalars(record)
     assert found["loss"] == record["loss"]
     assert found["seconds/sync"] == record["seconds"]["sync"]

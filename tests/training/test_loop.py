@@ -8,13 +8,13 @@ from torch import nn
 from resist.data import load
 from resist.errors import AgreedError, UserError
 from resist.models import build
-from resist.runs.config import NetworkConfig, OptimisationConfig, RunConfig, TrainConfig
+from resist.runs.config import NetworkConfig, OptimizationConfig, RunConfig, TrainConfig
 from resist.runs.directory import Run, check_free, read_config
 from resist.runs.model_file import load_full, save_full
 from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of
 from resist.subnet.scaling import scale_branches
-from resist.sync.agreement import together
+from resist.sync.agreement import run_everywhere
 from resist.sync.local import Local
 from resist.sync.worker import Worker
 from resist.tasks import Classification, network_builder
@@ -24,13 +24,13 @@ from resist.training.lr_schedule import evaluation_rounds, num_steps, rate
 
 
 def test_step_schedule_is_the_papers() -> None:
-    config = OptimisationConfig(lr=1.0, schedule="step")
+    config = OptimizationConfig(lr=1.0, lr_schedule="step")
     rates = [rate(config, step, 8) for step in range(8)]
     assert rates == [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
 def test_cosine_falls_from_the_full_rate_to_nothing() -> None:
-    config = OptimisationConfig(lr=2.0, schedule="cosine", lr_warmup_steps=4)
+    config = OptimizationConfig(lr=2.0, lr_schedule="cosine", lr_warmup_steps=4)
     rates = [rate(config, step, 104) for step in range(104)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[54] == pytest.approx(1.0)
@@ -39,8 +39,8 @@ def test_cosine_falls_from_the_full_rate_to_nothing() -> None:
 
 
 def test_the_number_of_steps_covers_the_epochs() -> None:
-    assert num_steps(OptimisationConfig(epochs=40, batch_size=128), 50000) == math.ceil(40 * 50000 / 128)
-    assert num_steps(OptimisationConfig(epochs=0.001, batch_size=128), 50000) == 1
+    assert num_steps(OptimizationConfig(epochs=40, batch_size=128), 50000) == math.ceil(40 * 50000 / 128)
+    assert num_steps(OptimizationConfig(epochs=0.001, batch_size=128), 50000) == 1
 
 
 @pytest.mark.parametrize(("rounds", "times"), [(1, 10), (7, 3), (10, 10), (313, 10), (3, 5)])
@@ -71,7 +71,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
         model = Mean()
         subnet = Subnet(model, (), ())
         subnet.load(tensors_of(model), ())
-        config = TrainConfig(optimisation=OptimisationConfig(batch_size=32, accumulate=parts))
+        config = TrainConfig(optimization=OptimizationConfig(batch_size=32, accumulate=parts))
         trainer = Trainer(config, Worker(0, subnet), task)
         loss = [float(trainer.step(step, 0.1)) for step in range(3)]
         weights.append((loss, subnet.flat.clone()))
@@ -83,14 +83,14 @@ def test_an_error_of_one_process_reaches_all_as_the_same_error() -> None:
     class TwoProcesses(Local):
         num_processes = 2
 
-        def gather_text(self, text: str) -> list[str]:
+        def all_gather_text(self, text: str) -> list[str]:
             return [text, "the disk of the other one is full"]
 
     with pytest.raises(AgreedError, match=r"the disk of the other one is full \(process 1\)"):
-        together(TwoProcesses(2), lambda: None)
+        run_everywhere(TwoProcesses(2), lambda: None)
     with pytest.raises(AgreedError, match="here"):
-        together(Local(1), failing)
-    assert together(Local(1), lambda: 3) == 3
+        run_everywhere(Local(1), failing)
+    assert run_everywhere(Local(1), lambda: 3) == 3
 
 
 def failing() -> None:

@@ -22,7 +22,7 @@ from resist.runs.config import (
     MachineConfig,
     MethodConfig,
     NetworkConfig,
-    OptimisationConfig,
+    OptimizationConfig,
     RunConfig,
     TrainConfig,
 )
@@ -46,9 +46,9 @@ def config(out: Path, workers: int, *, warmup_rounds: int = 0, images: float = 2
         method=MethodConfig(
             workers=workers, local_steps=STEPS, min_depth=0, batchnorm="average", warmup_rounds=warmup_rounds
         ),
-        optimisation=OptimisationConfig(epochs=images / workers, batch_size=32, lr=0.05, schedule="constant"),
+        optimization=OptimizationConfig(epochs=images / workers, batch_size=32, lr=0.05, lr_schedule="constant"),
         machine=MachineConfig(device="cpu"),
-        run=RunConfig(out=out, evaluations=1, checkpoint_rounds=(rounds + 1) // 2),
+        run=RunConfig(out=out, num_evals=1, checkpoint_rounds=(rounds + 1) // 2),
     )
 
 

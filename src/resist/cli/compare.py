@@ -14,7 +14,7 @@ from resist.runs.config import (
     MachineConfig,
     MethodConfig,
     NetworkConfig,
-    OptimisationConfig,
+    OptimizationConfig,
     RunConfig,
     TrainConfig,
 )
@@ -32,7 +32,7 @@ class CompareConfig:
     """Seeds; each strategy is trained once with each."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
-    optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -47,7 +47,7 @@ class CompareConfig:
                 method = replace(method, outer=None)
             for seed in self.seeds:
                 run = replace(self.run, out=out / f"{name}-seed{seed}", seed=seed)
-                made.append(TrainConfig(self.network, method, self.optimisation, self.machine, run))
+                made.append(TrainConfig(self.network, method, self.optimization, self.machine, run))
         return made
 
 

@@ -27,7 +27,7 @@ class CostConfig:
     strategies: tuple[str, ...] = STRATEGIES
     """Strategies to look at."""
     local_steps: int = 50
-    """Optimizer steps from one synchronisation to the next."""
+    """Optimizer steps from one synchronization to the next."""
     batch_size: int = 128
     """Images of a worker in one step."""
     min_depth: int | None = None
@@ -36,7 +36,7 @@ class CostConfig:
     """As in resist train; for one number of workers."""
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
     """As in resist train."""
-    safety: Literal["none", "copy"] = "none"
+    replicate: bool = False
     """As in resist train: count the memory and the bytes of second copies."""
     link_gbit_s: float | None = None
     """Rate of each worker's link, each way. With a speed of the devices, seconds are predicted."""
@@ -85,7 +85,7 @@ def run_cost(config: CostConfig, arguments: list[str]) -> int:
         loss=loss,
         local_steps=config.local_steps,
         optimizer_state=config.optimizer_state,
-        safety=config.safety == "copy",
+        replicate=config.replicate,
         min_depth=config.min_depth,
         capacities=config.capacities or None,
         link=link,

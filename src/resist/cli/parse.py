@@ -14,6 +14,14 @@ from resist.errors import UserError
 
 DESCRIPTION = "Train a deep residual network with a different, shallower sub-network on each worker (ResIST)."
 HELP = ("-h", "--help")
+RENAMED = {  # options of earlier versions, and the options that took their place
+    "--accumulate": "--grad-accum-steps",
+    "--evaluations": "--num-evals",
+    "--loaders": "--data-workers",
+    "--nonfinite": "--on-nonfinite",
+    "--safety": "--replicate",
+    "--schedule": "--lr-schedule",
+}
 FORMS = {
     "INT": "a whole number", "FLOAT": "a number", "FLOAT FLOAT": "two numbers",
     "[INT [INT ...]]": "whole numbers", "[FLOAT [FLOAT ...]]": "numbers",
@@ -67,6 +75,8 @@ def _check_options(command: str, kind: type, arguments: Sequence[str]) -> None:
         option = word.partition("=")[0].replace("_", "-")
         if not word.startswith("--") or word == "--help" or option in known:
             continue
+        if RENAMED.get(option) in known:
+            raise UserError(f"{option} is now {RENAMED[option]}; see resist {command} --help")
         near = get_close_matches(option, known, 1, cutoff=0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{option} is not an option of resist {command}{hint}; see resist {command} --help")

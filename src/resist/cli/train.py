@@ -25,18 +25,18 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     before = read_config(path)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     machine = {f.name for f in fields(MachineConfig)}
-    may = machine | {"resume", "workers", "data_dir", "loaders", "lr", "nonfinite", "safety"}
+    may = machine | {"resume", "workers", "data_dir", "data_workers", "lr", "on_nonfinite", "replicate"}
     for name in sorted(given - may):
         raise UserError(f"--{name.replace('_', '-')} cannot change in a run that goes on; leave it out")
     workers = config.method.workers if "workers" in given else before.method.workers
-    epochs = before.optimisation.epochs * before.method.workers / workers  # as many images for all together
-    lr = config.optimisation.lr if "lr" in given else before.optimisation.lr
-    again = {name: getattr(config.method, name) for name in {"nonfinite", "safety"} & given}
-    here = {name: getattr(config.network, name) for name in {"data_dir", "loaders"} & given}
+    epochs = before.optimization.epochs * before.method.workers / workers  # as many images for all together
+    lr = config.optimization.lr if "lr" in given else before.optimization.lr
+    again = {name: getattr(config.method, name) for name in {"on_nonfinite", "replicate"} & given}
+    here = {name: getattr(config.network, name) for name in {"data_dir", "data_workers"} & given}
     return TrainConfig(
         network=replace(before.network, **here),
         method=replace(before.method, workers=workers, **again),
-        optimisation=replace(before.optimisation, epochs=epochs, lr=lr),
+        optimization=replace(before.optimization, epochs=epochs, lr=lr),
         machine=replace(before.machine, **{name: getattr(config.machine, name) for name in machine & given}),
         run=replace(before.run, resume=path),
     )

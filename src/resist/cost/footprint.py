@@ -34,8 +34,8 @@ class Memory:
     peak:        the most that is alive at one time. Gradients come as activations go, so it is less than the sum.
     buckets:     the copy of all gradients that DistributedDataParallel sends from; `peak` includes it.
     outer:       what an outer optimizer keeps, the round's first weights and its momentum; `peak` includes it.
-    safety:      the safe copy: the round's first weights and spare blocks; `peak` includes it. While workers
-                 synchronise there are two, but then no activations.
+    replicas:      replicas: the round's first weights and replicas of blocks; `peak` includes it. While workers
+                 synchronize there are two, but then no activations.
     """
 
     weights: int
@@ -45,7 +45,7 @@ class Memory:
     peak: int
     buckets: int = 0
     outer: int = 0
-    safety: int = 0
+    replicas: int = 0
 
 
 @dataclass(frozen=True)

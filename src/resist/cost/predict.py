@@ -30,7 +30,7 @@ def predict(
     image_shape: Sequence[int] = (3, 32, 32),
     local_steps: int = 50,
     optimizer_state: str = "travel",
-    safety: bool = False,
+    replicate: bool = False,
     batchnorm: str = "recalibrate",
     min_depth: int | None = None,
     capacities: Sequence[int] | None = None,
@@ -46,7 +46,7 @@ def predict(
     workers:     the numbers of workers to look at.
     strategies:  of "resist", "local_sgd", "diloco", "ddp". diloco's own optimizer keeps its state, so only weights go.
     batch_size, image_shape: images in a worker's step, and their (channels, height, width).
-    chains, local_steps, optimizer_state, safety, batchnorm, min_depth, capacities, seed: as in `Job` and
+    chains, local_steps, optimizer_state, replicate, batchnorm, min_depth, capacities, seed: as in `Job` and
                  `resist.resist`; capacities are those of one number of workers.
     link, speed: seconds are predicted where both are given; one speed for all workers, or one for each.
     rounds:      how many rounds of real plans the traffic is averaged over.
@@ -75,9 +75,19 @@ def predict(
         )  # fmt: skip
 
     job = _Prediction(
-        sizes_of(template, found), footprint, local_steps, optimizer_state, safety, min_depth, capacities, rounds, seed,
-        batch_size, link, speeds,
-    )  # fmt: skip
+        sizes_of(template, found),
+        footprint,
+        local_steps,
+        optimizer_state,
+        replicate,
+        min_depth,
+        capacities,
+        rounds,
+        seed,
+        batch_size,
+        link,
+        speeds,
+    )
     rows = tuple(job.row(name, number) for number in workers for name in strategies)
     return Report(job.full, rows, batch_size, local_steps, rounds, link, speeds)
 
@@ -90,7 +100,7 @@ class _Prediction:
     footprint: Callable[[tuple[int, ...]], Network]
     local_steps: int
     optimizer_state: str
-    safety: bool
+    replicate: bool
     min_depth: int | None
     capacities: Sequence[int] | None
     rounds: int
@@ -120,7 +130,7 @@ class _Prediction:
             round_traffic(
                 self.sizes, now, then,
                 workers=workers, optimizer_state="keep" if name == "diloco" else self.optimizer_state,
-                num_states=self.full.num_states, safety=self.safety and workers > 1,
+                num_states=self.full.num_states, replicate=self.replicate and workers > 1,
             )
             for now, then in pairwise(plans)
         ]  # fmt: skip
@@ -130,9 +140,9 @@ class _Prediction:
         )
         if name == "diloco":
             networks = tuple(_with_outer(network) for network in networks)
-        if self.safety and workers > 1:
-            spare = [max(one.spare_bytes.get(worker, 0) for one in run) for worker in range(workers)]
-            networks = tuple(_with_safety(n, more, name) for n, more in zip(networks, spare, strict=True))
+        if self.replicate and workers > 1:
+            spare = [max(one.replica_bytes.get(worker, 0) for one in run) for worker in range(workers)]
+            networks = tuple(_with_replicas(n, more, name) for n, more in zip(networks, spare, strict=True))
         seconds = None
         if self.link is not None and self.speeds:
             compute = self.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
@@ -186,11 +196,11 @@ def _with_outer(network: Network) -> Network:
     return replace(network, memory=replace(memory, outer=more, peak=memory.peak + more))
 
 
-def _with_safety(network: Network, spare_bytes: int, name: str) -> Network:
-    """With the safe copy: the round's first weights (which an outer optimizer keeps anyway) and spare blocks."""
+def _with_replicas(network: Network, spare_bytes: int, name: str) -> Network:
+    """With replicas: the round's first weights (which an outer optimizer keeps anyway) and replicas of blocks."""
     memory = network.memory
     more = spare_bytes + (0 if name == "diloco" else memory.weights)
-    return replace(network, memory=replace(memory, safety=more, peak=memory.peak + more))
+    return replace(network, memory=replace(memory, replicas=more, peak=memory.peak + more))
 
 
 def _check_methods(

@@ -190,7 +190,7 @@ def _network_json(network: Network) -> dict[str, Any]:
             "optimizer": memory.optimizer,
             "buckets": memory.buckets,
             "outer": memory.outer,
-            "safety": memory.safety,
+            "replicas": memory.replicas,
             "activations": memory.activations,
             "peak": memory.peak,
         },

@@ -95,8 +95,8 @@ class Seconds:
 
 
 def exchange_s(traffic: RoundTraffic, link: Link, workers: int) -> float:
-    """The synchronisation between two rounds."""
-    phases = [max(phase.values()) for phase in (traffic.fold, traffic.hand_over) if phase]
+    """The synchronization between two rounds."""
+    phases = [max(phase.values()) for phase in (traffic.average, traffic.hand_over) if phase]
     hops = max(2 * (workers - 1) * traffic.allreduces, len(phases))
     return (traffic.ring_bytes + sum(phases)) / link.bytes_s + hops * link.latency_s
 

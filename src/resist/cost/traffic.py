@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from resist.planning.plan import Plan
-from resist.planning.schedule import Message, Schedule, allreduce_bytes, safekeeping, schedule
+from resist.planning.schedule import Message, Schedule, allreduce_bytes, place_replicas, schedule
 from resist.subnet.chains import Chain
 
 Way = tuple[str, int]  # ("out" or "in", worker): one direction of a worker's link to the network
@@ -57,21 +57,21 @@ class RoundTraffic:
     bytes:      summed over workers, by kind: "shared", "blocks" and "state" as the ledger books them; "gradients" and
                 "buffers" under DistributedDataParallel.
     ring_bytes: what each worker sends, and receives, in all-reduces; allreduces: how many there are.
-    fold, hand_over: bytes by way in each of the two phases of point-to-point messages.
-    spare_bytes: second copies of blocks that each worker keeps, with `safety`.
+    average, hand_over: bytes by way in each of the two phases of point-to-point messages.
+    replica_bytes: second copies of blocks that each worker keeps, with `replicate`.
     """
 
     bytes: Mapping[str, int]
     ring_bytes: int
     allreduces: int
-    fold: Mapping[Way, int]
+    average: Mapping[Way, int]
     hand_over: Mapping[Way, int]
-    spare_bytes: Mapping[int, int] = field(default_factory=dict)
+    replica_bytes: Mapping[int, int] = field(default_factory=dict)
 
     def links(self, workers: int) -> dict[Way, int]:
         """Bytes over every link, all-reduces included."""
         keys = [(way, worker) for way in ("out", "in") for worker in range(workers)]
-        return {key: self.ring_bytes + self.fold.get(key, 0) + self.hand_over.get(key, 0) for key in keys}
+        return {key: self.ring_bytes + self.average.get(key, 0) + self.hand_over.get(key, 0) for key in keys}
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ def round_traffic(
     workers: int,
     optimizer_state: str,
     num_states: int,
-    safety: bool = False,
+    replicate: bool = False,
 ) -> RoundTraffic:
-    """What the synchronisation from `plans` to `next_plans` sends (both keyed by chain).
+    """What the synchronization from `plans` to `next_plans` sends (both keyed by chain).
 
     optimizer_state: the policy, see `resist.sync.averaging`.
     num_states:      values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
-    safety:          whether second copies of blocks are kept, and sent where nobody has one.
+    replicate:          whether second copies of blocks are kept, and sent where nobody has one.
     """
     common = all(plan.held_by_all for plan in (*plans.values(), *next_plans.values()))
     ring = allreduce_bytes((sizes.whole() if common else sizes.shared).numel * sizes.itemsize, workers)
@@ -129,7 +129,7 @@ def round_traffic(
         lists = schedule(plans, next_plans, block_bytes)
     moving = num_states if optimizer_state in ("travel", "average") else 0
     averaged = num_states if optimizer_state == "average" else 0
-    safe = safekeeping(lists, next_plans, block_bytes) if safety else None
+    safe = place_replicas(lists, next_plans, block_bytes) if replicate else None
     spare, more = Counter[int](), safe.messages if safe else ()
     for (chain, _), keeper in (safe.kept if safe else {}).items():
         spare[keeper] += block_bytes[chain]
@@ -139,13 +139,13 @@ def round_traffic(
         "shared": workers * ring,
         "blocks": lists.num_bytes,
         "state": workers * ring * averaged + lists.num_bytes * moving,
-        **({"safety": sum(message.num_bytes for message in more)} if safety else {}),
+        **({"replica": sum(message.num_bytes for message in more)} if replicate else {}),
     }
     return RoundTraffic(
         num_bytes,
         ring * (1 + averaged),
         1 + averaged if workers > 1 else 0,
-        _links(lists.fold, 1 + moving),
+        _links(lists.average, 1 + moving),
         Counter(_links(lists.hand_over, 1 + moving)) + Counter(_links(more, 1)),
         spare,
     )

@@ -1,6 +1,6 @@
 """Data sets by name: small images that stay in memory, and photographs that are streamed from files."""
 
-from resist.data.datasets import DATASETS, image_size_of, load, normalisation_of, num_classes_of
+from resist.data.datasets import DATASETS, image_size_of, load, normalization_of, num_classes_of
 from resist.data.image_folder import Photographs
 from resist.data.in_memory import Images, Loader
 
@@ -11,6 +11,6 @@ __all__ = [
     "Photographs",
     "image_size_of",
     "load",
-    "normalisation_of",
+    "normalization_of",
     "num_classes_of",
 ]

@@ -39,12 +39,12 @@ def load(
     *,
     download: bool = True,
     image_size: int | None = None,
-    loaders: int = 0,
+    data_workers: int = 0,
     skip_bad_files: bool = False,
 ) -> tuple[Images, Images] | tuple[Photographs, Photographs]:
     """(training, test) images of data set `name`. `data_dir` is where files are looked for and downloaded to.
 
-    image_size, loaders, skip_bad_files: for photographs; see `load_folder`.
+    image_size, data_workers, skip_bad_files: for photographs; see `load_folder`.
     Raises UserError with one line when the name is unknown or the files are neither there nor to be had.
     """
     check_name(name)
@@ -56,7 +56,7 @@ def load(
         return _cifar(name, Path(data_dir), download)
     if name == "imagenet":
         check_imagenet(Path(data_dir))
-    return load_folder(Path(data_dir), size=image_size, loaders=loaders, skip_bad=skip_bad_files)
+    return load_folder(Path(data_dir), size=image_size, data_workers=data_workers, skip_bad=skip_bad_files)
 
 
 def check_name(name: str) -> None:
@@ -84,8 +84,8 @@ def num_classes_of(name: str, data_dir: str | Path = "data") -> int:
     return {"imagenet": 1000, "cifar100": 100}.get(name, 10)
 
 
-def normalisation_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel that the images of a data set are normalised with, of pixels in 0..1."""
+def normalization_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel that the images of a data set are normalized with, of pixels in 0..1."""
     check_name(name)
     if name == "digits":
         images = _digits()[0]
@@ -99,7 +99,7 @@ def _digits() -> tuple[Images, Images]:
     bunch: Any = load_digits()
     pixels = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
     large = F.interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False).round().to(torch.uint8)
-    large = large.expand(-1, 3, -1, -1).contiguous()  # the networks take colour
+    large = large.expand(-1, 3, -1, -1).contiguous()  # the networks take color
     labels = torch.from_numpy(bunch.target).long()
     test = torch.arange(len(labels)) % 5 == 0
     mean, std = (large[~test].float() / 255).mean().item(), (large[~test].float() / 255).std().item()

@@ -7,7 +7,7 @@ number them alike. Hidden files, and files that do not end as images do, are pas
 sizes alone and opens no image.
 
 Training: a random part of the image (8 to 100 % of its area), resized, mirrored every other time. Testing: the shorter
-side resized to 8/7 of the image size, the middle cut out. Images travel as bytes; the device normalises whole batches.
+side resized to 8/7 of the image size, the middle cut out. Images travel as bytes; the device normalizes whole batches.
 """
 
 import json
@@ -25,7 +25,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from resist.data.in_memory import normalise
+from resist.data.in_memory import normalize
 from resist.data.loader import Stream, in_order, seeded
 from resist.errors import UserError
 
@@ -156,13 +156,13 @@ IMAGE_SIZE = 224
 
 @dataclass(frozen=True)
 class Photographs:
-    """Images with one class each, in files. size: height and width that they are cut to. loaders: processes that read
-    for each stream of batches."""
+    """Images with one class each, in files. size: height and width that they are cut to. data_workers: processes that
+    read for each stream of batches."""
 
     listing: Listing
     num_classes: int
     size: int = IMAGE_SIZE
-    loaders: int = 0
+    data_workers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __len__(self) -> int:
@@ -182,7 +182,7 @@ class Photographs:
             worker=worker,
             workers=workers,
             sampling=sampling,
-            num_loaders=self.loaders,
+            num_data_workers=self.data_workers,
             pin_memory=self._pinned,
         )
         return PhotographLoader(self, stream)
@@ -190,13 +190,13 @@ class Photographs:
     def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images in order, each once, not augmented, `size` at a time, for evaluation; `limit` batches at most."""
         reader = Reader(self.listing, middle(self.size))
-        for batch in in_order(reader, size, num_loaders=self.loaders, pin_memory=self._pinned, limit=limit):
+        for batch in in_order(reader, size, num_data_workers=self.data_workers, pin_memory=self._pinned, limit=limit):
             yield self.on_device(batch)
 
     def on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(images (batch, 3, size, size) uint8, labels (batch,)) as the network takes them, float32."""
         images, labels = (part.to(self.device, non_blocking=True) for part in batch)
-        return normalise(images, MEAN, STD), labels
+        return normalize(images, MEAN, STD), labels
 
     def digest(self) -> str:
         """A short text that differs where names, sizes or labels of the files do: their content is not read."""
@@ -256,7 +256,7 @@ def middle(size: int) -> "v2.Transform":
 
 
 def read(path: Path) -> Image.Image:
-    """The image in a file, in colour. Raises UserError, the file first, where there is none or only a part of one."""
+    """The image in a file, in color. Raises UserError, the file first, where there is none or only a part of one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd palettes and damaged comments, which leave the image whole
@@ -275,12 +275,12 @@ def _bad(path: Path, reason: str) -> UserError:
 
 
 def load_folder(
-    data_dir: Path, *, size: int | None = None, loaders: int = 0, skip_bad: bool = False
+    data_dir: Path, *, size: int | None = None, data_workers: int = 0, skip_bad: bool = False
 ) -> tuple[Photographs, Photographs]:
     """(training, test) photographs below `data_dir`.
 
-    skip_bad: first try to read every file, with `loaders` processes, and leave out those that cannot be. What was found
-              is kept in the user's cache folder until a name, size or time of a file changes.
+    skip_bad: first try to read every file, with `data_workers` processes, and leave out those that cannot be. The
+              result is kept in the user's cache folder until a name, size or time of a file changes.
     Raises UserError, the file or folder first, for whatever is wrong with the folders.
     """
     classes = class_names(data_dir)
@@ -288,14 +288,14 @@ def load_folder(
     for split in ("train", "val"):
         listing = list_split(data_dir / split, classes, skip_bad=skip_bad)
         if skip_bad:
-            listing = listing.without(unreadable(listing, loaders), "cannot be read")
+            listing = listing.without(unreadable(listing, data_workers), "cannot be read")
         if not len(listing):
             raise UserError(f"{data_dir / split}: holds no image that can be read")
-        found.append(Photographs(listing, len(classes), size or IMAGE_SIZE, loaders))
+        found.append(Photographs(listing, len(classes), size or IMAGE_SIZE, data_workers))
     return found[0], found[1]
 
 
-def unreadable(listing: Listing, loaders: int) -> np.ndarray:
+def unreadable(listing: Listing, data_workers: int) -> np.ndarray:
     """The indices of the files that cannot be read, from the cache or by trying all. (num,) int64"""
     key = blake2b(f"{listing.root.absolute()} {listing.digest(times=True)}".encode(), digest_size=12).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resist"
@@ -304,7 +304,7 @@ def unreadable(listing: Listing, loaders: int) -> np.ndarray:
         return np.array(json.loads(file.read_text(encoding="utf-8"))["unreadable"], np.int64)
     except (OSError, ValueError, KeyError, TypeError):
         print(f"{listing.root}: looking for files that cannot be read among {len(listing):,}, once", flush=True)
-    flags = list(in_order(_Trial(listing), 64, num_loaders=loaders, collate=partial(np.array, dtype=bool)))
+    flags = list(in_order(_Trial(listing), 64, num_data_workers=data_workers, collate=partial(np.array, dtype=bool)))
     bad = np.flatnonzero(~np.concatenate(flags))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Small images that live on the device as uint8. Crop, flip and normalisation are batched tensor operations there.
+"""Small images that live on the device as uint8. Crop, flip and normalization are batched tensor operations there.
 
 A worker's batches are a pure function of (seed, worker, step): no data workers, no Python per image, and a run that
 goes on at step t sees what an undisturbed one would see.
@@ -51,14 +51,14 @@ class Images:
             key.update(part.cpu().contiguous().numpy().tobytes())
         return key.hexdigest()
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """uint8 (batch, channels, height, width) -> float32 of mean 0 and deviation 1 over the training set."""
-        return normalise(images, self.mean, self.std)
+        return normalize(images, self.mean, self.std)
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images in order, not augmented, `size` at a time, for evaluation; `limit` batches at most."""
         for start in range(0, len(self) if limit is None else min(len(self), limit * size), size):
-            yield self.normalise(self.images[start : start + size]), self.labels[start : start + size]
+            yield self.normalize(self.images[start : start + size]), self.labels[start : start + size]
 
 
 class Loader:
@@ -92,10 +92,10 @@ class Loader:
             chance = generator("augment", self.seed, self.worker, step)
             images = shift(images, self.data.pad, chance) if self.data.pad else images
             images = mirror(images, chance) if self.data.flip else images
-        return self.data.normalise(images), labels
+        return self.data.normalize(images), labels
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (batch, channels, height, width) -> float32; mean and std: of each channel, of pixels in 0..1."""
     middle = torch.tensor(mean, device=images.device).view(1, -1, 1, 1) * 255
     spread = torch.tensor(std, device=images.device).view(1, -1, 1, 1) * 255

@@ -56,7 +56,7 @@ def seeded(seed: int) -> Iterator[None]:
 class Stream:
     """Training batches of one worker, on the host, in the order that `Order` says.
 
-    num_loaders: processes that read; 0: this process reads, when a batch is asked for.
+    num_data_workers: processes that read; 0: this process reads, when a batch is asked for.
     collate:     makes a batch of the items.
     pin_memory:  batches lie in pinned memory, from which they go to a GPU while it computes.
 
@@ -72,7 +72,7 @@ class Stream:
         worker: int,
         workers: int,
         sampling: str = "all",
-        num_loaders: int = 0,
+        num_data_workers: int = 0,
         collate: Collate = default_collate,
         pin_memory: bool = False,
     ) -> None:
@@ -81,7 +81,7 @@ class Stream:
         )
         self.wait_s = 0.0
         self._steps = _Steps(self.order)
-        self._loader = _loader(dataset, self._steps, num_loaders, collate, pin_memory, stay=True)
+        self._loader = _loader(dataset, self._steps, num_data_workers, collate, pin_memory, stay=True)
         self._batches: Iterator[Any] | None = None
         self._next = 0
 
@@ -113,7 +113,7 @@ def in_order(
     dataset: Items,
     batch_size: int,
     *,
-    num_loaders: int = 0,
+    num_data_workers: int = 0,
     collate: Collate = default_collate,
     pin_memory: bool = False,
     limit: int | None = None,
@@ -121,7 +121,7 @@ def in_order(
     """All items, each once, in order, `batch_size` at a time (`limit` batches at most), on the host. Seeds are 0."""
     pairs = [(index, 0) for index in range(len(dataset))]
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)][:limit]
-    loader = _loader(dataset, batches, min(num_loaders, len(batches)), collate, pin_memory, stay=False)
+    loader = _loader(dataset, batches, min(num_data_workers, len(batches)), collate, pin_memory, stay=False)
     items = _begin(loader)
     for _ in batches:
         yield _take(items, loader.num_workers > 0)
@@ -169,16 +169,16 @@ class _Collated:
 def _loader(
     dataset: Items,
     batches: Iterable[list[tuple[int, int]]],
-    num_loaders: int,
+    num_data_workers: int,
     collate: Collate,
     pin_memory: bool,
     *,
     stay: bool,
 ) -> DataLoader[Any]:
     options: dict[str, Any] = {}
-    if num_loaders:
+    if num_data_workers:
         options = {
-            "num_workers": num_loaders,
+            "num_workers": num_data_workers,
             "prefetch_factor": AHEAD,
             "persistent_workers": stay,
             "worker_init_fn": _leave_group,
@@ -214,7 +214,7 @@ def _take(batches: Iterator[Any], apart: bool) -> Any:
         if not apart or str(error).startswith("Caught"):  # an error of the items' own code, from a process or from here
             raise
         first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"a process that reads data was lost: {first}; give fewer --loaders, or 0") from error
+        raise UserError(f"a process that reads data was lost: {first}; give fewer --data-workers, or 0") from error
     if isinstance(got, _Failure):
         raise UserError(got.message)
     return got

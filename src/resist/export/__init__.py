@@ -5,7 +5,7 @@
 
     resist export RUN --to timm                                     # the same for a run directory: `export_run`
 
-to      safetensors   state dict and metadata: classes, normalisation, what builds the network
+to      safetensors   state dict and metadata: classes, normalization, what builds the network
         torch         state dict that `torch.load(weights_only=True)` reads
         timm          state dict that `timm.create_model(NAME, ...).load_state_dict` takes, for runs of timm:NAME
         torchvision   the same for torchvision.models

@@ -3,7 +3,7 @@
 In the full network of a job a chain block computes x + scale * (block(x) - x). Where the branch block(x) - x ends in a
 linear operation, multiplying that operation's parameters by the scale says the same. Which operation it is depends on
 the block: the last convolution of a pre-activation block, the layer scale of a ConvNeXt block, the `gain` of a
-weight-standardised convolution. So it is not looked up but found: each candidate, the last executed first, is scaled
+weight-standardized convolution. So it is not looked up but found: each candidate, the last executed first, is scaled
 in a copy of the block in double precision, and taken only when the copy then equals the scaled block, on the block's
 own inputs and on random ones. Every block is tried, not one for all, and at the end the whole network.
 

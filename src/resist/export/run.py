@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resist.data import Images, image_size_of, normalisation_of, num_classes_of
+from resist.data import Images, image_size_of, normalization_of, num_classes_of
 from resist.errors import UserError
 from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_program, write_state
 from resist.export.folding import Fold, difference, fold
@@ -41,7 +41,7 @@ class Export:
     folds:      where they went, when they were folded.
     difference: largest difference of the file's network to the scaled one, on noise, relative to the largest logit.
     accuracy:   test accuracy, 0 to 1, of the scaled network and of the file's, where the two differ.
-    data:       the data set, without its images: classes, normalisation and image size.
+    data:       the data set, without its images: classes, normalization and image size.
     """
 
     path: Path
@@ -115,11 +115,11 @@ def data_facts(config: NetworkConfig) -> Images:
     size, name = config.image_size or image_size_of(config.data), config.data
     none = torch.empty((0, 3, size, size), dtype=torch.uint8)
     labels = torch.empty(0, dtype=torch.int64)
-    return Images(none, labels, num_classes_of(name, config.data_dir), *normalisation_of(name), pad=0, flip=False)
+    return Images(none, labels, num_classes_of(name, config.data_dir), *normalization_of(name), pad=0, flip=False)
 
 
 def example(data: Images, num: int = 2) -> Tensor:
-    """Noise in place of normalised images, always the same. (num, channels, height, width)"""
+    """Noise in place of normalized images, always the same. (num, channels, height, width)"""
     return torch.randn(num, *data.images.shape[1:], generator=torch.Generator().manual_seed(0))
 
 

@@ -43,7 +43,7 @@ class Detector(FasterRCNN):
     pixels, `labels` (found,) and `scores` (found,) of each image; in train mode, with `targets` (a list with `boxes`
     and `labels` of each image), the losses by name.
 
-    A tensor (batch, 3, height, width), already normalised, is taken for images whose features alone are of interest,
+    A tensor (batch, 3, height, width), already normalized, is taken for images whose features alone are of interest,
     as when BatchNorm statistics are estimated: the pyramid's levels by name.
     """
 
@@ -57,7 +57,7 @@ class Detector(FasterRCNN):
 
 
 class Pyramid(nn.Module):
-    """Normalised images (batch, 3, height, width) -> levels by name, each (batch, out_channels, height, width) float32.
+    """Normalized images (batch, 3, height, width) -> levels by name, each (batch, out_channels, height, width) float32.
 
     strides: of the levels, in pixels.
     """
@@ -99,7 +99,7 @@ class Predictor(FastRCNNPredictor):
 def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size: int) -> Detector:
     """A detector of `num_classes` classes, and of background as class 0.
 
-    body: a network with sections `layer1` .. `layer4`, and `begin`, which gives what the first of them is given; its
+    body: a network with sections `layer1` .. `layer4`, and `forward_stem`, which gives what the first of them is given; its
           head is taken off.
     image_size, max_size: what images are brought to inside it, see `image_transform`.
     Raises UserError where the body is not such a network.
@@ -127,17 +127,17 @@ def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size:
 
 
 def image_transform(image_size: int, max_size: int) -> GeneralizedRCNNTransform:
-    """What a detector does to images first: normalise, bring the shorter side to image_size (the longer one to at most
+    """What a detector does to images first: normalize, bring the shorter side to image_size (the longer one to at most
     max_size), and put them into one tensor with zeros around them."""
     return GeneralizedRCNNTransform(image_size, max_size, list(MEAN), list(STD))
 
 
 def headless(body: nn.Module) -> nn.Module:
     """The body of a classification network: its last norm and its head are replaced by nothing."""
-    missing = [name for name in ("begin", *SECTIONS) if not hasattr(body, name)]
+    missing = [name for name in ("forward_stem", *SECTIONS) if not hasattr(body, name)]
     if missing:
         raise UserError(
-            f"detection needs a network with begin and layer1 .. layer4, as our pre-activation ResNets have; "
+            f"detection needs a network with forward_stem and layer1 .. layer4, as our pre-activation ResNets have; "
             f"{type(body).__name__} has no {missing[0]}"
         )
     for name in ("norm", "head"):
@@ -148,7 +148,7 @@ def headless(body: nn.Module) -> nn.Module:
 
 def sections(body: Any, images: Tensor) -> list[tuple[str, Tensor]]:
     """The output of each section, by name."""
-    x, found = body.begin(images), []
+    x, found = body.forward_stem(images), []
     for name in SECTIONS:
         x = body.get_submodule(name)(x)
         found.append((name, x))

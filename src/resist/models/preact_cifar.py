@@ -60,12 +60,12 @@ class PreActResNet(nn.Module):
         self.norm = nn.BatchNorm2d(8 * width) if final_norm else None
         self.head = nn.Linear(8 * width, num_classes)
 
-    def begin(self, images: Tensor) -> Tensor:
+    def forward_stem(self, images: Tensor) -> Tensor:
         """What the first section is given."""
         return self.stem(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.begin(images)))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.forward_stem(images)))))
         if self.norm is not None:
             x = F.relu(self.norm(x))
         return self.head(x.mean(dim=(2, 3)))

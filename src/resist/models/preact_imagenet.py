@@ -66,12 +66,12 @@ class PreActResNetImageNet(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def begin(self, images: Tensor) -> Tensor:
+    def forward_stem(self, images: Tensor) -> Tensor:
         """What the first section is given. (batch, width, height / 4, width / 4)"""
         return F.max_pool2d(self.stem(images), 3, 2, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.begin(images)))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.forward_stem(images)))))
         return self.head(F.relu(self.norm(x)).mean(dim=(2, 3)))
 
 

@@ -1,6 +1,6 @@
 """Schedules: the messages that lead from one plan to the next, as data.
 
-A synchronisation has two phases. In the first every copy of a block goes to the block's owner, who folds them. In the
+A synchronization has two phases. In the first every copy of a block goes to the block's owner, who folds them. In the
 second the owner sends the folded block to its next holders. A worker that holds a block and goes on holding it alone
 sends nothing. The same list is run by a transport, counted by the ledger and drawn by a report.
 """
@@ -14,7 +14,7 @@ from resist.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Message:
-    """One block on its way. `phase` is "fold" (a copy to the owner), "hand_over" (owner to next holder) or "safety"
+    """One block on its way. `phase` is "average" (a copy to the owner), "hand_over" (owner to next holder) or "replica"
     (a second copy)."""
 
     phase: str
@@ -30,13 +30,13 @@ class Schedule:
     """fold, hand_over: the messages of the two phases, in the order in which every worker issues them.
     owners: (chain, block) -> the worker that folds the block."""
 
-    fold: tuple[Message, ...]
+    average: tuple[Message, ...]
     hand_over: tuple[Message, ...]
     owners: Mapping[tuple[str, int], int]
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        return self.fold + self.hand_over
+        return self.average + self.hand_over
 
     @property
     def num_bytes(self) -> int:
@@ -70,7 +70,7 @@ def schedule(plans: Mapping[str, Plan], next_plans: Mapping[str, Plan], block_by
         load += _load(best[2])
     ordered = [message for key in keys for message in chosen[key]]
     return Schedule(
-        fold=tuple(message for message in ordered if message.phase == "fold"),
+        average=tuple(message for message in ordered if message.phase == "average"),
         hand_over=tuple(message for message in ordered if message.phase == "hand_over"),
         owners=owners,
     )
@@ -79,7 +79,7 @@ def schedule(plans: Mapping[str, Plan], next_plans: Mapping[str, Plan], block_by
 def _messages(
     chain: str, block: int, owner: int, holders: Iterable[int], targets: Iterable[int], num_bytes: int
 ) -> list[Message]:
-    fold = [Message("fold", chain, block, holder, owner, num_bytes) for holder in holders if holder != owner]
+    fold = [Message("average", chain, block, holder, owner, num_bytes) for holder in holders if holder != owner]
     on = [Message("hand_over", chain, block, owner, target, num_bytes) for target in targets if target != owner]
     return fold + on
 
@@ -93,18 +93,18 @@ def _load(messages: Iterable[Message]) -> Counter[tuple[str, int]]:
 
 
 @dataclass(frozen=True)
-class Safekeeping:
-    """Second copies of the blocks that would have only one holder after a synchronisation.
+class ReplicaPlacement:
+    """Second copies of the blocks that would have only one holder after a synchronization.
 
     kept:     (chain, block) -> the worker that keeps what it hands over: it need only not forget it.
-    messages: ("safety") copies of blocks that stay alone where they are, to a worker that has none.
+    messages: ("replica") copies of blocks that stay alone where they are, to a worker that has none.
     """
 
     kept: Mapping[tuple[str, int], int]
     messages: tuple[Message, ...]
 
 
-def safekeeping(plan: Schedule, next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]) -> Safekeeping:
+def place_replicas(plan: Schedule, next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]) -> ReplicaPlacement:
     """Where a second copy of each block lies, so that any one of two or more workers can be lost. Copies that have to
     be sent go to those that have been sent the fewest bytes."""
     kept: dict[tuple[str, int], int] = {}
@@ -121,8 +121,8 @@ def safekeeping(plan: Schedule, next_plans: Mapping[str, Plan], block_bytes: Map
             continue
         keeper = min((w for w in received if w != owner), key=lambda worker: (received[worker], worker))
         received[keeper] += block_bytes[chain]
-        messages.append(Message("safety", chain, block, owner, keeper, block_bytes[chain]))
-    return Safekeeping(kept, tuple(messages))
+        messages.append(Message("replica", chain, block, owner, keeper, block_bytes[chain]))
+    return ReplicaPlacement(kept, tuple(messages))
 
 
 def allreduce_bytes(num_bytes: int, workers: int) -> int:

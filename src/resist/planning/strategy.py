@@ -11,7 +11,7 @@ MIN_DEPTH = 4
 
 
 @dataclass(frozen=True)
-class Outer:
+class OuterSGD:
     """An outer optimizer: Nesterov's method on the change that a round made, instead of the plain mean.
 
     lr, momentum: those of DiLoCo (Douillard et al., 2023) by default; lr=1 without momentum is the plain mean.
@@ -32,8 +32,8 @@ class Strategy:
     """What a round is.
 
     assign:          (num_blocks, chain name, seed, round) -> the plan of that round for one chain
-    local_steps:     optimizer steps between two synchronisations (the paper's l)
-    optimizer_state: what becomes of it at a synchronisation: see `resist.sync.averaging`
+    local_steps:     optimizer steps between two synchronizations (the paper's l)
+    optimizer_state: what becomes of it at a synchronization: see `resist.sync.averaging`
     outer:           what is done with the mean change of a round; None: it is applied as it is
     every_step:      gradients are averaged over the workers in every step, so weights never differ and a round ends
                      without an exchange
@@ -45,7 +45,7 @@ class Strategy:
     local_steps: int
     assign: Callable[[int, str, int, int], Plan]
     optimizer_state: str = "travel"
-    outer: Outer | None = None
+    outer: OuterSGD | None = None
     every_step: bool = False
     then: "Strategy | None" = None
     at_round: int = 0
@@ -71,7 +71,7 @@ def resist(
     min_depth: int | None = None,
     capacities: Sequence[int] | None = None,
     optimizer_state: str = "travel",
-    outer: Outer | None = None,
+    outer: OuterSGD | None = None,
 ) -> Strategy:
     """ResIST (Dun et al., 2022): each worker trains `capacities[worker]` blocks of every chain, drawn anew every round.
 
@@ -96,7 +96,7 @@ def resist(
 
 
 def local_sgd(
-    workers: int, local_steps: int = 50, *, optimizer_state: str = "travel", outer: Outer | None = None
+    workers: int, local_steps: int = 50, *, optimizer_state: str = "travel", outer: OuterSGD | None = None
 ) -> Strategy:
     """Local SGD: every worker trains the full network, and all weights are averaged every `local_steps` steps."""
 
@@ -104,13 +104,13 @@ def local_sgd(
 
 
 def diloco(
-    workers: int, local_steps: int = 50, *, optimizer_state: str = "keep", outer: Outer | None = None
+    workers: int, local_steps: int = 50, *, optimizer_state: str = "keep", outer: OuterSGD | None = None
 ) -> Strategy:
     """DiLoCo (Douillard et al., 2023): local SGD whose mean change of a round goes through an outer Nesterov step.
 
     Each worker keeps its own optimizer state, as there. Give any optimizer as the inner one.
     """
-    return Strategy("diloco", workers, local_steps, _everything(workers), optimizer_state, outer or Outer())
+    return Strategy("diloco", workers, local_steps, _everything(workers), optimizer_state, outer or OuterSGD())
 
 
 def ddp(workers: int, local_steps: int = 50) -> Strategy:

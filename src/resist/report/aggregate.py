@@ -3,13 +3,13 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from resist.report.colors import colour_of
+from resist.report.colors import color_of
 from resist.report.svg import CLEAR
 from resist.report.units import sample
 from resist.runs.history import History
 
 COLUMNS, CELLS = 400, 40_000  # of a map at most
-MOST = 16  # holders of a block that are told apart; more are grey
+MOST = 16  # holders of a block that are told apart; more are gray
 MANY = "#8d949e"
 
 
@@ -63,12 +63,12 @@ def _of_chain(history: History, chain: str) -> Holdings:
 def map_rows(facts: Holdings) -> tuple[list[bytes], list[str], int]:
     """(pixels, palette, pixels of a block's height) of a map: a column for each round, a row for each block.
 
-    A block that several workers held is cut into as many stripes of equal height, in their colours. Blocks are set
+    A block that several workers held is cut into as many stripes of equal height, in their colors. Blocks are set
     apart by a clear line, and so are rounds where there are few of them.
     """
     most = max((len(one) for column in facts.holders for one in column), default=1)
     stripes = max(min(most, MOST), min(14, max(5, 420 // facts.blocks)))
-    palette = [colour_of(worker) for worker in range(min(facts.workers, 254))] + [MANY]
+    palette = [color_of(worker) for worker in range(min(facts.workers, 254))] + [MANY]
     wide = len(facts.holders) <= 60
     rows: list[bytes] = []
     for block in range(facts.blocks):

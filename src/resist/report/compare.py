@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from resist.report.colors import STRATEGIES, colour_of
+from resist.report.colors import STRATEGIES, color_of
 from resist.runs.history import History
 
 MARKS = {"resist": "o", "local_sgd": "s", "diloco": "^", "ddp": "D"}
@@ -55,16 +55,16 @@ def labels(histories: Sequence[History]) -> list[str]:
 
 def _options(history: History) -> dict[str, Any]:
     data = history.config.to_json()
-    flat = {name: value for part in ("network", "method", "optimisation", "run") for name, value in data[part].items()}
+    flat = {name: value for part in ("network", "method", "optimization", "run") for name, value in data[part].items()}
     return {name: value for name, value in flat.items() if name not in BESIDE}
 
 
-def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each label: that of its strategy where labels are just that."""
+def colors(names: Sequence[str]) -> dict[str, str]:
+    """A color for each label: that of its strategy where labels are just that."""
     unique = list(dict.fromkeys(names))
     if all(name in STRATEGIES for name in unique):
         return {name: STRATEGIES[name] for name in unique}
-    return {name: colour_of(number) for number, name in enumerate(unique)}
+    return {name: color_of(number) for number, name in enumerate(unique)}
 
 
 def _row(runs: Sequence[History], target: float | None) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None
         ("optimizer steps of a worker", lambda h: h.steps),
     )
     names = labels(histories)
-    of_label = colours(names)
+    of_label = colors(names)
     figure = Figure(figsize=(9.6, 3.2), layout="constrained")
     all_axes = figure.subplots(1, 3, sharey=True)
     for axes, (label, values) in zip(all_axes, axes_of, strict=True):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from html import escape
 
 from resist.report.aggregate import Holdings, all_reduced, holdings, map_rows, traffic
-from resist.report.colors import KINDS, colour_of
-from resist.report.compare import colours
+from resist.report.colors import KINDS, color_of
+from resist.report.compare import colors
 from resist.report.svg import Series, Ticks, data_uri, figure, frame, legend, png, stacked_plot, svg
 from resist.report.tables import kinds_of
 from resist.report.units import amount, bytes_unit, ends, means, seconds_unit, thin, whole_ticks
@@ -36,10 +36,10 @@ def partition_map(facts: Holdings) -> str:
     area = f'<img alt="{escape(_in_words(facts))}" src="{data_uri(picture)}">'
     inside = frame(area, x_ticks, block_ticks(facts.blocks, height), "round", f"block of {facts.chain}",
                    height=len(rows), data=data)  # fmt: skip
-    note = "A block in several colours was held by several workers at once."
+    note = "A block in several colors was held by several workers at once."
     if facts.every > 1:
         note += f" Every {facts.every}th round is shown."
-    key = legend([(f"worker {worker}", colour_of(worker)) for worker in range(facts.workers)])
+    key = legend([(f"worker {worker}", color_of(worker)) for worker in range(facts.workers)])
     content = f'<div style="max-width:{60 + max(160, 30 * num)}px">{inside}</div>{key}'
     return figure(f"Who held which block of {facts.chain}", content, note=note, kind="plot map")
 
@@ -53,7 +53,7 @@ def round_ticks(rounds: Sequence[int]) -> Ticks:
 
 
 def _in_words(facts: Holdings) -> str:
-    return f"{facts.blocks} blocks in {len(facts.rounds)} rounds, coloured by the workers that held them"
+    return f"{facts.blocks} blocks in {len(facts.rounds)} rounds, colored by the workers that held them"
 
 
 def block_ticks(blocks: int, height: int) -> Ticks:
@@ -70,7 +70,7 @@ def shares(facts: Holdings) -> str:
         for block, share in enumerate(row):
             opacity = f"{share / max(shown):.2f}".rstrip("0").rstrip(".")
             parts.append(
-                f'<rect x="{block}.04" y="{worker}.04" width=".92" height=".92" fill="{colour_of(worker)}" '
+                f'<rect x="{block}.04" y="{worker}.04" width=".92" height=".92" fill="{color_of(worker)}" '
                 f'fill-opacity="{opacity}"><title>worker {worker}, block {block}: {share:.0%}</title></rect>'
             )
     pitch = max(8, min(18, 240 // facts.workers))
@@ -79,7 +79,7 @@ def shares(facts: Holdings) -> str:
     x_ticks = [((b + 0.5) / facts.blocks, str(b)) for b in whole_ticks(0, facts.blocks - 1, 10)]
     area = svg(parts, facts.blocks, facts.workers)
     inside = frame(area, x_ticks, y_ticks, f"block of {facts.chain}", "worker", height=pitch * facts.workers)
-    note = f"The stronger the colour, the more of the rounds; from {min(shown):.0%} to {max(shown):.0%}."
+    note = f"The stronger the color, the more of the rounds; from {min(shown):.0%} to {max(shown):.0%}."
     return figure("How often each worker held each block",
                   f'<div style="max-width:{60 + 44 * facts.blocks}px">{inside}</div>', note=note)  # fmt: skip
 
@@ -125,7 +125,7 @@ def seconds_figure(history: History) -> str:
     kinds = kinds_of(history)
     of_kind = [[record["seconds"].get(kind, 0.0) for record in history.rounds] for kind in kinds]
     series = [
-        Series(kind, KINDS.get(kind, colour_of(len(KINDS) + i)), (), means(values, COLUMNS))
+        Series(kind, KINDS.get(kind, color_of(len(KINDS) + i)), (), means(values, COLUMNS))
         for i, (kind, values) in enumerate(zip(kinds, of_kind, strict=True))
         if sum(values) > 0
     ]
@@ -133,7 +133,7 @@ def seconds_figure(history: History) -> str:
     every = -(-len(history.rounds) // COLUMNS)
     drawn = stacked_plot("Seconds of a round, by kind", "round", "s", rounds, round_ticks(rounds), series)
     note = f'<p class="note">Means of {every} rounds each.</p>' if every > 1 else ""
-    return f"<div>{drawn}{legend([(one.name, one.colour) for one in series])}{note}</div>"
+    return f"<div>{drawn}{legend([(one.name, one.color) for one in series])}{note}</div>"
 
 
 POINTS = 300  # of a line at most
@@ -152,8 +152,8 @@ class Curves:
 
 def curves_of(histories: Sequence[History], names: Sequence[str]) -> list[Curves]:
     """Accuracy against steps, time and bytes, then loss against the same. names: one for each run; equal names have
-    the same colour."""
-    of_name = colours(names)
+    the same color."""
+    of_name = colors(names)
     byte, byte_unit = bytes_unit(max(h.bytes[-1] for h in histories))
     second, second_unit = seconds_unit(max(h.seconds[-1] for h in histories))
     sent = [h.bytes[-1] for h in histories]
@@ -175,12 +175,12 @@ def curves_of(histories: Sequence[History], names: Sequence[str]) -> list[Curves
     ]  # fmt: skip
 
 
-def _accuracy_line(history: History, name: str, colour: str, x: Sequence[float]) -> Series:
+def _accuracy_line(history: History, name: str, color: str, x: Sequence[float]) -> Series:
     kept = [history.tested[i] for i in thin(len(history.tested), POINTS)]
     values = [100 * history.rounds[i]["accuracy"] for i in kept]
-    return Series(name, colour, [x[i] for i in kept], values, marks=len(kept) <= 60)
+    return Series(name, color, [x[i] for i in kept], values, marks=len(kept) <= 60)
 
 
-def _loss_line(history: History, name: str, colour: str, x: Sequence[float]) -> Series:
+def _loss_line(history: History, name: str, color: str, x: Sequence[float]) -> Series:
     losses = [record["loss"] if abs(record["loss"]) < 1e30 else math.nan for record in history.rounds]
-    return Series(name, colour, ends(x, POINTS), means(losses, POINTS))
+    return Series(name, color, ends(x, POINTS), means(losses, POINTS))

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 import resist
-from resist.report.compare import colours, compare, labels
+from resist.report.compare import colors, compare, labels
 from resist.report.figures import curves_of, holdings_figures, matrix, seconds_figure
 from resist.report.svg import legend, line_plot
 from resist.report.tables import (
@@ -97,7 +97,7 @@ def _one(history: History, name: str, heading: str) -> str:
 def curves(histories: Sequence[History], names: Sequence[str]) -> str:
     """Accuracy and loss against steps, time and bytes: six figures."""
     figures = [line_plot(c.title, c.x_label, c.y_label, c.series, log_x=c.log_x) for c in curves_of(histories, names)]
-    of_name = colours(names)
+    of_name = colors(names)
     key = legend([(name, of_name[name]) for name in dict.fromkeys(names)]) if len(set(names)) > 1 else ""
     return f'<section id="curves"><div class="figures">{"".join(figures)}</div>{key}</section>'
 

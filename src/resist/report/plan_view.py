@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from resist.report.colors import colour_of
+from resist.report.colors import color_of
 
 
 def print_plan(facts: dict[str, Any], console: Console) -> None:
@@ -69,7 +69,7 @@ def partition_lines(
                 marks = "".join(way * (pitch - 1) + (held_mark if block in held else way) for block in part)
                 text.append(
                     shared * SHARED_COLUMNS + marks + way * (pitch - 1) + shared * SHARED_COLUMNS,
-                    style=colour_of(worker),
+                    style=color_of(worker),
                 )
                 lines.append(text)
     return lines
@@ -123,18 +123,18 @@ def _chain(name: str, blocks: int, rounds: Sequence[Sequence[Sequence[int]]], to
         parts.append(_text(EDGE, y + 12, f"round {number}"))
         for worker, held in enumerate(workers):
             parts.append(_text(left - 8, y + 12, f"worker {worker}", "end", 12, "soft"))
-            parts += _network(left, y, blocks, held, colour_of(worker))
+            parts += _network(left, y, blocks, held, color_of(worker))
             y += pitch
         y += 14
     return parts
 
 
-def _network(x: float, y: float, blocks: int, held: Sequence[int], colour: str | None) -> list[str]:
-    """The shared parts at both ends, the blocks that are held, and the way through them; grey without a colour."""
+def _network(x: float, y: float, blocks: int, held: Sequence[int], color: str | None) -> list[str]:
+    """The shared parts at both ends, the blocks that are held, and the way through them; gray without a color."""
     pitch = SIZE + GAP
     end = x + SHARED + GAP + blocks * pitch
-    fill = 'class="whole"' if colour is None else f'fill="{colour}"'
-    stroke = "#8d949e" if colour is None else colour
+    fill = 'class="whole"' if color is None else f'fill="{color}"'
+    stroke = "#8d949e" if color is None else color
     line = f'<path class="path" d="M{x + SHARED} {y + SIZE / 2}H{end}" stroke="{stroke}" stroke-width="1.5"/>'
     ends = [
         f'<rect x="{at}" y="{y}" width="{SHARED}" height="{SIZE}" rx="3" {fill} fill-opacity=".4"/>' for at in (x, end)
@@ -147,17 +147,17 @@ def _network(x: float, y: float, blocks: int, held: Sequence[int], colour: str |
 
 def _legend(workers: int, top: float, width: float) -> tuple[list[str], int]:
     """(elements, lines)"""
-    entries = [(colour_of(worker), 1.0, SIZE, f"worker {worker}") for worker in range(workers)]
+    entries = [(color_of(worker), 1.0, SIZE, f"worker {worker}") for worker in range(workers)]
     entries.append(("#8d949e", 0.4, 26, "shared: every worker trains it, and it is averaged"))
     parts: list[str] = []
     x, line = float(EDGE), 0
-    for colour, opacity, wide, text in entries:
+    for color, opacity, wide, text in entries:
         room = wide + 6 + 6.4 * len(text) + 18
         if x + room > width and x > EDGE:
             x, line = float(EDGE), line + 1
         y = top + line * LEGEND
         parts.append(
-            f'<rect x="{x:g}" y="{y}" width="{wide}" height="{SIZE}" rx="2" fill="{colour}" fill-opacity="{opacity}"/>'
+            f'<rect x="{x:g}" y="{y}" width="{wide}" height="{SIZE}" rx="2" fill="{color}" fill-opacity="{opacity}"/>'
         )
         parts.append(_text(x + wide + 6, y + 12, text))
         x += room

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from resist.report.aggregate import Holdings, holdings, map_rows, traffic
-from resist.report.colors import KINDS, colour_of
+from resist.report.colors import KINDS, color_of
 from resist.report.figures import COLUMNS, NUMBERED, block_ticks, curves_of, round_ticks
 from resist.report.tables import kinds_of
 from resist.report.units import bytes_unit, ends, means
@@ -24,7 +24,7 @@ def curves_png(histories: Sequence[History], names: Sequence[str]) -> bytes:
     for axes, curves in zip(figure.subplots(2, 3).flat, curves_of(histories, names), strict=True):
         for one in curves.series:
             marker = "o" if one.marks or len(one.x) == 1 else ""
-            axes.plot(one.x, one.y, color=one.colour, marker=marker, markersize=3.5, linewidth=1.4, label=one.name)
+            axes.plot(one.x, one.y, color=one.color, marker=marker, markersize=3.5, linewidth=1.4, label=one.name)
         axes.locator_params(axis="x", nbins=5)
         if curves.log_x:
             axes.set_xscale("log")
@@ -55,14 +55,14 @@ def _draw_map(axes: Any, chain: Holdings) -> None:
     from matplotlib.patches import Patch
 
     rows, palette, height = map_rows(chain)
-    colours = np.array([[255, 255, 255], *(list(bytes.fromhex(colour[1:])) for colour in palette)], dtype=np.uint8)
-    pixels = colours[np.array([list(row) for row in rows])]
+    colors = np.array([[255, 255, 255], *(list(bytes.fromhex(color[1:])) for color in palette)], dtype=np.uint8)
+    pixels = colors[np.array([list(row) for row in rows])]
     axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(0, 1, 0, 1))
     _tidy(axes, f"Who held which block of {chain.chain}", "round", "block")
     axes.set_xticks(*_places(round_ticks(chain.rounds)))
     axes.set_yticks(*_places(block_ticks(chain.blocks, height)))
     axes.grid(visible=False)
-    patches = [Patch(color=colour_of(worker), label=f"worker {worker}") for worker in range(min(chain.workers, 16))]
+    patches = [Patch(color=color_of(worker), label=f"worker {worker}") for worker in range(min(chain.workers, 16))]
     axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
 
 
@@ -87,8 +87,8 @@ def _draw_seconds(axes: Any, history: History) -> None:
     below = np.zeros(len(rounds))
     for number, kind in enumerate(kinds):
         values = np.array(means([record["seconds"].get(kind, 0.0) for record in history.rounds], COLUMNS))
-        colour = KINDS.get(kind, colour_of(len(KINDS) + number))
-        axes.bar(range(len(rounds)), values, bottom=below, width=1.0, color=colour, label=kind)
+        color = KINDS.get(kind, color_of(len(KINDS) + number))
+        axes.bar(range(len(rounds)), values, bottom=below, width=1.0, color=color, label=kind)
         below += values
     _tidy(axes, "Seconds of a round, by kind", "round", "s")
     places, texts = _places(round_ticks([int(last) for last in rounds]))

@@ -25,7 +25,7 @@ class Series:
     """A line. x and y are equally long; marks: a dot at each point."""
 
     name: str
-    colour: str
+    color: str
     x: Sequence[float]
     y: Sequence[float]
     marks: bool = False
@@ -63,7 +63,7 @@ def line_plot(
     parts = [f'<path class="grid" d="M0 {_up(place)}H{SIDE}"/>' for place, _ in y.ticks(5)]
     for one in lines:
         points = [(_right(x.place(a)), _up(y.place(b))) for a, b in zip(one.x, one.y, strict=True)]
-        stroke = f'stroke="{escape(one.colour)}"'
+        stroke = f'stroke="{escape(one.color)}"'
         dashed = ' stroke-dasharray="6 4"' if one.dashed else ""
         if len(points) > 1:
             path = "L".join(f"{a} {b}" for a, b in points)
@@ -93,7 +93,7 @@ def stacked_plot(
         above = [low + value for low, value in zip(below, one.y, strict=True)]
         top = "".join(f"V{_up(axis.place(v))}H{_right((i + 1) / num)}" for i, v in enumerate(above))
         bottom = "".join(f"V{_up(axis.place(below[i]))}H{_right(i / num)}" for i in reversed(range(num)))
-        parts.append(f'<path fill="{escape(one.colour)}" d="M0 {_up(axis.place(below[0]))}{top}{bottom}Z"/>')
+        parts.append(f'<path fill="{escape(one.color)}" d="M0 {_up(axis.place(below[0]))}{top}{bottom}Z"/>')
         below = above
     data = {
         "kind": "steps", "label": x_label, "x": _digits(x),
@@ -127,8 +127,8 @@ def svg(parts: Sequence[str], width: float = SIDE, height: float = SIDE) -> str:
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """entries: (name, colour)"""
-    items = "".join(f'<li><i style="background:{escape(colour)}"></i>{escape(name)}</li>' for name, colour in entries)
+    """entries: (name, color)"""
+    items = "".join(f'<li><i style="background:{escape(color)}"></i>{escape(name)}</li>' for name, color in entries)
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -142,7 +142,7 @@ def _finite(one: Series, log_x: bool) -> Series:
         (a, b) for a, b in zip(one.x, one.y, strict=True)
         if math.isfinite(a) and math.isfinite(b) and (a > 0 or not log_x)
     ]  # fmt: skip
-    return Series(one.name, one.colour, [a for a, _ in kept], [b for _, b in kept], one.marks, one.dashed)
+    return Series(one.name, one.color, [a for a, _ in kept], [b for _, b in kept], one.marks, one.dashed)
 
 
 def _range(values: Sequence[float], *, from_zero: bool, pad: bool) -> tuple[float, float]:
@@ -166,7 +166,7 @@ def _digits(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
 
 
-CLEAR = 0  # the colour number that lets the page shine through
+CLEAR = 0  # the color number that lets the page shine through
 
 
 def png(rows: Sequence[bytes], palette: Sequence[str]) -> bytes:
@@ -176,10 +176,10 @@ def png(rows: Sequence[bytes], palette: Sequence[str]) -> bytes:
     """
     assert len(palette) < 256
     assert len({len(row) for row in rows}) == 1
-    colours = bytes(3) + b"".join(bytes.fromhex(colour[1:]) for colour in palette)
+    colors = bytes(3) + b"".join(bytes.fromhex(color[1:]) for color in palette)
     header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 3, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows), 9)
-    parts = ((b"IHDR", header), (b"PLTE", colours), (b"tRNS", b"\0"), (b"IDAT", pixels), (b"IEND", b""))
+    parts = ((b"IHDR", header), (b"PLTE", colors), (b"tRNS", b"\0"), (b"IDAT", pixels), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in parts)
 
 

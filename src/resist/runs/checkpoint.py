@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.job import Job
-from resist.runs.rescue import forget_safe_copies
+from resist.runs.rescue import remove_replicas
 from resist.sync.averaging import VELOCITY
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker
@@ -60,7 +60,7 @@ class Checkpoints:
         self._error: BaseException | None = None
 
     def begin(self, job: Job, optimizers: tuple[Optimizer, ...], facts: Mapping[str, object]) -> None:
-        """Copy the job's state as it is after a synchronisation, and begin to write it. Every process has to call it.
+        """Copy the job's state as it is after a synchronization, and begin to write it. Every process has to call it.
 
         Waits for the checkpoint before, and raises AgreedError where that one could not be written.
         """
@@ -110,7 +110,7 @@ class Checkpoints:
 
     def _agree(self) -> None:
         """Raise the error of one process in all."""
-        texts = self._transport.gather_text("" if self._error is None else _reason(self._error))
+        texts = self._transport.all_gather_text("" if self._error is None else _reason(self._error))
         self._error = None
         reason = next((text for text in texts if text), None)
         if reason is not None:
@@ -146,7 +146,7 @@ class Checkpoints:
         if final.exists():  # saved before, by the run that this one goes on with, and damaged since
             final.rename(next(p for n in count(1) if not (p := final.with_name(f"damaged-{n}-{final.name}")).exists()))
         partial.rename(final)
-        forget_safe_copies(self.folder.parent / "rescue", int(str(facts["round"])))
+        remove_replicas(self.folder.parent / "replicas", int(str(facts["round"])))
         for old in [path for path in complete(self.folder) if path.name < final.name][KEEP - 1 :]:
             with contextlib.suppress(UserError):  # a damaged one stays, for whoever wants to see why
                 about(old)
@@ -213,7 +213,7 @@ def restore(job: Job, optimizers: tuple[Optimizer, ...], path: Path, *, same_wor
     with torch.no_grad():
         for worker, optimizer in zip(job.workers, optimizers, strict=True):
             _fill(job, worker, optimizer, wanted)
-    job.mark_starts()
+    job.mark_anchors()
 
 
 def _fill(job: Job, worker: Worker, optimizer: Optimizer, found: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from resist.errors import UserError
-from resist.planning.strategy import Outer, Strategy, ddp, diloco, local_sgd, resist, switch
+from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
 
 # Data sets of photographs, which are read from files while the network trains.
 STREAMED = ("folder", "imagenet", "voc2007", "voc2012")
@@ -30,7 +30,7 @@ class NetworkConfig:
     image_size: int | None = None
     """Height and width that photographs are cut to, by default 224. Detection: their shorter side, by default 600; the
     longer one is at most 5/3 of that."""
-    loaders: int = 4
+    data_workers: int = 4
     """Processes that read and decode photographs for each worker; 0: the worker does it itself. The result is the same.
     """
     skip_bad_files: bool = False
@@ -46,7 +46,7 @@ class NetworkConfig:
     width: int | None = None
     """Channels of the first section, instead of the model's own (64 for preact_resnet101)."""
     final_norm: bool = False
-    """Normalise and rectify before the last pooling. The networks of the paper for small images do not; all
+    """Normalize and rectify before the last pooling. The networks of the paper for small images do not; all
     others always do."""
     chain: tuple[str, ...] = ()
     """Blocks to partition, as in layer3:1-22, or layer2 layer3 for the longest run of each. Default: the longest run of
@@ -67,7 +67,7 @@ class MethodConfig:
     workers: int = 4
     """Number of workers, S. It belongs to the algorithm; the number of processes does not change the result."""
     local_steps: int = 50
-    """Optimizer steps from one synchronisation to the next."""
+    """Optimizer steps from one synchronization to the next."""
     min_depth: int | None = None
     """Chain blocks that each worker holds at the least, the surplus shared. Default: 4, or a shorter chain."""
     capacities: tuple[int, ...] = ()
@@ -79,13 +79,13 @@ class MethodConfig:
     batchnorm: Literal["recalibrate", "average", "batch"] = "recalibrate"
     """Statistics of the full network: estimated anew, averaged over the workers, or those of each test batch."""
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
-    """Momentum at a synchronisation: forgotten, kept in place, moved with its block, or also averaged where shared."""
+    """Momentum at a synchronization: forgotten, kept in place, moved with its block, or also averaged where shared."""
     outer: tuple[float, float] | None = None
     """Rate and Nesterov momentum of an outer step along each round's mean change. Default: 0.7 0.9 for diloco."""
-    nonfinite: Literal["stop", "drop"] = "stop"
+    on_nonfinite: Literal["stop", "drop"] = "stop"
     """When a worker's loss or weights are no longer numbers. stop: end the run, the weights kept to be looked at. drop:
     leave its round out of the means; what only it held stays as it was."""
-    safety: Literal["none", "copy"] = "none"
+    replicate: bool = False
     """copy: keep every block twice in memory, so that no round is lost with any one worker; see --resume."""
     scale: str = "inclusion"
     """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number."""
@@ -94,12 +94,12 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
-class OptimisationConfig:
+class OptimizationConfig:
     epochs: float = 40.0
     """Passes of each worker through the images it draws from."""
     batch_size: int = 128
     """Images of a worker in one step."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Parts that a batch is split into, their gradients added up: less memory for the same batch."""
     lr: float = 0.03
     """Learning rate of SGD."""
@@ -111,7 +111,7 @@ class OptimisationConfig:
     """Weight decay, on every parameter."""
     label_smoothing: float = 0.0
     """Share of each label that is spread evenly over all classes; 0.1 is usual for ImageNet."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    lr_schedule: Literal["step", "cosine", "constant"] = "step"
     """Learning rate over the run. step: a tenth after 50 % and again after 75 %."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises linearly to --lr."""
@@ -147,12 +147,12 @@ class RunConfig:
     """Run directory, which must not exist yet. Default: runs/DATE-TIME-DATA-STRATEGY."""
     seed: int = 0
     """Seed of everything random: initial weights, batches, plans."""
-    evaluations: int = 10
+    num_evals: int = 10
     """Times that the full network is assembled and tested, spread evenly, the last at the end."""
     resume: Path | None = None
     """Go on with this run from its newest checkpoint, or from safe copies that are newer. Other options are those of
-    the run, but for machine options, --workers, --data-dir, --loaders, --lr, --safety and --nonfinite, which may
-    change."""
+    the run, but for machine options, --workers, --data-dir, --data-workers, --lr, --replicate and --on-nonfinite,
+    which may change."""
     checkpoint_rounds: int = 10
     """Rounds from one checkpoint to the next; one is always written at the end, and on SIGTERM or SIGINT."""
     until: tuple[str, ...] = ()
@@ -166,7 +166,7 @@ class TrainConfig:
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
-    optimisation: OptimisationConfig = field(default_factory=OptimisationConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -181,37 +181,37 @@ class TrainConfig:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise UserError(f"{flag} {value} is not a finite number")
         least: dict[str, tuple[float | None, float]] = {
-            "--batch-size": (self.optimisation.batch_size, 1),
-            "--accumulate": (self.optimisation.accumulate, 1),
-            "--lr": (self.optimisation.lr, 0),
-            "--momentum": (self.optimisation.momentum, 0),
-            "--weight-decay": (self.optimisation.weight_decay, 0),
-            "--lr-warmup-steps": (self.optimisation.lr_warmup_steps, 0),
+            "--batch-size": (self.optimization.batch_size, 1),
+            "--grad-accum-steps": (self.optimization.grad_accum_steps, 1),
+            "--lr": (self.optimization.lr, 0),
+            "--momentum": (self.optimization.momentum, 0),
+            "--weight-decay": (self.optimization.weight_decay, 0),
+            "--lr-warmup-steps": (self.optimization.lr_warmup_steps, 0),
             "--warmup-rounds": (self.method.warmup_rounds, 0),
             "--warmup-epochs": (self.method.warmup_epochs, 0),
-            "--label-smoothing": (self.optimisation.label_smoothing, 0),
+            "--label-smoothing": (self.optimization.label_smoothing, 0),
             "--image-size": (self.network.image_size, 32),
-            "--loaders": (self.network.loaders, 0),
+            "--data-workers": (self.network.data_workers, 0),
             "--processes": (self.machine.processes, 1),
-            "--evaluations": (self.run.evaluations, 1),
+            "--num-evals": (self.run.num_evals, 1),
             "--checkpoint-rounds": (self.run.checkpoint_rounds, 1),
             "--restarts": (self.machine.restarts, 0),
         }
         for flag, (value, bound) in least.items():
             if value is not None and value < bound:
                 raise UserError(f"{flag} {value} is too small; give at least {bound}")
-        for flag, value in (("--epochs", self.optimisation.epochs), ("--timeout-s", self.machine.timeout_s)):
+        for flag, value in (("--epochs", self.optimization.epochs), ("--timeout-s", self.machine.timeout_s)):
             if value <= 0:
                 raise UserError(f"{flag} {value} has to be more than 0")
         self._check_pairs()
 
     def _check_pairs(self) -> None:
         """What is wrong only together."""
-        o, method, network = self.optimisation, self.method, self.network
-        if o.batch_size % o.accumulate:
+        o, method, network = self.optimization, self.method, self.network
+        if o.batch_size % o.grad_accum_steps:
             raise UserError(
-                f"--batch-size {o.batch_size} cannot be split into --accumulate {o.accumulate} equal parts; "
-                "make the one a multiple of the other"
+                f"--batch-size {o.batch_size} cannot be split into --grad-accum-steps {o.grad_accum_steps} equal "
+                "parts; make the one a multiple of the other"
             )
         if self.network.task == "detection" and self.machine.compile:
             raise UserError("--compile cannot take a detector, whose regions differ from image to image; leave it out")
@@ -223,7 +223,7 @@ class TrainConfig:
             raise UserError("--warmup-rounds and --warmup-epochs say the same; give one of the two")
         for flag, given in (
             ("--image-size", network.image_size is not None),
-            ("--loaders", network.loaders != NetworkConfig.loaders),
+            ("--data-workers", network.data_workers != NetworkConfig.data_workers),
             ("--skip-bad-files", network.skip_bad_files),
         ):
             if given and network.data not in STREAMED:
@@ -240,13 +240,13 @@ class TrainConfig:
                 ("--capacities", bool(method.capacities)),
                 ("--min-depth", method.min_depth is not None),
                 ("--outer", method.strategy == "ddp" and method.outer is not None),
-                ("--safety", method.strategy == "ddp" and method.safety == "copy"),
-                ("--nonfinite drop", method.strategy == "ddp" and method.nonfinite == "drop"),
+                ("--replicate", method.strategy == "ddp" and method.replicate),
+                ("--on-nonfinite drop", method.strategy == "ddp" and method.on_nonfinite == "drop"),
             ):
                 if given:
                     raise UserError(f"{flag} says nothing to --strategy {method.strategy}; leave it out")
-        if method.safety == "copy" and method.workers < 2:
-            raise UserError("--safety copy needs a second worker to keep copies; give --workers 2 or more")
+        if method.replicate and method.workers < 2:
+            raise UserError("--replicate needs a second worker to keep copies; give --workers 2 or more")
         self.strategy()
         self.scale()
         self.budgets()
@@ -254,7 +254,7 @@ class TrainConfig:
     def strategy(self) -> Strategy:
         """The strategy that these options name."""
         m = self.method
-        outer = None if m.outer is None else Outer(*m.outer)
+        outer = None if m.outer is None else OuterSGD(*m.outer)
         if m.strategy == "ddp":
             return ddp(m.workers, m.local_steps)
         if m.strategy == "diloco":
@@ -277,7 +277,7 @@ class TrainConfig:
         m = self.method
         if not m.warmup_epochs:
             return self
-        rounds = math.ceil(m.warmup_epochs * images_per_epoch / (self.optimisation.batch_size * m.local_steps))
+        rounds = math.ceil(m.warmup_epochs * images_per_epoch / (self.optimization.batch_size * m.local_steps))
         return dataclasses.replace(self, method=dataclasses.replace(m, warmup_rounds=rounds, warmup_epochs=0.0))
 
     def scale(self) -> str | float:
@@ -325,7 +325,7 @@ class TrainConfig:
 
     def digest(self) -> dict[str, object]:
         """What has to be equal on all hosts; where files lie and what a host is made of may differ."""
-        own = {"data_dir", "loaders", "pretrained", "out", "resume", "device", "processes", "compile", "restarts"}
+        own = {"data_dir", "data_workers", "pretrained", "out", "resume", "device", "processes", "compile", "restarts"}
         own |= {"no_progress", "tensorboard", "wandb"}
         flat = {name: value for part in self.to_json().values() for name, value in part.items()}
         return {f"--{name.replace('_', '-')}": value for name, value in flat.items() if name not in own}

@@ -1,6 +1,6 @@
 """What is left of a run when a worker is lost or diverges: weights that each process writes for itself.
 
-    RUN/rescue/round-000012.worker-3.safetensors   safe copies of the network as it was synchronised (`--safety copy`)
+    RUN/replicas/round-000012.worker-3.safetensors   safe copies of the network as it was synchronized (`--replicate`)
     RUN/diverged/worker-3.safetensors              a worker's weights as they were when training diverged, to look at
 
 Nobody has to be asked: each process writes what it has, and who resumes finds out whether it is all there.
@@ -23,14 +23,14 @@ from resist.runs.model_file import write_tensors
 FORMAT = "resist safe copy 1"
 
 
-def write_safe_copies(folder: Path, job: Job) -> None:
+def write_replicas(folder: Path, job: Job) -> None:
     """Write the safe copies that this process keeps. Raises UserError where they cannot be written."""
     subnet = job.workers[0].subnet
     num_tensors = len(subnet.shared_layout.pieces)
     num_tensors += sum(
         chain.num_blocks * len(layout.pieces) for chain, layout in zip(job.chains, subnet.block_layouts, strict=True)
     )
-    for one in job.safe:
+    for one in job.replicas:
         facts = {"round": one.round, "step": one.step, "workers": job.strategy.workers, "tensors": num_tensors}
         name = f"round-{one.round:06d}.worker-{job.workers[0].index}.safetensors"
         _write(folder / name, one.tensors, facts)
@@ -43,7 +43,7 @@ def write_diverged(folder: Path, job: Job) -> None:
         _write(folder / f"worker-{worker.index}.safetensors", worker.subnet.state(job.held_by(worker)), facts)
 
 
-def newest_safe_round(folder: Path) -> dict[str, Any] | None:
+def newest_replica_round(folder: Path) -> dict[str, Any] | None:
     """What is known of the newest round whose network is complete in `folder`: round, step, workers; or None.
 
     Files that are cut, damaged or of another kind count as not there.
@@ -64,7 +64,7 @@ def newest_safe_round(folder: Path) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def restore_safe_copy(job: Job, folder: Path, round: int) -> None:
+def restore_replicas(job: Job, folder: Path, round: int) -> None:
     """Give a job that was made for `round` the weights of its safe copies. Each process reads what it needs."""
     wanted = {name: view for w in job.workers for name, view in w.subnet.state(job.held_by(w)).items()}
     found: dict[str, Tensor] = {}
@@ -80,10 +80,10 @@ def restore_safe_copy(job: Job, folder: Path, round: int) -> None:
     for worker in job.workers:
         for name, view in worker.subnet.state(job.held_by(worker)).items():
             view.copy_(found[name])
-    job.mark_starts()
+    job.mark_anchors()
 
 
-def forget_safe_copies(folder: Path, up_to: int) -> None:
+def remove_replicas(folder: Path, up_to: int) -> None:
     """Remove safe copies of rounds that a checkpoint covers."""
     for path in folder.glob("round-*.safetensors"):
         if path.name.split(".")[0] <= f"round-{up_to:06d}":

@@ -1,6 +1,6 @@
 """Chains: runs of residual blocks that can take one another's place, found in any `nn.Module` or named by the user.
 
-Neighbours under one `nn.Sequential` or `nn.ModuleList` form a run when they have the same class, the same parameter and
+Neighbors under one `nn.Sequential` or `nn.ModuleList` form a run when they have the same class, the same parameter and
 buffer shapes all the way down, and no parameter in common with anything else. The strided first block of a section
 differs in its shapes, so it is never part of a chain. Numbers, texts and flags may differ along a run (a drop-path rate
 that grows with depth, a layer's index, a shifted window): they go with their block, see `Varying`.
@@ -69,7 +69,7 @@ class Chain:
         if self.kind == residual.NORM:
             return (
                 f"the blocks of {self.name} end in a norm, norm(x + f(x)): the full network uses "
-                "x + scale * (block(x) - x), a mean of two normalised states that is not itself normalised, as "
+                "x + scale * (block(x) - x), a mean of two normalized states that is not itself normalized, as "
                 "norm(x + scale * f(x)) would be"
             )
         return ""
@@ -188,7 +188,7 @@ def _miss(model: nn.Module, runs: Sequence[Chain]) -> str:
     if runs:
         return f"{runs[0].name} is a run of equal blocks, but {_NO_SKIP}"
     return compatibility.nearest_miss(model) or (
-        "no nn.Sequential or nn.ModuleList has two neighbouring blocks of the same class and shapes"
+        "no nn.Sequential or nn.ModuleList has two neighboring blocks of the same class and shapes"
     )
 
 

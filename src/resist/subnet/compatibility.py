@@ -69,7 +69,7 @@ def varying(of_blocks: Sequence[dict[Key, Any]]) -> tuple[Varying, ...]:
 
 
 def difference(model: nn.Module, container: str, first: int, last: int) -> str:
-    """In what the first two neighbours differ that are not of one kind, "" where there are none such."""
+    """In what the first two neighbors differ that are not of one kind, "" where there are none such."""
     try:
         children = _children(model.get_submodule(container))[first : last + 1]
     except AttributeError:
@@ -81,7 +81,7 @@ def difference(model: nn.Module, container: str, first: int, last: int) -> str:
 
 
 def nearest_miss(model: nn.Module) -> str:
-    """Why the longest row of neighbours of one class is no chain, "" where no two neighbours are of one class."""
+    """Why the longest row of neighbors of one class is no chain, "" where no two neighbors are of one class."""
     best = (0, "")
     for container, module in model.named_modules():
         children, start = _children(module), 0

@@ -1,7 +1,7 @@
 """Whether a block is residual, and how: what is left of its input when its weights are zero.
 
 A block x + f(x) gives back x. One that ends in a ReLU, relu(x + f(x)), gives back every x that is not negative; one
-that ends in a norm, norm(x + f(x)), gives a normalised x, and that again when it is applied twice. A block without a
+that ends in a norm, norm(x + f(x)), gives a normalized x, and that again when it is applied twice. A block without a
 skip connection gives a constant. All of this is tried on a copy of the block, with numbers, so no list of architectures
 is needed; the input is the caller's, or one of those that the shapes of the weights suggest.
 """

@@ -35,20 +35,20 @@ def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -
              be so small that a difference between blocks drowns in the rounding.
     forward: calls the network that it is given with one batch, `lambda model: model(images)`.
     """
-    model = _lively(model).eval()
+    model = _randomized(model).eval()
     with torch.no_grad():
         calls, expected = _record(model, chains, forward)
         for chain, of_blocks in zip(chains, calls, strict=True):
             _check_skips(model, chain, of_blocks)
         everything = [list(range(chain.num_blocks)) for chain in chains]
         apart = _compare(model, chains, everything, forward, expected)
-        for keep in (0, 1):  # every other block: neighbours differ, and so do first and last
+        for keep in (0, 1):  # every other block: neighbors differ, and so do first and last
             held = [[block for block in blocks if block % 2 == keep] for blocks in everything]
             _compare(model, chains, held, forward, _without(model, chains, held, forward))
     return apart
 
 
-def _lively(model: nn.Module) -> nn.Module:
+def _randomized(model: nn.Module) -> nn.Module:
     """A copy in which every weight matters: matrices that keep the size of what goes through, gains about one."""
     found = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 def check_agreement(transport: Transport, mine: Mapping[str, object]) -> None:
     """Raise AgreedError on every process when two were given different values, naming the first that differs."""
-    texts = transport.gather_text(json.dumps(mine, default=str))
+    texts = transport.all_gather_text(json.dumps(mine, default=str))
     first = json.loads(texts[0])
     for process, text in enumerate(texts):
         other = json.loads(text)
@@ -24,14 +24,14 @@ def check_agreement(transport: Transport, mine: Mapping[str, object]) -> None:
                 )
 
 
-def together(transport: Transport, action: Callable[[], T]) -> T:
+def run_everywhere(transport: Transport, action: Callable[[], T]) -> T:
     """Do `action` in every process; where it fails for one of them, all raise its error and none waits in vain."""
     result, failure = None, ""
     try:
         result = action()
     except UserError as error:
         failure = str(error)
-    for process, text in enumerate(transport.gather_text(failure)):
+    for process, text in enumerate(transport.all_gather_text(failure)):
         if text.strip():
             where = f" (process {process})" if transport.num_processes > 1 else ""
             raise AgreedError(text.strip() + where)

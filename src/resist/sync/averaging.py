@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resist.planning.strategy import Outer
+from resist.planning.strategy import OuterSGD
 
 # What goes from worker to worker beside the states of the optimizer, which have names of their own: the weights, an
 # outer optimizer's momentum, and an average of the weights over time.
@@ -28,7 +28,7 @@ def mean_into(first: Tensor, others: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def outer_step(weights: Tensor, anchor: Tensor, velocity: Tensor, outer: Outer) -> None:
+def outer_step(weights: Tensor, anchor: Tensor, velocity: Tensor, outer: OuterSGD) -> None:
     """Nesterov's step from `anchor` along the change to `weights`, as `torch.optim.SGD` takes it.
 
     weights:  in: the mean over holders at the end of the round; out: what the next round begins with.

@@ -24,16 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.sync.agreement import check_agreement
 from resist.sync.averaging import mean_into
-from resist.sync.liveness import WAITS, WORKS, Roll
+from resist.sync.liveness import WAITS, WORKS, Liveness
 from resist.sync.local import Local
-from resist.sync.rendezvous import meet
-from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport, hosting, local_moves, workers_of
+from resist.sync.rendezvous import agree_on_attempt
+from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport, hosted_workers, local_moves, workers_of
 
 
 def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> Transport:
     """The transport that fits how this process was started.
 
-    Under torchrun (RANK and WORLD_SIZE in the environment) or with torch.distributed already initialised, the workers
+    Under torchrun (RANK and WORLD_SIZE in the environment) or with torch.distributed already initialized, the workers
     are shared out over its processes; else this process hosts all of them. Raises UserError when the group cannot be
     formed (an address in use, peers that do not come within `timeout_s` seconds).
     """
@@ -47,7 +47,7 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
             timeout = timedelta(seconds=timeout_s)
             store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
             attempt = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
-                meet(store, rank, size, timeout_s), store
+                agree_on_attempt(store, rank, size, timeout_s), store
             )
             dist.init_process_group("gloo", store=attempt, rank=rank, world_size=size, timeout=timeout)
         except (RuntimeError, ValueError, TimeoutError) as error:  # torch derives its own from RuntimeError
@@ -64,7 +64,7 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
         raise
 
 
-def meeting_point() -> tuple[object, int]:
+def loopback_store() -> tuple[object, int]:
     """A store at which processes started next to this one find one another, and its port. It serves as long as it is
     kept, on this machine's loopback only."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -78,12 +78,12 @@ class Distributed:
         self.num_workers, self.num_processes = workers, dist.get_world_size()
         self.rank = dist.get_rank()
         timeout = timedelta(seconds=timeout_s)
-        self._hosting = hosting(workers, self.num_processes)
-        self.hosted = self._hosting[self.rank]
-        self._roll = Roll(_get_default_store(), self.rank, self.num_processes)
-        self._words = _group(timeout, "gloo")
+        self._hosted_workers = hosted_workers(workers, self.num_processes)
+        self.hosted = self._hosted_workers[self.rank]
+        self._liveness = Liveness(_get_default_store(), self.rank, self.num_processes)
+        self._control_group = _group(timeout, "gloo")
         backend = self._agree(torch.device(device))
-        self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosting) for worker in hosted}
+        self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosted_workers) for worker in hosted}
         self._collective = _group(timeout, backend)
         self._peers = _group(timeout, backend)
         self.background: dist.ProcessGroup | None = _group(timeout, "gloo")
@@ -107,7 +107,7 @@ class Distributed:
             torch.cuda.set_device(device)  # NCCL asks for the current device
         return str(mine["backend"])
 
-    def host(self, worker: int) -> int:
+    def process_of(self, worker: int) -> int:
         return self._rank_of[worker]
 
     @torch.no_grad()
@@ -143,7 +143,7 @@ class Distributed:
             return Local(self.num_workers).mean(tensors, kind)
         # Hosted workers are weighed by how many there are: a process's mean counts len(hosted) / S.
         mean_into(first, tensors[1:])
-        if any(len(hosted) != len(self.hosted) for hosted in self._hosting):
+        if any(len(hosted) != len(self.hosted) for hosted in self._hosted_workers):
             first.mul_(len(self.hosted) * self.num_processes / self.num_workers)
         work = self._run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
         return _Mean(self, work, tensors, self.num_processes)
@@ -167,7 +167,7 @@ class Distributed:
         replica.register_comm_hook(None, counted)
         return replica
 
-    def gather_text(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """One all-gather for texts that fit into a packet, a second one where some do not."""
         mine = text.encode()
         first = self._gather(len(mine).to_bytes(8, "big") + mine, PACKET_BYTES)
@@ -181,22 +181,22 @@ class Distributed:
         """What each process passed, padded to `size` bytes."""
         own = torch.frombuffer(bytearray(mine.ljust(size, b"\0")[:size]), dtype=torch.uint8)
         packets = [torch.empty_like(own) for _ in range(self.num_processes)]
-        self._run("comparing", lambda: dist.all_gather(packets, own, group=self._words))
+        self._run("comparing", lambda: dist.all_gather(packets, own, group=self._control_group))
         return [packet.numpy().tobytes() for packet in packets]
 
     def close(self) -> None:
-        self._roll.close()
+        self._liveness.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def _run(self, doing: str, action: Any) -> Any:
-        self._roll.is_doing(WAITS)
+        self._liveness.is_doing(WAITS)
         try:
             return action()
         except RuntimeError as error:
             raise self.lost(doing, error) from error
         finally:
-            self._roll.is_doing(WORKS)
+            self._liveness.is_doing(WORKS)
 
     def lost(self, doing: str, error: Exception) -> WorkerLostError:
         return WorkerLostError(
@@ -204,7 +204,7 @@ class Distributed:
         )
 
     def _cause(self) -> str:
-        found = self._roll.call()
+        found = self._liveness.call()
         if found is None:
             return "the process that holds the job together (process 0, or the launcher) does not answer either"
         missing, working = found
@@ -215,7 +215,7 @@ class Distributed:
         return "all processes answer and wait: look at the network"
 
     def _named(self, ranks: Sequence[int]) -> str:
-        return ", ".join(f"process {rank} ({workers_of(rank, self._hosting)})" for rank in ranks)
+        return ", ".join(f"process {rank} ({workers_of(rank, self._hosted_workers)})" for rank in ranks)
 
 
 class _Pending:

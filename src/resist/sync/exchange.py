@@ -1,4 +1,4 @@
-"""A synchronisation: from the weights of one round to those of the next, as `schedule` lists it.
+"""A synchronization: from the weights of one round to those of the next, as `schedule` lists it.
 
 1. making it: the shared part goes into a mean over all workers; copies of blocks go to their owners, as one batch.
 2. finish:    owners fold, folded blocks go to their next holders, as one batch, and end up in their slots.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from resist.planning.plan import Plan
-from resist.planning.schedule import Message, Safekeeping, Schedule, safekeeping, schedule
-from resist.planning.strategy import Outer
+from resist.planning.schedule import Message, ReplicaPlacement, Schedule, place_replicas, schedule
+from resist.planning.strategy import OuterSGD
 from resist.subnet.chains import Chain
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
@@ -24,35 +24,35 @@ Key = tuple[int, int]  # (chain number, block or slot)
 
 
 @dataclass
-class Copy:
+class Payload:
     """One kind of value for each hosted worker, laid out as its sub-network is: the weights, or one optimizer state.
 
     name:     WEIGHTS, or the optimizer's own name of the state ("momentum_buffer", "exp_avg").
     flats:    worker -> the flat tensor.
     moves:    whether blocks take their value along; else it stays with blocks that stay, and is zero for others.
-    averages: whether the shared part becomes its mean over all workers.
-    folds:    whether a block's holders are averaged before it moves; else they are equal, or the owner's value counts.
+    average_shared: whether the shared part becomes its mean over all workers.
+    average_blocks: whether a block becomes its mean over its holders; else they are equal, or the owner's value counts.
     """
 
     name: str
     flats: dict[int, Tensor]
     moves: bool
-    averages: bool
-    folds: bool = True
+    average_shared: bool
+    average_blocks: bool = True
     arriving: dict[tuple[int, Key], Tensor] = field(default_factory=dict)
     resized: dict[int, Tensor] = field(default_factory=dict)
 
     def kind(self, part: str) -> str:
-        """What the ledger books `part` ("shared" or "blocks") as."""
+        """What the transport books `part` ("shared" or "blocks") as."""
         return part if self.name == WEIGHTS else "state"
 
 
 class Exchange:
-    """The synchronisation between two plans, for the workers hosted here. Make it, then `finish` it.
+    """The synchronization between two plans, for the workers hosted here. Make it, then `finish` it.
 
-    starts:  for each hosted worker the weights with which the round began, where something needs them.
+    anchors:  for each hosted worker the weights with which the round began, where something needs them.
     dropped: workers that are left out of every mean; blocks that only they held go back to their start.
-    safety:  keep (or send) a second copy of each block that would have one holder only: `spares`, afterwards, are those
+    replicate: keep (or send) a replica of each block that would have one holder only: `replicas`, afterwards, are those
              kept here, by (chain number, block).
     """
 
@@ -60,50 +60,52 @@ class Exchange:
         self,
         transport: Transport,
         subnets: dict[int, Subnet],
-        copies: Sequence[Copy],
+        copies: Sequence[Payload],
         plans: dict[str, Plan],
         next_plans: dict[str, Plan],
-        outer: Outer | None = None,
-        starts: Mapping[int, Tensor] | None = None,
+        outer: OuterSGD | None = None,
+        anchors: Mapping[int, Tensor] | None = None,
         dropped: Set[int] = frozenset(),
-        safety: bool = False,
+        replicate: bool = False,
     ) -> None:
-        self.transport, self.subnets, self.copies = transport, subnets, copies
+        self.transport, self.subnets, self.payloads = transport, subnets, copies
         self.plans, self.next_plans = plans, next_plans
         any_subnet = next(iter(subnets.values()))
         self.chains: tuple[Chain, ...] = any_subnet.chains
         self.numbers = {chain.name: number for number, chain in enumerate(self.chains)}
         self.numel = [layout.numel for layout in any_subnet.block_layouts]
         self.common = all(plan.held_by_all for plan in (*plans.values(), *next_plans.values()))
-        self._plan_messages(any_subnet.dtype.itemsize, safety)
-        self.outer, self.starts, self.dropped = outer, starts or {}, dropped
-        self.spares: dict[Key, Tensor] = {}
+        self._plan_messages(any_subnet.dtype.itemsize, replicate)
+        self.outer, self.anchors, self.dropped = outer, anchors or {}, dropped
+        self.replicas: dict[Key, Tensor] = {}
         for worker in self.dropped & subnets.keys():
             self._discard(worker)
         self.moving = [one for one in copies if one.moves]
-        self.folded = [one for one in self.moving if one.folds]
+        self.averaged = [one for one in self.moving if one.average_blocks]
         self.means: list[tuple[Handle, list[Tensor]]] = []
         for one in copies:
-            if one.averages and transport.num_workers > 1:
+            if one.average_shared and transport.num_workers > 1:
                 parts = [flat if self.common else flat[: any_subnet.shared_layout.numel] for flat in one.flats.values()]
                 for worker, part in zip(one.flats, parts, strict=True):
                     if worker in dropped:
                         part.zero_()
                 self.means.append((transport.mean(parts, one.kind("shared")), parts))
-        self.folding = transport.transfer([self._fold_move(one, m) for one in self.folded for m in self.schedule.fold])
+        self.averaging = transport.transfer(
+            [self._average_move(one, m) for one in self.averaged for m in self.schedule.average]
+        )
 
     def finish(self) -> None:
         """Wait for everything that is under way; afterwards the sub-networks are those of the next plan."""
-        arrived, size = self.folding.finish(), len(self.schedule.fold)
-        for number, one in enumerate(self.folded):
-            self._fold(one, arrived[number * size : (number + 1) * size])
+        arrived, size = self.averaging.finish(), len(self.schedule.average)
+        for number, one in enumerate(self.averaged):
+            self._average(one, arrived[number * size : (number + 1) * size])
         for (chain, block), owner in self.schedule.owners.items():
             if owner in self.subnets:
                 self._outer_step(owner, self.numbers[chain], self.plans[chain].slot(owner, block))
-        for one in self.copies:
+        for one in self.payloads:
             self._prepare(one)
         moves = [self._hand_over_move(one, m) for one in self.moving for m in self.schedule.hand_over]
-        self.transport.transfer(moves + self._safety_moves()).finish()
+        self.transport.transfer(moves + self._replica_moves()).finish()
         for mean, parts in self.means:
             mean.finish()
             for part in parts if self.dropped else ():  # which counted as zeros
@@ -113,50 +115,50 @@ class Exchange:
             for number, capacity in enumerate(subnet.capacities if self.common else ()):
                 for slot in range(capacity):
                     self._outer_step(worker, number, slot)
-        for one in self.copies:
+        for one in self.payloads:
             self._settle(one)
 
-    def _plan_messages(self, itemsize: int, safety: bool) -> None:
+    def _plan_messages(self, itemsize: int, replicate: bool) -> None:
         block_bytes = {c.name: n * itemsize for c, n in zip(self.chains, self.numel, strict=True)}
-        self.schedule, self.safekeeping = Schedule((), (), {}), Safekeeping({}, ())
+        self.schedule, self.placement = Schedule((), (), {}), ReplicaPlacement({}, ())
         if not self.common:  # else everything belongs to the mean over all workers
             self.schedule = schedule(self.plans, self.next_plans, block_bytes)
-        if safety:
-            self.safekeeping = safekeeping(self.schedule, self.next_plans, block_bytes)
+        if replicate:
+            self.placement = place_replicas(self.schedule, self.next_plans, block_bytes)
 
     @torch.no_grad()
     def _discard(self, worker: int) -> None:
         """Undo the round of a dropped worker: its weights as at the start, its optimizer's state forgotten."""
-        for one in self.copies:
+        for one in self.payloads:
             if one.name in (WEIGHTS, AVERAGE):
-                one.flats[worker].copy_(self.starts[worker])
+                one.flats[worker].copy_(self.anchors[worker])
             elif one.name != VELOCITY:
                 one.flats[worker].zero_()
 
     @torch.no_grad()
-    def _safety_moves(self) -> list[Move]:
+    def _replica_moves(self) -> list[Move]:
         """Keep the blocks that are handed over from here, and list the second copies that have to be sent."""
-        weights = self.copies[0]
-        for (chain, block), keeper in self.safekeeping.kept.items():
+        weights = self.payloads[0]
+        for (chain, block), keeper in self.placement.kept.items():
             if keeper in self.subnets:
-                self.spares[self.numbers[chain], block] = self._slot(weights, keeper, chain, block).clone()
+                self.replicas[self.numbers[chain], block] = self._slot(weights, keeper, chain, block).clone()
         moves: list[Move] = []
-        for m in self.safekeeping.messages:
+        for m in self.placement.messages:
             outgoing = self._slot(weights, m.source, m.chain, m.block) if m.source in self.subnets else None
             incoming = None
             if m.target in self.subnets:
                 template = next(iter(weights.flats.values()))
                 incoming = template.new_empty(self.numel[self.numbers[m.chain]])
-                self.spares[self.numbers[m.chain], m.block] = incoming
-            moves.append(Move("safety", m.source, m.target, m.num_bytes, outgoing, incoming))
+                self.replicas[self.numbers[m.chain], m.block] = incoming
+            moves.append(Move("replica", m.source, m.target, m.num_bytes, outgoing, incoming))
         return moves
 
-    def _slot(self, one: Copy, worker: int, chain: str, block: int) -> Tensor:
-        """The slot in which `worker` holds `block` before the synchronisation."""
+    def _slot(self, one: Payload, worker: int, chain: str, block: int) -> Tensor:
+        """The slot in which `worker` holds `block` before the synchronization."""
         slot = self.plans[chain].slot(worker, block)
         return self.subnets[worker].slot(self.numbers[chain], slot, one.flats[worker])
 
-    def _fold_move(self, one: Copy, m: Message) -> Move:
+    def _average_move(self, one: Payload, m: Message) -> Move:
         outgoing = self._slot(one, m.source, m.chain, m.block) if m.source in one.flats else None
         incoming = None
         if m.target in one.flats and outgoing is None:
@@ -164,9 +166,9 @@ class Exchange:
         return Move(one.kind("blocks"), m.source, m.target, m.num_bytes, outgoing, incoming)
 
     @torch.no_grad()
-    def _fold(self, one: Copy, arrived: Sequence[Tensor | None]) -> None:
+    def _average(self, one: Payload, arrived: Sequence[Tensor | None]) -> None:
         copies: dict[tuple[int, str, int], list[Tensor]] = {}
-        for message, tensor in zip(self.schedule.fold, arrived, strict=True):
+        for message, tensor in zip(self.schedule.average, arrived, strict=True):
             if message.target in one.flats and message.source not in self.dropped:
                 assert tensor is not None
                 copies.setdefault((message.target, message.chain, message.block), []).append(tensor)
@@ -177,7 +179,7 @@ class Exchange:
             mean_into(slot, others)
 
     @torch.no_grad()
-    def _prepare(self, one: Copy) -> None:
+    def _prepare(self, one: Payload) -> None:
         """Make room for what arrives, and put what stays where it will lie."""
         if self.common:
             return
@@ -209,21 +211,21 @@ class Exchange:
             return
         subnet = self.subnets[worker]
         layout = subnet.shared_layout if chain is None else subnet.block_layouts[chain]
-        velocities = next(one.flats for one in self.copies if one.name == VELOCITY)
+        velocities = next(one.flats for one in self.payloads if one.name == VELOCITY)
         weights, anchor, velocity = (
             (flat if chain is None else subnet.slot(chain, slot, flat))[: layout.num_trained]
-            for flat in (self.copies[0].flats[worker], self.starts[worker], velocities[worker])
+            for flat in (self.payloads[0].flats[worker], self.anchors[worker], velocities[worker])
         )
         outer_step(weights, anchor, velocity, self.outer)
 
-    def _hand_over_move(self, one: Copy, m: Message) -> Move:
+    def _hand_over_move(self, one: Payload, m: Message) -> Move:
         outgoing = self._slot(one, m.source, m.chain, m.block) if m.source in one.flats else None
         slot = self.next_plans[m.chain].slot(m.target, m.block)
         incoming = one.arriving.get((m.target, (self.numbers[m.chain], slot)))
         return Move(one.kind("blocks"), m.source, m.target, m.num_bytes, outgoing, incoming)
 
     @torch.no_grad()
-    def _settle(self, one: Copy) -> None:
+    def _settle(self, one: Payload) -> None:
         """Everything has arrived and everything was sent: the slots may be overwritten."""
         for worker, resized in one.resized.items():
             size = self.subnets[worker].shared_layout.numel
@@ -252,7 +254,7 @@ def assembly(
     for number, chain in enumerate(template.chains):
         for block in range(chain.num_blocks):
             holders = plans[chain.name].holders(block)
-            near = [worker for worker in holders if transport.host(worker) == transport.host(on)]
+            near = [worker for worker in holders if transport.process_of(worker) == transport.process_of(on)]
             source = on if on in holders else (near or holders)[block % len(near or holders)]
             outgoing = incoming = None
             if source in subnets:

@@ -15,7 +15,7 @@ LOOK_S = 0.5  # between two looks for a call
 ANSWER_S = 5.0  # an answer may take this long, on a busy host
 
 
-class Roll:
+class Liveness:
     """store: one of torch.distributed, shared by all `size` processes; this is number `rank`."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:

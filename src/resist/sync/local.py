@@ -28,7 +28,7 @@ class Local:
         self.num_workers = workers
         self.hosted = tuple(range(workers))
 
-    def host(self, worker: int) -> int:
+    def process_of(self, worker: int) -> int:
         return 0
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class Local:
             )
         return model
 
-    def gather_text(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         return [text]
 
     def lost(self, doing: str, error: Exception) -> WorkerLostError:

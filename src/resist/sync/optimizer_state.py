@@ -1,4 +1,4 @@
-"""Optimizer state (momentum, Adam's moments) at a synchronisation. Policies:
+"""Optimizer state (momentum, Adam's moments) at a synchronization. Policies:
 
 reset    forgotten, as in the authors' code
 keep     stays where it is: with the shared part and with blocks that stay; a block that arrives starts at zero

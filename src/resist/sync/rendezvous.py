@@ -14,7 +14,7 @@ NAME = "resist/attempt"
 LOOK_S = 0.05
 
 
-def meet(store: Any, rank: int, size: int, timeout_s: float) -> str:
+def agree_on_attempt(store: Any, rank: int, size: int, timeout_s: float) -> str:
     """The name of this attempt, the same in all `size` processes. Waits for all of them.
 
     store: one of torch.distributed, shared by all. Raises TimeoutError, saying who did not come, after `timeout_s`.

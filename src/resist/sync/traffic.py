@@ -16,7 +16,7 @@ from resist.planning.schedule import allreduce_bytes
 from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport
 
 
-class Ledger:
+class CountingTransport:
     """A transport that books what goes through another.
 
     bytes, messages: by kind, since the last `take`. The kinds: "shared", the shared part of the weights (all of them
@@ -53,8 +53,8 @@ class Ledger:
         self._clear()
         return taken
 
-    def host(self, worker: int) -> int:
-        return self._transport.host(worker)
+    def process_of(self, worker: int) -> int:
+        return self._transport.process_of(worker)
 
     def transfer(self, moves: Sequence[Move]) -> Handle:
         for move in moves:
@@ -62,7 +62,7 @@ class Ledger:
             self.messages[move.kind] += 1
             if move.kind != "evaluate":
                 self.pairs[move.source, move.target] += move.num_bytes
-            if self.host(move.source) != self.host(move.target):
+            if self.process_of(move.source) != self.process_of(move.target):
                 self.wire_bytes[move.kind] += move.num_bytes
         return self._timed(moves[0].kind if moves else "blocks", lambda: self._transport.transfer(moves))
 
@@ -84,13 +84,13 @@ class Ledger:
 
         return self._transport.average_gradients(model, book)
 
-    def gather_text(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Booked as all-gathers between processes (texts are theirs, not the workers'): a packet of fixed size, and the
         longest text where that does not fit."""
         if self.num_processes == 1:
             return [text]
         start = time.perf_counter()
-        texts = self._transport.gather_text(text)
+        texts = self._transport.all_gather_text(text)
         self.wait_s["control"] += time.perf_counter() - start
         longest = max(len(one.encode()) for one in texts)
         sent = PACKET_BYTES + (longest if longest > PACKET_BYTES - 8 else 0)
@@ -114,7 +114,7 @@ class Ledger:
 
 
 class _Timed:
-    def __init__(self, ledger: Ledger, kind: str, handle: Handle) -> None:
+    def __init__(self, ledger: CountingTransport, kind: str, handle: Handle) -> None:
         self._ledger, self._kind, self._handle = ledger, kind, handle
 
     def finish(self) -> list[Tensor | None]:

@@ -55,7 +55,7 @@ class Transport(Protocol):
     num_processes: int
     background: Any
 
-    def host(self, worker: int) -> int:
+    def process_of(self, worker: int) -> int:
         """The number of the process that hosts `worker`."""
         ...
 
@@ -74,7 +74,7 @@ class Transport(Protocol):
         """
         ...
 
-    def gather_text(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """The texts of all processes, in their order. Waits for all of them."""
         ...
 
@@ -96,7 +96,7 @@ def local_moves(moves: Sequence[Move]) -> list[Tensor | None]:
     return arrived
 
 
-def hosting(workers: int, processes: int) -> list[tuple[int, ...]]:
+def hosted_workers(workers: int, processes: int) -> list[tuple[int, ...]]:
     """Which workers each process hosts: consecutive ones, as evenly as can be."""
     return [
         tuple(range(process * workers // processes, (process + 1) * workers // processes))

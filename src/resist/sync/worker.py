@@ -13,8 +13,8 @@ from resist.sync.optimizer_state import adopt_state, follow_resize
 
 
 @dataclass(frozen=True)
-class SafeCopy:
-    """What one process keeps of the network as it was synchronised, by global dotted name: its workers' parts, and
+class Replica:
+    """What one process keeps of the network as it was synchronized, by global dotted name: its workers' parts, and
     second copies of blocks that others hold alone. round, step: those that were done."""
 
     round: int
@@ -36,18 +36,18 @@ class Worker:
         self.model: nn.Module = subnet.model
         self.state: dict[str, Tensor] = {}
         self.optimizers: list[Optimizer] = []
-        self.start: Tensor | None = None
+        self.anchor: Tensor | None = None
         self.average: Subnet | None = None
 
-    def begin(self, *, keep_start: bool, outer: bool) -> None:
+    def begin(self, *, keep_anchor: bool, outer: bool) -> None:
         """Remember the weights with which a round begins, where something will ask for them."""
-        if keep_start or outer:
-            self.start = self.subnet.flat.clone()
+        if keep_anchor or outer:
+            self.anchor = self.subnet.flat.clone()
         if outer:
             self.state.setdefault(VELOCITY, torch.zeros_like(self.subnet.flat))
 
     def collect_state(self, policy: str) -> None:
-        """Lay the optimizers' state out in `state`, as it is before a synchronisation; or forget it."""
+        """Lay the optimizers' state out in `state`, as it is before a synchronization; or forget it."""
         for optimizer in self.optimizers:
             if policy == "reset":
                 optimizer.state.clear()
@@ -57,7 +57,7 @@ class Worker:
             self.state = {kind: flat for kind, flat in self.state.items() if kind == VELOCITY}
 
     def go_on(self, flats: Mapping[str, Tensor], capacities: Sequence[int], held: Sequence[Sequence[int]]) -> None:
-        """Take over what a synchronisation left in `flats`, by kind, and become the sub-network of the next plan."""
+        """Take over what a synchronization left in `flats`, by kind, and become the sub-network of the next plan."""
         self.state = {kind: flat for kind, flat in flats.items() if kind not in (WEIGHTS, AVERAGE)}
         if tuple(capacities) != self.subnet.capacities:
             before = {id(parameter) for parameter in self.model.parameters()}

@@ -16,7 +16,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
-class Start:
+class BackboneInit:
     """The network of a classification run.
 
     network: its options. tensors: by the names of a detector, without the head.
@@ -29,14 +29,14 @@ class Start:
     scales: dict[str, float]
 
     @staticmethod
-    def read(run: Path) -> "Start":
+    def read(run: Path) -> "BackboneInit":
         """Raises UserError in one line where `run` is no finished classification run."""
         network = read_config(run).network
         if network.task != "classification":
             raise UserError(f"--backbone {run} is a run of --task {network.task}; give a classification run")
         tensors, scales = read_full(run / FILE)
         named = {_name(name): tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-        return Start(run, network, named, scales)
+        return BackboneInit(run, network, named, scales)
 
     def check(self, model: nn.Module) -> None:
         """Raises UserError in one line where the detector `model`, on any device, has another backbone."""

@@ -44,7 +44,7 @@ class Classification:
             config.data_dir,
             download=download,
             image_size=config.image_size,
-            loaders=config.loaders,
+            data_workers=config.data_workers,
             skip_bad_files=config.skip_bad_files,
         )
         build_model, notes = builder(config, train.num_classes), (*train.notes, *held_out.notes)

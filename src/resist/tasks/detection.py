@@ -15,7 +15,7 @@ from resist.models.pretrained import start_from
 from resist.planning.plan import keyed_int
 from resist.runs.config import NetworkConfig
 from resist.tasks import classification
-from resist.tasks.backbone import Start
+from resist.tasks.backbone import BackboneInit
 from resist.tasks.task import Batches
 from resist.tasks.voc_ap import AveragePrecision, Found, Truth
 
@@ -34,15 +34,15 @@ class Detection:
 
     build:  makes the full network, with fresh weights.
     scores: what `test` gives, by name: points as in `voc_ap.ap`.
-    start:  the run that its backbone begins with, if any. loaders: processes that read for each stream of batches.
+    start:  the run that its backbone begins with, if any. data_workers: processes that read for each stream of batches.
     """
 
     build: Callable[[], nn.Module]
     train: VocSet
     held_out: VocSet
     scores: dict[str, int | None]
-    start: Start | None = None
-    loaders: int = 0
+    start: BackboneInit | None = None
+    data_workers: int = 0
     notes: tuple[str, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -59,14 +59,14 @@ class Detection:
         scores: dict[str, int | None] = {"AP50 (11 points)": 11, "AP50 (area)": None}
         if config.data != "voc2007":  # each year's own measure counts
             scores = dict(reversed(scores.items()))
-        start = None if config.backbone is None else Start.read(config.backbone)
+        start = None if config.backbone is None else BackboneInit.read(config.backbone)
         build, notes = builder(config, len(CLASSES)), (*train.notes, *held_out.notes)
         with torch.device("meta"):
             if start is not None:
                 start.check(build())
             if config.pretrained is not None:
                 notes += (start_from(classification.builder(config, 1)(), config.pretrained),)
-        return Detection(build, train, held_out, scores, start, config.loaders, notes)
+        return Detection(build, train, held_out, scores, start, config.data_workers, notes)
 
     def network(self) -> nn.Module:
         model = self.build()
@@ -85,7 +85,7 @@ class Detection:
             worker=worker,
             workers=workers,
             sampling=sampling,
-            num_loaders=self.loaders,
+            num_data_workers=self.data_workers,
             collate=collate,
             pin_memory=self.device.type == "cuda",
         )
@@ -109,7 +109,13 @@ class Detection:
         """Augmented photographs as the network's own transform leaves them."""
         size = min(CALIBRATION_BATCH, len(self.train))
         stream = Stream(
-            self.train, batch_size=size, seed=seed, worker=-1, workers=1, num_loaders=self.loaders, collate=collate
+            self.train,
+            batch_size=size,
+            seed=seed,
+            worker=-1,
+            workers=1,
+            num_data_workers=self.data_workers,
+            collate=collate,
         )
         transform = image_transform(self.train.image_size, longer(self.train.image_size))
         for step in range(-(-min(CALIBRATION_IMAGES, len(self.train)) // size)):
@@ -119,7 +125,7 @@ class Detection:
     def test(self, model: nn.Module) -> dict[str, float]:
         measured = AveragePrecision()
         model.eval()
-        for items in in_order(self.held_out, TEST_BATCH, num_loaders=self.loaders, collate=list):
+        for items in in_order(self.held_out, TEST_BATCH, num_data_workers=self.data_workers, collate=list):
             images = [image.to(self.device) for image, *_ in items]
             for said, (_, boxes, labels, difficult, _) in zip(model(floats(images)), items, strict=True):
                 found = Found(*(said[kind].cpu() for kind in ("boxes", "labels", "scores")))

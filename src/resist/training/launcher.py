@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from resist.runs.config import TrainConfig
-from resist.sync.distributed import meeting_point
-from resist.sync.transport import hosting, workers_of
+from resist.sync.distributed import loopback_store
+from resist.sync.transport import hosted_workers, workers_of
 
 # Seconds between two looks at the processes.
 LOOK_S = 0.05
@@ -52,7 +52,7 @@ def launch(arguments: Sequence[str], processes: int, timeout_s: float, workers: 
     The processes print for themselves. When one fails, the others are given a moment and ended. On SIGTERM, SIGINT or
     SIGHUP all are told to end in order, and killed where that takes longer than `timeout_s` (or at a second SIGINT).
     """
-    store, port = meeting_point()
+    store, port = loopback_store()
     ours, theirs = os.pipe()[::-1]
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -142,7 +142,7 @@ def _say(failed: dict[int, int], stuck: list[int], workers: int, processes: int)
     """A line on what the processes could not say themselves."""
 
     def named(ranks: list[int]) -> str:
-        return ", ".join(f"process {rank} ({workers_of(rank, hosting(workers, processes))})" for rank in ranks)
+        return ", ".join(f"process {rank} ({workers_of(rank, hosted_workers(workers, processes))})" for rank in ranks)
 
     for code in sorted({code for code in failed.values() if code < 0}):
         if sys.stdout.isatty():  # it may have died with the cursor hidden by its display

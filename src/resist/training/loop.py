@@ -35,7 +35,7 @@ class Trainer:
     """Takes the optimizer steps of one worker."""
 
     def __init__(self, config: TrainConfig, worker: Worker, task: Task) -> None:
-        o = config.optimisation
+        o = config.optimization
         self.index, self._task = worker.index, task
         self.optimizer = torch.optim.SGD(
             worker.model.parameters(), lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay
@@ -48,7 +48,7 @@ class Trainer:
             sampling=config.method.sampling,
         )
         self._model = torch.compile(worker.model) if config.machine.compile else worker.model
-        self._parts, self._bf16 = o.accumulate, config.machine.precision == "bf16"
+        self._parts, self._bf16 = o.grad_accum_steps, config.machine.precision == "bf16"
         self._device = worker.subnet.device
 
     def step(self, step: int, lr: float) -> Tensor:
@@ -67,11 +67,11 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class News:
+class RoundReport:
     """What all processes know before a round is folded.
 
     workers:   each worker's mean loss (None: not a number), its share of its process's seconds of compute, and the
-               seconds that its process took for the synchronisation before.
+               seconds that its process took for the synchronization before.
     compute_s: seconds that the slowest process computed.
     stop:      whether a budget is used up, and the run ends after this round.
     interrupted: whether a process was told to end by a signal.
@@ -102,14 +102,14 @@ class Training:
         self.device = job.workers[0].subnet.device
         self.clock = Clock(self.device)
         self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
-        self.exchange_s = 0.0  # of the last synchronisation, in this process
+        self.exchange_s = 0.0  # of the last synchronization, in this process
         self.checkpoint_s = 0.0
 
     def go_on(self, steps: int) -> int:
         """Train up to step `steps`. Returns the exit status."""
         config, job = self.config, self.job
         rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
-        self.tested = evaluation_rounds(rounds, config.run.evaluations)
+        self.tested = evaluation_rounds(rounds, config.run.num_evals)
         losses: list[Tensor] = []  # (hosted workers,) for each step of the round
         with (
             interruption() as interrupted,
@@ -117,18 +117,18 @@ class Training:
         ):
             self.clock.lap()
             for step in range(job.step_index, steps):
-                lr = rate(config.optimisation, step, steps)
+                lr = rate(config.optimization, step, steps)
                 losses.append(self._step(step, lr))
                 if job.steps_left > 1 and step < steps - 1:
                     job.step(*self.optimizers)
                     continue
-                news = self._end_round(losses, lr, recorder, interrupted, last=step == steps - 1)
+                report = self._end_round(losses, lr, recorder, interrupted, last=step == steps - 1)
                 losses.clear()
-                if news.interrupted:
+                if report.interrupted:
                     self.checkpoints.finish()
                     recorder.interrupted(saved=self.checkpoints.possible)
                     return INTERRUPTED if self.checkpoints.possible else NOT_SAVED
-                if news.stop:
+                if report.stop:
                     break
                 self.clock.lap()
             self.checkpoints.finish()
@@ -151,26 +151,26 @@ class Training:
 
     def _end_round(
         self, losses: Sequence[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
-    ) -> News:
-        """The last step of a round: compare, synchronise, test, record, save.
+    ) -> RoundReport:
+        """The last step of a round: compare, synchronize, test, record, save.
 
         A checkpoint comes last: where a run goes on from it, the record of the round, and at the end the network that
         was asked for, are there.
         """
-        job, lap, batch_size = self.job, self.clock.lap, self.config.optimisation.batch_size
+        job, lap, batch_size = self.job, self.clock.lap, self.config.optimization.batch_size
         compute_s = lap()
         stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
         values = torch.stack(list(losses)).cpu()
         bad = self._bad(values)
-        news = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
-        last, plans = news.stop or last, job.plans
-        seconds = {"compute": news.compute_s, "wait": max(0.0, lap() - news.compute_s + compute_s)}
-        if not job.step(*self.optimizers, bad=bad):
-            job.synchronise(bad)  # the last round may be short
+        report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
+        last, plans = report.stop or last, job.plans
+        seconds = {"compute": report.compute_s, "wait": max(0.0, lap() - report.compute_s + compute_s)}
+        if not job.step(*self.optimizers, nonfinite=bad):
+            job.synchronize(bad)  # the last round may be short
         seconds["sync"] = self.exchange_s = lap()
         seconds["checkpoint"], self.checkpoint_s = self.checkpoint_s, 0.0
         scores: dict[str, float] = {}
-        if (job.round in self.tested or last) and not news.interrupted:
+        if (job.round in self.tested or last) and not report.interrupted:
             scores = self._evaluate(last=last)
         seconds["evaluate"] = lap()
         epoch = job.step_index * batch_size / self.trainers[0].batches.images_per_epoch
@@ -179,16 +179,16 @@ class Training:
                 **{"round": job.round, "step": job.step_index, "epoch": round(epoch, 4), "lr": lr},
                 "accuracy": next(iter(scores.values()), None),
                 **({"scores": scores} if len(scores) > 1 else {}),
-                "images": len(losses) * batch_size * len(news.workers),
+                "images": len(losses) * batch_size * len(report.workers),
                 "seconds": {kind: round(value, 6) for kind, value in seconds.items()},
-                **_record(job, news, plans),
+                **_record(job, report, plans),
             }
         )
-        if last or news.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
+        if last or report.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
             lap()
             self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
             self.checkpoint_s = lap()  # told with the next round
-        return news
+        return report
 
     def _bad(self, losses: Tensor) -> dict[int, str]:
         """The hosted workers whose losses, (steps, hosted workers), are not all numbers, and since when."""
@@ -201,7 +201,7 @@ class Training:
                 bad[trainer.index] = f"a loss of {float(values[step])} in step {first_step + step}"
         return bad
 
-    def _compare(self, losses: list[float], compute_s: float, stop: bool, interrupted: bool) -> News:
+    def _compare(self, losses: list[float], compute_s: float, stop: bool, interrupted: bool) -> RoundReport:
         """Tell the others, and hear from them. Waits for the slowest. losses: the mean of each hosted worker.
 
         Raises AgreedError where a process has failed.
@@ -212,13 +212,13 @@ class Training:
             for trainer, loss in zip(self.trainers, losses, strict=True)
         ]
         mine = {"workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted, "failed": self.failed}
-        told = [json.loads(text) for text in self.job.ledger.gather_text(json.dumps(mine))]
+        told = [json.loads(text) for text in self.job.transport.all_gather_text(json.dumps(mine))]
         for one in told:
             if one["failed"] is not None:
                 raise AgreedError(one["failed"])
         workers = [worker for one in told for worker in one["workers"]]
         slowest = max(one["compute_s"] for one in told)
-        return News(workers, slowest, any(one["stop"] for one in told), any(one["interrupted"] for one in told))
+        return RoundReport(workers, slowest, any(one["stop"] for one in told), any(one["interrupted"] for one in told))
 
     def _evaluate(self, *, last: bool) -> dict[str, float]:
         """Test the full network where worker 0 lives ({} elsewhere); the last one is kept in the run directory.
@@ -235,16 +235,16 @@ class Training:
             return {}
 
 
-def _record(job: Job, news: News, plans: Mapping[str, Plan]) -> dict[str, object]:
+def _record(job: Job, report: RoundReport, plans: Mapping[str, Plan]) -> dict[str, object]:
     """What metrics.jsonl keeps of a round beside its numbers: losses, bytes, who held what."""
-    losses = [worker["loss"] for worker in news.workers if worker["loss"] is not None]
+    losses = [worker["loss"] for worker in report.workers if worker["loss"] is not None]
     return {
         "loss": sum(losses) / len(losses),
         **({"dropped": job.dropped} if job.dropped else {}),
-        **job.ledger.take(),
+        **job.transport.take(),
         "capacity": {name: plan.capacities for name, plan in plans.items()},
         "plan": {name: plan.blocks for name, plan in plans.items()},
-        "workers": news.workers,
+        "workers": report.workers,
     }
 
 

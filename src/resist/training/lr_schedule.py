@@ -2,10 +2,10 @@
 
 import math
 
-from resist.runs.config import OptimisationConfig
+from resist.runs.config import OptimizationConfig
 
 
-def num_steps(config: OptimisationConfig, images_per_epoch: int) -> int:
+def num_steps(config: OptimizationConfig, images_per_epoch: int) -> int:
     """Optimizer steps of a run: enough for `epochs` passes."""
     return max(1, math.ceil(config.epochs * images_per_epoch / config.batch_size))
 
@@ -15,13 +15,13 @@ def evaluation_rounds(rounds: int, evaluations: int) -> set[int]:
     return {-(-rounds * number // evaluations) for number in range(1, evaluations + 1)}
 
 
-def rate(config: OptimisationConfig, step: int, steps: int) -> float:
+def rate(config: OptimizationConfig, step: int, steps: int) -> float:
     """The learning rate of `step`, counted from 0, in a run of `steps`."""
     if step < config.lr_warmup_steps:
         return config.lr * (step + 1) / config.lr_warmup_steps
-    if config.schedule == "step":
+    if config.lr_schedule == "step":
         return config.lr * (1.0 if step < steps / 2 else 0.1 if step < 3 * steps / 4 else 0.01)
-    if config.schedule == "cosine":
+    if config.lr_schedule == "cosine":
         passed = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
         return config.lr * (1 + math.cos(math.pi * passed)) / 2
     return config.lr

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from resist.report.colors import colour_of
+from resist.report.colors import color_of
 from resist.report.units import amount
 
 EVERY_S = 10.0  # between two lines, without a terminal
@@ -222,7 +222,7 @@ def worker_table(record: Mapping[str, Any], width: int, height: int) -> Table:
         exchange = worker.get("exchange_s")
         cells: dict[str, str | Text] = {
             "worker": str(index),
-            "blocks": strip(held, colour_of(index)) if strips else ", ".join(f"{len(h)} of {n}" for h, n in held),
+            "blocks": strip(held, color_of(index)) if strips else ", ".join(f"{len(h)} of {n}" for h, n in held),
             "compute s": f"{worker.get('compute_s', 0.0):.2f}",
             "exchange s": "" if exchange is None else f"{exchange:.2f}",
             "sent": amount(sent.get(index, 0)),
@@ -233,13 +233,13 @@ def worker_table(record: Mapping[str, Any], width: int, height: int) -> Table:
     return table
 
 
-def strip(held: Sequence[tuple[Sequence[int], int]], colour: str) -> Text:
+def strip(held: Sequence[tuple[Sequence[int], int]], color: str) -> Text:
     """A place for each block, marked where it is held; held: (blocks, number of blocks) of each chain."""
     text = Text()
     for number, (own, blocks) in enumerate(held):
         text.append(" " if number else "")
         for block in range(blocks):
-            text.append("■" if block in own else "·", style=colour if block in own else "dim")
+            text.append("■" if block in own else "·", style=color if block in own else "dim")
     return text
 
 

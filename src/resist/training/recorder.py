@@ -1,4 +1,4 @@
-"""Where a run's records go, in the process that speaks: the run directory, the loggers, and the display."""
+"""Where a run's records go, in the process that is_main: the run directory, the loggers, and the display."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType

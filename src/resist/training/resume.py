@@ -13,13 +13,13 @@ from resist.errors import UserError
 from resist.job import Job
 from resist.runs.checkpoint import JOB, newest, restore
 from resist.runs.config import TrainConfig
-from resist.runs.rescue import newest_safe_round, restore_safe_copy
-from resist.sync.agreement import together
+from resist.runs.rescue import newest_replica_round, restore_replicas
+from resist.sync.agreement import run_everywhere
 from resist.sync.transport import Transport
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """round, step: those that are done. restore: fills a job that was made for them."""
 
     round: int = 0
@@ -27,34 +27,36 @@ class Start:
     restore: Callable[[Job, tuple[Optimizer, ...]], None] = lambda job, optimizers: None
 
 
-def starting_point(config: TrainConfig, transport: Transport, speaks: bool) -> Start:
+def find_resume_point(config: TrainConfig, transport: Transport, is_main: bool) -> ResumePoint:
     """Where to begin: anew, or at the newest sound checkpoint, or at safe copies that survivors left after it.
 
     The first process looks, and says what it found damaged. With another number of workers the step is the one at
     which all of them together have seen as many images.
     """
     if config.run.resume is None:
-        return Start()
-    folder, rescue = config.run.resume / "checkpoints", config.run.resume / "rescue"
-    found = json.loads(transport.gather_text(together(transport, lambda: _look(folder, rescue) if speaks else ""))[0])
+        return ResumePoint()
+    folder, rescue = config.run.resume / "checkpoints", config.run.resume / "replicas"
+    found = json.loads(
+        transport.all_gather_text(run_everywhere(transport, lambda: _look(folder, rescue) if is_main else ""))[0]
+    )
     if not found:
-        if speaks:
+        if is_main:
             print(f"resist: no checkpoint in {folder} yet; the run begins anew")
-        return Start()
+        return ResumePoint()
     before, now, path = found["workers"], config.method.workers, folder / found.get("checkpoint", "")
     if path != folder:
-        together(transport, lambda: read_facts(path))
+        run_everywhere(transport, lambda: read_facts(path))
     step = found["step"] * before // now
-    if speaks and before != now:
+    if is_main and before != now:
         print(
             f"resist: going on with {now} workers instead of {before}: other plans, step {found['step']} "
             f"becomes {step} (as many images seen), momentum starts anew"
         )
     if path == folder:
-        if speaks:
+        if is_main:
             print(f"resist: going on from the safe copies of round {found['round']}; momentum starts anew")
-        return Start(found["round"], step, lambda job, _: restore_safe_copy(job, rescue, found["round"]))
-    return Start(
+        return ResumePoint(found["round"], step, lambda job, _: restore_replicas(job, rescue, found["round"]))
+    return ResumePoint(
         found["round"], step, lambda job, optimizers: restore(job, optimizers, path, same_workers=before == now)
     )
 
@@ -64,7 +66,7 @@ def _look(folder: Path, rescue: Path) -> str:
     path, skipped = newest(folder)
     for line in skipped:
         print(f"resist: {line}", file=sys.stderr)
-    safe = newest_safe_round(rescue)
+    safe = newest_replica_round(rescue)
     facts = {} if path is None else {**read_facts(path), "checkpoint": path.name}
     if safe is not None and safe["round"] > facts.get("round", 0):
         facts = safe

@@ -12,8 +12,8 @@ from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run, default_out, mark, seen_after_a_while
 from resist.runs.model_file import FILE
-from resist.runs.rescue import write_diverged, write_safe_copies
-from resist.sync.agreement import check_agreement, together
+from resist.runs.rescue import write_diverged, write_replicas
+from resist.sync.agreement import check_agreement, run_everywhere
 from resist.sync.distributed import connect
 from resist.sync.transport import Transport
 from resist.tasks import Task, open_task
@@ -22,14 +22,14 @@ from resist.training.device import pick_device
 from resist.training.loggers import open_loggers
 from resist.training.loop import Trainer, Training
 from resist.training.lr_schedule import num_steps
-from resist.training.resume import starting_point
+from resist.training.resume import find_resume_point
 
 
 def train(config: TrainConfig) -> int:
     """Train by `config` as one process of the job, with all the workers that it hosts. Returns the exit status.
 
-    The process that hosts worker 0 writes the run directory and speaks. Raises UserError for what was asked in vain and
-    WorkerLostError when another process goes away.
+    The main process (that of worker 0) writes the run directory and prints. Raises UserError for invalid options and
+    WorkerLostError when another process is lost.
     """
     config.check()
     device = pick_device(config.machine.device)
@@ -38,13 +38,13 @@ def train(config: TrainConfig) -> int:
         task = _open_everywhere(config, transport)
         check_agreement(transport, {**config.digest(), "resist": resist.__version__, "data set": task.digest()})
         task = task.to(device)
-        speaks = 0 in transport.hosted
-        images_per_epoch = together(transport, lambda: _images_per_epoch(config, task))
+        is_main = 0 in transport.hosted
+        images_per_epoch = run_everywhere(transport, lambda: _images_per_epoch(config, task))
         config = config.with_warmup_rounds(images_per_epoch)
-        for note in task.notes if speaks else ():
+        for note in task.notes if is_main else ():
             print(f"resist: {note}", flush=True)
-        together(transport, lambda: try_network(config.network) if speaks else None)
-        start = starting_point(config, transport, speaks)
+        run_everywhere(transport, lambda: try_network(config.network) if is_main else None)
+        start = find_resume_point(config, transport, is_main)
         job = Job(
             task.network,
             config.strategy(),
@@ -55,26 +55,26 @@ def train(config: TrainConfig) -> int:
             device=device,
             channels_last=config.machine.channels_last,
             transport=transport,
-            nonfinite=config.method.nonfinite,
-            safety=config.method.safety == "copy",
-            start=(start.round, start.step),
+            on_nonfinite=config.method.on_nonfinite,
+            replicate=config.method.replicate,
+            resume_at=(start.round, start.step),
         )
-        if speaks:
+        if is_main:
             for chain in job.chains:
                 held = " ".join(map(str, job.plans[chain.name].capacities))
                 print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {held}", flush=True)
                 if chain.caveat:
                     print(f"note: {chain.caveat}", flush=True)
         trainers = [Trainer(config, worker, task) for worker in job.workers]
-        steps = num_steps(config.optimisation, images_per_epoch)
+        steps = num_steps(config.optimization, images_per_epoch)
         if job.step_index >= steps:
-            return _all_done(config.run.resume or Path(), steps, speaks)
-        together(transport, lambda: start.restore(job, tuple(trainer.optimizer for trainer in trainers)))
+            return _all_done(config.run.resume or Path(), steps, is_main)
+        run_everywhere(transport, lambda: start.restore(job, tuple(trainer.optimizer for trainer in trainers)))
         out = config.run.resume or config.run.out or default_out(config)
         resume_round = None if config.run.resume is None else job.round
-        run = together(transport, lambda: Run(out, config, resume_round) if speaks else None)
-        out = Path(transport.gather_text(str(out))[0])  # the time of the first process, where it is in the name
-        loggers = together(transport, lambda: open_loggers(config, run.path, run.past) if run else [])
+        run = run_everywhere(transport, lambda: Run(out, config, resume_round) if is_main else None)
+        out = Path(transport.all_gather_text(str(out))[0])  # the time of the first process, where it is in the name
+        loggers = run_everywhere(transport, lambda: open_loggers(config, run.path, run.past) if run else [])
         checkpoints = Checkpoints(out / "checkpoints", transport, possible=_seen_by_all(out, transport))
         training = Training(config, task, job, trainers, run, loggers, checkpoints)
         try:
@@ -87,8 +87,8 @@ def train(config: TrainConfig) -> int:
 
 def _seen_by_all(out: Path, transport: Transport) -> bool:
     """Whether all processes see the run directory that the first one has made. Says so where they do not."""
-    seen = seen_after_a_while(out, transport.gather_text(mark(out))[0])
-    blind = [str(process) for process, text in enumerate(transport.gather_text(str(seen))) if text != "True"]
+    seen = seen_after_a_while(out, transport.all_gather_text(mark(out))[0])
+    blind = [str(process) for process, text in enumerate(transport.all_gather_text(str(seen))) if text != "True"]
     if blind and 0 in transport.hosted:
         print(
             f"note: no checkpoints: process {', '.join(blind)} does not see {out} as process 0 does; give --out in a "
@@ -98,14 +98,14 @@ def _seen_by_all(out: Path, transport: Transport) -> bool:
     return not blind
 
 
-def _all_done(path: Path, steps: int, speaks: bool) -> int:
+def _all_done(path: Path, steps: int, is_main: bool) -> int:
     """The exit status of a run that goes on and has no step left to do: 0 where its network is there."""
     if not (path / FILE).exists():
         raise AgreedError(
             f"the run has done all its {steps} steps, but {path / FILE} is not there; move the newest folder of "
             f"{path / 'checkpoints'} away to go on from the one before"
         )
-    if speaks:
+    if is_main:
         print(f"the run has done all its {steps} steps; its network is {path / FILE}")
     return 0
 
@@ -116,14 +116,14 @@ def _surviving(out: Path, job: Job, action: Callable[[], int]) -> int:
         return action()
     except WorkerLostError as lost:
         kept = ""
-        if job.safe:
-            write_safe_copies(out / "rescue", job)
-            kept = f"; safe copies of round {job.safe[-1].round} are in {out / 'rescue'}"
+        if job.replicas:
+            write_replicas(out / "replicas", job)
+            kept = f"; safe copies of round {job.replicas[-1].round} are in {out / 'rescue'}"
         raise WorkerLostError(f"round {job.round}: {lost}{kept}; go on with resist train --resume {out}") from lost
     except DivergedError as error:
         write_diverged(out / "diverged", job)
-        if job.safe:
-            write_safe_copies(out / "rescue", job)
+        if job.replicas:
+            write_replicas(out / "replicas", job)
         where = f"the weights are in {out / 'diverged'}; to go on from before: --resume {out} --lr ..."
         raise DivergedError(f"{error}; {where}") from error
 
@@ -131,19 +131,19 @@ def _surviving(out: Path, job: Job, action: Callable[[], int]) -> int:
 def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
     """The task, its data downloaded by one process of each host while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    smoothing = config.optimisation.label_smoothing
+    smoothing = config.optimization.label_smoothing
     network = config.network if config.run.resume is None else replace(config.network, backbone=None)
-    found = together(transport, lambda: open_task(network, label_smoothing=smoothing) if first else None)
+    found = run_everywhere(transport, lambda: open_task(network, label_smoothing=smoothing) if first else None)
     if found is None:
-        return together(transport, lambda: open_task(network, download=False, label_smoothing=smoothing))
-    together(transport, lambda: None)
+        return run_everywhere(transport, lambda: open_task(network, download=False, label_smoothing=smoothing))
+    run_everywhere(transport, lambda: None)
     return found
 
 
 def _images_per_epoch(config: TrainConfig, task: Task) -> int:
     """Those of worker 0, for all processes: shards may differ by one image, and the number of rounds must not."""
     batches = task.batches(
-        batch_size=config.optimisation.batch_size,
+        batch_size=config.optimization.batch_size,
         seed=config.run.seed,
         worker=0,
         workers=config.method.workers,

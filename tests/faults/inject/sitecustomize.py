@@ -59,7 +59,7 @@ def install(fault):
     points = {
         "start": lambda: wrap(distributed, "rendezvous", fault),
         "joined": lambda: wrap(distributed.Distributed, "__init__", fault, after=True),
-        "before exchange": lambda: wrap(resist.job.Job, "synchronise", fault),
+        "before exchange": lambda: wrap(resist.job.Job, "synchronize", fault),
         "shared part begun": lambda: wrap(distributed.Distributed, "mean", fault, after=True),
         "sending blocks": lambda: wrap(distributed.Distributed, "transfer", fault),
         "awaiting blocks": lambda: wrap(distributed._Pending, "finish", fault),
