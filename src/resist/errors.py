@@ -15,3 +15,9 @@ class DivergedError(AgreedError):
 
 class WorkerLostError(RuntimeError):
     """Another worker died, raised or stayed silent past the timeout during an exchange."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or the name of its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -99,8 +99,8 @@ class Predictor(FastRCNNPredictor):
 def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size: int) -> Detector:
     """A detector of `num_classes` classes, and of background as class 0.
 
-    body: a network with sections `layer1` .. `layer4`, and `forward_stem`, which gives what the first of them is given; its
-          head is taken off.
+    body: a network with sections `layer1` .. `layer4`, and `forward_stem`, which gives what the first of them is given;
+          its head is taken off.
     image_size, max_size: what images are brought to inside it, see `image_transform`.
     Raises UserError where the body is not such a network.
     """
