@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def held_by_all(self) -> bool:
-        """True if every worker holds every block: the round is one of local SGD."""
+        """True if every worker holds every block, as in local SGD."""
         return all(len(held) == self.num_blocks for held in self.blocks)
 
     @cached_property

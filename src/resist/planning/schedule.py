@@ -1,4 +1,4 @@
-"""Schedules: the messages that lead from one plan to the next, as data.
+"""Schedules: the messages between two plans, as data.
 
 A synchronization has two phases. In the first, every holder of a block sends it to the block's owner, which averages
 them. In the second, the owner sends the average to the block's next holders. A worker that is the only holder of a
@@ -99,7 +99,7 @@ def schedule(plans: Mapping[str, Plan], next_plans: Mapping[str, Plan], block_by
 
 
 class _Links:
-    """Bytes placed so far on the outgoing and the incoming link of every worker."""
+    """Bytes so far on every worker's outgoing and incoming link."""
 
     def __init__(self, workers: int) -> None:
         self.outgoing = [0] * workers
@@ -110,10 +110,10 @@ class _Links:
     def place(
         self, block: int, holders: Sequence[int], targets: Sequence[int], num_bytes: int, num_workers: int
     ) -> int:
-        """Choose the owner of a block and add the block's messages; takes O(holders + targets).
+        """Choose the owner of a block and add the block's messages.
 
-        The best owner has the least (largest load, sum of squares of the loads, (owner - block) mod num_workers). The
-        last term rotates equal candidates from block to block.
+        Takes O(holders + targets). The best owner has the least (largest load, sum of squares of the loads, (owner -
+        block) mod num_workers). The last term rotates equal candidates from block to block.
         """
         # Suppose first that the owner is an additional worker: every holder sends once, every target receives once.
         next_holders = set(targets)
@@ -160,7 +160,7 @@ def _two_largest(loads: Mapping[int, int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class ReplicaPlacement:
-    """Replicas of the blocks that will have only one holder after a synchronization.
+    """Replicas of the blocks with a single holder after a synchronization.
 
     Attributes:
         kept: (chain, block) -> the worker that keeps the weights after it hands the block over. Needs no message.
@@ -175,7 +175,7 @@ class ReplicaPlacement:
 def place_replicas(
     messages: Schedule, next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]
 ) -> ReplicaPlacement:
-    """Place a replica of each block, so that any single worker can be lost.
+    """Place replicas, so that any single worker can be lost.
 
     Blocks with several next holders need no replica. A replica that has to be sent goes to the worker that receives
     the fewest bytes so far.

@@ -1,4 +1,4 @@
-"""Strategies: records of which blocks each worker holds, for how long, and how they are averaged.
+"""Strategies: records of the plans, length and averaging of rounds.
 
 A new training method is one more function that returns a `Strategy`.
 """
@@ -70,7 +70,7 @@ class Strategy:
     def __post_init__(self) -> None:
         for name, value in (("workers", self.workers), ("local_steps", self.local_steps)):
             if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise UserError(f"{name}={value!r} is not an integer; give one")
+                raise UserError(f"{name}={value!r} is not a whole number; give one")
         if self.workers < 1:
             raise UserError(f"workers={self.workers}; must be at least 1")
         if self.local_steps < 1:
@@ -90,7 +90,9 @@ def resist(
     optimizer_state: str = "travel",
     outer: OuterSGD | None = None,
 ) -> Strategy:
-    """ResIST (Dun et al., 2022): each worker trains some blocks, drawn again every round.
+    """ResIST (Dun et al., 2022): each worker trains some of the blocks.
+
+    The blocks of each worker are drawn again every round, and averaged over their holders at its end.
 
     Args:
         workers: Number of workers (the paper's S).

@@ -1,4 +1,4 @@
-"""Layout of a sub-network: which tensor of the model is where in the flat tensor.
+"""Layout of a sub-network: positions of its tensors in the flat tensor.
 
 The flat tensor reads `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. This file is arithmetic on names, shapes and
 capacities; `resist.subnet.network.Subnet` applies it to a model.
@@ -7,7 +7,6 @@ capacities; `resist.subnet.network.Subnet` applies it to a model.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ class Piece:
 
 
 class Layout:
-    """Order of the tensors of one part: the shared part, or one block.
+    """Order of the tensors of the shared part, or of one block.
 
     Parameters come before buffers: an outer optimizer moves the first `num_trained` elements and no running statistics.
     Within both groups, tensors whose size is not a multiple of 16 elements come last. So the others stay aligned to 64
@@ -86,11 +85,12 @@ class Place:
 
     @property
     def key(self) -> tuple[int | None, str]:
-        """(chain, name), which is the same for the corresponding tensors of all slots."""
+        """(chain, name), equal for the corresponding tensors of all slots."""
         return self.chain, self.name
 
 
-class Child(NamedTuple):
+@dataclass(frozen=True)
+class Child:
     """One child of a chain's container in a sub-network.
 
     Attributes:
@@ -128,7 +128,7 @@ class SubnetLayout:
     blocks: tuple[Layout, ...] = ()
 
     def with_tensors(self, tensors: Mapping[str, Tensor], channels_last: bool) -> "SubnetLayout":
-        """Lay out these tensors, given by their names in a network with the present capacities.
+        """Lay out the tensors of a network with the present capacities.
 
         Args:
             tensors: Parameters and buffers by dotted name. All slots of a chain are laid out as its slot 0 is.
@@ -146,7 +146,7 @@ class SubnetLayout:
         return replace(self, shared=shared, blocks=tuple(blocks))
 
     def with_capacities(self, capacities: Sequence[int]) -> "SubnetLayout":
-        """Return the layout of a sub-network of the same network with other capacities."""
+        """Return the layout of the same network with other capacities."""
         return self if tuple(capacities) == self.capacities else replace(self, capacities=tuple(capacities))
 
     @property
@@ -160,7 +160,7 @@ class SubnetLayout:
         return self.shared.numel + sum(capacity * block.numel for capacity, block in before)
 
     def slot(self, chain: int, slot: int, flat: Tensor) -> Tensor:
-        """Return the part of `flat` that is one slot, as a 1-D view."""
+        """Return one slot of `flat` as a 1-D view."""
         size = self.blocks[chain].numel
         start = self._start(chain) + slot * size
         return flat[start : start + size]
@@ -194,7 +194,7 @@ class SubnetLayout:
         return {container: {child.key: child for child in self.children(container)} for container in self.containers}
 
     def place(self, name: str) -> Place:
-        """Find the place of a tensor by its dotted name in the sub-network's model."""
+        """Find the place of a tensor by its name in the sub-network."""
         for container in self.containers:
             prefix = f"{container}." if container else ""
             if not name.startswith(prefix):
@@ -212,7 +212,7 @@ class SubnetLayout:
 def common_buffers(
     template: nn.Module, layout: SubnetLayout, device: torch.device
 ) -> dict[tuple[int | None, str], Tensor]:
-    """Copy the float buffers that several blocks use, or a block and another part of the network.
+    """Copy the float buffers that several parts of the network use.
 
     A table of rotary position embeddings is an example. Such a buffer belongs to no block, so every sub-network has a
     copy of its own outside of the flat tensor, which no synchronization changes.

@@ -1,9 +1,9 @@
-"""A sub-network: the same model with only `capacity` blocks in each chain, and all its weights in one flat tensor.
+"""Sub-networks: shallow models whose weights are in one flat tensor.
 
-Every parameter and float buffer is a view into the flat tensor `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. So
-the shared part is averaged in one collective, a block is one message, and nothing is packed or copied. A plan only
-decides whose weights are in which slot: modules, parameters and the optimizer's references stay the same from round to
-round.
+A sub-network is the same model with only `capacity` blocks in each chain. Every parameter and float buffer is a view
+into the flat tensor `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. So the shared part is averaged in one
+collective, a block is one message, and nothing is packed or copied. A plan only decides whose weights are in which
+slot: modules, parameters and the optimizer's references stay the same from round to round.
 
 The full network is a sub-network with every block in its slots, so it is built and filled in the same way.
 """
@@ -112,7 +112,7 @@ class Subnet:
         return self.layout.place(name)
 
     def view(self, place: Place, flat: Tensor) -> Tensor:
-        """Return the tensor at `place` of a flat tensor with the present layout, as a view."""
+        """Return the tensor at `place` as a view of `flat`."""
         return self.layout.view(place, flat)
 
     def parameter_places(self) -> Iterator[tuple[nn.Parameter, Place]]:
@@ -125,7 +125,7 @@ class Subnet:
             yield parameter, self.place(name)
 
     def resize(self, capacities: Sequence[int], flat: Tensor) -> None:
-        """Change the number of blocks of `model`, and move its weights to another flat tensor.
+        """Change the number of blocks, and use another flat tensor.
 
         Parameters that remain keep their identity, so an optimizer can continue with them. The values are those of
         `flat`: the caller copies what has to be kept.
@@ -240,7 +240,7 @@ class Subnet:
                 )
 
     def hold(self, held: Sequence[Sequence[int]]) -> None:
-        """Set the attributes that differ along a chain to those of the blocks held.
+        """Set varying attributes to those of the blocks held.
 
         Args:
             held: Blocks of each chain: block `held[chain][slot]` is in that slot.
@@ -255,7 +255,7 @@ class Subnet:
                         attribute.put(module, held[number][child.slot])
 
     def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
-        """Copy the weights of the blocks held, and of the shared part, into the model.
+        """Copy the weights of blocks and shared part into the model.
 
         Args:
             tensors: Weights and float buffers of the full network by global dotted name.
@@ -287,12 +287,12 @@ class Subnet:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and float buffers of a full network by global dotted name, tied ones once."""
+    """Return all parameters and float buffers by dotted name, tied ones once."""
     return dict(_floats(model))
 
 
 def skeleton(module: nn.Module) -> nn.Module:
-    """Copy the structure of a module: parameters and float buffers are on the meta device."""
+    """Copy a module with parameters and float buffers on the meta device."""
     memo: dict[int, object] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
