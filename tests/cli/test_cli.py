@@ -110,7 +110,7 @@ def test_plan_names_the_papers_counts(capsys) -> None:
         (["--data", "mnist"], "data='mnist' is not known; choose one of digits"),
         (["--chain", "layer9:1-2"], "chain 'layer9:1-2'"),
         (["--chain", "layer3:0-3"], "chain 'layer3:0-3': blocks 0 and 1 of layer3 differ in parameter"),
-        (["--chain", "layer3:x"], "does not read NAME:FIRST-LAST"),
+        (["--chain", "layer3:x"], "does not have the form NAME:FIRST-LAST"),
         (["--workers", "9"], "workers=9 exceeds the 8 blocks of chain layer3:1-8"),
         (["--min-depth", "30"], "min_depth=30 exceeds the 8 blocks of chain layer3:1-8; lower it or add chains"),
         (["--capacities", "1", "1", "1", "1"], "capacities (1, 1, 1, 1) hold 4 of the 8 blocks"),

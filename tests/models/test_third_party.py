@@ -165,7 +165,7 @@ class _Tuple(nn.Module):
     [
         ("torchvision:inception_v3", (), r"does not take images of 32 x 32: .*; choose data with larger images"),
         ("torchvision:vgg11", (), r"has no chain of residual blocks"),
-        ("torchvision:shufflenet_v2_x0_5", ("stage3:1-7",), r"stage3.1 is no residual block"),
+        ("torchvision:shufflenet_v2_x0_5", ("stage3:1-7",), r"stage3.1 is not a residual block"),
         ("torchvision:googlenet", (), r"has no chain of residual blocks"),
         ("torchvision:vit_b_16", (), ""),
         ("timm:vit_tiny_patch16_224", (), ""),
