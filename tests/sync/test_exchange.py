@@ -29,9 +29,9 @@ class Counting(Local):
         self.moves += moves
         return super().transfer(moves)
 
-    def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
-        self.calls.append(f"mean {kind}")
-        return super().mean(tensors, kind)
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+        self.calls.append(f"mean {traffic_kind}")
+        return super().mean(tensors, traffic_kind)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from resist.sync.liveness import Liveness
+from resist.sync.liveness import WAITING, Liveness
 from resist.sync.rendezvous import NAME, agree_on_attempt
 
 
@@ -46,7 +46,7 @@ def test_an_attempt_that_broke_off_confuses_nobody(store: dist.HashStore) -> Non
 def test_who_does_not_answer_is_missing_and_who_is_at_work_is_named(store: dist.HashStore) -> None:
     before = threading.active_count()
     rolls = [Liveness(store, rank, 4) for rank in range(3)]  # number 3 is dead
-    rolls[1].is_doing("waits")
+    rolls[1].report_state(WAITING)
     assert rolls[0].call() == ([3], [2])
     del rolls
     end = time.monotonic() + 10
