@@ -86,9 +86,9 @@ class Job:
             all processes. "drop": the worker is left out of the means of this round, blocks that only it held keep
             the weights from before the round, and `dropped` has the reason. Needs memory for one more copy of the
             worker's weights.
-        replicate: Keep each block in two processes until the next synchronization is complete, so that losing one
-            process costs at most the current round; see `replicas`. Needs memory for one more copy of the worker's
-            weights, and for the blocks that it keeps for others.
+        replicate: Keep a replica of each block that only one worker holds, until the next synchronization is complete,
+            so that losing any one worker costs at most the current round; see `replicas`. Needs memory for one more
+            copy of the worker's weights, and for the replicas that it keeps.
         resume_at: (round, step) to continue an interrupted job at; see `resist.runs.checkpoint`.
 
     Attributes:

@@ -73,14 +73,12 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
 
 
 def loopback_store() -> tuple[object, int]:
-    """Create a store for processes on this machine, started next; return it with its port.
-
-    The store is reachable through the loopback interface only, and exists as long as a reference to it does.
-    """
+    """A store at which processes started next to this one find one another, and its port. It serves as long as it is
+    kept, on this machine's loopback only."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    options = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-    return dist.TCPStore("127.0.0.1", port, **options), port  # pyright: ignore[reportPrivateImportUsage]
+    own = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+    return dist.TCPStore("127.0.0.1", port, **own), port  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Distributed:

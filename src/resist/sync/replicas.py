@@ -14,7 +14,7 @@ from resist.sync.worker import Worker
 class Replica:
     """The part of the synchronized network that one process keeps.
 
-    Together, the replicas of all processes but any one are the complete network.
+    Together, the processes have the complete network, and still have it without any one worker.
 
     Attributes:
         round: Rounds done when the network was synchronized.
