@@ -114,7 +114,7 @@ def test_unknown_names(name: str, message: str) -> None:
 @pytest.mark.parametrize("option", [{"sections": (1, 1, 1, 1)}, {"width": 8}, {"final_norm": True}])
 def test_options_of_our_networks_say_nothing(option: dict[str, Any]) -> None:
     name = next(iter(option)).replace("_", "-")
-    with pytest.raises(UserError, match=rf"--{name} says nothing to model='torchvision:resnet18', .*; leave it out"):
+    with pytest.raises(UserError, match=rf"--{name} has no effect with model='torchvision:resnet18', .*; leave it out"):
         build("torchvision:resnet18", num_classes=10, **option)
 
 
@@ -142,7 +142,7 @@ def test_the_libraries_are_not_imported_before_they_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 9), nn.Flatten()), r"does not take images of 8 x 8: .*[Kk]ernel size"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 9), nn.Flatten()), r"does not accept images of 8 x 8: .*[Kk]ernel size"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 9)), r"returns the shape \(2, 9\) for two images, not"),
         (lambda: _Tuple(), r"returns a tuple, not logits"),
     ],
@@ -163,7 +163,7 @@ class _Tuple(nn.Module):
 @pytest.mark.parametrize(
     ("model", "chain", "message"),
     [
-        ("torchvision:inception_v3", (), r"does not take images of 32 x 32: .*; choose data with larger images"),
+        ("torchvision:inception_v3", (), r"does not accept images of 32 x 32: .*; choose data with larger images"),
         ("torchvision:vgg11", (), r"has no chain of residual blocks"),
         ("torchvision:shufflenet_v2_x0_5", ("stage3:1-7",), r"stage3.1 is no residual block"),
         ("torchvision:googlenet", (), r"has no chain of residual blocks"),
@@ -205,9 +205,9 @@ def test_the_plan_says_what_goes_with_a_block_and_what_is_only_nearly_true(capsy
     assert "goes with each block" in out
     assert "attn.shift_size stochastic_depth.p" in out
     assert run("plan", "--data", "cifar10", "--model", "torchvision:resnet18", "--width", "3") == 2
-    assert "--width says nothing" in capsys.readouterr().err
+    assert "--width has no effect" in capsys.readouterr().err
     assert run("plan", "--task", "detection", "--data", "voc2007", "--model", "timm:resnet50") == 2
-    assert "--task detection takes a pre-activation ResNet of ours" in capsys.readouterr().err
+    assert "--task detection needs a pre-activation ResNet" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -258,9 +258,12 @@ def test_runs_without_a_last_norm_or_statistics_serve_too(task, tmp_path, more) 
 @pytest.mark.parametrize(
     ("network", "complaint"),
     [
-        ({"width": 8}, "layer1.0.conv1.weight differs; give --model preact_small --sections 1 1 5 1 --width 8"),
-        ({"sections": (1, 1, 7, 1)}, "differs; give --model preact_small --sections 1 1 7 1 --width 4 as it had"),
-        ({"sections": (1, 1, 3, 1)}, "differs; give --model preact_small --sections 1 1 3 1 --width 4 as it had"),
+        (
+            {"width": 8},
+            "conv1.weight differs; give the options of that run, --model preact_small --sections 1 1 5 1 --width 8",
+        ),
+        ({"sections": (1, 1, 7, 1)}, "options of that run, --model preact_small --sections 1 1 7 1 --width 4, and no"),
+        ({"sections": (1, 1, 3, 1)}, "options of that run, --model preact_small --sections 1 1 3 1 --width 4, and no"),
     ],
 )
 def test_another_network_is_refused_in_one_line(capsys, kit, tmp_path, network, complaint: str) -> None:
@@ -312,18 +315,18 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
         (["--task", "detection"], "--task detection: --data digits has no boxes; choose one of voc2007, voc2012"),
         (["--task", "detection", "--data", "coco"], "--data coco is not known; choose one of voc2007, voc2012"),
         (["--data", "voc2007"], "--data voc2007 has boxes around objects; it needs --task detection"),
-        (["--splits", "a", "b"], "--splits says nothing to --task classification"),
+        (["--splits", "a", "b"], "--splits has no effect with --task classification"),
         (["--image-size", "64"], "--image-size says nothing to --data digits"),
-        (["--backbone", "x"], "--backbone says nothing to --task classification"),
-        ([*ARGUMENTS, "--final-norm"], "--final-norm says nothing to --task detection"),
-        ([*ARGUMENTS, "--label-smoothing", "0.1"], "--label-smoothing says nothing to --task detection"),
-        ([*ARGUMENTS, "--pretrained", "timm:x"], "--pretrained timm:x says nothing to this network; give --model"),
-        ([*ARGUMENTS, "--pretrained", "timm:x", "--backbone", "y"], "--pretrained and --backbone both say"),
+        (["--backbone", "x"], "--backbone has no effect with --task classification"),
+        ([*ARGUMENTS, "--final-norm"], "--final-norm has no effect with --task detection"),
+        ([*ARGUMENTS, "--label-smoothing", "0.1"], "--label-smoothing has no effect with --task detection"),
+        ([*ARGUMENTS, "--pretrained", "timm:x"], "--pretrained timm:x has no effect with this network; give --model"),
+        ([*ARGUMENTS, "--pretrained", "timm:x", "--backbone", "y"], "--pretrained and --backbone both set"),
         ([*ARGUMENTS, "--compile"], "--compile cannot take a detector"),
         ([*ARGUMENTS, "--backbone", "/nonexistent"], "/nonexistent is not a run directory"),
         ([*ARGUMENTS, "--batch-size", "5"], "batch_size=5 is outside 1 to 4"),
         ([*ARGUMENTS, "--image-size", "4"], "--image-size 4 is too small; give at least 32"),
-        ([*ARGUMENTS, "--splits", "trainval", "mine"], "mine.txt: is not there; --splits takes two of test, trainval"),
+        ([*ARGUMENTS, "--splits", "trainval", "mine"], "mine.txt: not found; give --splits two of test, trainval"),
         ([*ARGUMENTS, "--workers", "5"], "workers=5 exceeds the 4 blocks of chain backbone.body.layer3:1-4"),
     ],
 )
@@ -344,17 +347,17 @@ def test_bad_files_end_the_run_or_are_counted(capsys, tmp_path) -> None:
     text.write_text(whole[:-30])
     status, _, err = cli(capsys, "train", *common, "--out", str(tmp_path / "a"))
     assert (status, err.count("\n")) == (2, 1)
-    assert err.startswith(f"resist: {text}: is not complete XML")
+    assert err.startswith(f"resist: {text}: not complete XML")
     photograph.write_bytes(photograph.read_bytes()[:-500])
     status, told, err = cli(capsys, "train", *common, "--skip-bad-files", "--out", str(tmp_path / "b"))
     assert (status, err) == (0, "")
     for split in ("trainval", "test"):
         listed = root / "ImageSets" / "Main" / f"{split}.txt"
-        assert f"resist: {listed}: left out 2 photographs, first {photograph}: is not a picture" in told
+        assert f"resist: {listed}: left out 2 photographs, first {photograph}: cannot be read as a picture" in told
     text.write_text(whole)  # what is only seen when it is decoded ends the run then
     status, _, err = cli(capsys, "train", *common, "--out", str(tmp_path / "c"))
     assert (status, err.count("\n")) == (2, 1)
-    assert err.startswith(f"resist: {photograph}: is not a picture that can be read")
+    assert err.startswith(f"resist: {photograph}: cannot be read as a picture")
 
 
 def test_training_that_diverges_says_so(capsys, kit, tmp_path) -> None:

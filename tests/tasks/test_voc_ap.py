@@ -6,13 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resist.tasks.voc_ap import AveragePrecision, Found, Truth, ap
+from resist.data.annotation import Objects
+from resist.tasks.voc_ap import AveragePrecision, Found, ap
 
 Box = tuple[float, float, float, float]
 
 
-def truth(*objects: tuple[int, Box, bool]) -> Truth:
-    return Truth(
+def truth(*objects: tuple[int, Box, bool]) -> Objects:
+    return Objects(
         torch.tensor([box for _, box, _ in objects], dtype=torch.float32).reshape(-1, 4),
         torch.tensor([label for label, _, _ in objects], dtype=torch.int64),
         torch.tensor([difficult for _, _, difficult in objects], dtype=torch.bool),
@@ -27,7 +28,7 @@ def found(*detections: tuple[int, Box, float]) -> Found:
     )
 
 
-def measured(images: Sequence[tuple[Found, Truth]]) -> AveragePrecision:
+def measured(images: Sequence[tuple[Found, Objects]]) -> AveragePrecision:
     result = AveragePrecision()
     for one in images:
         result.add(*one)
@@ -75,7 +76,7 @@ boxes = st.tuples(coordinates, coordinates, st.integers(1, 4), st.integers(1, 4)
 
 
 @st.composite
-def image_sets(draw: st.DrawFn) -> list[tuple[Found, Truth]]:
+def image_sets(draw: st.DrawFn) -> list[tuple[Found, Objects]]:
     """Images with objects and detections of two classes, all scores different."""
     num = draw(st.integers(1, 3))
     images, scores = [], draw(st.permutations(range(1, 19)))
@@ -95,7 +96,7 @@ def overlap(one: Box, other: Box) -> float:
     return common / (area - common)
 
 
-def by_the_book(images: Sequence[tuple[Found, Truth]], label: int, points: int | None) -> float | None:
+def by_the_book(images: Sequence[tuple[Found, Objects]], label: int, points: int | None) -> float | None:
     """The definition, detection by detection."""
     said = [
         (score, i, tuple(box))
@@ -164,7 +165,7 @@ def test_laws(images) -> None:
             assert all(value == 1.0 for points in (None, 11) for value in mirror.by_class(points).values())
 
 
-def coco_ap50(images: Sequence[tuple[Found, Truth]]) -> dict[int, float]:
+def coco_ap50(images: Sequence[tuple[Found, Objects]]) -> dict[int, float]:
     pytest.importorskip("pycocotools", reason="COCO's own evaluation is compared with where it is installed")
     metric = pytest.importorskip("torchmetrics.detection", reason="as above").MeanAveragePrecision(
         class_metrics=True, iou_thresholds=[0.5]
@@ -179,7 +180,7 @@ def coco_ap50(images: Sequence[tuple[Found, Truth]]) -> dict[int, float]:
     return dict(zip(result["classes"].reshape(-1).tolist(), values, strict=True))
 
 
-def scattered(seed: int) -> list[tuple[Found, Truth]]:
+def scattered(seed: int) -> list[tuple[Found, Objects]]:
     """Objects that lie apart, each found once or not at all, false detections elsewhere, none difficult: COCO and VOC
     then agree on what is right."""
     generator = torch.Generator().manual_seed(seed)
