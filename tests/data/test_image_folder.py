@@ -1,4 +1,4 @@
-"""Photographs in folders: who is listed, what a batch is, and files that are wrong named in one line."""
+"""Photographs in folders: listing, batches, and errors that name the file in one line."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def test_what_is_listed(folder: Path) -> None:
     assert train.notes == ()
 
 
-def test_the_order_is_that_of_the_names_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
+def test_files_are_sorted_by_name_in_any_folder(folder: Path, tmp_path: Path) -> None:
     names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for name in sorted(names, key=lambda name: hash(str(name))):
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def test_training_batches_keep_image_and_label_together(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_batches_are_the_same_whoever_reads_them(folder: Path) -> None:
+def test_batches_do_not_depend_on_the_reading_processes(folder: Path) -> None:
     def batches(data_workers: int, steps: list[int]) -> list[tuple[Tensor, Tensor]]:
         loader = opened(folder, data_workers=data_workers)[0].loader(
             batch_size=7, seed=3, worker=1, workers=2, sampling="shard"

@@ -144,9 +144,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_annotation_is_named_and_can_be_skipped(kit, kind: str) -> None:
-    text, complaint = BAD[kind]
+@pytest.mark.parametrize("problem", BAD)
+def test_a_bad_annotation_is_named_and_can_be_skipped(kit, problem: str) -> None:
+    text, complaint = BAD[problem]
     file = base(kit) / "Annotations" / "000003.xml"
     file.write_text(text)
     with pytest.raises(UserError) as raised:
@@ -163,17 +163,17 @@ def test_a_bad_annotation_is_named_and_can_be_skipped(kit, kind: str) -> None:
     assert train.notes[0].startswith(f"{listed}: left out 1 photograph, first {file}: ")
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "no picture", "folder", "pipe", "no annotation"])
-def test_a_bad_photograph_is_named_and_can_be_skipped(kit, kind: str) -> None:
+@pytest.mark.parametrize("problem", ["missing", "empty", "no picture", "folder", "pipe", "no annotation"])
+def test_a_bad_photograph_is_named_and_can_be_skipped(kit, problem: str) -> None:
     file = base(kit) / "JPEGImages" / "000003.jpg"
-    if kind == "no annotation":
+    if problem == "no annotation":
         file = base(kit) / "Annotations" / "000003.xml"
     file.unlink()
-    if kind in ("empty", "no picture"):
-        file.write_bytes(b"" if kind == "empty" else b"%PDF-1.4")
-    elif kind == "folder":
+    if problem in ("empty", "no picture"):
+        file.write_bytes(b"" if problem == "empty" else b"%PDF-1.4")
+    elif problem == "folder":
         file.mkdir()
-    elif kind == "pipe":
+    elif problem == "pipe":
         os.mkfifo(file)  # reading it would wait for ever
     with pytest.raises(UserError) as raised:
         load_voc("voc2007", kit, image_size=36)
@@ -242,14 +242,14 @@ def test_a_bad_list_is_named(kit, content: str, complaint: str) -> None:
 
 
 def test_sets_are_chosen_by_name(kit) -> None:
-    vockit.list_set(kit, "mine", ["000002", "000004"])
-    train, test = load_voc("voc2007", kit, splits=("mine", "trainval"))
+    vockit.list_set(kit, "small", ["000002", "000004"])
+    train, test = load_voc("voc2007", kit, splits=("small", "trainval"))
     assert (len(train), len(test)) == (2, 4)
     assert (train.augment, test.augment) == (True, False)
-    with pytest.raises(UserError, match=r"theirs\.txt: not found; give --splits two of mine, test, trainval"):
-        load_voc("voc2007", kit, splits=("mine", "theirs"))
-    with pytest.raises(UserError, match="--splits mine; give two names"):
-        load_voc("voc2007", kit, splits=("mine",))
+    with pytest.raises(UserError, match=r"unknown\.txt: not found; give --splits two of small, test, trainval"):
+        load_voc("voc2007", kit, splits=("small", "unknown"))
+    with pytest.raises(UserError, match="--splits small; give two names"):
+        load_voc("voc2007", kit, splits=("small",))
     with pytest.raises(UserError, match="--image-size 5 is too small"):
         load_voc("voc2007", kit, image_size=5)
 

@@ -1,4 +1,4 @@
-"""Networks: the paper's, to the last parameter."""
+"""The paper's networks, compared by their exact numbers of parameters."""
 
 import pytest
 import torch

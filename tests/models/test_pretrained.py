@@ -1,4 +1,4 @@
-"""Weights of timm to begin with: the same logits, a fresh head for other classes, one line for whatever is wrong."""
+"""Initial weights of timm: the same logits, a fresh head for other classes, errors of one line."""
 
 from pathlib import Path
 
@@ -29,14 +29,14 @@ def weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
 def test_logits_are_those_of_timms_network(tmp_path: Path, name: str) -> None:
     timm = pytest.importorskip("timm", reason="compares with timm's network")
-    theirs = timm.create_model("resnetv2_101", num_classes=10).eval()
+    timm_model = timm.create_model("resnetv2_101", num_classes=10).eval()
     file = tmp_path / name
-    (save_file if file.suffix == ".safetensors" else torch.save)(theirs.state_dict(), file)
+    (save_file if file.suffix == ".safetensors" else torch.save)(timm_model.state_dict(), file)
     config = NetworkConfig(model="preact_resnet101_imagenet", pretrained=f"timm:{file}")
     ours = network_builder(config)().eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(images), timm_model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_every_weight_is_taken(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def weights_of(file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def test_the_task_says_what_it_begins_with(tmp_path: Path) -> None:
+def test_the_task_notes_its_initial_weights(tmp_path: Path) -> None:
     torch.save(weights(), tmp_path / "w.pth")
     config = NetworkConfig(
         data="digits", model="preact_resnet101_imagenet", pretrained=f"timm:{tmp_path / 'w.pth'}", **SMALL
@@ -99,10 +99,10 @@ WRONG: dict[str, tuple[object, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("problem", WRONG)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_wrong_file_is_one_line(tmp_path: Path, kind: str, suffix: str) -> None:
-    content, message = WRONG[kind]
+def test_a_wrong_file_is_one_line(tmp_path: Path, problem: str, suffix: str) -> None:
+    content, message = WRONG[problem]
     file = tmp_path / f"w{suffix}"
     if isinstance(content, bytes):
         file.write_bytes(content)

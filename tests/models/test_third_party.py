@@ -1,4 +1,4 @@
-"""Networks of other libraries: built fresh, for the images at hand, and refused in one line."""
+"""Networks of other libraries: fresh weights, the data set's image size, errors of one line."""
 
 import builtins
 import json
@@ -33,7 +33,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever would be downloaded fails."""
 
     def refuse(*_arguments: object, **_options: object) -> None:
-        raise AssertionError("a connection was asked for")
+        raise AssertionError("a connection was attempted")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
@@ -76,8 +76,8 @@ def test_names_of_weights_are_those_of_the_library() -> None:
     timm = pytest.importorskip("timm", reason="needs the extra timm")
     with torch.device("meta"):
         ours = build("timm:resnet18", num_classes=5)
-        theirs = timm.create_model("resnet18", num_classes=5)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
+        timm_model = timm.create_model("resnet18", num_classes=5)
+    assert ours.state_dict().keys() == timm_model.state_dict().keys()
 
 
 def test_sizes_from_a_file(vit: str) -> None:
@@ -90,7 +90,7 @@ def test_sizes_from_a_file(vit: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nobody:net", r"'nobody' is not one of torchvision, timm, transformers"),
+        ("other:net", r"'other' is not one of torchvision, timm, transformers"),
         ("torchvision:resnet1001", r"torchvision has no classification network of that name; did you mean resnet101"),
         ("torchvision:fasterrcnn_resnet50_fpn", r"torchvision has no classification network of that name"),
         ("torchvision:", r"torchvision has no classification network of that name; it has alexnet, "),
@@ -197,7 +197,7 @@ def run(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_plan_says_what_goes_with_a_block_and_what_is_only_nearly_true(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_lists_what_moves_with_a_block_and_approximations(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "--data", "cifar10", "--model", "torchvision:resnet18", "--workers", "2") == 0
     assert "note: the blocks of layer1:0-1 end in a ReLU" in capsys.readouterr().out
     assert run("plan", "--data", "cifar10", "--model", "torchvision:swin_t") == 0

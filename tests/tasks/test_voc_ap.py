@@ -82,8 +82,8 @@ def image_sets(draw: st.DrawFn) -> list[tuple[Found, Objects]]:
     images, scores = [], draw(st.permutations(range(1, 19)))
     for image in range(num):
         objects = draw(st.lists(st.tuples(st.integers(1, 2), boxes, st.booleans()), max_size=5))
-        said = draw(st.lists(st.tuples(st.integers(1, 2), boxes), max_size=6))
-        with_scores = [(*one, scores[6 * image + i] / 20) for i, one in enumerate(said)]
+        detections = draw(st.lists(st.tuples(st.integers(1, 2), boxes), max_size=6))
+        with_scores = [(*one, scores[6 * image + i] / 20) for i, one in enumerate(detections)]
         images.append((found(*with_scores), truth(*objects)))
     return images
 
@@ -98,11 +98,13 @@ def overlap(one: Box, other: Box) -> float:
 
 def by_the_book(images: Sequence[tuple[Found, Objects]], label: int, points: int | None) -> float | None:
     """The definition, detection by detection."""
-    said = [
+    detections = [
         (score, i, tuple(box))
-        for i, (said, _) in enumerate(images)
-        for score, box, one in zip(said.scores.tolist(), said.boxes.tolist(), said.labels.tolist(), strict=True)
-        if one == label
+        for i, (found, _) in enumerate(images)
+        for score, box, class_number in zip(
+            found.scores.tolist(), found.boxes.tolist(), found.labels.tolist(), strict=True
+        )
+        if class_number == label
     ]
     objects = [
         [
@@ -118,7 +120,7 @@ def by_the_book(images: Sequence[tuple[Found, Objects]], label: int, points: int
     taken: set[tuple[int, int]] = set()
     right = false = 0
     curve: list[tuple[float, float]] = []
-    for _, i, box in sorted(said, reverse=True):
+    for _, i, box in sorted(detections, reverse=True):
         overlaps = [overlap(box, one) for one, _ in objects[i]]
         best = max(range(len(overlaps)), key=overlaps.__getitem__, default=None)
         if best is not None and overlaps[best] >= 0.5:
@@ -170,9 +172,9 @@ def coco_ap50(images: Sequence[tuple[Found, Objects]]) -> dict[int, float]:
     metric = pytest.importorskip("torchmetrics.detection", reason="as above").MeanAveragePrecision(
         class_metrics=True, iou_thresholds=[0.5]
     )
-    for said, objects in images:
+    for detections, objects in images:
         metric.update(
-            [{"boxes": said.boxes, "scores": said.scores, "labels": said.labels}],
+            [{"boxes": detections.boxes, "scores": detections.scores, "labels": detections.labels}],
             [{"boxes": objects.boxes, "labels": objects.labels, "iscrowd": objects.difficult.int()}],
         )
     result = metric.compute()
@@ -186,7 +188,7 @@ def scattered(seed: int) -> list[tuple[Found, Objects]]:
     generator = torch.Generator().manual_seed(seed)
     images = []
     for _ in range(6):
-        objects, said = [], []
+        objects, detections = [], []
         for cell in range(12):
             x, y = 100.0 * (cell % 4), 100.0 * (cell // 4)
             label = 1 + cell % 2
@@ -198,8 +200,8 @@ def scattered(seed: int) -> list[tuple[Found, Objects]]:
             by = 4 * torch.rand(2, generator=generator)
             moved = (box[0] + float(by[0]), box[1] + float(by[1]), box[2] + float(by[0]), box[3] + float(by[1]))
             if roll > 0.2:  # of 0.85 to 1 there is no object
-                said.append((label, moved, score))
-        images.append((found(*said), truth(*objects)))
+                detections.append((label, moved, score))
+        images.append((found(*detections), truth(*objects)))
     return images
 
 
@@ -207,9 +209,9 @@ def scattered(seed: int) -> list[tuple[Found, Objects]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_cocos_own_evaluation_gives_the_same_at_101_points(seed: int) -> None:
     images = scattered(seed)
-    ours, theirs = measured(images).by_class(101), coco_ap50(images)
-    assert ours.keys() == theirs.keys()
-    for label, value in theirs.items():
+    ours, coco = measured(images).by_class(101), coco_ap50(images)
+    assert ours.keys() == coco.keys()
+    for label, value in coco.items():
         assert ours[label] == pytest.approx(value, abs=1e-6)
         assert 0.2 < value < 0.95
         # The three readings of one curve are near one another, and not the same.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from resist.data.image_folder import IMAGE_SIZE, MEAN, STD, Photographs, class_names, load_folder
 from resist.data.in_memory import Images
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 
 # Data sets of photographs, which are streamed from files; the others are small enough to stay in memory.
 FOLDERS = ("folder", "imagenet")
@@ -141,9 +141,8 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
                 data_dir.mkdir(parents=True, exist_ok=True)
                 sets = [dataset_class(data_dir, train=train, download=True) for train in (True, False)]
             except Exception as error:  # any error of the connection or of the files
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(
-                    f"data={name} is not complete below {data_dir} and cannot be downloaded ({reason}); "
+                    f"data={name} is not complete below {data_dir} and cannot be downloaded ({first_line(error)}); "
                     f"put the files of {dataset_class.filename} into {data_dir / folder}"
                 ) from error
     mean, std = NORMALISATION[name]

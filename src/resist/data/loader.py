@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from resist.data.sampler import Order
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 from resist.planning.plan import keyed_int
 
 # Batches that each reading process prepares in advance.
@@ -244,7 +244,7 @@ def _take(batches: Iterator[Any], has_processes: bool) -> Any:
         # An error of the items' own code, from this process or ("Caught ...") from a reading one, is not a loss.
         if not has_processes or str(error).startswith("Caught"):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(f"a process that reads data was lost: {reason}; give fewer --data-workers, or 0") from error
     if isinstance(batch, _Failure):
         raise UserError(batch.message)

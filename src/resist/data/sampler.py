@@ -26,7 +26,7 @@ class Order:
             through the images that the worker draws from.
 
     Attributes:
-        own: (images_per_epoch,) int64: indices of the images that the worker draws from.
+        pool: (images_per_epoch,) int64: indices of the images that the worker draws from.
 
     Raises:
         UserError: `sampling` is unknown, or `batch_size` exceeds the images that the worker draws from.
@@ -38,29 +38,29 @@ class Order:
         if sampling not in SAMPLINGS:
             raise UserError(f"sampling={sampling!r} is not one of {', '.join(SAMPLINGS)}")
         self.batch_size, self.seed, self.worker = batch_size, seed, worker
-        self.own = torch.arange(num)
+        self.pool = torch.arange(num)
         if sampling == "shard":
-            self.own = torch.randperm(num, generator=generator("shard", seed))[worker::workers]
-        if batch_size < 1 or batch_size > len(self.own):
+            self.pool = torch.randperm(num, generator=generator("shard", seed))[worker::workers]
+        if batch_size < 1 or batch_size > len(self.pool):
             raise UserError(
-                f"batch_size={batch_size} is outside 1 to {len(self.own)}, the images that a worker draws from"
+                f"batch_size={batch_size} is outside 1 to {len(self.pool)}, the images that a worker draws from"
             )
         self._orders: dict[int, Tensor] = {}
 
     @property
     def images_per_epoch(self) -> int:
         """Images in one pass through the images that the worker draws from."""
-        return len(self.own)
+        return len(self.pool)
 
     def indices(self, step: int) -> Tensor:
         """Return the indices of a step's images, (batch_size,) int64 on the CPU."""
-        num, start, end = len(self.own), step * self.batch_size, (step + 1) * self.batch_size
+        num, start, end = len(self.pool), step * self.batch_size, (step + 1) * self.batch_size
         epochs = range(start // num, (end - 1) // num + 1)
         self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in epochs}
         return torch.cat([self._orders[e][max(start - e * num, 0) : end - e * num] for e in epochs])
 
     def _order(self, epoch: int) -> Tensor:
-        return self.own[torch.randperm(len(self.own), generator=generator("order", self.seed, self.worker, epoch))]
+        return self.pool[torch.randperm(len(self.pool), generator=generator("order", self.seed, self.worker, epoch))]
 
 
 def generator(*key: object) -> torch.Generator:

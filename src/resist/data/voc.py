@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from resist.data.annotation import CLASSES, Objects, read_annotation
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 
 # Data set -> year, and the sets to train and to test on. The objects of the test set of 2012 are not published.
 VOC = {"voc2007": ("2007", ("trainval", "test")), "voc2012": ("2012", ("train", "val"))}
@@ -185,7 +185,7 @@ def _names(root: Path, year: str, split: str, data_dir: Path, download: bool) ->
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({_reason(error)}); restore it") from error
+        raise UserError(f"{file}: cannot be read ({first_line(error)}); restore it") from error
     names = [line.strip() for line in lines if line.strip()]
     for number, name in enumerate(names, 1):
         if not name.replace("_", "").replace("-", "").isalnum():  # nothing that could lead out of the directory
@@ -209,7 +209,7 @@ def _fetch(file: Path, year: str, split: str, data_dir: Path, download: bool) ->
         VOCDetection(data_dir, year=year, image_set=split, download=True)
     except Exception as error:  # any error of the connection or of the archive
         raise UserError(
-            f"{file}: not found, and cannot be downloaded ({_reason(error)}); unpack the archives of VOC{year} into "
+            f"{file}: not found, and cannot be downloaded ({first_line(error)}); unpack the archives of VOC{year} into "
             f"{data_dir}"
         ) from error
 
@@ -262,11 +262,7 @@ def _picture(file: Path, use: Callable[[Image.Image], Any]) -> Any:
         with Image.open(file, formats=("JPEG", "PNG")) as picture:
             return use(picture)
     except Exception as error:  # it is not documented which exceptions the decoders raise
-        raise UserError(f"{file}: cannot be read as a picture ({_reason(error)}); {REMEDY}") from error
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: cannot be read as a picture ({first_line(error)}); {REMEDY}") from error
 
 
 __all__ = ["CLASSES", "VOC", "Objects", "Photograph", "VocSet", "load_voc"]

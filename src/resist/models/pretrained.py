@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 from resist.models.preact_imagenet import PreActResNetImageNet
 
 HEAD = ("head.weight", "head.bias")
@@ -99,7 +99,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
+        reason = first_line(error)[:80]
         raise UserError(f"{path}: not a weight file, or damaged ({reason}); give a complete one") from error
     # timm's training script saves the weights within a larger dict.
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):

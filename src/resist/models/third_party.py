@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 
 LIBRARIES = ("torchvision", "timm", "transformers")
 # The argument that sets the image size of torchvision's networks, by the module that defines them.
@@ -64,7 +64,7 @@ def build_third_party(name: str, *, num_classes: int, image_size: int | None = N
         except Exception as error:  # the library's own: anything may prevent a network for these images
             images = "" if image_size is None else f" for images of {image_size} x {image_size}"
             raise UserError(
-                f"model={name!r} cannot be built{images}: {_line(error)}; choose another model, or larger images"
+                f"model={name!r} cannot be built{images}: {first_line(error)}; choose another model, or larger images"
             ) from error
 
 
@@ -86,8 +86,8 @@ def check_logits(model: nn.Module, name: str, image_size: int, num_classes: int)
             logits = model.eval()(images)
     except Exception as error:  # any error of the network's own code
         raise UserError(
-            f"model={name!r} does not accept images of {image_size} x {image_size}: {_line(error)}; choose data with "
-            "larger images, or another model"
+            f"model={name!r} does not accept images of {image_size} x {image_size}: {first_line(error)}; choose data "
+            "with larger images, or another model"
         ) from error
     if not isinstance(logits, Tensor):
         raise UserError(f"model={name!r} returns a {type(logits).__name__}, not logits; choose a classification model")
@@ -168,8 +168,3 @@ def _library(name: str) -> Any:
 def _similar(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else f"; it has {', '.join(known[:4])} and others"
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
