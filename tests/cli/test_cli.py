@@ -114,7 +114,7 @@ def test_plan_names_the_papers_counts(capsys) -> None:
         (["--workers", "9"], "workers=9 exceeds the 8 blocks of chain layer3:1-8"),
         (["--min-depth", "30"], "min_depth=30 exceeds the 8 blocks of chain layer3:1-8; lower it or add chains"),
         (["--capacities", "1", "1", "1", "1"], "capacities (1, 1, 1, 1) hold 4 of the 8 blocks"),
-        (["--sections", "1", "1"], "sections=1 1 is not four numbers"),
+        (["--sections", "1", "1"], "sections=1 1; give four numbers"),
         (["--sections", "1", "1", "1", "1"], "the model has no chain"),
         (["--processes", "9"], "--processes 9 exceeds --workers 4"),
         (["--lr", "-1"], "--lr -1.0 is too small"),
@@ -148,8 +148,8 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--link-gbit-s", "0", "--images-s", "5"], "link_gbit_s=0 is not a rate"),
-        (["--link-gbit-s", "-1", "--images-s", "5"], "link_gbit_s=-1 is not a rate"),
+        (["--link-gbit-s", "0", "--images-s", "5"], "link_gbit_s=0; must be above 0 Gbit/s"),
+        (["--link-gbit-s", "-1", "--images-s", "5"], "link_gbit_s=-1; must be above 0 Gbit/s"),
         (["--link-gbit-s", "1", "--images-s", "0"], "images_s=0"),
         (["--link-gbit-s", "1"], "seconds need both"),
         (["--images-s", "1"], "seconds need both"),
