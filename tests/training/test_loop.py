@@ -71,7 +71,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
         model = Mean()
         subnet = Subnet(model, (), ())
         subnet.load(tensors_of(model), ())
-        config = TrainConfig(optimization=OptimizationConfig(batch_size=32, accumulate=parts))
+        config = TrainConfig(optimization=OptimizationConfig(batch_size=32, grad_accum_steps=parts))
         trainer = Trainer(config, Worker(0, subnet), task)
         loss = [float(trainer.step(step, 0.1)) for step in range(3)]
         weights.append((loss, subnet.flat.clone()))

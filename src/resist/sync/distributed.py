@@ -1,7 +1,7 @@
 """The transport over torch.distributed, and the only place that uses it. A process (a rank) hosts one or more workers.
 
-Four long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
-queues behind the other), one of gloo on the host for words, one for what goes on beside training. Every call here that
+Three long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
+queues behind the other), one of gloo on the host for words. Every call here that
 waits for another process gives up after the timeout and says so; a process that ends closes its connections, which its
 peers notice at once.
 """
@@ -86,7 +86,6 @@ class Distributed:
         self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosted_workers) for worker in hosted}
         self._collective = _group(timeout, backend)
         self._peers = _group(timeout, backend)
-        self.background: dist.ProcessGroup | None = _group(timeout, "gloo")
         self._staged = backend == "gloo"  # gloo sends from host memory only
 
     def _agree(self, device: torch.device) -> str:
@@ -194,11 +193,11 @@ class Distributed:
         try:
             return action()
         except RuntimeError as error:
-            raise self.lost(doing, error) from error
+            raise self._lost(doing, error) from error
         finally:
             self._liveness.is_doing(WORKS)
 
-    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+    def _lost(self, doing: str, error: Exception) -> WorkerLostError:
         return WorkerLostError(
             f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {self._cause()}"
         )

@@ -5,11 +5,9 @@ Every worker passes the same list of moves in the same order, its own and the ot
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
-
-from resist.errors import WorkerLostError
 
 # Texts up to this size, 8 bytes less, go round in one message.
 PACKET_BYTES = 1024
@@ -47,13 +45,11 @@ class Transport(Protocol):
     num_workers: S, which belongs to the algorithm.
     hosted:      the workers that live in this process, ascending.
     num_processes: how many processes share the workers out.
-    background:    a process group for what goes on beside training (writing a checkpoint); None in one process.
     """
 
     num_workers: int
     hosted: tuple[int, ...]
     num_processes: int
-    background: Any
 
     def process_of(self, worker: int) -> int:
         """The number of the process that hosts `worker`."""
@@ -76,11 +72,6 @@ class Transport(Protocol):
 
     def all_gather_text(self, text: str) -> list[str]:
         """The texts of all processes, in their order. Waits for all of them."""
-        ...
-
-    def lost(self, doing: str, error: Exception) -> WorkerLostError:
-        """What to raise when something that needs all processes, on `background`, failed with `error`: it finds out
-        who is missing, which takes some seconds."""
         ...
 
     def close(self) -> None: ...
