@@ -14,7 +14,7 @@ exchange  seconds of the synchronization on the slowest host, after a barrier. D
           value is the additional time of these steps, over `--ddp-steps` and scaled to a round. With `--compute-s` its
           layers sleep one after another in the backward pass (two thirds of a step), so that it overlaps compute and
           communication as usual.
-wire      bytes sent by all interfaces in a round, headers included; ledger: payload, as this package counts it; formula:
+wire      bytes sent by all interfaces in a round, headers included; ledger: payload, counted by this package; formula:
           payload, from the plans alone (for ResIST and local SGD) or from the ring (for one all-reduce).
 
 A table is printed (`--json`: the record), and a line of JSON with provenance is appended to
