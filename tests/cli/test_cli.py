@@ -99,8 +99,9 @@ def test_plan_names_the_papers_counts(capsys) -> None:
     facts = json.loads(text)
     assert (facts["parameters"], facts["shared"]) == (41396900, 15422116)
     assert len(facts["rounds"]) == 5
-    for held in facts["rounds"]:
-        assert set().union(*map(set, held["layer3:1-22"])) == set(range(22))
+    for number, entry in enumerate(facts["rounds"], start=1):
+        assert entry["round"] == number
+        assert set().union(*map(set, entry["plan"]["layer3:1-22"])) == set(range(22))
 
 
 @pytest.mark.parametrize(
@@ -110,11 +111,11 @@ def test_plan_names_the_papers_counts(capsys) -> None:
         (["--data", "mnist"], "data='mnist' is not known; choose one of digits"),
         (["--chain", "layer9:1-2"], "chain 'layer9:1-2'"),
         (["--chain", "layer3:0-3"], "chain 'layer3:0-3': blocks 0 and 1 of layer3 differ in parameter"),
-        (["--chain", "layer3:x"], "does not read NAME:FIRST-LAST"),
+        (["--chain", "layer3:x"], "does not have the form NAME:FIRST-LAST"),
         (["--workers", "9"], "workers=9 exceeds the 8 blocks of chain layer3:1-8"),
         (["--min-depth", "30"], "min_depth=30 exceeds the 8 blocks of chain layer3:1-8; lower it or add chains"),
         (["--capacities", "1", "1", "1", "1"], "capacities (1, 1, 1, 1) hold 4 of the 8 blocks"),
-        (["--sections", "1", "1"], "sections=1 1 is not four numbers"),
+        (["--sections", "1", "1"], "sections=1 1; give four numbers"),
         (["--sections", "1", "1", "1", "1"], "the model has no chain"),
         (["--processes", "9"], "--processes 9 exceeds --workers 4"),
         (["--lr", "-1"], "--lr -1.0 is too small"),
@@ -148,8 +149,8 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--link-gbit-s", "0", "--images-s", "5"], "link_gbit_s=0 is not a rate"),
-        (["--link-gbit-s", "-1", "--images-s", "5"], "link_gbit_s=-1 is not a rate"),
+        (["--link-gbit-s", "0", "--images-s", "5"], "link_gbit_s=0; must be above 0 Gbit/s"),
+        (["--link-gbit-s", "-1", "--images-s", "5"], "link_gbit_s=-1; must be above 0 Gbit/s"),
         (["--link-gbit-s", "1", "--images-s", "0"], "images_s=0"),
         (["--link-gbit-s", "1"], "seconds need both"),
         (["--images-s", "1"], "seconds need both"),

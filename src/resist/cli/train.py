@@ -8,7 +8,8 @@ from resist.cli.plan import PlanConfig, plan_facts
 from resist.errors import UserError
 from resist.runs.checkpoint import newest
 from resist.runs.config import MachineConfig, TrainConfig
-from resist.runs.directory import check_free, default_out, read_config
+from resist.runs.directory import check_free, default_out
+from resist.runs.history import read_config
 from resist.tasks import open_task
 from resist.training.device import pick_device
 from resist.training.launcher import launch, launched, num_processes, watch_launcher
