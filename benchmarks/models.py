@@ -124,7 +124,7 @@ def describe(template: nn.Module, chain: Chain) -> Record:
     block = sum(p.numel() for p in template.get_submodule(chain.block_name(0)).parameters())
     differ = [f"{one.module}.{one.name}".lstrip(".") for one in chain.varying]
     record: Record = {"name": chain.name, "blocks": chain.num_blocks, "block_parameters": block}
-    return {**record, "kind": chain.kind, "differ": differ}
+    return {**record, "kind": chain.skip_type, "differ": differ}
 
 
 def footprint(case: Case, template: nn.Module, chains: tuple[Chain, ...], blocks: tuple[int, ...]) -> Any:

@@ -1,7 +1,7 @@
-"""Algorithm 1 of the paper once more, plainly: nested loops and state dicts, nothing of the package.
+"""A second implementation of Algorithm 1: nested loops and state dicts, without the package.
 
     draw S sub-networks | train each for l local steps on its own batches | average each parameter over the
-    sub-networks that held it | draw anew | repeat
+    sub-networks that held it | draw again | repeat
 
 Slow, memory-hungry (every worker copies the full network) and easy to believe.
 """
@@ -27,7 +27,7 @@ def train_resist(
     weight_decay: float,
 ) -> Weights:
     """The weights and running statistics of `full` after these rounds. `rounds[t][worker]` lists the blocks (0 is
-    `layer3.1`) that a worker has in round t; momentum starts afresh in every round, as in the paper."""
+    `layer3.1`) that a worker has in round t; momentum starts at zero in every round, as in the paper."""
     weights = {name: value.clone() for name, value in full.state_dict().items() if value.is_floating_point()}
     for round, held in enumerate(rounds):
         trained: list[Weights] = []
@@ -44,7 +44,7 @@ def train_resist(
                         parameter -= lr * velocity[name]
             trained.append(as_in_full(net, blocks))
         for name in weights:
-            copies = [one[name] for one in trained if name in one]
+            copies = [held[name] for held in trained if name in held]
             weights[name] = sum(copies[1:], copies[0]) / len(copies)
     return weights
 

@@ -48,8 +48,8 @@ class Plain:
             for step in steps:
                 self.step(worker, step, net, optimizer)
                 self._average(average, net, names, first=step == 0)
-            mine = {names[n]: dict(optimizer.state[p]) for n, p in net.named_parameters() if p in optimizer.state}
-            self.states[worker] = {**before, **mine}
+            states = {names[n]: dict(optimizer.state[p]) for n, p in net.named_parameters() if p in optimizer.state}
+            self.states[worker] = {**before, **states}
             ends.append(({names[n]: t for n, t in net.state_dict().items() if t.is_floating_point()}, average))
         for name in self.weights:
             self.weights[name] = mean([end[0][name] for end in ends if name in end[0]])
@@ -72,14 +72,16 @@ class Plain:
         nothing: without the rest of the state (Adam's step count) its optimizer could not go on from there.
         """
         started = [state for state in self.states.values() if state]
-        kinds = {k for state in started for values in state.values() for k, v in values.items() if _like_a_weight(k, v)}
+        state_names = {
+            k for state in started for values in state.values() for k, v in values.items() if _like_a_weight(k, v)
+        }
         for name in self.trained & {name for name in self.weights if block_of(name) is not None}:
             nothing = torch.zeros_like(self.weights[name])
             holders = [worker for worker, held in enumerate(blocks) if block_of(name) in held]
-            for kind in kinds:
-                value = mean([self.states[w].get(name, {}).get(kind, nothing) for w in holders])
+            for state_name in state_names:
+                value = mean([self.states[w].get(name, {}).get(state_name, nothing) for w in holders])
                 for state in started:
-                    state.setdefault(name, {})[kind] = value.clone()
+                    state.setdefault(name, {})[state_name] = value.clone()
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:
@@ -100,5 +102,5 @@ def global_name(local: str, held: Sequence[int]) -> str:
     return ".".join(["layer3", str(1 + held[slot]), *local.split(".")[2:]])
 
 
-def _like_a_weight(kind: str, value: object) -> bool:
+def _like_a_weight(state_name: str, value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0

@@ -1,5 +1,5 @@
-"""A pool of processes for tests. Importing torch is paid once a session, by a server that the others are forked from
-before it has done anything; each call joins some of them into a fresh gloo group, so none sees what another left.
+"""A pool of processes for tests. A server imports torch once a session, and the processes are forked from it. Each call
+joins some of them into a new gloo group, so that no call depends on an earlier one.
 
 A process whose function raises sends its traceback and ends, as a process of a real job would: its peers see its
 connections close. It is replaced at the next call. A call that takes longer than its timeout kills its processes.
@@ -23,7 +23,7 @@ from typing import Any
 
 @dataclass
 class Outcome:
-    """How one process ended a call: with a value, or with the text of what it raised ("" if it was killed)."""
+    """The result of a call in one process: a value, or the text of its exception ("" if it was killed)."""
 
     value: Any = None
     error: str | None = None
@@ -46,7 +46,7 @@ class Pool:
         self._folder.cleanup()
 
     def run(self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 60) -> list[Any]:
-        """What `function(*arguments)` returns in each process. Fails with the tracebacks of all that raised."""
+        """Return the value of `function(*arguments)` in each process. Fails with the tracebacks of all that raised."""
         outcomes = self.outcomes(processes, function, *arguments, timeout_s=timeout_s)
         errors = [f"process {rank}: {o.error or 'killed'}" for rank, o in enumerate(outcomes) if o.error is not None]
         assert not errors, "\n".join(errors)
@@ -55,17 +55,17 @@ class Pool:
     def outcomes(
         self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 60
     ) -> list[Outcome]:
-        """How `function(*arguments)`, which must be importable, ended in each of `processes` processes."""
+        """Return the outcome of `function(*arguments)`, which must be importable, in each of `processes` processes."""
         self._fill(processes)
         self._calls += 1
         store = Path(self._folder.name) / f"store{self._calls}"
         work = pickle.dumps((function, arguments))
         for rank in range(processes):
             self._members[rank][1].send((sys.path, work, str(store), rank, processes))
-        found: dict[int, Outcome] = {}
+        ended: dict[int, Outcome] = {}
         deadline = time.monotonic() + timeout_s
-        while len(found) < processes:
-            waiting = {self._members[r][1]: r for r in range(processes) if r not in found}
+        while len(ended) < processes:
+            waiting = {self._members[r][1]: r for r in range(processes) if r not in ended}
             ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
             if not ready:
                 for rank in waiting.values():
@@ -74,23 +74,23 @@ class Pool:
             for connection in ready:
                 assert isinstance(connection, Connection)
                 try:
-                    found[waiting[connection]] = pickle.loads(connection.recv_bytes())
+                    ended[waiting[connection]] = pickle.loads(connection.recv_bytes())
                 except EOFError:
-                    found[waiting[connection]] = Outcome(error="")
-        for rank, outcome in found.items():
+                    ended[waiting[connection]] = Outcome(error="")
+        for rank, outcome in ended.items():
             if outcome.error is not None:
                 self._end(rank)
-        return [found[rank] for rank in range(processes)]
+        return [ended[rank] for rank in range(processes)]
 
     def _fill(self, processes: int) -> None:
         for number in range(processes):
             if number < len(self._members) and self._members[number][0].is_alive():
                 continue
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            connection, served = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(served,), daemon=True)
             process.start()
-            theirs.close()
-            self._members[number : number + 1] = [(process, ours)]
+            served.close()
+            self._members[number : number + 1] = [(process, connection)]
 
     def _end(self, number: int) -> None:
         process, connection = self._members[number]
@@ -116,7 +116,7 @@ def _serve(connection: Connection) -> None:
             function, arguments = pickle.loads(work)
             answer = pickle.dumps(Outcome(value=function(*arguments)))
             if dist.is_initialized():
-                dist.barrier()  # nobody leaves while another still talks to it
+                dist.barrier()  # a process must not leave while another one still needs it
                 dist.destroy_process_group()
         except BaseException:
             connection.send_bytes(pickle.dumps(Outcome(error=traceback.format_exc())))

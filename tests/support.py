@@ -1,4 +1,4 @@
-"""Small networks, batches that depend on worker and step alone, and the loop that a user would write."""
+"""Small networks, batches that depend only on worker and step, and the loop that a user would write."""
 
 from collections.abc import Callable, Sequence
 
@@ -84,20 +84,20 @@ def floats(model: nn.Module) -> dict[str, Tensor]:
 
 def by_name(job: Job, worker: Worker, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
     """`value(parameter)` of the worker's parameters by global dotted name, cloned; left out where it is None."""
-    found: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for parameter, place in worker.subnet.parameter_places():
-        name, one = place.name, value(parameter)
+        name, tensor = place.name, value(parameter)
         if place.chain is not None:
             chain = job.chains[place.chain]
             name = f"{chain.block_name(job.plans[chain.name].blocks[worker.index][place.slot])}.{name}"
-        if one is not None:
-            found[name] = one.detach().clone()
-    return found
+        if tensor is not None:
+            named[name] = tensor.detach().clone()
+    return named
 
 
-def states(job: Job, optimizers: Sequence[Optimizer], kind: str) -> list[dict[str, Tensor]]:
-    """The optimizer's state `kind` of each hosted worker by global dotted name."""
+def states(job: Job, optimizers: Sequence[Optimizer], state_name: str) -> list[dict[str, Tensor]]:
+    """The optimizer state `state_name` of each hosted worker by global dotted name."""
     return [
-        by_name(job, worker, lambda parameter, o=optimizer: o.state.get(parameter, {}).get(kind))
+        by_name(job, worker, lambda parameter, o=optimizer: o.state.get(parameter, {}).get(state_name))
         for worker, optimizer in zip(job.workers, optimizers, strict=True)
     ]

@@ -1,23 +1,26 @@
-"""The errors that people see: for what they asked, and for a worker that went away."""
+"""Exceptions: invalid user input, diverged training, and lost workers."""
 
 
 class UserError(ValueError):
-    """What was asked cannot be done. The message is one line: the value, the bound, the remedy."""
+    """An invalid option, argument or file.
+
+    The message is one line that names the value, the bound and the remedy.
+    """
 
 
 class AgreedError(UserError):
-    """A UserError that every process of the job raises at the same time, so that one of them can speak for all."""
+    """A UserError that all processes of a job raise at the same time, so that only the first one needs to print it."""
 
 
 class DivergedError(AgreedError):
-    """A worker's loss or weights are no longer numbers; nothing of it was folded into the others'."""
+    """NaN or inf in a worker's loss or weights. These weights have not been averaged into those of other workers."""
 
 
 class WorkerLostError(RuntimeError):
-    """Another worker died, raised or stayed silent past the timeout during an exchange."""
+    """Contact with another worker was lost during an exchange: its process ended, or did not answer in time."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or the name of its class where it has none."""
+    """Return the first line of an exception's text, or the name of its class if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,12 +1,13 @@
-"""Job: ResIST as a user meets it. The training loop stays the user's; `step` is the only call in it.
+"""Job: ResIST in the user's own training loop; `Job.step` is the only call in it.
 
-job = Job(build_model, resist(workers=4, local_steps=50))       # draw sub-networks            (Algorithm 1, line 1)
-... optimizer.step(); job.step(optimizer)                       # l local steps on each        (lines 2 to 4)
-                                                                # average, draw anew, go on    (lines 5 and 6)
-full = job.full_model()                                         # the whole network, scaled
+    job = Job(build_model, resist(workers=4, local_steps=50))   # draw sub-networks             (Algorithm 1, line 1)
+    ... optimizer.step(); job.step(optimizer)                   # l local steps on each         (lines 2 to 4)
+                                                                # average, draw the next plan   (lines 5 and 6)
+    full = job.full_model(batches)                              # the complete network, scaled
+
+`docs/algorithm.md` maps each line of the algorithm to the code.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -14,51 +15,97 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from resist.errors import AgreedError, DivergedError, UserError
+from resist.errors import DivergedError, UserError
 from resist.planning.plan import Plan
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import BATCHNORMS, has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of
 from resist.subnet.scaling import scale_branches
-from resist.subnet.seeded import build_seeded, fingerprint
-from resist.sync.agreement import check_agreement
-from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, all_finite
+from resist.subnet.seeded import build_seeded
+from resist.sync.agreement import agree_on_round, check_agreement, job_values
+from resist.sync.assembly import assemble
+from resist.sync.averaging import VELOCITY, all_finite
 from resist.sync.distributed import connect
-from resist.sync.exchange import Exchange, Payload, assembly
+from resist.sync.exchange import Exchange
 from resist.sync.optimizer_state import OPTIMIZER_STATES, optimizers_of
+from resist.sync.payload import collect_payloads
+from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
-from resist.sync.worker import Replica, Worker
+from resist.sync.worker import Worker
 
 NONFINITE = ("stop", "drop")
 
 
 class Job:
-    """Trains the network that `build_model()` returns, by a strategy, as one of its workers (or several).
+    """Train the network that `build_model()` returns by a strategy, as one or more of its workers.
 
-    build_model: called once, on the host, with torch's generator seeded by `seed` and restored afterwards. Every
-                 process builds the same network and keeps only its own part of it.
-    strategy:    see `resist.planning.strategy`.
-    chains:      what to partition, as in `("layer3:1-22",)`; default: the longest run of interchangeable blocks.
-    batchnorm:   "recalibrate": running statistics are averaged over holders, and `full_model(batches)` estimates them
-                 anew on the scaled network; "average": the former only; "batch": none, as in the authors' code: the
-                 network uses the statistics of each batch, at test time too.
-    scale:       what a chain block's branch is multiplied by in the full network: "inclusion" (mean capacity /
-                 num_blocks), "1/S", or a number.
-    transport:   default: torch.distributed where this process was started for it, else this process hosts all workers.
+    The same code runs in one process, which then hosts all workers, and in several processes under torchrun:
 
-    on_nonfinite: "stop": DivergedError, in all processes, when a worker's weights are no longer finite at the end of a
-                 round; "drop": its round is left out of the means, and blocks that only it held stay as they were.
-                 `dropped` says who was left out of the round that ended last, and why. Takes memory for the weights
-                 with which a round began.
-    replicate:      keep each block twice, as it was synchronized, until the next synchronization is over, so that the
-                 network is complete without any one worker: `safe` is what this process keeps. Takes memory for the
-                 weights that a worker holds, and for blocks that it handed over.
-    resume_at:   (round, step) at which a job goes on that was interrupted; see `resist.runs.checkpoint`.
+    ```python
+    import torch
+    import torch.nn.functional as F
+    from resist import Job, resist
+    from resist.models import PreActResNet
 
-    workers: the hosted ones; `model` is the sub-network where there is only one.
-    step_index, round: steps done; the round that the next step belongs to.
+    job = Job(lambda: PreActResNet((1, 1, 7, 1), 10, width=8), resist(workers=2, local_steps=5))
+    optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.03, momentum=0.9) for worker in job.workers]
+    for _ in range(10):
+        for worker, optimizer in zip(job.workers, optimizers):
+            images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))  # a batch of this worker's own
+            F.cross_entropy(worker.model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        job.step(*optimizers)  # the 5th and the 10th call synchronize
+    full = job.full_model([images])  # in the process of worker 0; None in the others
+    job.close()
+    ```
+
+    Args:
+        build_model: Returns the full network. Called once, on the CPU, with torch's CPU generator seeded by `seed` and
+            restored afterwards. Every process builds the same network and keeps only the part of its workers.
+        strategy: Number of workers, plans and local steps; see `resist.resist`, `resist.local_sgd`, `resist.diloco`,
+            `resist.ddp` and `resist.switch`.
+        chains: Names of the chains to partition, such as "layer3:1-22" or "layer3". Default: the longest run of
+            interchangeable residual blocks.
+        seed: Seed of the initial weights and of the plans.
+        batchnorm: BatchNorm statistics of the full network. "recalibrate": running statistics are averaged over
+            holders, and `full_model(batches)` estimates them again on the scaled network. "average": only averaged.
+            "batch": no running statistics, as in the authors' code; the network uses the statistics of each batch, at
+            test time too.
+        scale: Factor of each chain block's branch in the full network. "inclusion": the probability that a worker holds
+            the block, mean capacity / num_blocks. "1/S": one over the number of workers. Or a number.
+        device: Device of the sub-networks.
+        channels_last: Store 4-D weights in the memory format channels last.
+        transport: Connects the workers. Default: torch.distributed if this process was started for it (by torchrun, or
+            with an initialized process group); otherwise this process hosts all workers.
+        timeout_s: Seconds after which waiting for another process is an error. Must exceed the time by which the
+            slowest worker's round is longer than the fastest one's.
+        on_nonfinite: Reaction to NaN or inf in the weights of a worker at the end of a round. "stop": DivergedError in
+            all processes. "drop": the worker is left out of the means of this round, blocks that only it held keep
+            the weights from before the round, and `dropped` has the reason. Needs memory for one more copy of the
+            worker's weights.
+        replicate: Keep a replica of each block that only one worker holds, until the next synchronization is complete,
+            so that losing any one worker costs at most the current round; see `replicas`. Needs memory for one more
+            copy of the worker's weights, and for the replicas that it keeps.
+        resume_at: (round, step) to continue an interrupted job at; see `resist.runs.checkpoint`.
+
+    Attributes:
+        workers: The hosted workers, ascending.
+        strategy: The strategy.
+        chains: The chains that are partitioned.
+        plans: Chain name -> plan of the present round.
+        round: The round that the next step belongs to, counted from 0.
+        step_index: Steps done.
+        transport: The transport, which counts bytes and messages; see `take` there.
+        dropped: Workers that were left out of the last synchronization, each with the reason.
+        replicas: What this process keeps of the last synchronized network, if `replicate`; the newest is last.
+
+    Raises:
+        UserError: If an option is invalid, or if the network has no chain that can be partitioned.
+        AgreedError: In all processes, if they were started with different arguments or networks.
+        WorkerLostError: If another process does not come within `timeout_s`.
     """
 
     def __init__(
@@ -78,21 +125,7 @@ class Job:
         replicate: bool = False,
         resume_at: tuple[int, int] = (0, 0),
     ) -> None:
-        if not isinstance(strategy, Strategy):
-            raise UserError(f"strategy={strategy!r} is not a Strategy; give one, as in resist.resist(workers=4)")
-        _one_of("batchnorm", batchnorm, BATCHNORMS)
-        for part in _parts(strategy):
-            _one_of("optimizer_state", part.optimizer_state, OPTIMIZER_STATES)
-        _one_of("on_nonfinite", on_nonfinite, NONFINITE)
-        if strategy.every_step and (replicate or on_nonfinite == "drop"):
-            raise UserError(
-                "ddp averages gradients in every step, and every worker holds all weights; leave out replicate and "
-                "on_nonfinite='drop'"
-            )
-        if replicate and strategy.workers < 2:
-            raise UserError(
-                "replicate needs a second worker to hold the replicas; give at least 2 workers, or leave it out"
-            )
+        _check_options(strategy, batchnorm, on_nonfinite, replicate)
         self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
         self.on_nonfinite, self.replicate = on_nonfinite, replicate
         self.replicas: list[Replica] = []
@@ -105,7 +138,7 @@ class Job:
             use_batch_statistics(full)
         self.chains = choose_chains(full, (chains,) if isinstance(chains, str) else tuple(chains))
         self.plans = self.plans_of(self.round)
-        _ = self.scales  # complains about a wrong scale now rather than at the end
+        _ = self.scales  # an invalid scale is an error now, not at the end
         self.transport = CountingTransport(
             transport if transport is not None else connect(strategy.workers, device, timeout_s)
         )
@@ -113,12 +146,16 @@ class Job:
             raise UserError(
                 f"a transport for {self.transport.num_workers} workers, a strategy for {strategy.workers}; match them"
             )
-        self._agree(full, channels_last)
+        # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
+        options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
+        options |= {"replicate": replicate, "on_nonfinite": on_nonfinite}
+        check_agreement(self.transport, job_values(_in_order(strategy), seed, self.chains, full, options))
         tensors = tensors_of(full)
         self.workers: list[Worker] = []
         for index in self.transport.hosted:
             held = [self.plans[chain.name].blocks[index] for chain in self.chains]
-            subnet = Subnet(full, self.chains, [len(h) for h in held], device=device, channels_last=channels_last)
+            capacities = [len(blocks) for blocks in held]
+            subnet = Subnet(full, self.chains, capacities, device=device, channels_last=channels_last)
             subnet.load(tensors, held)
             self.workers.append(Worker(index, subnet))
         self.mark_anchors()
@@ -128,6 +165,11 @@ class Job:
 
     @property
     def model(self) -> nn.Module:
+        """The sub-network of the only hosted worker; see `Worker.model`.
+
+        Raises:
+            UserError: If this process hosts several workers.
+        """
         if len(self.workers) != 1:
             raise UserError(
                 f"this process hosts {len(self.workers)} workers; loop over job.workers, or start one process for each "
@@ -137,24 +179,36 @@ class Job:
 
     @property
     def steps_left(self) -> int:
-        """Calls of `step` until the next synchronization, that one included."""
+        """Calls of `step` until the next synchronization, including the one that synchronizes."""
         return self.strategy.at(self.round).local_steps - self._steps_in_round
 
     def plans_of(self, round: int) -> dict[str, Plan]:
-        """The plan of each chain in `round`."""
+        """Return the plan of each chain in `round`, by chain name."""
         strategy = self.strategy.at(round)
         return {c.name: strategy.assign(c.num_blocks, c.name, self.seed, round) for c in self.chains}
 
+    def held_by(self, worker: Worker) -> list[tuple[int, ...]]:
+        """Return the blocks of each chain that a hosted worker holds, in the order of its slots."""
+        return [self.plans[chain.name].blocks[worker.index] for chain in self.chains]
+
     def step(self, *optimizers: Optimizer, nonfinite: Mapping[int, str] | None = None) -> bool:
-        """Call it after each optimizer step, with the optimizers of every hosted worker: one each, or more.
+        """Count a step, and synchronize after `local_steps` of them. Call it after each optimizer step.
 
-        After `local_steps` calls it synchronizes: waits for all workers, averages, and puts the next round's blocks
-        into the slots. Every worker has to call it equally often, also where a GradScaler left a step out.
+        A synchronization waits for all workers, averages, and puts the blocks of the next round into the slots. So
+        every process has to call `step` the same number of times, even if a GradScaler has skipped an optimizer step.
 
-        nonfinite: hosted workers whose round must not count, each with the reason ("a loss of nan in step 7"), treated
-             as `on_nonfinite` says; weights that are not finite are found without it.
+        Args:
+            optimizers: The optimizers of all hosted workers, at least one for each.
+            nonfinite: Hosted workers whose round must not count, each with the reason ("a loss of nan in step 7"),
+                treated according to `on_nonfinite`. Weights with NaN or inf are found without it.
 
-        Returns whether it synchronized.
+        Returns:
+            True if it has synchronized.
+
+        Raises:
+            UserError: If an optimizer is missing, or does not train the parameters of one hosted worker.
+            DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
+            WorkerLostError: If another process is lost.
         """
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
@@ -168,28 +222,32 @@ class Job:
         return True
 
     def _adopt(self, optimizers: tuple[Optimizer, ...]) -> None:
-        """Look at the optimizers, once: mistakes are named here, before a round of work is done in vain."""
+        """Assign new optimizers to the workers, and report mistakes before a round of work is lost."""
+        subnets = [worker.subnet for worker in self.workers]
         for worker in self.workers:
             worker.subnet.check_attached()
-            worker.state = {kind: flat for kind, flat in worker.state.items() if kind == VELOCITY}
-        for worker, own in zip(
-            self.workers, optimizers_of([worker.subnet for worker in self.workers], optimizers), strict=True
-        ):
-            worker.optimizers = own
+            worker.forget_state()
+        for worker, assigned in zip(self.workers, optimizers_of(subnets, optimizers), strict=True):
+            worker.optimizers = assigned
         self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
-        """Let averages of the weights, as an EMA, go where their blocks go. Call it in all processes, before training.
+        """Exchange averages of the weights over time (EMA, SWA) along with their blocks.
 
-        Without it, an average kept beside a sub-network mixes the blocks that lie in a slot one after another.
+        Without it, an average of a sub-network mixes the blocks that are in a slot one after another. Call it in all
+        processes, before training. At a synchronization the averages are averaged over holders and handed over as the
+        weights are, which costs the same number of bytes again (booked as "state"). They keep their parameters.
 
             average = AveragedModel(job.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
             job.follow(average)
             ... optimizer.step(); average.update_parameters(job.model); job.step(optimizer)
             full = job.full_model(batches, averaged=True)
 
-        averages: one for each hosted worker. At a synchronization they are folded and handed over as the weights are,
-                  which costs as many bytes again (booked as "state"). They go on through the same parameters.
+        Args:
+            averages: One for each hosted worker, made from its `model`.
+
+        Raises:
+            UserError: If their number is wrong, or if one is not an average of its worker's network.
         """
         if len(averages) != len(self.workers):
             raise UserError(f"{len(averages)} averages for {len(self.workers)} hosted workers; pass one for each")
@@ -203,58 +261,74 @@ class Job:
                 ) from error
 
     def synchronize(self, nonfinite: Mapping[int, str] | None = None) -> None:
-        """End the round now: fold, hand over, go on with the next plan. Every worker has to call it.
+        """End the round now: average, hand over, continue with the next plan. Every process has to call it.
 
-        nonfinite: hosted workers whose round must not count, each with the reason; see `step`.
+        Args:
+            nonfinite: Hosted workers whose round must not count, each with the reason; see `step`.
+
+        Raises:
+            DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
+            WorkerLostError: If another process is lost. The sub-networks may then be of neither round.
         """
         strategy = self.strategy.at(self.round)
-        next_plans = self.plans_of(self.round + 1)
-        subnets = {worker.index: worker.subnet for worker in self.workers}
-        for subnet in subnets.values():
-            subnet.check_attached()
-        payloads = self._payloads(strategy, nonfinite or {})
-        replicas: Mapping[tuple[int, int], Tensor] = {}
+        for worker in self.workers:
+            worker.subnet.check_attached()
+            worker.collect_state(strategy.optimizer_state)
+        payloads = collect_payloads(self.workers, strategy, self._agree_on_round(nonfinite or {}))
+        next_plans = self.plans_of(self.round + 1)  # line 6: draw new sub-networks
+        kept: Mapping[tuple[int, int], Tensor] = {}
         if not strategy.every_step:
-            exchange = Exchange(
+            exchange = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
                 self.transport,
-                subnets,
-                payloads,
-                self.plans,
-                next_plans,
-                strategy.outer,
-                {worker.index: worker.anchor for worker in self.workers if worker.anchor is not None},
-                self.dropped.keys(),
-                self.replicate,
+                {worker.index: worker.subnet for worker in self.workers},
+                payloads=payloads,
+                plans=self.plans,
+                next_plans=next_plans,
+                outer=strategy.outer,
+                anchors={worker.index: worker.anchor for worker in self.workers if worker.anchor is not None},
+                dropped=self.dropped.keys(),
+                replicate=self.replicate,
             )
             exchange.finish()
-            replicas = exchange.replicas
-        for worker in self.workers:
-            capacities = [next_plans[chain.name].capacities[worker.index] for chain in self.chains]
-            held = [next_plans[chain.name].blocks[worker.index] for chain in self.chains]
-            worker.go_on({one.name: one.flats[worker.index] for one in payloads}, capacities, held)
+            kept = exchange.replicas
         self.plans = next_plans
+        for worker in self.workers:
+            held = self.held_by(worker)
+            flats = {payload.name: payload.flats[worker.index] for payload in payloads}
+            worker.finish_round(flats, [len(blocks) for blocks in held], held)
         self.round += 1
         self._steps_in_round = 0
         self.mark_anchors()
         if self.replicate:
-            self._keep_replicas(replicas)
+            held_by_each = [self.held_by(worker) for worker in self.workers]
+            replica = collect_replica(self.workers, held_by_each, kept, round=self.round, step=self.step_index)
+            keep_newest(self.transport, self.replicas, replica)
 
     def finish(self) -> None:
-        """Fold the last, short round, if steps are open. Nothing that a worker learned is left out."""
+        """Synchronize if the present round has steps already, so that a short last round counts as well."""
         if self._steps_in_round:
             self.synchronize()
 
     def full_model(
         self, batches: Iterable[object] | None = None, *, on: int = 0, averaged: bool = False
     ) -> nn.Module | None:
-        """The complete network, its chain blocks' branches scaled, in eval mode. Every worker has to call it.
+        """Assemble the complete network in eval mode, the branches of its chain blocks scaled.
 
-        Ends a round that is under way. Only the process that hosts worker `on` assembles it; the others get None.
-        It is a copy. The scales are forward hooks: deepcopy and pickle keep them, a state dict does not.
+        Ends the present round first (`finish`). Every process has to call it. The network is a copy. The scales are
+        forward hooks: deepcopy and pickle keep them, a state dict does not.
 
-        batches: training batches (images, or tuples that begin with them) to estimate the BatchNorm statistics on:
-                 needed for batchnorm="recalibrate" where the network has such layers.
-        averaged: of the averages that `follow` was given, instead of the weights.
+        Args:
+            batches: Training batches (images, or tuples that begin with them), on which the BatchNorm statistics are
+                estimated. Needed with batchnorm="recalibrate" if the network has running statistics.
+            on: The worker whose process assembles the network.
+            averaged: Assemble the averages that `follow` was given, instead of the weights.
+
+        Returns:
+            The network, or None if another process hosts worker `on`.
+
+        Raises:
+            UserError: If `on` is not a worker, or if batches or averages are missing.
+            WorkerLostError: If another process is lost.
         """
         if not 0 <= on < self.strategy.workers:
             raise UserError(f"on={on} is outside 0 to {self.strategy.workers - 1}, the workers; change it")
@@ -264,25 +338,12 @@ class Job:
             if (subnet := worker.average if averaged else worker.subnet) is None:
                 raise UserError("averaged=True, and there are no averages; give them to job.follow before training")
             subnets[worker.index] = subnet
-        full, own = None, subnets.get(on)
-        if own is not None:
-            full = Subnet(
-                own.model,
-                self.chains,
-                [chain.num_blocks for chain in self.chains],
-                device=own.device,
-                channels_last=own.channels_last,
-                template_capacities=own.capacities,
-            )
-            full.hold([range(chain.num_blocks) for chain in self.chains])
-            with torch.no_grad():
-                full.shared.copy_(own.shared)
-        assembly(self.transport, subnets, self.plans, full, on).finish()
-        if full is None or own is None:
+        full = assemble(self.transport, subnets, self.plans, on)
+        if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
-            recalibrate(full.model, batches, own.device)
+            recalibrate(full.model, batches, full.device)
         return full.model.eval()
 
     def close(self) -> None:
@@ -290,79 +351,37 @@ class Job:
         self.transport.close()
 
     def mark_anchors(self) -> None:
-        """Remember the weights with which this round begins, where something will ask for them."""
+        """Copy the weights that begin this round, if an option needs them at its end."""
         for worker in self.workers:
-            worker.begin(
+            worker.begin_round(
                 keep_anchor=self.replicate or self.on_nonfinite == "drop",
                 outer=self.strategy.at(self.round).outer is not None,
             )
 
-    @torch.no_grad()
-    def _keep_replicas(self, replicas: Mapping[tuple[int, int], Tensor]) -> None:
-        """Keep what this process has of the synchronized network; forget the copy before when all have theirs.
-
-        Waits for all processes. If one is lost now, the others still have the one copy or the other, complete.
-        """
-        tensors: dict[str, Tensor] = {}
-        for worker in self.workers:
-            tensors |= worker.subnet.state(self.held_by(worker), worker.anchor)
-        layouts = self.workers[0].subnet.block_layouts
-        for (number, block), flat in replicas.items():
-            name = self.chains[number].block_name(block)
-            tensors |= {f"{name}.{key}": piece.view(flat) for key, piece in layouts[number].pieces.items()}
-        self.replicas.append(Replica(self.round, self.step_index, tensors))
-        self.transport.all_gather_text("kept")
-        del self.replicas[:-1]
-
-    def held_by(self, worker: Worker) -> list[tuple[int, ...]]:
-        """The blocks of each chain that a hosted worker holds, in the order of its slots."""
-        return [self.plans[chain.name].blocks[worker.index] for chain in self.chains]
-
-    def _payloads(self, strategy: Strategy, nonfinite: Mapping[int, str]) -> list[Payload]:
-        """What is exchanged at the end of this round. Waits for all processes, to agree on it."""
-        policy, averages = strategy.optimizer_state, {w.index: w.average.flat for w in self.workers if w.average}
-        for worker in self.workers:
-            worker.collect_state(policy)
-        payloads = [Payload(WEIGHTS, {w.index: w.subnet.flat for w in self.workers}, moves=True, average_shared=True)]
-        for kind in self._agree_on_round(nonfinite):
-            flats = {w.index: w.state.setdefault(kind, torch.zeros_like(w.subnet.flat)) for w in self.workers}
-            payloads.append(
-                Payload(kind, flats, moves=policy in ("travel", "average"), average_shared=policy == "average")
-            )
-        if averages:
-            payloads.append(Payload(AVERAGE, averages, moves=True, average_shared=True))
-        if strategy.outer:
-            velocities = {worker.index: worker.state[VELOCITY] for worker in self.workers}
-            payloads.append(Payload(VELOCITY, velocities, moves=True, average_shared=False, average_blocks=False))
-        return payloads
-
     def _agree_on_round(self, nonfinite: Mapping[int, str]) -> list[str]:
-        """The kinds of optimizer state that any worker has; sets `dropped`. Waits for all processes.
+        """Agree on the names of the states to exchange; sets `dropped`. Waits for all processes, and for the device.
 
-        A worker has no state yet where a GradScaler left all its steps out; what moves has to be the same list
-        everywhere. Raises DivergedError where weights are no numbers, unless such workers may be left out.
+        Raises DivergedError if a worker has diverged, unless it may be left out.
         """
         found = {w.index: "weights that are not finite" for w in self.workers if not all_finite(w.subnet.flat)}
-        mine = {
-            "averages": any(worker.average for worker in self.workers),
-            "kinds": sorted({kind for worker in self.workers for kind in worker.state} - {VELOCITY}),
-            "nonfinite": {**found, **nonfinite},
-        }
-        told = [json.loads(text) for text in self.transport.all_gather_text(json.dumps(mine))]
-        if len({one["averages"] for one in told}) > 1:
-            raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
-        self.dropped = {int(worker): reason for one in told for worker, reason in one["nonfinite"].items()}
+        agreed = agree_on_round(
+            self.transport,
+            averages=any(worker.average for worker in self.workers),
+            state_names={name for worker in self.workers for name in worker.state} - {VELOCITY},
+            nonfinite={**found, **nonfinite},
+        )
+        self.dropped = agreed.nonfinite
         if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
             worker, reason = min(self.dropped.items())
             raise DivergedError(
                 f"worker {worker} has {reason} at the end of round {self.round} (step {self.step_index}): training "
                 "diverged; lower the learning rate or let it rise slowly"
             )
-        return sorted({kind for one in told for kind in one["kinds"]})
+        return agreed.state_names
 
     @property
     def scales(self) -> list[float]:
-        """The scale of each chain, for the weights as they are now (those of the round that ended last)."""
+        """The scale of each chain, for the present weights: those of the round that ended last."""
         plans = self.plans_of(max(self.round - 1, 0))
         if isinstance(self.scale, str) and self.scale not in ("inclusion", "1/S"):
             raise UserError(f"scale={self.scale!r} is not one of inclusion, 1/S, or a number")
@@ -377,33 +396,30 @@ class Job:
                 scales.append(1 / plan.workers)
         return scales
 
-    def _agree(self, full: nn.Module, channels_last: bool) -> None:
-        """Compare with the other processes what must be equal, before anything hangs or aborts because it is not."""
-        network = fingerprint(full)
-        mine = {  # causes before what follows from them: the first difference is the one that is named
-            "workers": self.strategy.workers,
-            "strategy": [(s.name, s.local_steps, s.optimizer_state, s.at_round) for s in _parts(self.strategy)],
-            "seed": self.seed,
-            "batchnorm": self.batchnorm,
-            "channels_last": channels_last,
-            "replicate": self.replicate,
-            "on_nonfinite": self.on_nonfinite,
-            "model": network["structure"],
-            "chains": [chain.name for chain in self.chains],
-            "capacities": [
-                s.assign(chain.num_blocks, chain.name, self.seed, 0).capacities
-                for s in _parts(self.strategy)
-                for chain in self.chains
-            ],
-            "initial weights": network["weights"],
-        }
-        check_agreement(self.transport, mine)
+
+def _check_options(strategy: Strategy, batchnorm: str, on_nonfinite: str, replicate: bool) -> None:
+    if not isinstance(strategy, Strategy):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"strategy={strategy!r} is not a Strategy; give one, as in resist.resist(workers=4)")
+    _check_choice("batchnorm", batchnorm, BATCHNORMS)
+    for part in _in_order(strategy):
+        _check_choice("optimizer_state", part.optimizer_state, OPTIMIZER_STATES)
+    _check_choice("on_nonfinite", on_nonfinite, NONFINITE)
+    if strategy.every_step and (replicate or on_nonfinite == "drop"):
+        raise UserError(
+            "ddp averages gradients in every step, and every worker holds all weights; leave out replicate and "
+            "on_nonfinite='drop'"
+        )
+    if replicate and strategy.workers < 2:
+        raise UserError(
+            "replicate needs a second worker to hold the replicas; give at least 2 workers, or leave it out"
+        )
 
 
-def _parts(strategy: Strategy) -> list[Strategy]:
-    return [strategy, *(_parts(strategy.then) if strategy.then is not None else [])]
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+def _in_order(strategy: Strategy) -> list[Strategy]:
+    """The strategy and those that it switches to, in their order."""
+    return [strategy, *(_in_order(strategy.then) if strategy.then is not None else [])]

@@ -1,4 +1,4 @@
-"""Predictions against what happens: bytes against the ledger, memory against the allocator, the paper's tables."""
+"""Predictions compared with counted bytes, allocated memory and the paper's tables."""
 
 import dataclasses
 import io
@@ -51,7 +51,7 @@ def row(report: Report, strategy: str, workers: int) -> Row:
     return next(one for one in report.rows if (one.strategy, one.workers) == (strategy, workers))
 
 
-# What the paper says.
+# The figures of the paper.
 
 
 def test_table_1_to_the_third_decimal(paper: Report) -> None:
@@ -84,7 +84,7 @@ def test_real_traffic_of_four_workers(paper: Report) -> None:
 
 
 def follow(job: Job, optimizers: Sequence[Optimizer], num_states: int, rounds: int) -> None:
-    """Train some rounds; after each compare the ledger with `round_traffic`, by kind and by link."""
+    """Train some rounds; compare the bytes of each with `round_traffic`, by traffic kind and by link."""
     strategy, workers = job.strategy, job.strategy.workers
     job.transport.take()
     for number in range(rounds):
@@ -145,7 +145,7 @@ def test_a_report_is_the_mean_of_what_the_ledger_books(name: str, policy: str) -
         local_step(job, optimizers)
         job.step(*optimizers)
     traffic = report.rows[0].traffic
-    predicted = {kind: report.rounds * num_bytes for kind, num_bytes in traffic.bytes.items() if num_bytes}
+    predicted = {name: report.rounds * num_bytes for name, num_bytes in traffic.bytes.items() if num_bytes}
     assert predicted == +job.transport.bytes
 
 
@@ -200,7 +200,7 @@ def adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.Adam(parameters, lr=0.001)
 
 
-@pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="older kernels take memory of their own beside this")
+@pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="older kernels allocate memory internally")
 @pytest.mark.parametrize("build_optimizer", [momentum, adam])
 @pytest.mark.parametrize(("blocks", "batch"), [(1, 2), (3, 32), (8, 2), (8, 32)])
 def test_memory_is_what_the_allocator_hands_out(
@@ -357,7 +357,7 @@ def test_calibration_tells_what_does_not_follow_flops(block_s: float, head_s: fl
     assert speed.fixed == pytest.approx(head_s / (6 * block_s + head_s), abs=0.2)
 
 
-# The report, and models and requests of all kinds.
+# The report, and various models and arguments.
 
 
 def test_json_is_plain_and_complete() -> None:
@@ -439,7 +439,7 @@ def test_a_model_without_a_chain_can_be_trained_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"workers": [7]}, "workers=7 exceeds the 6 blocks"),
         ({"workers": [0]}, "workers=0"),
@@ -459,10 +459,10 @@ def test_a_model_without_a_chain_can_be_trained_whole() -> None:
         ({"chains": ("layer9",)}, "layer9"),
     ],
 )
-def test_bad_requests_end_in_one_line(options: dict[str, object], words: str) -> None:
+def test_bad_requests_end_in_one_line(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as caught:
         predict(tiny, **{"workers": [2], **SMALL, **options})  # type: ignore[arg-type]
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -514,7 +514,7 @@ def test_reports_are_values() -> None:
 
 
 def test_what_a_safe_copy_holds_and_sends() -> None:
-    """As the ledger books it, and as the largest of the job's own copies is."""
+    """As the transport counts it, and as large as the job's largest copies."""
     report = predict(tiny, workers=[3], strategies=["resist", "local_sgd"], replicate=True, min_depth=0, **SMALL)
     ours, everything = report.rows
     job, optimizers = make(resist(3, 1, min_depth=0), replicate=True)

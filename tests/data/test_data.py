@@ -1,4 +1,4 @@
-"""Data: batches are a function of (seed, worker, step), no image is lost, and files that are missing are named."""
+"""Data sets: batches are a function of (seed, worker, step), no image is lost, missing files are named."""
 
 import hashlib
 import pickle
@@ -66,7 +66,7 @@ def test_shards_are_disjoint_complete_and_even(num: int, workers: int, seed: int
         set(
             Loader(
                 numbered(num), batch_size=num // workers, seed=seed, worker=w, workers=workers, sampling="shard"
-            ).order.own.tolist()
+            ).order.pool.tolist()
         )
         for w in range(workers)
     ]
@@ -105,7 +105,7 @@ def test_shift_by_hand() -> None:
     seen = Counter(next(i for i, w in enumerate(windows) if torch.equal(w, one[0])) for one in moved)
     assert len(seen) == 9
     assert min(seen.values()) > 20  # 44 are expected of each
-    assert torch.equal(moved[:, 0], moved[:, 1])  # all channels alike
+    assert torch.equal(moved[:, 0], moved[:, 1])  # the same in all channels
 
 
 def test_mirror_by_hand() -> None:
@@ -165,7 +165,7 @@ def cifar(
     from torchvision import datasets
 
     name = request.param
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    dataset_class = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     folder, archive = CIFAR[name]
     source = tmp_path / "source" / folder
     source.mkdir(parents=True)
@@ -177,18 +177,18 @@ def cifar(
         return hashlib.md5((source / file).read_bytes()).hexdigest()
 
     pixels = []
-    for file in [file for file, _ in kind.train_list] + [file for file, _ in kind.test_list]:
-        num = 6 if file in ("test_batch", "test") else 20 // len(kind.train_list)
+    for file in [file for file, _ in dataset_class.train_list] + [file for file, _ in dataset_class.test_list]:
+        num = 6 if file in ("test_batch", "test") else 20 // len(dataset_class.train_list)
         data = random.integers(0, 256, (num, 3072), dtype=np.uint8)
         pixels += [data] if num != 6 else []
         sums[file] = write(file, {"data": data, key: list(range(num))})
-    meta = kind.meta["filename"]
-    sums[meta] = write(meta, {kind.meta["key"]: [f"class {i}" for i in range(num_classes_of(name))]})
+    meta = dataset_class.meta["filename"]
+    sums[meta] = write(meta, {dataset_class.meta["key"]: [f"class {i}" for i in range(num_classes_of(name))]})
     with tarfile.open(tmp_path / archive, "w:gz") as tar:
         tar.add(source, folder)
-    monkeypatch.setattr(kind, "train_list", [[file, sums[file]] for file, _ in kind.train_list])
-    monkeypatch.setattr(kind, "test_list", [[file, sums[file]] for file, _ in kind.test_list])
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums[meta]})
+    monkeypatch.setattr(dataset_class, "train_list", [[file, sums[file]] for file, _ in dataset_class.train_list])
+    monkeypatch.setattr(dataset_class, "test_list", [[file, sums[file]] for file, _ in dataset_class.test_list])
+    monkeypatch.setattr(dataset_class, "meta", {**dataset_class.meta, "md5": sums[meta]})
     return name, tmp_path / archive, np.concatenate(pixels).reshape(-1, 3, 32, 32)
 
 
@@ -215,16 +215,16 @@ def test_cifar_is_downloaded_when_missing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     name, archive, pixels = cifar
-    asked: list[Path] = []
+    roots: list[Path] = []
 
     def download(url: str, root: Path, **options: object) -> None:
-        asked.append(Path(root))
+        roots.append(Path(root))
         unpack(archive, Path(root))
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
     train, _ = load(name, tmp_path / "new" / "data")
     assert len(train) == len(pixels)
-    assert asked == [tmp_path / "new" / "data"]
+    assert roots == [tmp_path / "new" / "data"]
     assert capsys.readouterr().out == ""
 
 

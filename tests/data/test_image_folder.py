@@ -1,4 +1,4 @@
-"""Photographs in folders: who is listed, what a batch is, and files that are wrong named in one line."""
+"""Photographs in folders: listing, batches, and errors that name the file in one line."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def test_what_is_listed(folder: Path) -> None:
     assert train.notes == ()
 
 
-def test_the_order_is_that_of_the_names_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
+def test_files_are_sorted_by_name_in_any_folder(folder: Path, tmp_path: Path) -> None:
     names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     for name in sorted(names, key=lambda name: hash(str(name))):
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def test_training_batches_keep_image_and_label_together(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_batches_are_the_same_whoever_reads_them(folder: Path) -> None:
+def test_batches_do_not_depend_on_the_reading_processes(folder: Path) -> None:
     def batches(data_workers: int, steps: list[int]) -> list[tuple[Tensor, Tensor]]:
         loader = opened(folder, data_workers=data_workers)[0].loader(
             batch_size=7, seed=3, worker=1, workers=2, sampling="shard"
@@ -131,10 +131,10 @@ def cut(path: Path) -> None:
 
 
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda path: path.write_bytes(b""), r"is empty"),
-    "text": (lambda path: path.write_text("<html>not found</html>"), r"is of no known format"),
+    "empty": (lambda path: path.write_bytes(b""), r"the file is empty"),
+    "text": (lambda path: path.write_text("<html>not found</html>"), r"unknown image format"),
     "cut": (cut, r"cannot be read \(.*\)"),
-    "noise": (lambda path: path.write_bytes(path.read_bytes()[:20] + bytes(range(200))), r"(cannot be|is of no).*"),
+    "noise": (lambda path: path.write_bytes(path.read_bytes()[:20] + bytes(range(200))), r"(cannot be|unknown).*"),
 }
 
 
@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, damage: str, file: st
     path = folder / "train/ant" / file
     make_bad, reason = UNREADABLE[damage]
     make_bad(path)
-    with pytest.raises(UserError, match=rf"^{path}: {reason}; mend or remove it, or give --skip-bad-files$"):
+    with pytest.raises(UserError, match=rf"^{path}: {reason}; fix or delete it, or give --skip-bad-files$"):
         read(path)
     loader = opened(folder)[0].loader(batch_size=24, seed=0, worker=0, workers=1)
     with pytest.raises(UserError, match=rf"^{path}: "):
@@ -152,9 +152,7 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, damage: str, file: st
 
 
 @pytest.mark.parametrize("data_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_bad_files_are_left_out_and_counted(
-    folder: Path, capsys: pytest.CaptureFixture[str], data_workers: int
-) -> None:
+def test_bad_files_are_left_out_and_counted(folder: Path, caplog: pytest.LogCaptureFixture, data_workers: int) -> None:
     cut(folder / "train/bee/bee_3.JPEG")
     (folder / "train/cat/cat_0.png").write_bytes(b"")
     (folder / "train/dog").mkdir()
@@ -162,15 +160,17 @@ def test_bad_files_are_left_out_and_counted(
     train, held_out = opened(folder, skip_bad_files=True, data_workers=data_workers)
     assert (len(train), len(held_out), train.num_classes) == (22, 9, 4)
     assert train.notes == (
-        f"{folder / 'train'}: left out 1 folder, first dog: holds no images",
+        f"{folder / 'train'}: left out 1 folder, first dog: contains no images",
         f"{folder / 'train'}: left out 2 files that cannot be read, first bee/bee_3.JPEG",
     )
     assert held_out.notes == (f"{folder / 'val'}: left out 1 folder, first elk: is not a class of train/",)
     batches = train.loader(batch_size=11, seed=0, worker=0, workers=1)
     assert sum(len(batches.batch(step)[1]) for step in range(2)) == 22
-    assert capsys.readouterr().out.count("looking for files that cannot be read among") == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "reading all 24 files once to find those that cannot be read" in caplog.text
+    caplog.clear()
     again = opened(folder, skip_bad_files=True)[0]
-    assert (again.digest(), again.notes, capsys.readouterr().out) == (train.digest(), train.notes, "")
+    assert (again.digest(), again.notes, caplog.text) == (train.digest(), train.notes, "")
     write(folder / "train/cat/cat_0.png", COLORS["cat"], (40, 40))
     assert len(opened(folder, skip_bad_files=True)[0]) == 23
 
@@ -188,7 +188,7 @@ def test_what_was_found_is_looked_for_again_where_it_cannot_be_kept(
 def test_all_of_a_class_may_be_bad_but_not_all_files(folder: Path) -> None:
     for path in (folder / "val").rglob("*.*"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=rf"^{folder / 'val'}: holds no image that can be read$"):
+    with pytest.raises(UserError, match=rf"^{folder / 'val'}: contains no image that can be read$"):
         opened(folder, skip_bad_files=True)
     write(folder / "val/cat/new.png", COLORS["cat"], (40, 40))
     assert opened(folder, skip_bad_files=True)[1].listing.labels.tolist() == [2]
@@ -197,14 +197,17 @@ def test_all_of_a_class_may_be_bad_but_not_all_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: shutil.rmtree(d), "/train: No such file or directory; --data-dir has to hold train/CLASS/* and"),
-        (lambda d: shutil.rmtree(d / "train"), "/train: No such file or directory; --data-dir has to hold"),
-        (lambda d: shutil.rmtree(d / "val"), "/val: No such file or directory; --data-dir has to hold"),
-        (lambda d: [shutil.rmtree(p) for p in (d / "train").iterdir()], "/train: holds no class folders; --data-dir"),
-        (lambda d: [shutil.rmtree(p) for p in (d / "val").iterdir()], "/val: holds no images in class folders"),
-        (lambda d: (d / "train/dog").mkdir(), "/train/dog: holds no images; mend or remove it, or give --skip"),
-        (lambda d: (d / "val/dog").mkdir(), "/val/dog: is not a class of train/; mend or remove it, or give --skip"),
-        (lambda d: shutil.rmtree(d / "train/bee"), "/val/bee: is not a class of train/; mend or remove it"),
+        (lambda d: shutil.rmtree(d), "/train: No such file or directory; --data-dir has to contain train/CLASS/* and"),
+        (lambda d: shutil.rmtree(d / "train"), "/train: No such file or directory; --data-dir has to contain"),
+        (lambda d: shutil.rmtree(d / "val"), "/val: No such file or directory; --data-dir has to contain"),
+        (
+            lambda d: [shutil.rmtree(p) for p in (d / "train").iterdir()],
+            "/train: contains no class folders; --data",
+        ),
+        (lambda d: [shutil.rmtree(p) for p in (d / "val").iterdir()], "/val: contains no images in class folders"),
+        (lambda d: (d / "train/dog").mkdir(), "/train/dog: contains no images; fix or delete it, or give --skip"),
+        (lambda d: (d / "val/dog").mkdir(), "/val/dog: is not a class of train/; fix or delete it, or give --skip"),
+        (lambda d: shutil.rmtree(d / "train/bee"), "/val/bee: is not a class of train/; fix or delete it"),
     ],
 )
 def test_folders_that_are_wrong_are_named(folder: Path, change: Callable[[Path], object], message: str) -> None:

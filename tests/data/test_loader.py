@@ -1,4 +1,4 @@
-"""Streams: batches are a function of (seed, worker, step), whoever reads them; processes end when they should."""
+"""Streams: batches do not depend on the reading processes, which end with their stream."""
 
 import os
 import signal

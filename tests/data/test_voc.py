@@ -116,31 +116,37 @@ LAUGHS = "<!DOCTYPE a [<!ENTITY a 'ha'>" + "".join(
     f"<!ENTITY {chr(98 + i)} '{f'&{chr(97 + i)};' * 10}'>" for i in range(12)
 )
 BAD = {
-    "cut": (vockit.annotation([("bus", A, False)], 96, 72)[:-30], "is not complete XML"),
-    "empty": ("", "is not complete XML"),
-    "no XML": ("once upon a time", "is not complete XML"),
-    "something else": ("<svg/>", "is not an annotation but a 'svg'"),
-    "class": (with_object(BOX.format(1, 1, 5, 5), "unicorn"), "object 1 is of the class 'unicorn', not of the 20"),
-    "no class": (with_object(BOX.format(1, 1, 5, 5), ""), "object 1 is of the class ''"),
-    "no width": (with_object(BOX.format(5, 1, 5, 5)), "(bus), 5 1 5 5, has no size"),
-    "upside down": (with_object(BOX.format(1, 9, 5, 5)), "has no size"),
-    "right of it": (with_object(BOX.format(1, 1, 99, 5)), "1 1 99 5, leaves the picture of 96 x 72 pixels"),
-    "wholly outside": (with_object(BOX.format(97, 1, 97.5, 5)), "leaves the picture"),
-    "above it": (with_object(BOX.format(1, -3, 9, 5)), "leaves the picture"),
-    "no numbers": (with_object(BOX.format("a", 1, 9, 5)), "reads a 1 9 5, not four numbers"),
+    "cut": (vockit.annotation([("bus", A, False)], 96, 72)[:-30], "not complete XML"),
+    "empty": ("", "not complete XML"),
+    "no XML": ("once upon a time", "not complete XML"),
+    "something else": ("<svg/>", "the root element is 'svg', not 'annotation'"),
+    "class": (
+        with_object(BOX.format(1, 1, 5, 5), "unicorn"),
+        "object 1 has the class 'unicorn', which is not one of VOC's",
+    ),
+    "no class": (with_object(BOX.format(1, 1, 5, 5), ""), "object 1 has the class ''"),
+    "no width": (with_object(BOX.format(5, 1, 5, 5)), "(bus), 5 1 5 5, has no area"),
+    "upside down": (with_object(BOX.format(1, 9, 5, 5)), "has no area"),
+    "right of it": (with_object(BOX.format(1, 1, 99, 5)), "1 1 99 5, exceeds the picture of 96 x 72 pixels"),
+    "wholly outside": (with_object(BOX.format(97, 1, 97.5, 5)), "exceeds the picture"),
+    "above it": (with_object(BOX.format(1, -3, 9, 5)), "exceeds the picture"),
+    "no numbers": (with_object(BOX.format("a", 1, 9, 5)), "is a 1 9 5, not four numbers"),
     "not finite": (with_object(BOX.format("nan", 1, "inf", 5)), "not four numbers"),
-    "no box": ("<annotation><object><name>bus</name></object></annotation>", "reads - - - -, not four numbers"),
-    "another size": (vockit.annotation([], 500, 375), "is of a picture of 500 x 375 pixels; the picture has 96 x 72"),
+    "no box": ("<annotation><object><name>bus</name></object></annotation>", "is - - - -, not four numbers"),
+    "another size": (
+        vockit.annotation([], 500, 375),
+        "describes a picture of 500 x 375 pixels; the picture has 96",
+    ),
     "expanding": (LAUGHS + "]><annotation>&m;</annotation>", "declares a document type"),
     "other files": ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotation/>', "declares a document type"),
-    "deep": ("<annotation>" + "<a>" * 90_000 + "</a>" * 90_000 + "</annotation>", "has elements 21 deep"),
-    "large": ("<annotation>" + " " * MAX_BYTES + "</annotation>", "has more than 1,000,000 bytes"),
+    "deep": ("<annotation>" + "<a>" * 90_000 + "</a>" * 90_000 + "</annotation>", "has elements 21 levels deep"),
+    "large": ("<annotation>" + " " * MAX_BYTES + "</annotation>", "larger than 1,000,000 bytes"),
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_annotation_is_named_and_can_be_skipped(kit, kind: str) -> None:
-    text, complaint = BAD[kind]
+@pytest.mark.parametrize("problem", BAD)
+def test_a_bad_annotation_is_named_and_can_be_skipped(kit, problem: str) -> None:
+    text, complaint = BAD[problem]
     file = base(kit) / "Annotations" / "000003.xml"
     file.write_text(text)
     with pytest.raises(UserError) as raised:
@@ -157,17 +163,17 @@ def test_a_bad_annotation_is_named_and_can_be_skipped(kit, kind: str) -> None:
     assert train.notes[0].startswith(f"{listed}: left out 1 photograph, first {file}: ")
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "no picture", "folder", "pipe", "no annotation"])
-def test_a_bad_photograph_is_named_and_can_be_skipped(kit, kind: str) -> None:
+@pytest.mark.parametrize("problem", ["missing", "empty", "no picture", "folder", "pipe", "no annotation"])
+def test_a_bad_photograph_is_named_and_can_be_skipped(kit, problem: str) -> None:
     file = base(kit) / "JPEGImages" / "000003.jpg"
-    if kind == "no annotation":
+    if problem == "no annotation":
         file = base(kit) / "Annotations" / "000003.xml"
     file.unlink()
-    if kind in ("empty", "no picture"):
-        file.write_bytes(b"" if kind == "empty" else b"%PDF-1.4")
-    elif kind == "folder":
+    if problem in ("empty", "no picture"):
+        file.write_bytes(b"" if problem == "empty" else b"%PDF-1.4")
+    elif problem == "folder":
         file.mkdir()
-    elif kind == "pipe":
+    elif problem == "pipe":
         os.mkfifo(file)  # reading it would wait for ever
     with pytest.raises(UserError) as raised:
         load_voc("voc2007", kit, image_size=36)
@@ -180,7 +186,7 @@ def test_a_photograph_that_is_cut_is_found_when_decoded_or_before_when_skipping(
     file = base(kit) / "JPEGImages" / "000003.jpg"
     file.write_bytes(file.read_bytes()[:-400])
     train, _ = load_voc("voc2007", kit, image_size=36)
-    with pytest.raises(UserError, match="is not a picture that can be read") as raised:
+    with pytest.raises(UserError, match="cannot be read as a picture") as raised:
         train[2, 0]
     assert str(raised.value).startswith(f"{file}: ")
     train, _ = load_voc("voc2007", kit, image_size=36, skip_bad_files=True)
@@ -236,14 +242,14 @@ def test_a_bad_list_is_named(kit, content: str, complaint: str) -> None:
 
 
 def test_sets_are_chosen_by_name(kit) -> None:
-    vockit.list_set(kit, "mine", ["000002", "000004"])
-    train, test = load_voc("voc2007", kit, splits=("mine", "trainval"))
+    vockit.list_set(kit, "small", ["000002", "000004"])
+    train, test = load_voc("voc2007", kit, splits=("small", "trainval"))
     assert (len(train), len(test)) == (2, 4)
     assert (train.augment, test.augment) == (True, False)
-    with pytest.raises(UserError, match=r"theirs\.txt: is not there; --splits takes two of mine, test, trainval"):
-        load_voc("voc2007", kit, splits=("mine", "theirs"))
-    with pytest.raises(UserError, match="--splits mine is not two names"):
-        load_voc("voc2007", kit, splits=("mine",))
+    with pytest.raises(UserError, match=r"unknown\.txt: not found; give --splits two of small, test, trainval"):
+        load_voc("voc2007", kit, splits=("small", "unknown"))
+    with pytest.raises(UserError, match="--splits small; give two names"):
+        load_voc("voc2007", kit, splits=("small",))
     with pytest.raises(UserError, match="--image-size 5 is too small"):
         load_voc("voc2007", kit, image_size=5)
 
@@ -295,7 +301,7 @@ def test_an_archive_that_cannot_be_had_says_where_files_belong(tmp_path, monkeyp
         raise OSError("no route to host")
 
     monkeypatch.setattr(torchvision_voc, "download_and_extract_archive", unreachable)
-    with pytest.raises(UserError, match=r"trainval\.txt: is not there and cannot be downloaded") as raised:
+    with pytest.raises(UserError, match=r"trainval\.txt: not found, and cannot be downloaded") as raised:
         load_voc("voc2007", tmp_path / "data")
     assert str(raised.value).endswith(f"(no route to host); unpack the archives of VOC2007 into {tmp_path / 'data'}")
     with pytest.raises(UserError, match="downloading is off"):

@@ -1,4 +1,4 @@
-"""Exported networks compute what the scaled full network computes, and are ordinary ones wherever that is possible."""
+"""Exported networks compute the same as the scaled full network, without hooks where that is possible."""
 
 import errno
 import json
@@ -121,7 +121,7 @@ class Two(nn.Module):
 
 
 def network(block: Callable[[], nn.Module], scale: float, seed: int = 0) -> nn.Module:
-    """Four blocks of a kind behind a stem that ends in a ReLU, weights and statistics random, branches scaled."""
+    """Four equal blocks after a stem that ends in a ReLU, weights and statistics random, branches scaled."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stem = [nn.Conv2d(3, CHANNELS, 3), nn.ReLU()]
@@ -151,7 +151,8 @@ def test_folding_is_exact(block: Callable[[], nn.Module], into: tuple[str, ...],
     before = {name: tensor.clone() for name, tensor in scaled.state_dict().items()}
     folded, folds = fold(scaled, noise(2, 3, 8, 8))
     assert hooks(folded) == 0
-    assert [(set(one.into), one.block, one.scale) for one in folds] == [(set(into), f"2.{i}", scale) for i in range(4)]
+    expected = [(set(into), f"2.{i}", scale) for i in range(4)]
+    assert [(set(record.into), record.block, record.scale) for record in folds] == expected
     images = noise(5, 3, 8, 8, seed=seed + 1)
     assert difference(scaled, folded, images) < 1e-6
     torch.testing.assert_close(folded(images), scaled(images), rtol=1e-4, atol=1e-5)
@@ -169,11 +170,11 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(block: Callable[[], nn
     assert len(scales_of(scaled)) == 4
 
 
-def test_an_activation_after_the_sum_can_be_folded_around_and_the_difference_is_told() -> None:
+def test_a_fold_before_an_activation_is_approximate() -> None:
     scaled = network(After, 0.3)
     folded, folds = fold(scaled, noise(2, 3, 8, 8), approximate=True)
-    assert {one.into for one in folds} == {("norm.weight", "norm.bias")}
-    assert not any(one.exact for one in folds)
+    assert {record.into for record in folds} == {("norm.weight", "norm.bias")}
+    assert not any(record.exact for record in folds)
     block, x = scaled.get_submodule("2.1"), noise(2, CHANNELS, 8, 8).relu()
     torch.testing.assert_close(folded.get_submodule("2.1")(x), F.relu(x + 0.3 * block.norm(block.conv(x))))
     assert 0.001 < difference(scaled, folded, noise(2, 3, 8, 8)) < 1
@@ -232,7 +233,7 @@ def test_a_trained_job_folds_into_an_ordinary_network(batchnorm: str) -> None:
     torch.testing.assert_close(program(images), scaled(images), rtol=1e-12, atol=1e-12)
 
 
-TIMM = {  # small networks of theirs, and where the scale goes; None: it cannot be folded
+TIMM = {  # small networks of timm, and where the scale goes; None: it cannot be folded
     "resnetv2_50": ({"layers": (1, 1, 3, 1), "channels": (16, 16, 16, 16), "stem_chs": 8}, "conv3.weight"),
     "test_convnext": ({}, "gamma"),
     "test_vit": ({"img_size": 32}, None),
@@ -253,17 +254,17 @@ def test_timm_takes_what_was_trained(name: str, tmp_path: Path) -> None:
         left = scaled
     else:
         left, folds = fold(scaled, images)
-        assert {into} == {name for one in folds for name in one.into}
+        assert {into} == {name for record in folds for name in record.into}
         assert hooks(left) == 0
     check_loads(recipe, state_of(left), left, images)
     path = tmp_path / "x.safetensors"
     write_state(path, state_of(left), {"format": "resist export 1", "scales": json.dumps(scales_of(left))})
-    theirs = recipe.build().eval()
+    loaded = recipe.build().eval()
     if into is None:
-        load_scaled(theirs, path)
+        load_scaled(loaded, path)
     else:
-        theirs.load_state_dict(load_file(path))
-    torch.testing.assert_close(theirs(images), scaled(images), rtol=1e-5, atol=1e-5)
+        loaded.load_state_dict(load_file(path))
+    torch.testing.assert_close(loaded(images), scaled(images), rtol=1e-5, atol=1e-5)
     if into is not None:
         return
     write_program(tmp_path / "x.pt2", left, images, {})  # has the scale in it
@@ -283,16 +284,16 @@ def test_torchvision_takes_what_was_trained(tmp_path: Path) -> None:
     folded = fold_scale(scaled, images)
     path = tmp_path / "x.pth"
     write_state(path, state_of(folded), {"scale": "folded"})
-    theirs = recipe.build().eval()
-    theirs.load_state_dict(torch.load(path, weights_only=True))
-    torch.testing.assert_close(theirs(images), scaled(images), rtol=1e-5, atol=1e-5)
+    loaded = recipe.build().eval()
+    loaded.load_state_dict(torch.load(path, weights_only=True))
+    torch.testing.assert_close(loaded(images), scaled(images), rtol=1e-5, atol=1e-5)
 
     recipe = Recipe("torchvision", "resnet50", {"num_classes": 5, "width_per_group": 8})
     scaled = trained(recipe)
     with pytest.raises(UserError, match="activation after the sum"):
         fold_scale(scaled, images)
     folded, folds = fold(scaled, images, approximate=True)
-    assert {one.into for one in folds} == {("bn3.weight", "bn3.bias")}
+    assert {record.into for record in folds} == {("bn3.weight", "bn3.bias")}
     assert difference(scaled, folded, images) > 0
     check_loads(recipe, state_of(folded), folded, images)
     with pytest.raises(UserError, match="computes something else"):
@@ -374,14 +375,14 @@ def test_every_target_computes_what_the_run_computes(capsys, tmp_path, runs) -> 
             assert (status, err) == (0, "")
             assert str(path) in text
             assert "4 blocks are multiplied by 0.5" in text
-            found = as_told(text)  # as the reader is told to load it
+            found = from_printed_code(text)  # with the printed lines of code
             torch.testing.assert_close(found(images), scaled(images), rtol=1e-5, atol=1e-5)
             assert scales_of(found) == (scales_of(scaled) if scale == "keep" and to != "program" else {})
     with safe_open(tmp_path / "fold-a.safetensors", framework="pt") as file:
-        facts = file.metadata()
-    assert (facts["scale"], json.loads(facts["scales"]), facts["num_classes"]) == ("folded", {}, "10")
-    assert json.loads(facts["input_size"]) == [3, 16, 16]
-    assert json.loads(facts["mean"]) == pytest.approx([0.3052] * 3, abs=1e-4)
+        metadata = file.metadata()
+    assert (metadata["scale"], json.loads(metadata["scales"]), metadata["num_classes"]) == ("folded", {}, "10")
+    assert json.loads(metadata["input_size"]) == [3, 16, 16]
+    assert json.loads(metadata["mean"]) == pytest.approx([0.3052] * 3, abs=1e-4)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         f"{scale}-a.{suffix}" for scale in ("fold", "keep") for suffix in ("safetensors", "pt", "pt2")
     )
@@ -413,7 +414,7 @@ def test_runs_of_their_networks(capsys, tmp_path, monkeypatch, runs, model: str,
     status, text, _ = command(capsys, "export", str(tmp_path), "--to", library, "--scale", "keep")
     assert status == 0
     assert f"exported-{library}.safetensors" in text
-    torch.testing.assert_close(as_told(text)(images), scaled(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(from_printed_code(text)(images), scaled(images), rtol=1e-5, atol=1e-5)
     status, text, _ = command(capsys, "export", str(tmp_path), "--to", library, "--scale", "approximate")
     assert status == 2  # it is there already
     (tmp_path / f"exported-{library}.safetensors").unlink()
@@ -439,7 +440,7 @@ def test_our_networks_for_photographs_are_timms(capsys, tmp_path, runs, model: s
         status, text, err = command(capsys, "export", str(tmp_path), "--to", "timm", "--scale", scale, "-o", path)
         assert (status, err) == (0, "")
         assert "timm.create_model('resnetv2_50', num_classes=10, layers=(1, 1, 3, 1)" in text
-        found = as_told(text)
+        found = from_printed_code(text)
         torch.testing.assert_close(found(images), scaled(images), rtol=1e-5, atol=1e-5)
         assert scales_of(found) == ({"stages.2.blocks.1": 0.3, "stages.2.blocks.2": 0.3} if scale == "keep" else {})
 
@@ -452,12 +453,12 @@ def test_timms_names_of_our_networks(depth: int) -> None:
     assert recipe.name == f"resnetv2_{depth if depth != 200 else 50}"
     with torch.device("meta"):
         ours = build(f"preact_resnet{depth}_imagenet", num_classes=10).state_dict()
-        theirs = recipe.build().state_dict()
-    assert {n: t.shape for n, t in recipe.translated(ours).items()} == {n: t.shape for n, t in theirs.items()}
+        loaded = recipe.build().state_dict()
+    assert {n: t.shape for n, t in recipe.translated(ours).items()} == {n: t.shape for n, t in loaded.items()}
     assert timm_counterpart("preact_resnet101", 10, (), None) is None
 
 
-def as_told(text: str) -> nn.Module:
+def from_printed_code(text: str) -> nn.Module:
     """What the printed lines of code make."""
     names: dict[str, object] = {}
     exec("\n".join(line.strip() for line in text.splitlines() if line.startswith("  ")), names)
@@ -473,7 +474,7 @@ def test_statistics_are_estimated_for_a_run_without_them(capsys, tmp_path, runs)
     arguments = ["--to", "torch", "-o", str(tmp_path / "x.pt"), "--calibrate", "--device", "cpu"]
     status, text, _ = command(capsys, "export", str(runs["batch"]), *arguments)
     assert status == 0
-    model = as_told(text)
+    model = from_printed_code(text)
     own().load_state_dict(model.state_dict())
     assert model.get_buffer("norm.running_mean").abs().max() > 0
     trained_weights = load_file(runs["batch"] / "model.safetensors")
@@ -483,17 +484,17 @@ def test_statistics_are_estimated_for_a_run_without_them(capsys, tmp_path, runs)
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--to", "timm"], "of --model timm:NAME or preact_resnet..._imagenet, and this one is of preact_small"),
+        (["--to", "timm"], "of --model timm:NAME or preact_resnet..._imagenet, not of preact_small"),
         (["--to", "torchvision"], "give --to safetensors, torch or program"),
-        (["--to", "torch", "-o", "x.safetensors"], "ends in .safetensors; give it one of .pt, .pth"),
-        (["--to", "torch", "-o", "x"], "ends in nothing"),
-        (["--to", "torch", "-o", "none/x.pt"], "none is not a directory that you may write to"),
+        (["--to", "torch", "-o", "x.safetensors"], "has the suffix .safetensors; give it one of .pt, .pth"),
+        (["--to", "torch", "-o", "x"], "has no suffix; give it one of"),
+        (["--to", "torch", "-o", "none/x.pt"], "none is not a writable directory"),
         (["--to", "torch", "--device", "tpu"], "--device 'tpu' is not one of"),
         (["--to", "safetensors", "-o", "there.safetensors"], "exists already and is never overwritten"),
         (["--to", "safetensors", "-o", "dangling.safetensors"], "exists already and is never overwritten"),
     ],
 )
-def test_what_cannot_be_exported_is_said_in_one_line(
+def test_what_cannot_be_exported_is_an_error_of_one_line(
     capsys, tmp_path, monkeypatch, runs, arguments: list[str], text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -521,8 +522,8 @@ def test_a_run_that_is_none_or_damaged(capsys, tmp_path, runs) -> None:
 
 @pytest.mark.slow
 def test_a_reader_that_stops_ends_it_quietly(tmp_path, runs) -> None:
-    words = ["export", str(runs["plain"]), "--to", "torch", "-o", str(tmp_path / "x.pt")]
-    command = [sys.executable, "-m", "resist", *words]
+    arguments = ["export", str(runs["plain"]), "--to", "torch", "-o", str(tmp_path / "x.pt")]
+    command = [sys.executable, "-m", "resist", *arguments]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=100, check=False)
@@ -561,7 +562,7 @@ def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path, monkeypatch, link
 def test_a_file_that_is_no_export_is_refused(tmp_path, runs) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         load_scaled(own(), tmp_path / "none.safetensors")
-    with pytest.raises(UserError, match="another program wrote it"):
+    with pytest.raises(UserError, match="give a file of resist export"):
         load_scaled(own(), runs["plain"] / "model.safetensors")
     path = tmp_path / "x.safetensors"
     for state, scales in (({}, "{}"), (state_of(own()), '{"layer9.1": 0.5}'), (state_of(own()), "[")):

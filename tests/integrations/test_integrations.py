@@ -115,17 +115,17 @@ def in_lightning(wrong: bool) -> Any:
 @needs("lightning")
 def test_lightning(pool: Pool) -> None:
     """With accumulated and clipped gradients: as many steps as optimizer steps, and the weights of the plain loop."""
-    (found, *told), (nothing, *others) = pool.run(2, in_lightning, False, timeout_s=100)
-    assert told == others == [3, STEPS]
+    (weights, *counts), (nothing, *others) = pool.run(2, in_lightning, False, timeout_s=100)
+    assert counts == others == [3, STEPS]
     assert not nothing
-    same(found, by_hand(tiny, lambda model, images, labels: F.cross_entropy(model(images), labels), 2, 0.1))
+    same(weights, by_hand(tiny, lambda model, images, labels: F.cross_entropy(model(images), labels), 2, 0.1))
 
 
 @pytest.mark.slow
 @needs("lightning")
 def test_lightning_over_all_processes_is_refused(pool: Pool) -> None:
-    for told in pool.run(2, in_lightning, True, timeout_s=100):
-        assert told.startswith("this Trainer spans 2 processes and averages gradients itself; give it devices=1")
+    for message in pool.run(2, in_lightning, True, timeout_s=100):
+        assert message.startswith("this Trainer spans 2 processes and averages gradients itself; give it devices=1")
 
 
 class WithLoss(nn.Module):
@@ -179,10 +179,10 @@ def logits(full: nn.Module | None) -> Tensor | None:
 @needs("transformers")
 def test_transformers(pool: Pool, tmp_path: Path) -> None:
     """With accumulated and clipped gradients, as above."""
-    (found, *told, _), (nothing, *others, _) = pool.run(2, in_transformers, tmp_path, False, False, timeout_s=100)
-    assert told == others == [3, STEPS]
+    (weights, *counts, _), (nothing, *others, _) = pool.run(2, in_transformers, tmp_path, False, False, timeout_s=100)
+    assert counts == others == [3, STEPS]
     assert not nothing
-    same(found, by_hand(WithLoss, lambda model, images, labels: model(images, labels)["loss"], 2, 0.1))
+    same(weights, by_hand(WithLoss, lambda model, images, labels: model(images, labels)["loss"], 2, 0.1))
 
 
 @pytest.mark.slow
@@ -202,8 +202,8 @@ def test_the_full_network_is_whole_after_accelerate_has_wrapped_a_forward(pool: 
 @pytest.mark.slow
 @needs("transformers")
 def test_transformers_over_all_processes_is_refused(pool: Pool, tmp_path: Path) -> None:
-    for told in pool.run(2, in_transformers, tmp_path, False, True, timeout_s=100):
-        assert told.startswith("this Trainer spans 2 processes and 0 GPUs and averages gradients itself; make ")
+    for message in pool.run(2, in_transformers, tmp_path, False, True, timeout_s=100):
+        assert message.startswith("this Trainer spans 2 processes and 0 GPUs and averages gradients itself; create ")
 
 
 def test_alone_hides_the_other_processes_and_brings_them_back(monkeypatch: pytest.MonkeyPatch) -> None:

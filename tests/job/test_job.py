@@ -1,8 +1,11 @@
 """Job: plain SGD for one worker, local SGD where everyone holds all, and nothing lost in between."""
 
 import copy
+import inspect
 import random
+import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +102,7 @@ def test_the_shared_part_is_the_same_everywhere_after_a_synchronization() -> Non
     assert all(torch.equal(worker.subnet.shared, job.workers[0].subnet.shared) for worker in job.workers)
 
 
-def test_the_last_short_round_is_folded() -> None:
+def test_the_last_short_round_is_averaged() -> None:
     """7 steps in rounds of 3, then in rounds that end where an epoch does: the seventh step counts."""
     job, optimizers = make(resist(2, 3))
     train(job, optimizers, 7)
@@ -107,7 +110,7 @@ def test_the_last_short_round_is_folded() -> None:
     one, optimizers_ = make(resist(2, 3))
     train(one, optimizers_, 6)
     without = weights(one)
-    for worker in one.workers:  # one more step, and folding it by hand: the shared part is the mean
+    for worker in one.workers:  # one more step, averaged by hand: the shared part is the mean
         train_step(worker.index, worker.model, optimizers_[worker.index], 6)
     shared = torch.stack([worker.subnet.shared for worker in one.workers]).mean(0)
     found = weights(job)
@@ -222,7 +225,7 @@ def test_the_full_model_is_a_copy() -> None:
     assert copy.deepcopy(full).state_dict().keys() == build_seeded(tiny, 0).state_dict().keys()
 
 
-def test_the_loop_of_the_docstring() -> None:
+def test_a_loop_with_one_worker() -> None:
     job = Job(tiny, resist(workers=1, local_steps=5), batchnorm="average")
     optimizer = torch.optim.SGD(job.model.parameters(), lr=0.03, momentum=0.9)
     images, labels = batch(0, 0)
@@ -236,6 +239,15 @@ def test_the_loop_of_the_docstring() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert job.round == 4
+
+
+def test_the_recipe_of_the_docstring_runs() -> None:
+    recipe = re.search(r"```python\n(.*?)```", inspect.getdoc(Job) or "", re.DOTALL)
+    assert recipe is not None
+    names: dict[str, Any] = {}
+    exec(recipe[1], names)
+    assert names["job"].round == 2
+    assert isinstance(names["full"], nn.Module)
 
 
 @pytest.mark.slow

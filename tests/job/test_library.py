@@ -1,4 +1,4 @@
-"""`Job` in a loop of the user's own: whatever an ordinary loop does, compared with the same done by hand."""
+"""`Job` in the loop of a user, with the usual techniques, compared with the same loop by hand."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ Step = Callable[[int, int, nn.Module, Optimizer], None]
 
 
 class Lion(Optimizer):
-    """Chen et al., 2023: as somebody would write it for their own use."""
+    """Lion (Chen et al., 2023), as users write it for themselves."""
 
     def __init__(self, params, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -57,7 +57,7 @@ def by_hand(
     build: Callable[[], nn.Module] = tiny,
     decay: float | None = None,
 ) -> Plain:
-    """What a job with this strategy has to come to, and the averages over time of its weights."""
+    """The expected result of a job with this strategy: weights, and averages of them over time."""
     job = Job(build, strategy, batchnorm="average")
     plain = Plain(build_seeded(build, 0), optimizer, step, decay)
     for round in range(rounds):

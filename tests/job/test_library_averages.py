@@ -1,4 +1,4 @@
-"""Averages of the weights over time (EMA, SWA) that go where their blocks go."""
+"""Averages of the weights over time (EMA, SWA), which move with their blocks."""
 
 import pytest
 import torch
@@ -85,8 +85,8 @@ def test_with_local_sgd_it_is_the_average_of_the_mean() -> None:
 @pytest.mark.parametrize("policy", ["reset", "travel"])
 def test_the_users_average_goes_on_through_all_changes(policy: str) -> None:
     """Local SGD, ResIST, local SGD again: the average has the depth of its network, and stays the object it was."""
-    everyone, own = local_sgd(2, 1, optimizer_state=policy), resist(2, 1, capacities=(4, 3), optimizer_state=policy)
-    job, optimizers = make(switch(switch(everyone, own, at_round=2), everyone, at_round=4), adamw)
+    everyone, parts = local_sgd(2, 1, optimizer_state=policy), resist(2, 1, capacities=(4, 3), optimizer_state=policy)
+    job, optimizers = make(switch(switch(everyone, parts, at_round=2), everyone, at_round=4), adamw)
     averages = follow(job)
     modules = [average.module for average in averages]
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""What a new user gets wrong, and the line that says so: at the first step at the latest, before work is lost."""
+"""Mistakes of new users, and their messages: at the first step at the latest, before work is lost."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def one() -> Job:
 
 
 def step_with(change: Callable[[nn.Module], object]) -> None:
-    """The first step of a loop in which somebody did something to the model."""
+    """Take the first step of a loop after a change to the model."""
     job = one()
     changed = change(job.model)
     job.step(sgd(changed if isinstance(changed, nn.Module) else job.model))
@@ -125,8 +125,8 @@ def wrong_number(workers: int) -> str:
 
 @pytest.mark.slow
 def test_a_strategy_for_another_number_of_processes(pool: Pool) -> None:
-    said = "2 processes for 1 workers; start at most one process for each worker"
-    assert pool.run(2, wrong_number, 1) == [said, said]
+    message = "2 processes for 1 workers; start at most one process for each worker"
+    assert pool.run(2, wrong_number, 1) == [message, message]
     answers = pool.run(2, wrong_number, 3)
     assert answers[0] == "PreActResNet"
     assert answers[1] == (

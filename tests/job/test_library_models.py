@@ -25,7 +25,7 @@ class Rotation(nn.Module):
 
 
 class Standardize(nn.Module):
-    """Buffers only, of one block (or of none): a mean that follows what it sees."""
+    """Buffers only, of one block (or of none): a running mean of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ STRATEGY = switch(resist(2, 2, capacities=(3, 3)), resist(2, 2, capacities=(4, 2
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("chain", ["blocks:0-4", "blocks:1-4"])
 def test_conservation(net: str, chain: str) -> None:
-    """Splitting and folding, with capacities that change, gives every tensor and the logits back, bit for bit."""
+    """Splitting and averaging, with capacities that change, gives every tensor and the logits back, bit for bit."""
     job = Job(NETS[net], STRATEGY, chains=(chain,), scale=1.0)
     start = build_seeded(NETS[net], 0).eval()
     x = torch.randn(3, 4)
@@ -132,7 +132,7 @@ def test_training(net: str, optimizer: type[torch.optim.Optimizer]) -> None:
 
 
 def test_a_step_count_is_no_weight_for_a_parameter_without_dimensions() -> None:
-    """Adam's step count has the shape of such a parameter; it must not travel as a third kind of state."""
+    """Adam's step count has the shape of such a parameter; it must not travel as a third state."""
     job = Job(NETS["own tables"], resist(2, 1, capacities=(3, 3)))
     optimizers = [torch.optim.Adam(worker.model.parameters()) for worker in job.workers]
     for _ in range(2):

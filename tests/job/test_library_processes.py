@@ -66,5 +66,5 @@ def half_follow() -> str:
 
 
 def test_averages_in_one_process_only(pool: Pool) -> None:
-    told = pool.run(2, half_follow)
-    assert told == ["job.follow was called in some processes and not in others; call it in all of them"] * 2
+    messages = pool.run(2, half_follow)
+    assert messages == ["job.follow was called in some processes and not in others; call it in all of them"] * 2

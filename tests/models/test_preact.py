@@ -1,4 +1,4 @@
-"""Networks: the paper's, to the last parameter."""
+"""The paper's networks, compared by their exact numbers of parameters."""
 
 import pytest
 import torch
@@ -61,8 +61,8 @@ def test_the_small_one() -> None:
     ("arguments", "message"),
     [
         ({"name": "resnet"}, r"model='resnet' is not known; choose one of .*preact_resnet101"),
-        ({"sections": (1, 2, 3)}, r"sections=1 2 3 is not four numbers of blocks, each at least 1"),
-        ({"sections": (1, 2, 0, 1)}, r"sections=1 2 0 1 is not"),
+        ({"sections": (1, 2, 3)}, r"sections=1 2 3; give four numbers of blocks, each at least 1"),
+        ({"sections": (1, 2, 0, 1)}, r"sections=1 2 0 1; give"),
         ({"width": 0}, r"width=0"),
         ({"num_classes": 0}, r"num_classes=0"),
     ],

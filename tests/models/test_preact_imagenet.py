@@ -1,4 +1,4 @@
-"""The networks for photographs: timm's, layer for layer, and the names of their weights."""
+"""Networks for photographs: equal to timm's, layer for layer, and the translation of names."""
 
 import pytest
 import torch
@@ -43,10 +43,10 @@ def test_both_long_sections_of_the_deepest_are_chains() -> None:
 def test_names_and_shapes_are_timms(depth: int) -> None:
     timm = pytest.importorskip("timm", reason="compares with timm's networks")
     with torch.device("meta"):
-        theirs = timm.create_model(f"resnetv2_{depth}").state_dict()
+        timm_state = timm.create_model(f"resnetv2_{depth}").state_dict()
     ours = on_meta(f"preact_resnet{depth}_imagenet").state_dict()
     there = to_timm(ours)
-    assert {name: tensor.shape for name, tensor in there.items()} == {n: t.shape for n, t in theirs.items()}
+    assert {name: tensor.shape for name, tensor in there.items()} == {n: t.shape for n, t in timm_state.items()}
     back = from_timm(there)
     assert {name: tensor.shape for name, tensor in back.items()} == {n: t.shape for n, t in ours.items()}
     assert all(our_name(timm_name(name)) == name for name in ours)
@@ -55,21 +55,21 @@ def test_names_and_shapes_are_timms(depth: int) -> None:
 def test_logits_are_timms() -> None:
     timm = pytest.importorskip("timm", reason="compares with timm's networks")
     layers = {"layers": (2, 1, 3, 1), "channels": (32, 64, 128, 256), "stem_chs": 8, "num_classes": 7}
-    theirs = timm.models.resnetv2.ResNetV2(
+    timm_model = timm.models.resnetv2.ResNetV2(
         **layers, norm_layer=timm.layers.BatchNormAct2d, conv_layer=timm.layers.create_conv2d, stem_type=""
     )
-    for module in theirs.modules():
+    for module in timm_model.modules():
         if isinstance(module, nn.BatchNorm2d):  # nothing at its default, so that every weight shows
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
                 nn.init.uniform_(tensor, 0.2, 1.8)
-    nn.init.normal_(theirs.head.fc.weight)
+    nn.init.normal_(timm_model.head.fc.weight)
     ours = PreActResNetImageNet((2, 1, 3, 1), 7, width=8)
-    ours.load_state_dict(from_timm(theirs.state_dict()))
+    ours.load_state_dict(from_timm(timm_model.state_dict()))
     images = torch.randn(3, 3, 64, 48, dtype=torch.float64)
-    ours, theirs = ours.double(), theirs.double()
-    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
-    torch.testing.assert_close(ours.train()(images), theirs.train()(images))
-    theirs.load_state_dict(to_timm(ours.state_dict()))
+    ours, timm_model = ours.double(), timm_model.double()
+    torch.testing.assert_close(ours.eval()(images), timm_model.eval()(images))
+    torch.testing.assert_close(ours.train()(images), timm_model.train()(images))
+    timm_model.load_state_dict(to_timm(ours.state_dict()))
 
 
 def test_a_block_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Weights of timm to begin with: the same logits, a fresh head for other classes, one line for whatever is wrong."""
+"""Initial weights of timm: the same logits, a fresh head for other classes, errors of one line."""
 
 from pathlib import Path
 
@@ -29,21 +29,21 @@ def weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
 def test_logits_are_those_of_timms_network(tmp_path: Path, name: str) -> None:
     timm = pytest.importorskip("timm", reason="compares with timm's network")
-    theirs = timm.create_model("resnetv2_101", num_classes=10).eval()
+    timm_model = timm.create_model("resnetv2_101", num_classes=10).eval()
     file = tmp_path / name
-    (save_file if file.suffix == ".safetensors" else torch.save)(theirs.state_dict(), file)
+    (save_file if file.suffix == ".safetensors" else torch.save)(timm_model.state_dict(), file)
     config = NetworkConfig(model="preact_resnet101_imagenet", pretrained=f"timm:{file}")
     ours = network_builder(config)().eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(images), timm_model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_every_weight_is_taken(tmp_path: Path) -> None:
     file, model = tmp_path / "w.pth", small()
     expected = weights()
     torch.save({"state_dict": expected, "epoch": 3}, file)  # as a training script of timm saves it
-    assert start_from(model, f"timm:{file}") == f"begins with the weights in {file}"
+    assert start_from(model, f"timm:{file}") == f"initial weights from {file}"
     found = to_timm(model.state_dict())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -53,7 +53,7 @@ def test_another_number_of_classes_is_a_fresh_head(tmp_path: Path) -> None:
     file, model = tmp_path / "w.safetensors", small(7)
     save_file({name: tensor.contiguous() for name, tensor in weights().items()}, file)
     head = model.head.weight.clone()
-    line = f"begins with the weights in {file}, but for the head: 10 classes there, 7 here"
+    line = f"initial weights from {file}, except the head: 10 classes there, 7 here"
     assert start_from(model, f"timm:{file}") == line
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.stem.weight, weights_of(file)["stem.conv.weight"])
@@ -67,39 +67,42 @@ def weights_of(file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def test_the_task_says_what_it_begins_with(tmp_path: Path) -> None:
+def test_the_task_notes_its_initial_weights(tmp_path: Path) -> None:
     torch.save(weights(), tmp_path / "w.pth")
     config = NetworkConfig(
         data="digits", model="preact_resnet101_imagenet", pretrained=f"timm:{tmp_path / 'w.pth'}", **SMALL
     )
-    assert open_task(config).notes == (f"begins with the weights in {tmp_path / 'w.pth'}",)
+    assert open_task(config).notes == (f"initial weights from {tmp_path / 'w.pth'}",)
     with torch.device("meta"):  # without the weights the file is not needed
         network_builder(NetworkConfig(model=config.model, pretrained="timm:gone.pth", **SMALL))()
 
 
 WRONG: dict[str, tuple[object, str]] = {
     "missing": (None, r"No such file or directory; give timm:FILE"),
-    "a list": ([1, 2], r"holds no table of named tensors"),
-    "numbers": ({"a": 1}, r"holds no table of named tensors"),
-    "text": (b"not weights at all", r"is no file of weights \(.*\); give a whole one"),
-    "empty": (b"", r"is no file of weights"),
-    "a class": ({"model": Path("x")}, r"is no file of weights"),
-    "too few": ({"stem.conv.weight": torch.zeros(2, 3, 7, 7)}, r"holds another network than --model: stages\.0\.blo"),
+    "a list": ([1, 2], r"contains no dict of named tensors"),
+    "numbers": ({"a": 1}, r"contains no dict of named tensors"),
+    "text": (b"not weights at all", r"not a weight file, or damaged \(.*\); give a complete one"),
+    "empty": (b"", r"not a weight file, or damaged"),
+    "a class": ({"model": Path("x")}, r"not a weight file, or damaged"),
+    "too few": (
+        {"stem.conv.weight": torch.zeros(2, 3, 7, 7)},
+        r"contains another network than --model: stages\.0\.b",
+    ),
     "too large": (
         {**weights(), "stages.2.blocks.3.conv1.weight": torch.zeros(8, 32, 1, 1)},
-        r"holds another network than --model: stages\.2\.blocks\.3\.conv1\.weight is \(8, 32, 1, 1\) there and nothing",
+        r"contains another network than --model: stages\.2\.blocks\.3\.conv1\.weight is \(8, 32, 1, 1\) there and",
     ),
     "another shape": (
         {**weights(), "norm.bias": torch.zeros(3)},
-        r"holds another network than --model: norm\.bias is \(3,\) there and \(64,\) here",
+        r"contains another network than --model: norm\.bias is \(3,\) there and \(64,\) here",
     ),
 }
 
 
-@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("problem", WRONG)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_wrong_file_is_one_line(tmp_path: Path, kind: str, suffix: str) -> None:
-    content, message = WRONG[kind]
+def test_a_wrong_file_is_one_line(tmp_path: Path, problem: str, suffix: str) -> None:
+    content, message = WRONG[problem]
     file = tmp_path / f"w{suffix}"
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -119,16 +122,16 @@ def test_a_cut_file_is_one_line(tmp_path: Path) -> None:
         file = tmp_path / name
         save({key: tensor.contiguous() for key, tensor in weights().items()}, file)
         file.write_bytes(file.read_bytes()[:-500])
-        with pytest.raises(UserError, match=rf"^{file}: is no file of weights"):
+        with pytest.raises(UserError, match=rf"^{file}: not a weight file, or damaged"):
             start_from(small(), f"timm:{file}")
 
 
 @pytest.mark.parametrize("source", ["timm", "timm:", "resnetv2_101", "torchvision:w.pth"])
 def test_a_source_that_is_not_known(source: str) -> None:
-    with pytest.raises(UserError, match=r"does not read timm:FILE"):
+    with pytest.raises(UserError, match=r"is not of the form timm:FILE"):
         start_from(small(), source)
 
 
 def test_other_networks_have_no_such_weights() -> None:
-    with pytest.raises(UserError, match=r"^--pretrained timm:w\.pth says nothing to this network; give --model preact"):
+    with pytest.raises(UserError, match=r"^--pretrained timm:w\.pth has no effect with this network; give --model"):
         start_from(build("preact_small", num_classes=10), "timm:w.pth")

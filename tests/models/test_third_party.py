@@ -1,4 +1,4 @@
-"""Networks of other libraries: built fresh, for the images at hand, and refused in one line."""
+"""Networks of other libraries: fresh weights, the data set's image size, errors of one line."""
 
 import builtins
 import json
@@ -33,7 +33,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever would be downloaded fails."""
 
     def refuse(*_arguments: object, **_options: object) -> None:
-        raise AssertionError("a connection was asked for")
+        raise AssertionError("a connection was attempted")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
@@ -76,8 +76,8 @@ def test_names_of_weights_are_those_of_the_library() -> None:
     timm = pytest.importorskip("timm", reason="needs the extra timm")
     with torch.device("meta"):
         ours = build("timm:resnet18", num_classes=5)
-        theirs = timm.create_model("resnet18", num_classes=5)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
+        timm_model = timm.create_model("resnet18", num_classes=5)
+    assert ours.state_dict().keys() == timm_model.state_dict().keys()
 
 
 def test_sizes_from_a_file(vit: str) -> None:
@@ -90,7 +90,7 @@ def test_sizes_from_a_file(vit: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nobody:net", r"'nobody' is not one of torchvision, timm, transformers"),
+        ("other:net", r"'other' is not one of torchvision, timm, transformers"),
         ("torchvision:resnet1001", r"torchvision has no classification network of that name; did you mean resnet101"),
         ("torchvision:fasterrcnn_resnet50_fpn", r"torchvision has no classification network of that name"),
         ("torchvision:", r"torchvision has no classification network of that name; it has alexnet, "),
@@ -114,7 +114,7 @@ def test_unknown_names(name: str, message: str) -> None:
 @pytest.mark.parametrize("option", [{"sections": (1, 1, 1, 1)}, {"width": 8}, {"final_norm": True}])
 def test_options_of_our_networks_say_nothing(option: dict[str, Any]) -> None:
     name = next(iter(option)).replace("_", "-")
-    with pytest.raises(UserError, match=rf"--{name} says nothing to model='torchvision:resnet18', .*; leave it out"):
+    with pytest.raises(UserError, match=rf"--{name} has no effect with model='torchvision:resnet18', .*; leave it out"):
         build("torchvision:resnet18", num_classes=10, **option)
 
 
@@ -142,7 +142,7 @@ def test_the_libraries_are_not_imported_before_they_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 9), nn.Flatten()), r"does not take images of 8 x 8: .*[Kk]ernel size"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 9), nn.Flatten()), r"does not accept images of 8 x 8: .*[Kk]ernel size"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 9)), r"returns the shape \(2, 9\) for two images, not"),
         (lambda: _Tuple(), r"returns a tuple, not logits"),
     ],
@@ -163,9 +163,9 @@ class _Tuple(nn.Module):
 @pytest.mark.parametrize(
     ("model", "chain", "message"),
     [
-        ("torchvision:inception_v3", (), r"does not take images of 32 x 32: .*; choose data with larger images"),
+        ("torchvision:inception_v3", (), r"does not accept images of 32 x 32: .*; choose data with larger images"),
         ("torchvision:vgg11", (), r"has no chain of residual blocks"),
-        ("torchvision:shufflenet_v2_x0_5", ("stage3:1-7",), r"stage3.1 is no residual block"),
+        ("torchvision:shufflenet_v2_x0_5", ("stage3:1-7",), r"stage3.1 is not a residual block"),
         ("torchvision:googlenet", (), r"has no chain of residual blocks"),
         ("torchvision:vit_b_16", (), ""),
         ("timm:vit_tiny_patch16_224", (), ""),
@@ -197,7 +197,7 @@ def run(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_plan_says_what_goes_with_a_block_and_what_is_only_nearly_true(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_lists_what_moves_with_a_block_and_approximations(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "--data", "cifar10", "--model", "torchvision:resnet18", "--workers", "2") == 0
     assert "note: the blocks of layer1:0-1 end in a ReLU" in capsys.readouterr().out
     assert run("plan", "--data", "cifar10", "--model", "torchvision:swin_t") == 0
@@ -205,9 +205,9 @@ def test_the_plan_says_what_goes_with_a_block_and_what_is_only_nearly_true(capsy
     assert "goes with each block" in out
     assert "attn.shift_size stochastic_depth.p" in out
     assert run("plan", "--data", "cifar10", "--model", "torchvision:resnet18", "--width", "3") == 2
-    assert "--width says nothing" in capsys.readouterr().err
+    assert "--width has no effect" in capsys.readouterr().err
     assert run("plan", "--task", "detection", "--data", "voc2007", "--model", "timm:resnet50") == 2
-    assert "--task detection takes a pre-activation ResNet of ours" in capsys.readouterr().err
+    assert "--task detection needs a pre-activation ResNet" in capsys.readouterr().err
 
 
 @pytest.mark.slow

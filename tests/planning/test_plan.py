@@ -18,23 +18,23 @@ from resist.planning.plan import Plan, check_capacities, equal_capacities, keyed
 def capacities(draw: st.DrawFn) -> tuple[int, tuple[int, ...]]:
     """A number of blocks and capacities that can hold them."""
     num_blocks = draw(st.integers(1, 30))
-    own = draw(st.lists(st.integers(1, num_blocks), min_size=1, max_size=8))
-    own[0] = max(own[0], num_blocks - sum(own[1:]))
-    return num_blocks, tuple(own)
+    sizes = draw(st.lists(st.integers(1, num_blocks), min_size=1, max_size=8))
+    sizes[0] = max(sizes[0], num_blocks - sum(sizes[1:]))
+    return num_blocks, tuple(sizes)
 
 
 @given(capacities(), st.integers(0, 2**40), st.integers(0, 10**6))
 def test_a_plan_is_complete_exact_and_balanced(case: tuple[int, tuple[int, ...]], seed: int, round: int) -> None:
-    num_blocks, own = case
-    plan = partition(num_blocks, own, seed=seed, round=round, chain="layer3:1-22")
-    assert plan.capacities == own
+    num_blocks, sizes = case
+    plan = partition(num_blocks, sizes, seed=seed, round=round, chain="layer3:1-22")
+    assert plan.capacities == sizes
     for held in plan.blocks:
         assert list(held) == sorted(set(held))
         assert set(held) <= set(range(num_blocks))
     counts = Counter(block for held in plan.blocks for block in held)
     assert set(counts) == set(range(num_blocks))
     assert max(counts.values()) - min(counts.values()) <= 1
-    assert plan == partition(num_blocks, own, seed=seed, round=round, chain="layer3:1-22")
+    assert plan == partition(num_blocks, sizes, seed=seed, round=round, chain="layer3:1-22")
     for block in range(num_blocks):
         assert len(plan.holders(block)) == counts[block]
         for worker in plan.holders(block):
@@ -43,17 +43,17 @@ def test_a_plan_is_complete_exact_and_balanced(case: tuple[int, tuple[int, ...]]
 
 def test_inclusion_is_uniform_over_rounds() -> None:
     """Each cell within 4.5 standard deviations of the binomial; 4 x 7 cells, fixed seed."""
-    num_blocks, own, rounds = 7, (5, 3, 2, 1), 3000
-    counts = np.zeros((len(own), num_blocks))
+    num_blocks, sizes, rounds = 7, (5, 3, 2, 1), 3000
+    counts = np.zeros((len(sizes), num_blocks))
     for round in range(rounds):
-        for worker, held in enumerate(partition(num_blocks, own, seed=3, round=round).blocks):
+        for worker, held in enumerate(partition(num_blocks, sizes, seed=3, round=round).blocks):
             counts[worker, list(held)] += 1
-    p = np.array(own)[:, None] / num_blocks
+    p = np.array(sizes)[:, None] / num_blocks
     assert np.abs((counts - rounds * p) / np.sqrt(rounds * p * (1 - p))).max() < 4.5
 
 
 def test_sets_are_uniform_among_those_of_their_size() -> None:
-    """A worker that comes to the end of a deck draws from two, and must be as likely to draw any pair."""
+    """A worker that uses up a deck draws from two, and must draw every pair with the same probability."""
     rounds, pairs = 3000, list(combinations(range(4), 2))
     plans = [partition(4, (2, 1, 2), seed=9, round=round) for round in range(rounds)]
     counts = Counter((worker, held) for plan in plans for worker, held in enumerate(plan.blocks))
@@ -90,8 +90,8 @@ def test_global_random_state_is_neither_read_nor_written() -> None:
     assert plans[0] == plans[1]
 
 
-def test_plans_stay_what_they_are_in_other_versions() -> None:
-    """Hosts of one job may differ in their versions of Python, and a run goes on where it was interrupted."""
+def test_plans_are_the_same_in_all_versions() -> None:
+    """Machines of one job may have different versions of Python, and a run continues with a later version."""
     assert partition(7, (3, 2, 2), seed=1, round=4, chain="layer3:1-7").blocks == FROZEN
 
 
@@ -124,20 +124,20 @@ def test_equal_capacities(num_blocks: int, workers: int, min_depth: int, expecte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((22, 0, 0), r"workers=0 is not a number of workers; give at least 1"),
+        ((22, 0, 0), r"workers=0; must be at least 1"),
         ((22, 23, 0), r"workers=23 exceeds the 22 blocks of chain layer3:1-22; use at most 22 workers"),
         ((22, 4, -1), r"min_depth=-1 is negative; give 0 to 22"),
         ((22, 4, 30), r"min_depth=30 exceeds the 22 blocks of chain layer3:1-22; lower it or add chains"),
     ],
 )
-def test_what_no_equal_capacities_can_be(arguments: tuple[int, int, int], message: str) -> None:
+def test_impossible_equal_capacities(arguments: tuple[int, int, int], message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         equal_capacities(*arguments, chain="layer3:1-22")
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("own", "message"),
+    ("sizes", "message"),
     [
         ((6, 0, 6), r"capacity 0 of worker 1 is outside 1 to 6, the blocks of the chain"),
         ((6, 7), r"capacity 7 of worker 1 is outside 1 to 6"),
@@ -145,11 +145,11 @@ def test_what_no_equal_capacities_can_be(arguments: tuple[int, int, int], messag
         ((), r"capacities \(\) hold 0 of the 6"),
     ],
 )
-def test_what_no_plan_can_have(own: tuple[int, ...], message: str) -> None:
+def test_impossible_capacities(sizes: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_capacities(6, own)
+        check_capacities(6, sizes)
     with pytest.raises(UserError, match=message):
-        partition(6, own, seed=0, round=0)
+        partition(6, sizes, seed=0, round=0)
 
 
 @given(st.integers(0, 50), st.text())

@@ -1,4 +1,4 @@
-"""Strategies: records, their switches, and what they refuse."""
+"""Strategies: records, switches, and refused arguments."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def test_resist_gives_each_worker_its_share_and_four_blocks_at_least() -> None:
     assert resist(2, capacities=(20, 2)).assign(22, "c", 0, 0).capacities == (20, 2)
 
 
-def test_local_sgd_gives_everybody_everything() -> None:
+def test_local_sgd_gives_every_worker_all_blocks() -> None:
     plan = local_sgd(3).assign(5, "c", 0, 7)
     assert (plan.held_by_all, plan.workers) == (True, 3)
 
@@ -34,11 +34,11 @@ def test_a_switch_takes_over_at_its_round() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: resist(0), r"workers=0 is not a number of workers; give at least 1"),
+        (lambda: resist(0), r"workers=0; must be at least 1"),
         (lambda: local_sgd(-1), r"workers=-1"),
-        (lambda: resist(2, 0), r"local_steps=0 is not a number of steps; give at least 1"),
+        (lambda: resist(2, 0), r"local_steps=0; must be at least 1"),
         (lambda: resist(3, capacities=(1, 2)), r"2 capacities for 3 workers; give one for each worker"),
-        (lambda: resist(2, capacities=(1, 2), min_depth=1), r"min_depth=1 says nothing beside explicit capacities"),
+        (lambda: resist(2, capacities=(1, 2), min_depth=1), r"min_depth=1 has no effect with explicit capacities"),
         (lambda: resist(23).assign(22, "c", 0, 0), r"workers=23 exceeds the 22 blocks of chain c"),
         (lambda: resist(2, min_depth=30).assign(22, "c", 0, 0), r"min_depth=30 exceeds the 22 blocks of chain c"),
         (lambda: resist(2, capacities=(1, 2)).assign(22, "c", 0, 0), r"hold 3 of the 22 blocks of chain c"),

@@ -73,9 +73,9 @@ class Dying(Distributed):
         self.count()
         return Waiting(self, super().transfer(moves))
 
-    def mean(self, tensors: Any, kind: str) -> Handle:
+    def mean(self, tensors: Any, traffic_kind: str) -> Handle:
         self.count()
-        return Waiting(self, super().mean(tensors, kind))
+        return Waiting(self, super().mean(tensors, traffic_kind))
 
 
 class Waiting:

@@ -1,4 +1,4 @@
-"""Chains: found in networks of all kinds, and named by the user."""
+"""Chains: found in any network, or named by the user."""
 
 from collections.abc import Callable, Sequence
 
@@ -47,7 +47,7 @@ def model_of(*blocks: nn.Module, container: type = nn.Sequential) -> nn.Module:
 
 
 @pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])
-def test_neighbors_of_one_kind_are_a_chain(container: type) -> None:
+def test_neighbors_of_one_class_are_a_chain(container: type) -> None:
     model = model_of(Block(3), Block(), Block(), Block(), nn.Linear(4, 4), nn.Linear(4, 4), container=container)
     (chain,) = find_chains(model)
     assert (chain.name, chain.num_blocks, chain.block_name(0)) == ("body:1-3", 3, "body.1")
@@ -74,7 +74,7 @@ def test_what_differs_ends_a_chain(odd: nn.Module) -> None:
 def test_attributes_that_differ_go_with_their_block() -> None:
     model = model_of(Block(slope=0.1), Block(slope=0.2, label="x"), Block(slope=0.2))
     (chain,) = find_chains(model)
-    assert (chain.name, chain.kind) == ("body:0-2", "plain")
+    assert (chain.name, chain.skip_type) == ("body:0-2", "plain")
     assert [(one.module, one.name, one.values) for one in chain.varying] == [
         ("", "slope", (0.1, 0.2, 0.2)), ("", "label", ("", "x", "")),
     ]  # fmt: skip
@@ -96,7 +96,7 @@ def test_a_value_is_put_as_a_copy() -> None:
 
 
 def test_no_skip_connection_no_chain() -> None:
-    """By default the longest chain of residual blocks, however long a run of others is; by name neither."""
+    """The default is the longest chain of residual blocks, even if there is a longer run of other blocks."""
 
     class Bare(Block):
         def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def test_no_skip_connection_no_chain() -> None:
     assert choose_chains(model)[0].name == "good:0-1"
     with pytest.raises(UserError, match=r"chain 'bare:0-4': its blocks have no skip connection: .*; found: good:0-1"):
         choose_chains(model, ("bare:0-4",))
-    with pytest.raises(UserError, match=r"deal out: body:0-2 is a run of equal blocks, but its blocks have no"):
+    with pytest.raises(UserError, match=r"partition: body:0-2 is a run of equal blocks, but its blocks have no"):
         choose_chains(model_of(Bare(), Bare(), Bare()))
 
 
@@ -122,7 +122,7 @@ def test_blocks_with_and_without_a_skip_connection() -> None:
     assert names(model_of(Switched(label="off"), *on[:2], Switched(label="off"), *on[2:])) == ["body:4-6", "body:1-2"]
 
 
-def test_blocks_that_cannot_be_tried_have_to_be_named() -> None:
+def test_blocks_that_cannot_be_tested_have_to_be_named() -> None:
     class Fussy(Block):
         def forward(self, x: Tensor, size: int) -> Tensor:  # type: ignore[override]
             return super().forward(x)
@@ -131,14 +131,14 @@ def test_blocks_that_cannot_be_tried_have_to_be_named() -> None:
     with pytest.raises(UserError, match=r"the blocks of body:0-3 may be residual, but .*; name the chain \(body:0-3\)"):
         choose_chains(model)
     (chain,) = choose_chains(model, ("body",))
-    assert (chain.kind, chain.num_blocks, len(chain.varying)) == ("unknown", 4, 1)
+    assert (chain.skip_type, chain.num_blocks, len(chain.varying)) == ("unknown", 4, 1)
     with_good = nn.ModuleDict({"fussy": model, "good": nn.Sequential(Block(), Block())})
-    assert [chain.kind for chain in find_chains(with_good)] == ["plain", "unknown"]
+    assert [chain.skip_type for chain in find_chains(with_good)] == ["plain", "unknown"]
     assert choose_chains(with_good)[0].name == "good:0-1"
 
 
 def test_functions_and_tables_end_a_chain() -> None:
-    """What is neither a weight nor a plain value cannot go with a block, so it has to be the same."""
+    """Values other than weights and scalars cannot move with a block, so they have to be the same."""
     blocks = [Block() for _ in range(6)]
     blocks[2].act = torch.relu
     blocks[3].act = torch.tanh
@@ -158,23 +158,23 @@ def test_functions_and_tables_end_a_chain() -> None:
         ([Block()] * 2, r"body blocks 0 to 1 have parameters in common with one another"),
     ],
 )
-def test_the_nearest_miss_is_told(blocks: Sequence[nn.Module], reason: str) -> None:
+def test_the_nearest_miss_is_reported(blocks: Sequence[nn.Module], reason: str) -> None:
     with pytest.raises(UserError, match=reason) as raised:
         choose_chains(model_of(*blocks))
     assert "\n" not in str(raised.value)
 
 
-def test_a_container_of_another_kind_is_named() -> None:
+def test_another_container_is_reported() -> None:
     class Stage(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.one, self.two = Block(), Block()
 
-    with pytest.raises(UserError, match=r"body.0 blocks 0 to 1 are children of a Stage, which is no nn.Sequential"):
+    with pytest.raises(UserError, match=r"body.0 blocks 0 to 1 are children of a Stage, which is not an nn.Sequential"):
         choose_chains(model_of(Stage()))
 
 
-def test_what_is_only_nearly_true_of_a_kind_is_said() -> None:
+def test_caveats_of_scaling() -> None:
     with torch.device("meta"):
         resnet, vit = torchvision.models.resnet50(), torchvision.models.vit_b_16()
     assert "relu(x + scale * f(x)) except where x + f(x) < 0" in choose_chains(resnet)[0].caveat
@@ -189,7 +189,7 @@ def test_lone_and_bare_modules_are_no_chain() -> None:
 
 
 def test_tied_blocks_are_no_chain() -> None:
-    """Weights that two blocks have in common cannot lie in two slots."""
+    """Weights that two blocks share cannot be in two slots."""
     same = Block()
     assert names(model_of(same, same, same)) == []
     first, second = Block(), Block()
@@ -262,11 +262,11 @@ def test_a_chain_by_name(chain: str, first: int, last: int) -> None:
         ("layer9", r"chain 'layer9': 'layer9' has no run of residual blocks; found: layer3:1-5, "),
         ("fc", r"'fc' has no run"),
         ("layer3:0-5", r"blocks 0 and 1 of layer3 differ in parameter conv1.weight: \(256, 512, 1, 1\) and \(256, 10"),
-        ("layer3:1-9", r"not there"),
-        ("layer3:5-1", r"does not read NAME:FIRST-LAST, as in layer3:1-22"),
-        ("layer3:1-1", r"does not read NAME:FIRST-LAST"),
-        ("layer3:a-b", r"does not read NAME:FIRST-LAST"),
-        ("layer3:1", r"does not read NAME:FIRST-LAST"),
+        ("layer3:1-9", r"do not exist"),
+        ("layer3:5-1", r"does not have the form NAME:FIRST-LAST, as in layer3:1-22"),
+        ("layer3:1-1", r"does not have the form NAME:FIRST-LAST"),
+        ("layer3:a-b", r"does not have the form NAME:FIRST-LAST"),
+        ("layer3:1", r"does not have the form NAME:FIRST-LAST"),
     ],
 )
 def test_refused_names(chain: str, message: str) -> None:
@@ -278,7 +278,9 @@ def test_refused_names(chain: str, message: str) -> None:
 
 
 def test_a_model_without_a_chain() -> None:
-    with pytest.raises(UserError, match=r"has no chain of residual blocks, so there is nothing to deal out: no nn.Seq"):
+    with pytest.raises(
+        UserError, match=r"has no chain of residual blocks, so there is nothing to partition: no nn.Seq"
+    ):
         choose_chains(nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"'x' has no run of residual blocks; found: none"):
         choose_chains(nn.Linear(2, 2), ("x",))
@@ -298,7 +300,7 @@ def test_nested_and_overlapping_chains() -> None:
 def test_a_chain_behind_another_in_a_module_list() -> None:
     model = model_of(Nest(), Nest(), Nest(), container=nn.ModuleList)
     assert len(choose_chains(model, ("body:1-2", "body.0.inner"))) == 2
-    with pytest.raises(UserError, match=r"chain body.2.inner:0-2 lies behind body:0-1 in an nn.ModuleList"):
+    with pytest.raises(UserError, match=r"chain body.2.inner:0-2 comes after body:0-1 in an nn.ModuleList"):
         choose_chains(model, ("body:0-1", "body.2.inner"))
 
 

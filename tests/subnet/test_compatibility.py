@@ -1,4 +1,4 @@
-"""Attributes that differ along a chain go with their blocks; branches of blocks that return more than a tensor."""
+"""Attributes that differ along a chain move with their blocks; scaling of blocks that return a tuple."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ BLOCKS = 7
 
 
 class Gated(nn.Module):
-    """A block that knows its number, and works by it."""
+    """A block that depends on its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_they_are_where_their_block_is_in_every_round(strategy: object) -> None:
 
 
 def job_network(job: Job) -> nn.Module:
-    """A network as it was built: nobody has trained."""
+    """The network as it was built, without training."""
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
         return Net()
@@ -103,17 +103,17 @@ def test_the_branch_of_a_block_that_returns_a_tuple_and_is_called_by_name(scale:
     [lambda x: {"x": x}, lambda x: x[:1], lambda x: None, lambda x: (None, x)],
     ids=["dict", "shape", "nothing", "second"],
 )
-def test_a_block_that_cannot_be_scaled_is_named(forward: object) -> None:
+def test_a_block_that_cannot_be_scaled_is_reported(forward: object) -> None:
     class Odd(Gated):
         pass
 
-    host = Net()
-    chains = choose_chains(host, ("layers:0-1",))
-    host.layers[0] = Odd(0)
-    host.layers[0].forward = forward  # type: ignore[method-assign,assignment]
-    scale_branches(host, chains, [0.5])
+    net = Net()
+    chains = choose_chains(net, ("layers:0-1",))
+    net.layers[0] = Odd(0)
+    net.layers[0].forward = forward  # type: ignore[method-assign,assignment]
+    scale_branches(net, chains, [0.5])
     with pytest.raises(UserError, match=r"an? Odd cannot be scaled: it has to take a tensor and return one"):
-        host.layers[0](torch.randn(2, 4))
+        net.layers[0](torch.randn(2, 4))
 
 
 def test_windows_are_shifted_with_their_block() -> None:

@@ -1,4 +1,4 @@
-"""Sub-networks: real shallow networks, views into one flat tensor, that lose nothing and keep their parameters."""
+"""Sub-networks: shallow networks of views into one flat tensor, which lose nothing and keep their parameters."""
 
 from collections import OrderedDict
 
@@ -22,7 +22,7 @@ from support import BLOCKS, by_name, floats, make, sgd, tiny, train
 
 
 class Zoo(nn.Module):
-    """Containers of all kinds: named children, two chains in one container, a list, a chain behind a chain."""
+    """Containers of several forms: named children, two chains in one container, a list, a chain behind a chain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ def partitions(draw: st.DrawFn) -> tuple[tuple[str, ...], Strategy]:
     workers = draw(st.integers(1, 4))
 
     def assign(num_blocks: int, chain: str, seed: int, round: int) -> Plan:
-        own = rounds[round % len(rounds)][chain]
-        own = (max(own[0], num_blocks - sum(own[1:])), *own[1:])
-        return partition(num_blocks, own, seed=seed, round=round, chain=chain)
+        drawn = rounds[round % len(rounds)][chain]
+        capacities = (max(drawn[0], num_blocks - sum(drawn[1:])), *drawn[1:])
+        return partition(num_blocks, capacities, seed=seed, round=round, chain=chain)
 
     rounds = [
         {name: [draw(st.integers(1, ZOO_CHAINS[name])) for _ in range(workers)] for name in names}
@@ -72,7 +72,7 @@ def partitions(draw: st.DrawFn) -> tuple[tuple[str, ...], Strategy]:
 
 @given(partitions(), st.booleans(), st.integers(0, 99), st.integers(0, 3))
 @settings(max_examples=25)
-def test_splitting_and_folding_gives_everything_back(
+def test_splitting_and_averaging_restores_all_weights(
     case: tuple[tuple[str, ...], Strategy], channels_last: bool, seed: int, rounds: int
 ) -> None:
     """Bit for bit, through any number of rounds without training."""
@@ -103,7 +103,7 @@ def job_full(seed: int) -> dict[str, Tensor]:
 def test_a_subnetwork_computes_what_the_full_network_does_without_the_others(
     case: tuple[tuple[str, ...], Strategy], channels_last: bool
 ) -> None:
-    """The blocks that a worker does not hold are replaced by nothing: compare with the full one, these cut out."""
+    """Compare with the full network in which the blocks that a worker does not hold are replaced by nn.Identity."""
     names, strategy = case
     job = Job(zoo, strategy, chains=names, seed=1, channels_last=channels_last, batchnorm="average")
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -151,7 +151,7 @@ def test_large_weights_are_aligned_to_64_bytes() -> None:
 
 
 def test_the_full_network_is_never_allocated() -> None:
-    """A template on meta, and a sub-network of a tenth of it: nothing of the template's size may be made."""
+    """A template on the meta device and a sub-network of a tenth of it: nothing larger is allocated."""
     with torch.device("meta"):
         template = build("preact_resnet101", num_classes=10)
     largest = 0
@@ -215,7 +215,24 @@ def test_tied_weights_of_the_shared_part_stay_tied() -> None:
     assert full.extra.weight is full.head.weight
 
 
-def test_growing_and_shrinking_keeps_what_stays() -> None:
+def test_a_container_may_have_parameters_of_its_own() -> None:
+    class Scaled(nn.Sequential):
+        def __init__(self, *blocks: nn.Module) -> None:
+            super().__init__(*blocks)
+            self.scale = nn.Parameter(torch.full((1,), 2.0))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * self.scale
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Scaled(*(PreActBlock(4, 4, 1) for _ in range(3)), nn.Conv2d(4, 2, 1)))
+    subnet = Subnet(model, choose_chains(model), (1,))
+    subnet.load(tensors_of(model), [(1,)])
+    state = subnet.state([(1,)])
+    assert set(state) == {name for name in tensors_of(model) if not name.startswith(("1.0.", "1.2."))}
+    assert all(torch.equal(value, tensors_of(model)[name]) for name, value in state.items())
+
+
+def test_growing_and_shrinking_keeps_the_remaining_parameters() -> None:
     model = tiny()
     chains = choose_chains(model)
     subnet = Subnet(model, chains, (2,))
@@ -263,7 +280,7 @@ def test_several_types_are_refused() -> None:
         Subnet(model, choose_chains(model), (2,))
 
 
-def test_moved_parameters_are_named() -> None:
+def test_moved_parameters_are_reported() -> None:
     job, _ = make(resist(2, 1))
     job.workers[1].model.to(memory_format=torch.channels_last)
     with pytest.raises(UserError, match=r"parameter '.*' was moved out of the sub-network's flat tensor"):

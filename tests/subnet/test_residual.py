@@ -1,4 +1,4 @@
-"""Skip connections, found by trying: whatever the block is called and however it is written."""
+"""Skip connections, detected by running a block, independent of its name and its code."""
 
 from collections.abc import Callable
 
@@ -64,16 +64,16 @@ BLOCKS: dict[str, tuple[Callable[..., object], str]] = {
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_of_all_kinds(name: str) -> None:
-    forward, kind = BLOCKS[name]
-    assert skip_of(Made(forward), Call((torch.randn(2, 4, 6),))) == kind
-    if name not in ("another shape", "half of it"):  # which the first guess, an image, takes for something else
-        assert skip_of(Made(forward)) == kind
+def test_blocks_of_all_types(name: str) -> None:
+    forward, skip_type = BLOCKS[name]
+    assert skip_of(Made(forward), Call((torch.randn(2, 4, 6),))) == skip_type
+    if name not in ("another shape", "half of it"):  # the first guess, an image, gives another result
+        assert skip_of(Made(forward)) == skip_type
 
 
 @pytest.mark.parametrize("build", [lambda: Made(lambda m, x, size: x), lambda: Made(lambda m, x: {"x": x}),
                                    lambda: Made(lambda m, xs: [x + m.f(x) for x in xs["all"]])])  # fmt: skip
-def test_what_cannot_be_tried_is_unknown(build: Callable[[], nn.Module]) -> None:
+def test_a_block_that_cannot_be_run_is_unknown(build: Callable[[], nn.Module]) -> None:
     assert skip_of(build()) == UNKNOWN
 
 
@@ -86,7 +86,7 @@ def test_named_arguments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "kind"),
+    ("build", "skip_type"),
     [
         (lambda: PreActBlock(4, 4, 1), PLAIN),
         (lambda: PreActBlock(4, 4, 2), SHAPE),
@@ -100,12 +100,12 @@ def test_named_arguments() -> None:
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_blocks_of_libraries(build: Callable[[], nn.Module], kind: str, device: str) -> None:
-    """Without weights a block is found to be what it is with them."""
+def test_blocks_of_libraries(build: Callable[[], nn.Module], skip_type: str, device: str) -> None:
+    """The result is the same for a block on the meta device."""
     with torch.device(device):
         block = build()
-    call = Call((torch.randn(2, 4, 8, 8),)) if kind == SHAPE else None
-    assert skip_of(block, call) == kind
+    call = Call((torch.randn(2, 4, 8, 8),)) if skip_type == SHAPE else None
+    assert skip_of(block, call) == skip_type
 
 
 def test_nothing_is_touched() -> None:
@@ -119,7 +119,7 @@ def test_nothing_is_touched() -> None:
     assert all(torch.equal(t, before[n]) for n, t in block.state_dict().items())
 
 
-def test_forms_of_what_a_block_takes_and_returns() -> None:
+def test_forms_of_arguments_and_outputs() -> None:
     x, y = torch.zeros(2), torch.ones(2)
     assert hidden_in((x, y), {}) is x
     assert hidden_in((), {"mask": None, "hidden": y}) is y

@@ -1,4 +1,4 @@
-"""The laws that a network has to keep, and networks that break one each."""
+"""The laws that a network has to satisfy, and networks that break one each."""
 
 from collections.abc import Callable
 
@@ -76,7 +76,7 @@ def twice(net: Net, x: Tensor) -> Tensor:
 
 
 def dense(net: Net, x: Tensor) -> Tensor:
-    """Every block sees what all before it gave."""
+    """Every block gets the sum of all earlier outputs."""
     states = [x]
     for block in net.blocks:
         states.append(block(torch.stack(states).sum(0)))
@@ -101,13 +101,13 @@ def test_a_network_that_keeps_the_laws_is_left_as_it_was(container: type) -> Non
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
-        (enumerated, r"blocks 0 2 of blocks:0-3 does not compute .* goes by the position of a block"),
-        (zipped, r"goes by the position of a block"),
-        (last_is_special, r"goes by the position of a block"),
-        (by_depth, r"blocks 0 2 of blocks:0-3 cannot be run \(IndexError: .*\): the network counts on its number"),
+        (enumerated, r"blocks 0 2 of blocks:0-3 does not compute .* depends on the position of a block"),
+        (zipped, r"depends on the position of a block"),
+        (last_is_special, r"depends on the position of a block"),
+        (by_depth, r"blocks 0 2 of blocks:0-3 cannot be run \(IndexError: .*\): the network depends on its number"),
         (backwards, r"does not call the blocks of blocks:0-3 once each, one after another"),
         (twice, r"does not call the blocks of blocks:0-3 once each, one after another"),
-        (dense, r"goes by the position of a block"),
+        (dense, r"depends on the position of a block"),
     ],
 )
 def test_networks_that_break_a_law(forward: Callable[[Net, Tensor], Tensor], message: str) -> None:
@@ -117,17 +117,17 @@ def test_networks_that_break_a_law(forward: Callable[[Net, Tensor], Tensor], mes
 
 
 def test_small_differences_are_seen() -> None:
-    """A fresh network whose layers hardly matter yet: what goes by position has to show all the same."""
+    """Small initial weights must not hide that a network depends on the position of a block."""
     net = Net(enumerated)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(1e-9)
-    with pytest.raises(UserError, match="goes by the position"):
+    with pytest.raises(UserError, match="depends on the position"):
         check(net)
 
 
 def test_blocks_that_only_look_residual() -> None:
-    """With the inputs that the network gives, a block shows what it is."""
+    """A block is tested with the inputs that it gets in the network."""
 
     class Shuffle(Block):
         def forward(self, x: Tensor, extra: Tensor | float = 0.0) -> Tensor:
@@ -147,7 +147,7 @@ def test_blocks_that_only_look_residual() -> None:
 
     net.blocks = nn.ModuleList(Fussy() for _ in range(3))
     chains = choose_chains(net, ("blocks",))
-    with pytest.raises(UserError, match=r"blocks.0 is no residual block: with all its weights zero"):
+    with pytest.raises(UserError, match=r"blocks.0 is not a residual block: with all its weights zero"):
         check_network(net, chains, lambda network: network(torch.randn(3, 8)))
 
 

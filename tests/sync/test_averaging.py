@@ -1,4 +1,4 @@
-"""Folding, and what becomes of the optimizer's state: `fold.py` says it, this checks it."""
+"""Means over holders, and the policies for the optimizer's state at a synchronization."""
 
 import pytest
 import torch
@@ -32,31 +32,31 @@ def is_shared(name: str) -> bool:
 
 
 def mean_over_holders(held: list[dict[str, Tensor]], name: str) -> Tensor:
-    return torch.stack([one[name] for one in held if name in one]).mean(0)
+    return torch.stack([tensors[name] for tensors in held if name in tensors]).mean(0)
 
 
 @pytest.mark.parametrize("capacities", [(2, 2, 2), (4, 3, 3)])
 @pytest.mark.parametrize("policy", ["keep", "travel", "average"])
-@pytest.mark.parametrize(("optimizer", "kinds"), [(sgd, ["momentum_buffer"]), (adamw, ["exp_avg", "exp_avg_sq"])])
-def test_state_at_a_synchronization(optimizer, kinds: list[str], policy: str, capacities: tuple[int, ...]) -> None:
-    """Twice: the state is the optimizer's own tensor in the first round, a view of ours from then on."""
+@pytest.mark.parametrize(("optimizer", "names"), [(sgd, ["momentum_buffer"]), (adamw, ["exp_avg", "exp_avg_sq"])])
+def test_state_at_a_synchronization(optimizer, names: list[str], policy: str, capacities: tuple[int, ...]) -> None:
+    """Two rounds: the state is a tensor of the optimizer in the first one, and a view of a flat tensor from then on."""
     job, optimizers = make(resist(3, 2, capacities=capacities, optimizer_state=policy), optimizer)
     for _ in range(2):
         local_step(job, optimizers)
         job.step(*optimizers)
         local_step(job, optimizers)
-        before = {kind: states(job, optimizers, kind) for kind in kinds}
+        before = {state_name: states(job, optimizers, state_name) for state_name in names}
         assert job.step(*optimizers)
-        for kind in kinds:
-            for worker, after in enumerate(states(job, optimizers, kind)):
+        for state_name in names:
+            for worker, after in enumerate(states(job, optimizers, state_name)):
                 assert len(after) == len(list(job.workers[worker].model.parameters()))
                 for name, value in after.items():
-                    own = before[kind][worker].get(name)
+                    kept = before[state_name][worker].get(name)
                     if policy == "average" or (policy == "travel" and not is_shared(name)):
-                        expected = mean_over_holders(before[kind], name)
+                        expected = mean_over_holders(before[state_name], name)
                     else:
-                        expected = torch.zeros_like(value) if own is None else own
-                    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-15, msg=f"{kind} of {name}")
+                        expected = torch.zeros_like(value) if kept is None else kept
+                    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-15, msg=f"{state_name} of {name}")
     train(job, optimizers, 1)
 
 
@@ -77,9 +77,9 @@ def test_adams_step_count_stays() -> None:
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_a_change_of_capacities_keeps_the_optimizer_going(optimizer, policy: str) -> None:
     """local SGD for 2 rounds, ResIST for 2, and local SGD again: the sub-networks shrink and grow."""
-    everyone, own = local_sgd(2, 2, optimizer_state=policy), resist(2, 2, capacities=(4, 3), optimizer_state=policy)
-    job, optimizers = make(switch(switch(everyone, own, at_round=2), everyone, at_round=4), optimizer)
-    kind = "momentum_buffer" if optimizer is sgd else "exp_avg"
+    everyone, parts = local_sgd(2, 2, optimizer_state=policy), resist(2, 2, capacities=(4, 3), optimizer_state=policy)
+    job, optimizers = make(switch(switch(everyone, parts, at_round=2), everyone, at_round=4), optimizer)
+    state_name = "momentum_buffer" if optimizer is sgd else "exp_avg"
     kept = [dict(worker.model.named_parameters()) for worker in job.workers]
     for round, capacity in enumerate([(6, 6), (6, 6), (4, 3), (4, 3), (6, 6), (6, 6)]):
         assert tuple(worker.subnet.capacities[0] for worker in job.workers) == capacity, round
@@ -95,18 +95,18 @@ def test_a_change_of_capacities_keeps_the_optimizer_going(optimizer, policy: str
             assert all(not torch.equal(a, b) for a, b in zip(before, now.values(), strict=True))
         job.step(*optimizers)
         local_step(job, optimizers)
-        momenta = states(job, optimizers, kind)
+        momenta = states(job, optimizers, state_name)
         job.step(*optimizers)
         if policy == "average" or (policy == "travel" and round in (1, 2, 3)):
-            check_moved(job, momenta, states(job, optimizers, kind))
+            check_moved(job, momenta, states(job, optimizers, state_name))
     assert job.round == 6
 
 
 def check_moved(job: Job, before: list[dict[str, Tensor]], after: list[dict[str, Tensor]]) -> None:
-    for one in after:
-        for name in one:
+    for tensors in after:
+        for name, value in tensors.items():
             if not is_shared(name):
-                torch.testing.assert_close(one[name], mean_over_holders(before, name), rtol=1e-12, atol=1e-15)
+                torch.testing.assert_close(value, mean_over_holders(before, name), rtol=1e-12, atol=1e-15)
 
 
 def test_parameter_groups_keep_their_members() -> None:

@@ -1,4 +1,4 @@
-"""Several processes: the same weights as one, the same ledger everywhere, and an end where a peer is gone."""
+"""Several processes: the weights of one process, equal accounts in all of them, and an error if one is lost."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ TOLERANCE = 1e-10
 
 @dataclass
 class Case:
-    """What to train, in a form that can be sent to a process."""
+    """A training run, in a form that can be sent to a process."""
 
     capacities: tuple[int, ...]
     policy: str = "travel"
@@ -42,14 +42,21 @@ class Case:
         return len(self.capacities)
 
     def strategy(self) -> Strategy:
-        one = resist(self.workers, 2, capacities=self.capacities, optimizer_state=self.policy)
+        strategy = resist(self.workers, 2, capacities=self.capacities, optimizer_state=self.policy)
         first = local_sgd(self.workers, 2, optimizer_state=self.policy)
-        return switch(first, one, at_round=2) if self.warm_up else one
+        return switch(first, strategy, at_round=2) if self.warm_up else strategy
 
 
 @dataclass
 class Result:
-    """full: the full network, where worker 0 is hosted. flats, momenta: of each hosted worker. ledgers: one a round."""
+    """The result of a case in one process.
+
+    Attributes:
+        full: The full network, in the process of worker 0.
+        flats: The flat tensor of each hosted worker.
+        momenta: The momentum of each hosted worker by global dotted name.
+        ledgers: The traffic accounts of each round, and of the assembly of the full network.
+    """
 
     full: dict[str, Tensor] | None
     flats: dict[int, Tensor]
@@ -58,7 +65,7 @@ class Result:
 
 
 def run_case(case: Case, alone: bool = False) -> Result:
-    """Train `case` in this process and its peers, or `alone`. The default transport is what `connect` finds."""
+    """Train `case` in this process and its peers, or `alone`."""
     transport = Local(case.workers) if alone else None
     job, optimizers = make(
         case.strategy(), adamw if case.adam else sgd, transport=transport, seed=2, channels_last=case.channels_last
@@ -73,11 +80,11 @@ def run_case(case: Case, alone: bool = False) -> Result:
             ledgers.append(job.transport.take())
     full = job.full_model()
     ledgers.append(job.transport.take())
-    kind = "exp_avg" if case.adam else "momentum_buffer"
+    state_name = "exp_avg" if case.adam else "momentum_buffer"
     return Result(
         None if full is None else floats(full),
         {worker.index: worker.subnet.flat.clone() for worker in job.workers},
-        {w.index: s for w, s in zip(job.workers, states(job, optimizers, kind), strict=True)},
+        {w.index: s for w, s in zip(job.workers, states(job, optimizers, state_name), strict=True)},
         ledgers,
     )
 
@@ -101,49 +108,51 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_the_number_of_processes_does_not_matter(pool: Pool, case: Case) -> None:
-    """1, 2 and 4 processes that host 4 workers: weights, statistics and momentum to 1e-10 in double precision; the
-    books of all processes are equal, and those of different numbers of processes too, but for the bytes on wires."""
+    """1, 2 and 4 processes that host 4 workers: equal weights, statistics and momentum, to 1e-10 in double precision.
+
+    The accounts of all processes are equal, and those of different numbers of processes too, except for wire bytes.
+    """
     alone = run_case(case, alone=True)
     for processes in (2, 4):
         results = pool.run(processes, run_case, case)
         check_equal(alone, merged(results))
         for result in results:
-            for ours, theirs, first in zip(result.ledgers, alone.ledgers, results[0].ledgers, strict=True):
-                assert books(ours) == books(first)
-                for key in ("bytes", "messages") if "evaluate" in ours["bytes"] else ("bytes", "messages", "pairs"):
-                    assert without_control(ours[key]) == without_control(theirs[key])
+            for ledger, expected, first in zip(result.ledgers, alone.ledgers, results[0].ledgers, strict=True):
+                assert without_times(ledger) == without_times(first)
+                for key in ("bytes", "messages") if "evaluate" in ledger["bytes"] else ("bytes", "messages", "pairs"):
+                    assert without_control(ledger[key]) == without_control(expected[key])
 
 
-def books(ledger: dict[str, Any]) -> dict[str, Any]:
+def without_times(ledger: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in ledger.items() if key != "wait_s"}
 
 
 def without_control(counted: Any) -> Any:
-    """Texts go between processes, so they alone depend on how many there are."""
-    return {k: n for k, n in counted.items() if k != "control"} if isinstance(counted, dict) else counted
+    """Texts are sent between processes, so only they depend on the number of processes."""
+    return {name: n for name, n in counted.items() if name != "control"} if isinstance(counted, dict) else counted
 
 
-def check_equal(one: Result, other: Result) -> None:
-    assert one.full is not None
-    assert other.full is not None
-    assert one.flats.keys() == other.flats.keys()
-    for worker, flat in one.flats.items():
-        torch.testing.assert_close(other.flats[worker], flat, rtol=TOLERANCE, atol=TOLERANCE)
-        assert one.momenta[worker].keys() == other.momenta[worker].keys()
-        for name, value in one.momenta[worker].items():
-            torch.testing.assert_close(other.momenta[worker][name], value, rtol=TOLERANCE, atol=TOLERANCE)
-    for name, value in one.full.items():
-        torch.testing.assert_close(other.full[name], value, rtol=TOLERANCE, atol=TOLERANCE)
+def check_equal(expected: Result, actual: Result) -> None:
+    assert expected.full is not None
+    assert actual.full is not None
+    assert expected.flats.keys() == actual.flats.keys()
+    for worker, flat in expected.flats.items():
+        torch.testing.assert_close(actual.flats[worker], flat, rtol=TOLERANCE, atol=TOLERANCE)
+        assert expected.momenta[worker].keys() == actual.momenta[worker].keys()
+        for name, value in expected.momenta[worker].items():
+            torch.testing.assert_close(actual.momenta[worker][name], value, rtol=TOLERANCE, atol=TOLERANCE)
+    for name, value in expected.full.items():
+        torch.testing.assert_close(actual.full[name], value, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_three_workers_in_two_processes(pool: Pool) -> None:
-    """One process hosts one worker, the other two: the mean weighs them as workers, not as processes."""
+    """One process hosts one worker, the other one two: the mean has equal weights for workers, not for processes."""
     case = Case((3, 2, 2), policy="average")
     check_equal(run_case(case, alone=True), merged(pool.run(2, run_case, case)))
 
 
 def test_shared_parts_have_the_same_bits(pool: Pool) -> None:
-    """All workers end a round with one and the same shared part, in whatever process they live."""
+    """All workers of all processes end a round with the same shared part, bit for bit."""
     for processes in (2, 4):
         results = merged(pool.run(processes, shared_parts, Case((2, 2, 2, 2), steps=4)))
         assert all(torch.equal(flat, results.flats[0]) for flat in results.flats.values())
@@ -157,7 +166,7 @@ def shared_parts(case: Case) -> Result:
 
 
 def test_without_learning_nothing_changes_by_a_bit(pool: Pool) -> None:
-    """Parameters at rate 0, 5 rounds of folding and handing over: bit for bit the first ones."""
+    """Parameters after 5 rounds at learning rate 0 are the initial ones, bit for bit."""
     case = Case((4, 3, 1, 2), lr=0.0, steps=10)
     start = weights(make(case.strategy(), seed=2, transport=Local(4))[0])
     for processes in (2, 4):
@@ -168,14 +177,14 @@ def test_without_learning_nothing_changes_by_a_bit(pool: Pool) -> None:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_bytes_on_the_wire(pool: Pool, processes: int) -> None:
-    """Only what leaves a process: messages between workers of one are copies; the mean runs between processes."""
+    """Messages between workers of one process are not counted; the mean counts as one between processes."""
     case = Case((4, 3, 1, 2), policy="average")
     job, _ = make(case.strategy(), seed=2, transport=Local(4))
-    subnet, host = job.workers[0].subnet, [worker * processes // 4 for worker in range(4)]
+    subnet, process_of = job.workers[0].subnet, [worker * processes // 4 for worker in range(4)]
     for result in pool.run(processes, run_case, case):
         for ledger in result.ledgers[:-1]:
             shared = processes * allreduce_bytes(subnet.shared_layout.numel * 8, processes)
-            crossing = sum(n for source, target, n in ledger["pairs"] if host[source] != host[target])
+            crossing = sum(n for source, target, n in ledger["pairs"] if process_of[source] != process_of[target])
             assert ledger["wire_bytes"]["shared"] == shared
             blocks_and_state = ledger["wire_bytes"]["blocks"] + ledger["wire_bytes"]["state"]
             assert blocks_and_state == crossing + shared  # the momentum of the shared part is averaged too
@@ -183,9 +192,9 @@ def test_bytes_on_the_wire(pool: Pool, processes: int) -> None:
 
 def mixed_up(options: list[dict[str, Any]]) -> str:
     rank = torch.distributed.get_rank()
-    own = {"strategy": resist(2, 2), **options[min(rank, len(options) - 1)]}
+    arguments = {"strategy": resist(2, 2), **options[min(rank, len(options) - 1)]}
     try:
-        make(own.pop("strategy"), **own)
+        make(arguments.pop("strategy"), **arguments)
     except UserError as error:
         return str(error)
     return "agreed"
@@ -242,7 +251,7 @@ def gather(texts: list[str]) -> tuple[list[str], int, str]:
 
 
 def test_texts_of_different_lengths(pool: Pool) -> None:
-    """Each gets all; a key that only one process has is named too."""
+    """Every process gets all of them; a key that only one process has is reported too."""
     for gathered, num_bytes, message in pool.run(2, gather, ["grüße", "x" * 3000]):
         assert gathered == ["grüße", "x" * 3000]
         assert num_bytes == 2 * (PACKET_BYTES + 3000) + 2 * PACKET_BYTES
@@ -261,7 +270,7 @@ def test_more_processes_than_workers(pool: Pool) -> None:
 
 
 def lose(how: str, at: str) -> tuple[str, float]:
-    """Process 1 goes away in its second round; what the others get, and after how many seconds."""
+    """Lose process 1 in its second round. Returns the error of the others, and the seconds until they raise it."""
     rank = torch.distributed.get_rank()
     size = torch.distributed.get_world_size()
     job, optimizers = make(resist(size, 2), timeout_s=4.0)
@@ -293,7 +302,7 @@ def lose(how: str, at: str) -> tuple[str, float]:
     [("raise", "step", 2), ("kill", "step", 4), ("kill", "step", 2), ("stall", "step", 2), ("kill", "full_model", 2)],
 )
 def test_the_loss_of_a_worker_ends_the_others(pool: Pool, how: str, at: str, processes: int) -> None:
-    """At once where its connections close, after the timeout of 4 s where it says nothing. Never a hang."""
+    """At once if its connections close, after the timeout of 4 s otherwise. The others never hang."""
     outcomes = pool.outcomes(processes, lose, how, at, timeout_s=40)
     lost = outcomes.pop(1)
     assert lost.error is not None
@@ -321,7 +330,7 @@ def sleep() -> None:
 
 @pytest.mark.slow
 def test_the_pool_itself(pool: Pool) -> None:
-    """An exception arrives with its traceback, silence ends with the timeout, and the pool goes on afterwards."""
+    """An exception arrives with its traceback, a hang ends with the timeout, and the pool works afterwards."""
     with pytest.raises(AssertionError, match=r"(?s)process 1: Traceback.*in boom.*ValueError: a text to be found"):
         pool.run(2, boom, timeout_s=40)
     with pytest.raises(TimeoutError, match="did not answer within 1 s"):

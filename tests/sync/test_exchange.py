@@ -1,4 +1,4 @@
-"""The exchange: one batch per phase, and a ledger that books exactly what the formula says."""
+"""The exchange: one batch per phase, and as many bytes as the formula gives."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from support import adamw, make, sgd, tiny, train
 
 
 class Counting(Local):
-    """Counts calls, and remembers what went."""
+    """Records calls and moves."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers)
@@ -29,9 +29,9 @@ class Counting(Local):
         self.moves += moves
         return super().transfer(moves)
 
-    def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
-        self.calls.append(f"mean {kind}")
-        return super().mean(tensors, kind)
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+        self.calls.append(f"mean {traffic_kind}")
+        return super().mean(tensors, traffic_kind)
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ def test_a_round_is_one_batch_per_phase(policy: str, means: list[str]) -> None:
     transport = Counting(3)
     job, optimizers = make(resist(3, 1, optimizer_state=policy), adamw, transport=transport)
     train(job, optimizers, 1)
-    assert transport.calls == [*(f"mean {kind}" for kind in means), "transfer", "transfer"]
+    assert transport.calls == [*(f"mean {traffic_kind}" for traffic_kind in means), "transfer", "transfer"]
 
 
 def block_messages(job: Job, round: int) -> int:
-    """What leads from the plans of `round` to the next, counted from the plans alone."""
+    """The number of messages from the plans of `round` to the next ones, counted from the plans alone."""
     total = 0
     for name, plan in job.plans_of(round).items():
         after = job.plans_of(round + 1)[name]
@@ -57,10 +57,10 @@ def block_messages(job: Job, round: int) -> int:
 
 
 @pytest.mark.parametrize("capacities", [(2, 2, 2), (4, 3, 1), (6, 2, 2)])
-@pytest.mark.parametrize(("optimizer", "kinds"), [(sgd, 1), (adamw, 2)])
+@pytest.mark.parametrize(("optimizer", "num_states"), [(sgd, 1), (adamw, 2)])
 @pytest.mark.parametrize("policy", ["reset", "keep", "travel", "average"])
-def test_ledger(policy: str, optimizer, kinds: int, capacities: tuple[int, ...]) -> None:
-    """Bytes by kind from the sizes and the plans, for three rounds and the assembly of the full network."""
+def test_ledger(policy: str, optimizer, num_states: int, capacities: tuple[int, ...]) -> None:
+    """Bytes by traffic kind from sizes and plans, for three rounds and the assembly of the full network."""
     transport = Counting(3)
     strategy = resist(3, 1, capacities=capacities, optimizer_state=policy)
     job, optimizers = make(strategy, optimizer, transport=transport)
@@ -73,8 +73,8 @@ def test_ledger(policy: str, optimizer, kinds: int, capacities: tuple[int, ...])
         taken = job.transport.take()
         messages = block_messages(job, round)
         expected = {"shared": 3 * allreduce_bytes(shared, 3), "blocks": messages * block}
-        state = kinds * (policy in ("travel", "average")) * expected["blocks"]
-        state += kinds * (policy == "average") * expected["shared"]
+        state = num_states * (policy in ("travel", "average")) * expected["blocks"]
+        state += num_states * (policy == "average") * expected["shared"]
         assert taken["bytes"] == expected | ({"state": state} if state else {})
         sent: Counter[tuple[int, int]] = Counter()
         for move in transport.moves:
@@ -121,5 +121,5 @@ def test_the_full_network_is_the_same_wherever_it_is_assembled() -> None:
 @pytest.mark.parametrize(("workers", "processes"), [(4, 1), (4, 2), (3, 2), (7, 3), (5, 5)])
 def test_hosting_is_even_and_complete(workers: int, processes: int) -> None:
     hosted = hosted_workers(workers, processes)
-    assert [worker for one in hosted for worker in one] == list(range(workers))
+    assert [worker for workers_ in hosted for worker in workers_] == list(range(workers))
     assert max(map(len, hosted)) - min(map(len, hosted)) <= 1

@@ -1,4 +1,4 @@
-"""The package and the plain re-statement of the algorithm give the same weights."""
+"""The package and the plain implementation of the algorithm give the same weights."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ def test_outer_lr_1_without_momentum_is_the_plain_mean() -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_diloco_is_torchs_nesterov_on_the_mean_change(workers: int) -> None:
-    """The outer step, redone with torch.optim.SGD on the gradient anchor - mean, round by round."""
+    """The outer step, compared with torch.optim.SGD on the gradient anchor - mean, in every round."""
     job, ours = make(diloco(workers, 2))
     inner, others = make(local_sgd(workers, 2, optimizer_state="keep"))
     names = [name for name, _ in job.workers[0].subnet.model.named_parameters()]
@@ -61,10 +61,10 @@ def test_the_outer_momentum_travels_with_its_block() -> None:
         local_step(job, optimizers)
         if not job.step(*optimizers):
             continue
-        for kind in ("start", VELOCITY):
+        for state_name in ("anchor", VELOCITY):
             seen: dict[Any, Tensor] = {}
             for worker in job.workers:
-                subnet, flat = worker.subnet, worker.anchor if kind == "start" else worker.state[kind]
+                subnet, flat = worker.subnet, worker.anchor if state_name == "anchor" else worker.state[state_name]
                 assert flat is not None
                 parts = {"shared": flat[: subnet.shared_layout.num_trained]}
                 for number, blocks in enumerate(held(job, worker.index)):
@@ -108,11 +108,11 @@ STRATEGIES = {
 
 
 def train_here(name: str, steps: int) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Weights of the full network (where worker 0 lives) and bytes by kind, by one of STRATEGIES."""
+    """Train by one of STRATEGIES. Returns the full network (in the process of worker 0) and bytes by traffic kind."""
     job, optimizers = make(STRATEGIES[name]())
     job.transport.take()
     train(job, optimizers, steps)
-    counted = {kind: num for kind, num in job.transport.bytes.items() if kind != "control"}
+    counted = {name: num for name, num in job.transport.bytes.items() if name != "control"}
     full = job.full_model()
     return ({} if full is None else floats(full)), counted
 

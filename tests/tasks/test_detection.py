@@ -108,8 +108,8 @@ def test_steps_depend_on_seed_worker_and_step_alone(task) -> None:
     other, same = trained(task, 3)
     assert torch.equal(torch.get_rng_state(), before)
     assert losses == same
-    for mine, theirs in zip(one.workers, other.workers, strict=True):
-        assert torch.equal(mine.subnet.flat, theirs.subnet.flat)
+    for worker, reference in zip(one.workers, other.workers, strict=True):
+        assert torch.equal(worker.subnet.flat, reference.subnet.flat)
     assert len(set(losses)) == len(losses)
 
 
@@ -126,9 +126,9 @@ def test_a_batch_in_parts_is_the_batch(task) -> None:
     for parts in (1, 2, 4):
         split = task.split(batch, parts)
         assert [len(images) for images, _, _ in split] == [4 // parts] * parts
-        for kind in range(3):
-            joined = [one for part in split for one in part[kind]]
-            assert all(a is b for a, b in zip(joined, batch[kind], strict=True))
+        for part_index in range(3):
+            joined = [one for part in split for one in part[part_index]]
+            assert all(a is b for a, b in zip(joined, batch[part_index], strict=True))
     whole, losses = trained(task, 1, config=replace(CONFIG, optimization=OptimizationConfig(batch_size=4)))
     del whole
     parts_config = replace(CONFIG, optimization=OptimizationConfig(batch_size=4, grad_accum_steps=2))
@@ -182,7 +182,7 @@ def test_statistics_are_estimated_on_what_the_network_sees_in_training(task) -> 
 
 
 class Oracle(nn.Module):
-    """Says what is true, as a network would that sees it."""
+    """A network whose detections are the true objects."""
 
     def __init__(self, task: Detection, shift: float = 0.0) -> None:
         super().__init__()
@@ -190,14 +190,14 @@ class Oracle(nn.Module):
         self.shift = shift
 
     def forward(self, images: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        said = []
+        detections = []
         for image in images:
             _, boxes, labels, *_ = next(i for i in self.items if torch.equal(i[0].float() / 255, image))
-            said.append({"boxes": boxes + self.shift, "labels": labels, "scores": torch.ones(len(labels))})
-        return said
+            detections.append({"boxes": boxes + self.shift, "labels": labels, "scores": torch.ones(len(labels))})
+        return detections
 
 
-def test_who_says_the_truth_scores_100_percent(task) -> None:
+def test_true_detections_score_100_percent(task) -> None:
     assert task.test(Oracle(task)) == {"AP50 (11 points)": 1.0, "AP50 (area)": 1.0}
     assert task.test(Oracle(task, shift=30.0)) == {"AP50 (11 points)": 0.0, "AP50 (area)": 0.0}
 
@@ -234,18 +234,18 @@ def classification_run(path: Path, *, batchnorm: str = "average", **network: Any
 def test_the_features_are_those_of_the_run(task, tmp_path, model: str) -> None:
     """Its scale is in the weights: every section gives what it gave in the run's scaled full network."""
     task = replace(task, build=network_builder(replace(SMALL, model=model)))
-    theirs = classification_run(tmp_path / "run", model=model)
+    classifier = classification_run(tmp_path / "run", model=model)
     started = replace(task, start=BackboneInit.read(tmp_path / "run"))
-    mine = build_seeded(started.network, 0).eval()
+    detector = build_seeded(started.network, 0).eval()
     images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for (name, ours), (_, expected) in zip(
-            sections(mine.backbone.body, images), sections(theirs, images), strict=True
+            sections(detector.backbone.body, images), sections(classifier, images), strict=True
         ):
             torch.testing.assert_close(ours, expected, msg=lambda text, n=name: f"{n}: {text}")
-    torch.testing.assert_close(mine.backbone.norms["layer4"].running_mean, theirs.norm.running_mean)
+    torch.testing.assert_close(detector.backbone.norms["layer4"].running_mean, classifier.norm.running_mean)
     fresh = build_seeded(task.network, 0)
-    torch.testing.assert_close(mine.rpn.head.cls_logits.weight, fresh.rpn.head.cls_logits.weight)
+    torch.testing.assert_close(detector.rpn.head.cls_logits.weight, fresh.rpn.head.cls_logits.weight)
 
 
 @pytest.mark.parametrize("more", [{"model": "preact_resnet101"}, {"batchnorm": "batch"}])
@@ -258,9 +258,12 @@ def test_runs_without_a_last_norm_or_statistics_serve_too(task, tmp_path, more) 
 @pytest.mark.parametrize(
     ("network", "complaint"),
     [
-        ({"width": 8}, "layer1.0.conv1.weight differs; give --model preact_small --sections 1 1 5 1 --width 8"),
-        ({"sections": (1, 1, 7, 1)}, "differs; give --model preact_small --sections 1 1 7 1 --width 4 as it had"),
-        ({"sections": (1, 1, 3, 1)}, "differs; give --model preact_small --sections 1 1 3 1 --width 4 as it had"),
+        (
+            {"width": 8},
+            "conv1.weight differs; give the options of that run, --model preact_small --sections 1 1 5 1 --width 8",
+        ),
+        ({"sections": (1, 1, 7, 1)}, "options of that run, --model preact_small --sections 1 1 7 1 --width 4, and no"),
+        ({"sections": (1, 1, 3, 1)}, "options of that run, --model preact_small --sections 1 1 3 1 --width 4, and no"),
     ],
 )
 def test_another_network_is_refused_in_one_line(capsys, kit, tmp_path, network, complaint: str) -> None:
@@ -312,18 +315,18 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
         (["--task", "detection"], "--task detection: --data digits has no boxes; choose one of voc2007, voc2012"),
         (["--task", "detection", "--data", "coco"], "--data coco is not known; choose one of voc2007, voc2012"),
         (["--data", "voc2007"], "--data voc2007 has boxes around objects; it needs --task detection"),
-        (["--splits", "a", "b"], "--splits says nothing to --task classification"),
+        (["--splits", "a", "b"], "--splits has no effect with --task classification"),
         (["--image-size", "64"], "--image-size says nothing to --data digits"),
-        (["--backbone", "x"], "--backbone says nothing to --task classification"),
-        ([*ARGUMENTS, "--final-norm"], "--final-norm says nothing to --task detection"),
-        ([*ARGUMENTS, "--label-smoothing", "0.1"], "--label-smoothing says nothing to --task detection"),
-        ([*ARGUMENTS, "--pretrained", "timm:x"], "--pretrained timm:x says nothing to this network; give --model"),
-        ([*ARGUMENTS, "--pretrained", "timm:x", "--backbone", "y"], "--pretrained and --backbone both say"),
+        (["--backbone", "x"], "--backbone has no effect with --task classification"),
+        ([*ARGUMENTS, "--final-norm"], "--final-norm has no effect with --task detection"),
+        ([*ARGUMENTS, "--label-smoothing", "0.1"], "--label-smoothing has no effect with --task detection"),
+        ([*ARGUMENTS, "--pretrained", "timm:x"], "--pretrained timm:x has no effect with this network; give --model"),
+        ([*ARGUMENTS, "--pretrained", "timm:x", "--backbone", "y"], "--pretrained and --backbone both set"),
         ([*ARGUMENTS, "--compile"], "--compile cannot take a detector"),
         ([*ARGUMENTS, "--backbone", "/nonexistent"], "/nonexistent is not a run directory"),
         ([*ARGUMENTS, "--batch-size", "5"], "batch_size=5 is outside 1 to 4"),
         ([*ARGUMENTS, "--image-size", "4"], "--image-size 4 is too small; give at least 32"),
-        ([*ARGUMENTS, "--splits", "trainval", "mine"], "mine.txt: is not there; --splits takes two of test, trainval"),
+        ([*ARGUMENTS, "--splits", "trainval", "other"], "other.txt: not found; give --splits two of test, trainval"),
         ([*ARGUMENTS, "--workers", "5"], "workers=5 exceeds the 4 blocks of chain backbone.body.layer3:1-4"),
     ],
 )
@@ -344,17 +347,17 @@ def test_bad_files_end_the_run_or_are_counted(capsys, tmp_path) -> None:
     text.write_text(whole[:-30])
     status, _, err = cli(capsys, "train", *common, "--out", str(tmp_path / "a"))
     assert (status, err.count("\n")) == (2, 1)
-    assert err.startswith(f"resist: {text}: is not complete XML")
+    assert err.startswith(f"resist: {text}: not complete XML")
     photograph.write_bytes(photograph.read_bytes()[:-500])
-    status, told, err = cli(capsys, "train", *common, "--skip-bad-files", "--out", str(tmp_path / "b"))
+    status, text_out, err = cli(capsys, "train", *common, "--skip-bad-files", "--out", str(tmp_path / "b"))
     assert (status, err) == (0, "")
     for split in ("trainval", "test"):
         listed = root / "ImageSets" / "Main" / f"{split}.txt"
-        assert f"resist: {listed}: left out 2 photographs, first {photograph}: is not a picture" in told
+        assert f"resist: {listed}: left out 2 photographs, first {photograph}: cannot be read as a picture" in text_out
     text.write_text(whole)  # what is only seen when it is decoded ends the run then
     status, _, err = cli(capsys, "train", *common, "--out", str(tmp_path / "c"))
     assert (status, err.count("\n")) == (2, 1)
-    assert err.startswith(f"resist: {photograph}: is not a picture that can be read")
+    assert err.startswith(f"resist: {photograph}: cannot be read as a picture")
 
 
 def test_training_that_diverges_says_so(capsys, kit, tmp_path) -> None:
@@ -406,7 +409,7 @@ def test_a_network_without_our_sections_is_refused() -> None:
 
 
 def test_everyone_holds_everything_is_local_sgd(task) -> None:
-    """The strategies beside ResIST train a detector as well."""
+    """The other strategies train a detector as well."""
     job = Job(task.network, local_sgd(2, 2), batchnorm="average", transport=Local(2))
     trainers = trainers_of(task, job, CONFIG)
     for step in range(2):
@@ -419,7 +422,7 @@ def test_everyone_holds_everything_is_local_sgd(task) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # 60 s on two cores of its own
 def test_two_workers_learn_four_photographs(tmp_path) -> None:
-    """Boxes, labels, folding, scale and evaluation are right, or this could not be: two real processes."""
+    """Two real processes learn, which needs correct boxes, labels, averages, scale and evaluation."""
     vockit.draw(tmp_path)
     arguments = [*ARGUMENTS, "--data-dir", str(tmp_path), "--width", "8", "--image-size", "48", "--local-steps", "10"]
     schedule = ["--epochs", "30", "--lr", "0.02", "--lr-schedule", "cosine", "--lr-warmup-steps", "10"]

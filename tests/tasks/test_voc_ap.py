@@ -6,13 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resist.tasks.voc_ap import AveragePrecision, Found, Truth, ap
+from resist.data.annotation import Objects
+from resist.tasks.voc_ap import AveragePrecision, Found, ap
 
 Box = tuple[float, float, float, float]
 
 
-def truth(*objects: tuple[int, Box, bool]) -> Truth:
-    return Truth(
+def truth(*objects: tuple[int, Box, bool]) -> Objects:
+    return Objects(
         torch.tensor([box for _, box, _ in objects], dtype=torch.float32).reshape(-1, 4),
         torch.tensor([label for label, _, _ in objects], dtype=torch.int64),
         torch.tensor([difficult for _, _, difficult in objects], dtype=torch.bool),
@@ -27,7 +28,7 @@ def found(*detections: tuple[int, Box, float]) -> Found:
     )
 
 
-def measured(images: Sequence[tuple[Found, Truth]]) -> AveragePrecision:
+def measured(images: Sequence[tuple[Found, Objects]]) -> AveragePrecision:
     result = AveragePrecision()
     for one in images:
         result.add(*one)
@@ -75,14 +76,14 @@ boxes = st.tuples(coordinates, coordinates, st.integers(1, 4), st.integers(1, 4)
 
 
 @st.composite
-def image_sets(draw: st.DrawFn) -> list[tuple[Found, Truth]]:
+def image_sets(draw: st.DrawFn) -> list[tuple[Found, Objects]]:
     """Images with objects and detections of two classes, all scores different."""
     num = draw(st.integers(1, 3))
     images, scores = [], draw(st.permutations(range(1, 19)))
     for image in range(num):
         objects = draw(st.lists(st.tuples(st.integers(1, 2), boxes, st.booleans()), max_size=5))
-        said = draw(st.lists(st.tuples(st.integers(1, 2), boxes), max_size=6))
-        with_scores = [(*one, scores[6 * image + i] / 20) for i, one in enumerate(said)]
+        detections = draw(st.lists(st.tuples(st.integers(1, 2), boxes), max_size=6))
+        with_scores = [(*one, scores[6 * image + i] / 20) for i, one in enumerate(detections)]
         images.append((found(*with_scores), truth(*objects)))
     return images
 
@@ -95,13 +96,15 @@ def overlap(one: Box, other: Box) -> float:
     return common / (area - common)
 
 
-def by_the_book(images: Sequence[tuple[Found, Truth]], label: int, points: int | None) -> float | None:
+def by_the_book(images: Sequence[tuple[Found, Objects]], label: int, points: int | None) -> float | None:
     """The definition, detection by detection."""
-    said = [
+    detections = [
         (score, i, tuple(box))
-        for i, (said, _) in enumerate(images)
-        for score, box, one in zip(said.scores.tolist(), said.boxes.tolist(), said.labels.tolist(), strict=True)
-        if one == label
+        for i, (found, _) in enumerate(images)
+        for score, box, class_number in zip(
+            found.scores.tolist(), found.boxes.tolist(), found.labels.tolist(), strict=True
+        )
+        if class_number == label
     ]
     objects = [
         [
@@ -117,7 +120,7 @@ def by_the_book(images: Sequence[tuple[Found, Truth]], label: int, points: int |
     taken: set[tuple[int, int]] = set()
     right = false = 0
     curve: list[tuple[float, float]] = []
-    for _, i, box in sorted(said, reverse=True):
+    for _, i, box in sorted(detections, reverse=True):
         overlaps = [overlap(box, one) for one, _ in objects[i]]
         best = max(range(len(overlaps)), key=overlaps.__getitem__, default=None)
         if best is not None and overlaps[best] >= 0.5:
@@ -164,14 +167,14 @@ def test_laws(images) -> None:
             assert all(value == 1.0 for points in (None, 11) for value in mirror.by_class(points).values())
 
 
-def coco_ap50(images: Sequence[tuple[Found, Truth]]) -> dict[int, float]:
+def coco_ap50(images: Sequence[tuple[Found, Objects]]) -> dict[int, float]:
     pytest.importorskip("pycocotools", reason="COCO's own evaluation is compared with where it is installed")
     metric = pytest.importorskip("torchmetrics.detection", reason="as above").MeanAveragePrecision(
         class_metrics=True, iou_thresholds=[0.5]
     )
-    for said, objects in images:
+    for detections, objects in images:
         metric.update(
-            [{"boxes": said.boxes, "scores": said.scores, "labels": said.labels}],
+            [{"boxes": detections.boxes, "scores": detections.scores, "labels": detections.labels}],
             [{"boxes": objects.boxes, "labels": objects.labels, "iscrowd": objects.difficult.int()}],
         )
     result = metric.compute()
@@ -179,13 +182,13 @@ def coco_ap50(images: Sequence[tuple[Found, Truth]]) -> dict[int, float]:
     return dict(zip(result["classes"].reshape(-1).tolist(), values, strict=True))
 
 
-def scattered(seed: int) -> list[tuple[Found, Truth]]:
+def scattered(seed: int) -> list[tuple[Found, Objects]]:
     """Objects that lie apart, each found once or not at all, false detections elsewhere, none difficult: COCO and VOC
     then agree on what is right."""
     generator = torch.Generator().manual_seed(seed)
     images = []
     for _ in range(6):
-        objects, said = [], []
+        objects, detections = [], []
         for cell in range(12):
             x, y = 100.0 * (cell % 4), 100.0 * (cell // 4)
             label = 1 + cell % 2
@@ -197,8 +200,8 @@ def scattered(seed: int) -> list[tuple[Found, Truth]]:
             by = 4 * torch.rand(2, generator=generator)
             moved = (box[0] + float(by[0]), box[1] + float(by[1]), box[2] + float(by[0]), box[3] + float(by[1]))
             if roll > 0.2:  # of 0.85 to 1 there is no object
-                said.append((label, moved, score))
-        images.append((found(*said), truth(*objects)))
+                detections.append((label, moved, score))
+        images.append((found(*detections), truth(*objects)))
     return images
 
 
@@ -206,9 +209,9 @@ def scattered(seed: int) -> list[tuple[Found, Truth]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_cocos_own_evaluation_gives_the_same_at_101_points(seed: int) -> None:
     images = scattered(seed)
-    ours, theirs = measured(images).by_class(101), coco_ap50(images)
-    assert ours.keys() == theirs.keys()
-    for label, value in theirs.items():
+    ours, coco = measured(images).by_class(101), coco_ap50(images)
+    assert ours.keys() == coco.keys()
+    for label, value in coco.items():
         assert ours[label] == pytest.approx(value, abs=1e-6)
         assert 0.2 < value < 0.95
         # The three readings of one curve are near one another, and not the same.

@@ -1,10 +1,11 @@
-"""What a strategy will cost, predicted from plans, schedules and tensors on the meta device: nothing is trained.
+"""Cost: predict traffic, memory and time of strategies without training.
 
     report = predict(build_model, workers=(2, 4, 8), link=Link(gbit_s=1, latency_ms=0.2), speed=Speed(images_s=2000))
     print_table(report, Console())
     report.to_json()
 
-traffic.py counts messages, footprint.py memory and FLOPs, timing.py seconds; predict.py puts them together.
+Predictions come from plans, schedules and tensors on the meta device. traffic.py counts messages, footprint.py memory
+and FLOPs, timing.py seconds; predict.py combines them.
 """
 
 from resist.cost.footprint import Memory, Network

@@ -1,7 +1,8 @@
-"""What a network holds and computes in a training step, found on the meta device: shapes without numbers.
+"""Memory and FLOPs of a training step, measured on the meta device.
 
-A whole step is gone through, so whatever the model and the optimizer do is counted, but no weight exists and nothing is
-computed. What kernels allocate for themselves (cuDNN's workspaces, say) is not seen.
+A whole step runs on tensors without data, so that everything that the model and the optimizer do is counted, while no
+weight exists and nothing is computed. Memory that kernels allocate internally, such as cuDNN's workspaces, is not
+counted.
 """
 
 import weakref
@@ -16,45 +17,55 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from resist.cost.traffic import Part, Sizes
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 from resist.subnet.chains import Chain
 from resist.subnet.network import Subnet
 from resist.subnet.seeded import build_seeded
+from resist.subnet.validate import tensors_in
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of a training step.
+    """Memory of a training step, in bytes.
 
-    weights, gradients, optimizer: parameters and float buffers; a gradient and the optimizer's state for each.
-    activations: what is alive after the forward pass beyond weights and optimizer: what backward needs, and the batch.
-    peak:        the most that is alive at one time. Gradients come as activations go, so it is less than the sum.
-    buckets:     the copy of all gradients that DistributedDataParallel sends from; `peak` includes it.
-    outer:       what an outer optimizer keeps, the round's first weights and its momentum; `peak` includes it.
-    replicas:      replicas: the round's first weights and replicas of blocks; `peak` includes it. While workers
-                 synchronize there are two, but then no activations.
+    Attributes:
+        weights: Parameters and float buffers.
+        gradients: Gradients of all parameters.
+        optimizer: State of the optimizer.
+        buckets: Copy of all gradients from which DistributedDataParallel sends.
+        outer: State of an outer optimizer: the round's first weights and its momentum.
+        replicas: The round's first weights, and replicas of blocks. While workers synchronize there are two of each,
+            but no activations.
+        activations: Tensors that exist after the forward pass in addition to weights and optimizer: those that backward
+            needs, and the batch.
+        peak: The most that exists at one time, `buckets`, `outer` and `replicas` included. Activations are freed as
+            gradients appear, so that it is less than the sum.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    peak: int
     buckets: int = 0
     outer: int = 0
     replicas: int = 0
+    activations: int
+    peak: int
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network that a worker trains.
+    """Footprint of a network that a worker trains.
 
-    blocks:       how many it has in each chain.
-    training_flops, forward_flops: per image, of a step and of its forward pass; a multiply-add is two of them.
-    num_states:   values that the optimizer keeps for each weight.
+    Attributes:
+        blocks: Number of blocks in each chain.
+        parameters: Number of parameters.
+        forward_flops: FLOPs of a forward pass per image; a multiply-add counts as two.
+        training_flops: FLOPs of a training step per image.
+        num_states: Values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
+        memory: Bytes of a training step.
     """
 
     blocks: tuple[int, ...]
@@ -66,26 +77,34 @@ class Network:
 
     @property
     def forward_macs(self) -> float:
+        """Multiply-adds of a forward pass per image."""
         return self.forward_flops / 2
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """The paper's optimizer: SGD with momentum and weight decay."""
+    """Return the paper's optimizer: SGD with momentum and weight decay."""
     return torch.optim.SGD(parameters, lr=0.03, momentum=0.9, weight_decay=5e-4)
 
 
 def mean_square(model: nn.Module, images: Tensor) -> Tensor:
-    """A scalar that depends on everything that the model returns (a tensor, or tuples, lists and dicts of them)."""
+    """Compute a scalar from all float tensors that the model returns, also in nested tuples, lists and dicts.
+
+    Args:
+        model: The network.
+        images: (batch, channels, height, width).
+    """
     total = images.new_zeros(())
-    for output in _tensors(model(images)):
+    for output in tensors_in(model(images)):
         if output.is_floating_point():
             total = total + output.square().mean()
     return total
 
 
 def build_on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
-    """`build_model()` without weights, all on the meta device. A model that reads its own weights while it is built
-    cannot be built there, so it is built on the host and emptied."""
+    """Build a model on the meta device, without data in its weights.
+
+    A model whose constructor reads its weights cannot be built there; it is built on the CPU and then moved.
+    """
     try:
         with torch.device("meta"):
             model = build_seeded(build_model, 0)
@@ -95,7 +114,12 @@ def build_on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
 
 
 def sizes_of(template: nn.Module, chains: Sequence[Chain]) -> Sizes:
-    """The parts of a network (on any device), as its sub-networks lay them out."""
+    """Count the elements of the shared part and of a block of each chain.
+
+    Args:
+        template: The full network, on any device.
+        chains: Its chains.
+    """
     subnet = Subnet(template, chains, [chain.num_blocks for chain in chains], device="meta")
     count = {number: [0, 0] for number in (None, *range(len(subnet.chains)))}
     for parameter, place in subnet.parameter_places():
@@ -120,8 +144,20 @@ def measure(
     build_optimizer: BuildOptimizer = sgd,
     loss: Loss = mean_square,
 ) -> Network:
-    """The footprint of a sub-network with `blocks` blocks in each chain, training on batches of `batch_size` images of
-    `image_shape` (channels, height, width). Raises UserError for a model that cannot be run without weights."""
+    """Measure the footprint of a sub-network.
+
+    Args:
+        template: The full network, on any device.
+        chains: Its chains.
+        blocks: Number of blocks that the sub-network has in each chain.
+        batch_size: Images in a step.
+        image_shape: (channels, height, width).
+        build_optimizer: Makes the optimizer from the parameters.
+        loss: `loss(model, images)` returns the scalar from which backward starts.
+
+    Raises:
+        UserError: The model does not run on the meta device.
+    """
     subnet = Subnet(template, chains, blocks, device="meta")
     model = subnet.model.train()
     images = torch.empty(batch_size, *image_shape, dtype=subnet.dtype, device="meta")
@@ -130,15 +166,15 @@ def measure(
         forward_flops, training_flops = count_flops(model, optimizer, images, loss)
         memory = _memory(subnet, optimizer, images, loss)
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
-            f"the model does not train on images of shape {tuple(image_shape)} without weights: {reason}; give the "
-            "shape that it expects, or the loss that it is trained with"
+            f"the model does not train on images of shape {tuple(image_shape)} on the meta device: {reason}; give "
+            "the shape that it expects, or the loss that it is trained with"
         ) from error
-    kinds = {
-        kind
+    state_names = {
+        name
         for parameter, state in optimizer.state.items()
-        for kind, value in state.items()
+        for name, value in state.items()
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
     }
     return Network(
@@ -146,14 +182,28 @@ def measure(
         sum(parameter.numel() for parameter in model.parameters()),
         forward_flops / batch_size,
         training_flops / batch_size,
-        len(kinds),
+        len(state_names),
         memory,
     )
 
 
 def count_flops(model: nn.Module, optimizer: Optimizer, images: Tensor, loss: Loss) -> tuple[int, int]:
-    """Do one training step; return the floating-point operations of its forward pass and of all of it (those of
-    convolutions, matrix products and attention, a multiply-add as two)."""
+    """Run one training step and count its floating-point operations.
+
+    Counted are convolutions, matrix products and attention; a multiply-add counts as two.
+
+    Args:
+        model: The network in train mode; the step changes it.
+        optimizer: Its optimizer.
+        images: (batch, channels, height, width).
+        loss: `loss(model, images)` returns the scalar from which backward starts.
+
+    Returns:
+        FLOPs of the forward pass, and of the whole step.
+
+    Raises:
+        UserError: The model has no such operations.
+    """
     with FlopCounterMode(display=False) as counter:
         value = loss(model, images)
         forward = counter.get_total_flops()
@@ -161,18 +211,18 @@ def count_flops(model: nn.Module, optimizer: Optimizer, images: Tensor, loss: Lo
         optimizer.step()
         optimizer.zero_grad()
     if not forward:
-        raise UserError("the model has no convolution, matrix product or attention: no FLOPs to compare by")
+        raise UserError("the model has no convolution, matrix product or attention, so that no FLOPs can be compared")
     return forward, counter.get_total_flops()
 
 
 def _memory(subnet: Subnet, optimizer: Optimizer, images: Tensor, loss: Loss) -> Memory:
-    """The bytes of one step. The optimizer's state has to be there already: it is made in the first step."""
+    """Bytes of one step; a first step must have created the optimizer's state."""
     tracker = LiveBytes()
     for tensor in (*subnet.model.parameters(), *subnet.model.buffers()):
         tracker.watch(tensor)
     weights = tracker.live
     for state in optimizer.state.values():
-        for value in _tensors(state):
+        for value in tensors_in(state):
             tracker.watch(value)
     optimizer_bytes = tracker.live - weights
     tracker.watch(images)
@@ -183,18 +233,20 @@ def _memory(subnet: Subnet, optimizer: Optimizer, images: Tensor, loss: Loss) ->
         optimizer.step()
         gradients = {p.grad.untyped_storage()._cdata: p.grad for p in subnet.model.parameters() if p.grad is not None}
     return Memory(
-        weights,
-        sum(gradient.untyped_storage().nbytes() for gradient in gradients.values()),
-        optimizer_bytes,
-        after_forward - weights - optimizer_bytes,
-        tracker.peak,
+        weights=weights,
+        gradients=sum(gradient.untyped_storage().nbytes() for gradient in gradients.values()),
+        optimizer=optimizer_bytes,
+        activations=after_forward - weights - optimizer_bytes,
+        peak=tracker.peak,
     )
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is active, counts the bytes of all storages that operations return and that are still alive.
+    """Dispatch mode that counts the bytes of all live storages that operations return.
 
-    live, peak: bytes now, and the most at one time.
+    Attributes:
+        live: Bytes now.
+        peak: The most at one time, in bytes.
     """
 
     def __init__(self) -> None:
@@ -203,7 +255,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def watch(self, tensor: Tensor) -> None:
-        """Count the storage of `tensor`, once, until nobody holds it any more."""
+        """Count the storage of `tensor`, once, until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
@@ -219,18 +271,6 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             self.watch(tensor)
         return result
-
-
-def _tensors(value: object) -> Iterable[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)

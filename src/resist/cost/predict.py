@@ -1,4 +1,4 @@
-"""The prediction itself: strategies and numbers of workers, one after the other."""
+"""Prediction of a report: one row for each strategy and number of workers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,24 +41,43 @@ def predict(
     build_optimizer: BuildOptimizer = sgd,
     loss: Loss = mean_square,
 ) -> Report:
-    """What training `build_model()` would cost, without weights and without training.
+    """Predict the cost of training `build_model()`, without weights and without training.
 
-    workers:     the numbers of workers to look at.
-    strategies:  of "resist", "local_sgd", "diloco", "ddp". diloco's own optimizer keeps its state, so only weights go.
-    batch_size, image_shape: images in a worker's step, and their (channels, height, width).
-    chains, local_steps, optimizer_state, replicate, batchnorm, min_depth, capacities, seed: as in `Job` and
-                 `resist.resist`; capacities are those of one number of workers.
-    link, speed: seconds are predicted where both are given; one speed for all workers, or one for each.
-    rounds:      how many rounds of real plans the traffic is averaged over.
-    build_optimizer, loss: what a step does; loss(model, images) is the scalar that backward begins at.
+    Args:
+        build_model: Builds the full network.
+        workers: Numbers of workers to predict.
+        strategies: Some of `STRATEGIES`. The workers' optimizers keep their state with "diloco", so that only weights
+            are sent.
+        chains: Names of the chains, as in `Job`.
+        batch_size: Images in a worker's step.
+        image_shape: (channels, height, width) of an image.
+        local_steps: Optimizer steps in a round.
+        optimizer_state: As in `Job`.
+        replicate: As in `Job`.
+        batchnorm: As in `Job`.
+        min_depth: As in `resist.resist`.
+        capacities: As in `resist.resist`, for one number of workers.
+        link: Connection of each worker. Seconds are predicted if `link` and `speed` are given.
+        speed: Speed of the devices, one for all workers or one for each.
+        rounds: Number of rounds over whose plans the traffic is averaged.
+        seed: Seed of the plans.
+        build_optimizer: Makes the optimizer from the parameters.
+        loss: `loss(model, images)` returns the scalar from which backward starts.
 
-    Raises UserError for what `Job` would refuse, for values out of bounds, and for a model that does not run on meta.
+    Raises:
+        UserError: `Job` would refuse an argument, a value is out of bounds, or the model does not run on the meta
+            device.
     """
-    counts = {"workers": workers, "batch_size": [batch_size], "image_shape": image_shape, "local_steps": [local_steps],
-              "rounds": [rounds]}  # fmt: skip
+    counts = {
+        "workers": workers,
+        "batch_size": [batch_size],
+        "image_shape": image_shape,
+        "local_steps": [local_steps],
+        "rounds": [rounds],
+    }
     for name, values in counts.items():
         if min(values, default=0) < 1:
-            raise UserError(f"{name}={','.join(map(str, values))} is too small; give at least 1")
+            raise UserError(f"{name}={','.join(map(str, values))}; must be at least 1")
     _check_methods(strategies, optimizer_state, min_depth, capacities)
     speeds = () if speed is None else (speed,) if isinstance(speed, Speed) else tuple(speed)
     _check_one_each("capacities", len(capacities or ()), workers)
@@ -66,16 +85,22 @@ def predict(
     template = build_on_meta(build_model)
     if batchnorm == "batch":
         use_batch_statistics(template)
-    found = choose_chains(template, tuple(chains)) if "resist" in strategies or chains else find_chains(template)[:1]
+    # Strategies that train the full network need no chain.
+    chosen = choose_chains(template, tuple(chains)) if "resist" in strategies or chains else find_chains(template)[:1]
 
     def footprint(blocks: tuple[int, ...]) -> Network:
         return measure(
-            template, found, blocks,
-            batch_size=batch_size, image_shape=image_shape, build_optimizer=build_optimizer, loss=loss,
-        )  # fmt: skip
+            template,
+            chosen,
+            blocks,
+            batch_size=batch_size,
+            image_shape=image_shape,
+            build_optimizer=build_optimizer,
+            loss=loss,
+        )
 
-    job = _Prediction(
-        sizes_of(template, found),
+    prediction = _Prediction(
+        sizes_of(template, chosen),
         footprint,
         local_steps,
         optimizer_state,
@@ -88,13 +113,13 @@ def predict(
         link,
         speeds,
     )
-    rows = tuple(job.row(name, number) for number in workers for name in strategies)
-    return Report(job.full, rows, batch_size, local_steps, rounds, link, speeds)
+    rows = tuple(prediction.row(name, number) for number in workers for name in strategies)
+    return Report(prediction.full, rows, batch_size, local_steps, rounds, link, speeds)
 
 
 @dataclass
 class _Prediction:
-    """Everything that is the same for all rows of a report."""
+    """Arguments that all rows of a report share; `known` keeps the footprints that were measured."""
 
     sizes: Sizes
     footprint: Callable[[tuple[int, ...]], Network]
@@ -115,25 +140,29 @@ class _Prediction:
         return self.network(tuple(chain.num_blocks for chain in self.sizes.chains))
 
     def network(self, blocks: tuple[int, ...]) -> Network:
-        """The sub-network with `blocks` blocks in each chain; each is measured once."""
+        """Footprint of the sub-network with `blocks` blocks in each chain, measured once."""
         if blocks not in self.known:
             self.known[blocks] = self.footprint(blocks)
         return self.known[blocks]
 
     def row(self, name: str, workers: int) -> Row:
-        return self._ddp(workers) if name == "ddp" else self._folding(name, workers)
+        return self._ddp(workers) if name == "ddp" else self._averaging(name, workers)
 
-    def _folding(self, name: str, workers: int) -> Row:
-        """A strategy that trains apart and folds once a round."""
+    def _averaging(self, name: str, workers: int) -> Row:
+        """Row of a strategy that averages weights once in a round."""
         plans = self._plans(self._strategy(name, workers))
         run = [
             round_traffic(
-                self.sizes, now, then,
-                workers=workers, optimizer_state="keep" if name == "diloco" else self.optimizer_state,
-                num_states=self.full.num_states, replicate=self.replicate and workers > 1,
+                self.sizes,
+                plan,
+                next_plan,
+                workers=workers,
+                optimizer_state="keep" if name == "diloco" else self.optimizer_state,
+                num_states=self.full.num_states,
+                replicate=self.replicate and workers > 1,
             )
-            for now, then in pairwise(plans)
-        ]  # fmt: skip
+            for plan, next_plan in pairwise(plans)
+        ]
         networks = tuple(
             self.network(tuple(plans[0][chain.name].capacities[worker] for chain in self.sizes.chains))
             for worker in range(workers)
@@ -141,18 +170,18 @@ class _Prediction:
         if name == "diloco":
             networks = tuple(_with_outer(network) for network in networks)
         if self.replicate and workers > 1:
-            spare = [max(one.replica_bytes.get(worker, 0) for one in run) for worker in range(workers)]
-            networks = tuple(_with_replicas(n, more, name) for n, more in zip(networks, spare, strict=True))
+            replica_bytes = [max(traffic.replica_bytes.get(w, 0) for traffic in run) for w in range(workers)]
+            networks = tuple(_with_replicas(n, size, name) for n, size in zip(networks, replica_bytes, strict=True))
         seconds = None
         if self.link is not None and self.speeds:
             compute = self.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
-            exchange = sum(exchange_s(one, self.link, workers) for one in run) / len(run)
+            exchange = sum(exchange_s(traffic, self.link, workers) for traffic in run) / len(run)
             seconds = self._seconds(workers, compute, exchange, 0.0)
         traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers))
         return Row(name, workers, networks, traffic, seconds)
 
     def _ddp(self, workers: int) -> Row:
-        """torch's DistributedDataParallel: an exchange in every step, beneath backward where there is time."""
+        """Row of torch's DistributedDataParallel: an exchange in every step, overlapped with backward."""
         traffic = ddp_traffic(self.sizes, workers=workers, local_steps=self.local_steps)
         whole = self.sizes.whole()
         buckets = whole.trainable * self.sizes.itemsize
@@ -191,16 +220,16 @@ class _Prediction:
 
 
 def _with_outer(network: Network) -> Network:
-    """With the two copies of the weights that an outer optimizer keeps."""
-    memory, more = network.memory, 2 * network.memory.weights
-    return replace(network, memory=replace(memory, outer=more, peak=memory.peak + more))
+    """The network with the memory of an outer optimizer: two tensors of the size of the weights."""
+    memory, outer = network.memory, 2 * network.memory.weights
+    return replace(network, memory=replace(memory, outer=outer, peak=memory.peak + outer))
 
 
-def _with_replicas(network: Network, spare_bytes: int, name: str) -> Network:
-    """With replicas: the round's first weights (which an outer optimizer keeps anyway) and replicas of blocks."""
+def _with_replicas(network: Network, replica_bytes: int, name: str) -> Network:
+    """The network with replicas of blocks and the round's first weights (which an outer optimizer keeps anyway)."""
     memory = network.memory
-    more = spare_bytes + (0 if name == "diloco" else memory.weights)
-    return replace(network, memory=replace(memory, replicas=more, peak=memory.peak + more))
+    replicas = replica_bytes + (0 if name == "diloco" else memory.weights)
+    return replace(network, memory=replace(memory, replicas=replicas, peak=memory.peak + replicas))
 
 
 def _check_methods(
@@ -210,15 +239,15 @@ def _check_methods(
         if name not in STRATEGIES:
             raise UserError(f"strategy {name!r} is not one of {', '.join(STRATEGIES)}")
     if not strategies:
-        raise UserError(f"no strategy to look at; name some of {', '.join(STRATEGIES)}")
+        raise UserError(f"no strategy given; give some of {', '.join(STRATEGIES)}")
     if optimizer_state not in OPTIMIZER_STATES:
         raise UserError(f"optimizer_state={optimizer_state!r} is not one of {', '.join(OPTIMIZER_STATES)}")
     for option, value in (("min_depth", min_depth), ("capacities", capacities)):
         if value is not None and "resist" not in strategies:
-            raise UserError(f"{option} says something to strategy resist only; add it, or leave {option} out")
+            raise UserError(f"{option} has an effect with strategy resist only; add resist, or leave {option} out")
 
 
-def _check_one_each(what: str, num: int, workers: Sequence[int]) -> None:
-    """`num` capacities or speeds (0: none were given) fit one number of workers."""
+def _check_one_each(noun: str, num: int, workers: Sequence[int]) -> None:
+    """Raise UserError if `num` capacities or speeds (0: none were given) are not one for each worker."""
     if num and set(workers) != {num}:
-        raise UserError(f"{num} {what} for {' or '.join(map(str, workers))} workers; give one for each worker")
+        raise UserError(f"{num} {noun} for {' or '.join(map(str, workers))} workers; give one for each worker")

@@ -1,6 +1,6 @@
-"""What was predicted, as records, as a plain dict, in sentences, and as tables."""
+"""Report of a prediction: records, a plain dict, sentences and tables."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +13,15 @@ from resist.cost.traffic import Traffic
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy with one number of workers. networks: that of each worker. seconds: None without link and speed."""
+    """Prediction for one strategy and one number of workers.
+
+    Attributes:
+        strategy: Name of the strategy.
+        workers: Number of workers.
+        networks: Footprint of each worker's network.
+        traffic: Messages of a mean round.
+        seconds: Time of a mean round; None without link and speed.
+    """
 
     strategy: str
     workers: int
@@ -24,8 +32,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """full: the whole network on one machine. rows: by number of workers, then by strategy. speeds: none, one for all
-    workers, or one for each."""
+    """Prediction for several strategies and numbers of workers.
+
+    Attributes:
+        full: Footprint of the full network, trained on one machine.
+        rows: Predictions, sorted by number of workers, then by strategy.
+        batch_size: Images in a worker's step.
+        local_steps: Optimizer steps in a round.
+        rounds: Number of rounds that the traffic is averaged over.
+        link: Connection of each worker, if given.
+        speeds: Speeds of the devices: none, one for all workers, or one for each.
+    """
 
     full: Network
     rows: tuple[Row, ...]
@@ -36,26 +53,35 @@ class Report:
     speeds: tuple[Speed, ...]
 
     def speedups(self, row: Row) -> dict[str, float]:
-        """How many times as many images per second `row` trains as each other strategy with as many workers, and as
-        one machine alone, the fastest."""
-        assert row.seconds is not None, "asked only where there are seconds"
-        own = row.seconds.images_s
-        others = {
-            other.strategy: own / other.seconds.images_s
+        """Return ratios of images per second: `row` to the other strategies and to one machine.
+
+        Args:
+            row: A row with seconds. It is compared with rows of the same number of workers.
+
+        Returns:
+            Ratios by the name of the other strategy; "one machine" is the fastest device alone.
+        """
+        assert row.seconds is not None, "called only for rows with seconds"
+        images_s = row.seconds.images_s
+        ratios = {
+            other.strategy: images_s / other.seconds.images_s
             for other in self.rows
             if other.workers == row.workers and other is not row and other.seconds is not None
         }
-        return {**others, "one machine": own / max(speed.images_s for speed in self.speeds)}
+        return {**ratios, "one machine": images_s / max(speed.images_s for speed in self.speeds)}
 
     def verdict(self) -> list[str]:
-        """Sentences: which strategy is quickest per image, for each number of workers and in all. Needs seconds."""
+        """Return sentences on the quickest strategy per image, for each number of workers and overall.
+
+        The list is empty without seconds.
+        """
         timed = [(row, row.seconds) for row in self.rows if row.seconds is not None]
-        said: list[str] = []
+        sentences: list[str] = []
         for workers in dict.fromkeys(row.workers for row, _ in timed):
             same = [pair for pair in timed if pair[0].workers == workers]
             row, seconds = max(same, key=lambda pair: pair[1].images_s)
             ratios = ", ".join(_compared(name, ratio) for name, ratio in self.speedups(row).items())
-            said.append(
+            sentences.append(
                 f"{workers} worker{'s' * (workers > 1)}: {row.strategy} is quickest per image, "
                 f"{_amount(seconds.images_s)} images/s ({ratios}); "
                 f"{seconds.exchange / seconds.round:.0%} of its time is exchange."
@@ -63,19 +89,19 @@ class Report:
         if timed:
             best = max(timed, key=lambda pair: pair[1].images_s)[0]
             if self.speedups(best)["one machine"] <= 1:
-                said.append("None of them beats one machine alone: take more local steps, or a faster link.")
-            elif len(said) > 1:
-                said.append(f"Of all these, {best.strategy} with {best.workers} workers is quickest per image.")
-        return said
+                sentences.append("None of them beats one machine alone: take more local steps, or a faster link.")
+            elif len(sentences) > 1:
+                sentences.append(f"Of all these, {best.strategy} with {best.workers} workers is quickest per image.")
+        return sentences
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict; bytes and seconds are those of a mean round."""
+        """Return the report as a dict for JSON; bytes and seconds are those of a mean round."""
         return {
             "batch_size": self.batch_size,
             "local_steps": self.local_steps,
             "rounds": self.rounds,
-            "link": None if self.link is None else {"gbit_s": self.link.gbit_s, "latency_ms": self.link.latency_ms},
-            "speeds": [{"images_s": speed.images_s, "fixed": speed.fixed} for speed in self.speeds],
+            "link": None if self.link is None else asdict(self.link),
+            "speeds": [asdict(speed) for speed in self.speeds],
             "full": _network_json(self.full),
             "strategies": [self._row_json(row) for row in self.rows],
             "verdict": self.verdict(),
@@ -88,7 +114,8 @@ class Report:
 
     def _row_json(self, row: Row) -> dict[str, Any]:
         traffic, seconds = row.traffic, row.seconds
-        networks = {network: [w for w, own in enumerate(row.networks) if own == network] for network in row.networks}
+        # Workers with equal networks share an entry.
+        workers = {network: [w for w, held in enumerate(row.networks) if held == network] for network in row.networks}
         times = None
         if seconds is not None:
             times = {
@@ -102,31 +129,33 @@ class Report:
         return {
             "strategy": row.strategy,
             "workers": row.workers,
-            "networks": [{"workers": which, **_network_json(network)} for network, which in networks.items()],
+            "networks": [{"workers": numbers, **_network_json(network)} for network, numbers in workers.items()],
             "paper_bytes": traffic.paper_bytes,
             "paper_gb": round(traffic.paper_bytes / 1e9, 4),
             "bytes": {**traffic.bytes, "total": traffic.total_bytes},
             "link_bytes": {
-                "mean": traffic.link_bytes, "worst": traffic.worst_link_bytes, "run_worst_over_mean": traffic.link_ratio
+                "mean": traffic.link_bytes,
+                "worst": traffic.worst_link_bytes,
+                "run_worst_over_mean": traffic.link_ratio,
             },
             "seconds": times,
-        }  # fmt: skip
+        }
 
 
 def print_table(report: Report, console: Console) -> None:
-    """The report for people: what workers hold, what a round sends and, where it was asked, how long that takes."""
-    console.print(f"What a worker holds and computes (the largest worker; {report.batch_size} images in a step)")
+    """Print tables of memory and FLOPs, of traffic and, if predicted, of seconds."""
+    console.print(f"Network and memory of a worker (the largest worker; {report.batch_size} images in a step)")
     console.print(_held(report))
-    console.print(f"\nWhat a round of {report.local_steps} steps sends, GB (1e9 bytes), mean of {report.rounds} rounds")
+    console.print(f"\nTraffic of a round of {report.local_steps} steps, GB (1e9 bytes), mean of {report.rounds} rounds")
     console.print(_sent(report))
     if not report._timed:
         console.print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
         return
-    console.print(f"\nHow long a round of {report.local_steps} steps takes, seconds")
+    console.print(f"\nTime of a round of {report.local_steps} steps, seconds")
     console.print(_timed(report))
     for sentence in report.verdict():
         console.print(sentence)
-    console.print("\nAssumed:")
+    console.print("\nAssumptions:")
     for sentence in ASSUMPTIONS:
         console.print(f"- {sentence}")
 
@@ -137,9 +166,14 @@ def _held(report: Report) -> Table:
     def add(name: str, workers: str, network: Network) -> None:
         memory = network.memory
         table.add_row(
-            name, workers, "+".join(map(str, network.blocks)) or "-", f"{network.parameters:,}",
-            f"{network.forward_macs / 1e9:.3f}", f"{memory.activations / 1e9:.3f}", f"{memory.peak / 1e9:.3f}",
-        )  # fmt: skip
+            name,
+            workers,
+            "+".join(map(str, network.blocks)) or "-",
+            f"{network.parameters:,}",
+            f"{network.forward_macs / 1e9:.3f}",
+            f"{memory.activations / 1e9:.3f}",
+            f"{memory.peak / 1e9:.3f}",
+        )
 
     add("one machine", "1", report.full)
     for row in report.rows:
@@ -148,11 +182,16 @@ def _held(report: Report) -> Table:
 
 
 def _sent(report: Report) -> Table:
-    table = _table("paper's count", "really", "of it state", "link mean", "link worst", "worst/mean of run")
+    table = _table("paper's count", "sent", "of it state", "link mean", "link worst", "worst/mean of run")
     for row in report.rows:
         traffic = row.traffic
-        cells = (traffic.paper_bytes, traffic.total_bytes, traffic.bytes.get("state", 0.0), traffic.link_bytes,
-                 traffic.worst_link_bytes)  # fmt: skip
+        cells = (
+            traffic.paper_bytes,
+            traffic.total_bytes,
+            traffic.bytes.get("state", 0.0),
+            traffic.link_bytes,
+            traffic.worst_link_bytes,
+        )
         amounts = [f"{cell / 1e9:.3f}" for cell in cells]
         table.add_row(row.strategy, str(row.workers), *amounts, f"{traffic.link_ratio:.2f}")
     return table
@@ -178,27 +217,17 @@ def _table(*columns: str) -> Table:
 
 
 def _network_json(network: Network) -> dict[str, Any]:
-    memory = network.memory
     return {
         "blocks": list(network.blocks),
         "parameters": network.parameters,
         "forward_macs": network.forward_macs,
         "training_flops": network.training_flops,
-        "memory_bytes": {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "buckets": memory.buckets,
-            "outer": memory.outer,
-            "replicas": memory.replicas,
-            "activations": memory.activations,
-            "peak": memory.peak,
-        },
+        "memory_bytes": asdict(network.memory),
     }
 
 
 def _amount(value: float) -> str:
-    """A few digits, without an exponent."""
+    """Three significant digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

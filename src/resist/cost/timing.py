@@ -1,4 +1,7 @@
-"""Seconds, from bytes, a link and the speed of a device. Assumptions are in `ASSUMPTIONS`, in words, for the reader."""
+"""Time of a round, from bytes, a link and the speed of a device.
+
+`ASSUMPTIONS` lists the assumptions as sentences for the user.
+"""
 
 import math
 import statistics
@@ -16,51 +19,65 @@ from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of
 from resist.subnet.seeded import build_seeded
 
-# Of a full-sized Ethernet frame with its preamble and gap (1538 bytes), what TCP over IPv4 with timestamps carries.
+# Share of payload of TCP over IPv4 with timestamps in a full-sized Ethernet frame with preamble and gap (1538 bytes).
 PAYLOAD = 1448 / 1538
 
 ASSUMPTIONS = (
-    "Every worker has a link of its own, as fast in as out, and the network between them is no bottleneck; "
-    f"{PAYLOAD:.1%} of the line rate is payload. Adding and copying what arrives takes no time.",
-    "A step of a sub-network takes a fixed share of the full network's step (0 unless calibrated), the rest in "
-    "proportion to training FLOPs; the slowest worker decides.",
-    "The all-reduces run beside the two phases of blocks and share the links with them: exchange = (all-reduces + "
+    "Every worker has its own link, equally fast in both directions, and the network between them is not a bottleneck; "
+    f"{PAYLOAD:.1%} of the line rate is payload. Adding and copying received tensors takes no time.",
+    "A step of a sub-network takes a fixed share of the full network's step (0 unless calibrated) and a part in "
+    "proportion to its training FLOPs; the slowest worker determines the time.",
+    "The all-reduces overlap with the two phases of blocks and share the links with them: exchange = (all-reduces + "
     "busiest link of each phase) / rate + latency x the larger of 2 (S - 1) for each all-reduce and 1 for each phase.",
-    "DDP: step = buffers + forward + max(backward, all-reduce of the gradients), as if the first bucket were ready "
-    "when backward begins and none were left when it ends: the best that overlap can do.",
-    "Speed is images seen; what an image teaches under a strategy is not predicted.",
+    "DDP: step = buffers + forward + max(backward, all-reduce of the gradients), with perfect overlap: the first "
+    "bucket is ready when backward begins, and none is left when it ends.",
+    "Speed is images per second; the accuracy that a strategy reaches with as many images is not predicted.",
 )
 
 
 @dataclass(frozen=True)
 class Link:
-    """A worker's connection: line rate in Gbit/s each way, and the one-way latency in ms."""
+    """Connection of a worker.
+
+    Attributes:
+        gbit_s: Line rate in Gbit/s in each direction, above 0.
+        latency_ms: One-way latency in ms, at least 0.
+
+    Raises:
+        UserError: A value is out of bounds.
+    """
 
     gbit_s: float
     latency_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gbit_s) and self.gbit_s > 0):
-            raise UserError(f"link_gbit_s={self.gbit_s:g} is not a rate; give more than 0 Gbit/s")
+            raise UserError(f"link_gbit_s={self.gbit_s:g}; must be above 0 Gbit/s and finite")
         if not (math.isfinite(self.latency_ms) and self.latency_ms >= 0):
-            raise UserError(f"latency_ms={self.latency_ms:g} is not a latency; give 0 ms or more")
+            raise UserError(f"latency_ms={self.latency_ms:g}; must be at least 0 ms and finite")
 
     @property
     def bytes_s(self) -> float:
+        """Payload in bytes per second in each direction."""
         return self.gbit_s * 1e9 / 8 * PAYLOAD
 
     @property
     def latency_s(self) -> float:
+        """One-way latency in seconds."""
         return self.latency_ms / 1e3
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a device trains.
+    """Training speed of a device.
 
-    images_s: images per second through training steps of the full network.
-    fixed:    the share of such a step that a network without FLOPs would still take. A shallow network is dearer than
-              its FLOPs say, since early layers move more bytes for each; `calibrate` measures by how much.
+    Attributes:
+        images_s: Images per second in training steps of the full network, above 0.
+        fixed: Share of such a step that does not depend on FLOPs, from 0 to below 1. A shallow network takes more time
+            than its FLOPs suggest, since early layers move more bytes per FLOP; `calibrate` measures this share.
+
+    Raises:
+        UserError: A value is out of bounds.
     """
 
     images_s: float
@@ -68,20 +85,24 @@ class Speed:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.images_s) and self.images_s > 0):
-            raise UserError(f"images_s={self.images_s:g} is not a speed; give more than 0 images per second")
+            raise UserError(f"images_s={self.images_s:g}; must be above 0 images per second and finite")
         if not 0 <= self.fixed < 1:
-            raise UserError(f"fixed={self.fixed:g} is not a share of a step; give 0 to below 1")
+            raise UserError(f"fixed={self.fixed:g}; must be at least 0 and below 1")
 
     def step_s(self, batch_size: int, flops_ratio: float) -> float:
-        """A step of a network with `flops_ratio` times the training FLOPs of the full one."""
+        """Return the seconds of a step of a network with `flops_ratio` times the full one's training FLOPs."""
         return batch_size / self.images_s * (self.fixed + (1 - self.fixed) * flops_ratio)
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """A mean round: compute, and the exchange that nothing hides; `hidden`: exchange beneath backward (DDP only).
+    """Time of a mean round, in seconds.
 
-    images_s: images per second of all workers together.
+    Attributes:
+        compute: Computation.
+        exchange: Exchange that does not overlap with computation.
+        hidden: Exchange that overlaps with backward (DDP only).
+        images_s: Images per second of all workers together.
     """
 
     compute: float
@@ -91,11 +112,18 @@ class Seconds:
 
     @property
     def round(self) -> float:
+        """Seconds of the whole round."""
         return self.compute + self.exchange
 
 
 def exchange_s(traffic: RoundTraffic, link: Link, workers: int) -> float:
-    """The synchronization between two rounds."""
+    """Return the seconds of the synchronization between two rounds.
+
+    Args:
+        traffic: Messages of the round.
+        link: Connection of each worker.
+        workers: Number of workers.
+    """
     phases = [max(phase.values()) for phase in (traffic.average, traffic.hand_over) if phase]
     hops = max(2 * (workers - 1) * traffic.allreduces, len(phases))
     return (traffic.ring_bytes + sum(phases)) / link.bytes_s + hops * link.latency_s
@@ -104,7 +132,19 @@ def exchange_s(traffic: RoundTraffic, link: Link, workers: int) -> float:
 def ddp_step_s(
     traffic: RoundTraffic, link: Link, workers: int, local_steps: int, step_s: float, forward_share: float
 ) -> tuple[float, float]:
-    """(exposed, hidden) seconds of exchange in each step of DistributedDataParallel, which computes for `step_s`."""
+    """Return the seconds of exchange in a step of DistributedDataParallel.
+
+    Args:
+        traffic: Messages of a round of `local_steps` steps.
+        link: Connection of each worker.
+        workers: Number of workers.
+        local_steps: Steps of the round.
+        step_s: Seconds of computation in a step.
+        forward_share: Share of the forward pass in a step, 0 to 1.
+
+    Returns:
+        Exchange that is exposed, and exchange that is hidden by backward.
+    """
     hops = traffic.allreduces * 2 * (workers - 1)
     gradients = (traffic.ring_bytes / link.bytes_s + hops * link.latency_s) / local_steps
     buffers = max(traffic.hand_over.values(), default=0) / local_steps / link.bytes_s
@@ -125,10 +165,26 @@ def calibrate(
     build_optimizer: BuildOptimizer = sgd,
     loss: Loss = mean_square,
 ) -> Speed:
-    """Measure this device: the median of `steps` training steps of the full network on random images, after one to warm
-    up, and as many of the network with a single block in each chain, which shows what a step takes beside FLOPs."""
+    """Measure the speed of a device.
+
+    Times training steps of the full network on random images, and of the network with one block in each chain, from
+    which the share of a step that does not depend on FLOPs follows. One step of each warms up the device.
+
+    Args:
+        build_model: Builds the full network.
+        batch_size: Images in a step.
+        image_shape: (channels, height, width) of an image.
+        chains: Names of the chains, as in `Job`.
+        device: The device.
+        steps: Number of steps to time, of which the median counts; at least 1.
+        build_optimizer: Makes the optimizer from the parameters.
+        loss: `loss(model, images)` returns the scalar from which backward starts.
+
+    Raises:
+        UserError: `steps` is below 1, or the model has no such chain or no FLOPs.
+    """
     if steps < 1:
-        raise UserError(f"steps={steps} is not a number of steps to time; give at least 1")
+        raise UserError(f"steps={steps}; must be at least 1")
     full = build_seeded(build_model, 0)
     chosen = choose_chains(full, tuple(chains))
     measured: list[tuple[float, int]] = []
@@ -138,11 +194,11 @@ def calibrate(
         images = torch.randn(batch_size, *image_shape, dtype=subnet.dtype, device=device)
         model = subnet.model.train()
         optimizer = build_optimizer(model.parameters())
-        flops = count_flops(model, optimizer, images, loss)[1]
+        flops = count_flops(model, optimizer, images, loss)[1]  # the step that warms up
         measured.append((_median_step_s(model, optimizer, images, loss, steps), flops))
     (full_s, full_flops), (shallow_s, shallow_flops) = measured
     saved = 1 - shallow_flops / full_flops
-    fixed = 1 - (1 - shallow_s / full_s) / saved if saved else 0.0  # a model may be shallow already
+    fixed = 1 - (1 - shallow_s / full_s) / saved if saved else 0.0  # nothing is saved if the model is already shallow
     return Speed(batch_size / full_s, min(max(fixed, 0.0), 0.99))
 
 
@@ -156,6 +212,6 @@ def _median_step_s(
         optimizer.step()
         optimizer.zero_grad()
         if images.is_cuda:
-            torch.cuda.synchronize(images.device)  # waits for the device: the step is over
+            torch.cuda.synchronize(images.device)  # waits for the device to finish the step
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)

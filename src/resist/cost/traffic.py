@@ -1,4 +1,4 @@
-"""What a round sends, from its plans alone: the schedule that a transport would run, counted instead of carried."""
+"""Traffic of a round, counted from the same schedule of messages that a transport runs."""
 
 import math
 from collections import Counter
@@ -11,17 +11,18 @@ from resist.subnet.chains import Chain
 
 Way = tuple[str, int]  # ("out" or "in", worker): one direction of a worker's link to the network
 
-# Into what DistributedDataParallel divides the gradients: a small bucket first, so that the exchange begins early.
+# Buckets of gradients in DistributedDataParallel: the first one is small, so that the exchange begins early.
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20
 
 
 @dataclass(frozen=True)
 class Part:
-    """The shared part, or one block of a chain.
+    """Number of elements of the shared part, or of one block of a chain.
 
-    numel:      its parameters and float buffers, which is what travels.
-    parameters: its parameters alone, which is what the paper counts.
-    trainable:  those with a gradient, which is what DistributedDataParallel sends.
+    Attributes:
+        numel: Parameters and float buffers, which are sent.
+        parameters: Parameters, which the paper counts.
+        trainable: Parameters with a gradient, which DistributedDataParallel sends.
     """
 
     numel: int
@@ -31,7 +32,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The parts of a network, in elements of `itemsize` bytes. blocks: one for each of `chains`."""
+    """Sizes of the parts of a network.
+
+    Attributes:
+        itemsize: Bytes of an element.
+        shared: The shared part.
+        chains: The chains.
+        blocks: A block of each chain.
+    """
 
     itemsize: int
     shared: Part
@@ -39,7 +47,7 @@ class Sizes:
     blocks: tuple[Part, ...]
 
     def whole(self) -> Part:
-        """The full network as one part."""
+        """Return the full network as one part."""
         parts = [self.shared]
         for chain, block in zip(self.chains, self.blocks, strict=True):
             parts += [block] * chain.num_blocks
@@ -52,13 +60,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class RoundTraffic:
-    """What one round sends.
+    """Traffic of one round.
 
-    bytes:      summed over workers, by kind: "shared", "blocks" and "state" as the ledger books them; "gradients" and
-                "buffers" under DistributedDataParallel.
-    ring_bytes: what each worker sends, and receives, in all-reduces; allreduces: how many there are.
-    average, hand_over: bytes by way in each of the two phases of point-to-point messages.
-    replica_bytes: second copies of blocks that each worker keeps, with `replicate`.
+    Attributes:
+        bytes: Bytes sent by all workers, by traffic kind: "shared", "blocks", "state" and "replica" as a transport
+            counts them; "gradients" and "buffers" under DistributedDataParallel.
+        ring_bytes: Bytes that each worker sends, and receives, in all-reduces.
+        allreduces: Number of all-reduces.
+        average: Bytes by direction of a link in the phase that averages blocks.
+        hand_over: Bytes by direction of a link in the phase that hands blocks over.
+        replica_bytes: Bytes of replicas that each worker keeps.
     """
 
     bytes: Mapping[str, int]
@@ -69,20 +80,21 @@ class RoundTraffic:
     replica_bytes: Mapping[int, int] = field(default_factory=dict)
 
     def links(self, workers: int) -> dict[Way, int]:
-        """Bytes over every link, all-reduces included."""
+        """Return the bytes over each direction of every worker's link, all-reduces included."""
         keys = [(way, worker) for way in ("out", "in") for worker in range(workers)]
         return {key: self.ring_bytes + self.average.get(key, 0) + self.hand_over.get(key, 0) for key in keys}
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """A mean round.
+    """Traffic of a mean round.
 
-    paper_bytes:      the paper's accounting, as of a parameter server: see `paper_bytes`.
-    bytes:            real traffic by kind, summed over workers, mean over the rounds looked at.
-    link_bytes:       what a worker sends in a round, mean over workers and rounds.
-    worst_link_bytes: the busiest link of a round (either way), mean over rounds.
-    link_ratio:       the busiest link over the whole run, relative to the mean link.
+    Attributes:
+        paper_bytes: Bytes as the paper counts them, see `paper_bytes`.
+        bytes: Bytes sent by all workers, by traffic kind, mean over rounds.
+        link_bytes: Bytes over one direction of a link, mean over links and rounds.
+        worst_link_bytes: Bytes over the busiest direction of a link, mean over rounds.
+        link_ratio: Bytes of the whole run over the busiest direction of a link, relative to the mean.
     """
 
     paper_bytes: int
@@ -93,12 +105,21 @@ class Traffic:
 
     @property
     def total_bytes(self) -> float:
+        """Bytes sent by all workers, of all traffic kinds."""
         return sum(self.bytes.values())
 
 
 def paper_bytes(sizes: Sizes, plans: Mapping[str, Plan], workers: int) -> int:
-    """Every worker sends all the parameters that it holds to a server and receives as many:
-    itemsize x 2 x (S x shared + copies x block), buffers left out."""
+    """Count the bytes of a round as the paper does.
+
+    Every worker sends the parameters that it holds to a server and receives as many, without buffers:
+    itemsize x 2 x (S x shared + sum of capacities x block).
+
+    Args:
+        sizes: Parts of the network.
+        plans: Plan of each chain by its name.
+        workers: Number of workers.
+    """
     held = workers * sizes.shared.parameters
     for chain, block in zip(sizes.chains, sizes.blocks, strict=True):
         held += sum(plans[chain.name].capacities) * block.parameters
@@ -115,46 +136,60 @@ def round_traffic(
     num_states: int,
     replicate: bool = False,
 ) -> RoundTraffic:
-    """What the synchronization from `plans` to `next_plans` sends (both keyed by chain).
+    """Count the messages of the synchronization between two rounds.
 
-    optimizer_state: the policy, see `resist.sync.averaging`.
-    num_states:      values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
-    replicate:          whether second copies of blocks are kept, and sent where nobody has one.
+    Args:
+        sizes: Parts of the network.
+        plans: Plan of each chain in the round that ends, by the chain's name.
+        next_plans: Plan of each chain in the next round.
+        workers: Number of workers.
+        optimizer_state: Policy for the optimizer's state, see `resist.sync.averaging`.
+        num_states: Values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
+        replicate: Keep a replica of every block, and send those that no other worker receives anyway.
     """
+    # Where every worker holds every block, blocks are averaged in the all-reduce of the shared part.
     common = all(plan.held_by_all for plan in (*plans.values(), *next_plans.values()))
     ring = allreduce_bytes((sizes.whole() if common else sizes.shared).numel * sizes.itemsize, workers)
-    lists = Schedule((), (), {})
+    messages = Schedule((), (), {})
     block_bytes = {c.name: b.numel * sizes.itemsize for c, b in zip(sizes.chains, sizes.blocks, strict=True)}
     if not common:
-        lists = schedule(plans, next_plans, block_bytes)
+        messages = schedule(plans, next_plans, block_bytes)
     moving = num_states if optimizer_state in ("travel", "average") else 0
     averaged = num_states if optimizer_state == "average" else 0
-    safe = place_replicas(lists, next_plans, block_bytes) if replicate else None
-    spare, more = Counter[int](), safe.messages if safe else ()
-    for (chain, _), keeper in (safe.kept if safe else {}).items():
-        spare[keeper] += block_bytes[chain]
-    for message in more:
-        spare[message.target] += message.num_bytes
+    # A replica is a block that a worker has received anyway, or it is sent for this purpose.
+    replicas = place_replicas(messages, next_plans, block_bytes) if replicate else None
+    replica_bytes, replica_messages = Counter[int](), replicas.messages if replicas else ()
+    for (chain, _), keeper in (replicas.kept if replicas else {}).items():
+        replica_bytes[keeper] += block_bytes[chain]
+    for message in replica_messages:
+        replica_bytes[message.target] += message.num_bytes
     num_bytes = {
         "shared": workers * ring,
-        "blocks": lists.num_bytes,
-        "state": workers * ring * averaged + lists.num_bytes * moving,
-        **({"replica": sum(message.num_bytes for message in more)} if replicate else {}),
+        "blocks": messages.num_bytes,
+        "state": workers * ring * averaged + messages.num_bytes * moving,
+        **({"replica": sum(message.num_bytes for message in replica_messages)} if replicate else {}),
     }
     return RoundTraffic(
         num_bytes,
         ring * (1 + averaged),
         1 + averaged if workers > 1 else 0,
-        _links(lists.average, 1 + moving),
-        Counter(_links(lists.hand_over, 1 + moving)) + Counter(_links(more, 1)),
-        spare,
+        _links(messages.average, 1 + moving),
+        Counter(_links(messages.hand_over, 1 + moving)) + Counter(_links(replica_messages, 1)),
+        replica_bytes,
     )
 
 
 def ddp_traffic(sizes: Sizes, *, workers: int, local_steps: int) -> RoundTraffic:
-    """What torch's DistributedDataParallel sends in `local_steps` steps: in each an all-reduce of all gradients, in
-    buckets, and before each forward the float buffers of worker 0 to all others (`broadcast_buffers`, on by default),
-    here passed on from one worker to the next."""
+    """Count the messages of torch's DistributedDataParallel in a round.
+
+    Each step has an all-reduce of all gradients, in buckets, and before the forward pass a broadcast of the float
+    buffers of worker 0 (`broadcast_buffers`, on by default), which each worker passes on to the next.
+
+    Args:
+        sizes: Parts of the network.
+        workers: Number of workers.
+        local_steps: Steps in a round.
+    """
     whole = sizes.whole()
     gradients = whole.trainable * sizes.itemsize
     ring = allreduce_bytes(gradients, workers)
@@ -172,17 +207,23 @@ def ddp_traffic(sizes: Sizes, *, workers: int, local_steps: int) -> RoundTraffic
 
 
 def mean_traffic(rounds: Sequence[RoundTraffic], workers: int, paper: int) -> Traffic:
-    """The mean of some rounds."""
+    """Average the traffic of rounds.
+
+    Args:
+        rounds: Traffic of each round.
+        workers: Number of workers.
+        paper: Bytes of a round as the paper counts them.
+    """
     over_run: Counter[Way] = Counter()
     worst = 0
-    for one in rounds:
-        links = one.links(workers)
+    for traffic in rounds:
+        links = traffic.links(workers)
         over_run.update(links)
         worst += max(links.values())
     mean = sum(over_run.values()) / len(over_run)
     return Traffic(
         paper,
-        {kind: sum(one.bytes[kind] for one in rounds) / len(rounds) for kind in rounds[0].bytes},
+        {name: sum(traffic.bytes[name] for traffic in rounds) / len(rounds) for name in rounds[0].bytes},
         mean / len(rounds),
         worst / len(rounds),
         max(over_run.values()) / mean if mean else 1.0,
@@ -190,7 +231,7 @@ def mean_traffic(rounds: Sequence[RoundTraffic], workers: int, paper: int) -> Tr
 
 
 def _links(messages: Sequence[Message], times: int) -> dict[Way, int]:
-    """Bytes by link of messages that are sent `times` times (weights, and each optimizer state that moves)."""
+    """Bytes by direction of a link, each message sent `times` times (weights, and each optimizer state that moves)."""
     links: Counter[Way] = Counter()
     for message in messages:
         links["out", message.source] += times * message.num_bytes

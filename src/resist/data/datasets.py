@@ -1,12 +1,12 @@
-"""Where data sets come from. Each gives its training and its test images.
+"""Data sets by name, each with training and test images.
 
-digits     1,797 handwritten digits that scikit-learn brings along, enlarged from 8x8 to 16x16, in three equal channels;
-           every fifth is for testing
-cifar10    60,000 photographs of 32x32 in 10 classes; downloaded by torchvision when missing
-cifar100   the same in 100 classes
-synthetic  noise with a faint mark of its class, for benchmarks
-folder     photographs in train/CLASS/* and val/CLASS/* below data_dir, read while the network trains
-imagenet   the same, with the 1,000 classes of ImageNet
+- `digits`: 1,797 handwritten digits of scikit-learn, enlarged from 8x8 to 16x16, in three equal channels; every fifth
+  is for testing.
+- `cifar10`: 60,000 photographs of 32x32 in 10 classes; downloaded by torchvision when missing.
+- `cifar100`: the same in 100 classes.
+- `synthetic`: noise with a faint mark of its class, for benchmarks.
+- `folder`: photographs in train/CLASS/* and val/CLASS/* below `data_dir`, read during training.
+- `imagenet`: the same, with the 1,000 classes of ImageNet.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 
 from resist.data.image_folder import IMAGE_SIZE, MEAN, STD, Photographs, class_names, load_folder
 from resist.data.in_memory import Images
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 
-# Photographs, which are streamed from files; the others are small enough to stay in memory.
+# Data sets of photographs, which are streamed from files; the others are small enough to stay in memory.
 FOLDERS = ("folder", "imagenet")
 DATASETS = ("digits", "cifar10", "cifar100", "synthetic", *FOLDERS)
-# Mean and deviation of each channel over the training set, of pixels in 0..1. Those of digits are computed.
+# Mean and standard deviation of each channel over the training set, for pixels in 0..1. Those of digits are computed.
 NORMALISATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -42,10 +42,21 @@ def load(
     data_workers: int = 0,
     skip_bad_files: bool = False,
 ) -> tuple[Images, Images] | tuple[Photographs, Photographs]:
-    """(training, test) images of data set `name`. `data_dir` is where files are looked for and downloaded to.
+    """Load a data set.
 
-    image_size, data_workers, skip_bad_files: for photographs; see `load_folder`.
-    Raises UserError with one line when the name is unknown or the files are neither there nor to be had.
+    Args:
+        name: One of `DATASETS`.
+        data_dir: Directory of the files; missing files are downloaded to it.
+        download: Download missing files; otherwise they are an error.
+        image_size: Height and width of photographs in pixels; default: 224.
+        data_workers: Processes that read photographs; 0: this process reads.
+        skip_bad_files: Leave out photographs that cannot be read, see `load_folder`.
+
+    Returns:
+        Training images and test images.
+
+    Raises:
+        UserError: The name is unknown, or files are missing or damaged and cannot be downloaded.
     """
     check_name(name)
     if name == "digits":
@@ -60,24 +71,29 @@ def load(
 
 
 def check_name(name: str) -> None:
+    """Raise UserError if `name` is not one of `DATASETS`."""
     if name not in DATASETS:
         raise UserError(f"data={name!r} is not known; choose one of {', '.join(DATASETS)}")
 
 
 def check_imagenet(data_dir: Path) -> None:
-    found = len(class_names(data_dir))
-    if found != 1000:
-        raise UserError(f"{data_dir / 'train'}: has {found} class folders, ImageNet 1,000; give --data folder")
+    """Raise UserError if `data_dir` does not have the 1,000 classes of ImageNet."""
+    num_classes = len(class_names(data_dir))
+    if num_classes != 1000:
+        raise UserError(f"{data_dir / 'train'}: has {num_classes} class folders, ImageNet 1,000; give --data folder")
 
 
 def image_size_of(name: str) -> int:
-    """Height and width of the images of a data set; those of photographs can be chosen, and this is the default."""
+    """Return the height and width of a data set's images in pixels.
+
+    For photographs, whose size can be chosen, this is the default.
+    """
     check_name(name)
     return IMAGE_SIZE if name in FOLDERS else 16 if name == "digits" else 32
 
 
 def num_classes_of(name: str, data_dir: str | Path = "data") -> int:
-    """Classes of a data set; of a folder, those that lie there now."""
+    """Return the number of classes of a data set; for `folder`, count the class folders below `data_dir`."""
     check_name(name)
     if name == "folder":
         return len(class_names(Path(data_dir)))
@@ -85,7 +101,7 @@ def num_classes_of(name: str, data_dir: str | Path = "data") -> int:
 
 
 def normalization_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel that the images of a data set are normalized with, of pixels in 0..1."""
+    """Return the (mean, standard deviation) of each channel, for pixels in 0..1."""
     check_name(name)
     if name == "digits":
         images = _digits()[0]
@@ -113,22 +129,21 @@ def _digits() -> tuple[Images, Images]:
 def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
     from torchvision import datasets
 
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    folder = kind.base_folder
-    with contextlib.redirect_stdout(io.StringIO()):
+    dataset_class = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    folder = dataset_class.base_folder
+    with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints that it verifies the files
         try:
-            sets = [kind(data_dir, train=train) for train in (True, False)]
+            sets = [dataset_class(data_dir, train=train) for train in (True, False)]
         except (RuntimeError, OSError, EOFError, ValueError) as missing:
             try:
                 if not download:
                     raise RuntimeError("downloading is off") from missing
                 data_dir.mkdir(parents=True, exist_ok=True)
-                sets = [kind(data_dir, train=train, download=True) for train in (True, False)]
-            except Exception as error:  # whatever the network raises
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                sets = [dataset_class(data_dir, train=train, download=True) for train in (True, False)]
+            except Exception as error:  # any error of the connection or of the files
                 raise UserError(
-                    f"data={name} is not complete below {data_dir} and cannot be downloaded ({reason}); "
-                    f"put the files of {kind.filename} into {data_dir / folder}"
+                    f"data={name} is not complete below {data_dir} and cannot be downloaded ({first_line(error)}); "
+                    f"put the files of {dataset_class.filename} into {data_dir / folder}"
                 ) from error
     mean, std = NORMALISATION[name]
     train, test = (

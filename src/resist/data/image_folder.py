@@ -1,16 +1,17 @@
-"""Photographs in folders, one for each class, read while the network trains: `--data folder` and `--data imagenet`.
+"""Photographs in one folder for each class, read during training: `--data folder` and `--data imagenet`.
 
-    DIR/train/CLASS/*    DIR/val/CLASS/*        images may also lie deeper, as in train/CLASS/images/*
+    DIR/train/CLASS/*    DIR/val/CLASS/*        also in subfolders, as in train/CLASS/images/*
 
-Classes are the folders below train/, in the order of their names' bytes, and so are the files of a class: all hosts
-number them alike. Hidden files, and files that do not end as images do, are passed over. Listing them reads names and
-sizes alone and opens no image.
+Classes are the folders below train/. Classes, and the files of a class, are sorted by the bytes of their names, so that
+all machines number them in the same way. Hidden files, and files without an image suffix, are ignored. Listing reads
+only names, sizes and times; it opens no image.
 
-Training: a random part of the image (8 to 100 % of its area), resized, mirrored every other time. Testing: the shorter
-side resized to 8/7 of the image size, the middle cut out. Images travel as bytes; the device normalizes whole batches.
+Training: a random crop (8 to 100 % of the area), resized, and mirrored with probability 0.5. Testing: the shorter side
+resized to 8/7 of the image size, then a center crop. Images are transferred as bytes; the device normalizes batches.
 """
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -29,17 +30,28 @@ from resist.data.in_memory import normalize
 from resist.data.loader import Stream, in_order, seeded
 from resist.errors import UserError
 
-if TYPE_CHECKING:  # it takes seconds to import, which only those shall wait who have photographs
+if TYPE_CHECKING:  # its import takes seconds, which only users of photographs should wait for
     from torchvision.transforms import v2
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-LAYOUT = "--data-dir has to hold train/CLASS/* and val/CLASS/*"
+LAYOUT = "--data-dir has to contain train/CLASS/* and val/CLASS/*"
 
 
 @dataclass(frozen=True)
 class Listing:
-    """root: where the names lead from. names: (num,) bytes; labels: (num,) int64; sizes, times: (num,) int64, bytes
-    and ns. Arrays, not lists of strings: processes that read share them. left_out: lines on what was passed over.
+    """Files of a split with their labels.
+
+    The columns are arrays and not lists of strings, so that reading processes share their memory.
+
+    Attributes:
+        root: Folder that the names are relative to.
+        names: (num,) bytes: paths of the files.
+        labels: (num,) int64: class numbers.
+        sizes: (num,) int64: file sizes in bytes.
+        times: (num,) int64: times of modification in ns.
+        left_out: A line for each group of files or folders that were left out.
     """
 
     root: Path
@@ -53,22 +65,28 @@ class Listing:
         return len(self.names)
 
     def path(self, index: int) -> Path:
+        """Return the path of a file."""
         return self.root / os.fsdecode(bytes(self.names[index]))
 
     def digest(self, *, times: bool = False) -> str:
-        """A short text that differs where names, sizes or labels do (or times); of the images it reads no byte."""
+        """Return a hash of names, labels and sizes, with `times` also of times; images are not opened."""
         key = blake2b(digest_size=8)
         for part in (self.names, self.labels, self.sizes, *((self.times,) if times else ())):
             key.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
         return key.hexdigest()
 
-    def without(self, bad: np.ndarray, why: str) -> "Listing":
-        """The same without the files whose indices are in `bad`, which are left out because they `why`."""
+    def without(self, bad: np.ndarray, reason: str) -> "Listing":
+        """Return a listing without some files.
+
+        Args:
+            bad: (num_bad,) int64: indices of the files to leave out.
+            reason: A verb phrase for the line in `left_out`, such as "cannot be read".
+        """
         if not len(bad):
             return self
         keep = np.ones(len(self), bool)
         keep[bad] = False
-        line = f"{self.root}: left out {len(bad)} {'files that' if len(bad) > 1 else 'file that'} {why}, first "
+        line = f"{self.root}: left out {len(bad)} {'files that' if len(bad) > 1 else 'file that'} {reason}, first "
         return Listing(
             self.root,
             self.names[keep],
@@ -80,52 +98,63 @@ class Listing:
 
 
 def class_names(data_dir: Path) -> list[str]:
-    """The classes: the folders below train/. Raises UserError where there are none."""
+    """Return the names of the class folders below train/, sorted.
+
+    Raises:
+        UserError: There are none, or train/ cannot be read.
+    """
     train = data_dir / "train"
     try:
         names = _folders(train)
     except OSError as error:
         raise UserError(f"{train}: {error.strerror}; {LAYOUT}") from error
     if not names:
-        raise UserError(f"{train}: holds no class folders; {LAYOUT}")
+        raise UserError(f"{train}: contains no class folders; {LAYOUT}")
     return names
 
 
 def _folders(root: Path) -> list[str]:
-    """The names of the folders in `root`, in the order of their bytes; hidden ones are passed over."""
+    """Names of the folders in `root` that are not hidden, sorted by their bytes."""
     with os.scandir(root) as entries:
         return sorted((e.name for e in entries if e.is_dir() and not e.name.startswith(".")), key=os.fsencode)
 
 
 def list_split(root: Path, classes: list[str], *, skip_bad: bool) -> Listing:
-    """The images below `root`, which is DIR/train or DIR/val.
+    """List the images of a split.
 
-    Raises UserError, the folder first, for a class folder without images and for a folder that is no class; with
-    `skip_bad` these are left out and counted. A class without a folder has no images here.
+    Args:
+        root: DIR/train or DIR/val.
+        classes: Names of the classes, in the order of their numbers. A class need not have a folder.
+        skip_bad: Leave out empty class folders, and folders that are not a class, instead of raising an error.
+
+    Raises:
+        UserError: The folder cannot be read or contains no images; without `skip_bad` also for an empty class folder or
+            one that is not a class.
     """
-    found: list[tuple[bytes, int, int, int]] = []
+    rows: list[tuple[bytes, int, int, int]] = []
     empty: list[str] = []
-    strange: list[str] = []
+    unknown: list[str] = []
     try:
         numbers = {name: number for number, name in enumerate(classes)}
         for name in _folders(root):
             if name not in numbers:
-                strange.append(name)
+                unknown.append(name)
                 continue
             files = sorted(_images(os.fsencode(root / name), os.fsencode(name)))
-            found += [(path, numbers[name], size, time) for path, size, time in files]
+            rows += [(path, numbers[name], size, time) for path, size, time in files]
             empty += [] if files else [name]
     except OSError as error:
         raise UserError(f"{os.fsdecode(error.filename or root)}: {error.strerror}; {LAYOUT}") from error
     left_out: list[str] = []
-    for names, what in ((strange, "is not a class of train/"), (empty, "holds no images")):
+    for names, problem in ((unknown, "is not a class of train/"), (empty, "contains no images")):
         if names and not skip_bad:
-            raise UserError(f"{root / names[0]}: {what}; mend or remove it, or give --skip-bad-files")
+            raise UserError(f"{root / names[0]}: {problem}; fix or delete it, or give --skip-bad-files")
         if names:
-            left_out.append(f"{root}: left out {len(names)} folder{'s' * (len(names) > 1)}, first {names[0]}: {what}")
-    if not found:
-        raise UserError(f"{root}: holds no images in class folders; {LAYOUT}")
-    names, labels, sizes, times = zip(*found, strict=True)
+            plural = "s" * (len(names) > 1)
+            left_out.append(f"{root}: left out {len(names)} folder{plural}, first {names[0]}: {problem}")
+    if not rows:
+        raise UserError(f"{root}: contains no images in class folders; {LAYOUT}")
+    names, labels, sizes, times = zip(*rows, strict=True)
     return Listing(
         root,
         np.array(names),
@@ -137,7 +166,7 @@ def list_split(root: Path, classes: list[str], *, skip_bad: bool) -> Listing:
 
 
 def _images(folder: bytes, name: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(path from the root, bytes, time) of each image in a folder and those below it."""
+    """(path relative to the root, bytes, ns) of each image in a folder and its subfolders."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
@@ -149,15 +178,22 @@ def _images(folder: bytes, name: bytes) -> Iterator[tuple[bytes, int, int]]:
                 yield name + b"/" + entry.name, stat.st_size, stat.st_mtime_ns
 
 
-# Of the photographs of ImageNet, per channel, of pixels in 0..1.
+# Mean and standard deviation of each channel over ImageNet, for pixels in 0..1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """Images with one class each, in files. size: height and width that they are cut to. data_workers: processes that
-    read for each stream of batches."""
+    """Labeled photographs in files.
+
+    Attributes:
+        listing: The files and their labels.
+        num_classes: Number of classes; labels are below it.
+        size: Height and width in pixels of the images in a batch.
+        data_workers: Processes that read for each stream of batches; 0: this process reads.
+        device: Device of the batches.
+    """
 
     listing: Listing
     num_classes: int
@@ -169,12 +205,27 @@ class Photographs:
         return len(self.listing)
 
     def to(self, device: torch.device | str) -> "Photographs":
+        """Return the same photographs with batches on `device`."""
         return replace(self, device=torch.device(device))
 
     def loader(
         self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str = "all"
     ) -> "PhotographLoader":
-        """The training batches of one worker, augmented."""
+        """Return the augmented training batches of one worker.
+
+        Batches are a pure function of (seed, worker, step): a loader that starts at step t, also in another process or
+        with another number of `data_workers`, returns the batches of an uninterrupted one. `seed` and `worker` decide
+        the order of the images, and together with the step and the position in the batch the crop and the mirroring
+        of each. With `sampling="shard"`, `seed` alone decides which images belong to which worker.
+
+        Args:
+            batch_size: Images in a batch.
+            seed: Seed of the run, the same for all workers.
+            worker: Number of the worker. Any integer that is not a worker's number, such as -1, gives batches that
+                are independent of all workers'.
+            workers: Number of workers that the images are divided among, for `sampling="shard"`.
+            sampling: "all" or "shard", see `Order`.
+        """
         stream = Stream(
             Reader(self.listing, augmentation(self.size)),
             batch_size=batch_size,
@@ -188,23 +239,31 @@ class Photographs:
         return PhotographLoader(self, stream)
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images in order, each once, not augmented, `size` at a time, for evaluation; `limit` batches at most."""
+        """Iterate over the images in order, without augmentation, for evaluation.
+
+        Args:
+            size: Images in a batch; the last one may have fewer.
+            limit: Number of batches, at most; default: all.
+
+        Yields:
+            Images (batch, 3, size, size) float32 and labels (batch,) int64, on the device.
+        """
         reader = Reader(self.listing, middle(self.size))
         for batch in in_order(reader, size, num_data_workers=self.data_workers, pin_memory=self._pinned, limit=limit):
             yield self.on_device(batch)
 
     def on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(images (batch, 3, size, size) uint8, labels (batch,)) as the network takes them, float32."""
+        """Move (images (batch, 3, size, size) uint8, labels (batch,)) to the device and normalize the images."""
         images, labels = (part.to(self.device, non_blocking=True) for part in batch)
         return normalize(images, MEAN, STD), labels
 
     def digest(self) -> str:
-        """A short text that differs where names, sizes or labels of the files do: their content is not read."""
+        """Return a hash of names, labels and sizes of the files; their content is not read."""
         return self.listing.digest()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines on what was left out."""
+        """Lines for the user about files and folders that were left out."""
         return self.listing.left_out
 
     @property
@@ -214,21 +273,29 @@ class Photographs:
 
 @dataclass(frozen=True)
 class PhotographLoader:
+    """Training batches of one worker on the device, read by a stream."""
+
     data: Photographs
     stream: Stream
 
     @property
     def images_per_epoch(self) -> int:
+        """Images in one pass through the images that the worker draws from."""
         return self.stream.images_per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (batch_size, 3, size, size) float32 and labels (batch_size,) of this step, on the device."""
+        """Return the images (batch_size, 3, size, size) float32 and labels (batch_size,) of a step."""
         return self.data.on_device(self.stream.batch(step))
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What a stream reads from: (image (3, size, size) uint8, label) by index and seed."""
+    """Items of a stream: (image (3, size, size) uint8, label) by index and seed.
+
+    Attributes:
+        listing: The files and their labels.
+        transform: Maps a picture to a tensor; it may draw from torch's CPU generator, which is seeded for each item.
+    """
 
     listing: Listing
     transform: "v2.Transform"
@@ -244,66 +311,92 @@ class Reader:
 
 
 def augmentation(size: int) -> "v2.Transform":
+    """Return the transform for training: a random crop of size x size pixels, mirrored with probability 0.5."""
     from torchvision.transforms import v2
 
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
 def middle(size: int) -> "v2.Transform":
+    """Return the transform for testing: a center crop of size x size pixels."""
     from torchvision.transforms import v2
 
     return v2.Compose([v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 def read(path: Path) -> Image.Image:
-    """The image in a file, in color. Raises UserError, the file first, where there is none or only a part of one."""
+    """Read an image file as RGB.
+
+    Raises:
+        UserError: The file is not an image, incomplete, or cannot be read.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on odd palettes and damaged comments, which leave the image whole
+            warnings.simplefilter("ignore")  # about unusual palettes and damaged comments, which do not harm the image
             with Image.open(path) as image:
                 return image.convert("RGB")
     except UnidentifiedImageError as error:
-        reason = "is of no known format" if path.stat().st_size else "is empty"
+        reason = "unknown image format" if path.stat().st_size else "the file is empty"
         raise _bad(path, reason) from error
-    except Exception as error:  # what the decoders raise is not said anywhere
+    except Exception as error:  # it is not documented which exceptions the decoders raise
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise _bad(path, f"cannot be read ({text.splitlines()[0]})") from error
 
 
 def _bad(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: {reason}; mend or remove it, or give --skip-bad-files")
+    return UserError(f"{path}: {reason}; fix or delete it, or give --skip-bad-files")
 
 
 def load_folder(
     data_dir: Path, *, size: int | None = None, data_workers: int = 0, skip_bad: bool = False
 ) -> tuple[Photographs, Photographs]:
-    """(training, test) photographs below `data_dir`.
+    """List the training and test photographs below `data_dir`.
 
-    skip_bad: first try to read every file, with `data_workers` processes, and leave out those that cannot be. The
-              result is kept in the user's cache folder until a name, size or time of a file changes.
-    Raises UserError, the file or folder first, for whatever is wrong with the folders.
+    Args:
+        data_dir: Folder with train/CLASS/* and val/CLASS/*.
+        size: Height and width in pixels of the images in a batch; default: 224.
+        data_workers: Processes that read; 0: this process reads.
+        skip_bad: Leave out files that cannot be read, and folders that are empty or not a class. For this, every file
+            is read once, with `data_workers` processes; the result is kept in the user's cache folder until a name,
+            size or time of a file changes.
+
+    Returns:
+        Training photographs and test photographs.
+
+    Raises:
+        UserError: Folders are missing, empty or not a class, or no image can be read.
     """
     classes = class_names(data_dir)
-    found: list[Photographs] = []
+    splits: list[Photographs] = []
     for split in ("train", "val"):
         listing = list_split(data_dir / split, classes, skip_bad=skip_bad)
         if skip_bad:
             listing = listing.without(unreadable(listing, data_workers), "cannot be read")
         if not len(listing):
-            raise UserError(f"{data_dir / split}: holds no image that can be read")
-        found.append(Photographs(listing, len(classes), size or IMAGE_SIZE, data_workers))
-    return found[0], found[1]
+            raise UserError(f"{data_dir / split}: contains no image that can be read")
+        splits.append(Photographs(listing, len(classes), size or IMAGE_SIZE, data_workers))
+    return splits[0], splits[1]
 
 
 def unreadable(listing: Listing, data_workers: int) -> np.ndarray:
-    """The indices of the files that cannot be read, from the cache or by trying all. (num,) int64"""
+    """Find the files that cannot be read: look into the cache, else read all files.
+
+    Args:
+        listing: The files.
+        data_workers: Processes that read; 0: this process reads.
+
+    Returns:
+        (num_bad,) int64: indices of the files, ascending.
+    """
     key = blake2b(f"{listing.root.absolute()} {listing.digest(times=True)}".encode(), digest_size=12).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resist"
     file = folder / f"unreadable-{key}.json"
     try:
         return np.array(json.loads(file.read_text(encoding="utf-8"))["unreadable"], np.int64)
     except (OSError, ValueError, KeyError, TypeError):
-        print(f"{listing.root}: looking for files that cannot be read among {len(listing):,}, once", flush=True)
+        # A warning, since this may take minutes: Python shows it on stderr also where logging is not configured.
+        text = "%s: reading all %s files once to find those that cannot be read"
+        logger.warning(text, listing.root, f"{len(listing):,}")
     flags = list(in_order(_Trial(listing), 64, num_data_workers=data_workers, collate=partial(np.array, dtype=bool)))
     bad = np.flatnonzero(~np.concatenate(flags))
     try:
@@ -313,13 +406,13 @@ def unreadable(listing: Listing, data_workers: int) -> np.ndarray:
         new.write_text(json.dumps(content) + "\n", encoding="utf-8")
         new.replace(file)
     except OSError:
-        pass  # then they are tried again the next time
+        pass  # without a cache, the next run reads the files again
     return bad
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Whether a file can be read."""
+    """Items of the search for bad files: True where a file can be read."""
 
     listing: Listing
 

@@ -1,7 +1,7 @@
-"""Small images that live on the device as uint8. Crop, flip and normalization are batched tensor operations there.
+"""Small images in device memory, augmented and normalized in batches there.
 
-A worker's batches are a pure function of (seed, worker, step): no data workers, no Python per image, and a run that
-goes on at step t sees what an undisturbed one would see.
+Images are stored as uint8. A worker's batches are a pure function of (seed, worker, step): no data workers, no Python
+code per image, and a run that is resumed at step t sees the batches of an uninterrupted one.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,18 @@ from resist.data.sampler import Order, generator
 
 @dataclass(frozen=True)
 class Images:
-    """images: (num, channels, height, width) uint8; labels: (num,) int64; num_classes: labels are below it.
-    mean, std: per channel, of pixels in 0..1. pad: pixels of random shift in training. flip: whether a mirrored image
-    shows the same class."""
+    """Labeled images in memory.
+
+    Attributes:
+        images: (num, channels, height, width) uint8.
+        labels: (num,) int64.
+        num_classes: Number of classes; labels are below it.
+        mean: Mean of each channel over the training set, for pixels in 0..1.
+        std: Standard deviation of each channel, likewise.
+        pad: Largest random shift in training, in pixels.
+        flip: Mirror images in training; True where a mirrored image shows the same class.
+        notes: Lines for the user about files that were left out; always empty here.
+    """
 
     images: Tensor
     labels: Tensor
@@ -30,39 +39,58 @@ class Images:
     pad: int
     flip: bool
 
-    notes: ClassVar[tuple[str, ...]] = ()  # files are whole or refused
+    notes: ClassVar[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Images":
+        """Return the same images in the memory of `device`."""
         return Images(
             self.images.to(device), self.labels.to(device), self.num_classes, self.mean, self.std, self.pad, self.flip
         )
 
     def loader(self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str = "all") -> "Loader":
-        """The training batches of one worker."""
+        """Return the training batches of one worker; see `Loader`."""
         return Loader(self, batch_size=batch_size, seed=seed, worker=worker, workers=workers, sampling=sampling)
 
     def digest(self) -> str:
-        """A short text that differs where images or labels do."""
+        """Return a hash of images and labels."""
         key = blake2b(digest_size=8)
         for part in (self.images, self.labels):
             key.update(part.cpu().contiguous().numpy().tobytes())
         return key.hexdigest()
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (batch, channels, height, width) -> float32 of mean 0 and deviation 1 over the training set."""
+        """Normalize images (batch, channels, height, width) uint8 to float32 with the data set's mean and std."""
         return normalize(images, self.mean, self.std)
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images in order, not augmented, `size` at a time, for evaluation; `limit` batches at most."""
+        """Iterate over the images in order, without augmentation, for evaluation.
+
+        Args:
+            size: Images in a batch; the last one may have fewer.
+            limit: Number of batches, at most; default: all.
+
+        Yields:
+            Images (batch, channels, height, width) float32 and labels (batch,) int64.
+        """
         for start in range(0, len(self) if limit is None else min(len(self), limit * size), size):
             yield self.normalize(self.images[start : start + size]), self.labels[start : start + size]
 
 
 class Loader:
-    """Training batches of one worker, in the order that `Order` says."""
+    """Training batches of one worker from images in memory, a pure function of (seed, worker, step).
+
+    Args:
+        data: The images.
+        batch_size: Images in a batch.
+        seed: Seed of the order, the shift and the mirroring; the same for all workers.
+        worker: Number of the worker; any other integer, such as -1, gives batches independent of all workers'.
+        workers: Number of workers that the images are divided among, for `sampling="shard"`.
+        sampling: "all" or "shard", see `Order`.
+        augment: Shift and mirror the images at random.
+    """
 
     def __init__(
         self,
@@ -82,38 +110,58 @@ class Loader:
 
     @property
     def images_per_epoch(self) -> int:
+        """Images in one pass through the images that the worker draws from."""
         return self.order.images_per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (batch_size, channels, height, width) float32 and labels (batch_size,) of this step, on the device."""
+        """Return the batch of a step, on the device of the images.
+
+        Returns:
+            Images (batch_size, channels, height, width) float32 and labels (batch_size,) int64.
+        """
         index = self.order.indices(step).to(self.data.labels.device)
         images, labels = self.data.images[index], self.data.labels[index]
         if self.augment:
-            chance = generator("augment", self.seed, self.worker, step)
-            images = shift(images, self.data.pad, chance) if self.data.pad else images
-            images = mirror(images, chance) if self.data.flip else images
+            random = generator("augment", self.seed, self.worker, step)
+            images = shift(images, self.data.pad, random) if self.data.pad else images
+            images = mirror(images, random) if self.data.flip else images
         return self.data.normalize(images), labels
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 (batch, channels, height, width) -> float32; mean and std: of each channel, of pixels in 0..1."""
-    middle = torch.tensor(mean, device=images.device).view(1, -1, 1, 1) * 255
+    """Normalize images.
+
+    Args:
+        images: (batch, channels, height, width) uint8.
+        mean: Mean of each channel, for pixels in 0..1.
+        std: Standard deviation of each channel, for pixels in 0..1.
+
+    Returns:
+        (batch, channels, height, width) float32.
+    """
+    center = torch.tensor(mean, device=images.device).view(1, -1, 1, 1) * 255
     spread = torch.tensor(std, device=images.device).view(1, -1, 1, 1) * 255
-    return (images.float() - middle) / spread
+    return (images.float() - center) / spread
 
 
 def shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """Move every image by up to `pad` pixels each way, filling with black: a random crop of the padded image."""
+    """Take a random crop of each image padded with black.
+
+    Args:
+        images: (batch, channels, height, width).
+        pad: Padding on each side, which is the largest shift, in pixels.
+        generator: CPU generator of the shifts.
+    """
     num, _, height, width = images.shape
-    by = torch.randint(0, 2 * pad + 1, (2, num), generator=generator).to(images.device)
-    rows = by[0][:, None] + torch.arange(height, device=images.device)
-    columns = by[1][:, None] + torch.arange(width, device=images.device)
+    offsets = torch.randint(0, 2 * pad + 1, (2, num), generator=generator).to(images.device)
+    rows = offsets[0][:, None] + torch.arange(height, device=images.device)
+    columns = offsets[1][:, None] + torch.arange(width, device=images.device)
     padded = F.pad(images, (pad, pad, pad, pad))
     each = torch.arange(num, device=images.device)
     return padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror every other image, on the average, left to right."""
-    which = torch.rand(len(images), generator=generator).to(images.device) < 0.5
-    return torch.where(which[:, None, None, None], images.flip(3), images)
+    """Mirror each image (batch, channels, height, width) left to right with probability 0.5."""
+    mirrored = torch.rand(len(images), generator=generator).to(images.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)

@@ -1,11 +1,11 @@
-"""Batches of data that do not fit into memory: processes read, decode and augment them ahead of the training.
+"""Streams of batches that processes read, decode and augment ahead of training.
 
-A worker's batches are a pure function of (seed, worker, step), however many processes read them: each item is asked for
-with a seed of its own, so a run that goes on at step t sees what an undisturbed one would see.
+A worker's batches are a pure function of (seed, worker, step), for any number of reading processes: each item is
+requested with its own seed, so that a run that is resumed at step t sees the batches of an uninterrupted one.
 
-The reading processes stay for the life of a stream. They form a process group of their own, since launchers and
-terminals send their signals to whole groups: the training then ends its round and saves, and that takes their batches.
-They end with the stream, or within seconds of the process that they read for, whatever became of it.
+The reading processes live as long as their stream. They leave the process group of the training, because launchers and
+terminals signal whole groups: after a signal the training ends its round and saves, which still needs their batches.
+They exit with the stream, or within seconds after the process that they read for, however it ended.
 """
 
 import contextlib
@@ -24,17 +24,18 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from resist.data.sampler import Order
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 from resist.planning.plan import keyed_int
 
-# Batches that each reading process has ready.
+# Batches that each reading process prepares in advance.
 AHEAD = 2
 
 
 class Items(Protocol):
-    """What a stream reads from. An item is asked for with its index and the seed of its augmentation (see `seeded`).
+    """Data set of a stream.
 
-    Raises UserError that names the file which cannot be read: it ends the training with that line.
+    An item is requested with its index and the seed of its augmentation (see `seeded`). Where a file cannot be read,
+    `__getitem__` raises a UserError that names it; training ends with that line.
     """
 
     def __len__(self) -> int: ...
@@ -47,20 +48,29 @@ Collate = Callable[[list[Any]], Any]
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside it torch's generator of the host, which torchvision's transforms use, is seeded; it is restored after."""
+    """Context that seeds torch's CPU generator, which torchvision's transforms use, and restores it at exit."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 class Stream:
-    """Training batches of one worker, on the host, in the order that `Order` says.
+    """Training batches of one worker in CPU memory, in the order of `Order`.
 
-    num_data_workers: processes that read; 0: this process reads, when a batch is asked for.
-    collate:     makes a batch of the items.
-    pin_memory:  batches lie in pinned memory, from which they go to a GPU while it computes.
+    Args:
+        dataset: The items.
+        batch_size: Items in a batch.
+        seed: Seed of the order and of the items' augmentation; the same for all workers.
+        worker: Number of the worker; any other integer, such as -1, gives batches independent of all workers'.
+        workers: Number of workers that the items are divided among, for `sampling="shard"`.
+        sampling: "all" or "shard", see `Order`.
+        num_data_workers: Processes that read; 0: this process reads, when a batch is requested.
+        collate: Makes a batch from a list of items.
+        pin_memory: Return batches in pinned memory, from which a GPU copies them while it computes.
 
-    wait_s: seconds that `batch` has waited for data.
+    Attributes:
+        order: The order of the items.
+        wait_s: Seconds that `batch` has waited for data.
     """
 
     def __init__(
@@ -87,24 +97,29 @@ class Stream:
 
     @property
     def images_per_epoch(self) -> int:
+        """Images in one pass through the images that the worker draws from."""
         return self.order.images_per_epoch
 
     def batch(self, step: int) -> Any:
-        """The batch of this step. Steps that are asked for one after another are read ahead; others begin anew.
+        """Return the batch of a step.
 
-        Raises UserError in one line where an item cannot be read or a reading process is lost.
+        Consecutive steps are read ahead. For any other step the stream restarts there, and the batches that were read
+        ahead are discarded.
+
+        Raises:
+            UserError: An item cannot be read, or a reading process was lost.
         """
         start = time.perf_counter()
         if self._batches is None or step != self._next:
             self._steps.start = step
             self._batches = _begin(self._loader)
-        got = _take(self._batches, self._loader.num_workers > 0)
+        batch = _take(self._batches, self._loader.num_workers > 0)  # waits for the reading processes
         self._next = step + 1
         self.wait_s += time.perf_counter() - start
-        return got
+        return batch
 
     def close(self) -> None:
-        """End the reading processes. They are started again when a batch is asked for."""
+        """Stop the reading processes; the next call of `batch` starts them again."""
         self._batches = None
         self._loader._iterator = None
 
@@ -118,7 +133,22 @@ def in_order(
     pin_memory: bool = False,
     limit: int | None = None,
 ) -> Iterator[Any]:
-    """All items, each once, in order, `batch_size` at a time (`limit` batches at most), on the host. Seeds are 0."""
+    """Iterate over all items once, in order, with seed 0.
+
+    Args:
+        dataset: The items.
+        batch_size: Items in a batch; the last one may have fewer.
+        num_data_workers: Processes that read; 0: this process reads.
+        collate: Makes a batch from a list of items.
+        pin_memory: Return batches in pinned memory.
+        limit: Number of batches, at most; default: all.
+
+    Yields:
+        Batches in CPU memory.
+
+    Raises:
+        UserError: An item cannot be read, or a reading process was lost.
+    """
     pairs = [(index, 0) for index in range(len(dataset))]
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)][:limit]
     loader = _loader(dataset, batches, min(num_data_workers, len(batches)), collate, pin_memory, stay=False)
@@ -128,7 +158,7 @@ def in_order(
 
 
 class _Steps:
-    """The items of each step from `start` on, without end: (index, seed of the augmentation)."""
+    """Endless batch sampler from step `start` on; an item is (index, seed of the augmentation)."""
 
     def __init__(self, order: Order) -> None:
         self.order, self.start = order, 0
@@ -141,7 +171,7 @@ class _Steps:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What went wrong with an item, sent instead of a batch: an exception would come with a page of traceback."""
+    """Error message of an item, sent instead of a batch; an exception would add a page of traceback."""
 
     message: str
 
@@ -182,7 +212,7 @@ def _loader(
             "prefetch_factor": AHEAD,
             "persistent_workers": stay,
             "worker_init_fn": _leave_group,
-            # A fork starts at once and shares the lists of files; elsewhere than on Linux it is not safe.
+            # A fork starts immediately and shares the lists of files; it is safe on Linux only.
             "multiprocessing_context": "fork" if sys.platform == "linux" else None,
         }
     with _unwarned():
@@ -191,7 +221,7 @@ def _loader(
             batch_sampler=batches,
             collate_fn=_Collated(collate),
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else each beginning would draw from torch's own
+            generator=torch.Generator(),  # otherwise each new iterator would draw from torch's global generator
             **options,
         )
 
@@ -201,31 +231,32 @@ def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
         before = signal.getsignal(signal.SIGCHLD) if _signals() else None
         batches = iter(loader)
         if _signals() and signal.getsignal(signal.SIGCHLD) is not before:
-            # torch's handler raises wherever the training is when a process is lost. `_take` finds it within 5 s.
+            # When a process is lost, torch's handler raises anywhere in the training. `_take` notices it within 5 s.
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         return batches
 
 
-def _take(batches: Iterator[Any], apart: bool) -> Any:
-    """The next batch. apart: whether other processes read it."""
+def _take(batches: Iterator[Any], has_processes: bool) -> Any:
+    """Wait for the next batch; raise UserError if an item failed or a reading process was lost."""
     try:
-        got = next(batches)
+        batch = next(batches)
     except (RuntimeError, OSError, EOFError) as error:
-        if not apart or str(error).startswith("Caught"):  # an error of the items' own code, from a process or from here
+        # An error of the items' own code, from this process or ("Caught ...") from a reading one, is not a loss.
+        if not has_processes or str(error).startswith("Caught"):
             raise
-        first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"a process that reads data was lost: {first}; give fewer --data-workers, or 0") from error
-    if isinstance(got, _Failure):
-        raise UserError(got.message)
-    return got
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"a process that reads data was lost: {reason}; give fewer --data-workers, or 0") from error
+    if isinstance(batch, _Failure):
+        raise UserError(batch.message)
+    return batch
 
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
-        # Of more processes than cores: how many there are is the user's choice.
+        # About more processes than cores: the number is the user's choice.
         warnings.filterwarnings("ignore", category=UserWarning, message="This DataLoader will create")
-        # Of a fork beside threads (Python 3.12 and later): what the processes do after it takes none of our locks.
+        # About a fork while threads run (Python 3.12 and later): the reading processes take none of our locks.
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
         yield
 

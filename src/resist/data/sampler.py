@@ -1,4 +1,4 @@
-"""Which images a worker takes at each step: a pure function of (seed, worker, step)."""
+"""Order of a worker's images: a pure function of (seed, worker, step)."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,26 @@ SAMPLINGS = ("all", "shard")
 
 
 class Order:
-    """The images of one worker, in a new random order each epoch.
+    """Images of one worker, in a new random order each epoch.
 
-    All batches have `batch_size` images: the one at the end of an epoch is filled from the next, so every image comes
-    exactly once an epoch and no shape changes.
+    All batches have `batch_size` images: the last one of an epoch is filled from the next epoch, so that every image
+    comes exactly once in an epoch and shapes do not change.
 
-    num:      images of the data set.
-    sampling: "all": the whole set, each worker in an order of its own; "shard": a part of the set, the same in every
-              epoch, that no other worker sees. An epoch is one pass through what the worker draws from.
+    Args:
+        num: Number of images in the data set.
+        batch_size: Images in a batch.
+        seed: Seed of the run, the same for all workers.
+        worker: Number of the worker.
+        workers: Number of workers.
+        sampling: "all": every worker draws from the whole set, each in its own order. "shard": a worker draws from a
+            part of the set that is the same in every epoch and that no other worker sees. An epoch is one pass
+            through the images that the worker draws from.
+
+    Attributes:
+        pool: (images_per_epoch,) int64: indices of the images that the worker draws from.
+
+    Raises:
+        UserError: `sampling` is unknown, or `batch_size` exceeds the images that the worker draws from.
     """
 
     def __init__(
@@ -26,30 +38,31 @@ class Order:
         if sampling not in SAMPLINGS:
             raise UserError(f"sampling={sampling!r} is not one of {', '.join(SAMPLINGS)}")
         self.batch_size, self.seed, self.worker = batch_size, seed, worker
-        self.own = torch.arange(num)
+        self.pool = torch.arange(num)
         if sampling == "shard":
-            self.own = torch.randperm(num, generator=generator("shard", seed))[worker::workers]
-        if batch_size < 1 or batch_size > len(self.own):
+            self.pool = torch.randperm(num, generator=generator("shard", seed))[worker::workers]
+        if batch_size < 1 or batch_size > len(self.pool):
             raise UserError(
-                f"batch_size={batch_size} is outside 1 to {len(self.own)}, the images that a worker draws from"
+                f"batch_size={batch_size} is outside 1 to {len(self.pool)}, the images that a worker draws from"
             )
         self._orders: dict[int, Tensor] = {}
 
     @property
     def images_per_epoch(self) -> int:
-        return len(self.own)
+        """Images in one pass through the images that the worker draws from."""
+        return len(self.pool)
 
     def indices(self, step: int) -> Tensor:
-        """Which images this step takes. (batch_size,) int64 on the host."""
-        num, start, end = len(self.own), step * self.batch_size, (step + 1) * self.batch_size
+        """Return the indices of a step's images, (batch_size,) int64 on the CPU."""
+        num, start, end = len(self.pool), step * self.batch_size, (step + 1) * self.batch_size
         epochs = range(start // num, (end - 1) // num + 1)
         self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in epochs}
         return torch.cat([self._orders[e][max(start - e * num, 0) : end - e * num] for e in epochs])
 
     def _order(self, epoch: int) -> Tensor:
-        return self.own[torch.randperm(len(self.own), generator=generator("order", self.seed, self.worker, epoch))]
+        return self.pool[torch.randperm(len(self.pool), generator=generator("order", self.seed, self.worker, epoch))]
 
 
 def generator(*key: object) -> torch.Generator:
-    """A generator of the host that depends on `key` alone."""
+    """Return a CPU generator that is seeded with a hash of `key`."""
     return torch.Generator().manual_seed(keyed_int(*key))

@@ -1,18 +1,23 @@
-"""Out of the house: the network of a job or of a run for people who do not use this package.
+"""Export: use a trained network without resist.
 
     from resist.export import fold_scale
     ordinary = fold_scale(job.full_model(batches), images)          # no hooks: torch.save, torch.export, timm, ...
 
     resist export RUN --to timm                                     # the same for a run directory: `export_run`
 
-to      safetensors   state dict and metadata: classes, normalization, what builds the network
-        torch         state dict that `torch.load(weights_only=True)` reads
-        timm          state dict that `timm.create_model(NAME, ...).load_state_dict` takes, for runs of timm:NAME
-        torchvision   the same for torchvision.models
-        program       a program that `torch.export.load` runs without any of these
-scale   fold          multiplied into the weights, exactly, or refused with the reason (see `resist.export.folding`)
-        keep          weights as they are, scales in the metadata; `load_scaled` applies them; a program has them in it
-        approximate   folded also where an activation follows the sum; the accuracy of both networks is told
+| `to` | file |
+| --- | --- |
+| `safetensors` | state dict, and metadata: classes, normalization, the code that builds the network |
+| `torch` | state dict for `torch.load(weights_only=True)` |
+| `timm` | state dict for `timm.create_model(NAME, ...)`, from runs of timm:NAME and of preact_resnet..._imagenet |
+| `torchvision` | the same for `torchvision.models`, from runs of torchvision:NAME |
+| `program` | program for `torch.export.load`, which needs none of these libraries |
+
+| `scale` | what happens to the factor of each chain block's branch |
+| --- | --- |
+| `fold` | it is multiplied into the weights, exactly; where that is impossible, an error gives the reason |
+| `keep` | weights stay as they are, scales go into the metadata; `load_scaled` applies them; a program contains them |
+| `approximate` | as `fold`, also where an activation follows the sum; the accuracy of both networks is measured |
 """
 
 from resist.export.files import load_scaled

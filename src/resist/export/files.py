@@ -1,9 +1,9 @@
-"""Exported files: complete or not there, never over another file, and readable without this package.
+"""Exported files: written completely or not at all, never overwriting, readable without this package.
 
-.safetensors   the state dict, and beside it the metadata (strings by name; what is not text is JSON)
-.pt, .pth      what `torch.load(weights_only=True)` reads: the plain state dict; with a scale that is kept, a dict of
-               "state_dict" and the metadata
-.pt2           a program that `torch.export.load(...).module()` runs; the metadata is in its extra file "metadata.json"
+- `.safetensors`: the state dict, and the metadata (strings by name; values that are not text are JSON).
+- `.pt`, `.pth`: for `torch.load(weights_only=True)`: the plain state dict; if a scale is kept, a dict of "state_dict"
+  and the metadata.
+- `.pt2`: a program for `torch.export.load(...).module()`, with the metadata in its extra file "metadata.json".
 """
 
 import io
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 from resist.export.folding import detached
 from resist.subnet.scaling import scale_blocks
 
@@ -26,18 +26,27 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 def check_target(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raise UserError where `path` cannot be written anew."""
+    """Check that a new file can be written.
+
+    Args:
+        path: The file.
+        suffixes: Allowed suffixes.
+
+    Raises:
+        UserError: The suffix is wrong, the file exists, or its directory is missing or not writable.
+    """
     if path.suffix not in suffixes:
-        raise UserError(f"-o {path} ends in {path.suffix or 'nothing'}; give it one of {', '.join(suffixes)}")
+        suffix = f"the suffix {path.suffix}" if path.suffix else "no suffix"
+        raise UserError(f"-o {path} has {suffix}; give it one of {', '.join(suffixes)}")
     if path.exists() or path.is_symlink():
         raise UserError(f"-o {path} exists already and is never overwritten; give another file, or remove it")
     parent = path.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"-o {path} cannot be written: {parent} is not a directory that you may write to")
+        raise UserError(f"-o {path} cannot be written: {parent} is not a writable directory; give another place")
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict, every tensor in memory of its own on the host."""
+    """Copy the model's state dict to CPU memory; tensors share no storage."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
@@ -45,7 +54,16 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a state dict in the format that the suffix of `path` names (see the head of this file)."""
+    """Write a state dict in the format of the file's suffix, see the module docstring.
+
+    Args:
+        path: A new file with one of `SUFFIXES`.
+        state: Tensors by name, in CPU memory.
+        metadata: Strings by name. "scale" is "none", "folded" or "kept".
+
+    Raises:
+        UserError: The file exists or cannot be written.
+    """
     check_target(path, SUFFIXES)
     if path.suffix == ".safetensors":
         content = save(dict(state), dict(metadata))
@@ -58,26 +76,42 @@ def write_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def write_program(path: Path, model: nn.Module, images: Tensor, metadata: Mapping[str, str]) -> None:
-    """Trace `model` on `images`, with any number of them, and write the program.
+    """Trace a model for any batch size and write the program.
 
-    Raises UserError where torch.export cannot trace it.
+    Args:
+        path: A new file with the suffix .pt2.
+        model: The network, in eval mode.
+        images: Example input (batch, channels, height, width), batch at least 2.
+        metadata: Strings by name.
+
+    Raises:
+        UserError: torch.export cannot trace the model, or the file exists or cannot be written.
     """
     check_target(path, (".pt2",))
     try:
-        many = torch.export.Dim("batch", min=1)
-        program = torch.export.export(detached(model), (images,), dynamic_shapes=({0: many},))
-    except Exception as error:  # whatever the tracer raises
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise UserError(f"torch.export cannot trace this network ({reason}); give --to safetensors") from error
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(detached(model), (images,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # any error of the tracer or of the network's code
+        raise UserError(
+            f"torch.export cannot trace this network ({first_line(error)}); give --to safetensors"
+        ) from error
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(dict(metadata))})
     _write(path, buffer.getvalue())
 
 
 def load_scaled(model: nn.Module, path: Path | str) -> nn.Module:
-    """Give `model` the weights of an exported .safetensors file, and the scale that was kept, if one was, by hooks.
+    """Load the weights of an exported .safetensors file, and apply its kept scales by hooks.
 
-    Raises UserError in one line when the file is missing, damaged, not an export, or of another network.
+    Args:
+        model: A network of the exported architecture; it is changed in place.
+        path: The file.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UserError: The file is missing, damaged, not an export, or of another network.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -85,8 +119,9 @@ def load_scaled(model: nn.Module, path: Path | str) -> nn.Module:
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}; give a .safetensors file of resist export") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}; another program wrote it")
+    file_format = metadata.get("format")
+    if file_format != FORMAT:
+        raise UserError(f"{path} has the format {file_format!r}, not {FORMAT!r}; give a file of resist export")
     try:
         model.load_state_dict(state)
         return scale_blocks(model, json.loads(metadata["scales"]))
@@ -97,7 +132,7 @@ def load_scaled(model: nn.Module, path: Path | str) -> nn.Module:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file under another name, then give it its own, which must still be free."""
+    """Write a temporary file and rename it to `path`, which must still be free."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         try:
@@ -116,7 +151,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _rename(partial: Path, path: Path) -> None:
     try:
-        os.link(partial, path)  # unlike a renaming, this never replaces
+        os.link(partial, path)  # unlike a rename, a link never replaces a file
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links

@@ -1,19 +1,21 @@
-"""Fold the scale of residual branches into weights, so that what is left is an ordinary network without hooks.
+"""Fold the scale of residual branches into weights, which gives an ordinary network without hooks.
 
-In the full network of a job a chain block computes x + scale * (block(x) - x). Where the branch block(x) - x ends in a
-linear operation, multiplying that operation's parameters by the scale says the same. Which operation it is depends on
-the block: the last convolution of a pre-activation block, the layer scale of a ConvNeXt block, the `gain` of a
-weight-standardized convolution. So it is not looked up but found: each candidate, the last executed first, is scaled
-in a copy of the block in double precision, and taken only when the copy then equals the scaled block, on the block's
-own inputs and on random ones. Every block is tried, not one for all, and at the end the whole network.
+In the full network of a job, a chain block computes x + scale * (block(x) - x). Where the branch block(x) - x ends in a
+linear operation, the same result comes from multiplying that operation's parameters by the scale. The operation depends
+on the block: the last convolution of a pre-activation block, the layer scale of a ConvNeXt block, the `gain` of a
+weight-standardized convolution. It is therefore searched by trial: the parameters of each candidate, the last executed
+first, are scaled in a double-precision copy of the block, and accepted if the copy then equals the scaled block, on the
+block's own inputs and on noise. Each block is tested separately, and the whole network at the end.
 
-Two kinds of block pass no such test. relu(x + f(x)), as in torchvision's ResNets: scaling f gives relu(x + scale *
-f(x)), which differs from x + scale * (relu(x + f(x)) - x) wherever x + f(x) is negative. And two residual branches in
-one block, as in a transformer: the second branch reads the sum of x and the whole first one.
+Two types of block cannot be folded exactly:
+
+- relu(x + f(x)), as in torchvision's ResNets: scaling f gives relu(x + scale * f(x)), which differs from
+  x + scale * (relu(x + f(x)) - x) wherever x + f(x) is negative.
+- Two residual branches in one block, as in a transformer: the second branch reads the sum of x and the whole first one.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from resist.errors import UserError
+from resist.subnet.residual import Call, hidden_in
 from resist.subnet.scaling import scales_of, unhook
 
 TOLERANCE = 1e-5
@@ -32,11 +35,14 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Fold:
-    """One block's scale, now in its weights.
+    """Record of one block whose scale was folded into its weights.
 
-    into:       names, within the block, of the parameters that were multiplied by `scale`.
-    difference: largest difference between the scaled branch and the folded one on the example, relative to the former's
-                largest value.
+    Attributes:
+        block: Dotted name of the block.
+        scale: The factor of its branch.
+        into: Names, within the block, of the parameters that were multiplied by `scale`.
+        difference: Largest difference between the scaled branch and the folded one on the example, relative to the
+            largest value of the scaled branch.
     """
 
     block: str
@@ -46,25 +52,30 @@ class Fold:
 
     @property
     def exact(self) -> bool:
+        """True if the difference is at most `TOLERANCE`."""
         return self.difference <= TOLERANCE
 
 
 def fold_scale(model: nn.Module, inputs: object, *, approximate: bool = False) -> nn.Module:
-    """A copy of `model`, which `Job.full_model` gave, with the scale in its weights and without hooks.
+    """Copy a full network with the scale folded into its weights, without hooks.
 
-    inputs:      an example of what the model takes (a tensor, a tuple of arguments or a dict of named ones), two of a
-                 kind or more, so that the inputs of its blocks are known.
-    approximate: where a ReLU after the sum leaves no exact fold, scale the branch before the sum all the same: right
-                 wherever that ReLU lets the unscaled sum pass.
+    Args:
+        model: The result of `Job.full_model`, on any device.
+        inputs: Example input of the model: a tensor, a tuple of arguments or a dict of named ones, of batch size 2 or
+            more. It is used to obtain the inputs of the blocks.
+        approximate: Where a ReLU follows the sum, so that no exact fold exists, scale the branch before the sum. The
+            result is exact wherever that ReLU does not clip the unscaled sum.
 
-    Raises UserError, naming the block, where a block's scale cannot be folded exactly.
+    Raises:
+        UserError: The scale of a block cannot be folded (the message names the block), or `inputs` do not reach it.
     """
     return fold(model, inputs, approximate=approximate)[0]
 
 
 def fold(model: nn.Module, inputs: object, *, approximate: bool = False) -> tuple[nn.Module, list[Fold]]:
-    """As `fold_scale`, with an account of every fold."""
+    """Do the same as `fold_scale`, and also return a record of every fold, in the model's order."""
     scales, training = scales_of(model), {module: module.training for module in model.modules()}
+    # Run the model once to record the arguments of every block; each module then gets its own mode back.
     try:
         model.eval()
         calls = _calls(model, scales, inputs)
@@ -74,67 +85,80 @@ def fold(model: nn.Module, inputs: object, *, approximate: bool = False) -> tupl
             module.training = mode
     folds: list[Fold] = []
     into: tuple[str, ...] = ()
-    for name in sorted(scales, key=lambda name: -name.count(".")):  # blocks within blocks first
+    # Blocks within blocks come first, so that an outer block is tested with its inner ones folded.
+    for name in sorted(scales, key=lambda name: -name.count(".")):
         block = folded.get_submodule(name)
         unhook(block)
         folds.append(_fold_block(name, block, scales[name], calls[name], into, approximate))
-        into = folds[-1].into
+        into = folds[-1].into  # the next block is probably of the same type: try these parameters first
     if scales and not approximate:
-        far = difference(model, folded, inputs)
-        if not far <= TOLERANCE:
-            raise UserError(f"the folded network's outputs differ by {far:.1e} of the largest; keep the scale instead")
+        error = difference(model, folded, inputs)
+        if not error <= TOLERANCE:
+            raise UserError(f"the folded network's outputs differ by {error:.1e} of the largest; give --scale keep")
     order = list(scales)
-    return folded, sorted(folds, key=lambda one: order.index(one.block))
+    return folded, sorted(folds, key=lambda record: order.index(record.block))
 
 
 def detached(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers lie in memory of their own, not in one flat tensor."""
+    """Copy a model so that each parameter and buffer has its own storage, not a view of a flat tensor."""
     memo: dict[int, object] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(_own(parameter), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = nn.Parameter(_cloned(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
-        memo[id(buffer)] = _own(buffer)
+        memo[id(buffer)] = _cloned(buffer)
     return copy.deepcopy(model, memo)
 
 
-def difference(one: nn.Module, other: nn.Module, inputs: object) -> float:
-    """The largest difference between the outputs of two networks, both taken in double precision and in eval mode,
-    relative to the largest output of `one`."""
-    outputs = [_run(detached(model).double().eval(), *_arguments(_double(inputs))) for model in (one, other)]
-    return _apart(*outputs)
+def difference(reference: nn.Module, other: nn.Module, inputs: object) -> float:
+    """Compute the largest difference between the outputs of two networks.
+
+    Both run in double precision and in eval mode.
+
+    Args:
+        reference: The first network.
+        other: The second network.
+        inputs: Their input, as in `fold_scale`.
+
+    Returns:
+        The difference relative to the largest output of `reference`; inf where shapes differ or values are NaN.
+    """
+    call = _double(_call_of(inputs))
+    expected, actual = (_run(detached(model).double().eval(), call) for model in (reference, other))
+    return inf if expected.shape != actual.shape else _relative(expected - actual, expected)
 
 
 def first_tensor(output: object) -> Tensor:
-    """What a block hands on, or a network's logits: the output itself, or the first of several."""
+    """Return the main tensor of an output: the tensor itself, `logits` of a mapping, or the first of several.
+
+    Raises:
+        UserError: The output contains no tensor.
+    """
     while not isinstance(output, Tensor):
         if isinstance(output, Mapping):
             output = output["logits"] if "logits" in output else next(iter(output.values()))
         elif isinstance(output, Sequence) and output:
             output = output[0]
         else:
-            raise UserError(f"an output of type {type(output).__name__} holds no tensor; nothing can be compared")
+            raise UserError(f"an output of type {type(output).__name__} contains no tensor; nothing can be compared")
     return output
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
 def _calls(model: nn.Module, scales: Mapping[str, float], inputs: object) -> dict[str, Call]:
-    """What each scaled block is called with when the model runs on `inputs`, copied."""
+    """Copies of the arguments of each scaled block when the model runs on `inputs`."""
     calls: dict[str, Call] = {}
 
-    def note(name: str) -> Any:
+    def recorder(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name] = tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, (args, kwargs))
+            calls[name] = _copied(Call(args, kwargs))
 
         return hook
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True, prepend=True)
+        model.get_submodule(name).register_forward_pre_hook(recorder(name), with_kwargs=True, prepend=True)
         for name in scales
     ]
     try:
-        _run(model, *_arguments(inputs))
+        _run(model, _call_of(inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -146,9 +170,14 @@ def _calls(model: nn.Module, scales: Mapping[str, float], inputs: object) -> dic
 
 @dataclass(frozen=True)
 class _Trial:
-    """An input of a block, and what comes out there when its branch is scaled, in double precision.
+    """Input of a block, and its output with a scaled branch, in double precision.
 
-    passed: where the block's output is above zero, so that a ReLU at its end has let it pass.
+    Attributes:
+        call: The arguments.
+        branch: The scaled branch.
+        target: The output with the scaled branch.
+        passed: bool: where the unscaled output is above zero, which a ReLU at the end of the block does not clip.
+        rectified: True if no element of the unscaled output is negative.
     """
 
     call: Call
@@ -159,79 +188,87 @@ class _Trial:
 
     @classmethod
     def of(cls, name: str, block: nn.Module, scale: float, call: Call) -> "_Trial":
-        out, x = _run(block, *call), _hidden(call)
+        out, x = _run(block, call), _hidden(call)
         if out.shape != x.shape:
-            raise UserError(f"block {name} takes {tuple(x.shape)} and gives {tuple(out.shape)}; it is no residual one")
+            raise UserError(
+                f"block {name} maps {tuple(x.shape)} to {tuple(out.shape)}; only a residual block can be folded"
+            )
         return cls(call, scale * (out - x), torch.lerp(x, out, scale), out > 0, bool((out >= 0).all()))
 
     def errors(self, block: nn.Module) -> tuple[float, float]:
-        """How far the block is off, and how far where its output has passed, relative to the scaled branch."""
-        error = _run(block, *self.call) - self.target
+        """The block's largest error, overall and where `passed`, relative to the scaled branch."""
+        error = _run(block, self.call) - self.target
         return _relative(error, self.branch), _relative(error * self.passed, self.branch)
 
 
 def _fold_block(
     name: str, block: nn.Module, scale: float, call: Call, first: tuple[str, ...], approximate: bool
 ) -> Fold:
-    """Multiply by `scale` the parameters of `block` that make it the scaled block; `first` are tried before others."""
+    """Find the parameters whose multiplication by `scale` equals the scaled block, and multiply them in place.
+
+    `first` are tried before all others. Without an exact fold, `approximate` accepts one that is exact where a final
+    ReLU does not clip.
+    """
     copied, call = detached(block).double().eval(), _double(call)
-    own = _Trial.of(name, copied, scale, call)
+    example = _Trial.of(name, copied, scale, call)
     noise = _Trial.of(name, copied, scale, _noisy(call))
-    rectified = own.rectified and noise.rectified
-    least, taken, around = inf, None, False
-    for names in sorted(_candidates(copied, own.call), key=lambda names: names != first):
+    rectified = example.rectified and noise.rectified
+    least, record, before_relu = inf, None, False
+    for names in sorted(_candidates(copied, example.call), key=lambda names: names != first):
         with _scaled(copied, names, scale):
-            far, passed = own.errors(copied)
-            exact = far <= TOLERANCE and noise.errors(copied)[0] <= TOLERANCE
-        least, around = min(least, far), around or (rectified and passed <= TOLERANCE)
-        if exact or (approximate and around):
-            taken = Fold(name, scale, names, far)
+            error, passed = example.errors(copied)
+            exact = error <= TOLERANCE and noise.errors(copied)[0] <= TOLERANCE
+        least, before_relu = min(least, error), before_relu or (rectified and passed <= TOLERANCE)
+        if exact or (approximate and before_relu):
+            record = Fold(name, scale, names, error)
             break
-    if taken is None:
-        raise UserError(_refusal(name, block, least, around))
+    if record is None:
+        raise UserError(_refusal(name, block, least, before_relu))
     with torch.no_grad():
-        for key in taken.into:
+        for key in record.into:
             parameter = block.get_parameter(key)
             parameter.copy_((parameter.double() * scale).to(parameter.dtype))
-    return taken
+    return record
 
 
-def _refusal(name: str, block: nn.Module, far: float, around: bool) -> str:
-    why = (
+def _refusal(name: str, block: nn.Module, error: float, before_relu: bool) -> str:
+    reason = (
         "it applies an activation after the sum"
-        if around
+        if before_relu
         else "it has more than one residual branch, or one that does not end in a linear operation"
     )
     return (
-        f"the scale of block {name} ({type(block).__name__}) cannot be folded into its weights: {why} (the best try is "
-        f"off by {far:.1e} of the branch); give --scale keep"
-        + (", or --scale approximate and look at the difference" if around else "")
+        f"the scale of block {name} ({type(block).__name__}) cannot be folded into its weights: {reason} (smallest "
+        f"error {error:.1e} of the branch); give --scale keep"
+        + (", or --scale approximate and look at the difference" if before_relu else "")
     )
 
 
 def _candidates(block: nn.Module, call: Call) -> list[tuple[str, ...]]:
-    """Sets of parameters that may be linear in a block's branch: those of one module, modules that end last first, and
-    its whole set before parts of it."""
+    """Sets of parameters that may be linear in a block's branch.
+
+    Each set belongs to one module. Modules that finish last come first, and all parameters of a module before subsets.
+    """
     order: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, key=key: order.append(key))
         for key, module in block.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     ]
-    _run(block, *call)
+    _run(block, call)
     for handle in handles:
         handle.remove()
-    found: list[tuple[str, ...]] = []
+    candidates: list[tuple[str, ...]] = []
     for key in dict.fromkeys(reversed(order)):
         names = [f"{key}.{name}".lstrip(".") for name, _ in block.get_submodule(key).named_parameters(recurse=False)]
         sizes = range(len(names), 0, -1) if len(names) <= 3 else (len(names), 1)
-        found += [some for size in sizes for some in combinations(names, size)]
-    return found
+        candidates += [subset for size in sizes for subset in combinations(names, size)]
+    return candidates
 
 
 @contextmanager
 def _scaled(block: nn.Module, names: Sequence[str], scale: float) -> Iterator[None]:
-    """Inside it, the block's parameters `names` are multiplied by `scale`."""
+    """Context in which the block's parameters `names` are multiplied by `scale`."""
     parameters = [block.get_parameter(name) for name in names]
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
@@ -243,47 +280,52 @@ def _scaled(block: nn.Module, names: Sequence[str], scale: float) -> Iterator[No
 
 
 def _hidden(call: Call) -> Tensor:
-    """What a block adds its branch to: its first argument, or the first tensor among named ones."""
-    return next(one for one in (*call[0], *call[1].values()) if isinstance(one, Tensor))
+    hidden = hidden_in(call.args, call.kwargs)
+    assert hidden is not None, "ScaleBranch has checked the call"
+    return hidden
 
 
 def _noisy(call: Call) -> Call:
-    """The call with noise in place of the block's input, of its mean and deviation, the same every time."""
+    """The call with noise of equal mean and deviation as the block's input, the same every time."""
     x = _hidden(call)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
-    return tree_map(lambda one: x.mean() + x.std() * noise if one is x else one, call)
+    return _mapped(lambda tensor: x.mean() + x.std() * noise if tensor is x else tensor, call)
 
 
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first tensor of the output. The arguments survive modules that work in place."""
-    args, kwargs = tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, (args, kwargs))
+def _run(module: nn.Module, call: Call) -> Tensor:
+    """The first tensor of the output. The arguments are copied, since modules may work in place."""
+    call = _copied(call)
     with torch.no_grad():
-        return first_tensor(module(*args, **kwargs))
+        return first_tensor(module(*call.args, **call.kwargs))
 
 
-def _arguments(inputs: object) -> Call:
+def _call_of(inputs: object) -> Call:
     if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+        return Call((), dict(inputs))
+    return Call(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,))
 
 
-def _double(tree: Any) -> Any:
-    return tree_map(lambda one: one.double() if isinstance(one, Tensor) and one.is_floating_point() else one, tree)
+def _copied(call: Call) -> Call:
+    return _mapped(Tensor.clone, call)
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    if one.shape != other.shape:
-        return inf
-    return _relative(one - other, one)
+def _double(call: Call) -> Call:
+    return _mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, call)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], call: Call) -> Call:
+    """The call with `function` applied to every tensor among its arguments, nested ones included."""
+    tree = (call.args, dict(call.kwargs))
+    return Call(*tree_map(lambda value: function(value) if isinstance(value, Tensor) else value, tree))
 
 
 def _relative(error: Tensor, reference: Tensor) -> float:
-    """Largest error over the largest reference value; inf where anything is not a number."""
-    largest, far = reference.abs().max().item(), error.abs().max().item()
-    if far == 0:
+    """Largest error over the largest reference value; inf where anything is NaN."""
+    largest, worst = reference.abs().max().item(), error.abs().max().item()
+    if worst == 0:
         return 0.0
-    return far / largest if largest > 0 and far == far else inf
+    return worst / largest if largest > 0 and worst == worst else inf
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _cloned(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)

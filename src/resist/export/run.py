@@ -1,4 +1,4 @@
-"""The network of a finished run as it leaves the house: its statistics complete, its scale folded or kept."""
+"""Export of a finished run: complete BatchNorm statistics, scale folded or kept."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from resist.subnet.scaling import scale_blocks, scales_of
 from resist.subnet.seeded import build_seeded
 from resist.tasks import network_builder, open_task
 
-# What each target's files may be called, the default first.
+# Allowed suffixes of each target's files, the default first.
 TARGETS = {
     "safetensors": (".safetensors",),
     "torch": (".pt", ".pth"),
@@ -35,13 +35,17 @@ SCALES = ("fold", "keep", "approximate")
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """Record of an exported file.
 
-    scales:     the scale of each block's branch by its dotted name; empty where the run scales none.
-    folds:      where they went, when they were folded.
-    difference: largest difference of the file's network to the scaled one, on noise, relative to the largest logit.
-    accuracy:   test accuracy, 0 to 1, of the scaled network and of the file's, where the two differ.
-    data:       the data set, without its images: classes, normalization and image size.
+    Attributes:
+        path: The file.
+        recipe: How to rebuild its network.
+        scales: Factor of each block's branch by dotted name; empty where the run scales none.
+        folds: The parameters that the scales were folded into; empty where they were kept.
+        difference: Largest difference between the outputs of the file's network and the scaled one, on noise, relative
+            to the largest logit.
+        accuracy: Test accuracy, 0 to 1, of the scaled network and of the file's; None where the fold is exact.
+        data: The data set without its images: classes, normalization and image size.
     """
 
     path: Path
@@ -63,23 +67,29 @@ def export_run(
     data_dir: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Export:
-    """Write the network of a finished run for others; `resist.export` tells what `to` and `scale` may be.
+    """Write the network of a finished run to a file that can be used without this package.
 
-    out:       the file, which must not exist. Default: `default_name(to)` in the run directory.
-    calibrate: estimate BatchNorm statistics on training images first. data_dir, device: where those lie, and where the
-               network runs on them.
+    Args:
+        run: Run directory.
+        to: Target, a key of `TARGETS`; see `resist.export`.
+        out: The file, which must not exist. Default: `default_name(to)` in the run directory.
+        scale: One of `SCALES`; see `resist.export`.
+        calibrate: Estimate BatchNorm statistics on training images first.
+        data_dir: Directory of the data set, for `calibrate` and `scale="approximate"`; default: that of the run.
+        device: Device on which images are run through the network.
 
-    Raises UserError in one line for what cannot be exported.
+    Raises:
+        UserError: The run is not finished, the network cannot be exported to this target, or the file exists.
     """
     for name, value, allowed in (("to", to, TARGETS), ("scale", scale, SCALES)):
         if value not in allowed:
             raise UserError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
     path = out if out is not None else run / default_name(to)
     config = read_config(run)
-    here = data_dir or config.network.data_dir
-    config = replace(config, network=replace(config.network, data_dir=here, pretrained=None))
+    data_dir = data_dir or config.network.data_dir
+    config = replace(config, network=replace(config.network, data_dir=data_dir, pretrained=None))
     check_target(path, TARGETS[to])
-    data = data_facts(config.network)
+    data = data_description(config.network)
     recipe = recipe_for(to, config.network, data)
     model = scaled_network(run, config, calibrate=calibrate, device=device)
     images = example(data)
@@ -88,17 +98,17 @@ def export_run(
     if scale != "keep":
         folded, folds = fold(model, images, approximate=scale == "approximate")
     accuracy = None
-    if any(not one.exact for one in folds):
+    if any(not record.exact for record in folds):  # measure the accuracy that the fold costs
         task = open_task(config.network).to(device)
-        before, after = (next(iter(task.test(one.to(device)).values())) for one in (model, folded))
+        before, after = (next(iter(task.test(network.to(device)).values())) for network in (model, folded))
         accuracy = before, after
         model, folded = model.cpu(), folded.cpu()
     state = state_of(folded)
-    if to != "program":
+    if to != "program":  # the library has to build a network that computes the same
         recipe = check_loads(recipe, state, folded, images)
     metadata = describe(config, recipe, data, "none" if not scales else "kept" if scale == "keep" else "folded")
-    left = {recipe.block_name(name): value for name, value in scales_of(folded).items()}
-    metadata["scales"] = json.dumps(left)  # those that a reader has yet to apply
+    kept = {recipe.block_name(name): value for name, value in scales_of(folded).items()}
+    metadata["scales"] = json.dumps(kept)  # for the reader to apply
     if to == "program":
         write_program(path, folded, images, metadata)
     else:
@@ -107,42 +117,51 @@ def export_run(
 
 
 def default_name(to: str) -> str:
+    """Return the file name for a target."""
     return f"exported{f'-{to}' if to in ('timm', 'torchvision') else ''}{TARGETS[to][0]}"
 
 
-def data_facts(config: NetworkConfig) -> Images:
-    """The data set of a run without its images, which need not be at hand."""
+def data_description(config: NetworkConfig) -> Images:
+    """Describe the data set of a run by an `Images` without images: classes, normalization and image size."""
     size, name = config.image_size or image_size_of(config.data), config.data
-    none = torch.empty((0, 3, size, size), dtype=torch.uint8)
+    images = torch.empty((0, 3, size, size), dtype=torch.uint8)
     labels = torch.empty(0, dtype=torch.int64)
-    return Images(none, labels, num_classes_of(name, config.data_dir), *normalization_of(name), pad=0, flip=False)
+    return Images(images, labels, num_classes_of(name, config.data_dir), *normalization_of(name), pad=0, flip=False)
 
 
 def example(data: Images, num: int = 2) -> Tensor:
-    """Noise in place of normalized images, always the same. (num, channels, height, width)"""
+    """Return noise in place of normalized images, always the same: (num, channels, height, width)."""
     return torch.randn(num, *data.images.shape[1:], generator=torch.Generator().manual_seed(0))
 
 
 def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
-    """What builds the network of a run. Raises UserError where that is not in the library `to` that was asked for."""
+    """Return the recipe of a run's network.
+
+    Args:
+        to: Target, a key of `TARGETS`.
+        config: Options of the run's network.
+        data: The result of `data_description`.
+
+    Raises:
+        UserError: `to` is a library that does not have the network.
+    """
     library, _, name = config.model.rpartition(":")
     options: dict[str, object] = {"num_classes": data.num_classes}
     if library not in ("timm", "torchvision"):
         library, name = "resist", config.model
-        given = {"sections": config.sections, "width": config.width, "final_norm": config.final_norm}
-        options |= {key: value for key, value in given.items() if value}
-        if ":" in name:  # of a library that has no function to build it by name
+        shape = {"sections": config.sections, "width": config.width, "final_norm": config.final_norm}
+        options |= {key: value for key, value in shape.items() if value}
+        if ":" in name:  # transformers:TYPE, which resist.models.build builds for an image size
             options["image_size"] = data.images.shape[-1]
     if to == "timm" and library == "resist":
         counterpart = timm_counterpart(name, data.num_classes, config.sections, config.width)
         if counterpart is not None:
             return counterpart
     if to in ("timm", "torchvision") and to != library:
-        fits = f"{library} or " if library != "resist" else ""
+        alternative = f"{library} or " if library != "resist" else ""
         raise UserError(
-            f"--to {to} takes runs of --model {to}:NAME{' or preact_resnet..._imagenet' if to == 'timm' else ''}, and "
-            f"this one is of {config.model}; "
-            f"give --to {fits}safetensors, torch or program"
+            f"--to {to} is for runs of --model {to}:NAME{' or preact_resnet..._imagenet' if to == 'timm' else ''}, not "
+            f"of {config.model}; give --to {alternative}safetensors, torch or program"
         )
     return Recipe(library, name, options)
 
@@ -150,24 +169,39 @@ def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
 def scaled_network(
     run: Path, config: TrainConfig, *, calibrate: bool = False, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """The full network of a finished run in eval mode, blocks scaled by hooks, with running BatchNorm statistics."""
-    without = config.method.batchnorm == "batch"
+    """Load the full network of a finished run, with running BatchNorm statistics.
+
+    Args:
+        run: Run directory.
+        config: Options of the run.
+        calibrate: Estimate BatchNorm statistics on training images.
+        device: Device on which they are estimated.
+
+    Returns:
+        The network in eval mode on the CPU, blocks scaled by hooks.
+
+    Raises:
+        UserError: The run is not finished, or its network has no statistics and `calibrate` is off, or `calibrate` has
+            no effect with the network.
+    """
+    without_statistics = config.method.batchnorm == "batch"
     build = network_builder(config.network)
-    model = build_seeded(build, config.run.seed)  # with buffers that are not saved, such as tables of positions
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if without and normed and not calibrate:
+    model = build_seeded(build, config.run.seed)  # seeded for buffers that are not saved, such as position tables
+    has_batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if without_statistics and has_batchnorm and not calibrate:
         raise UserError(
             f"{run} was trained with --batchnorm batch and has no running statistics, which an ordinary network needs; "
             "give --calibrate to estimate them on its training images"
         )
-    if calibrate and not normed:
-        raise UserError(f"--calibrate says nothing to {config.network.model}, which has no BatchNorm; leave it out")
-    if without:
+    if calibrate and not has_batchnorm:
+        raise UserError(f"--calibrate has no effect with {config.network.model}, which has no BatchNorm; leave it out")
+    if without_statistics:
         use_batch_statistics(model)
     load_full(model, choose_chains(model, config.network.chain), run / FILE)
-    if without:
+    if without_statistics:
+        # Move weights and scales to a network that has statistics, so far those of a fresh network.
         state, scales = model.state_dict(), scales_of(model)
-        model = build_seeded(build, config.run.seed)  # with statistics, which are still those of a fresh network
+        model = build_seeded(build, config.run.seed)
         missing = model.load_state_dict(state, strict=False).missing_keys
         assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in missing), missing
         scale_blocks(model, scales)
@@ -178,7 +212,14 @@ def scaled_network(
 
 
 def describe(config: TrainConfig, recipe: Recipe, data: Images, scale: str) -> dict[str, str]:
-    """The metadata of a file: text, or JSON where it is not text."""
+    """Return the metadata of a file: strings by name, JSON for values that are not text.
+
+    Args:
+        config: Options of the run.
+        recipe: How to rebuild the network.
+        data: The result of `data_description`.
+        scale: "none", "folded" or "kept".
+    """
     import resist
 
     return {

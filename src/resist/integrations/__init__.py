@@ -1,8 +1,7 @@
-"""`Job` inside other people's training loops: a callback for Lightning, one for Hugging Face's Trainer.
+"""Integrations of `Job`: callbacks for Lightning and for Hugging Face's Trainer.
 
-Both frameworks would rather train one network on all processes of a torchrun: average gradients in every step, and
-split the data. Lightning does not where it is given one device; accelerate, which Trainer uses, is kept from it by
-`alone`.
+By default, both frameworks train one network on all processes of a torchrun: they average gradients in every step and
+split the data. Lightning does not if it gets one device; `alone` prevents it for accelerate, which Trainer uses.
 """
 
 import os
@@ -11,16 +10,16 @@ from contextlib import contextmanager
 
 _NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR",
           "MASTER_PORT"}  # fmt: skip
-_BEGINNINGS = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "MV2_")
+_PREFIXES = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "MV2_")
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside it, the environment says nothing of the other processes: a framework sees a program of one process.
+    """Context without the environment variables of distributed launchers, so that a framework sees one process.
 
-    Make the `Job` before it, which has to know them.
+    Create the `Job` before entering it, because the `Job` needs these variables. They are restored at exit.
     """
-    hidden = {name: value for name, value in os.environ.items() if name in _NAMES or name.startswith(_BEGINNINGS)}
+    hidden = {name: value for name, value in os.environ.items() if name in _NAMES or name.startswith(_PREFIXES)}
     for name in hidden:
         del os.environ[name]
     try:

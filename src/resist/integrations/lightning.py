@@ -1,19 +1,21 @@
-"""ResIST in a Lightning `Trainer`. In a script that torchrun starts, one process for each worker:
+"""ResIST in a Lightning `Trainer`.
+
+In a script that is started by torchrun, one process for each worker:
 
     job = resist.Job(build_model, resist.resist(workers=4, local_steps=50))
     module = MyModule(job.model)                   # a LightningModule around this worker's sub-network
     trainer = Trainer(devices=1, callbacks=[ResIST(job)], enable_checkpointing=False, use_distributed_sampler=False)
-    trainer.fit(module, loader)                    # the loader of this worker: job.workers[0].index says which
-    full = job.full_model(batches)                 # the whole network; None but in the process of worker 0
+    trainer.fit(module, loader)                    # the loader of this worker, number job.workers[0].index
+    full = job.full_model(batches)                 # the full network in the process of worker 0; None in the others
     job.close()
 
-One device, no `strategy`: so Lightning neither joins the processes nor averages gradients. Each of them is the first
-for Lightning; give loggers to one only. On GPUs give Job the device that the Trainer takes:
+With one device and no `strategy`, Lightning neither joins the processes nor averages gradients. Lightning takes every
+process for the first one; give loggers to one process only. On GPUs, `Job` and `Trainer` need the same device:
 Job(..., device=f"cuda:{local_rank}") and Trainer(accelerator="gpu", devices=[local_rank]).
 
-Everything that Lightning does in a step stays: precision, accumulated gradients, clipping, schedulers. All processes
-take the same number of steps. What it validates is the sub-network: test `job.full_model(batches)` instead, between
-two fits or in a callback of your own; all processes have to call it. Its checkpoints would hold the sub-network, too.
+All that Lightning does in a step works as usual: precision, accumulated gradients, clipping, schedulers. All processes
+must take the same number of steps. Lightning validates and saves the sub-network; to test the full network, call
+`job.full_model(batches)` in all processes, between two fits or in a callback of your own.
 """
 
 try:
@@ -26,9 +28,13 @@ from resist.job import Job
 
 
 class ResIST(Callback):
-    """Calls `job.step` after each optimizer step, and folds the last round when training ends.
+    """Callback that calls `job.step` after each optimizer step, and averages the last round when training ends.
 
-    Raises UserError where the Trainer spans several processes.
+    Args:
+        job: The job whose network is trained.
+
+    Raises:
+        UserError: From `setup`, if the Trainer spans several processes.
     """
 
     def __init__(self, job: Job) -> None:
@@ -48,7 +54,7 @@ class ResIST(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        # It counts optimizer steps, those that a GradScaler leaves out too: a batch may come to none, or to several.
+        # global_step counts optimizer steps, also those that a GradScaler skips; a batch may cause none or several.
         if trainer.global_step != self._steps:
             self._steps = trainer.global_step
             self.job.step(*trainer.optimizers)

@@ -1,4 +1,7 @@
-"""Networks by name. `build(name, ...)` gives what the command line trains: ours, and those of other libraries."""
+"""Networks by name: pre-activation ResNets, and networks of other libraries.
+
+`build(name, ...)` is what `resist train --model NAME` trains.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +11,21 @@ from torch import nn
 from resist.errors import UserError
 from resist.models.preact_cifar import DEPTHS, PreActResNet
 from resist.models.preact_imagenet import IMAGENET_DEPTHS, PreActResNetImageNet
-from resist.models.third_party import build_foreign, is_foreign
+from resist.models.third_party import build_third_party, is_third_party
 
 __all__ = ["MODELS", "PreActResNet", "PreActResNetImageNet", "build"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """sections: blocks in each; width: channels of the first; final_norm: norm and ReLU before the last pooling;
-    photographs: bottleneck blocks and a stem for large images."""
+    """Depth and width of a pre-activation ResNet.
+
+    Attributes:
+        sections: Number of blocks in each of the four sections.
+        width: Channels of the stem.
+        final_norm: Apply a norm and a ReLU before the last pooling.
+        photographs: Use bottleneck blocks and a stem for large images (`PreActResNetImageNet`).
+    """
 
     sections: tuple[int, ...]
     width: int = 64
@@ -42,18 +51,31 @@ def build(
     final_norm: bool = False,
     image_size: int | None = None,
 ) -> nn.Module:
-    """The network `name`; `sections`, `width` and `final_norm` replace its own where given.
+    """Build a network with fresh weights.
 
-    image_size: height and width of the images, for networks of other libraries that are built for one size.
-    Raises UserError for what cannot be built.
+    Args:
+        name: A key of `MODELS`, or `LIBRARY:NAME` (see `resist.models.third_party`).
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+        sections: Number of blocks in each of the four sections; default: those of the named network.
+        width: Channels of the stem; default: that of the named network.
+        final_norm: Add a norm and a ReLU before the last pooling where the named network has none.
+        image_size: Height and width of the images in pixels, for networks of other libraries that are built for one
+            size.
+
+    Returns:
+        A network that maps images (batch, in_channels, height, width) to logits (batch, num_classes).
+
+    Raises:
+        UserError: The name is unknown, a value is out of bounds, or an option has no effect with this network.
     """
-    if is_foreign(name):
+    if is_third_party(name):
         for option, given in (("sections", sections), ("width", width is not None), ("final-norm", final_norm)):
             if given:
                 raise UserError(
-                    f"--{option} says nothing to model={name!r}, whose shape is its library's; leave it out"
+                    f"--{option} has no effect with model={name!r}, whose library defines its shape; leave it out"
                 )
-        return build_foreign(name, num_classes=num_classes, image_size=image_size)
+        return build_third_party(name, num_classes=num_classes, image_size=image_size)
     if name not in MODELS:
         raise UserError(
             f"model={name!r} is not known; choose one of {', '.join(MODELS)}, or torchvision:NAME, timm:NAME, "
@@ -61,10 +83,10 @@ def build(
         )
     shape = MODELS[name]
     if sections and (len(sections) != 4 or min(sections) < 1):
-        raise UserError(f"sections={' '.join(map(str, sections))} is not four numbers of blocks, each at least 1")
+        raise UserError(f"sections={' '.join(map(str, sections))}; give four numbers of blocks, each at least 1")
     width = shape.width if width is None else width
     if width < 1 or num_classes < 1:
-        raise UserError(f"width={width} and num_classes={num_classes} have to be at least 1")
+        raise UserError(f"width={width}, num_classes={num_classes}; both must be at least 1")
     sections = tuple(sections) or shape.sections
     if shape.photographs:
         return PreActResNetImageNet(sections, num_classes, width=width, in_channels=in_channels)

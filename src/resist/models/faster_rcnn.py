@@ -1,13 +1,15 @@
-"""Faster R-CNN on a feature pyramid over a pre-activation ResNet: torchvision's detector, our backbone.
+"""Faster R-CNN: torchvision's detector on a pre-activation ResNet with a feature pyramid.
 
-    backbone.body       stem, layer1 .. layer4 as in classification, without its head
-    backbone.norms      norm and ReLU of each section's output, since a pre-activation network leaves it as a bare sum
-    backbone.fpn        feature pyramid over the sections from stride 4 on, and a further level by sub-sampling
-    rpn, roi_heads      region proposals, and the class and box of each
+| module | content |
+| --- | --- |
+| `backbone.body` | stem and layer1 .. layer4 as in classification, without the head |
+| `backbone.norms` | norm and ReLU of each section's output, which a pre-activation network returns as a plain sum |
+| `backbone.fpn` | feature pyramid over the sections from stride 4 on, and one more level by subsampling |
+| `rpn`, `roi_heads` | region proposals, and the class and box of each |
 
-The blocks of `backbone.body.layer3` are the chain; everything behind the backbone is shared. Only the backbone has
-BatchNorm. Neck and heads are as wide as the backbone: 256 and 1,024 channels, torchvision's own, where its last section
-has 512 or more.
+The blocks of `backbone.body.layer3` are the chain; everything after the backbone is shared. Only the backbone has
+BatchNorm. The width of neck and heads follows the backbone: 256 and 1,024 channels, torchvision's defaults, where the
+last section has 512 or more.
 
 He et al., 2016; Lin et al., "Feature Pyramid Networks for Object Detection", 2017; Ren et al., "Faster R-CNN", 2015.
 """
@@ -31,20 +33,23 @@ from resist.errors import UserError
 
 SECTIONS = ("layer1", "layer2", "layer3", "layer4")
 MIN_STRIDE = 4
-# Pixels of photographs in 0..1, by channel, over ImageNet.
+# Mean and standard deviation of each channel over ImageNet, for pixels in 0..1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Side of the square regions that are cut out of a level, and how many the heads see of an image in training: as many as
+# Side of the square regions that are pooled from a level, and regions per image for the heads in training: as many as
 # Fast R-CNN, since the 512 that are usual with pyramids take more time than a small backbone.
 REGION, NUM_REGIONS = 7, 128
 
 
 class Detector(FasterRCNN):
-    """images: list of (3, height, width) float32 in 0..1, of any sizes. In eval mode a list with `boxes` (found, 4) in
-    pixels, `labels` (found,) and `scores` (found,) of each image; in train mode, with `targets` (a list with `boxes`
-    and `labels` of each image), the losses by name.
+    """Faster R-CNN that also computes the features of a normalized batch.
 
-    A tensor (batch, 3, height, width), already normalized, is taken for images whose features alone are of interest,
-    as when BatchNorm statistics are estimated: the pyramid's levels by name.
+    `forward(images, targets)` takes a list of images (3, height, width) float32 in 0..1, of any sizes. In eval mode it
+    returns a dict for each image: `boxes` (detections, 4) in pixels, `labels` (detections,) and `scores`
+    (detections,). In train mode it needs `targets` (for each image a dict of `boxes` and `labels`) and returns the
+    losses by name.
+
+    For a normalized tensor (batch, 3, height, width) it returns the levels of the pyramid by name, as needed to
+    estimate BatchNorm statistics.
     """
 
     def forward(  # type: ignore[override]
@@ -57,9 +62,17 @@ class Detector(FasterRCNN):
 
 
 class Pyramid(nn.Module):
-    """Normalized images (batch, 3, height, width) -> levels by name, each (batch, out_channels, height, width) float32.
+    """Feature pyramid over the sections of a body.
 
-    strides: of the levels, in pixels.
+    It maps normalized images (batch, 3, height, width) to levels by name, each (batch, out_channels, height, width)
+    float32.
+
+    Args:
+        body: A network with sections `layer1` .. `layer4` and `forward_stem`.
+
+    Attributes:
+        out_channels: Channels of every level.
+        strides: Stride of each level in pixels.
     """
 
     def __init__(self, body: nn.Module) -> None:
@@ -81,15 +94,18 @@ class Pyramid(nn.Module):
 
 
 class ProposalHead(RPNHead):
-    """In float32 whatever autocast says: boxes in bfloat16 would be whole numbers of several pixels."""
+    """Proposal head with float32 outputs, also under autocast.
+
+    In bfloat16, coordinates of boxes would be rounded to several pixels.
+    """
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
-        return [one.float() for one in logits], [one.float() for one in deltas]
+        return [level.float() for level in logits], [level.float() for level in deltas]
 
 
 class Predictor(FastRCNNPredictor):
-    """In float32, likewise."""
+    """Box predictor with float32 outputs, also under autocast."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = super().forward(x)
@@ -97,18 +113,23 @@ class Predictor(FastRCNNPredictor):
 
 
 def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size: int) -> Detector:
-    """A detector of `num_classes` classes, and of background as class 0.
+    """Build a detector on a classification network.
 
-    body: a network with sections `layer1` .. `layer4`, and `forward_stem`, which gives what the first of them is given;
-          its head is taken off.
-    image_size, max_size: what images are brought to inside it, see `image_transform`.
-    Raises UserError where the body is not such a network.
+    Args:
+        body: A network with sections `layer1` .. `layer4`, and `forward_stem`, which returns the input of the first.
+            Its head is removed.
+        num_classes: Classes of objects; background is class 0 in addition.
+        image_size: Length in pixels to which the shorter side of images is resized, see `image_transform`.
+        max_size: Upper bound in pixels for the longer side.
+
+    Raises:
+        UserError: `body` has no such sections, or `num_classes` is below 1.
     """
     if num_classes < 1:
-        raise UserError(f"num_classes={num_classes} has to be at least 1")
+        raise UserError(f"num_classes={num_classes}; must be at least 1")
     backbone = Pyramid(headless(body))
     width = backbone.out_channels
-    # Two anchor sizes a level, half an octave apart, up to 8 strides, which is torchvision's only one.
+    # Two anchor sizes for each level, half an octave apart; the larger, 8 strides, is torchvision's only one.
     sizes = tuple((round(4 * 2**0.5 * stride), 8 * stride) for stride in backbone.strides)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     return Detector(
@@ -127,17 +148,25 @@ def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size:
 
 
 def image_transform(image_size: int, max_size: int) -> GeneralizedRCNNTransform:
-    """What a detector does to images first: normalize, bring the shorter side to image_size (the longer one to at most
-    max_size), and put them into one tensor with zeros around them."""
+    """Transform of a detector's input: normalize, resize, and pad with zeros to one tensor.
+
+    Args:
+        image_size: Length in pixels to which the shorter side is resized.
+        max_size: Upper bound in pixels for the longer side.
+    """
     return GeneralizedRCNNTransform(image_size, max_size, list(MEAN), list(STD))
 
 
 def headless(body: nn.Module) -> nn.Module:
-    """The body of a classification network: its last norm and its head are replaced by nothing."""
+    """Replace the last norm and the head of a classification network by identities, in place.
+
+    Raises:
+        UserError: The network has no `forward_stem` or not the sections `layer1` .. `layer4`.
+    """
     missing = [name for name in ("forward_stem", *SECTIONS) if not hasattr(body, name)]
     if missing:
         raise UserError(
-            f"detection needs a network with forward_stem and layer1 .. layer4, as our pre-activation ResNets have; "
+            f"detection needs a network with forward_stem and layer1 .. layer4, such as preact_resnet50_imagenet; "
             f"{type(body).__name__} has no {missing[0]}"
         )
     for name in ("norm", "head"):
@@ -147,16 +176,21 @@ def headless(body: nn.Module) -> nn.Module:
 
 
 def sections(body: Any, images: Tensor) -> list[tuple[str, Tensor]]:
-    """The output of each section, by name."""
-    x, found = body.forward_stem(images), []
+    """Compute the output of each section, with its name.
+
+    Args:
+        body: A network with sections `layer1` .. `layer4` and `forward_stem`.
+        images: Normalized images (batch, 3, height, width).
+    """
+    x, outputs = body.forward_stem(images), []
     for name in SECTIONS:
         x = body.get_submodule(name)(x)
-        found.append((name, x))
-    return found
+        outputs.append((name, x))
+    return outputs
 
 
 def section_shapes(body: nn.Module) -> dict[str, tuple[int, int]]:
-    """(channels, stride in pixels) of each section, found without weights."""
+    """Compute (channels, stride in pixels) of each section on the meta device."""
     size = 64
     images = torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad():
@@ -165,10 +199,15 @@ def section_shapes(body: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def dense_pass(model: nn.Module, images: Tensor) -> Tensor:
-    """A scalar that depends on all weights of a detector, for counting operations on the meta device.
+    """Compute a scalar from all weights of a detector, to count operations on the meta device.
 
-    Which regions there are depends on weights, so they stand for themselves: NUM_REGIONS of each image. The choice of
-    regions (sorting, suppression) and their cutting out are left out; convolutions and matrix products are all there.
+    Regions depend on the values of weights, which the meta device does not have; each image gets NUM_REGIONS
+    placeholder regions instead. The selection of regions (sorting, suppression) and their pooling are left out; all
+    convolutions and matrix products are included.
+
+    Args:
+        model: A `Detector`.
+        images: Normalized images (batch, 3, height, width).
     """
     assert isinstance(model, Detector)
     proposals, box_head, predictor = model.rpn.head, model.roi_heads.box_head, model.roi_heads.box_predictor
@@ -177,7 +216,7 @@ def dense_pass(model: nn.Module, images: Tensor) -> Tensor:
     assert isinstance(predictor, Predictor)
     levels = list(model.backbone(images).values())
     logits, deltas = proposals(levels)
-    total = sum((one.square().mean() for one in (*logits, *deltas)), start=images.new_zeros(()))
+    total = sum((level.square().mean() for level in (*logits, *deltas)), start=images.new_zeros(()))
     shape = (len(images) * NUM_REGIONS, levels[0].shape[1], REGION, REGION)
     regions = sum((level.mean() for level in levels), start=images.new_zeros(shape))
     scores, boxes = predictor(box_head(regions))

@@ -21,7 +21,15 @@ DEPTHS = {
 
 
 class PreActBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))); where the shape changes, x is a 1x1 convolution of relu(norm(x))."""
+    """Pre-activation basic block: x + conv(relu(norm(conv(relu(norm(x)))))).
+
+    Where the shape changes, the skip connection is a 1x1 convolution of relu(norm(x)).
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the output.
+        stride: Stride of the first convolution and of the skip connection.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -40,7 +48,18 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Images (batch, in_channels, height, width) -> logits (batch, num_classes); any height and width from 8 up."""
+    """Pre-activation ResNet of basic blocks for small images.
+
+    It maps images (batch, in_channels, height, width), of any height and width from 8 up, to logits
+    (batch, num_classes).
+
+    Args:
+        sections: Number of blocks in each of the four sections.
+        num_classes: Number of logits.
+        width: Channels of the stem and of the first section.
+        in_channels: Channels of the images.
+        final_norm: Apply a norm and a ReLU before the mean pool.
+    """
 
     def __init__(
         self,
@@ -61,7 +80,7 @@ class PreActResNet(nn.Module):
         self.head = nn.Linear(8 * width, num_classes)
 
     def forward_stem(self, images: Tensor) -> Tensor:
-        """What the first section is given."""
+        """Return the input of the first section, (batch, width, height, width of the images)."""
         return self.stem(images)
 
     def forward(self, images: Tensor) -> Tensor:

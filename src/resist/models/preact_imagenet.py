@@ -1,10 +1,10 @@
-"""Pre-activation ResNets of bottleneck blocks for photographs: the networks of the paper's ImageNet experiments.
+"""Pre-activation ResNets of bottleneck blocks for photographs, as in the paper's ImageNet experiments.
 
     stem conv7x7 / 2, max pool / 2 -> layer1 .. layer4 (4w, 8w, 16w, 32w channels; the last three halve the image)
     -> norm, ReLU -> mean pool -> linear head
 
-Layer for layer the networks that timm calls resnetv2_50, resnetv2_101 and resnetv2_152; `resist.models.pretrained` says
-which weight is which. `layer3` is the long section; the 200 layers have a second one, `layer2`.
+They equal timm's resnetv2_50, resnetv2_101 and resnetv2_152 layer for layer; `resist.models.pretrained` translates the
+names of the weights. `layer3` is the long section; the network with 200 layers has a second one, `layer2`.
 
 He et al., "Identity Mappings in Deep Residual Networks", 2016; Dun et al., "ResIST", 2022.
 """
@@ -20,13 +20,20 @@ IMAGENET_DEPTHS = {
     "preact_resnet152_imagenet": (3, 8, 36, 3),
     "preact_resnet200_imagenet": (3, 24, 36, 3),
 }
-# A block's output has so many times the channels of its 3x3 convolution.
+# Channels of a block's output, relative to those of its 3x3 convolution.
 EXPANSION = 4
 
 
 class PreActBottleneck(nn.Module):
-    """x + conv1x1(relu(norm(conv3x3(relu(norm(conv1x1(relu(norm(x)))))))); where the shape changes, x is a 1x1
-    convolution of relu(norm(x)). The 3x3 convolution has `channels` channels and the stride."""
+    """Pre-activation bottleneck block: x + conv1x1(relu(norm(conv3x3(relu(norm(conv1x1(relu(norm(x))))))))).
+
+    Where the shape changes, the skip connection is a 1x1 convolution of relu(norm(x)).
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the 3x3 convolution; the output has `EXPANSION` times as many.
+        stride: Stride of the 3x3 convolution and of the skip connection.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -49,7 +56,17 @@ class PreActBottleneck(nn.Module):
 
 
 class PreActResNetImageNet(nn.Module):
-    """Images (batch, in_channels, height, width) -> logits (batch, num_classes); any height and width from 32 up."""
+    """Pre-activation ResNet of bottleneck blocks for photographs.
+
+    It maps images (batch, in_channels, height, width), of any height and width from 32 up, to logits
+    (batch, num_classes).
+
+    Args:
+        sections: Number of blocks in each of the four sections.
+        num_classes: Number of logits.
+        width: Channels of the stem; the first section's output has four times as many.
+        in_channels: Channels of the images.
+    """
 
     def __init__(self, sections: Sequence[int], num_classes: int, *, width: int = 64, in_channels: int = 3) -> None:
         super().__init__()
@@ -67,7 +84,7 @@ class PreActResNetImageNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward_stem(self, images: Tensor) -> Tensor:
-        """What the first section is given. (batch, width, height / 4, width / 4)"""
+        """Return the input of the first section: a quarter of the images' height and width, `width` channels."""
         return F.max_pool2d(self.stem(images), 3, 2, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:

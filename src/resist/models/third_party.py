@@ -1,12 +1,11 @@
 """Networks of other libraries by name, always with fresh weights: nothing is downloaded.
 
-torchvision:resnet101               torchvision.models.resnet101, and any other classification network of torchvision
-timm:vit_small_patch16_224          timm.create_model; needs `pip install resist[timm]`
-transformers:vit                    the image classifier of this model type, with the sizes that its configuration has
-                                    by default; transformers:my.json takes them from a file; needs
-                                    `pip install resist[transformers]`
+- `torchvision:resnet101`: `torchvision.models.resnet101`, or any other classification network of torchvision.
+- `timm:vit_small_patch16_224`: `timm.create_model`; needs `pip install resist[timm]`.
+- `transformers:vit`: the image classifier of this model type, in the default size of its configuration.
+  `transformers:my.json` reads the configuration from a file. Needs `pip install resist[transformers]`.
 
-A network whose size of images is fixed when it is built, as most transformers', is built for those of the data set.
+Networks that are built for one image size, like most vision transformers, are built for that of the data set.
 """
 
 import difflib
@@ -20,55 +19,75 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 
 LIBRARIES = ("torchvision", "timm", "transformers")
-# How torchvision's networks of a fixed size are told the size, by the module that they come from.
+# The argument that sets the image size of torchvision's networks, by the module that defines them.
 _TORCHVISION_SIZE: dict[str, Callable[[int], dict[str, object]]] = {
     "vision_transformer": lambda size: {"image_size": size},
     "maxvit": lambda size: {"input_size": (size, size)},
 }
 
 
-def is_foreign(name: str) -> bool:
+def is_third_party(name: str) -> bool:
+    """Return True for names of the form `LIBRARY:NAME`."""
     return ":" in name
 
 
-def build_foreign(name: str, *, num_classes: int, image_size: int | None = None) -> nn.Module:
-    """The network `LIBRARY:NAME` with fresh weights and a head of `num_classes`. Images -> logits (batch, num_classes).
+def build_third_party(name: str, *, num_classes: int, image_size: int | None = None) -> nn.Module:
+    """Build a network of another library with fresh weights.
 
-    image_size: height and width of the images, for networks that are built for one size; default: the network's own.
-    Raises UserError for an unknown name, a library that is not installed, and what the library refuses.
+    Args:
+        name: `LIBRARY:NAME`, see the module docstring.
+        num_classes: Number of logits.
+        image_size: Height and width of the images in pixels, for networks that are built for one size; default: the
+            size that the library chooses.
+
+    Returns:
+        A network that maps images (batch, 3, height, width) to logits (batch, num_classes).
+
+    Raises:
+        UserError: The name is unknown, the library is not installed, or it cannot build the network.
     """
-    library, _, own = name.partition(":")
+    library, _, library_name = name.partition(":")
     builders = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
     if library not in builders:
         raise UserError(f"model={name!r}: {library!r} is not one of {', '.join(LIBRARIES)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of theirs, about weights that are to be trained
+        warnings.simplefilter("ignore")  # the libraries warn that the weights are not trained yet
         try:
-            return builders[library](own, num_classes, image_size)
+            return builders[library](library_name, num_classes, image_size)
         except UserError as error:
             raise UserError(f"model={name!r}: {error}") from error
         except (NotImplementedError, torch.OutOfMemoryError):
-            raise  # it reads its own weights while it is built, and cannot be built on the meta device
-        except Exception as error:  # theirs: whatever stops them from building it for these images
+            raise  # the constructor reads its weights, so that the network cannot be built on the meta device
+        except Exception as error:  # the library's own: anything may prevent a network for these images
             images = "" if image_size is None else f" for images of {image_size} x {image_size}"
             raise UserError(
-                f"model={name!r} cannot be built{images}: {_line(error)}; choose another model, or larger images"
+                f"model={name!r} cannot be built{images}: {first_line(error)}; choose another model, or larger images"
             ) from error
 
 
 def check_logits(model: nn.Module, name: str, image_size: int, num_classes: int) -> None:
-    """Raise UserError where a network does not turn two images of this size into logits. model: on the host."""
+    """Check that a network maps two images of this size to logits.
+
+    Args:
+        model: The network, on the CPU. It is put into eval mode.
+        name: Its name, for messages.
+        image_size: Height and width of the images in pixels.
+        num_classes: The expected number of logits.
+
+    Raises:
+        UserError: The forward pass fails, or does not return a tensor (2, num_classes).
+    """
     images = torch.zeros(2, 3, image_size, image_size)
     try:
         with torch.no_grad():
             logits = model.eval()(images)
-    except Exception as error:  # theirs
+    except Exception as error:  # any error of the network's own code
         raise UserError(
-            f"model={name!r} does not take images of {image_size} x {image_size}: {_line(error)}; choose data with "
-            "larger images, or another model"
+            f"model={name!r} does not accept images of {image_size} x {image_size}: {first_line(error)}; choose data "
+            "with larger images, or another model"
         ) from error
     if not isinstance(logits, Tensor):
         raise UserError(f"model={name!r} returns a {type(logits).__name__}, not logits; choose a classification model")
@@ -88,7 +107,7 @@ def _torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Modu
     module = models.get_model_builder(name).__module__.rpartition(".")[2]
     size = _TORCHVISION_SIZE.get(module) if image_size is not None else None
     options: dict[str, Any] = size(image_size) if size is not None and image_size is not None else {}
-    if module in ("googlenet", "inception"):  # else they return further logits while they are trained
+    if module in ("googlenet", "inception"):  # otherwise they return auxiliary logits in training
         options |= {"aux_logits": False, "init_weights": False}
     return models.get_model(name, weights=None, num_classes=num_classes, **options)
 
@@ -114,10 +133,10 @@ def _transformers(name: str, num_classes: int, image_size: int | None) -> nn.Mod
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
         config.num_labels = num_classes
     else:
-        of_type = {kind.model_type: kind for kind in classifier._model_mapping}
-        if name not in of_type:
-            raise UserError(f"transformers has no image classifier of that type{_similar(name, list(of_type))}")
-        config = of_type[name](num_labels=num_classes)
+        config_classes = {config_class.model_type: config_class for config_class in classifier._model_mapping}
+        if name not in config_classes:
+            raise UserError(f"transformers has no image classifier of that type{_similar(name, list(config_classes))}")
+        config = config_classes[name](num_labels=num_classes)
     if image_size is not None and hasattr(config, "image_size"):
         config.image_size = image_size
     model = classifier.from_config(config)
@@ -126,8 +145,10 @@ def _transformers(name: str, num_classes: int, image_size: int | None) -> nn.Mod
 
 
 class TakeLogits:
-    """Forward hook that takes the logits out of the record that a network of transformers returns. A hook rather than a
-    module around it, so that every tensor keeps the name that its library gives it."""
+    """Forward hook that returns only the logits of a transformers model output.
+
+    A hook and not a wrapping module, so that every tensor keeps the name that the library gives it.
+    """
 
     def __call__(self, module: nn.Module, args: object, output: Any) -> Tensor:
         if not isinstance(getattr(output, "logits", None), Tensor):
@@ -137,18 +158,13 @@ class TakeLogits:
 
 def _library(name: str) -> Any:
     try:
-        found = importlib.import_module(name)
+        library = importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"{name} is not installed; pip install 'resist[{name}]', or pip install {name}") from error
-    logging.getLogger(name).setLevel(logging.ERROR)  # it speaks of weights that we do not load
-    return found
+    logging.getLogger(name).setLevel(logging.ERROR)  # it logs about weights that we do not load
+    return library
 
 
 def _similar(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else f"; it has {', '.join(known[:4])} and others"
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

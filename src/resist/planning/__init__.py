@@ -1,1 +1,1 @@
-"""Planning: who holds which blocks in a round, and which messages lead to the next. Pure functions, no torch."""
+"""Planning: plans, schedules and strategies, as pure functions without torch."""

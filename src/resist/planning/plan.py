@@ -1,8 +1,9 @@
 """Plans: which worker holds which blocks of a chain in one round.
 
 A plan is a pure function of (seed, round, chain, capacities). Every worker computes it for itself, so no message is
-spent on it. The shuffles are sorts by a keyed hash rather than `random.shuffle`, whose sequence Python does not promise
-to keep from one version to the next: two hosts with different Pythons draw the same plan.
+needed to agree on it. The shuffles are sorts by a keyed hash, and not `random.shuffle`, because Python does not promise
+to keep the sequence of its generator from one version to the next: two machines with different versions of Python draw
+the same plan.
 
     >>> partition(5, (3, 2), seed=0, round=0).capacities
     (3, 2)
@@ -10,6 +11,7 @@ to keep from one version to the next: two hosts with different Pythons draw the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 from resist.errors import UserError
@@ -17,10 +19,11 @@ from resist.errors import UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """Who holds what in one round.
+    """Assignment of the blocks of one chain to workers for one round.
 
-    num_blocks: blocks in the chain, numbered 0..num_blocks-1.
-    blocks:     for each worker the blocks it holds, ascending: `blocks[worker][slot]` is a block.
+    Attributes:
+        num_blocks: Number of blocks in the chain. They are numbered 0 to num_blocks - 1.
+        blocks: Blocks of each worker, ascending: `blocks[worker][slot]` is a block number.
     """
 
     num_blocks: int
@@ -28,31 +31,55 @@ class Plan:
 
     @property
     def workers(self) -> int:
+        """Number of workers."""
         return len(self.blocks)
 
     @property
     def capacities(self) -> tuple[int, ...]:
+        """Number of blocks of each worker."""
         return tuple(len(held) for held in self.blocks)
 
     @property
     def held_by_all(self) -> bool:
-        """Whether every worker holds every block, which makes a round of ResIST a round of local SGD."""
+        """True if every worker holds every block, as in local SGD."""
         return all(len(held) == self.num_blocks for held in self.blocks)
 
+    @cached_property
+    def _holders(self) -> tuple[tuple[int, ...], ...]:
+        """Holders of every block, collected in one pass over the plan."""
+        holders: list[list[int]] = [[] for _ in range(self.num_blocks)]
+        for worker, held in enumerate(self.blocks):
+            for block in held:
+                holders[block].append(worker)
+        return tuple(map(tuple, holders))
+
     def holders(self, block: int) -> tuple[int, ...]:
-        """The workers that hold `block`, ascending."""
-        return tuple(worker for worker, held in enumerate(self.blocks) if block in held)
+        """Workers that hold `block`, ascending."""
+        return self._holders[block]
 
     def slot(self, worker: int, block: int) -> int:
-        """The slot of `worker` in which `block` lies."""
+        """Slot of `worker` that holds `block`; ValueError if none does."""
         return self.blocks[worker].index(block)
 
 
 def equal_capacities(num_blocks: int, workers: int, min_depth: int = 0, *, chain: str = "") -> tuple[int, ...]:
-    """The same capacity for every worker: ceil(num_blocks / workers), or `min_depth` where that is more."""
+    """Compute the smallest equal capacity that holds every block.
+
+    Args:
+        num_blocks: Number of blocks in the chain.
+        workers: Number of workers.
+        min_depth: Lower bound of the capacity.
+        chain: Name of the chain, for error messages.
+
+    Returns:
+        For each worker max(ceil(num_blocks / workers), min_depth).
+
+    Raises:
+        UserError: If there are fewer blocks than workers or than `min_depth`, or an argument is out of range.
+    """
     where = f"chain {chain}" if chain else "the chain"
     if workers < 1:
-        raise UserError(f"workers={workers} is not a number of workers; give at least 1")
+        raise UserError(f"workers={workers}; must be at least 1")
     if workers > num_blocks:
         raise UserError(
             f"workers={workers} exceeds the {num_blocks} blocks of {where}; use at most {num_blocks} workers, "
@@ -66,7 +93,19 @@ def equal_capacities(num_blocks: int, workers: int, min_depth: int = 0, *, chain
 
 
 def check_capacities(num_blocks: int, capacities: Sequence[int], *, chain: str = "") -> tuple[int, ...]:
-    """Return `capacities` as a tuple, or say why no plan can have them."""
+    """Check that a plan with these capacities exists.
+
+    Args:
+        num_blocks: Number of blocks in the chain.
+        capacities: Number of blocks of each worker.
+        chain: Name of the chain, for error messages.
+
+    Returns:
+        The capacities as a tuple.
+
+    Raises:
+        UserError: If a capacity is outside 1 to `num_blocks`, or their sum is less than `num_blocks`.
+    """
     where = f"chain {chain}" if chain else "the chain"
     for worker, capacity in enumerate(capacities):
         if not 1 <= capacity <= num_blocks:
@@ -89,32 +128,57 @@ def partition(num_blocks: int, capacities: Sequence[int], *, seed: int, round: i
     w holds each block with probability capacity_w / num_blocks.
 
     The blocks are dealt from shuffled decks, one worker after another, in a shuffled order of workers. A worker that
-    comes to the end of a deck goes on with a new one, in which the blocks that it has just taken lie at the bottom:
-    so it never draws a block twice, and a deck is always used up before the next is opened.
+    uses up a deck continues with a new one, in which the blocks that it has just taken are put at the bottom. So no
+    worker draws a block twice, and a deck is always used up before the next is opened.
+
+    Args:
+        num_blocks: Number of blocks in the chain.
+        capacities: Number of blocks of each worker.
+        seed: Seed of the run.
+        round: Number of the round.
+        chain: Name of the chain, which gives each chain its own sequence of plans.
+
+    Returns:
+        The plan. It depends on the arguments alone; no global random state is read or written.
+
+    Raises:
+        UserError: If no plan has these capacities; see `check_capacities`.
     """
     capacities = check_capacities(num_blocks, capacities, chain=chain)
     key = (seed, round, chain)
     held: list[tuple[int, ...]] = [()] * len(capacities)
     deck: list[int] = []
     decks = 0
+    # The workers draw in a shuffled order, so that it is not always the same ones that hold the shared blocks.
     for worker in shuffled(len(capacities), "workers", *key):
+        # Draw from the open deck first.
         hand = deck[: capacities[worker]]
         deck = deck[capacities[worker] :]
         missing = capacities[worker] - len(hand)
         if missing:
-            fresh = shuffled(num_blocks, "deck", decks, *key)
+            # The deck is used up. Open the next one, with the blocks of this hand at its bottom. A capacity is at most
+            # num_blocks, so the blocks above them are enough for the rest of the hand.
+            new_deck = shuffled(num_blocks, "deck", decks, *key)
             decks += 1
-            deck = [b for b in fresh if b not in hand] + [b for b in fresh if b in hand]
+            deck = [block for block in new_deck if block not in hand] + [block for block in new_deck if block in hand]
             hand, deck = hand + deck[:missing], deck[missing:]
         held[worker] = tuple(sorted(hand))
     return Plan(num_blocks, tuple(held))
 
 
 def keyed_int(*key: object) -> int:
-    """A 63-bit integer that depends on `key` alone: the seed of whatever that key names."""
+    """Derive a 63-bit integer from `key` alone, to seed a generator."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def shuffled(num: int, *key: object) -> list[int]:
-    """The numbers 0..num-1 in an order that depends on `key` alone, uniform over keys."""
+    """Shuffle the numbers 0 to num - 1 by `key` alone.
+
+    Args:
+        num: How many numbers.
+        *key: Values with a stable `repr`, which choose the order.
+
+    Returns:
+        A permutation, uniform over keys.
+    """
     return sorted(range(num), key=lambda item: blake2b(repr((key, item)).encode(), digest_size=16).digest())

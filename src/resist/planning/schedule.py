@@ -1,12 +1,14 @@
-"""Schedules: the messages that lead from one plan to the next, as data.
+"""Schedules: the messages between two plans, as data.
 
-A synchronization has two phases. In the first every copy of a block goes to the block's owner, who folds them. In the
-second the owner sends the folded block to its next holders. A worker that holds a block and goes on holding it alone
-sends nothing. The same list is run by a transport, counted by the ledger and drawn by a report.
+A synchronization has two phases. In the first, every holder of a block sends it to the block's owner, which averages
+them. In the second, the owner sends the average to the block's next holders. A worker that is the only holder of a
+block, before and after, sends nothing. The transport runs the messages of a schedule, the cost model counts them, and
+the report draws them.
 """
 
+import heapq
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from resist.planning.plan import Plan
@@ -14,8 +16,17 @@ from resist.planning.plan import Plan
 
 @dataclass(frozen=True)
 class Message:
-    """One block on its way. `phase` is "average" (a copy to the owner), "hand_over" (owner to next holder) or "replica"
-    (a second copy)."""
+    """One block on its way from one worker to another.
+
+    Attributes:
+        phase: "average" (holder to owner), "hand_over" (owner to next holder) or "replica" (owner to the worker that
+            keeps a replica).
+        chain: Name of the chain.
+        block: Number of the block in its chain.
+        source: Worker that sends.
+        target: Worker that receives.
+        num_bytes: Size of the block in bytes.
+    """
 
     phase: str
     chain: str
@@ -27,8 +38,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Schedule:
-    """fold, hand_over: the messages of the two phases, in the order in which every worker issues them.
-    owners: (chain, block) -> the worker that folds the block."""
+    """Messages of one synchronization.
+
+    Attributes:
+        average: Messages of the first phase, in the order in which every worker issues them.
+        hand_over: Messages of the second phase, in the same sense.
+        owners: Owner of each block: (chain, block) -> the worker that averages it.
+    """
 
     average: tuple[Message, ...]
     hand_over: tuple[Message, ...]
@@ -36,95 +52,169 @@ class Schedule:
 
     @property
     def messages(self) -> tuple[Message, ...]:
+        """Messages of both phases, in their order."""
         return self.average + self.hand_over
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all messages."""
         return sum(message.num_bytes for message in self.messages)
 
 
 def schedule(plans: Mapping[str, Plan], next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]) -> Schedule:
-    """The messages from `plans` to `next_plans`; all three arguments are keyed by chain.
+    """List the messages that lead from `plans` to `next_plans`.
 
-    An owner that goes on holding its block saves a message, so such owners come first. Among equals the owner is
-    chosen that keeps the busiest link least busy. Blocks that leave no choice are counted first, so that the others
-    are placed around them.
+    An owner that also holds its block in the next round saves a message, so only such holders are candidates, if there
+    are any. Among them the owner is the one that keeps the busiest link least busy. The time is linear in the number
+    of blocks held.
+
+    Args:
+        plans: Plan of the present round for each chain.
+        next_plans: Plan of the next round for each chain.
+        block_bytes: Size of one block of each chain in bytes.
+
+    Returns:
+        The schedule, with the messages in the order of chains and blocks.
     """
-    load: Counter[tuple[str, int]] = Counter()  # ("out" or "in", worker) -> bytes
+    links = _Links(max((plan.workers for plan in (*plans.values(), *next_plans.values())), default=0))
     owners: dict[tuple[str, int], int] = {}
-    chosen: dict[tuple[str, int], list[Message]] = {}
-    keys = [(chain, block) for chain, plan in plans.items() for block in range(plan.num_blocks)]
-    for chain, block in sorted(keys, key=lambda key: len(plans[key[0]].holders(key[1]))):
+    blocks = [(chain, block) for chain, plan in plans.items() for block in range(plan.num_blocks)]
+    # Choose the owners. Blocks with few holders leave little choice: they are placed first, so that the others can
+    # avoid the links that they use.
+    for chain, block in sorted(blocks, key=lambda key: len(plans[key[0]].holders(key[1]))):
         holders, targets = plans[chain].holders(block), next_plans[chain].holders(block)
-        staying = [worker for worker in holders if worker in targets]
-        best: tuple[tuple[int, int, int], int, list[Message]] | None = None
-        for owner in staying or holders:
-            messages = _messages(chain, block, owner, holders, targets, block_bytes[chain])
-            after = load + _load(messages)
-            spread = sum(value * value for value in after.values())
-            rank = (max(after.values(), default=0), spread, (owner - block) % plans[chain].workers)
-            if best is None or rank < best[0]:
-                best = (rank, owner, messages)
+        owners[chain, block] = links.place(block, holders, targets, block_bytes[chain], plans[chain].workers)
+    # List the messages. All workers issue them in this one order, so that every send meets its receive.
+    average: list[Message] = []
+    hand_over: list[Message] = []
+    for chain, block in blocks:
+        owner, num_bytes = owners[chain, block], block_bytes[chain]
+        for holder in plans[chain].holders(block):
+            if holder != owner:
+                average.append(Message("average", chain, block, holder, owner, num_bytes))
+        for target in next_plans[chain].holders(block):
+            if target != owner:
+                hand_over.append(Message("hand_over", chain, block, owner, target, num_bytes))
+    return Schedule(tuple(average), tuple(hand_over), owners)
+
+
+class _Links:
+    """Bytes so far on every worker's outgoing and incoming link."""
+
+    def __init__(self, workers: int) -> None:
+        self.outgoing = [0] * workers
+        self.incoming = [0] * workers
+        self.largest = 0  # of both lists
+        self.squares = 0  # sum over both lists
+
+    def place(
+        self, block: int, holders: Sequence[int], targets: Sequence[int], num_bytes: int, num_workers: int
+    ) -> int:
+        """Choose the owner of a block and add the block's messages.
+
+        Takes O(holders + targets). The best owner has the least (largest load, sum of squares of the loads, (owner -
+        block) mod num_workers). The last term rotates equal candidates from block to block.
+        """
+        # Suppose first that the owner is an additional worker: every holder sends once, every target receives once.
+        next_holders = set(targets)
+        sent = {worker: self.outgoing[worker] + num_bytes for worker in holders}
+        received = {worker: self.incoming[worker] + num_bytes for worker in targets}
+        squares = self.squares
+        squares += sum(load * load - (load - num_bytes) ** 2 for load in (*sent.values(), *received.values()))
+        # Loads only grow, so the new maximum is the old one or one of these. Two of them are enough to know the maximum
+        # without any one worker.
+        sent_max, received_max = _two_largest(sent), _two_largest(received)
+        best: tuple[int, int, int] | None = None
+        chosen = outgoing = incoming = -1
+        for owner in [worker for worker in holders if worker in next_holders] or holders:
+            # Correct the loads of the owner: it does not send to itself, but receives from the other holders and sends
+            # to the other targets.
+            stays = owner in next_holders
+            new_outgoing = self.outgoing[owner] + (len(targets) - stays) * num_bytes
+            new_incoming = self.incoming[owner] + (len(holders) - 1) * num_bytes
+            new_squares = squares + new_outgoing**2 - sent[owner] ** 2
+            new_squares += new_incoming**2 - received.get(owner, self.incoming[owner]) ** 2
+            others = (load for worker, load in (*sent_max, *received_max) if worker != owner)
+            rank = (
+                max(self.largest, new_outgoing, new_incoming, *others),
+                new_squares,
+                (owner - block) % num_workers,
+            )
+            if best is None or rank < best:
+                best, chosen, outgoing, incoming = rank, owner, new_outgoing, new_incoming
         assert best is not None, "a plan holds every block"
-        owners[chain, block], chosen[chain, block] = best[1], best[2]
-        load += _load(best[2])
-    ordered = [message for key in keys for message in chosen[key]]
-    return Schedule(
-        average=tuple(message for message in ordered if message.phase == "average"),
-        hand_over=tuple(message for message in ordered if message.phase == "hand_over"),
-        owners=owners,
-    )
+        # Add the messages of the chosen owner.
+        for worker, load in sent.items():
+            self.outgoing[worker] = load
+        for worker, load in received.items():
+            self.incoming[worker] = load
+        self.outgoing[chosen], self.incoming[chosen] = outgoing, incoming
+        self.largest, self.squares = best[0], best[1]
+        return chosen
 
 
-def _messages(
-    chain: str, block: int, owner: int, holders: Iterable[int], targets: Iterable[int], num_bytes: int
-) -> list[Message]:
-    fold = [Message("average", chain, block, holder, owner, num_bytes) for holder in holders if holder != owner]
-    on = [Message("hand_over", chain, block, owner, target, num_bytes) for target in targets if target != owner]
-    return fold + on
-
-
-def _load(messages: Iterable[Message]) -> Counter[tuple[str, int]]:
-    load: Counter[tuple[str, int]] = Counter()
-    for message in messages:
-        load["out", message.source] += message.num_bytes
-        load["in", message.target] += message.num_bytes
-    return load
+def _two_largest(loads: Mapping[int, int]) -> list[tuple[int, int]]:
+    """The two items with the largest values."""
+    return heapq.nlargest(2, loads.items(), key=lambda item: item[1])
 
 
 @dataclass(frozen=True)
 class ReplicaPlacement:
-    """Second copies of the blocks that would have only one holder after a synchronization.
+    """Replicas of the blocks with a single holder after a synchronization.
 
-    kept:     (chain, block) -> the worker that keeps what it hands over: it need only not forget it.
-    messages: ("replica") copies of blocks that stay alone where they are, to a worker that has none.
+    Attributes:
+        kept: (chain, block) -> the worker that keeps the weights after it hands the block over. Needs no message.
+        messages: Messages with phase "replica", for blocks that stay with their only holder: the owner sends its block
+            to a worker that has none.
     """
 
     kept: Mapping[tuple[str, int], int]
     messages: tuple[Message, ...]
 
 
-def place_replicas(plan: Schedule, next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]) -> ReplicaPlacement:
-    """Where a second copy of each block lies, so that any one of two or more workers can be lost. Copies that have to
-    be sent go to those that have been sent the fewest bytes."""
+def place_replicas(
+    messages: Schedule, next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]
+) -> ReplicaPlacement:
+    """Place replicas, so that any single worker can be lost.
+
+    Blocks with several next holders need no replica. A replica that has to be sent goes to the worker that receives
+    the fewest bytes so far.
+
+    Args:
+        messages: Schedule of the synchronization.
+        next_plans: Plan of the next round for each chain, for at least two workers.
+        block_bytes: Size of one block of each chain in bytes.
+
+    Returns:
+        The worker that keeps each replica, and the messages for it.
+    """
     kept: dict[tuple[str, int], int] = {}
-    messages: list[Message] = []
-    received = Counter({worker: 0 for one in next_plans.values() for worker in range(one.workers)})
-    for message in plan.messages:
+    replicas: list[Message] = []
+    received = Counter({worker: 0 for plan in next_plans.values() for worker in range(plan.workers)})
+    for message in messages.messages:
         received[message.target] += message.num_bytes
-    for (chain, block), owner in sorted(plan.owners.items()):
+    for (chain, block), owner in sorted(messages.owners.items()):
         holders = next_plans[chain].holders(block)
         if len(holders) > 1:
             continue
         if owner not in holders:
+            # The owner hands the block over, and so has its weights already.
             kept[chain, block] = owner
             continue
         keeper = min((w for w in received if w != owner), key=lambda worker: (received[worker], worker))
         received[keeper] += block_bytes[chain]
-        messages.append(Message("replica", chain, block, owner, keeper, block_bytes[chain]))
-    return ReplicaPlacement(kept, tuple(messages))
+        replicas.append(Message("replica", chain, block, owner, keeper, block_bytes[chain]))
+    return ReplicaPlacement(kept, tuple(replicas))
 
 
 def allreduce_bytes(num_bytes: int, workers: int) -> int:
-    """What each of `workers` sends (and receives) in a ring all-reduce of `num_bytes`: 2 (S - 1) / S of it."""
+    """Compute what each worker sends, and receives, in a ring all-reduce.
+
+    Args:
+        num_bytes: Size of the tensor in bytes.
+        workers: Number of workers S.
+
+    Returns:
+        2 (S - 1) / S of `num_bytes`, rounded down.
+    """
     return 2 * (workers - 1) * num_bytes // workers

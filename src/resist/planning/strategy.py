@@ -1,4 +1,7 @@
-"""Strategies: records that say who holds what, for how long, and how it is folded. A new method is a constructor."""
+"""Strategies: records of the plans, length and averaging of rounds.
+
+A new training method is one more function that returns a `Strategy`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,15 +9,22 @@ from dataclasses import dataclass, replace
 from resist.errors import UserError
 from resist.planning.plan import Plan, check_capacities, equal_capacities, partition
 
-# Blocks that a worker keeps at the least, unless told otherwise: the depth that the paper's Table 1 implies at S = 8.
+# Default lower bound of a worker's capacity: the depth that the paper's Table 1 implies at S = 8.
 MIN_DEPTH = 4
 
 
 @dataclass(frozen=True)
 class OuterSGD:
-    """An outer optimizer: Nesterov's method on the change that a round made, instead of the plain mean.
+    """Outer optimizer: Nesterov's method on the mean change of a round.
 
-    lr, momentum: those of DiLoCo (Douillard et al., 2023) by default; lr=1 without momentum is the plain mean.
+    The defaults are those of DiLoCo (Douillard et al., 2023). `lr=1` with `momentum=0` is the plain mean.
+
+    Attributes:
+        lr: Outer learning rate, more than 0.
+        momentum: Outer momentum, from 0 to less than 1.
+
+    Raises:
+        UserError: If a value is out of range.
     """
 
     lr: float = 0.7
@@ -22,22 +32,29 @@ class OuterSGD:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise UserError(f"outer lr={self.lr} has to be more than 0")
+            raise UserError(f"outer lr={self.lr}; must be more than 0")
         if not 0 <= self.momentum < 1:
             raise UserError(f"outer momentum={self.momentum} is outside 0 to 1; give less than 1")
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a round is.
+    """Definition of a round: its plans, its length, and its synchronization.
 
-    assign:          (num_blocks, chain name, seed, round) -> the plan of that round for one chain
-    local_steps:     optimizer steps between two synchronizations (the paper's l)
-    optimizer_state: what becomes of it at a synchronization: see `resist.sync.averaging`
-    outer:           what is done with the mean change of a round; None: it is applied as it is
-    every_step:      gradients are averaged over the workers in every step, so weights never differ and a round ends
-                     without an exchange
-    then, at_round:  the strategy that takes over at that round, if any
+    Attributes:
+        name: Name of the method, as in the command line and in reports.
+        workers: Number of workers (the paper's S).
+        local_steps: Optimizer steps between two synchronizations (the paper's l).
+        assign: Function `(num_blocks, chain name, seed, round) -> Plan` that draws the plan of one chain.
+        optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.averaging`.
+        outer: Outer optimizer for the mean change of a round; None applies the mean as it is.
+        every_step: Average the gradients over the workers in every step. Weights then never differ, and a round ends
+            without an exchange.
+        then: Strategy that takes over at round `at_round`, or None.
+        at_round: First round of `then`.
+
+    Raises:
+        UserError: If `workers` or `local_steps` is not an integer of at least 1.
     """
 
     name: str
@@ -55,12 +72,12 @@ class Strategy:
             if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise UserError(f"{name}={value!r} is not a whole number; give one")
         if self.workers < 1:
-            raise UserError(f"workers={self.workers} is not a number of workers; give at least 1")
+            raise UserError(f"workers={self.workers}; must be at least 1")
         if self.local_steps < 1:
-            raise UserError(f"local_steps={self.local_steps} is not a number of steps; give at least 1")
+            raise UserError(f"local_steps={self.local_steps}; must be at least 1")
 
     def at(self, round: int) -> "Strategy":
-        """The strategy in force in `round`."""
+        """Strategy of round number `round`, through all switches."""
         return self.then.at(round) if self.then is not None and round >= self.at_round else self
 
 
@@ -73,24 +90,39 @@ def resist(
     optimizer_state: str = "travel",
     outer: OuterSGD | None = None,
 ) -> Strategy:
-    """ResIST (Dun et al., 2022): each worker trains `capacities[worker]` blocks of every chain, drawn anew every round.
+    """ResIST (Dun et al., 2022): each worker trains some of the blocks.
 
-    min_depth:  blocks that a worker keeps at the least, the surplus filled by sharing (default: 4, or a shorter chain).
-    capacities: blocks of each worker, for unequal workers; default: ceil(num_blocks / workers) or `min_depth`.
-    outer:      an outer optimizer, whose momentum moves with its block; see `diloco`.
+    The blocks of each worker are drawn again every round, and averaged over their holders at its end.
+
+    Args:
+        workers: Number of workers (the paper's S).
+        local_steps: Optimizer steps between two synchronizations (the paper's l).
+        min_depth: Lower bound of every worker's capacity; blocks are then shared by several workers. Default: 4, or all
+            blocks of a shorter chain.
+        capacities: Number of blocks of each worker in every chain, for unequal workers. Default: the larger of
+            ceil(num_blocks / workers) and `min_depth`.
+        optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.averaging`.
+        outer: Outer optimizer, whose momentum moves with its block; see `diloco`.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        UserError: If the arguments contradict each other or are out of range. A chain that is too short for them is
+            reported when its first plan is drawn.
     """
     if capacities is not None and len(capacities) != workers:
         raise UserError(f"{len(capacities)} capacities for {workers} workers; give one for each worker")
     if capacities is not None and min_depth is not None:
-        raise UserError(f"min_depth={min_depth} says nothing beside explicit capacities; give one of the two")
+        raise UserError(f"min_depth={min_depth} has no effect with explicit capacities; remove one of the two")
 
     def assign(num_blocks: int, chain: str, seed: int, round: int) -> Plan:
         if capacities is None:
             depth = min(MIN_DEPTH, num_blocks) if min_depth is None else min_depth
-            own = equal_capacities(num_blocks, workers, depth, chain=chain)
+            chain_capacities = equal_capacities(num_blocks, workers, depth, chain=chain)
         else:
-            own = check_capacities(num_blocks, capacities, chain=chain)
-        return partition(num_blocks, own, seed=seed, round=round, chain=chain)
+            chain_capacities = check_capacities(num_blocks, capacities, chain=chain)
+        return partition(num_blocks, chain_capacities, seed=seed, round=round, chain=chain)
 
     return Strategy("resist", workers, local_steps, assign, optimizer_state, outer)
 
@@ -98,27 +130,64 @@ def resist(
 def local_sgd(
     workers: int, local_steps: int = 50, *, optimizer_state: str = "travel", outer: OuterSGD | None = None
 ) -> Strategy:
-    """Local SGD: every worker trains the full network, and all weights are averaged every `local_steps` steps."""
+    """Local SGD: all workers train the full network and average it.
 
-    return Strategy("local_sgd", workers, local_steps, _everything(workers), optimizer_state, outer)
+    Args:
+        workers: Number of workers.
+        local_steps: Optimizer steps between two synchronizations.
+        optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.averaging`.
+        outer: Outer optimizer for the mean change of a round; None applies the mean as it is.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+    return Strategy("local_sgd", workers, local_steps, _all_blocks(workers), optimizer_state, outer)
 
 
 def diloco(
     workers: int, local_steps: int = 50, *, optimizer_state: str = "keep", outer: OuterSGD | None = None
 ) -> Strategy:
-    """DiLoCo (Douillard et al., 2023): local SGD whose mean change of a round goes through an outer Nesterov step.
+    """DiLoCo (Douillard et al., 2023): local SGD with an outer Nesterov step.
 
-    Each worker keeps its own optimizer state, as there. Give any optimizer as the inner one.
+    Any optimizer can be the inner one.
+
+    Args:
+        workers: Number of workers.
+        local_steps: Optimizer steps between two synchronizations.
+        optimizer_state: Policy for the inner optimizer's state; by default each worker keeps its own, as in the paper.
+        outer: Outer optimizer; default `OuterSGD()`, the paper's values.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
-    return Strategy("diloco", workers, local_steps, _everything(workers), optimizer_state, outer or OuterSGD())
+    return Strategy("diloco", workers, local_steps, _all_blocks(workers), optimizer_state, outer or OuterSGD())
 
 
 def ddp(workers: int, local_steps: int = 50) -> Strategy:
-    """torch's DistributedDataParallel: gradients are averaged in every step. Rounds only serve to compare."""
-    return Strategy("ddp", workers, local_steps, _everything(workers), "keep", every_step=True)
+    """Baseline: torch's DistributedDataParallel, which averages gradients in every step.
+
+    Args:
+        workers: Number of workers.
+        local_steps: Optimizer steps of a round. Rounds only structure the records, to compare with other strategies.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+    return Strategy("ddp", workers, local_steps, _all_blocks(workers), "keep", every_step=True)
 
 
-def _everything(workers: int) -> Callable[[int, str, int, int], Plan]:
+def _all_blocks(workers: int) -> Callable[[int, str, int, int], Plan]:
+    """`assign` of a strategy in which every worker holds every block."""
+
     def assign(num_blocks: int, chain: str, seed: int, round: int) -> Plan:
         return Plan(num_blocks, (tuple(range(num_blocks)),) * workers)
 
@@ -126,7 +195,22 @@ def _everything(workers: int) -> Callable[[int, str, int, int], Plan]:
 
 
 def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
-    """`first` until `at_round`, then `then`. The paper's warm-up: `switch(local_sgd(4), resist(4), ...)`."""
+    """Combine two strategies: `first` before round `at_round`, `then` from there.
+
+    The paper's warm-up is `switch(local_sgd(4), resist(4), at_round=...)`. `first` may itself be a switch at an
+    earlier round.
+
+    Args:
+        first: Strategy of the rounds before `at_round`.
+        then: Strategy of the later rounds, with the same number of workers.
+        at_round: First round of `then`.
+
+    Returns:
+        The combined strategy.
+
+    Raises:
+        UserError: If the numbers of workers differ, one of the two is `ddp`, or the rounds are out of order.
+    """
     if first.workers != then.workers:
         raise UserError(f"a switch from {first.workers} to {then.workers} workers; give both the same number")
     if first.every_step or then.every_step:

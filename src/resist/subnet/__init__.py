@@ -1,1 +1,1 @@
-"""Sub-networks: the blocks of a network, and shallower networks whose weights are views into one flat tensor."""
+"""Sub-networks: chains of blocks, and shallower networks in one flat tensor."""

@@ -1,8 +1,8 @@
-"""What becomes of BatchNorm's running statistics. Policies for the full network:
+"""BatchNorm policies: the running statistics of the full network.
 
-recalibrate  averaged over holders as all float buffers are, then estimated anew on the full scaled network
-average      averaged over holders
-batch        there are none, as in the authors' code: each batch's own statistics, at test time too
+- `recalibrate`: averaged over the holders, as all float buffers are, and then re-estimated on the full, scaled network.
+- `average`: averaged over the holders.
+- `batch`: no running statistics, as in the authors' code. Every batch is normalized by its own, at test time too.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,11 @@ BATCHNORMS = ("recalibrate", "average", "batch")
 
 
 def use_batch_statistics(model: nn.Module) -> None:
-    """Take the running statistics out of every BatchNorm layer: it then uses the batch's own, at test time too."""
+    """Make every BatchNorm layer use the statistics of the batch.
+
+    Args:
+        model: Network to change in place.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.track_running_stats = False
@@ -25,7 +29,16 @@ def use_batch_statistics(model: nn.Module) -> None:
 
 
 def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torch.device) -> None:
-    """Estimate all running BatchNorm statistics of `model` anew, as the mean over `batches`."""
+    """Re-estimate all running BatchNorm statistics as the mean over some batches.
+
+    Args:
+        model: The full network, changed in place.
+        batches: Batches of training images, (batch, channels, height, width), or tuples that begin with one.
+        device: Device of the model, to which the images are moved.
+
+    Raises:
+        UserError: If there are no batches, or a batch is neither a tensor nor a tuple that begins with one.
+    """
     if batches is None:
         raise UserError(
             "batchnorm='recalibrate' estimates statistics on training batches; call full_model(batches), "
@@ -35,7 +48,7 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torc
 
 
 def _images(batches: Iterable[object]) -> Iterator[Tensor]:
-    """What a network takes, of each batch. Raises UserError where there is nothing: the statistics would be lost."""
+    """Images of each batch; UserError without any, which would erase the statistics."""
     batch = None
     for batch in batches:
         images = batch[0] if isinstance(batch, list | tuple) else batch
@@ -49,4 +62,5 @@ def _images(batches: Iterable[object]) -> Iterator[Tensor]:
 
 
 def has_running_statistics(model: nn.Module) -> bool:
+    """Return True if a layer of the model has running statistics."""
     return any(getattr(module, "running_mean", None) is not None for module in model.modules())

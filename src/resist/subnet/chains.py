@@ -1,11 +1,13 @@
-"""Chains: runs of residual blocks that can take one another's place, found in any `nn.Module` or named by the user.
+"""Chains: runs of interchangeable residual blocks in any `nn.Module`.
 
-Neighbors under one `nn.Sequential` or `nn.ModuleList` form a run when they have the same class, the same parameter and
-buffer shapes all the way down, and no parameter in common with anything else. The strided first block of a section
-differs in its shapes, so it is never part of a chain. Numbers, texts and flags may differ along a run (a drop-path rate
-that grows with depth, a layer's index, a shifted window): they go with their block, see `Varying`.
+They are found by comparing neighbors, or named by the user. Neighbors under one `nn.Sequential` or `nn.ModuleList` form
+a run if they have the same class and the same shapes of parameters and buffers, in all their parts, and share no
+parameter with another module. The strided first block of a section has other shapes, so it is never part of a chain.
+Numbers, strings and flags may differ along a run (a drop-path rate that grows with depth, a layer's index, a shifted
+window): they move with their block, see `Varying`.
 
-A block has to be residual, x + f(x), or a sub-network without it would be nonsense: that is tried, see `residual`.
+A block has to be residual, x + f(x), because a sub-network without the block passes x on unchanged. This is tested by
+running the block, see `resist.subnet.residual`.
 """
 
 from collections import Counter
@@ -23,50 +25,63 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class Chain:
-    """Children `first`..`last` of `container`, counted from 0.
+    """A run of interchangeable blocks: children `first` to `last` of a container.
 
-    container: dotted name of the `nn.Sequential` or `nn.ModuleList`.
-    keys:      the names of all its children, which a `nn.Sequential` may choose freely.
-    kind:      of the blocks' skip connections, a word of `residual`.
-    varying:   the attributes that differ along the chain, with their value in each block.
+    Attributes:
+        container: Dotted name of the `nn.Sequential` or `nn.ModuleList`; "" if it is the model itself.
+        first: Position of the first block among the container's children, from 0.
+        last: Position of the last block, included.
+        keys: Names of all children of the container, which can be any names in an `nn.Sequential`.
+        skip_type: Type of the blocks' skip connections, one of the constants of `resist.subnet.residual`. Not compared.
+        varying: Attributes that differ along the chain, with their value in each block. Not compared.
     """
 
     container: str
     first: int
     last: int
     keys: tuple[str, ...]
-    kind: str = field(default=residual.UNKNOWN, compare=False)
+    skip_type: str = field(default=residual.UNKNOWN, compare=False)
     varying: tuple[Varying, ...] = field(default=(), compare=False)
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks."""
         return self.last - self.first + 1
 
     @property
     def name(self) -> str:
+        """Name of the chain, `layer3:1-22` for example."""
         return f"{self.container}:{self.first}-{self.last}"
 
     def block_name(self, block: int) -> str:
-        """The global dotted name of a block: block 0 of layer3:1-22 is `layer3.1`."""
+        """Global dotted name of a block: block 0 of layer3:1-22 is `layer3.1`."""
         return f"{self.container}.{self.keys[self.first + block]}".lstrip(".")
 
     def part(self, first: int, last: int) -> "Chain":
-        """The children `first`..`last` of the container as a chain of their own."""
+        """Cut out a shorter chain.
+
+        Args:
+            first: Position of its first block among the container's children.
+            last: Position of its last block, included.
+
+        Returns:
+            The chain, with those attributes that differ among its blocks.
+        """
         start, end = first - self.first, last - self.first + 1
-        cut = (Varying(one.module, one.name, one.values[start:end]) for one in self.varying)
-        kept = tuple(one for one in cut if any(value != one.values[0] for value in one.values))
-        return Chain(self.container, first, last, self.keys, self.kind, kept)
+        cut = (Varying(attribute.module, attribute.name, attribute.values[start:end]) for attribute in self.varying)
+        varying = tuple(attribute for attribute in cut if any(v != attribute.values[0] for v in attribute.values))
+        return Chain(self.container, first, last, self.keys, self.skip_type, varying)
 
     @property
     def caveat(self) -> str:
-        """What is only nearly true of scaling this chain's branches, "" where it is exact."""
-        if self.kind == residual.RELU:
+        """Limitation of scaling this chain's branches; "" if it is exact."""
+        if self.skip_type == residual.RELU:
             return (
                 f"the blocks of {self.name} end in a ReLU, relu(x + f(x)): the full network uses "
-                "x + scale * (block(x) - x); that is relu(x + scale * f(x)) except where x + f(x) < 0, where it leaves "
-                "(1 - scale) * x and the other less"
+                "x + scale * (block(x) - x); that is relu(x + scale * f(x)) except where x + f(x) < 0, where it is "
+                "(1 - scale) * x, which is larger"
             )
-        if self.kind == residual.NORM:
+        if self.skip_type == residual.NORM:
             return (
                 f"the blocks of {self.name} end in a norm, norm(x + f(x)): the full network uses "
                 "x + scale * (block(x) - x), a mean of two normalized states that is not itself normalized, as "
@@ -76,40 +91,55 @@ class Chain:
 
 
 def find_chains(model: nn.Module) -> tuple[Chain, ...]:
-    """All runs of two or more residual blocks, the longest (then the heaviest) first; last those that could not be
-    tried, whose kind is "unknown"."""
-    return tuple(run for run in _runs(model) if run.kind != residual.NONE)
+    """Find all runs of two or more residual blocks.
+
+    Args:
+        model: The full network, on any device or on meta. It is not changed.
+
+    Returns:
+        The chains, the one with the most blocks (then the most weights) first. Those whose blocks could not be tested,
+        with the `skip_type` "unknown", are last.
+    """
+    return tuple(run for run in _runs(model) if run.skip_type != residual.NONE)
 
 
 def choose_chains(model: nn.Module, names: Sequence[str] = ()) -> tuple[Chain, ...]:
-    """The chains to partition: those named (`layer3:1-22`, or `layer3` for its longest run), else the longest of all.
+    """Choose the chains to partition.
 
-    Raises UserError when a name fits no run of residual blocks, when two overlap, or when there is none.
+    Args:
+        model: The full network.
+        names: Names of chains: `layer3:1-22`, or `layer3` for the longest run in it. Default: the longest of all.
+
+    Returns:
+        The chains, in the order of their names.
+
+    Raises:
+        UserError: If a name fits no run of residual blocks, two chains overlap, or the model has no chain.
     """
     runs = _runs(model)
     if not names:
-        if runs and runs[0].kind in residual.RESIDUAL:
+        if runs and runs[0].skip_type in residual.RESIDUAL:
             return runs[:1]
         reason = _miss(model, runs)
-        raise UserError(f"the model has no chain of residual blocks, so there is nothing to deal out: {reason}")
+        raise UserError(f"the model has no chain of residual blocks, so there is nothing to partition: {reason}")
     chosen = tuple(_parse(name, model, runs) for name in names)
-    for i, one in enumerate(chosen):
-        for other in chosen[i + 1 :]:
-            apart = one.container != other.container or one.last < other.first or other.last < one.first
-            if not apart or _inside(one, other) or _inside(other, one):
-                raise UserError(f"chains {one.name} and {other.name} overlap; name each block once")
-            for inner, outer in ((one, other), (other, one)):
+    for i, first in enumerate(chosen):
+        for second in chosen[i + 1 :]:
+            apart = first.container != second.container or first.last < second.first or second.last < first.first
+            if not apart or _inside(first, second) or _inside(second, first):
+                raise UserError(f"chains {first.name} and {second.name} overlap; name each block once")
+            for inner, outer in ((first, second), (second, first)):
                 if _behind(inner, outer, model):
                     raise UserError(
-                        f"chain {inner.name} lies behind {outer.name} in an nn.ModuleList, whose children are "
+                        f"chain {inner.name} comes after {outer.name} in an nn.ModuleList, whose children are "
                         "renumbered; name one of the two"
                     )
     return chosen
 
 
 def _runs(model: nn.Module) -> tuple[Chain, ...]:
-    """As `find_chains`, with the runs of blocks without a skip connection at the very end."""
-    found: list[tuple[tuple[int, int, int], Chain]] = []
+    """All runs, those without a skip connection last; see `find_chains`."""
+    ranked: list[tuple[tuple[int, int, int], Chain]] = []
     uses = _uses(model)
     for container, module in model.named_modules():
         if not isinstance(module, nn.Sequential | nn.ModuleList):
@@ -121,69 +151,73 @@ def _runs(model: nn.Module) -> tuple[Chain, ...]:
             if end < len(blocks) and shapes[end] is not None and shapes[end] == shapes[start]:
                 continue
             if end - start >= 2:
-                for run in _tried(Chain(container, start, end - 1, tuple(module._modules)), blocks[start:end]):
+                for run in _split_by_skip_type(
+                    Chain(container, start, end - 1, tuple(module._modules)), blocks[start:end]
+                ):
                     weights = sum(p.numel() for block in blocks[run.first : run.last + 1] for p in block.parameters())
-                    rank = residual.RANK[run.kind]
-                    found.append(((rank, -run.num_blocks, -weights), run))
+                    rank = residual.RANK[run.skip_type]
+                    ranked.append(((rank, -run.num_blocks, -weights), run))
             start = end
-    found.sort(key=lambda item: item[0])
-    return tuple(run for _, run in found)
+    ranked.sort(key=lambda item: item[0])
+    return tuple(run for _, run in ranked)
 
 
-def _tried(run: Chain, blocks: Sequence[nn.Module]) -> list[Chain]:
-    """The parts of a run that are of one kind. Blocks that differ in an attribute are each tried."""
+def _split_by_skip_type(run: Chain, blocks: Sequence[nn.Module]) -> list[Chain]:
+    """Split a run into parts with one type of skip connection."""
     scalars = [compatibility.scalars(block) for block in blocks]
-    texts = [repr(own) for own in scalars]
-    kinds: dict[str, str] = {}
+    # Blocks with the same attributes behave in the same way: test one of each group.
+    texts = [repr(values) for values in scalars]
+    tested: dict[str, str] = {}
     for block, text in zip(blocks, texts, strict=True):
-        if residual.UNKNOWN in kinds.values():  # what one does not take, the others do not take either
+        if residual.UNKNOWN in tested.values():  # all blocks take the same inputs, so the others would fail too
             break
-        if text not in kinds:
-            kinds[text] = residual.skip_of(block)
-    marks = [residual.UNKNOWN if residual.UNKNOWN in kinds.values() else kinds[text] for text in texts]
+        if text not in tested:
+            tested[text] = residual.skip_of(block)
+    types = [residual.UNKNOWN if residual.UNKNOWN in tested.values() else tested[text] for text in texts]
     parts: list[Chain] = []
     start = 0
     for end in range(1, len(blocks) + 1):
-        if end < len(blocks) and marks[end] == marks[start]:
+        if end < len(blocks) and types[end] == types[start]:
             continue
         if end - start >= 2:
-            kind = residual.NONE if marks[start] == residual.SHAPE else marks[start]
+            skip_type = residual.NONE if types[start] == residual.SHAPE else types[start]
             varying = compatibility.varying(scalars[start:end])
-            parts.append(Chain(run.container, run.first + start, run.first + end - 1, run.keys, kind, varying))
+            parts.append(Chain(run.container, run.first + start, run.first + end - 1, run.keys, skip_type, varying))
         start = end
     return parts
 
 
 def _parse(text: str, model: nn.Module, runs: tuple[Chain, ...]) -> Chain:
-    good = [run for run in runs if run.kind != residual.NONE]
-    known = "; found: " + (", ".join(run.name for run in good) or "none")
+    """The chain with the name `text`, NAME or NAME:FIRST-LAST."""
+    valid = [run for run in runs if run.skip_type != residual.NONE]
+    known = "; found: " + (", ".join(run.name for run in valid) or "none")
     container, _, span = text.partition(":")
     if not span:
-        for run in good:
+        for run in valid:
             if run.container == container:
                 return run
         raise UserError(f"chain {text!r}: {container!r} has no run of residual blocks{known}")
     first, _, last = span.partition("-")
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise UserError(f"chain {text!r} does not read NAME:FIRST-LAST, as in layer3:1-22{known}")
+        raise UserError(f"chain {text!r} does not have the form NAME:FIRST-LAST, as in layer3:1-22{known}")
     for run in runs:
         if run.container == container and run.first <= int(first) and int(last) <= run.last:
-            if run.kind == residual.NONE:
+            if run.skip_type == residual.NONE:
                 raise UserError(f"chain {text!r}: {_NO_SKIP}{known}")
             return run.part(int(first), int(last))
     reason = compatibility.difference(model, container, int(first), int(last))
-    raise UserError(f"chain {text!r}: {reason or 'its blocks are not interchangeable, or not there'}{known}")
+    raise UserError(f"chain {text!r}: {reason or 'its blocks are not interchangeable, or do not exist'}{known}")
 
 
-_NO_SKIP = "its blocks have no skip connection: with all their weights zero they do not give their input back"
+_NO_SKIP = "its blocks have no skip connection: with all their weights zero they do not return their input"
 
 
 def _miss(model: nn.Module, runs: Sequence[Chain]) -> str:
-    """Why the run that came nearest is none."""
-    if runs and runs[0].kind == residual.UNKNOWN:
+    """Reason why the best candidate is not a chain."""
+    if runs and runs[0].skip_type == residual.UNKNOWN:
         return (
-            f"the blocks of {runs[0].name} may be residual, but could not be tried by themselves; name the chain "
-            f"({runs[0].name}) if they are"
+            f"the blocks of {runs[0].name} may be residual, but could not be tested outside the network; name the "
+            f"chain ({runs[0].name}) if they are"
         )
     if runs:
         return f"{runs[0].name} is a run of equal blocks, but {_NO_SKIP}"
@@ -192,28 +226,31 @@ def _miss(model: nn.Module, runs: Sequence[Chain]) -> str:
     )
 
 
-def _inside(one: Chain, other: Chain) -> bool:
-    """Whether `one` lies within a block of `other`."""
-    return any(f"{one.container}.".startswith(f"{other.block_name(block)}.") for block in range(other.num_blocks))
+def _inside(inner: Chain, outer: Chain) -> bool:
+    """True if `inner` is within a block of `outer`."""
+    return any(f"{inner.container}.".startswith(f"{outer.block_name(block)}.") for block in range(outer.num_blocks))
 
 
-def _behind(one: Chain, other: Chain, model: nn.Module) -> bool:
-    """Whether `one` lies below a child behind `other` that a shallower network renumbers."""
-    if not isinstance(model.get_submodule(other.container), nn.ModuleList):
+def _behind(inner: Chain, outer: Chain, model: nn.Module) -> bool:
+    """True if `inner` is in a child that shortening `outer` renumbers."""
+    if not isinstance(model.get_submodule(outer.container), nn.ModuleList):
         return False
-    prefix = f"{other.container}." if other.container else ""
-    return any(f"{one.container}.".startswith(f"{prefix}{key}.") for key in other.keys[other.last + 1 :])
+    prefix = f"{outer.container}." if outer.container else ""
+    return any(f"{inner.container}.".startswith(f"{prefix}{key}.") for key in outer.keys[outer.last + 1 :])
 
 
 def _is_block(module: nn.Module, uses: Counter[int]) -> bool:
-    """A block has parameters and parts of its own, which nothing else uses (`uses`: id of a parameter -> number of its
-    names in the whole model). A container that only calls its children one after another has no skip connection, so it
-    is none, a subclass with a `forward` of its own may be one."""
+    """True for a module with children and with unshared parameters.
+
+    A container that only calls its children one after another has no skip connection, so it is not a block; a subclass
+    with its own `forward` may be one. `uses` counts the names of each parameter in the whole model, by id.
+    """
     bare = any(type(module).forward is container.forward for container in _CONTAINERS)
     composite = next(module.children(), None) is not None and not bare
-    own = _uses(module)
-    return composite and bool(own) and all(uses[parameter] == number for parameter, number in own.items())
+    within = _uses(module)
+    return composite and bool(within) and all(uses[parameter] == number for parameter, number in within.items())
 
 
 def _uses(module: nn.Module) -> Counter[int]:
+    """Number of names of each parameter, by its id."""
     return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))

@@ -1,4 +1,7 @@
-"""What two blocks have to have in common to lie in the same slot, and what may differ and goes with its block."""
+"""Block compatibility: what must match to share a slot.
+
+Classes, shapes and functions must match. Numbers, strings and flags may differ: a slot gets those of its block.
+"""
 
 import copy
 import enum
@@ -19,38 +22,66 @@ Key = tuple[str, str]  # dotted name of a module within the block, name of its a
 
 @dataclass(frozen=True)
 class Varying:
-    """An attribute that differs along a chain: `name` of `module` (dotted, within the block; "" is the block itself).
-    values: one for each block of the full network."""
+    """An attribute that differs along a chain.
+
+    Attributes:
+        module: Dotted name of the module within the block; "" is the block itself.
+        name: Name of the attribute.
+        values: Value in each block of the chain.
+    """
 
     module: str
     name: str
     values: tuple[Any, ...]
 
     def put(self, block: nn.Module, number: int) -> None:
-        """Give a module that stands for block `number` that block's value."""
+        """Set the attribute to a copy of its value in another block.
+
+        Args:
+            block: Block of a sub-network to change.
+            number: Number of the chain's block whose value is set.
+        """
         setattr(block.get_submodule(self.module), self.name, copy.deepcopy(self.values[number]))
 
 
 def fixed(block: nn.Module) -> dict[str, object]:
-    """What has to agree for two blocks to lie in one slot, by a name for people: classes, weights, functions."""
-    found: dict[str, object] = {}
+    """Collect the properties that blocks in the same slot must share.
+
+    Args:
+        block: A block, on any device.
+
+    Returns:
+        Classes, shapes and types of weights, and other attributes that are not scalars, by a readable name.
+    """
+    properties: dict[str, object] = {}
     for prefix, module in block.named_modules(remove_duplicate=False):
-        found[f"the class of {prefix or 'the block'}"] = type(module)
+        properties[f"the class of {prefix or 'the block'}"] = type(module)
         dot = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found[f"parameter {dot}{name}"] = (tuple(parameter.shape), parameter.dtype, parameter.requires_grad)
+                properties[f"parameter {dot}{name}"] = (
+                    tuple(parameter.shape),
+                    parameter.dtype,
+                    parameter.requires_grad,
+                )
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                found[f"buffer {dot}{name}"] = (tuple(buffer.shape), buffer.dtype, _integers(name, buffer))
+                properties[f"buffer {dot}{name}"] = (tuple(buffer.shape), buffer.dtype, _digest(name, buffer))
         for name, value in vars(module).items():
             if not name.startswith("_") and name != "training" and not _is_scalar(value):
-                found[f"{dot}{name}"] = _described(value)
-    return found
+                properties[f"{dot}{name}"] = _described(value)
+    return properties
 
 
 def scalars(block: nn.Module) -> dict[Key, Any]:
-    """The numbers, texts and flags of a block and its parts, and tuples, lists and dicts of them."""
+    """Collect the attributes that blocks in the same slot may vary.
+
+    Args:
+        block: A block, on any device.
+
+    Returns:
+        Numbers, strings, flags, and tuples, lists and dicts of them, by (dotted name of the module, attribute).
+    """
     return {
         (prefix, name): value
         for prefix, module in block.named_modules(remove_duplicate=False)
@@ -59,29 +90,53 @@ def scalars(block: nn.Module) -> dict[Key, Any]:
     }
 
 
-def varying(of_blocks: Sequence[dict[Key, Any]]) -> tuple[Varying, ...]:
-    """The attributes that differ among blocks, from what `scalars` gave of each."""
+def varying(attributes: Sequence[dict[Key, Any]]) -> tuple[Varying, ...]:
+    """Select the attributes that differ among blocks.
+
+    Args:
+        attributes: Result of `scalars` for each block.
+
+    Returns:
+        The attributes with their values, in the order of the first block.
+    """
     return tuple(
-        Varying(*key, tuple(own[key] for own in of_blocks))
-        for key, value in of_blocks[0].items()
-        if any(repr(own[key]) != repr(value) for own in of_blocks)
+        Varying(*key, tuple(values[key] for values in attributes))
+        for key, value in attributes[0].items()
+        if any(repr(values[key]) != repr(value) for values in attributes)
     )
 
 
 def difference(model: nn.Module, container: str, first: int, last: int) -> str:
-    """In what the first two neighbors differ that are not of one kind, "" where there are none such."""
+    """Describe the first difference between neighboring blocks.
+
+    Args:
+        model: The full network.
+        container: Dotted name of a module.
+        first: Position of the first of its children to compare.
+        last: Position of the last one, included.
+
+    Returns:
+        A part of a sentence, "" if all these blocks are compatible or the container does not exist.
+    """
     try:
         children = _children(model.get_submodule(container))[first : last + 1]
     except AttributeError:
         return ""
-    for number, (one, other) in enumerate(pairwise(children), first):
-        if told := _compare(one, other):
-            return f"blocks {number} and {number + 1} of {container or 'the model'} differ in {told}"
+    for number, (left, right) in enumerate(pairwise(children), first):
+        if reason := _compare(left, right):
+            return f"blocks {number} and {number + 1} of {container or 'the model'} differ in {reason}"
     return ""
 
 
 def nearest_miss(model: nn.Module) -> str:
-    """Why the longest row of neighbors of one class is no chain, "" where no two neighbors are of one class."""
+    """Explain why the longest row of equal classes is not a chain.
+
+    Args:
+        model: The full network.
+
+    Returns:
+        A part of a sentence, "" if no two neighbors have the same class.
+    """
     best = (0, "")
     for container, module in model.named_modules():
         children, start = _children(module), 0
@@ -99,32 +154,35 @@ def nearest_miss(model: nn.Module) -> str:
 def _reason(model: nn.Module, container: str, first: int, last: int) -> str:
     module = model.get_submodule(container)
     where = f"{container or 'the model'} blocks {first} to {last}"
-    facts = [fixed(child) for child in _children(module)[first : last + 1]]
-    if not isinstance(module, nn.Sequential | nn.ModuleList) and any(one == other for one, other in pairwise(facts)):
-        return f"{where} are children of a {type(module).__name__}, which is no nn.Sequential or nn.ModuleList"
-    told = difference(model, container, first, last)
-    return told or f"{where} have parameters in common with one another or with another part of the model"
+    properties = [fixed(child) for child in _children(module)[first : last + 1]]
+    matching = any(left == right for left, right in pairwise(properties))
+    if matching and not isinstance(module, nn.Sequential | nn.ModuleList):
+        return f"{where} are children of a {type(module).__name__}, which is not an nn.Sequential or nn.ModuleList"
+    return (
+        difference(model, container, first, last)
+        or f"{where} have parameters in common with one another or with another part of the model"
+    )
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    """All of them, one that is there twice twice."""
+    """All children; one that is registered twice appears twice."""
     return [child for child in module._modules.values() if child is not None]
 
 
-def _compare(one: nn.Module, other: nn.Module) -> str:
-    """The first thing in which two blocks differ, "" if there is none; scalars where nothing else does."""
-    left, right = fixed(one), fixed(other)
-    texts, others = ({".".join(filter(None, key)): v for key, v in scalars(b).items()} for b in (one, other))
-    for mine, theirs in ((left, right), (texts, others)):
-        for name in [*mine, *(n for n in theirs if n not in mine)]:
-            if name not in mine or name not in theirs:
-                return f"{name}: only {'the first' if name in mine else 'the second'} has it"
-            if repr(mine[name]) != repr(theirs[name]):
-                return f"{name}: {_short(mine[name])} and {_short(theirs[name])}"
+def _compare(first: nn.Module, second: nn.Module) -> str:
+    """The first difference between two blocks, scalars last; "" if none."""
+    attributes = [{".".join(filter(None, key)): v for key, v in scalars(block).items()} for block in (first, second)]
+    for left, right in ((fixed(first), fixed(second)), attributes):
+        for name in [*left, *(n for n in right if n not in left)]:
+            if name not in left or name not in right:
+                return f"{name}: only {'the first' if name in left else 'the second'} has it"
+            if repr(left[name]) != repr(right[name]):
+                return f"{name}: {_short(left[name])} and {_short(right[name])}"
     return ""
 
 
 def _short(value: object) -> str:
+    """A value as text of at most 60 characters."""
     value = value.__name__ if isinstance(value, type) else value
     if isinstance(value, tuple) and value and isinstance(value[0], tuple):  # a tensor
         value = value[0]
@@ -132,15 +190,15 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _integers(name: str, buffer: Tensor) -> str:
-    """A digest of a buffer that does not go with its block: where it holds no floats, it has to be the same in all."""
+def _digest(name: str, buffer: Tensor) -> str:
+    """Digest of a buffer that must match, because it stays in its slot; "" for others."""
     if buffer.is_floating_point() or buffer.is_meta or name == "num_batches_tracked":
         return ""
     return blake2b(buffer.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _described(value: object) -> object:
-    """A value that is equal for attributes that do the same, and is not equal for functions that may not."""
+    """A description that is equal for attributes with equal behavior."""
     if isinstance(value, functools.partial):
         return "partial", _described(value.func), repr(value.args), repr(value.keywords)
     if isinstance(value, FunctionType | BuiltinFunctionType | type):

@@ -1,9 +1,12 @@
-"""Whether a block is residual, and how: what is left of its input when its weights are zero.
+"""Detect residual blocks: zero the weights and compare output with input.
 
-A block x + f(x) gives back x. One that ends in a ReLU, relu(x + f(x)), gives back every x that is not negative; one
-that ends in a norm, norm(x + f(x)), gives a normalized x, and that again when it is applied twice. A block without a
-skip connection gives a constant. All of this is tried on a copy of the block, with numbers, so no list of architectures
-is needed; the input is the caller's, or one of those that the shapes of the weights suggest.
+With zero weights, a block x + f(x) returns x. A block that ends in a ReLU, relu(x + f(x)), returns x if x is not
+negative. A block that ends in a norm, norm(x + f(x)), returns a normalized x, and applied twice it returns the same. A
+block without a skip connection returns a constant. The test runs a copy of the block, so it needs no list of
+architectures. The input is given by the caller, or guessed from the shapes of the weights.
+
+The types of skip connections are `PLAIN`, `RELU` and `NORM` as above, `NONE`, `SHAPE` (the shapes of output and input
+differ) and `UNKNOWN` (the block could not be run).
 """
 
 import copy
@@ -18,20 +21,25 @@ from torch import Tensor, nn
 
 PLAIN, RELU, NORM, NONE, SHAPE, UNKNOWN = "plain", "relu", "norm", "none", "shape", "unknown"
 RESIDUAL = (PLAIN, RELU, NORM)
-RANK = {PLAIN: 0, RELU: 0, NORM: 0, UNKNOWN: 1, SHAPE: 2, NONE: 2}  # what is chosen first
-SIZES = 6  # of channels that are tried for a block, at most
-TOKENS, MOST_TOKENS = 16, 1024
+RANK = {PLAIN: 0, RELU: 0, NORM: 0, UNKNOWN: 1, SHAPE: 2, NONE: 2}  # lower is preferred when a chain is chosen
+SIZES = 6  # largest number of channel counts to try for a block
+TOKENS, MOST_TOKENS = 16, 1024  # default and largest number of tokens to try
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a block."""
+    """Arguments of one call of a block.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def with_input(self, x: Tensor) -> "Call":
-        """The same call with another hidden state."""
+        """Return the same call with another hidden state."""
         if self.args and isinstance(self.args[0], Tensor):
             return Call((x, *self.args[1:]), self.kwargs)
         name = next(name for name, value in self.kwargs.items() if isinstance(value, Tensor))
@@ -39,21 +47,45 @@ class Call:
 
 
 def hidden_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The hidden state that a block is called with: its first argument, or the first tensor among named ones."""
+    """Return the hidden state that a block is called with.
+
+    Args:
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        The first positional argument, or without any the first tensor among the keyword arguments. None if that is not
+        a tensor.
+    """
     if args:
         return args[0] if isinstance(args[0], Tensor) else None
     return next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
 
 
 def hidden_out(output: object) -> Tensor | None:
-    """The hidden state that a block returns: the tensor, or the first of a tuple or list."""
+    """Return the hidden state in a block's output.
+
+    Args:
+        output: Output of the block.
+
+    Returns:
+        The output, or the first item of a tuple or list. None if that is not a tensor.
+    """
     if isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """`output` of a block with `hidden` for its hidden state, in the same form."""
+    """Replace the hidden state in a block's output.
+
+    Args:
+        output: Output of the block: a tensor, tuple, named tuple or list.
+        hidden: New hidden state.
+
+    Returns:
+        An output of the same form.
+    """
     if isinstance(output, tuple | list):
         rest = [hidden, *output[1:]]
         return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
@@ -61,33 +93,37 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def skip_of(block: nn.Module, call: Call | None = None) -> str:
-    """Of which kind the skip connection of `block` is: one of the words above.
+    """Detect the type of a block's skip connection.
 
-    block: may be on the meta device; it is not touched.
-    call:  arguments of a real call. Without them inputs are guessed; "unknown" where the block takes none of these.
+    Args:
+        block: A block on any device, meta included. It is not changed.
+        call: Arguments of a real call. Default: inputs are guessed from the shapes of the weights.
+
+    Returns:
+        One of `PLAIN`, `RELU`, `NORM`, `NONE`, `SHAPE`; `UNKNOWN` if the block accepts none of the inputs.
     """
-    # On the host, also where the caller builds on the meta device.
+    # Run on the CPU, even if the caller has set another default device such as meta.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            trial = _copy_on_host(block)
-        except Exception:  # a block of anybody's: that it cannot be copied says nothing about its skip connection
+            trial = _copy_on_cpu(block)
+        except Exception:  # blocks of users can raise anything; one that cannot be copied may still be residual
             return UNKNOWN
-        for one in [call] if call is not None else _guesses(trial):
-            found = _try(trial, one)
-            if found != UNKNOWN:
-                return found
+        for attempt in [call] if call is not None else _guesses(trial):
+            skip_type = _try(trial, attempt)
+            if skip_type != UNKNOWN:
+                return skip_type
     return UNKNOWN
 
 
 def _try(trial: nn.Module, call: Call) -> str:
-    """Raises nothing: a call that the block does not take is "unknown"."""
+    """Skip type by one call; `UNKNOWN` if the call fails."""
     like = hidden_in(call.args, call.kwargs)
     if like is None or not like.is_floating_point():
         return UNKNOWN
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-    for axis in (1, -1):  # channels that differ in their mean, wherever they are, so that a norm would show
+    for axis in (1, -1):  # give the channels different means, on either axis, so that a norm changes the input
         shape = [1] * x.dim()
         shape[axis] = x.shape[axis]
         x = x + 0.3 * torch.randn(shape, generator=generator)
@@ -98,22 +134,24 @@ def _try(trial: nn.Module, call: Call) -> str:
         return hidden_out(trial(*with_value.args, **with_value.kwargs))
 
     try:
+        # All weights zero, gains included. A norm at the end then returns zero.
         _fill(trial, gain=0.0)
-        nothing = apply(x)
-        if nothing is None:
+        output = apply(x)
+        if output is None:
             return UNKNOWN
-        if nothing.shape != x.shape:
+        if output.shape != x.shape:
             return SHAPE
-        if _close(nothing, x):
+        if _close(output, x):
             return PLAIN
+        # Gains of one let a norm at the end pass its input on.
         _fill(trial, gain=1.0)
-        return _kind(apply, x)
+        return _type_with_gains(apply, x)
     except Exception:  # see skip_of
         return UNKNOWN
 
 
-def _kind(apply: Callable[[Tensor], Tensor | None], x: Tensor) -> str:
-    """Of which kind a block is whose matrices are zero, its gains being one."""
+def _type_with_gains(apply: Callable[[Tensor], Tensor | None], x: Tensor) -> str:
+    """Skip type of a block with zero matrices and gains of one."""
     once, positive = apply(x), apply(x.abs())
     if once is None or positive is None:
         return UNKNOWN
@@ -122,16 +160,16 @@ def _kind(apply: Callable[[Tensor], Tensor | None], x: Tensor) -> str:
     if _close(positive, x.abs()):
         return RELU
     twice = apply(once)
-    alike = torch.corrcoef(torch.stack((once.flatten(), x.flatten())).float())[0, 1]
-    return NORM if twice is not None and _close(twice, once, 1e-2) and alike > 0.8 else NONE
+    correlation = torch.corrcoef(torch.stack((once.flatten(), x.flatten())).float())[0, 1]
+    return NORM if twice is not None and _close(twice, once, 1e-2) and correlation > 0.8 else NONE
 
 
-def _close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
-    return torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance)
+def _close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> bool:
+    return torch.allclose(left.float(), right.float(), rtol=tolerance, atol=tolerance)
 
 
-def _copy_on_host(block: nn.Module) -> nn.Module:
-    """A copy without hooks, for evaluation, but with the statistics of the batch in BatchNorm."""
+def _copy_on_cpu(block: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, with BatchNorm in training mode."""
     trial = copy.deepcopy(block)
     if any(tensor.is_meta for tensor in (*trial.parameters(), *trial.buffers())):
         trial.to_empty(device="cpu")
@@ -145,14 +183,14 @@ def _copy_on_host(block: nn.Module) -> nn.Module:
 
 
 def _fill(trial: nn.Module, gain: float) -> None:
-    """Zero for matrices and biases, `gain` for what has one number for each channel."""
+    """Set matrices and biases to zero, and gains to `gain`."""
     for name, parameter in trial.named_parameters():
         vector = sum(size > 1 for size in parameter.shape) < 2 and "bias" not in name.rpartition(".")[2]
         parameter.fill_(gain if vector else 0.0)
 
 
 def _guesses(block: nn.Module) -> Iterator[Call]:
-    """Images, tokens and vectors with as many channels as some weight of the block takes."""
+    """Images, tokens and vectors with channel counts that fit the weights."""
     parameters = list(block.parameters())
     if not parameters:
         return
@@ -165,13 +203,17 @@ def _guesses(block: nn.Module) -> Iterator[Call]:
                 sizes.setdefault(size)
     for parameter in parameters:
         sizes.update(dict.fromkeys((*parameter.shape[:2], parameter.shape[-1]) if parameter.dim() else ()))
-    few = list(sizes)[:SIZES]
-    # A mixer's number of tokens is in its weights, and that of relative positions in their table.
+    channels = list(sizes)[:SIZES]
+    # The number of tokens of a mixer is a size of its weights, that of relative positions a size of their table.
     tables = [buffer.shape[-1] for buffer in block.buffers() if buffer.dim() >= 2]
-    tokens = [n for n in dict.fromkeys((*few, *tables)) if n <= MOST_TOKENS]
+    tokens = [n for n in dict.fromkeys((*channels, *tables)) if n <= MOST_TOKENS]
     for shape in (
-        *((2, *rest) for c in few for rest in ((c, 8, 8), (TOKENS, c), (8, 8, c), (c,), (c, TOKENS), (c, 2, 8, 8))),
-        *((2, n, c) for c, n in product(few, tokens)),
-        *((2, *rest) for c in few for rest in ((c, 14, 14), (14, 14, c))),  # windows of 7 by 7
+        *(
+            (2, *rest)
+            for c in channels
+            for rest in ((c, 8, 8), (TOKENS, c), (8, 8, c), (c,), (c, TOKENS), (c, 2, 8, 8))
+        ),
+        *((2, n, c) for c, n in product(channels, tokens)),
+        *((2, *rest) for c in channels for rest in ((c, 14, 14), (14, 14, c))),  # windows of 7 by 7
     ):
         yield Call((torch.zeros(shape, dtype=parameters[0].dtype),))

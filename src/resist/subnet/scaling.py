@@ -1,7 +1,8 @@
-"""Scaling: the forward hooks that multiply the branch of a chain block in the full network.
+"""Scaling: forward hooks that multiply the branches of chain blocks.
 
 A block x + f(x) becomes x + scale * f(x). `scale_branches` sets the hooks of whole chains, `scale_blocks` those of
-named blocks, `scales_of` reads them back and `unhook` removes one."""
+named blocks, `scales_of` reads them and `unhook` removes one.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -15,10 +16,20 @@ from resist.subnet.residual import hidden_in, hidden_out, with_hidden
 
 
 class ScaleBranch:
-    """Forward hook that turns a block's x + f(x) into x + scale * f(x). A class, so that the model can be pickled.
+    """Forward hook that scales the branch of a residual block.
 
-    x is the block's first argument, or the first tensor among named ones; of a tuple that a block returns, the first
-    tensor is scaled. Raises UserError for a block that is called otherwise.
+    A block x + f(x) becomes x + scale * f(x). Here x is the block's first argument, or the first tensor among its
+    keyword arguments. If the block returns a tuple, its first tensor is scaled. This is a class and not a closure, so
+    that the model can be pickled.
+
+    Args:
+        scale: Factor of the branch.
+
+    Attributes:
+        scale: Factor of the branch.
+
+    Raises:
+        UserError: In the forward pass, if the block does not map a tensor to one of the same shape.
     """
 
     def __init__(self, scale: float) -> None:
@@ -35,7 +46,13 @@ class ScaleBranch:
 
 
 def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float]) -> None:
-    """Multiply the branch of every chain block of a full network by its chain's scale, from the next forward on."""
+    """Scale the branch of every chain block of a full network.
+
+    Args:
+        model: The full network. Its blocks get hooks, which act from the next forward pass on.
+        chains: Chains of the network.
+        scales: Factor of each chain. A factor of 1.0 sets no hook.
+    """
     for chain, scale in zip(chains, scales, strict=True):
         for block in range(chain.num_blocks):
             if scale != 1.0:
@@ -43,7 +60,7 @@ def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[f
 
 
 def scales_of(model: nn.Module) -> dict[str, float]:
-    """The scale of each block whose branch is scaled by a hook, by dotted name, in the model's order."""
+    """Return the scales of all blocks with a hook, by dotted name."""
     return {
         name: hook.scale
         for name, module in model.named_modules()
@@ -53,9 +70,17 @@ def scales_of(model: nn.Module) -> dict[str, float]:
 
 
 def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
-    """Scale the branches of these blocks by hooks, from the next forward on: what `scales_of` undoes.
+    """Scale the branches of single blocks, as `scales_of` lists them.
 
-    Raises UserError where the model has no such block.
+    Args:
+        model: The full network. Its blocks get hooks, which act from the next forward pass on.
+        scales: Factor of each block by dotted name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: If the model has no block of that name.
     """
     for name, scale in scales.items():
         container, _, key = name.rpartition(".")
@@ -69,7 +94,7 @@ def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
 
 
 def unhook(block: nn.Module) -> None:
-    """Take the scale off one block."""
+    """Remove the scaling hook of one block."""
     for key in [key for key, hook in block._forward_hooks.items() if isinstance(hook, ScaleBranch)]:
         for table in (block._forward_hooks, block._forward_hooks_with_kwargs, block._forward_hooks_always_called):
             cast(dict[int, object], table).pop(key, None)

@@ -1,4 +1,4 @@
-"""Build the full network, the same in every process, and say what was built."""
+"""Seeded building: the same full network in every process."""
 
 from collections.abc import Callable
 from hashlib import blake2b
@@ -11,11 +11,22 @@ from resist.subnet.network import tensors_of
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """`build_model()` with torch's generator of the host seeded, the caller's random state untouched.
+    """Call `build_model()` with a seeded generator, and restore the random state.
 
-    Not `torch.manual_seed`: that seeds the generators of all devices too, and nobody would restore those.
+    Only torch's CPU generator is seeded. `torch.manual_seed` would also seed the generators of all devices, which are
+    not restored here.
+
+    Args:
+        build_model: Function without arguments that returns the full network.
+        seed: Seed of torch's CPU generator.
+
+    Returns:
+        The network.
+
+    Raises:
+        UserError: If `build_model` is a network, does not return one, or leaves a lazy parameter without a shape.
     """
-    if isinstance(build_model, nn.Module):  # which can be called as well
+    if isinstance(build_model, nn.Module):  # a network can be called too
         raise UserError(
             f"Job was given a {type(build_model).__name__}; give it the function that builds one, as in "
             "Job(lambda: Net(), ...), so that all processes begin with the same weights"
@@ -32,7 +43,14 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Short texts that differ where the structure or the weights of two networks do."""
+    """Compute digests of a network, to compare it between processes.
+
+    Args:
+        model: The full network, not on the meta device.
+
+    Returns:
+        A digest of the names, shapes and types of its tensors ("structure") and one of their values ("weights").
+    """
     tensors = tensors_of(model)
     shapes = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
     weights = blake2b(digest_size=8)

@@ -1,11 +1,13 @@
-"""Whether a network keeps the laws that ResIST needs, tried with one batch.
+"""Validate a model for ResIST with one forward pass of each sub-network.
 
-1. A sub-network that holds every block computes what the network computes: bit for bit, or but for rounding where its
-   weights are aligned otherwise in memory, for which the kernels of a processor may add up in another order.
-2. A sub-network computes what the network computes when the blocks that it does not hold are taken out. A network that
-   numbers its layers by position (`for i, block in enumerate(blocks)` with something of its own for each i) does not.
-3. Every block of a chain is called once, in ascending order, with a tensor, and gives one of the same shape.
-4. The blocks are residual: see `resist.subnet.residual`, here with the inputs that they really get.
+The model has to satisfy four laws:
+
+1. A sub-network that holds every block computes the same as the network: bit for bit, or up to rounding if its weights
+   have another alignment in memory, because kernels may then sum in another order.
+2. A sub-network computes the same as the network with the other blocks bypassed. A network that treats its layers by
+   position (`for i, block in enumerate(blocks)` with other values for each i) does not.
+3. Every block of a chain is called once, in ascending order, with a tensor, and returns one of the same shape.
+4. The blocks are residual, tested as in `resist.subnet.residual` with the inputs that they get in the network.
 """
 
 import copy
@@ -22,55 +24,65 @@ from resist.subnet.chains import Chain
 from resist.subnet.network import Subnet, tensors_of
 from resist.subnet.residual import Call, hidden_in, hidden_out, with_hidden
 
-ROUNDING = 1e-4  # of outputs that differ in the order of summation only, after a hundred layers
+ROUNDING = 1e-4  # relative difference that another order of summation can cause, after a hundred layers
 
 Forward = Callable[[nn.Module], object]
 
 
 def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> float:
-    """Raise UserError, in one line with the chain and the reason, where the network breaks one of these laws.
-    Returns how far the outputs of the first law are apart, as a share of the largest number; 0.0 is bit for bit.
+    """Check that the network satisfies the laws above.
 
-    model:   the full network on the host. It is left as it is: a copy with larger weights is tried, for fresh ones can
-             be so small that a difference between blocks drowns in the rounding.
-    forward: calls the network that it is given with one batch, `lambda model: model(images)`.
+    The test runs a copy with larger weights, because initial weights can be so small that a difference between blocks
+    is less than the rounding.
+
+    Args:
+        model: The full network on the CPU. It is not changed.
+        chains: Chains to partition.
+        forward: Function that calls a network with one batch, `lambda model: model(images)` for example.
+
+    Returns:
+        Largest difference between the outputs of the first law, relative to the largest number; 0.0 means bit for bit.
+
+    Raises:
+        UserError: If the network breaks a law, with the chain and the reason.
     """
     model = _randomized(model).eval()
     with torch.no_grad():
         calls, expected = _record(model, chains, forward)
-        for chain, of_blocks in zip(chains, calls, strict=True):
-            _check_skips(model, chain, of_blocks)
-        everything = [list(range(chain.num_blocks)) for chain in chains]
-        apart = _compare(model, chains, everything, forward, expected)
-        for keep in (0, 1):  # every other block: neighbors differ, and so do first and last
-            held = [[block for block in blocks if block % 2 == keep] for blocks in everything]
+        for chain, block_calls in zip(chains, calls, strict=True):
+            _check_skips(model, chain, block_calls)
+        all_blocks = [list(range(chain.num_blocks)) for chain in chains]
+        difference = _compare(model, chains, all_blocks, forward, expected)
+        # Hold the even blocks, then the odd ones: neighbors are missing, and each end of a chain is missing once.
+        for keep in (0, 1):
+            held = [[block for block in blocks if block % 2 == keep] for blocks in all_blocks]
             _compare(model, chains, held, forward, _without(model, chains, held, forward))
-    return apart
+    return difference
 
 
 def _randomized(model: nn.Module) -> nn.Module:
-    """A copy in which every weight matters: matrices that keep the size of what goes through, gains about one."""
-    found = copy.deepcopy(model)
+    """A copy with weights that keep the size of activations, gains around one."""
+    randomized = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in found.named_parameters():
+        for name, parameter in randomized.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if sum(size > 1 for size in parameter.shape) >= 2:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
             else:
                 parameter.copy_(0.3 * noise + (0.0 if "bias" in name.rpartition(".")[2] else 1.0))
-    return found
+    return randomized
 
 
 def _record(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> tuple[list[list[Call]], object]:
-    """The call of every block, and the network's output."""
+    """The call of every block by chain, and the network's output."""
     order: list[tuple[int, int]] = []
     calls: dict[tuple[int, int], Call] = {}
     handles: list[Any] = []
     for number, chain in enumerate(chains):
         for block in range(chain.num_blocks):
 
-            def note(
+            def record(
                 _module: nn.Module,
                 args: tuple[Any, ...],
                 kwargs: dict[str, Any],
@@ -87,14 +99,14 @@ def _record(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> tupl
                 order.append(key)
                 calls[key] = Call(args, kwargs).with_input(x.clone())  # a block may write into its input
 
-            handles.append(model.get_submodule(chain.block_name(block)).register_forward_hook(note, with_kwargs=True))
+            handles.append(model.get_submodule(chain.block_name(block)).register_forward_hook(record, with_kwargs=True))
     try:
         output = forward(model)
     finally:
         for handle in handles:
             handle.remove()
     for number, chain in enumerate(chains):
-        if [block for of_chain, block in order if of_chain == number] != list(range(chain.num_blocks)):
+        if [block for chain_number, block in order if chain_number == number] != list(range(chain.num_blocks)):
             raise UserError(
                 f"the network does not call the blocks of {chain.name} once each, one after another; partition "
                 "another chain"
@@ -103,21 +115,21 @@ def _record(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> tupl
 
 
 def _check_skips(model: nn.Module, chain: Chain, calls: Sequence[Call]) -> None:
-    kinds = [residual.skip_of(model.get_submodule(chain.block_name(b)), call) for b, call in enumerate(calls)]
-    for block, kind in enumerate(kinds):
-        if kind not in residual.RESIDUAL:
+    for block, call in enumerate(calls):
+        name = chain.block_name(block)
+        if residual.skip_of(model.get_submodule(name), call) not in residual.RESIDUAL:
             raise UserError(
-                f"{chain.block_name(block)} is no residual block: with all its weights zero it does not give its input "
-                "back; partition another chain"
+                f"{name} is not a residual block: with all its weights zero it does not return its input; partition "
+                "another chain"
             )
 
 
 def _without(model: nn.Module, chains: Sequence[Chain], held: Sequence[Sequence[int]], forward: Forward) -> object:
-    """What the network gives when each block that is not held gives its input back."""
+    """Output of the network with the blocks that are not held bypassed."""
 
     def skip(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:
         x = hidden_in(args, kwargs)
-        assert x is not None, "_record has looked"
+        assert x is not None, "_record has checked it"
         return with_hidden(output, x)
 
     handles = [
@@ -136,38 +148,46 @@ def _without(model: nn.Module, chains: Sequence[Chain], held: Sequence[Sequence[
 def _compare(
     model: nn.Module, chains: Sequence[Chain], held: Sequence[Sequence[int]], forward: Forward, expected: object
 ) -> float:
+    """Difference to the expected output; UserError if it is more than rounding."""
     subnet = Subnet(model, chains, [len(blocks) for blocks in held])
     subnet.load(tensors_of(model), held)
-    what = " and ".join(f"{' '.join(map(str, each))} of {c.name}" for each, c in zip(held, chains, strict=True))
+    names = " and ".join(f"{' '.join(map(str, blocks))} of {c.name}" for blocks, c in zip(held, chains, strict=True))
     try:
-        got = forward(subnet.model.eval())
-    except Exception as error:  # whatever a model of anybody's raises
+        output = forward(subnet.model.eval())
+    except Exception as error:  # models of users can raise anything
         raise UserError(
-            f"a sub-network with blocks {what} cannot be run ({_line(error)}): the network counts on its number of "
+            f"a sub-network with blocks {names} cannot be run ({_line(error)}): the network depends on its number of "
             "blocks; partition another chain"
         ) from error
-    apart = _apart(tensors_in(got), tensors_in(expected))
-    if not apart < ROUNDING:
+    difference = _difference(tensors_in(output), tensors_in(expected))
+    if not difference < ROUNDING:  # also if it is NaN
         raise UserError(
-            f"a sub-network with blocks {what} does not compute what the network computes without the others: "
-            "something in it goes by the position of a block; partition another chain"
+            f"a sub-network with blocks {names} does not compute the same as the network without the others: "
+            "a part of it depends on the position of a block; partition another chain"
         )
-    return apart
+    return difference
 
 
-def _apart(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """The largest difference between the numbers of two outputs, as a share of the largest number."""
-    if [one.shape for one in ones] != [other.shape for other in others]:
+def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference between two outputs, relative to the largest number."""
+    if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
         return math.inf
     shares = [0.0]
-    for one, other in zip(ones, others, strict=True):
-        if one.is_floating_point() and not torch.equal(one, other):
-            shares.append(float((one - other).abs().max() / other.abs().max()))
+    for tensor, reference in zip(outputs, expected, strict=True):
+        if tensor.is_floating_point() and not torch.equal(tensor, reference):
+            shares.append(float((tensor - reference).abs().max() / reference.abs().max()))
     return math.nan if any(map(math.isnan, shares)) else max(shares)
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """The tensors in an output: a tensor, or tuples, lists, dicts and named fields of them."""
+    """Collect the tensors in an output.
+
+    Args:
+        value: A tensor, or nested tuples, lists and dicts of tensors.
+
+    Returns:
+        The tensors in their order. Other values are ignored.
+    """
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Synchronization: average the copies of each block, hand blocks over, carry both between workers."""
+"""Synchronization: average each block over its holders and hand blocks over between workers."""

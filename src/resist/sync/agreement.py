@@ -1,31 +1,54 @@
-"""Agreement: values that all processes of a job must share, and actions that all of them succeed or fail at."""
+"""Agreement: values that all processes of a job must share, and actions that succeed or fail in all of them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
+from torch import nn
+
 from resist.errors import AgreedError, UserError
+from resist.planning.strategy import Strategy
+from resist.subnet.chains import Chain
+from resist.subnet.seeded import fingerprint
 from resist.sync.transport import Transport
 
 T = TypeVar("T")
 
 
-def check_agreement(transport: Transport, mine: Mapping[str, object]) -> None:
-    """Raise AgreedError on every process when two were given different values, naming the first that differs."""
-    texts = transport.all_gather_text(json.dumps(mine, default=str))
+def check_agreement(transport: Transport, values: Mapping[str, object]) -> None:
+    """Compare `values` over all processes. Waits for all of them.
+
+    Args:
+        transport: Connects the processes.
+        values: The values of this process, which must be the same in all of them. Compared as JSON.
+
+    Raises:
+        AgreedError: In every process, if two of them differ. Names the first key, in the order of `values`, that does.
+    """
+    texts = transport.all_gather_text(json.dumps(values, default=str))
     first = json.loads(texts[0])
     for process, text in enumerate(texts):
-        other = json.loads(text)
-        for key in first | other:
-            if first.get(key) != other.get(key):
+        compared = json.loads(text)
+        for key in first | compared:
+            if first.get(key) != compared.get(key):
                 raise AgreedError(
-                    f"process {process} was started with {key}={other.get(key)}, process 0 with {key}={first.get(key)}"
-                    "; start all of them with the same arguments"
+                    f"process {process} was started with {key}={compared.get(key)}, process 0 with "
+                    f"{key}={first.get(key)}; start all of them with the same arguments"
                 )
 
 
 def run_everywhere(transport: Transport, action: Callable[[], T]) -> T:
-    """Do `action` in every process; where it fails for one of them, all raise its error and none waits in vain."""
+    """Run `action` in every process; if it fails in one of them, raise its error in all.
+
+    Waits for all processes, so that none goes on to wait for a process that has failed.
+
+    Returns:
+        The result of `action` in this process.
+
+    Raises:
+        AgreedError: In every process, with the text of the first UserError that any process raised.
+    """
     result, failure = None, ""
     try:
         result = action()
@@ -36,3 +59,73 @@ def run_everywhere(transport: Transport, action: Callable[[], T]) -> T:
             where = f" (process {process})" if transport.num_processes > 1 else ""
             raise AgreedError(text.strip() + where)
     return result  # type: ignore[return-value]  # it is set: no process failed
+
+
+def job_values(
+    strategies: Sequence[Strategy], seed: int, chains: Sequence[Chain], model: nn.Module, options: Mapping[str, object]
+) -> dict[str, object]:
+    """Describe a job by the values that must be equal in all of its processes, for `check_agreement`.
+
+    Causes come before their consequences, since the first difference is the one that is reported: another strategy
+    also has other capacities, and another seed other initial weights.
+
+    Args:
+        strategies: The strategy, and those that it switches to, in their order.
+        seed: The seed of plans and initial weights.
+        chains: The chains that are partitioned.
+        model: The full network; its tensors are compared by digests of their shapes and of their values.
+        options: Further options by name.
+    """
+    network = fingerprint(model)
+    return {
+        "workers": strategies[0].workers,
+        "strategy": [(s.name, s.local_steps, s.optimizer_state, s.at_round) for s in strategies],
+        "seed": seed,
+        **options,
+        "model": network["structure"],
+        "chains": [chain.name for chain in chains],
+        "capacities": [
+            s.assign(chain.num_blocks, chain.name, seed, 0).capacities for s in strategies for chain in chains
+        ],
+        "initial weights": network["weights"],
+    }
+
+
+@dataclass(frozen=True)
+class RoundAgreement:
+    """The values about the end of a round that all processes have agreed on.
+
+    Attributes:
+        state_names: Names of the optimizer states that any worker has, sorted.
+        nonfinite: Workers with NaN or inf in their round, each with the reason.
+    """
+
+    state_names: list[str]
+    nonfinite: dict[int, str]
+
+
+def agree_on_round(
+    transport: Transport, *, averages: bool, state_names: Iterable[str], nonfinite: Mapping[int, str]
+) -> RoundAgreement:
+    """Agree on what the exchange at the end of a round carries. Waits for all processes.
+
+    A worker has no optimizer state yet if a GradScaler has skipped all its steps. The list of payloads has to be the
+    same in all processes, so it has the states that any worker has.
+
+    Args:
+        transport: Connects the processes.
+        averages: True if the hosted workers have averages of their weights over time.
+        state_names: Names of the optimizer states of the hosted workers.
+        nonfinite: Hosted workers with NaN or inf, each with the reason.
+
+    Raises:
+        AgreedError: If only some processes have averages.
+    """
+    values = {"averages": averages, "state": sorted(state_names), "nonfinite": dict(nonfinite)}
+    processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values))]
+    if len({process["averages"] for process in processes}) > 1:
+        raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
+    return RoundAgreement(
+        state_names=sorted({name for process in processes for name in process["state"]}),
+        nonfinite={int(worker): reason for process in processes for worker, reason in process["nonfinite"].items()},
+    )

@@ -1,4 +1,4 @@
-"""Averaging: each weight becomes its mean over its holders, and the outer step on that mean."""
+"""Averaging: each weight becomes its mean over its holders, followed by the optional outer step."""
 
 from collections.abc import Sequence
 
@@ -7,32 +7,43 @@ from torch import Tensor
 
 from resist.planning.strategy import OuterSGD
 
-# What goes from worker to worker beside the states of the optimizer, which have names of their own: the weights, an
-# outer optimizer's momentum, and an average of the weights over time.
+# Names of the payloads that are not optimizer states (those have the names that the optimizer gives them): the
+# weights, the momentum of an outer optimizer, and an average of the weights over time.
 WEIGHTS, VELOCITY, AVERAGE = "weights", "outer velocity", "average of weights"
 
 
 def all_finite(flat: Tensor) -> bool:
-    """Whether a tensor holds numbers only, no infinity and no nan. Waits for the device."""
+    """Return True if a tensor has neither NaN nor inf. Waits for the device."""
     return flat.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(flat, ord=torch.inf)))
 
 
 @torch.no_grad()
 def mean_into(first: Tensor, others: Sequence[Tensor]) -> None:
-    """Replace `first` by the mean of itself and `others` (all of one shape), in place and without further memory.
+    """Replace `first` by the mean of itself and `others`, in place.
 
-    A running mean: m += (x - m) / k. It gives equal copies back bit for bit, for any number of them.
+    A running mean, m += (x - m) / k, which needs no additional memory. The mean of any number of equal tensors has
+    their bits.
+
+    Args:
+        first: The first tensor, and the result.
+        others: Tensors of the same shape.
     """
-    for count, other in enumerate(others, start=2):
-        first.lerp_(other, 1 / count)
+    for count, tensor in enumerate(others, start=2):
+        first.lerp_(tensor, 1 / count)
 
 
 @torch.no_grad()
 def outer_step(weights: Tensor, anchor: Tensor, velocity: Tensor, outer: OuterSGD) -> None:
-    """Nesterov's step from `anchor` along the change to `weights`, as `torch.optim.SGD` takes it.
+    """Take a Nesterov step from `anchor` along the mean change of a round.
 
-    weights:  in: the mean over holders at the end of the round; out: what the next round begins with.
-    anchor:   the weights at the round's beginning; velocity: the outer momentum, updated in place. All of one shape.
+    The update rule is that of `torch.optim.SGD` with `nesterov=True`, for the gradient `anchor - weights`
+    (Douillard et al., 2023).
+
+    Args:
+        weights: Before: the mean over holders at the end of the round. After: the weights that begin the next round.
+        anchor: The weights at the beginning of the round, of the same shape.
+        velocity: The outer momentum, of the same shape; updated in place.
+        outer: Learning rate and momentum.
     """
     gradient = anchor - weights
     velocity.mul_(outer.momentum).add_(gradient)

@@ -1,9 +1,9 @@
-"""The transport over torch.distributed, and the only place that uses it. A process (a rank) hosts one or more workers.
+"""Transport over torch.distributed; the only module that uses it. A process (a rank) hosts one or more workers.
 
 Four long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
-queues behind the other), one of gloo on the host for words, one for what goes on beside training. Every call here that
-waits for another process gives up after the timeout and says so; a process that ends closes its connections, which its
-peers notice at once.
+waits for the other), a CPU gloo group for control messages, one for work in parallel with training. Every call that
+waits for another process fails after the timeout, with a message that names the process. A process that ends closes its
+connections, which the others notice at once.
 """
 
 import os
@@ -24,22 +24,30 @@ from torch.nn.parallel import DistributedDataParallel
 from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.sync.agreement import check_agreement
 from resist.sync.averaging import mean_into
-from resist.sync.liveness import WAITS, WORKS, Liveness
+from resist.sync.liveness import COMPUTING, WAITING, Liveness
 from resist.sync.local import Local
 from resist.sync.rendezvous import agree_on_attempt
 from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport, hosted_workers, local_moves, workers_of
 
 
 def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> Transport:
-    """The transport that fits how this process was started.
+    """Return the transport that fits how this process was started.
 
-    Under torchrun (RANK and WORLD_SIZE in the environment) or with torch.distributed already initialized, the workers
-    are shared out over its processes; else this process hosts all of them. Raises UserError when the group cannot be
-    formed (an address in use, peers that do not come within `timeout_s` seconds).
+    Under torchrun (RANK and WORLD_SIZE are in the environment), or if torch.distributed is initialized, the workers are
+    distributed over its processes. Otherwise this process hosts all of them. Waits for all processes.
+
+    Args:
+        workers: S, the number of workers.
+        device: The device of the sub-networks; NCCL is used if each process has a GPU of its own, gloo otherwise.
+        timeout_s: Seconds to wait for other processes, here and in every later call.
+
+    Raises:
+        UserError: If the group cannot be formed: the address is in use, or other processes do not come in time.
+        AgreedError: If the processes were started for different jobs.
     """
     device = torch.device(device)
-    ours = not dist.is_initialized()
-    if ours:
+    initialize = not dist.is_initialized()
+    if initialize:
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return Local(workers)
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -50,16 +58,16 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
                 agree_on_attempt(store, rank, size, timeout_s), store
             )
             dist.init_process_group("gloo", store=attempt, rank=rank, world_size=size, timeout=timeout)
-        except (RuntimeError, ValueError, TimeoutError) as error:  # torch derives its own from RuntimeError
+        except (RuntimeError, ValueError, TimeoutError) as error:  # errors of torch are RuntimeErrors
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"no process group at {where}: {reason}; check that the port is free on the first host and that all "
+                f"no process group at {where}: {reason}; check that the port is free on the first machine and that all "
                 f"{os.environ['WORLD_SIZE']} processes were started"
             ) from error
     try:
         return Distributed(workers, device, timeout_s)
     except BaseException:
-        if ours:  # a group that nobody leaves has threads at the end of the process, which C++ then aborts
+        if initialize:  # threads of a group that was not destroyed abort the process when it ends
             dist.destroy_process_group()
         raise
 
@@ -74,6 +82,26 @@ def loopback_store() -> tuple[object, int]:
 
 
 class Distributed:
+    """The transport of an initialized torch.distributed, whose processes host the workers.
+
+    Processes host consecutive workers, as evenly as possible. Weights go by NCCL if each process of a machine has a GPU
+    of its own, else by gloo, which sends from CPU memory. Creating it waits for all processes.
+
+    Args:
+        workers: S, the number of workers.
+        device: The device of the tensors.
+        timeout_s: Seconds after which a call that waits for another process fails.
+
+    Attributes:
+        num_workers: S, the number of workers.
+        num_processes: The number of processes.
+        rank: The number of this process.
+        hosted: The workers of this process, ascending.
+
+    Raises:
+        AgreedError: If the processes differ in workers, device or backend, or if there are more of them than workers.
+    """
+
     def __init__(self, workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> None:
         self.num_workers, self.num_processes = workers, dist.get_world_size()
         self.rank = dist.get_rank()
@@ -87,25 +115,25 @@ class Distributed:
         self._collective = _group(timeout, backend)
         self._peers = _group(timeout, backend)
         self.background: dist.ProcessGroup | None = _group(timeout, "gloo")
-        self._staged = backend == "gloo"  # gloo sends from host memory only
+        self._staged = backend == "gloo"  # gloo sends from CPU memory only
 
     def _agree(self, device: torch.device) -> str:
-        """The backend for weights, after a look at whether all processes mean the same job.
+        """The backend for weights, after a check that all processes belong to the same job.
 
-        NCCL where each process has a GPU to itself. Processes that share one (and the CPU) use gloo. This comes before
-        anything that would wait in vain for a process that was started otherwise.
+        NCCL if each process has a GPU of its own; processes that share one, or use the CPU, need gloo. The check comes
+        first, since a process that was started for another job would never join the calls that follow.
         """
         alone = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
-        mine = {"workers": self.num_workers, "device": device.type, "backend": "nccl" if alone else "gloo"}
-        check_agreement(self, mine)
+        backend = "nccl" if alone else "gloo"
+        check_agreement(self, {"workers": self.num_workers, "device": device.type, "backend": backend})
         if self.num_processes > self.num_workers:
             raise AgreedError(
                 f"{self.num_processes} processes for {self.num_workers} workers; "
                 "start at most one process for each worker"
             )
         if alone:
-            torch.cuda.set_device(device)  # NCCL asks for the current device
-        return str(mine["backend"])
+            torch.cuda.set_device(device)  # NCCL uses the current device
+        return backend
 
     def process_of(self, worker: int) -> int:
         return self._rank_of[worker]
@@ -114,37 +142,49 @@ class Distributed:
     def transfer(self, moves: Sequence[Move]) -> Handle:
         arrived: list[Tensor | None] = []
         operations: list[dist.P2POp] = []
-        copies: list[tuple[Tensor, Tensor]] = []  # from host memory to the device, after arrival
+        copies: list[tuple[Tensor, Tensor]] = []  # (in CPU memory, on the GPU), to copy after arrival
         for tag, move in enumerate(moves):
             source, target = self._rank_of[move.source], self._rank_of[move.target]
+            # A move within one process never reaches the network: it is done here if the process is this one.
             if source == target:
                 arrived += local_moves([move])
                 continue
+            # Between two processes, the position in the list is the tag by which the two ends find each other.
             arrived.append(move.incoming if target == self.rank else None)
             if source == self.rank:
                 assert move.outgoing is not None
+                # gloo sends from CPU memory: from a GPU this copies the block, and waits for the GPU. On the CPU, and
+                # with NCCL, the slot itself is sent, so it must not change before `finish`.
                 wire = move.outgoing.cpu() if self._staged else move.outgoing
                 operations.append(dist.P2POp(dist.isend, wire, target, self._peers, tag))
             if target != self.rank:
                 continue
             final = move.incoming
             assert final is not None
+            # The receiving side of the same: one block in CPU memory for each block to receive.
             wire = torch.empty_like(final, device="cpu") if self._staged and final.is_cuda else final
             if wire is not final:
                 copies.append((wire, final))
             operations.append(dist.P2POp(dist.irecv, wire, source, self._peers, tag))
+        # One batch: sends and receives progress together, so no order of the processes can lead to a deadlock. It
+        # returns at once; `finish` waits for the processes at the other ends.
         works = self._run("sending blocks", lambda: dist.batch_isend_irecv(operations) if operations else [])
         return _Pending(self, "exchanging blocks", works, arrived, operations, copies)
 
     @torch.no_grad()
-    def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
         first = tensors[0]
         if self.num_processes == 1:
-            return Local(self.num_workers).mean(tensors, kind)
-        # Hosted workers are weighed by how many there are: a process's mean counts len(hosted) / S.
+            return Local(self.num_workers).mean(tensors, traffic_kind)
+        # 1. Within the process: the first hosted worker's tensor becomes the mean of the hosted ones, without memory
+        #    for a copy. The others keep theirs until `finish`.
         mean_into(first, tensors[1:])
+        # 2. The sum over processes divided by their number is the mean over workers only if all processes host equally
+        #    many. Otherwise each process weighs its mean by len(hosted) / S.
         if any(len(hosted) != len(self.hosted) for hosted in self._hosted_workers):
             first.mul_(len(self.hosted) * self.num_processes / self.num_workers)
+        # 3. Between processes: one all-reduce, in the background. `finish` waits for all processes, divides, and copies
+        #    the mean to the other hosted workers.
         work = self._run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
         return _Mean(self, work, tensors, self.num_processes)
 
@@ -154,35 +194,38 @@ class Distributed:
                 f"ddp runs one worker in each process, and there are {self.num_processes} processes for "
                 f"{self.num_workers} workers; start {self.num_workers}"
             )
-        replica = DistributedDataParallel(model, process_group=self._collective)
+        wrapped = DistributedDataParallel(model, process_group=self._collective)
 
-        # torch looks at the annotations of a hook
-        def counted(
+        # torch checks the annotations of a hook.
+        def average(
             _state: object,
             bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
         ) -> torch.futures.Future[Tensor]:
             count(bucket.buffer().numel() * bucket.buffer().element_size())
             return allreduce_hook(self._collective, bucket)
 
-        replica.register_comm_hook(None, counted)
-        return replica
+        wrapped.register_comm_hook(None, average)
+        return wrapped
 
     def all_gather_text(self, text: str) -> list[str]:
-        """One all-gather for texts that fit into a packet, a second one where some do not."""
-        mine = text.encode()
-        first = self._gather(len(mine).to_bytes(8, "big") + mine, PACKET_BYTES)
-        sizes = [int.from_bytes(packet[:8], "big") for packet in first]
-        if max(sizes) <= PACKET_BYTES - 8:
-            return [packet[8 : 8 + size].decode() for packet, size in zip(first, sizes, strict=True)]
-        whole = self._gather(mine, max(sizes))
-        return [packet[:size].decode() for packet, size in zip(whole, sizes, strict=True)]
+        """Gather the texts: one all-gather if all of them fit into a packet, else a second one for the whole texts.
 
-    def _gather(self, mine: bytes, size: int) -> list[bytes]:
-        """What each process passed, padded to `size` bytes."""
-        own = torch.frombuffer(bytearray(mine.ljust(size, b"\0")[:size]), dtype=torch.uint8)
-        packets = [torch.empty_like(own) for _ in range(self.num_processes)]
-        self._run("comparing", lambda: dist.all_gather(packets, own, group=self._control_group))
-        return [packet.numpy().tobytes() for packet in packets]
+        A packet is the length of the text in 8 bytes, and its beginning.
+        """
+        encoded = text.encode()
+        packets = self._gather(len(encoded).to_bytes(8, "big") + encoded, PACKET_BYTES)
+        sizes = [int.from_bytes(packet[:8], "big") for packet in packets]
+        if max(sizes) <= PACKET_BYTES - 8:
+            return [packet[8 : 8 + size].decode() for packet, size in zip(packets, sizes, strict=True)]
+        texts = self._gather(encoded, max(sizes))
+        return [padded[:size].decode() for padded, size in zip(texts, sizes, strict=True)]
+
+    def _gather(self, content: bytes, size: int) -> list[bytes]:
+        """The contents of all processes, cut or padded to `size` bytes."""
+        packet = torch.frombuffer(bytearray(content.ljust(size, b"\0")[:size]), dtype=torch.uint8)
+        packets = [torch.empty_like(packet) for _ in range(self.num_processes)]
+        self._run("comparing", lambda: dist.all_gather(packets, packet, group=self._control_group))
+        return [gathered.numpy().tobytes() for gathered in packets]
 
     def close(self) -> None:
         self._liveness.close()
@@ -190,13 +233,13 @@ class Distributed:
             dist.destroy_process_group()
 
     def _run(self, doing: str, action: Any) -> Any:
-        self._liveness.is_doing(WAITS)
+        self._liveness.report_state(WAITING)
         try:
             return action()
         except RuntimeError as error:
             raise self.lost(doing, error) from error
         finally:
-            self._liveness.is_doing(WORKS)
+            self._liveness.report_state(COMPUTING)
 
     def lost(self, doing: str, error: Exception) -> WorkerLostError:
         return WorkerLostError(
@@ -204,53 +247,53 @@ class Distributed:
         )
 
     def _cause(self) -> str:
-        found = self._liveness.call()
-        if found is None:
-            return "the process that holds the job together (process 0, or the launcher) does not answer either"
-        missing, working = found
+        states = self._liveness.call()
+        if states is None:
+            return "the rendezvous store (process 0 or the launcher) is unreachable"
+        missing, working = states
         if missing:
             return f"no answer from {self._named(missing)}"
         if working:
             return f"{self._named(working)} did not come in time: it hangs, or needs a longer --timeout-s"
-        return "all processes answer and wait: look at the network"
+        return "all processes are alive but blocked; check the network between them"
 
     def _named(self, ranks: Sequence[int]) -> str:
         return ", ".join(f"process {rank} ({workers_of(rank, self._hosted_workers)})" for rank in ranks)
 
 
 class _Pending:
-    """Point-to-point messages under way. Keeps what they read and write alive."""
+    """Point-to-point messages in progress. Holds the tensors that they read and write until they are complete."""
 
     def __init__(
         self,
-        owner: Distributed,
+        transport: Distributed,
         doing: str,
         works: Any,
         arrived: list[Tensor | None],
         operations: Any,
         copies: list[tuple[Tensor, Tensor]],
     ) -> None:
-        self._owner, self._doing, self._works = owner, doing, works
+        self._transport, self._doing, self._works = transport, doing, works
         self._arrived, self._operations, self._copies = arrived, operations, copies
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
         for work in self._works:
-            self._owner._run(self._doing, work.wait)
+            self._transport._run(self._doing, work.wait)
         for wire, final in self._copies:
             final.copy_(wire)
         return self._arrived
 
 
 class _Mean:
-    """A sum under way that becomes a mean for every hosted worker."""
+    """An all-reduce in progress, whose sum becomes the mean in the tensors of all hosted workers."""
 
-    def __init__(self, owner: Distributed, work: Any, tensors: Sequence[Tensor], processes: int) -> None:
-        self._owner, self._work, self._tensors, self._processes = owner, work, tensors, processes
+    def __init__(self, transport: Distributed, work: Any, tensors: Sequence[Tensor], processes: int) -> None:
+        self._transport, self._work, self._tensors, self._processes = transport, work, tensors, processes
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
-        self._owner._run("averaging the shared part", self._work.wait)
+        self._transport._run("averaging the shared part", self._work.wait)
         first = self._tensors[0].div_(self._processes)
         for tensor in self._tensors[1:]:
             tensor.copy_(first)
@@ -258,12 +301,12 @@ class _Mean:
 
 
 def _reason(error: Exception) -> str:
-    """gloo's message without the place in its source and without its advice."""
+    """The message of gloo without the position in its source and without its advice."""
     return re.sub(r"^\[/\S+\] ", "", str(error).splitlines()[0]).partition(" This is typically")[0].rstrip(".")
 
 
 def _group(timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
-    """A group of all processes. Makes one everywhere: each process has to call it."""
+    """Create a group of all processes. Each process has to call it."""
     group = dist.new_group(timeout=timeout, backend=backend)
     assert isinstance(group, dist.ProcessGroup), "every process is a member"
     return group

@@ -1,7 +1,9 @@
-"""Who is still there, and who waits? Asked when contact is lost, so that the message can name who was.
+"""Liveness check: which processes respond, and which are still computing.
 
-Every process answers from a thread of its own, whatever it is doing, through the store at which all have met. Who was
-killed or stopped, or is cut off, does not answer. Who answers that it is at work keeps the others waiting.
+It runs when contact with a process is lost, so that the error message can name the process. Every process responds from
+a thread of its own, through the store at which all processes have met, whatever its main thread does. A process that
+was killed or stopped, or that is cut off from the network, does not respond. A process that responds that it is
+computing is the one that the others wait for.
 """
 
 import threading
@@ -9,53 +11,65 @@ import time
 import weakref
 from typing import Any
 
-CALL, ANSWER = "resist/roll-call", "resist/here/"  # keys in the store
-WORKS, WAITS = "works", "waits"
-LOOK_S = 0.5  # between two looks for a call
-ANSWER_S = 5.0  # an answer may take this long, on a busy host
+REQUEST, STATE = "resist/liveness/request", "resist/liveness/state/"  # keys in the store
+COMPUTING, WAITING = "computing", "waiting"
+POLL_S = 0.5  # seconds between two looks for a request
+RESPONSE_S = 5.0  # seconds that a response may take, on a busy machine
 
 
 class Liveness:
-    """store: one of torch.distributed, shared by all `size` processes; this is number `rank`."""
+    """The state of this process for others to query, and queries about theirs.
+
+    Args:
+        store: A store of torch.distributed that all processes share.
+        rank: The number of this process.
+        size: The number of processes.
+
+    Attributes:
+        close: Ends the thread that responds.
+    """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
-        self._doing = [WORKS]
+        self._state = [COMPUTING]  # a list, since the thread may not hold a reference to self
         closed = threading.Event()
-        threading.Thread(target=_answer, args=(store, rank, self._doing, closed), daemon=True).start()
-        self.close = weakref.finalize(self, closed.set)  # the thread does not outlive what it answers for
+        threading.Thread(target=_respond, args=(store, rank, self._state, closed), daemon=True).start()
+        self.close = weakref.finalize(self, closed.set)  # the thread ends with the object
 
-    def is_doing(self, what: str) -> None:
-        """what: WORKS or WAITS."""
-        self._doing[0] = what
+    def report_state(self, state: str) -> None:
+        """Set the state that this process reports, COMPUTING or WAITING."""
+        self._state[0] = state
 
     def call(self) -> tuple[list[int], list[int]] | None:
-        """The processes that do not answer, and those that are at work; None where the store itself does not answer.
+        """Query all processes. Takes RESPONSE_S seconds at most, and less if only one of them is missing.
 
-        Takes ANSWER_S seconds at most, less where only one is missing: somebody is lost, or it would not be asked.
+        At least one process is expected to be missing or computing, since otherwise there is no reason to query.
+
+        Returns:
+            The processes that do not respond, and those that are computing. None if the store does not respond.
         """
-        self.is_doing(WAITS)  # it would not ask otherwise
+        self.report_state(WAITING)  # a process that queries the others is not the one that they wait for
         missing = [rank for rank in range(self._size) if rank != self._rank]
-        end = time.monotonic() + ANSWER_S
+        end = time.monotonic() + RESPONSE_S
         try:
-            self._store.set(CALL, "")
-            self._store.set(f"{ANSWER}{self._rank}", WAITS)
+            self._store.set(REQUEST, "")
+            self._store.set(f"{STATE}{self._rank}", WAITING)
             while len(missing) > 1 and time.monotonic() < end:
                 time.sleep(0.1)
-                missing = [rank for rank in missing if not self._store.check([f"{ANSWER}{rank}"])]
-            time.sleep(LOOK_S)  # the last one may be about to answer, too
-            missing = [rank for rank in missing if not self._store.check([f"{ANSWER}{rank}"])]
-            answers = {r: self._store.get(f"{ANSWER}{r}").decode() for r in range(self._size) if r not in missing}
+                missing = [rank for rank in missing if not self._store.check([f"{STATE}{rank}"])]
+            time.sleep(POLL_S)  # the last one may be about to respond
+            missing = [rank for rank in missing if not self._store.check([f"{STATE}{rank}"])]
+            states = {r: self._store.get(f"{STATE}{r}").decode() for r in range(self._size) if r not in missing}
         except RuntimeError:
             return None
-        return missing, [rank for rank, doing in answers.items() if doing == WORKS]
+        return missing, [rank for rank, state in states.items() if state == COMPUTING]
 
 
-def _answer(store: Any, rank: int, doing: list[str], closed: threading.Event) -> None:
+def _respond(store: Any, rank: int, state: list[str], closed: threading.Event) -> None:
     try:
-        while not closed.wait(LOOK_S):
-            if store.check([CALL]):
-                store.set(f"{ANSWER}{rank}", doing[0])
+        while not closed.wait(POLL_S):
+            if store.check([REQUEST]):
+                store.set(f"{STATE}{rank}", state[0])
                 return
-    except RuntimeError:  # the store is gone: the job is over, one way or the other
+    except RuntimeError:  # the store has ended, and with it the job
         return

@@ -1,4 +1,4 @@
-"""The transport of one process that hosts all workers: messages are copies."""
+"""Local transport: one process hosts all workers, and messages are copies in memory."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ from resist.sync.transport import Handle, Move, local_moves
 
 
 class Done:
-    """A handle on something that is over."""
+    """A handle whose transfer or mean is complete already."""
 
     def __init__(self, arrived: list[Tensor | None]) -> None:
         self.arrived = arrived
@@ -21,6 +21,14 @@ class Done:
 
 
 class Local:
+    """A transport within one process. Nothing waits, and nothing leaves the process.
+
+    Its means are running ones, so the weights are those of several processes up to rounding.
+
+    Args:
+        workers: S, the number of workers; this process hosts all of them.
+    """
+
     num_processes = 1
     background = None
 
@@ -36,7 +44,7 @@ class Local:
         return Done(local_moves(moves))
 
     @torch.no_grad()
-    def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
         mean_into(tensors[0], tensors[1:])
         for tensor in tensors[1:]:
             tensor.copy_(tensors[0])

@@ -1,82 +1,102 @@
 """Optimizer state (momentum, Adam's moments) at a synchronization. Policies:
 
-reset    forgotten, as in the authors' code
-keep     stays where it is: with the shared part and with blocks that stay; a block that arrives starts at zero
-travel   moves with its block, averaged over holders as the weights are; that of the shared part stays where it is
-average  as `travel`, and that of the shared part is averaged over all workers too
+reset    cleared, as in the authors' code
+keep     stays with the shared part and with blocks that stay; blocks that arrive start at zero
+travel   moves with its block, averaged over holders as the weights are; that of the shared part stays
+average  as `travel`, and that of the shared part is averaged over all workers
 
-Where every worker holds every block in both rounds (local SGD, or one worker) nothing travels: `travel` is `keep`."""
+If every worker holds every block in both rounds (local SGD, or one worker), no block moves, and `travel` is `keep`.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist.errors import UserError
-from resist.subnet.network import Subnet
+from resist.subnet.network import Place, Subnet
 
 OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
 
 
 def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]) -> None:
-    """Lay the optimizer's per-weight state out as the weights are, one flat tensor per kind, kept in `adopted`.
+    """Move the optimizer's state into flat tensors laid out as the weights, one for each state name.
 
-    State that lies there already stays. A state of another shape than its parameter (Adam's step count) is left alone,
-    and so is a kind that only parameters without dimensions have in their shape (the step count again).
+    The optimizer then works on views of these tensors. States that are views of them already are not copied. Two cases
+    are left to the optimizer: a state whose shape is not that of its parameter (Adam's step count), and a state that
+    only zero-dimensional parameters have in their own shape (again the step count).
+
+    Args:
+        subnet: The sub-network whose parameters the optimizer trains.
+        optimizer: The optimizer; its state is replaced by views.
+        adopted: State name -> flat tensor (numel of the sub-network,). Missing ones are added, filled with zeros:
+            memory for one more copy of the weights each.
     """
     places = list(subnet.parameter_places())
-    kinds = {
-        kind
+    names = {
+        name
         for parameter, _ in places
-        for kind, value in optimizer.state.get(parameter, {}).items()
+        for name, value in optimizer.state.get(parameter, {}).items()
         if parameter.dim() and isinstance(value, Tensor) and value.shape == parameter.shape
     }
     for parameter, place in places:
-        for kind, value in optimizer.state.get(parameter, {}).items():
-            if kind not in kinds or value.shape != parameter.shape or not value.is_floating_point():
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if name not in names or value.shape != parameter.shape or not value.is_floating_point():
                 continue
-            if kind not in adopted:
-                adopted[kind] = torch.zeros_like(subnet.flat)
-            view = subnet.view(place, adopted[kind])
+            if name not in adopted:
+                adopted[name] = torch.zeros_like(subnet.flat)
+            view = subnet.view(place, adopted[name])
             if value.data_ptr() != view.data_ptr() or value.stride() != view.stride():
                 view.copy_(value)
-                optimizer.state[parameter][kind] = view
+                optimizer.state[parameter][name] = view
 
 
 def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> list[list[Optimizer]]:
-    """The optimizers of each sub-network: those that train parameters of it.
+    """Return the optimizers of each sub-network: those that train its parameters.
 
-    Raises UserError for one that trains none, and for a sub-network that has none.
+    Raises:
+        UserError: If an optimizer trains the parameters of no sub-network or of several, if two optimizers train the
+            same parameter, or if a sub-network has no optimizer.
     """
-    owner = {id(p): number for number, subnet in enumerate(subnets) for p in subnet.model.parameters()}
-    found: list[list[Optimizer]] = [[] for _ in subnets]
-    seen: dict[int, int] = {}  # id of a parameter -> the optimizer that trains it
+    subnet_of = {id(p): number for number, subnet in enumerate(subnets) for p in subnet.model.parameters()}
+    grouped: list[list[Optimizer]] = [[] for _ in subnets]
+    trained_by: dict[int, int] = {}  # id of a parameter -> number of the optimizer
     models = "job.model" if len(subnets) == 1 else "worker.model for each of job.workers"
     for number, optimizer in enumerate(optimizers):
         if not hasattr(optimizer, "param_groups"):
             raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
-        owners = {owner[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in owner}
-        if len(owners) != 1:
-            trains = "no parameter of the job's network" if not owners else "the networks of several workers"
+        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = {subnet_of[parameter] for parameter in parameters & subnet_of.keys()}
+        if len(trained) != 1:
+            trains = "no parameter of the job's network" if not trained else "the networks of several workers"
             raise UserError(f"optimizer {number} has {trains}; make it from the parameters of {models}")
-        again = {id(p) for group in optimizer.param_groups for p in group["params"]} & seen.keys()
-        if again:
+        twice = parameters & trained_by.keys()
+        if twice:
             raise UserError(
-                f"optimizers {seen[again.pop()]} and {number} train the same parameters; give each parameter to one"
+                f"optimizers {trained_by[twice.pop()]} and {number} train the same parameters; give each parameter to "
+                "one"
             )
-        seen |= {id(p): number for group in optimizer.param_groups for p in group["params"]}
-        found[owners.pop()].append(optimizer)
-    if not all(found):
-        raise UserError(f"{len(optimizers)} optimizers, none for job.workers[{found.index([])}]; pass one for each")
-    return found
+        trained_by |= dict.fromkeys(parameters, number)
+        grouped[trained.pop()].append(optimizer)
+    if not all(grouped):
+        raise UserError(f"{len(optimizers)} optimizers, none for job.workers[{grouped.index([])}]; pass one for each")
+    return grouped
 
 
-def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopted: dict[str, Tensor]) -> None:
-    """After `subnet.resize`: drop the parameters that went, add those that came to their counterpart's group, and
-    let the state of all of them lie in the (new) flat tensors of `adopted`. `before`: ids of the parameters then."""
+def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopted: Mapping[str, Tensor]) -> None:
+    """Update an optimizer after `subnet.resize`, which has removed parameters or added new ones.
+
+    Args:
+        subnet: The sub-network, with its new capacities.
+        optimizer: Its optimizer; groups and state are changed in place.
+        before: Ids of the parameters before the resize.
+        adopted: State name -> new flat tensor, as `adopt_state` filled it.
+    """
     places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
+    # 1. Remove parameters that are gone from their groups, and drop their state, which also frees its memory. Note the
+    #    group of each remaining one: all slots of a chain have the same tensors, named by (chain, name in the block).
     group_of: dict[tuple[int | None, str], int] = {}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
@@ -87,11 +107,20 @@ def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopte
                 optimizer.state.pop(parameter, None)
         group["params"] = [p for p in group["params"] if id(p) in places or id(p) not in before]
     for key, (parameter, place) in places.items():
+        # 2. A new parameter joins the group of its counterparts in other slots. It starts with a copy of the state of
+        #    slot 0, for the values that are not laid out as weights (Adam's step count).
         if key not in before and (place.chain, place.name) in group_of:
             optimizer.param_groups[group_of[place.chain, place.name]]["params"].append(parameter)
-            first = replace(place, slot=0)
-            state = optimizer.state.get(next(p for p, q in places.values() if q == first), {})
+            state = optimizer.state.get(_in_first_slot(places, place), {})
             optimizer.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-        for kind, flat in adopted.items():
-            if kind in optimizer.state.get(parameter, {}):
-                optimizer.state[parameter][kind] = subnet.view(place, flat)
+        # 3. State that is laid out as the weights becomes a view of the new flat tensors, for old and new parameters:
+        #    the exchange has put there what belongs to the blocks that are now in the slots.
+        for name, flat in adopted.items():
+            if name in optimizer.state.get(parameter, {}):
+                optimizer.state[parameter][name] = subnet.view(place, flat)
+
+
+def _in_first_slot(places: Mapping[int, tuple[nn.Parameter, Place]], place: Place) -> nn.Parameter:
+    """The counterpart of the parameter at `place` in slot 0 of its chain."""
+    first = replace(place, slot=0)
+    return next(parameter for parameter, other in places.values() if other == first)

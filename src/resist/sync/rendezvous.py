@@ -1,8 +1,10 @@
-"""How the processes of a job find one another at a store that may still hold what an earlier attempt left there.
+"""Rendezvous: agree on a name for this attempt, at a store that may hold entries of earlier attempts.
 
-torchrun keeps one store over all restarts, and gloo would connect to the addresses of processes that are dead. So
-process 0 draws a name for this attempt, and everything of this attempt is stored under it. What is read of the store
-before both sides know each other may be old: hence an answer to the name, and an answer to the answer.
+torchrun keeps one store over all restarts, and gloo would connect to the addresses of processes that have ended. So
+process 0 draws a name, and every entry of this attempt is stored under it. An entry that a process reads may be left
+over from an earlier attempt, hence a three-way handshake on the store: process 0 writes the name, the others write
+tokens under this name, and process 0 writes the list of the tokens. A process that finds its token in this list knows
+that the name is of this attempt.
 """
 
 import json
@@ -11,29 +13,40 @@ import uuid
 from typing import Any
 
 NAME = "resist/attempt"
-LOOK_S = 0.05
+POLL_S = 0.05
 
 
 def agree_on_attempt(store: Any, rank: int, size: int, timeout_s: float) -> str:
-    """The name of this attempt, the same in all `size` processes. Waits for all of them.
+    """Return the name of this attempt, the same in all processes. Waits for all of them.
 
-    store: one of torch.distributed, shared by all. Raises TimeoutError, saying who did not come, after `timeout_s`.
+    Args:
+        store: A store of torch.distributed that all processes share.
+        rank: The number of this process.
+        size: The number of processes.
+        timeout_s: Seconds to wait.
+
+    Raises:
+        TimeoutError: If not all processes have come after `timeout_s`; names those that are missing.
     """
-    own, end = uuid.uuid4().hex, time.monotonic() + timeout_s
+    token, end = uuid.uuid4().hex, time.monotonic() + timeout_s
     if rank == 0:
-        store.set(NAME, own)
+        name = token
+        store.set(NAME, name)
+        # Wait for the token of every other process, then confirm them all.
         missing = set(range(1, size))
-        while missing := {other for other in missing if not store.check([f"{own}/{other}"])}:
+        while missing := {peer for peer in missing if not store.check([f"{name}/{peer}"])}:
             if time.monotonic() > end:
                 raise TimeoutError(f"no sign of process {', '.join(map(str, sorted(missing)))} within {timeout_s:g} s")
-            time.sleep(LOOK_S)
-        store.set(f"{own}/all", json.dumps([store.get(f"{own}/{other}").decode() for other in range(1, size)]))
-        return own
+            time.sleep(POLL_S)
+        store.set(f"{name}/all", json.dumps([store.get(f"{name}/{peer}").decode() for peer in range(1, size)]))
+        return name
     while time.monotonic() < end:
         if store.check([NAME]):
+            # This may be the name of an earlier attempt. Then the token is not confirmed, and the name is read again
+            # until process 0 has written the new one.
             name = store.get(NAME).decode()
-            store.set(f"{name}/{rank}", own)
-            if store.check([f"{name}/all"]) and own in json.loads(store.get(f"{name}/all")):
+            store.set(f"{name}/{rank}", token)
+            if store.check([f"{name}/all"]) and token in json.loads(store.get(f"{name}/all")):
                 return name
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     raise TimeoutError(f"process 0 has not seen all {size} processes within {timeout_s:g} s")

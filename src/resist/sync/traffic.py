@@ -1,8 +1,8 @@
-"""The ledger: what was carried, by kind and by pair of workers, counted where it is handed to the transport.
+"""Traffic accounts: bytes by traffic kind and by pair of workers, counted where they are passed to the transport.
 
-Bytes are booked as if every worker were a machine of its own, so they do not depend on how many processes host them;
-`wire_bytes` are those that really left a process. Both sides of a booking are known everywhere (the schedule is), so
-every process keeps the whole ledger and none has to ask another.
+Bytes are booked as if every worker had a machine of its own, so they do not depend on the number of processes;
+`wire_bytes` are those that leave a process. Every process knows the whole schedule, so every process keeps the accounts
+of all of them, and no message is needed to add them up.
 """
 
 import time
@@ -17,15 +17,23 @@ from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport
 
 
 class CountingTransport:
-    """A transport that books what goes through another.
+    """A transport that counts the traffic of another transport.
 
-    bytes, messages: by kind, since the last `take`. The kinds: "shared", the shared part of the weights (all of them
-                     where every worker holds every block, as in local SGD); "blocks", folded and handed over; "state",
-                     the optimizer's, of both parts; "evaluate", to assemble the full network; "control", texts;
-                     "gradients", those that ddp averages.
-    pairs:           bytes by (source, target) of point-to-point messages, "evaluate" left out.
-    wire_bytes:      bytes by kind that crossed from one process to another.
-    wait_s:          seconds that this process waited, by kind; a batch of blocks and their state counts as "blocks".
+    The traffic kinds are "shared", the shared part of the weights (all weights, if every worker holds every block, as
+    in local SGD); "blocks", blocks to average and to hand over; "state", payloads other than the weights, of both
+    parts; "replica", replicas of blocks; "evaluate", to assemble the full network; "gradients", those that ddp
+    averages; "control", texts.
+
+    Args:
+        transport: The transport that carries tensors and texts.
+
+    Attributes:
+        bytes: Bytes by traffic kind, since the last `take`.
+        messages: Messages and collectives by traffic kind.
+        wire_bytes: Bytes by traffic kind that left a process.
+        pairs: Bytes by (source, target) of the moves between workers, without "evaluate".
+        wait_s: Seconds that this process waited, by traffic kind. A batch of moves counts as the kind of its first
+            move: blocks and their state as "blocks".
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -42,13 +50,13 @@ class CountingTransport:
         self.wait_s: defaultdict[str, float] = defaultdict(float)
 
     def take(self) -> dict[str, object]:
-        """The bookings since the last call, ready for JSON."""
+        """Return the accounts since the last call, ready for JSON, and start new ones."""
         taken = {
             "bytes": dict(self.bytes),
             "messages": dict(self.messages),
             "wire_bytes": dict(self.wire_bytes),
             "pairs": [[source, target, n] for (source, target), n in sorted(self.pairs.items())],
-            "wait_s": {kind: round(seconds, 6) for kind, seconds in self.wait_s.items()},
+            "wait_s": {name: round(seconds, 6) for name, seconds in self.wait_s.items()},
         }
         self._clear()
         return taken
@@ -58,23 +66,23 @@ class CountingTransport:
 
     def transfer(self, moves: Sequence[Move]) -> Handle:
         for move in moves:
-            self.bytes[move.kind] += move.num_bytes
-            self.messages[move.kind] += 1
-            if move.kind != "evaluate":
+            self.bytes[move.traffic_kind] += move.num_bytes
+            self.messages[move.traffic_kind] += 1
+            if move.traffic_kind != "evaluate":
                 self.pairs[move.source, move.target] += move.num_bytes
             if self.process_of(move.source) != self.process_of(move.target):
-                self.wire_bytes[move.kind] += move.num_bytes
-        return self._timed(moves[0].kind if moves else "blocks", lambda: self._transport.transfer(moves))
+                self.wire_bytes[move.traffic_kind] += move.num_bytes
+        return self._timed(moves[0].traffic_kind if moves else "blocks", lambda: self._transport.transfer(moves))
 
-    def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
         num_bytes = tensors[0].numel() * tensors[0].element_size()
-        self.bytes[kind] += self.num_workers * allreduce_bytes(num_bytes, self.num_workers)
-        self.messages[kind] += 1
-        self.wire_bytes[kind] += self.num_processes * allreduce_bytes(num_bytes, self.num_processes)
-        return self._timed(kind, lambda: self._transport.mean(tensors, kind))
+        self.bytes[traffic_kind] += self.num_workers * allreduce_bytes(num_bytes, self.num_workers)
+        self.messages[traffic_kind] += 1
+        self.wire_bytes[traffic_kind] += self.num_processes * allreduce_bytes(num_bytes, self.num_processes)
+        return self._timed(traffic_kind, lambda: self._transport.mean(tensors, traffic_kind))
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None] = lambda num_bytes: None) -> nn.Module:
-        """The gradients' own traffic is booked as ring all-reduces; the few buffers that go along are not."""
+        """Wrap `model`; gradients are booked as ring all-reduces. The few buffers that ddp sends are not booked."""
 
         def book(num_bytes: int) -> None:
             count(num_bytes)
@@ -85,14 +93,16 @@ class CountingTransport:
         return self._transport.average_gradients(model, book)
 
     def all_gather_text(self, text: str) -> list[str]:
-        """Booked as all-gathers between processes (texts are theirs, not the workers'): a packet of fixed size, and the
-        longest text where that does not fit."""
+        """Gather texts, booked as an all-gather between processes, which have texts, not between workers.
+
+        Each process sends a packet of fixed size, and then its text, padded to the longest, if one does not fit.
+        """
         if self.num_processes == 1:
             return [text]
         start = time.perf_counter()
         texts = self._transport.all_gather_text(text)
         self.wait_s["control"] += time.perf_counter() - start
-        longest = max(len(one.encode()) for one in texts)
+        longest = max(len(gathered.encode()) for gathered in texts)
         sent = PACKET_BYTES + (longest if longest > PACKET_BYTES - 8 else 0)
         num_bytes = self.num_processes * (self.num_processes - 1) * sent
         self.bytes["control"] += num_bytes
@@ -106,19 +116,19 @@ class CountingTransport:
     def close(self) -> None:
         self._transport.close()
 
-    def _timed(self, kind: str, begin: Callable[[], Handle]) -> Handle:
+    def _timed(self, traffic_kind: str, begin: Callable[[], Handle]) -> Handle:
         start = time.perf_counter()
         handle = begin()
-        self.wait_s[kind] += time.perf_counter() - start
-        return _Timed(self, kind, handle)
+        self.wait_s[traffic_kind] += time.perf_counter() - start
+        return _Timed(self, traffic_kind, handle)
 
 
 class _Timed:
-    def __init__(self, ledger: CountingTransport, kind: str, handle: Handle) -> None:
-        self._ledger, self._kind, self._handle = ledger, kind, handle
+    def __init__(self, counting: CountingTransport, traffic_kind: str, handle: Handle) -> None:
+        self._counting, self._traffic_kind, self._handle = counting, traffic_kind, handle
 
     def finish(self) -> list[Tensor | None]:
         start = time.perf_counter()
-        arrived = self._handle.finish()
-        self._ledger.wait_s[self._kind] += time.perf_counter() - start
-        return arrived
+        received = self._handle.finish()
+        self._counting.wait_s[self._traffic_kind] += time.perf_counter() - start
+        return received

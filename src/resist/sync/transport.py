@@ -1,6 +1,7 @@
-"""The interface between the algorithm and the wire.
+"""Transport: the interface between the algorithm and the network.
 
-Every worker passes the same list of moves in the same order, its own and the others': the schedule is known to all.
+All processes pass the same list of moves in the same order, those of other processes included, since every process
+computes the same schedule. So a message needs no header, and the two ends of a move find each other by its position.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,21 +12,25 @@ from torch import Tensor, nn
 
 from resist.errors import WorkerLostError
 
-# Texts up to this size, 8 bytes less, go round in one message.
+# Texts of up to this size, minus 8 bytes for their length, are gathered by one message.
 PACKET_BYTES = 1024
 
 
 @dataclass(frozen=True)
 class Move:
-    """One tensor on its way from worker `source` to worker `target`.
+    """A tensor to send from worker `source` to worker `target`.
 
-    kind:     what it is booked as: "blocks", "state" or "evaluate".
-    outgoing: the tensor to read, where the source is hosted here, else None.
-    incoming: the tensor to write, where the target is hosted here. It may be None for a move between two workers of one
-              process: the receiver then reads `outgoing` itself.
+    Attributes:
+        traffic_kind: The account on which it is booked: "blocks", "state", "replica" or "evaluate".
+        source: The worker that sends.
+        target: The worker that receives.
+        num_bytes: Size of the tensor in bytes.
+        outgoing: The tensor to read if this process hosts the source, else None.
+        incoming: The tensor to write if this process hosts the target, else None. It may be None if one process hosts
+            both workers: the receiver then reads `outgoing` itself, and nothing is copied.
     """
 
-    kind: str
+    traffic_kind: str
     source: int
     target: int
     num_bytes: int
@@ -34,19 +39,24 @@ class Move:
 
 
 class Handle(Protocol):
-    """An exchange that is under way."""
+    """A transfer or a mean in progress."""
 
     def finish(self) -> list[Tensor | None]:
-        """Wait for all of it. Returns what arrived, move by move; None where the target is elsewhere."""
+        """Wait until it is complete.
+
+        Returns:
+            The received tensor of each move, or None if another process hosts the target. Empty for a mean.
+        """
         ...
 
 
 class Transport(Protocol):
-    """Carries tensors between workers.
+    """Carries tensors between workers, and texts between processes.
 
-    num_workers: S, which belongs to the algorithm.
-    hosted:      the workers that live in this process, ascending.
-    num_processes: how many processes share the workers out.
+    Attributes:
+        num_workers: S, the number of workers of the algorithm.
+        hosted: The workers of this process, ascending.
+        num_processes: The number of processes that host the workers.
     background:    a process group for what goes on beside training (writing a checkpoint); None in one process.
     """
 
@@ -56,26 +66,47 @@ class Transport(Protocol):
     background: Any
 
     def process_of(self, worker: int) -> int:
-        """The number of the process that hosts `worker`."""
+        """Return the number of the process that hosts `worker`."""
         ...
 
     def transfer(self, moves: Sequence[Move]) -> Handle:
-        """Begin all moves as one batch. Local ones are done at once."""
+        """Begin all moves as one batch; moves within this process are done at once.
+
+        Args:
+            moves: The moves of all processes, the same list in every process.
+
+        Raises:
+            WorkerLostError: If another process is lost; also by the handle's `finish`.
+        """
         ...
 
-    def mean(self, tensors: Sequence[Tensor], kind: str) -> Handle:
-        """Begin to replace `tensors`, one for each hosted worker, by the mean over all workers, in place."""
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+        """Begin to replace tensors by their mean over all workers, in place. All processes have to call it.
+
+        Args:
+            tensors: One tensor for each hosted worker, of the same shape. Do not read them before the handle's
+                `finish`.
+            traffic_kind: The account on which it is booked: "shared" or "state".
+
+        Raises:
+            WorkerLostError: If another process is lost; also by the handle's `finish`.
+        """
         ...
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
-        """`model` in a wrapper that averages its gradients over all workers in every backward pass.
+        """Wrap `model` so that each backward pass averages its gradients over all workers.
 
-        count: called with the bytes of gradients whenever some are averaged.
+        Args:
+            model: The network of the only hosted worker.
+            count: Called with the number of bytes whenever gradients are averaged.
+
+        Raises:
+            UserError: If a process hosts several workers.
         """
         ...
 
     def all_gather_text(self, text: str) -> list[str]:
-        """The texts of all processes, in their order. Waits for all of them."""
+        """Return the texts of all processes, in their order. Waits for all of them."""
         ...
 
     def lost(self, doing: str, error: Exception) -> WorkerLostError:
@@ -83,11 +114,13 @@ class Transport(Protocol):
         who is missing, which takes some seconds."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Leave the process group, if there is one."""
+        ...
 
 
 def local_moves(moves: Sequence[Move]) -> list[Tensor | None]:
-    """Do those moves whose two ends are here."""
+    """Carry out moves whose source and target are in this process. Returns the received tensors."""
     arrived: list[Tensor | None] = []
     for move in moves:
         if move.outgoing is not None and move.incoming is not None:
@@ -97,7 +130,7 @@ def local_moves(moves: Sequence[Move]) -> list[Tensor | None]:
 
 
 def hosted_workers(workers: int, processes: int) -> list[tuple[int, ...]]:
-    """Which workers each process hosts: consecutive ones, as evenly as can be."""
+    """Return the workers of each process: consecutive ones, with counts that differ by at most one."""
     return [
         tuple(range(process * workers // processes, (process + 1) * workers // processes))
         for process in range(processes)
@@ -105,5 +138,10 @@ def hosted_workers(workers: int, processes: int) -> list[tuple[int, ...]]:
 
 
 def workers_of(process: int, hosted: Sequence[Sequence[int]]) -> str:
-    """ "workers 2, 3": those of a process, in words. hosted: what `hosting` gave."""
+    """Return the workers of a process as a text, such as "workers 2, 3".
+
+    Args:
+        process: The number of the process.
+        hosted: The workers of each process, from `hosted_workers`.
+    """
     return f"worker{'s' if len(hosted[process]) > 1 else ''} {', '.join(map(str, hosted[process]))}"

@@ -1,7 +1,6 @@
-"""One of the S trainers, hosted by this process, and what it keeps beside its network."""
+"""Worker: one of the S trainers, with its sub-network, optimizer state and average."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +11,23 @@ from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.optimizer_state import adopt_state, follow_resize
 
 
-@dataclass(frozen=True)
-class Replica:
-    """What one process keeps of the network as it was synchronized, by global dotted name: its workers' parts, and
-    second copies of blocks that others hold alone. round, step: those that were done."""
-
-    round: int
-    step: int
-    tensors: dict[str, Tensor]
-
-
 class Worker:
-    """`model` is its sub-network, an ordinary `nn.Module`.
+    """One of the S workers, hosted by this process. `Job` makes them; see `Job.workers`.
 
-    state:      the optimizer's state by kind, laid out as the weights are; also an outer optimizer's.
-    optimizers: those that `Job.step` was given for it.
-    start:      the weights with which the round began, where something asks for them.
-    average:    of its weights over time; see `Job.follow`.
+    Args:
+        index: The number of the worker, 0 to S - 1.
+        subnet: Its sub-network.
+
+    Attributes:
+        index: The number of the worker.
+        model: Its sub-network as an ordinary `nn.Module`: train it, and make the optimizer from its parameters. Stays
+            the same object from round to round.
+        subnet: The same network, with its flat tensor.
+        state: Optimizer state by name, each in one flat tensor laid out as the weights; also that of an outer
+            optimizer.
+        optimizers: The optimizers that `Job.step` was given for this worker.
+        anchor: The weights at the beginning of the round, or None if no option needs them.
+        average: An average of the weights over time, or None; see `Job.follow`.
     """
 
     def __init__(self, index: int, subnet: Subnet) -> None:
@@ -39,27 +38,45 @@ class Worker:
         self.anchor: Tensor | None = None
         self.average: Subnet | None = None
 
-    def begin(self, *, keep_anchor: bool, outer: bool) -> None:
-        """Remember the weights with which a round begins, where something will ask for them."""
+    def begin_round(self, *, keep_anchor: bool, outer: bool) -> None:
+        """Copy the weights to `anchor` if an option needs them at the end of the round.
+
+        Args:
+            keep_anchor: Copy them, in any case.
+            outer: Copy them for an outer optimizer, and create its momentum if there is none yet.
+        """
         if keep_anchor or outer:
             self.anchor = self.subnet.flat.clone()
         if outer:
             self.state.setdefault(VELOCITY, torch.zeros_like(self.subnet.flat))
 
     def collect_state(self, policy: str) -> None:
-        """Lay the optimizers' state out in `state`, as it is before a synchronization; or forget it."""
+        """Move the state of the optimizers into `state` before a synchronization, or clear it (policy "reset")."""
         for optimizer in self.optimizers:
             if policy == "reset":
                 optimizer.state.clear()
             else:
                 adopt_state(self.subnet, optimizer, self.state)
         if policy == "reset":
-            self.state = {kind: flat for kind, flat in self.state.items() if kind == VELOCITY}
+            self.forget_state()
 
-    def go_on(self, flats: Mapping[str, Tensor], capacities: Sequence[int], held: Sequence[Sequence[int]]) -> None:
-        """Take over what a synchronization left in `flats`, by kind, and become the sub-network of the next plan."""
-        self.state = {kind: flat for kind, flat in flats.items() if kind not in (WEIGHTS, AVERAGE)}
+    def forget_state(self) -> None:
+        """Drop the optimizer state from `state`. That of an outer optimizer stays."""
+        self.state = {name: flat for name, flat in self.state.items() if name == VELOCITY}
+
+    def finish_round(
+        self, flats: Mapping[str, Tensor], capacities: Sequence[int], held: Sequence[Sequence[int]]
+    ) -> None:
+        """Take over the result of a synchronization, and become the sub-network of the next plan.
+
+        Args:
+            flats: Payload name -> flat tensor, laid out for `capacities`.
+            capacities: Blocks of each chain in the next round.
+            held: Numbers of these blocks, in the order of the slots.
+        """
+        self.state = {name: flat for name, flat in flats.items() if name not in (WEIGHTS, AVERAGE)}
         if tuple(capacities) != self.subnet.capacities:
+            # The flat tensors are new ones. Parameters that remain are the same objects, on other memory.
             before = {id(parameter) for parameter in self.model.parameters()}
             self.subnet.resize(capacities, flats[WEIGHTS])
             for optimizer in self.optimizers:

@@ -1,4 +1,4 @@
-"""Tasks: what is trained, on what, and how it is measured."""
+"""Tasks: data, network, loss and metric of a training run."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import nn
 from resist.data import DATASETS, image_size_of, num_classes_of
 from resist.data.voc import CLASSES, VOC
 from resist.errors import UserError
-from resist.models.third_party import is_foreign
+from resist.models.third_party import is_third_party
 from resist.runs.config import NetworkConfig
 from resist.tasks import classification, detection
 from resist.tasks.classification import Classification
@@ -18,11 +18,20 @@ __all__ = ["Batches", "Classification", "Detection", "Task", "image_shape", "net
 
 
 def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: float = 0.0) -> Task:
-    """The task that these options name, its data loaded or at hand. Raises UserError in one line where they are not."""
+    """Open the task of a configuration, with its data.
+
+    Args:
+        config: Options of network and data.
+        download: Download missing files; otherwise they are an error.
+        label_smoothing: Share of each label that is spread over all classes in training, for classification.
+
+    Raises:
+        UserError: Options contradict each other, or files are missing or damaged.
+    """
     check(config)
     if config.task == "detection":
         if label_smoothing:
-            raise UserError("--label-smoothing says nothing to --task detection; leave it out")
+            raise UserError("--label-smoothing has no effect with --task detection; leave it out")
         return Detection.open(config, download=download)
     return Classification.open(config, download=download, label_smoothing=label_smoothing)
 
@@ -30,8 +39,17 @@ def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: 
 def network_builder(
     config: NetworkConfig, num_classes: int | None = None, image_size: int | None = None
 ) -> Callable[[], nn.Module]:
-    """What builds the full network of these options, without its data. num_classes, image_size: default, those of the
-    data set."""
+    """Return the function that builds the full network of a configuration; data are not loaded.
+
+    Args:
+        config: Options of network and data.
+        num_classes: Number of classes; default: that of the data set.
+        image_size: Height and width of the images in pixels, for networks that are built for one size; default: those
+            of the data set.
+
+    Raises:
+        UserError: Options contradict each other, or the classes of a folder cannot be listed.
+    """
     check(config)
     if config.task == "detection":
         return detection.builder(config, len(CLASSES) if num_classes is None else num_classes)
@@ -41,7 +59,7 @@ def network_builder(
 
 
 def image_shape(config: NetworkConfig) -> tuple[int, int, int]:
-    """(channels, height, width) of an image, for detection of the photograph that is most common."""
+    """Return (channels, height, width) of an image; for detection, of the most common photograph."""
     if config.task == "detection":
         return detection.common_shape(config)
     size = image_size_of(config.data) if config.image_size is None else config.image_size
@@ -49,20 +67,23 @@ def image_shape(config: NetworkConfig) -> tuple[int, int, int]:
 
 
 def check(config: NetworkConfig) -> None:
-    """Raise UserError for a task and a data set, or a task and an option, that do not go together."""
+    """Raise UserError for a data set, a network or an option that the task does not support."""
     if config.task == "detection" and config.data not in VOC:
-        known = "has no boxes" if config.data in DATASETS else "is not known"
-        raise UserError(f"--task detection: --data {config.data} {known}; choose one of {', '.join(VOC)}")
-    if config.task == "detection" and is_foreign(config.model):
+        problem = "has no boxes" if config.data in DATASETS else "is not known"
+        raise UserError(f"--task detection: --data {config.data} {problem}; choose one of {', '.join(VOC)}")
+    if config.task == "detection" and is_third_party(config.model):
         raise UserError(
-            f"--task detection takes a pre-activation ResNet of ours as its backbone, not --model {config.model}; give "
-            "preact_resnet50_imagenet, say"
+            f"--task detection needs a pre-activation ResNet as its backbone, not --model {config.model}; give for "
+            "example --model preact_resnet50_imagenet"
         )
     if config.task != "detection" and config.data in VOC:
         raise UserError(f"--data {config.data} has boxes around objects; it needs --task detection")
     if config.pretrained is not None and config.backbone is not None:
-        raise UserError("--pretrained and --backbone both say what to begin with; give one of the two")
-    idle = {"--splits": bool(config.splits), "--backbone": config.backbone is not None}
-    for flag, given in ({"--final-norm": config.final_norm} if config.task == "detection" else idle).items():
+        raise UserError("--pretrained and --backbone both set the initial weights; give one of the two")
+    # Options that have no effect with the task.
+    unused = {"--splits": bool(config.splits), "--backbone": config.backbone is not None}
+    if config.task == "detection":
+        unused = {"--final-norm": config.final_norm}
+    for flag, given in unused.items():
         if given:
-            raise UserError(f"{flag} says nothing to --task {config.task}; leave it out")
+            raise UserError(f"{flag} has no effect with --task {config.task}; leave it out")

@@ -1,4 +1,4 @@
-"""A detector's backbone that starts from a classification run of ours."""
+"""Initial weights of a detector's backbone from a classification run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,13 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class BackboneInit:
-    """The network of a classification run.
+    """Network of a classification run, as initial weights of a detector's backbone.
 
-    network: its options. tensors: by the names of a detector, without the head.
-    scales:  by chain, what the branches of its blocks are multiplied by in the run's full network.
+    Attributes:
+        run: Run directory.
+        network: Options of the run's network.
+        tensors: Its weights by their names in a detector, without the head.
+        scales: By chain, the factor of its blocks' branches in the run's full network.
     """
 
     run: Path
@@ -30,36 +33,46 @@ class BackboneInit:
 
     @staticmethod
     def read(run: Path) -> "BackboneInit":
-        """Raises UserError in one line where `run` is no finished classification run."""
+        """Read the network of a run directory.
+
+        Raises:
+            UserError: `run` is not the directory of a finished classification run.
+        """
         network = read_config(run).network
         if network.task != "classification":
-            raise UserError(f"--backbone {run} is a run of --task {network.task}; give a classification run")
+            raise UserError(f"--backbone {run}: a run with --task {network.task}; give a classification run")
         tensors, scales = read_full(run / FILE)
         named = {_name(name): tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         return BackboneInit(run, network, named, scales)
 
     def check(self, model: nn.Module) -> None:
-        """Raises UserError in one line where the detector `model`, on any device, has another backbone."""
-        own = {name: t.shape for name, t in model.state_dict().items() if name.startswith(BODY)}
-        mine = {name: t.shape for name, t in self.tensors.items() if not name.startswith(LAST_NORM)}
+        """Raise UserError if the backbone of the detector `model`, on any device, differs from the run's network."""
+        expected = {name: t.shape for name, t in model.state_dict().items() if name.startswith(BODY)}
+        shapes = {name: t.shape for name, t in self.tensors.items() if not name.startswith(LAST_NORM)}
         differ = [
             name
-            for name in sorted(own.keys() | mine.keys())
+            for name in sorted(expected.keys() | shapes.keys())
             # A run with --batchnorm batch has no statistics.
-            if own.get(name) != mine.get(name) and not (name not in mine and name.endswith(STATISTICS))
+            if expected.get(name) != shapes.get(name) and not (name not in shapes and name.endswith(STATISTICS))
         ]
         if differ:
             n = self.network
             part = NetworkConfig(model=n.model, sections=n.sections, width=n.width)
             options = " ".join(("--model", n.model, *_without(TrainConfig(network=part).arguments(), "--model")))
             raise UserError(
-                f"--backbone {self.run} holds another network, {differ[0].removeprefix(BODY)} differs; give {options} "
-                "as it had, and no others of these"
+                f"--backbone {self.run}: {differ[0].removeprefix(BODY)} differs; give the options of that run, "
+                f"{options}, and no other model options"
             )
 
     def fill(self, model: nn.Module) -> None:
-        """Put the weights into a detector, but for one on the meta device. The scale of the run's branches goes into
-        the last convolution of each, so that the features are those of the run's full network."""
+        """Load the weights into a detector; does nothing on the meta device.
+
+        The scale of each branch is multiplied into its last convolution, so that the features equal those of the run's
+        full network.
+
+        Raises:
+            UserError: The detector's backbone differs from the run's network.
+        """
         if next(model.parameters()).is_meta:
             return
         self.check(model)
@@ -76,12 +89,12 @@ class BackboneInit:
 
 
 def _name(name: str) -> str:
-    """A tensor's name in the detector: the norm before the last pooling is that of the last section's output."""
+    """Name of a tensor in the detector; the norm before the last pooling becomes that of the last section's output."""
     return LAST_NORM + name.removeprefix("norm.") if name.startswith("norm.") else BODY + name
 
 
-def _without(words: list[str], flag: str) -> list[str]:
-    if flag not in words:
-        return words
-    at = words.index(flag)
-    return words[:at] + words[at + 2 :]
+def _without(arguments: list[str], flag: str) -> list[str]:
+    if flag not in arguments:
+        return arguments
+    at = arguments.index(flag)
+    return arguments[:at] + arguments[at + 2 :]

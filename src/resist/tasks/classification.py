@@ -1,4 +1,4 @@
-"""Image classification: cross entropy, and the share of test images whose class is given the highest score."""
+"""Image classification: cross entropy loss, top-1 and top-5 accuracy."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -10,25 +10,32 @@ from torch import Tensor, nn
 from resist.data import Images, Photographs, image_size_of, load
 from resist.models import build
 from resist.models.pretrained import start_from
-from resist.models.third_party import is_foreign
+from resist.models.third_party import is_third_party
 from resist.runs.config import NetworkConfig
 from resist.tasks.task import Batches
 
-# Training images on which BatchNorm statistics are estimated anew.
+# Training images on which BatchNorm statistics are re-estimated.
 CALIBRATION_IMAGES = 5000
-# Of them at a time: photographs are large.
+# Images in a batch of them; fewer photographs, which are large.
 CALIBRATION_BATCH, CALIBRATION_PHOTOGRAPHS = 250, 100
 # The paper tests with batches of 100, which matters where the network uses the statistics of the test batch.
 TEST_BATCH = 100
-# From how many classes on the five highest scores count too.
+# Smallest number of classes for which top-5 accuracy is reported.
 TOP5_CLASSES = 20
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Images with one class each. A batch is (images (batch, channels, height, width) float32, labels (batch,) int64).
+    """Task of classifying images; see `Task` for the methods.
 
-    build: makes the full network. label_smoothing: share of each label that is spread over all classes in training.
+    A batch is (images (batch, channels, height, width) float32, labels (batch,) int64).
+
+    Attributes:
+        build: Builds the full network.
+        train: Training images.
+        held_out: Test images.
+        label_smoothing: Share of each label that is spread over all classes in training.
+        notes: Lines for the user before training.
     """
 
     build: Callable[[], nn.Module]
@@ -39,6 +46,7 @@ class Classification:
 
     @staticmethod
     def open(config: NetworkConfig, *, download: bool = True, label_smoothing: float = 0.0) -> "Classification":
+        """Open the data of a configuration; see `resist.tasks.open_task`."""
         train, held_out = load(
             config.data,
             config.data_dir,
@@ -71,13 +79,13 @@ class Classification:
         return F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
 
     def calibration(self, seed: int) -> Iterator[Tensor]:
-        """Augmented images, as in training, since the weights have got used to those."""
-        most, images = CALIBRATION_BATCH, CALIBRATION_IMAGES
-        if isinstance(self.train, Photographs):
-            most, images = CALIBRATION_PHOTOGRAPHS, min(images, len(self.train))  # reading one takes its time
-        size = min(most, len(self.train))
-        loader = self.train.loader(batch_size=size, seed=seed, worker=-1, workers=1)  # no worker's own batches
-        for step in range(-(-images // size)):
+        """Iterate over training images with training augmentation, to match the training statistics."""
+        max_size, num_images = CALIBRATION_BATCH, CALIBRATION_IMAGES
+        if isinstance(self.train, Photographs):  # no image twice, since reading is slow
+            max_size, num_images = CALIBRATION_PHOTOGRAPHS, min(num_images, len(self.train))
+        size = min(max_size, len(self.train))
+        loader = self.train.loader(batch_size=size, seed=seed, worker=-1, workers=1)  # -1: batches of no worker
+        for step in range(-(-num_images // size)):
             yield loader.batch(step)[0]
 
     def test(self, model: nn.Module) -> dict[str, float]:
@@ -89,11 +97,17 @@ class Classification:
 
 
 def builder(config: NetworkConfig, num_classes: int, image_size: int | None = None) -> Callable[[], nn.Module]:
-    """What builds the full network of these options. image_size: default, that of the data set."""
+    """Return the function that builds the full network of a configuration.
+
+    Args:
+        config: Options of network and data.
+        num_classes: Number of logits.
+        image_size: Height and width of the images in pixels; default: that of the data set.
+    """
 
     def build_model() -> nn.Module:
         size = image_size or config.image_size
-        if size is None and is_foreign(config.model):  # ours take images of any size
+        if size is None and is_third_party(config.model):  # our own networks accept images of any size
             size = image_size_of(config.data)
         model = build(
             config.model,
@@ -103,7 +117,7 @@ def builder(config: NetworkConfig, num_classes: int, image_size: int | None = No
             final_norm=config.final_norm,
             image_size=size,
         )
-        # On the meta device there are no weights to fill, and the file need not be there.
+        # On the meta device there are no weights to fill, and the file may be missing.
         if config.pretrained is not None and not next(model.parameters()).is_meta:
             start_from(model, config.pretrained)
         return model
@@ -113,12 +127,17 @@ def builder(config: NetworkConfig, num_classes: int, image_size: int | None = No
 
 @torch.inference_mode()
 def accuracies(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """(top 1, top 5): the shares, 0 to 1, of images in `batches` whose class has the highest score, or one of five."""
-    total, right = 0, torch.zeros(2, dtype=torch.int64)
+    """Compute top-1 and top-5 accuracy, 0 to 1.
+
+    Args:
+        model: Network in eval mode that maps images to logits (batch, num_classes).
+        batches: Images (batch, channels, height, width) and labels (batch,), on the network's device.
+    """
+    total, correct = 0, torch.zeros(2, dtype=torch.int64)
     for images, labels in batches:
         scores = model(images)
-        best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-        right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
+        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()  # waits for the device
         total += len(labels)
-    top1, top5 = (right / total).tolist()
+    top1, top5 = (correct / total).tolist()
     return top1, top5

@@ -1,4 +1,4 @@
-"""Detection of objects in photographs: Faster R-CNN's losses, and the average precision of PascalVOC."""
+"""Object detection in photographs: the losses of Faster R-CNN, the average precision of PascalVOC."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from resist.data.annotation import Objects
 from resist.data.loader import Stream, in_order
 from resist.data.voc import CLASSES, IMAGE_SIZE, Item, VocSet, fitted, load_voc, longer
 from resist.models.faster_rcnn import build_detector, image_transform
@@ -17,24 +18,30 @@ from resist.runs.config import NetworkConfig
 from resist.tasks import classification
 from resist.tasks.backbone import BackboneInit
 from resist.tasks.task import Batches
-from resist.tasks.voc_ap import AveragePrecision, Found, Truth
+from resist.tasks.voc_ap import AveragePrecision, Found
 
-# Training photographs on which BatchNorm statistics are estimated anew, so many at a time; and tested at a time.
+# Training photographs on which BatchNorm statistics are re-estimated, how many in a batch of them, and in a test batch.
 CALIBRATION_IMAGES, CALIBRATION_BATCH, TEST_BATCH = 512, 8, 8
-# Sides of a batch of images in the network are multiples of this.
+# The detector pads height and width of a batch to multiples of this.
 DIVISOR = 32
 
-# images, each (3, height, width) uint8; targets, each with `boxes` and `labels`; a seed for each image
+# Images, each (3, height, width) uint8; targets, each with `boxes` and `labels`; a seed for each image.
 Batch = tuple[list[Tensor], list[dict[str, Tensor]], list[int]]
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Photographs with boxes around objects.
+    """Task of detecting objects in photographs; see `Task` for the methods.
 
-    build:  makes the full network, with fresh weights.
-    scores: what `test` gives, by name: points as in `voc_ap.ap`.
-    start:  the run that its backbone begins with, if any. data_workers: processes that read for each stream of batches.
+    Attributes:
+        build: Builds the full network with fresh weights.
+        train: Training photographs.
+        held_out: Test photographs.
+        scores: Name of each score of `test`, and its `points` in `voc_ap.ap`.
+        start: Initial weights of the backbone; None: fresh ones.
+        data_workers: Processes that read for each stream of batches; 0: this process reads.
+        notes: Lines for the user before training.
+        device: Device of the batches.
     """
 
     build: Callable[[], nn.Module]
@@ -48,6 +55,7 @@ class Detection:
 
     @staticmethod
     def open(config: NetworkConfig, *, download: bool = True) -> "Detection":
+        """Open the data of a configuration; see `resist.tasks.open_task`."""
         train, held_out = load_voc(
             config.data,
             config.data_dir,
@@ -57,7 +65,7 @@ class Detection:
             download=download,
         )
         scores: dict[str, int | None] = {"AP50 (11 points)": 11, "AP50 (area)": None}
-        if config.data != "voc2007":  # each year's own measure counts
+        if config.data != "voc2007":  # the main score is the one that the challenge used in that year
             scores = dict(reversed(scores.items()))
         start = None if config.backbone is None else BackboneInit.read(config.backbone)
         build, notes = builder(config, len(CLASSES)), (*train.notes, *held_out.notes)
@@ -99,14 +107,14 @@ class Detection:
         ]
 
     def loss(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> Tensor:
-        """The sum of the detector's losses. Which anchors and regions it looks at is drawn, by the batch's seeds."""
+        """Compute the sum of the detector's losses; the batch's seeds decide which anchors and regions are sampled."""
         images, targets, seeds = batch
         with drawn_by(keyed_int("regions", *seeds), self.device):
             losses = model(floats(images), targets)
         return torch.stack(list(losses.values())).sum()
 
     def calibration(self, seed: int) -> Iterator[Tensor]:
-        """Augmented photographs as the network's own transform leaves them."""
+        """Iterate over augmented photographs after the network's own transform, (batch, 3, height, width)."""
         size = min(CALIBRATION_BATCH, len(self.train))
         stream = Stream(
             self.train,
@@ -123,53 +131,67 @@ class Detection:
 
     @torch.inference_mode()
     def test(self, model: nn.Module) -> dict[str, float]:
-        measured = AveragePrecision()
+        precision = AveragePrecision()
         model.eval()
         for items in in_order(self.held_out, TEST_BATCH, num_data_workers=self.data_workers, collate=list):
             images = [image.to(self.device) for image, *_ in items]
-            for said, (_, boxes, labels, difficult, _) in zip(model(floats(images)), items, strict=True):
-                found = Found(*(said[kind].cpu() for kind in ("boxes", "labels", "scores")))
-                measured.add(found, Truth(boxes, labels, difficult))
-        return {name: measured.mean(points) for name, points in self.scores.items()}
+            for output, (_, boxes, labels, difficult, _) in zip(model(floats(images)), items, strict=True):
+                found = Found(*(output[key].cpu() for key in ("boxes", "labels", "scores")))  # waits for the device
+                precision.add(found, Objects(boxes, labels, difficult))
+        return {name: precision.mean(points) for name, points in self.scores.items()}
 
     def digest(self) -> str:
         return f"{self.train.digest()} {self.held_out.digest()}"
 
 
 class OnDevice:
-    """The batches of a stream, on a device."""
+    """Batches of a stream, moved to a device.
+
+    Args:
+        stream: Batches in CPU memory.
+        device: Device of the returned batches.
+    """
 
     def __init__(self, stream: Stream, device: torch.device) -> None:
         self.stream, self.device = stream, device
 
     @property
     def images_per_epoch(self) -> int:
+        """Images in one pass through the images that the worker draws from."""
         return self.stream.images_per_epoch
 
     def batch(self, step: int) -> Batch:
+        """Return the batch of a step, images and targets on the device."""
         images, targets, seeds = self.stream.batch(step)
         move = partial(torch.Tensor.to, device=self.device, non_blocking=True)
-        return [move(image) for image in images], [{k: move(v) for k, v in one.items()} for one in targets], seeds
+        on_device = [{name: move(tensor) for name, tensor in target.items()} for target in targets]
+        return [move(image) for image in images], on_device, seeds
 
 
 def builder(config: NetworkConfig, num_classes: int) -> Callable[[], nn.Module]:
-    """What builds the full network of these options. num_classes: of objects, background not among them."""
-    body, size = classification.builder(config, 1), image_size(config)  # the class of an image is of no matter
+    """Return the function that builds the full network of a configuration.
+
+    Args:
+        config: Options of network and data.
+        num_classes: Number of classes of objects, without background.
+    """
+    body, size = classification.builder(config, 1), image_size(config)  # its head, of one class, is removed
     return lambda: build_detector(body(), num_classes, size, longer(size))
 
 
 def image_size(config: NetworkConfig) -> int:
-    """The shorter side of an image, in pixels."""
+    """Return the length in pixels to which the shorter side of images is resized."""
     return IMAGE_SIZE if config.image_size is None else config.image_size
 
 
 def common_shape(config: NetworkConfig) -> tuple[int, int, int]:
-    """(channels, height, width) of the tensor that a photograph of 500 x 375 pixels becomes, as most of VOC are."""
+    """Return (channels, height, width) of the network's input for 500 x 375 pixels, VOC's most common size."""
     width, height = (-(-side // DIVISOR) * DIVISOR for side in fitted(500, 375, image_size(config)))
     return 3, height, width
 
 
 def collate(items: list[Item]) -> Batch:
+    """Make a batch from items of a `VocSet`."""
     return (
         [image for image, *_ in items],
         [{"boxes": boxes, "labels": labels} for _, boxes, labels, _, _ in items],
@@ -178,12 +200,13 @@ def collate(items: list[Item]) -> Batch:
 
 
 def floats(images: list[Tensor]) -> list[Tensor]:
+    """Convert images (3, height, width) uint8 to float32 in 0..1."""
     return [image.float() / 255 for image in images]
 
 
 @contextlib.contextmanager
 def drawn_by(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside it torch's generators of the host and of `device` are seeded; they are restored afterwards."""
+    """Context that seeds torch's generators of the CPU and of `device`, and restores them at exit."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":

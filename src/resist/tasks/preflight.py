@@ -1,9 +1,9 @@
-"""Networks of other libraries are tried on two images before anything is trained."""
+"""Preflight: validate networks of other libraries on two images before training."""
 
 import torch
 
 from resist.data import image_size_of, num_classes_of
-from resist.models.third_party import check_logits, is_foreign
+from resist.models.third_party import check_logits, is_third_party
 from resist.runs.config import NetworkConfig
 from resist.subnet.chains import choose_chains
 from resist.subnet.seeded import build_seeded
@@ -12,9 +12,17 @@ from resist.tasks import network_builder
 
 
 def try_network(config: NetworkConfig, num_classes: int | None = None) -> None:
-    """Raise UserError where the network of these options does not take the data set's images, gives no logits, or
-    breaks a law of `resist.subnet.validate`. Ours are not tried: the tests do that."""
-    if not is_foreign(config.model) or config.task != "classification":
+    """Build a third-party network and run it on two images; other networks are covered by tests.
+
+    Args:
+        config: Options of network and data.
+        num_classes: Number of classes; default: that of the data set.
+
+    Raises:
+        UserError: The network does not accept the data set's images, does not return logits, or breaks a law of
+            `resist.subnet.validate`.
+    """
+    if not is_third_party(config.model) or config.task != "classification":
         return
     size = config.image_size or image_size_of(config.data)
     classes = num_classes_of(config.data, config.data_dir) if num_classes is None else num_classes

@@ -1,6 +1,6 @@
-"""What a task has to say to be trained: its data, its network, its loss and its metric.
+"""Interface between the training loop and a task: data, network, loss and metric.
 
-The training loop knows no more of images, boxes or classes than this. What a batch is belongs to the task.
+The training loop knows nothing else about images, boxes or classes. The type of a batch is the task's own.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,48 +15,62 @@ class Batches(Protocol):
 
     @property
     def images_per_epoch(self) -> int:
-        """Images in one pass through what the worker draws from."""
+        """Images in one pass through the images that the worker draws from."""
         ...
 
     def batch(self, step: int) -> Any:
-        """The batch of this step, on the device. Fastest where steps are asked for one after another."""
+        """Return the batch of a step, on the device; consecutive steps are fastest."""
         ...
 
 
 class Task(Protocol):
-    """A network with data to train it on. `test` gives its scores by name, 0 to 1, the one that counts first."""
+    """A network, its data, its loss and its metric."""
 
     @property
     def notes(self) -> Sequence[str]:
-        """Lines for the user before the training: files that were left out, and the like."""
+        """Lines for the user before training, for example about files that were left out."""
         ...
 
     def network(self) -> nn.Module:
-        """The full network, with fresh weights."""
+        """Build the full network with its initial weights."""
         ...
 
     def to(self, device: torch.device | str) -> "Task":
-        """The same, its batches on this device."""
+        """Return the same task with batches on `device`."""
         ...
 
-    def batches(self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str) -> Batches: ...
+    def batches(self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str) -> Batches:
+        """Return the training batches of one worker.
+
+        Args:
+            batch_size: Images in a batch.
+            seed: Seed of the run, the same for all workers.
+            worker: Number of the worker.
+            workers: Number of workers.
+            sampling: "all" or "shard", see `resist.data.sampler.Order`.
+        """
+        ...
 
     def split(self, batch: Any, parts: int) -> Sequence[Any]:
-        """The batch in `parts` equal ones, for gradient accumulation."""
+        """Split a batch into `parts` equal ones, for gradient accumulation."""
         ...
 
     def loss(self, model: Callable[..., Any], batch: Any) -> Tensor:
-        """The mean loss of a network (in train mode, compiled or not) over a batch, a scalar."""
+        """Compute the mean loss over a batch, a scalar; `model` is in train mode, compiled or not."""
         ...
 
     def calibration(self, seed: int) -> Iterable[Any]:
-        """Training batches to estimate BatchNorm statistics on; `model(batch)` is called with each."""
+        """Iterate over inputs for `model(batch)` on which BatchNorm statistics are estimated."""
         ...
 
     def test(self, model: nn.Module) -> dict[str, float]:
-        """The scores of a full network on the images kept apart for testing."""
+        """Compute the scores of a full network on the test images.
+
+        Returns:
+            Scores by name, 0 to 1, the main one first.
+        """
         ...
 
     def digest(self) -> str:
-        """A short text that differs where the data do."""
+        """Return a hash of the data."""
         ...

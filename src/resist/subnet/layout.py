@@ -1,0 +1,238 @@
+"""Layout of a sub-network: positions of its tensors in the flat tensor.
+
+The flat tensor reads `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. This file is arithmetic on names, shapes and
+capacities; `resist.subnet.network.Subnet` applies it to a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from resist.subnet.chains import Chain
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Position of one tensor in its part of the flat tensor.
+
+    Attributes:
+        offset: First element, counted from the beginning of the part.
+        shape: Shape of the tensor.
+        channels_last: Store a tensor (batch, channels, height, width) with the channels innermost.
+    """
+
+    offset: int
+    shape: torch.Size
+    channels_last: bool
+
+    def view(self, part: Tensor) -> Tensor:
+        """View this piece of a 1-D `part` in its own shape."""
+        flat = part[self.offset : self.offset + self.shape.numel()]
+        if self.channels_last:
+            n, c, h, w = self.shape
+            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return flat.view(self.shape)
+
+
+class Layout:
+    """Order of the tensors of the shared part, or of one block.
+
+    Parameters come before buffers: an outer optimizer moves the first `num_trained` elements and no running statistics.
+    Within both groups, tensors whose size is not a multiple of 16 elements come last. So the others stay aligned to 64
+    bytes without padding, and the bytes on the wire are exactly those of the weights.
+
+    Args:
+        tensors: Parameters and buffers of the part by name.
+        channels_last: Store 4-D tensors with the channels innermost.
+
+    Attributes:
+        pieces: Position of each tensor by name.
+        numel: Elements of the part.
+        num_trained: Elements of its parameters.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
+        self.pieces: dict[str, Piece] = {}
+        self.numel = self.num_trained = 0
+
+        def order(name: str) -> tuple[bool, bool]:
+            return not isinstance(tensors[name], nn.Parameter), tensors[name].numel() % 16 != 0
+
+        for name in sorted(tensors, key=order):
+            shape = tensors[name].shape
+            self.pieces[name] = Piece(self.numel, shape, channels_last and len(shape) == 4)
+            self.numel += shape.numel()
+            if isinstance(tensors[name], nn.Parameter):
+                self.num_trained = self.numel
+
+
+@dataclass(frozen=True)
+class Place:
+    """Part that a tensor belongs to, and its name there.
+
+    Attributes:
+        chain: Number of the chain; None for the shared part.
+        slot: Slot in the chain; 0 for the shared part.
+        name: Global dotted name for the shared part, else the dotted name within the block.
+    """
+
+    chain: int | None
+    slot: int
+    name: str
+
+    @property
+    def key(self) -> tuple[int | None, str]:
+        """(chain, name), equal for the corresponding tensors of all slots."""
+        return self.chain, self.name
+
+
+@dataclass(frozen=True)
+class Child:
+    """One child of a chain's container in a sub-network.
+
+    Attributes:
+        key: Name in the sub-network's container.
+        full_key: Name of the child of the full network's container that has the same index.
+        index: Position in the full network's container, if block i of a chain is in slot i.
+        chain: Number of the chain, or None for a child outside the chains.
+        slot: Slot in the chain; 0 outside the chains.
+    """
+
+    key: str
+    full_key: str
+    index: int
+    chain: int | None
+    slot: int
+
+
+@dataclass(frozen=True)
+class SubnetLayout:
+    """Layout of a sub-network with given capacities.
+
+    Attributes:
+        chains: Chains of the full network.
+        capacities: Number of blocks of each chain in the sub-network.
+        renumbered: Containers that name their children by position (`nn.ModuleList`), so that the children behind a
+            shortened chain get other names.
+        shared: Layout of the shared part.
+        blocks: Layout of one block of each chain.
+    """
+
+    chains: tuple[Chain, ...]
+    capacities: tuple[int, ...]
+    renumbered: frozenset[str]
+    shared: Layout = field(default_factory=lambda: Layout({}, False))
+    blocks: tuple[Layout, ...] = ()
+
+    def with_tensors(self, tensors: Mapping[str, Tensor], channels_last: bool) -> "SubnetLayout":
+        """Lay out the tensors of a network with the present capacities.
+
+        Args:
+            tensors: Parameters and buffers by dotted name. All slots of a chain are laid out as its slot 0 is.
+            channels_last: Store 4-D tensors with the channels innermost.
+
+        Returns:
+            The same layout with `shared` and `blocks`.
+        """
+        places = [(self.place(name), tensor) for name, tensor in tensors.items()]
+        blocks = (
+            Layout({p.name: t for p, t in places if (p.chain, p.slot) == (number, 0)}, channels_last)
+            for number in range(len(self.chains))
+        )
+        shared = Layout({p.name: t for p, t in places if p.chain is None}, channels_last)
+        return replace(self, shared=shared, blocks=tuple(blocks))
+
+    def with_capacities(self, capacities: Sequence[int]) -> "SubnetLayout":
+        """Return the layout of the same network with other capacities."""
+        return self if tuple(capacities) == self.capacities else replace(self, capacities=tuple(capacities))
+
+    @property
+    def numel(self) -> int:
+        """Elements of the flat tensor."""
+        return self._start(len(self.chains))
+
+    def _start(self, chain: int) -> int:
+        """First element of a chain in the flat tensor."""
+        before = zip(self.capacities[:chain], self.blocks[:chain], strict=True)
+        return self.shared.numel + sum(capacity * block.numel for capacity, block in before)
+
+    def slot(self, chain: int, slot: int, flat: Tensor) -> Tensor:
+        """Return one slot of `flat` as a 1-D view."""
+        size = self.blocks[chain].numel
+        start = self._start(chain) + slot * size
+        return flat[start : start + size]
+
+    def view(self, place: Place, flat: Tensor) -> Tensor:
+        """Return the tensor at `place` as a view of `flat`."""
+        if place.chain is None:
+            return self.shared.pieces[place.name].view(flat[: self.shared.numel])
+        return self.blocks[place.chain].pieces[place.name].view(self.slot(place.chain, place.slot, flat))
+
+    @cached_property
+    def containers(self) -> tuple[str, ...]:
+        """Containers of the chains, an inner one before those around it."""
+        return tuple(sorted({chain.container for chain in self.chains}, key=len, reverse=True))
+
+    def children(self, container: str) -> list[Child]:
+        """List the children of a chain's container in the sub-network."""
+        chains = [(number, chain) for number, chain in enumerate(self.chains) if chain.container == container]
+        children: list[Child] = []
+        for index, full_key in enumerate(chains[0][1].keys):
+            key = str(len(children)) if container in self.renumbered else full_key
+            number, chain = next((item for item in chains if item[1].first <= index <= item[1].last), (None, None))
+            if number is None or chain is None:
+                children.append(Child(key, full_key, index, None, 0))
+            elif index - chain.first < self.capacities[number]:
+                children.append(Child(key, full_key, index, number, index - chain.first))
+        return children
+
+    @cached_property
+    def _children_by_key(self) -> dict[str, dict[str, Child]]:
+        return {container: {child.key: child for child in self.children(container)} for container in self.containers}
+
+    def place(self, name: str) -> Place:
+        """Find the place of a tensor by its name in the sub-network."""
+        for container in self.containers:
+            prefix = f"{container}." if container else ""
+            if not name.startswith(prefix):
+                continue
+            key, _, inner = name.removeprefix(prefix).partition(".")
+            child = self._children_by_key[container].get(key)
+            if child is None:  # a parameter of the container itself
+                continue
+            if child.chain is None:
+                return Place(None, 0, f"{prefix}{child.full_key}.{inner}")
+            return Place(child.chain, child.slot, inner)
+        return Place(None, 0, name)
+
+
+def common_buffers(
+    template: nn.Module, layout: SubnetLayout, device: torch.device
+) -> dict[tuple[int | None, str], Tensor]:
+    """Copy the float buffers that several parts of the network use.
+
+    A table of rotary position embeddings is an example. Such a buffer belongs to no block, so every sub-network has a
+    copy of its own outside of the flat tensor, which no synchronization changes.
+
+    Args:
+        template: Network with the capacities of `layout`.
+        layout: Layout that names the places of its tensors.
+        device: Device of the copies. Buffers on the meta device stay there.
+
+    Returns:
+        The copies by `Place.key`, under each of their names.
+    """
+    buffers = list(template.named_buffers(remove_duplicate=False))
+    users: dict[int, set[tuple[int | None, int]]] = {}
+    for name, buffer in buffers:
+        place = layout.place(name)
+        users.setdefault(id(buffer), set()).add((place.chain, place.slot))
+    copies = {
+        id(buffer): buffer.detach().to(buffer.device if buffer.is_meta else device, copy=True)
+        for _, buffer in buffers
+        if len(users[id(buffer)]) > 1 and buffer.is_floating_point()
+    }
+    return {layout.place(name).key: copies[id(buffer)] for name, buffer in buffers if id(buffer) in copies}

@@ -1,0 +1,66 @@
+"""Payloads: the values that workers exchange at a synchronization, each laid out as the weights are."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from resist.planning.strategy import Strategy
+from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
+from resist.sync.worker import Worker
+
+Key = tuple[int, int]  # (chain number, block), or (chain number, slot)
+
+
+@dataclass
+class Payload:
+    """One value for each weight of each hosted worker: the weights themselves, or one optimizer state.
+
+    Attributes:
+        name: WEIGHTS, VELOCITY, AVERAGE, or the optimizer's name of the state ("momentum_buffer", "exp_avg").
+        flats: Worker -> flat tensor, laid out as its sub-network. After an exchange: as that of the next plan.
+        moves: True if the values of a block move with it. Otherwise they stay with blocks that stay, and are zero for
+            blocks that arrive.
+        average_shared: True if the shared part becomes its mean over all workers.
+        average_blocks: True if a block becomes its mean over its holders. Otherwise the value of its owner is kept.
+        arriving: (worker, (chain number, slot)) -> tensor that receives the next block of the slot.
+        resized: Worker -> flat tensor of the next plan, where its capacities change.
+    """
+
+    name: str
+    flats: dict[int, Tensor]
+    moves: bool
+    average_shared: bool
+    average_blocks: bool = True
+    arriving: dict[tuple[int, Key], Tensor] = field(default_factory=dict)
+    resized: dict[int, Tensor] = field(default_factory=dict)
+
+    def traffic_kind(self, part: str) -> str:
+        """Return the account on which the transport books `part`, "shared" or "blocks"."""
+        return part if self.name == WEIGHTS else "state"
+
+
+def collect_payloads(workers: Sequence[Worker], strategy: Strategy, state_names: Iterable[str]) -> list[Payload]:
+    """List what is exchanged at the end of a round: weights, optimizer states, averages, outer momentum.
+
+    Args:
+        workers: The hosted workers.
+        strategy: The strategy of the round; its `optimizer_state` decides what happens to the states.
+        state_names: Names of the states that any worker has. A worker without one of them gets zeros, in memory for
+            one more copy of its weights.
+    """
+    policy = strategy.optimizer_state
+    moves, average_shared = policy in ("travel", "average"), policy == "average"
+    weights = {worker.index: worker.subnet.flat for worker in workers}
+    payloads = [Payload(WEIGHTS, weights, moves=True, average_shared=True)]
+    for name in state_names:
+        states = {w.index: w.state.setdefault(name, torch.zeros_like(w.subnet.flat)) for w in workers}
+        payloads.append(Payload(name, states, moves=moves, average_shared=average_shared))
+    if averages := {worker.index: worker.average.flat for worker in workers if worker.average}:
+        payloads.append(Payload(AVERAGE, averages, moves=True, average_shared=True))
+    if strategy.outer:
+        # All holders of a block have the same velocity already, so it only moves.
+        velocities = {worker.index: worker.state[VELOCITY] for worker in workers}
+        payloads.append(Payload(VELOCITY, velocities, moves=True, average_shared=False, average_blocks=False))
+    return payloads

@@ -1,0 +1,67 @@
+"""Replicas: a second copy of every block, so that no round is lost with any one worker."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resist.sync.transport import Transport
+from resist.sync.worker import Worker
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The part of the synchronized network that one process keeps.
+
+    Together, the processes have the complete network, and still have it without any one worker.
+
+    Attributes:
+        round: Rounds done when the network was synchronized.
+        step: Optimizer steps done by then.
+        tensors: Tensors by global dotted name: those of the hosted workers, and replicas of blocks that a worker of
+            another process holds alone.
+    """
+
+    round: int
+    step: int
+    tensors: dict[str, Tensor]
+
+
+@torch.no_grad()
+def collect_replica(
+    workers: Sequence[Worker],
+    held: Sequence[Sequence[Sequence[int]]],
+    blocks: Mapping[tuple[int, int], Tensor],
+    *,
+    round: int,
+    step: int,
+) -> Replica:
+    """Put the replica of one process together. Nothing is copied: the tensors are views.
+
+    Args:
+        workers: The hosted workers; their anchors are the weights as they were synchronized.
+        held: For each of them, the blocks of each chain in the order of its slots.
+        blocks: Blocks kept for other workers: (chain number, block) -> flat tensor (numel,).
+        round: Rounds done.
+        step: Optimizer steps done.
+    """
+    tensors: dict[str, Tensor] = {}
+    for worker, blocks_held in zip(workers, held, strict=True):
+        tensors |= worker.subnet.state(blocks_held, worker.anchor)
+    chains, layouts = workers[0].subnet.chains, workers[0].subnet.block_layouts
+    for (number, block), flat in blocks.items():
+        name = chains[number].block_name(block)
+        tensors |= {f"{name}.{key}": piece.view(flat) for key, piece in layouts[number].pieces.items()}
+    return Replica(round, step, tensors)
+
+
+def keep_newest(transport: Transport, replicas: list[Replica], replica: Replica) -> None:
+    """Append `replica` and, when all processes have theirs, drop the older ones.
+
+    Waits for all processes. Until they have answered, the process holds two generations: if another process is lost
+    in this moment, the remaining ones have at least one of the two complete.
+    """
+    replicas.append(replica)
+    transport.all_gather_text("kept")
+    del replicas[:-1]
