@@ -26,8 +26,9 @@ from resist.subnet.chains import choose_chains, find_chains
 from resist.subnet.network import tensors_of
 from resist.subnet.scaling import scale_branches
 from resist.sync.local import Local
-from resist.tasks import Detection, image_shape, network_builder, open_task
+from resist.tasks import image_shape, network_builder, open_task
 from resist.tasks.backbone import BackboneInit
+from resist.tasks.detection import Detection
 from resist.training.loop import Trainer
 
 SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, data_workers=0)
