@@ -314,7 +314,7 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
         (["--task", "detection", "--data", "coco"], "--data coco is not known; choose one of voc2007, voc2012"),
         (["--data", "voc2007"], "--data voc2007 has boxes around objects; it needs --task detection"),
         (["--splits", "a", "b"], "--splits says nothing to --task classification"),
-        (["--image-size", "64"], "--image-size says nothing to --data digits"),
+        (["--image-size", "64"], "--image-size has no effect with --data digits"),
         (["--backbone", "x"], "--backbone says nothing to --task classification"),
         ([*ARGUMENTS, "--final-norm"], "--final-norm says nothing to --task detection"),
         ([*ARGUMENTS, "--label-smoothing", "0.1"], "--label-smoothing says nothing to --task detection"),

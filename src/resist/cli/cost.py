@@ -32,7 +32,8 @@ class CostConfig:
     replicate: bool = False
     """As in resist train: count the memory and the bytes of replicas."""
     link_gbit_s: float | None = None
-    """Rate of each worker's link in Gbit/s, in each direction. Together with a speed of the devices it predicts seconds."""
+    """Rate of each worker's link in Gbit/s, in each direction. With a speed of the devices, seconds are
+    predicted."""
     latency_ms: float = 0.0
     """One-way latency of a link in milliseconds."""
     images_s: tuple[float, ...] = ()

@@ -23,8 +23,9 @@ class ExportConfig:
     """File to write, which must not exist yet. Default: exported.safetensors (.pt, .pt2; exported-timm.safetensors) in
     the run directory."""
     scale: Literal["fold", "keep", "approximate"] = "fold"
-    """Factor of each chain block's branch. fold: multiplied into the weights, exactly. keep: stored in the metadata, to be
-    applied after loading. approximate: folded even if an activation follows the block's sum; prints both accuracies."""
+    """Factor of each chain block's branch. fold: multiplied into the weights, exactly. keep: stored in the metadata, to
+    be applied after loading. approximate: folded even if an activation follows the block's sum; prints both accuracies.
+    """
     calibrate: bool = False
     """Estimate BatchNorm statistics on training images first. Required for runs with --batchnorm batch."""
     data_dir: Path | None = None

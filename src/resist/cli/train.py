@@ -96,6 +96,8 @@ def _launch(config: TrainConfig, arguments: list[str], forkable: bool) -> int:
     from resist.cli import main
 
     fork = main if forkable and device.type == "cpu" else None
+    if fork is not None:
+        import torch._dynamo  # 2 s, and every optimizer imports it
     open_task(config.network)
     if config.run.resume is None:
         arguments = ["train", *replace(config, run=replace(config.run, out=out)).arguments()]
