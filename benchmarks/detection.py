@@ -24,7 +24,7 @@ from typing import Any
 
 from resist.cli.plan import PlanConfig, plan_facts
 from resist.planning.schedule import allreduce_bytes
-from resist.runs.directory import past_rounds, read_config
+from resist.runs.history import read_history
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
@@ -78,7 +78,8 @@ def few(data_dir: Path, made: Path) -> Path:
 
 def summary(run: Path) -> Record:
     """What a run did, and where."""
-    config, rounds = read_config(run), past_rounds(run, sys.maxsize)
+    history = read_history(run)
+    config, rounds = history.config, history.rounds
     facts = plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
     here = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     kinds = sorted({kind for r in rounds for kind in r["bytes"]} - {"evaluate"})

@@ -15,7 +15,7 @@ CHAIN, BLOCK_BYTES, SHARED_BYTES = "layer3:1-22", 4_722_688, 61_688_464
 
 def make_run(
     path: Path, *, rounds: int = 40, workers: int = 4, blocks: int = 22, capacity: int = 6, strategy: str = "resist",
-    seed: int = 0, evaluations: int = 8, distinct: int = 10_000,
+    seed: int = 0, num_evals: int = 8, distinct: int = 10_000,
 ) -> Path:  # fmt: skip
     """distinct: rounds after which the plans come again, to save the time of drawing them."""
     path.mkdir(parents=True)
@@ -34,7 +34,7 @@ def make_run(
     lines: list[str] = []
     for i in range(rounds):
         held = plans[i % len(sent)][CHAIN].blocks
-        lines.append(json.dumps(record(i, rounds, held, sent[i % len(sent)], capacity / blocks, evaluations)))
+        lines.append(json.dumps(record(i, rounds, held, sent[i % len(sent)], capacity / blocks, num_evals)))
     (path / "config.json").write_text(json.dumps(config.to_json()))
     (path / "environment.json").write_text(json.dumps({
         "started": "2026-01-02T03:04:05+00:00", "command": ["resist", "train"], "resist": "0.1.0", "commit": "abc1234",

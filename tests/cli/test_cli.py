@@ -99,8 +99,9 @@ def test_plan_names_the_papers_counts(capsys) -> None:
     facts = json.loads(text)
     assert (facts["parameters"], facts["shared"]) == (41396900, 15422116)
     assert len(facts["rounds"]) == 5
-    for held in facts["rounds"]:
-        assert set().union(*map(set, held["layer3:1-22"])) == set(range(22))
+    for number, entry in enumerate(facts["rounds"], start=1):
+        assert entry["round"] == number
+        assert set().union(*map(set, entry["plan"]["layer3:1-22"])) == set(range(22))
 
 
 @pytest.mark.parametrize(

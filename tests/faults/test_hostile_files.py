@@ -18,8 +18,8 @@ from resist.errors import UserError
 from resist.planning.strategy import resist
 from resist.runs.checkpoint import FORMAT, Checkpoints, _digest_of, about, complete, newest, restore
 from resist.runs.config import NetworkConfig, RunConfig, TrainConfig, from_json
-from resist.runs.directory import Run, past_rounds, read_config
-from resist.runs.history import read_history
+from resist.runs.directory import Run
+from resist.runs.history import read_config, read_history, read_past
 from resist.subnet.chains import choose_chains
 from resist.training.progress import Summary
 from support import make, tiny, train, weights
@@ -206,7 +206,7 @@ def test_metrics(tmp_path_factory: pytest.TempPathFactory, number: int, changes:
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
     (folder / "metrics.jsonl").write_bytes(content if damage is None else damaged(content, damage))
     one_line(lambda: read_history(folder))
-    one_line(lambda: past_rounds(folder, 2))
+    one_line(lambda: read_past(folder, 2))
     one_line(lambda: go_on(folder))
     shutil.rmtree(folder)
 

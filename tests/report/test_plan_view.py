@@ -32,7 +32,7 @@ def test_lines_show_the_plan_and_fit_the_terminal(
         if not line:  # the next part
             first += shown
         elif "worker" in line:
-            number = int(line.split()[1]) if line.startswith("round") else number
+            number = int(line.split()[1]) - 1 if line.startswith("round") else number
             body = line[LABEL_COLUMNS + SHARED_COLUMNS : -SHARED_COLUMNS]
             pitch = 2 if len(body) > 1 and 2 * blocks <= max(8, width - LABEL_COLUMNS - 2 * SHARED_COLUMNS - 1) else 1
             shown = len(body) // pitch
@@ -41,16 +41,19 @@ def test_lines_show_the_plan_and_fit_the_terminal(
     assert found == {(n, w): list(held) for n, plan in enumerate(plans) for w, held in enumerate(plan)}
 
 
-def facts(blocks: int, workers: int, rounds: int, name: str = "layer3:1-8") -> dict[str, Any]:
+def description(blocks: int, workers: int, rounds: int, name: str = "layer3:1-8") -> dict[str, Any]:
     capacity = -(-blocks // workers)
     plans = [partition(blocks, (capacity,) * workers, seed=0, round=number).blocks for number in range(rounds)]
-    return {"chains": [{"name": name, "blocks": blocks}], "held_by_worker": [1] * workers,
-            "rounds": [{name: plan} for plan in plans]}  # fmt: skip
+    return {
+        "chains": [{"name": name, "blocks": blocks}],
+        "held_by_worker": [1] * workers,
+        "rounds": [{"round": number, "plan": {name: plan}} for number, plan in enumerate(plans, start=1)],
+    }
 
 
 @pytest.mark.parametrize(("blocks", "workers", "rounds"), [(22, 4, 3), (1, 1, 1), (100, 12, 2)])
 def test_the_picture_has_a_square_for_each_block_and_stays_within(blocks: int, workers: int, rounds: int) -> None:
-    plans = facts(blocks, workers, rounds)
+    plans = description(blocks, workers, rounds)
     root = ET.fromstring(partition_svg(plans))
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
     squares = [one for one in root.iter(f"{SVG}rect") if one.get("width") == one.get("height") == "15"]
@@ -61,12 +64,14 @@ def test_the_picture_has_a_square_for_each_block_and_stays_within(blocks: int, w
         assert float(one.get("x", 0)) + float(one.get("width", 0)) <= width
         assert float(one.get("y", 0)) + float(one.get("height", 0)) <= height
     assert "prefers-color-scheme:dark" in "".join(root.itertext())
-    words = [text.text for text in root.iter(f"{SVG}text")]
-    assert {f"worker {worker}" for worker in range(workers)} <= set(words)
+    texts = {text.text for text in root.iter(f"{SVG}text")}
+    assert {f"worker {worker}" for worker in range(workers)} <= texts
+    assert {f"round {number}" for number in range(1, rounds + 1)} <= texts
+    assert "round 0" not in texts
 
 
 def test_names_from_elsewhere_are_escaped() -> None:
-    root = ET.fromstring(partition_svg(facts(4, 2, 1, name='<script>"&')))
+    root = ET.fromstring(partition_svg(description(4, 2, 1, name='<script>"&')))
     assert '4 blocks of <script>"&' in [text.text for text in root.iter(f"{SVG}text")]
 
 

@@ -23,7 +23,8 @@ from resist.report.compare import compare, labels
 from resist.report.page import page
 from resist.report.svg import png
 from resist.report.units import ends, log_ticks, means, sample, thin, ticks, whole_ticks
-from resist.runs.history import clean, read_history
+from resist.runs.history import read_history
+from resist.runs.records import clean
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,9 @@ def test_the_matrix_adds_up_to_what_was_booked(runs: Path) -> None:
     sent, mixed = traffic(history)
     assert sum(map(sum, sent)) == sum(record["bytes"]["blocks"] for record in history.rounds)
     assert not mixed
+    history.rounds[5]["bytes"]["replica"] = 50  # replicas belong to training, and are no evaluation
+    history.rounds[5]["pairs"].append((1, 0, 50))
+    assert not traffic(history)[1]
     assert all(sent[worker][worker] == 0 for worker in range(4))
     history.rounds[3]["pairs"].append((2, 0, 10))
     assert traffic(history)[1]
@@ -225,7 +229,7 @@ def test_unfinished_cut_and_old_runs_are_reported(capsys, runs: Path, tmp_path: 
     bare = [{"round": n, "step": 5 * n} for n in range(1, 4)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in bare))
     found = Page(page([read_history(run)])).text
-    assert "not understood here: telepathy, strategy" in found
+    assert "not understood: telepathy, strategy" in found
     assert "not tested" in found
     assert report(capsys, run, "-o", tmp_path / "x.md")[0] == 0
 

@@ -1,3 +1,6 @@
+"""The reader of run directories: totals, damage, gaps, other versions."""
+
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,7 +10,9 @@ from hypothesis import strategies as st
 
 from resist.errors import UserError
 from resist.runs.config import TrainConfig
-from resist.runs.history import read_history
+from resist.runs.directory import Run
+from resist.runs.history import missing_rounds, read_config, read_history, read_options, read_past
+from resist.training.progress import Summary
 
 
 def record(round: int, accuracy: float | None) -> dict[str, object]:
@@ -55,3 +60,73 @@ def test_any_metrics_are_read_or_refused_in_one_line(tmp_path: Path, lines: list
         read_history(run(tmp_path, lines))
     except UserError as error:
         assert "\n" not in str(error)
+
+
+def test_bytes_of_replicas_count_in_the_report_as_in_the_display_and_in_until(tmp_path: Path) -> None:
+    lines = [record(number, None) for number in (1, 2)]
+    for line in lines:
+        line["bytes"] = {"shared": 100, "replica": 7, "evaluate": 1000}
+    history = read_history(run(tmp_path, [json.dumps(line) + "\n" for line in lines]))
+    summary = Summary(2)
+    for line in history.rounds:
+        summary.add(line)
+    assert history.bytes == [107, 214]
+    assert summary.bytes == history.bytes[-1]
+    assert summary.training_s == history.seconds[-1]
+
+
+def test_gaps_are_noted_in_reports_and_refused_on_resume(tmp_path: Path) -> None:
+    path = run(tmp_path, [GOOD[0], GOOD[2], json.dumps(record(7, None)) + "\n"])
+    (note,) = [note for note in read_history(path).notes if "no record" in note]
+    assert "no record of round 2 (and 1 other gap)" in note
+    assert [line["round"] for _, line in read_past(path, 1)] == [1]
+    with pytest.raises(UserError, match=r"no record of round 2 .*restore the file, or delete it"):
+        read_past(path, 7)
+    assert [line["round"] for _, line in read_past(path, 7, [[2, 2], [4, 6]])] == [1, 3, 7]
+    for odd in (None, 3, [[1]], [["a", "b"]], [[2, 2]]):
+        with pytest.raises(UserError, match="no record of"):
+            read_past(path, 7, odd)
+    assert missing_rounds([3, 4, 6]) == [(1, 2), (5, 5)]
+
+
+def test_a_round_whose_record_was_lost_with_its_process_does_not_prevent_a_second_resumption(tmp_path: Path) -> None:
+    """Replicas of round 4 survive the process that would have written the record of round 4."""
+    path = run(tmp_path, GOOD)
+    (path / "environment.json").write_text(json.dumps({"started": "then"}))
+    for last, recorded in ((4, [1, 2, 3]), (5, [1, 2, 3, 5])):
+        with contextlib.closing(Run(path, TrainConfig(), last)) as resumed:
+            assert [line["round"] for line in resumed.past] == recorded
+            resumed.append(record(last + 1, None))
+        environment = json.loads((path / "environment.json").read_text())
+        assert environment["missing_rounds"] == [[4, 4]]
+        assert environment["started"] == "then"
+    assert "".join(GOOD) in (path / "metrics.jsonl").read_text()  # lines stay as they were
+
+
+def test_a_damaged_line_on_resume_is_named_and_a_cut_last_one_left_out(tmp_path: Path) -> None:
+    path = run(tmp_path, [*GOOD, GOOD[0][:30]])
+    assert [line["round"] for _, line in read_past(path, 3)] == [1, 2, 3]
+    with pytest.raises(UserError, match=r"line 1 of .* is damaged"):
+        read_past(run(tmp_path, ["{}\n", *GOOD]), 3)
+    (path / "metrics.jsonl").unlink()
+    assert read_past(path, 3) == []
+
+
+def test_runs_of_other_versions_are_refused_in_one_line(tmp_path: Path) -> None:
+    data = TrainConfig().to_json()
+    old = {("optimisation" if part == "optimization" else part): values for part, values in data.items()}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    refused = (
+        r"was written by an earlier version of resist \(its config.json has the entry 'optimisation'\); train again"
+    )
+    with pytest.raises(UserError, match=refused):
+        read_config(tmp_path)
+    with pytest.raises(UserError, match=refused):  # the learning rate and the batch size would be those of no run
+        read_options(tmp_path, [])
+    for name, version in (("loaders", "an earlier"), ("safety", "an earlier"), ("telepathy", "another")):
+        (tmp_path / "config.json").write_text(json.dumps(data | {"network": data["network"] | {name: 1}}))
+        with pytest.raises(UserError, match=f"was written by {version} version .*{name}"):
+            read_config(tmp_path)
+        notes: list[str] = []
+        read_options(tmp_path, notes)
+        assert name in notes[0]

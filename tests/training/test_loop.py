@@ -9,7 +9,8 @@ from resist.data import load
 from resist.errors import AgreedError, UserError
 from resist.models import build
 from resist.runs.config import NetworkConfig, OptimizationConfig, RunConfig, TrainConfig
-from resist.runs.directory import Run, check_free, read_config
+from resist.runs.directory import Run, check_free
+from resist.runs.history import read_config
 from resist.runs.model_file import load_full, save_full
 from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of
@@ -71,7 +72,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
         model = Mean()
         subnet = Subnet(model, (), ())
         subnet.load(tensors_of(model), ())
-        config = TrainConfig(optimization=OptimizationConfig(batch_size=32, accumulate=parts))
+        config = TrainConfig(optimization=OptimizationConfig(batch_size=32, grad_accum_steps=parts))
         trainer = Trainer(config, Worker(0, subnet), task)
         loss = [float(trainer.step(step, 0.1)) for step in range(3)]
         weights.append((loss, subnet.flat.clone()))

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from report_runs import make_run
 from resist.cli import main, watch
-from resist.runs.history import Follower, gone, read_history
+from resist.runs.follower import Follower, gone
+from resist.runs.history import read_history
 from resist.training.progress import Display, Summary, clock, picture, sent_by
 
 
@@ -49,7 +50,7 @@ def test_the_display_tells_what_was_asked_for(eight: list[dict]) -> None:
         f"{last['workers'][7]['compute_s']:.2f}",
     ):  # fmt: skip
         assert words in text
-    rows = [line for line in text.splitlines() if re.match(r" *\d+ +[■·]", line)]
+    rows = [line for line in text.splitlines() if re.match(r" *\d+ +[■─]", line)]
     assert len(rows) == 8
     (plan,) = last["plan"].values()
     for row, held in zip(rows, plan, strict=True):
@@ -125,7 +126,7 @@ def test_watch_ends_with_the_run(capsys, tmp_path: Path, monkeypatch) -> None:
     status, out, _ = resist(capsys, "watch", run)
     assert status == 0
     assert out.startswith("round 6  loss ")
-    assert out.endswith(f"finished after round 6; a page about it: resist report {run}\n")
+    assert out.endswith(f"finished after round 6; report: resist report {run}\n")
     (run / "model.safetensors").unlink()
     for state, status, text in (
         ("interrupted", 0, f"to go on: resist train --resume {run}"),
@@ -138,20 +139,20 @@ def test_watch_ends_with_the_run(capsys, tmp_path: Path, monkeypatch) -> None:
     tell(run, "running")
     status, _, err = resist(capsys, "watch", run, "--patience-s", "0.01")
     assert (status, err.count("\n")) == (1, 1)
-    assert "no news of" in err
+    assert "no new record in" in err
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     tell(run, "running", process=ended.pid)
     os.utime(run / "metrics.jsonl", (time.time() - 100, time.time() - 100))
     status, _, err = resist(capsys, "watch", run)
     assert (status, err.count("\n")) == (1, 1)
-    assert f"without a word: process {ended.pid} is gone" in err
+    assert f"without a final state (process {ended.pid} no longer exists)" in err
     with monkeypatch.context() as patched:
         patched.setattr(watch, "watch", interrupt)
         assert resist(capsys, "watch", run) == (130, "", "")
     for arguments, text in (
         ([tmp_path / "none"], "is not a run directory"),
-        ([run, "--patience-s", "-1"], "has to be more than 0"),
+        ([run, "--patience-s", "-1"], "must be more than 0"),
     ):
         status, _, err = resist(capsys, "watch", *arguments)
         assert (status, err.count("\n")) == (2, 1)

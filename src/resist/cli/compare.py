@@ -1,15 +1,17 @@
-"""`resist compare`: several strategies under the same data, seeds and budget, one after another."""
+"""`resist compare`: train by several strategies with the same data, seeds and budget, one after another."""
 
 import json
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from resist.cli.train import run_train
 from resist.errors import UserError
-from resist.report.compare import compare, draw_comparison, print_comparison
+from resist.report.compare import compare
 from resist.runs.config import (
     MachineConfig,
     MethodConfig,
@@ -24,7 +26,7 @@ from resist.runs.history import History, read_history
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Train the same network on the same data by several strategies, one after another; a table and a picture."""
+    """Train a network on the same data by several strategies, one after another; a table and a picture."""
 
     strategies: tuple[str, ...] = ("resist", "local_sgd")
     """Strategies to compare: resist, local_sgd, diloco, ddp."""
@@ -37,8 +39,12 @@ class CompareConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def runs(self, out: Path) -> list[TrainConfig]:
-        """What to train. Options that only ResIST has are left out for the others."""
-        made: list[TrainConfig] = []
+        """The runs to train, in order. Options that only ResIST has are left out for the others.
+
+        Args:
+            out: the directory that the run directories are created in.
+        """
+        runs: list[TrainConfig] = []
         for name in self.strategies:
             method = replace(self.method, strategy=name)  # type: ignore[arg-type]  # checked with the rest
             if name != "resist":
@@ -47,11 +53,12 @@ class CompareConfig:
                 method = replace(method, outer=None)
             for seed in self.seeds:
                 run = replace(self.run, out=out / f"{name}-seed{seed}", seed=seed)
-                made.append(TrainConfig(self.network, method, self.optimization, self.machine, run))
-        return made
+                runs.append(TrainConfig(self.network, method, self.optimization, self.machine, run))
+        return runs
 
 
 def run_compare(config: CompareConfig, arguments: list[str]) -> int:
+    """Train, compare and print. Returns the exit status: that of the first run that failed. Raises UserError."""
     for wrong, right in (("--strategy", "--strategies"), ("--seed", "--seeds")):
         if wrong in arguments:
             raise UserError(f"{wrong} is for one run; compare takes {right}")
@@ -60,20 +67,47 @@ def run_compare(config: CompareConfig, arguments: list[str]) -> int:
     out = config.run.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.network.data}-compare"
     check_free(out)
     runs = config.runs(out)
-    for one in runs:
-        one.check()
+    for run in runs:
+        run.check()
     histories: list[History] = []
-    for number, one in enumerate(runs, start=1):
-        assert one.run.out is not None
-        print(f"[{number}/{len(runs)}] {one.run.out}", flush=True)
-        status = run_train(one, ["train", *one.arguments()])
+    for number, run in enumerate(runs, start=1):
+        assert run.run.out is not None
+        print(f"[{number}/{len(runs)}] {run.run.out}", flush=True)
+        status = run_train(run, ["train", *run.arguments()])
         if status != 0:
             return status
-        histories.append(read_history(one.run.out))
-    facts = compare(histories)
-    (out / "compare.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        histories.append(read_history(run.run.out))
+    from resist.report.png import draw_comparison  # needs matplotlib
+
+    comparison = compare(histories)
+    (out / "compare.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
     draw_comparison(histories, [out / "compare.png", out / "compare.svg"])
     print()
-    print_comparison(facts, Console(highlight=False, soft_wrap=True))
-    print(f"kept in {out}: compare.json, compare.png, compare.svg")
+    print_comparison(comparison, Console(highlight=False, soft_wrap=True))
+    print(f"saved to {out}: compare.json, compare.png, compare.svg")
     return 0
+
+
+def print_comparison(comparison: dict[str, Any], console: Console) -> None:
+    """Print a comparison (see `resist.report.compare.compare`) as a table, a row for each strategy."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    target = comparison["equal_accuracy"]
+    equal = "equal" if target is None else f"to {100 * target:.1f}%"
+    names = ("test %", "time s", "comp. s", "exch. s", "sent MB", f"s {equal}", f"MB {equal}", "speed-up")
+    table.add_column("strategy", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in comparison["rows"]:
+        spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
+        accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
+        table.add_row(
+            row["label"], accuracy, f"{row['time_s']:.1f}", f"{row['compute_s']:.1f}",
+            f"{row['exchange_s']:.1f}", f"{row['bytes'] / 1e6:.1f}", _or_dash(row["time_s_to_equal_accuracy"]),
+            _or_dash(row["bytes_to_equal_accuracy"], 1e-6), _or_dash(row["speed_up"]["time"], digits=2),
+        )  # fmt: skip
+    console.print(table)
+    console.print("speed-up: time of a step relative to local_sgd; times do not include evaluations")
+
+
+def _or_dash(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}"

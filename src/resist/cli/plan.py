@@ -121,7 +121,10 @@ def describe(model: "nn.Module", config: TrainConfig, rounds: int) -> dict[str, 
             for chain in chains
         ],
         "other_chains": [run.name for run in find_chains(model) if run.name not in block],
-        "rounds": [{name: plan.blocks for name, plan in of_round.items()} for of_round in plans],
+        "rounds": [
+            {"round": number, "plan": {name: plan.blocks for name, plan in of_round.items()}}
+            for number, of_round in enumerate(plans, start=1)
+        ],
     }
 
 

@@ -23,7 +23,7 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
     Raises:
         UserError: For options that cannot change, and for a directory that is not that of a run.
     """
-    from resist.runs.directory import read_config
+    from resist.runs.history import read_config
 
     path = config.run.resume
     if path is None:

@@ -1,4 +1,4 @@
-"""`resist watch`: the display of a run that goes on elsewhere, or is over."""
+"""`resist watch`: the display of a run that another process writes, or that has ended."""
 
 import sys
 import time
@@ -10,28 +10,30 @@ import tyro
 
 from resist.errors import UserError
 from resist.runs.directory import title_of
-from resist.runs.history import Follower, gone, read_options, rounds_of
+from resist.runs.follower import Follower, gone, rounds_of
+from resist.runs.history import read_options
 from resist.training.progress import Display, Summary
 
 POLL_S = 0.5
-GONE_S = 60.0  # a run whose process is gone may be restarted for so long
+GONE_S = 60.0  # how long a run whose process is gone may take to restart
 
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Watch a run that was started elsewhere, as far as its directory can be seen from here. Ends when it ends."""
+    """Watch a run of another process, from its directory. Ends when the run ends."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
     no_progress: bool = False
-    """Print a line now and then instead of a display that is drawn again and again, on a terminal too."""
+    """Print log lines instead of the live display."""
     patience_s: float | None = None
-    """Give up after so many seconds without news, with exit status 1. Default: watch on, and say since when."""
+    """Stop after so many seconds without a new record, with exit status 1. Default: keep watching."""
 
 
 def run_watch(config: WatchConfig, arguments: list[str]) -> int:
+    """Show the run until it ends. Returns the exit status. Raises UserError for invalid options."""
     if config.patience_s is not None and not config.patience_s > 0:
-        raise UserError(f"--patience-s {config.patience_s} has to be more than 0")
+        raise UserError(f"--patience-s {config.patience_s} must be more than 0")
     try:
         return watch(config)
     except KeyboardInterrupt:
@@ -39,20 +41,21 @@ def run_watch(config: WatchConfig, arguments: list[str]) -> int:
 
 
 def watch(config: WatchConfig) -> int:
+    """Show the run until it ends, or until the patience is over. Returns the exit status."""
     options, _ = read_options(config.run, [])
     follower = Follower(config.run)
     state = follower.state()
 
     def remark() -> str:
         if gone(state):
-            return f"process {state['process']} is gone; waiting {GONE_S:.0f} s for a restart"
+            return f"process {state['process']} no longer exists; waiting {GONE_S:.0f} s for a restart"
         return ""
 
     title = f"{config.run.absolute().name}: {title_of(options)}"
     with Display(title, Summary(rounds_of(state)), live=not config.no_progress, remark=remark) as display:
         first = True
         while True:
-            state = follower.state()  # before the records: what was written before it ended is read
+            state = follower.state()  # before the records, so that the last records of an ended run are read
             records = follower.read()
             if follower.restarted:
                 display.restart(rounds_of(state))
@@ -75,18 +78,21 @@ def watch(config: WatchConfig) -> int:
 
 
 def end_of(config: WatchConfig, state: dict[str, Any], display: Display) -> tuple[int, str] | None:
-    """(exit status, last words) where the run has ended, or is given up."""
+    """Exit status and last line where the run has ended or the patience is over, else None."""
     run, done, silent = config.run, display.summary.done, display.silent_s
     match state.get("state"):
         case "finished":
-            return 0, f"finished after round {done}; a page about it: resist report {run}"
+            return 0, f"finished after round {done}; report: resist report {run}"
         case "interrupted":
             return 0, f"interrupted after round {done}; to go on: resist train --resume {run}"
         case "failed":
             error = " ".join(str(state.get("error")).split())
             return 1, f"resist: the run failed after round {done}: {error}"
     if gone(state) and silent > GONE_S:
-        return 1, f"resist: the run ended after round {done} without a word: process {state['process']} is gone"
+        return 1, (
+            f"resist: the run stopped after round {done} without a final state "
+            f"(process {state['process']} no longer exists)"
+        )
     if config.patience_s is not None and silent > config.patience_s:
-        return 1, f"resist: no news of {run} for {silent:.0f} s after round {done}; given up"
+        return 1, f"resist: no new record in {run} for {silent:.0f} s after round {done}; stopped watching"
     return None

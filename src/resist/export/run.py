@@ -14,7 +14,7 @@ from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_
 from resist.export.folding import Fold, difference, fold
 from resist.export.recipe import Recipe, check_loads, timm_counterpart
 from resist.runs.config import NetworkConfig, TrainConfig
-from resist.runs.directory import read_config
+from resist.runs.history import read_config
 from resist.runs.model_file import FILE, load_full
 from resist.subnet.batchnorm import recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains

@@ -1,1 +1,1 @@
-"""What run directories tell: everything here reads their files and nothing else."""
+"""Reports from run directories. Everything here reads their files and nothing else."""

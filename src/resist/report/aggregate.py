@@ -1,4 +1,4 @@
-"""Who held what, and who sent to whom: the facts behind the partition map and the matrix of traffic."""
+"""Holdings and traffic of a run: the numbers behind the partition map and the traffic matrix."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -7,19 +7,25 @@ from resist.report.colors import color_of
 from resist.report.svg import CLEAR
 from resist.report.units import sample
 from resist.runs.history import History
+from resist.runs.records import ALLREDUCED, EVALUATE, allreduced_bytes
 
-COLUMNS, CELLS = 400, 40_000  # of a map at most
-MOST = 16  # holders of a block that are told apart; more are gray
+COLUMNS, CELLS = 400, 40_000  # the largest map
+MOST = 16  # holders of a block with a color each; more are gray
 MANY = "#8d949e"
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """Of one chain.
+    """The holders of one chain's blocks over a run.
 
-    rounds:  the rounds that are shown; every: one of so many is.
-    holders: holders[column][block]: the workers that held the block in that round, ascending.
-    shares:  shares[worker][block]: the share of all rounds in which the worker held it.
+    Attributes:
+        chain: the name of the chain.
+        blocks: its number of blocks.
+        workers: the number of workers.
+        rounds: the numbers of the rounds that are shown.
+        every: one of so many rounds is shown.
+        holders: holders[column][block]: the workers that held the block in that round, ascending.
+        shares: shares[worker][block]: the share of all rounds in which the worker held it.
     """
 
     chain: str
@@ -32,7 +38,7 @@ class Holdings:
 
 
 def holdings(history: History) -> list[Holdings]:
-    """The chains of a run, those first that come first in its records."""
+    """The holdings of each chain, in the order in which the records name them."""
     chains = dict.fromkeys(name for record in history.rounds for name in record["plan"])
     return [_of_chain(history, chain) for chain in chains]
 
@@ -54,25 +60,28 @@ def _of_chain(history: History, chain: str) -> Holdings:
         for worker, held in enumerate(plans[position]):
             for block in held:
                 of_block[block].append(worker)
-        holders.append([tuple(one) for one in of_block])
+        holders.append([tuple(workers_of) for workers_of in of_block])
     every = kept[1] - kept[0] if len(kept) > 1 else 1
     shares = [[count / len(plans) for count in of_worker] for of_worker in counts]
     return Holdings(chain, blocks, workers, [records[i]["round"] for i in kept], every, holders, shares)
 
 
-def map_rows(facts: Holdings) -> tuple[list[bytes], list[str], int]:
-    """(pixels, palette, pixels of a block's height) of a map: a column for each round, a row for each block.
+def map_rows(chain: Holdings) -> tuple[list[bytes], list[str], int]:
+    """Pixels of a partition map: a column for each round, a row for each block.
 
-    A block that several workers held is cut into as many stripes of equal height, in their colors. Blocks are set
-    apart by a clear line, and so are rounds where there are few of them.
+    A block that several workers held is cut into as many stripes of equal height, in their colors. A clear line
+    separates blocks, and rounds too where there are few of them.
+
+    Returns:
+        The rows of pixels as numbers of the palette, the palette, and the height of a block in pixels.
     """
-    most = max((len(one) for column in facts.holders for one in column), default=1)
-    stripes = max(min(most, MOST), min(14, max(5, 420 // facts.blocks)))
-    palette = [color_of(worker) for worker in range(min(facts.workers, 254))] + [MANY]
-    wide = len(facts.holders) <= 60
+    most = max((len(workers) for column in chain.holders for workers in column), default=1)
+    stripes = max(min(most, MOST), min(14, max(5, 420 // chain.blocks)))
+    palette = [color_of(worker) for worker in range(min(chain.workers, 254))] + [MANY]
+    wide = len(chain.holders) <= 60
     rows: list[bytes] = []
-    for block in range(facts.blocks):
-        cells = [column[block] for column in facts.holders]
+    for block in range(chain.blocks):
+        cells = [column[block] for column in chain.holders]
         for y in range(stripes):
             numbers = [_number(holders, y, stripes, len(palette)) for holders in cells]
             rows.append(b"".join(bytes([n]) * 11 + bytes([CLEAR]) for n in numbers) if wide else bytes(numbers))
@@ -81,7 +90,7 @@ def map_rows(facts: Holdings) -> tuple[list[bytes], list[str], int]:
 
 
 def _number(holders: tuple[int, ...], y: int, stripes: int, many: int) -> int:
-    """The palette's number of a block's pixel `y` of `stripes`."""
+    """Number in the palette of the pixel `y` (of `stripes`) of a block."""
     if not holders:
         return CLEAR
     if len(holders) > MOST:
@@ -90,15 +99,18 @@ def _number(holders: tuple[int, ...], y: int, stripes: int, many: int) -> int:
 
 
 def traffic(history: History) -> tuple[list[list[int]], bool]:
-    """(sent[source][target] in bytes over the whole run, whether evaluations are among it).
+    """Point-to-point traffic over the whole run.
 
-    Until version 0.1 the pairs held the blocks that were sent to assemble the full network, too.
+    Returns:
+        sent[source][target] in bytes; and True where evaluations are included: until version 0.1 the pairs held the
+        blocks that were sent to assemble the full network, too.
     """
     sent: Counter[tuple[int, int]] = Counter()
     mixed = False
     workers = max([history.workers, *(len(record["workers"]) for record in history.rounds)])
     for record in history.rounds:
-        booked = sum(record["bytes"].get(kind, 0) for kind in ("blocks", "state"))
+        apart = (*ALLREDUCED, "control", EVALUATE)
+        booked = sum(num for traffic_kind, num in record["bytes"].items() if traffic_kind not in apart)
         mixed |= sum(n for _, _, n in record["pairs"]) > booked
         for source, target, num_bytes in record["pairs"]:
             if 0 <= source < workers and 0 <= target < workers:
@@ -108,5 +120,4 @@ def traffic(history: History) -> tuple[list[list[int]], bool]:
 
 def all_reduced(history: History) -> float:
     """Bytes that each worker sent in all-reduces, over the whole run."""
-    total = sum(record["bytes"].get(kind, 0) for record in history.rounds for kind in ("shared", "gradients"))
-    return total / history.workers
+    return sum(map(allreduced_bytes, history.rounds)) / history.workers

@@ -1,28 +1,26 @@
-"""Several strategies under the same data, seeds and budget: a table, a picture, and the numbers behind both."""
+"""Comparison of several runs: a row of numbers for each strategy, and the labels and colors of its runs."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from resist.report.colors import STRATEGIES, color_of
 from resist.runs.history import History
 
-MARKS = {"resist": "o", "local_sgd": "s", "diloco": "^", "ddp": "D"}
-
-
-# Options that do not set two runs of a strategy apart: where they ran, and what the mean is taken over.
-BESIDE = {"seed", "out", "resume", "data_dir", "evaluations", "checkpoint_rounds"}
+# Options that do not distinguish two runs of a strategy: where they ran, and what the mean is taken over.
+IGNORED = {"seed", "out", "resume", "data_dir", "num_evals", "checkpoint_rounds"}
 
 
 def compare(histories: Sequence[History]) -> dict[str, Any]:
-    """A row for each strategy (see `labels`), means over its runs, ready for JSON. Equal accuracy: the least final one.
+    """Compare runs.
 
-    Speed-ups are against local SGD with as many workers, where it is among them: round time, and its two parts on
-    their own.
+    Args:
+        histories: the runs, each with at least one round.
+
+    Returns:
+        A table, ready for JSON. "rows": one for each label (see `labels`), with means over its runs. "equal_accuracy":
+        the smallest final accuracy, or None where no run was tested. "speed_up" in each row: the time of a step of
+        local SGD with as many workers, divided by that of the row; None where local SGD is not among the runs.
     """
     tested = [h for h in histories if h.tested]
     target = min((h.accuracies[-1] for h in tested), default=None)
@@ -31,36 +29,38 @@ def compare(histories: Sequence[History]) -> dict[str, Any]:
         groups.setdefault(label, []).append(history)
     rows = [{"label": label, **_row(group, target)} for label, group in groups.items()]
     for row in rows:
-        same = (r for r in rows if (r["strategy"], r["workers"]) == ("local_sgd", row["workers"]))
-        base = next(same, None)
+        base = next((r for r in rows if (r["strategy"], r["workers"]) == ("local_sgd", row["workers"])), None)
         row["speed_up"] = {
-            kind: None if base is None or row[f"{kind}_s_per_step"] == 0
-            else base[f"{kind}_s_per_step"] / row[f"{kind}_s_per_step"]
-            for kind in ("time", "compute", "exchange")
+            part: None if base is None or row[f"{part}_s_per_step"] == 0
+            else base[f"{part}_s_per_step"] / row[f"{part}_s_per_step"]
+            for part in ("time", "compute", "exchange")
         }  # fmt: skip
     return {"equal_accuracy": target, "rows": rows}
 
 
 def labels(histories: Sequence[History]) -> list[str]:
-    """For each run its strategy, and the options that other runs of it have differently, but for seeds."""
-    options = [_options(history) for history in histories]
-    found: list[str] = []
-    for history, own in zip(histories, options, strict=True):
+    """A label for each run: its strategy, and the options that differ among the runs of that strategy.
+
+    Runs that differ in their seeds alone have the same label.
+    """
+    all_options = [_options(history) for history in histories]
+    texts: list[str] = []
+    for history, options in zip(histories, all_options, strict=True):
         name = history.config.method.strategy
-        others = [o for h, o in zip(histories, options, strict=True) if h.config.method.strategy == name]
-        differing = [key for key in own if any(other[key] != own[key] for other in others)]
-        found.append(", ".join([name, *(f"{key.replace('_', ' ')} {own[key]}" for key in differing)]))
-    return found
+        others = [o for h, o in zip(histories, all_options, strict=True) if h.config.method.strategy == name]
+        differing = [key for key in options if any(other[key] != options[key] for other in others)]
+        texts.append(", ".join([name, *(f"{key.replace('_', ' ')} {options[key]}" for key in differing)]))
+    return texts
 
 
 def _options(history: History) -> dict[str, Any]:
     data = history.config.to_json()
     flat = {name: value for part in ("network", "method", "optimization", "run") for name, value in data[part].items()}
-    return {name: value for name, value in flat.items() if name not in BESIDE}
+    return {name: value for name, value in flat.items() if name not in IGNORED}
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:
-    """A color for each label: that of its strategy where labels are just that."""
+    """A color for each label: that of the strategy where all labels are names of strategies."""
     unique = list(dict.fromkeys(names))
     if all(name in STRATEGIES for name in unique):
         return {name: STRATEGIES[name] for name in unique}
@@ -91,63 +91,3 @@ def _row(runs: Sequence[History], target: float | None) -> dict[str, Any]:
         "time_s_to_equal_accuracy": mean(h.seconds[i] for h, i in reached) if reached else None,
         "bytes_to_equal_accuracy": mean(h.bytes[i] for h, i in reached) if reached else None,
     }
-
-
-def print_comparison(facts: dict[str, Any], console: Console) -> None:
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    target = facts["equal_accuracy"]
-    equal = "equal" if target is None else f"to {100 * target:.1f}%"
-    names = ("test %", "time s", "comp. s", "exch. s", "sent MB", f"s {equal}", f"MB {equal}", "speed-up")
-    table.add_column("strategy", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in facts["rows"]:
-        spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
-        accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
-        table.add_row(
-            row["label"], accuracy, f"{row['time_s']:.1f}", f"{row['compute_s']:.1f}",
-            f"{row['exchange_s']:.1f}", f"{row['bytes'] / 1e6:.1f}", _or_dash(row["time_s_to_equal_accuracy"]),
-            _or_dash(row["bytes_to_equal_accuracy"], 1e-6), _or_dash(row["speed_up"]["time"], digits=2),
-        )  # fmt: skip
-    console.print(table)
-    console.print("speed-up: time of a step against local_sgd; time leaves evaluations out")
-
-
-def _or_dash(value: float | None, factor: float = 1.0, digits: int = 1) -> str:
-    return "-" if value is None else f"{value * factor:.{digits}f}"
-
-
-def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None:
-    """Accuracy against time, against bytes and against steps, one curve a run, into each of `files` (png, svg, pdf)."""
-    from matplotlib.figure import Figure  # slow to import, and only needed here
-
-    axes_of: tuple[tuple[str, Callable[[History], Sequence[float]]], ...] = (
-        ("time without evaluations, s", lambda h: h.seconds),
-        ("sent by all workers, MB", lambda h: [b / 1e6 for b in h.bytes]),
-        ("optimizer steps of a worker", lambda h: h.steps),
-    )
-    names = labels(histories)
-    of_label = colors(names)
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
-    all_axes = figure.subplots(1, 3, sharey=True)
-    for axes, (label, values) in zip(all_axes, axes_of, strict=True):
-        for name, h in zip(names, histories, strict=True):
-            strategy = h.config.method.strategy
-            x = [values(h)[i] for i in h.tested]
-            axes.plot(
-                x, [100 * a for a in h.accuracies], color=of_label[name], marker=MARKS.get(strategy, "."),
-                markersize=4, linewidth=1.4, label=name.replace("_", " "),
-            )  # fmt: skip
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        if label.startswith("sent"):
-            axes.set_xscale("log")  # strategies differ by orders of magnitude
-        else:
-            axes.set_xlim(left=0)
-    all_axes[0].set_ylabel("test accuracy, %")
-    handles, texts = all_axes[0].get_legend_handles_labels()
-    unique = dict(zip(texts, handles, strict=True))
-    all_axes[-1].legend(unique.values(), unique.keys(), frameon=False, loc="lower right")
-    for file in files:
-        figure.savefig(file, dpi=200)

@@ -1,4 +1,4 @@
-"""The figures of a report as HTML: curves, the partition map, the matrix of traffic, seconds by kind."""
+"""The figures of a report as HTML: curves, partition map, traffic matrix, seconds by phase."""
 
 import math
 from bisect import bisect_left
@@ -7,101 +7,106 @@ from dataclasses import dataclass
 from html import escape
 
 from resist.report.aggregate import Holdings, all_reduced, holdings, map_rows, traffic
-from resist.report.colors import KINDS, color_of
+from resist.report.colors import PHASES, color_of
 from resist.report.compare import colors
 from resist.report.svg import Series, Ticks, data_uri, figure, frame, legend, png, stacked_plot, svg
-from resist.report.tables import kinds_of
+from resist.report.tables import phases_of
 from resist.report.units import amount, bytes_unit, ends, means, seconds_unit, thin, whole_ticks
 from resist.runs.history import History
 
-COLUMNS = 150  # of a picture of all rounds at most
-NUMBERED = 12  # workers up to which a matrix has its numbers written into it
+COLUMNS = 150  # the largest number of columns for all rounds
+NUMBERED = 12  # workers up to which a matrix shows its numbers
 
 
 def holdings_figures(history: History) -> list[str]:
-    """For each chain the partition map, and how often each worker held each block."""
-    return [f"{partition_map(facts)}{shares(facts)}" for facts in holdings(history)]
+    """The partition map of each chain, with the share of rounds in which each worker held each block."""
+    return [f"{partition_map(chain)}{shares(chain)}" for chain in holdings(history)]
 
 
-def partition_map(facts: Holdings) -> str:
-    rows, palette, height = map_rows(facts)
+def partition_map(chain: Holdings) -> str:
+    """The holders of each block in each round, as a picture with a column for each round."""
+    rows, palette, height = map_rows(chain)
     picture = png(rows, palette)
     combinations: dict[tuple[int, ...], int] = {}
-    cells = [[combinations.setdefault(one, len(combinations)) for one in column] for column in facts.holders]
+    cells = [[combinations.setdefault(workers, len(combinations)) for workers in column] for column in chain.holders]
     data = {
-        "kind": "map", "x": facts.rounds, "blocks": facts.blocks, "cells": cells, "combinations": list(combinations),
-    }  # fmt: skip
-    num = len(facts.rounds)
-    x_ticks = round_ticks(facts.rounds)
-    area = f'<img alt="{escape(_in_words(facts))}" src="{data_uri(picture)}">'
-    inside = frame(area, x_ticks, block_ticks(facts.blocks, height), "round", f"block of {facts.chain}",
-                   height=len(rows), data=data)  # fmt: skip
+        "type": "map",
+        "x": chain.rounds,
+        "blocks": chain.blocks,
+        "cells": cells,
+        "combinations": list(combinations),
+    }
+    num = len(chain.rounds)
+    x_ticks = round_ticks(chain.rounds)
+    area = f'<img alt="{escape(_alt_text(chain))}" src="{data_uri(picture)}">'
+    y_ticks = block_ticks(chain.blocks, height)
+    inside = frame(area, x_ticks, y_ticks, "round", f"block of {chain.chain}", height=len(rows), data=data)
     note = "A block in several colors was held by several workers at once."
-    if facts.every > 1:
-        note += f" Every {facts.every}th round is shown."
-    key = legend([(f"worker {worker}", color_of(worker)) for worker in range(facts.workers)])
+    if chain.every > 1:
+        note += f" Every {chain.every}th round is shown."
+    key = legend([(f"worker {worker}", color_of(worker)) for worker in range(chain.workers)])
     content = f'<div style="max-width:{60 + max(160, 30 * num)}px">{inside}</div>{key}'
-    return figure(f"Who held which block of {facts.chain}", content, note=note, kind="plot map")
+    return figure(f"Who held which block of {chain.chain}", content, note=note, css_class="plot map")
 
 
 def round_ticks(rounds: Sequence[int]) -> Ticks:
-    """Round numbers at the middles of the columns that show them, or are the nearest to them."""
+    """Round numbers at the middles of the columns that show them, or of the nearest columns."""
     num = 12 if len(rounds) <= 12 else 6
     nearest = {bisect_left(rounds, tick): tick for tick in [rounds[0], *whole_ticks(rounds[0], rounds[-1], num)]}
     close = [i for i in nearest if i and i < 0.07 * len(rounds)]  # too near to the first
     return [((i + 0.5) / len(rounds), str(tick)) for i, tick in nearest.items() if i not in close]
 
 
-def _in_words(facts: Holdings) -> str:
-    return f"{facts.blocks} blocks in {len(facts.rounds)} rounds, colored by the workers that held them"
+def _alt_text(chain: Holdings) -> str:
+    return f"{chain.blocks} blocks in {len(chain.rounds)} rounds, colored by the workers that held them"
 
 
 def block_ticks(blocks: int, height: int) -> Ticks:
-    """Every block's number where there is room for it, block 0 at the top."""
+    """Block numbers as far as there is room, block 0 at the top."""
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 500, 10**9) if s * height >= 14)
     return [(1 - (block + 0.5) / blocks, str(block)) for block in range(0, blocks, step)]
 
 
-def shares(facts: Holdings) -> str:
-    """The share of rounds in which each worker held each block, as shades."""
+def shares(chain: Holdings) -> str:
+    """Shares of rounds in which each worker held each block, as shades."""
     parts: list[str] = []
-    shown = [share for row in facts.shares for share in row]
-    for worker, row in enumerate(facts.shares):
+    shown = [share for row in chain.shares for share in row]
+    for worker, row in enumerate(chain.shares):
         for block, share in enumerate(row):
             opacity = f"{share / max(shown):.2f}".rstrip("0").rstrip(".")
             parts.append(
                 f'<rect x="{block}.04" y="{worker}.04" width=".92" height=".92" fill="{color_of(worker)}" '
                 f'fill-opacity="{opacity}"><title>worker {worker}, block {block}: {share:.0%}</title></rect>'
             )
-    pitch = max(8, min(18, 240 // facts.workers))
+    pitch = max(8, min(18, 240 // chain.workers))
     y_step = -(-12 // pitch)
-    y_ticks = [(1 - (w + 0.5) / facts.workers, str(w)) for w in range(0, facts.workers, y_step)]
-    x_ticks = [((b + 0.5) / facts.blocks, str(b)) for b in whole_ticks(0, facts.blocks - 1, 10)]
-    area = svg(parts, facts.blocks, facts.workers)
-    inside = frame(area, x_ticks, y_ticks, f"block of {facts.chain}", "worker", height=pitch * facts.workers)
+    y_ticks = [(1 - (w + 0.5) / chain.workers, str(w)) for w in range(0, chain.workers, y_step)]
+    x_ticks = [((b + 0.5) / chain.blocks, str(b)) for b in whole_ticks(0, chain.blocks - 1, 10)]
+    area = svg(parts, chain.blocks, chain.workers)
+    inside = frame(area, x_ticks, y_ticks, f"block of {chain.chain}", "worker", height=pitch * chain.workers)
     note = f"The stronger the color, the more of the rounds; from {min(shown):.0%} to {max(shown):.0%}."
-    return figure("How often each worker held each block",
-                  f'<div style="max-width:{60 + 44 * facts.blocks}px">{inside}</div>', note=note)  # fmt: skip
+    content = f'<div style="max-width:{60 + 44 * chain.blocks}px">{inside}</div>'
+    return figure("How often each worker held each block", content, note=note)
 
 
 def matrix(history: History) -> str:
-    """Who sent how much to whom, from worker to worker."""
+    """Traffic from worker to worker, as a table."""
     sent, mixed = traffic(history)
     most = max(max(row) for row in sent)
-    note = f"By all-reduce, besides: {amount(all_reduced(history))} sent by each worker."
+    note = f"By all-reduce, in addition: {amount(all_reduced(history))} sent by each worker."
     if mixed:
-        note += " With what was sent to worker 0 to test the full network."
+        note += " Includes the blocks that were sent to worker 0 to test the full network."
     if most == 0:
-        content = '<p class="none">Nothing went from one worker to another; all of it by all-reduce.</p>'
+        content = '<p class="none">No block went from worker to worker; all traffic was all-reduce.</p>'
     else:
         divisor, unit = bytes_unit(most)
         content = heat_table(sent, divisor)
         note = f"{unit}; rows send, columns receive. {note}"
-    return figure("Who sent how much to whom", content, note=note, kind="matrix")
+    return figure("Who sent how much to whom", content, note=note, css_class="matrix")
 
 
 def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
-    """A table with shades; with many workers the numbers are left to the tooltip."""
+    """A table with shades; with many workers only the tooltips have the numbers."""
     most = max(max(row) for row in sent)
     numbered = len(sent) <= NUMBERED
     head = "".join(f"<th>{target}</th>" for target in range(len(sent)))
@@ -111,8 +116,8 @@ def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
         for target, value in enumerate(row):
             share, text = value / most, f"{value / divisor:,.1f}" if value else ""
             title = f' title="{source} to {target}: {text or 0}"'
-            cells.append(f'<td class="cell"{title} style="background:rgba(var(--heat),{0.6 * share:.2f})">'
-                         f"{text if numbered else ''}</td>")  # fmt: skip
+            style = f"background:rgba(var(--heat),{0.6 * share:.2f})"
+            cells.append(f'<td class="cell"{title} style="{style}">{text if numbered else ""}</td>')
         rows.append(f"<tr><th>{source}</th>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll"><table class="heat"><thead><tr><th>from \\ to</th>{head}</tr></thead>'
@@ -121,27 +126,35 @@ def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
 
 
 def seconds_figure(history: History) -> str:
-    """Seconds by kind in each round, stacked."""
-    kinds = kinds_of(history)
-    of_kind = [[record["seconds"].get(kind, 0.0) for record in history.rounds] for kind in kinds]
+    """Seconds by phase in each round, stacked."""
+    phases = phases_of(history)
+    values_of = [[record["seconds"].get(phase, 0.0) for record in history.rounds] for phase in phases]
     series = [
-        Series(kind, KINDS.get(kind, color_of(len(KINDS) + i)), (), means(values, COLUMNS))
-        for i, (kind, values) in enumerate(zip(kinds, of_kind, strict=True))
+        Series(phase, PHASES.get(phase, color_of(len(PHASES) + i)), (), means(values, COLUMNS))
+        for i, (phase, values) in enumerate(zip(phases, values_of, strict=True))
         if sum(values) > 0
     ]
     rounds = [int(last) for last in ends([record["round"] for record in history.rounds], COLUMNS)]
     every = -(-len(history.rounds) // COLUMNS)
-    drawn = stacked_plot("Seconds of a round, by kind", "round", "s", rounds, round_ticks(rounds), series)
+    drawn = stacked_plot("Seconds of a round by phase", "round", "s", rounds, round_ticks(rounds), series)
     note = f'<p class="note">Means of {every} rounds each.</p>' if every > 1 else ""
-    return f"<div>{drawn}{legend([(one.name, one.color) for one in series])}{note}</div>"
+    return f"<div>{drawn}{legend([(line.name, line.color) for line in series])}{note}</div>"
 
 
-POINTS = 300  # of a line at most
+POINTS = 300  # the largest number of points of a line
 
 
 @dataclass(frozen=True)
 class Curves:
-    """One set of axes, a line for each run."""
+    """One plot, a line for each run.
+
+    Attributes:
+        title: the title.
+        x_label: the label of the x axis.
+        y_label: the label of the y axis.
+        log_x: the x axis is logarithmic.
+        series: the lines.
+    """
 
     title: str
     x_label: str
@@ -151,8 +164,12 @@ class Curves:
 
 
 def curves_of(histories: Sequence[History], names: Sequence[str]) -> list[Curves]:
-    """Accuracy against steps, time and bytes, then loss against the same. names: one for each run; equal names have
-    the same color."""
+    """Six plots: accuracy against steps, time and bytes, then loss against the same.
+
+    Args:
+        histories: the runs.
+        names: a name for each run; equal names have the same color.
+    """
     of_name = colors(names)
     byte, byte_unit = bytes_unit(max(h.bytes[-1] for h in histories))
     second, second_unit = seconds_unit(max(h.seconds[-1] for h in histories))
@@ -163,16 +180,15 @@ def curves_of(histories: Sequence[History], names: Sequence[str]) -> list[Curves
         ("time", f"time without evaluations, {second_unit}", lambda h: [s / second for s in h.seconds], False),
         ("bytes", f"sent by all workers, {byte_unit}", lambda h: [b / byte for b in h.bytes], far_apart),
     )
-    return [
-        Curves(
-            f"{what} against {against}", x_label, y_label, log,
-            [line(h, n, of_name[n], values(h)) for h, n in zip(histories, names, strict=True)],
-        )
-        for what, y_label, line in (
-            ("Test accuracy", "%", _accuracy_line), ("Training loss", "mean over the workers", _loss_line),
-        )
-        for against, x_label, values, log in axes
-    ]  # fmt: skip
+    plots: list[Curves] = []
+    for quantity, y_label, line in (
+        ("Test accuracy", "%", _accuracy_line),
+        ("Training loss", "mean over the workers", _loss_line),
+    ):
+        for against, x_label, values, log in axes:
+            series = [line(h, n, of_name[n], values(h)) for h, n in zip(histories, names, strict=True)]
+            plots.append(Curves(f"{quantity} against {against}", x_label, y_label, log, series))
+    return plots
 
 
 def _accuracy_line(history: History, name: str, color: str, x: Sequence[float]) -> Series:

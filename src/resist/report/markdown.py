@@ -1,37 +1,27 @@
-"""The report as Markdown: tables, and links to the pictures beside it."""
+"""The report as Markdown: tables, and links to the pictures next to it."""
 
 import re
 from collections.abc import Sequence
 from html import escape
 from urllib.parse import quote
 
+from resist.report import tables
 from resist.report.compare import compare
-from resist.report.tables import (
-    COMPARISON_NOTE,
-    ENDS,
-    READINGS_NOTE,
-    WORKERS_NOTE,
-    comparison_rows,
-    environment,
-    headline,
-    names_of,
-    notes,
-    options,
-    reading_rows,
-    repeat,
-    seconds_by_kind,
-    sentence,
-    worker_rows,
-)
 from resist.runs.history import History
 
 
 def markdown(histories: Sequence[History], curves: str, pictures: Sequence[str]) -> str:
-    """curves: file name of the curves; pictures: of each run's other figures."""
-    names = names_of(histories)
+    """The Markdown of a report on one run, or of a comparison of several.
+
+    Args:
+        histories: the runs.
+        curves: file name of the picture of the curves.
+        pictures: file name of the picture of each run.
+    """
+    names = tables.names_of(histories)
     parts = [f"# {_text(names[0]) if len(names) == 1 else f'{len(names)} runs compared'}"]
     if len(histories) > 1:
-        parts += [_table(*comparison_rows(compare(histories))), COMPARISON_NOTE]
+        parts += [_table(*tables.comparison_rows(compare(histories))), tables.COMPARISON_NOTE]
     parts.append(f"![Accuracy and loss against steps, time and bytes]({quote(curves)})")
     for history, name, picture in zip(histories, names, pictures, strict=True):
         parts += [f"## {_text(name)}"] if len(histories) > 1 else []
@@ -40,23 +30,27 @@ def markdown(histories: Sequence[History], curves: str, pictures: Sequence[str])
 
 
 def _one(history: History, picture: str) -> list[str]:
-    readings = ["### How the full network is read", _table(("", ""), reading_rows(history)), READINGS_NOTE]
-    commands = "\n".join("    " + " ".join(line.splitlines()) for line in repeat(history))
+    readings = [
+        "### How the full network is read",
+        _table(("", ""), tables.reading_rows(history)),
+        tables.READINGS_NOTE,
+    ]
+    commands = "\n".join("    " + " ".join(line.splitlines()) for line in tables.repeat(history))
     return [
-        f"{_text(sentence(history))} ({ENDS[history.ended]})",
-        *(f"> {_text(note)}" for note in notes(history)),
-        _table(("", ""), headline(history)),
+        f"{_text(tables.sentence(history))} ({tables.ENDS[history.ended]})",
+        *(f"> {_text(note)}" for note in tables.notes(history)),
+        _table(("", ""), tables.headline(history)),
         f"![Who held which block, who sent how much to whom, seconds of a round]({quote(picture)})",
         "### The workers",
-        _table(*worker_rows(history)),
-        WORKERS_NOTE,
-        "### Seconds by kind",
-        _table(("", ""), seconds_by_kind(history)),
+        _table(*tables.worker_rows(history)),
+        tables.WORKERS_NOTE,
+        "### Seconds by phase",
+        _table(("", ""), tables.seconds_by_phase(history)),
         *(readings if history.readings else []),
-        "### To do it again",
+        "### Reproduce",
         commands,
-        _table(("option", "value"), options(history)),
-        _table(("where it ran", ""), environment(history)),
+        _table(("option", "value"), tables.options(history)),
+        _table(("where it ran", ""), tables.environment(history)),
     ]
 
 
@@ -67,5 +61,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _text(text: str) -> str:
-    """`text` as Markdown shows it: no markup of its own, in one line."""
+    """`text` in one line, with Markdown's markup escaped."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", escape(" ".join(text.split()), quote=False))

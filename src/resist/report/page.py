@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else."""
+"""The report as one HTML page without external files."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -7,33 +7,16 @@ from importlib.resources import files
 from typing import Any
 
 import resist
+from resist.report import tables
 from resist.report.compare import colors, compare, labels
 from resist.report.figures import curves_of, holdings_figures, matrix, seconds_figure
 from resist.report.svg import legend, line_plot
-from resist.report.tables import (
-    COMPARISON_NOTE,
-    ENDS,
-    READINGS_NOTE,
-    WORKERS_NOTE,
-    Rows,
-    comparison_rows,
-    environment,
-    headline,
-    names_of,
-    notes,
-    options,
-    reading_rows,
-    repeat,
-    seconds_by_kind,
-    sentence,
-    worker_rows,
-)
 from resist.runs.history import History
 
 
 def page(histories: Sequence[History]) -> str:
-    """The HTML of a report on one run, or on several and how they compare."""
-    names = names_of(histories)
+    """The HTML of a report on one run, or of a comparison of several."""
+    names = tables.names_of(histories)
     title = names[0] if len(names) == 1 else f"{len(names)} runs compared"
     body = _several(histories, names) if len(histories) > 1 else _one(histories[0], names[0], "h1")
     here = files("resist.report")
@@ -51,11 +34,11 @@ def page(histories: Sequence[History]) -> str:
 
 
 def _several(histories: Sequence[History], names: Sequence[str]) -> str:
-    head, rows = comparison_rows(compare(histories))
+    head, rows = tables.comparison_rows(compare(histories))
     links = "".join(f'<li><a href="#run-{i}">{escape(name)}</a></li>' for i, name in enumerate(names, start=1))
     parts = [
         f"<header><h1>{len(names)} runs compared</h1><nav><ul>{links}</ul></nav></header>",
-        f'<section id="comparison">{table(head, rows)}<p class="note">{escape(COMPARISON_NOTE)}</p></section>',
+        f'<section id="comparison">{table(head, rows)}<p class="note">{escape(tables.COMPARISON_NOTE)}</p></section>',
         curves(histories, labels(histories)),
     ]
     for number, (history, name) in enumerate(zip(histories, names, strict=True), start=1):
@@ -65,49 +48,51 @@ def _several(histories: Sequence[History], names: Sequence[str]) -> str:
 
 def _one(history: History, name: str, heading: str) -> str:
     alone = heading == "h1"
-    badge = f'<span class="badge">{escape(ENDS[history.ended])}</span>'
-    tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in headline(history))
+    badge = f'<span class="badge">{escape(tables.ENDS[history.ended])}</span>'
+    tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tables.headline(history))
     parts = [
-        f"<header><{heading}>{escape(name)}{badge}</{heading}><p>{escape(sentence(history))}</p></header>",
-        *(f'<p class="warning">{escape(note)}</p>' for note in notes(history)),
+        f"<header><{heading}>{escape(name)}{badge}</{heading}><p>{escape(tables.sentence(history))}</p></header>",
+        *(f'<p class="warning">{escape(note)}</p>' for note in tables.notes(history)),
         f'<dl class="tiles">{tiles}</dl>',
         curves([history], ["full network"]) if alone else "",
     ]
     parts += [f"<section><h3>Who trained what, when</h3>{figures}</section>" for figures in holdings_figures(history)]
-    head, rows = worker_rows(history)
+    head, rows = tables.worker_rows(history)
     parts += [
         f'<section><h3>What was sent, and where the time went</h3><div class="pair">{matrix(history)}'
         f"{seconds_figure(history)}</div></section>",
-        f'<section><h3>The workers</h3>{table(head, rows)}<p class="note">{WORKERS_NOTE}</p></section>',
-        f"<section><h3>Seconds by kind</h3>{facts(seconds_by_kind(history))}</section>",
+        f'<section><h3>The workers</h3>{table(head, rows)}<p class="note">{tables.WORKERS_NOTE}</p></section>',
+        f"<section><h3>Seconds by phase</h3>{pairs(tables.seconds_by_phase(history))}</section>",
     ]
     if history.readings:
         parts.append(
-            f"<section><h3>How the full network is read</h3>{facts(reading_rows(history))}"
-            f'<p class="note">{READINGS_NOTE}</p></section>'
+            f"<section><h3>How the full network is read</h3>{pairs(tables.reading_rows(history))}"
+            f'<p class="note">{tables.READINGS_NOTE}</p></section>'
         )
     parts.append(
-        f"<section><h3>To do it again</h3><pre>{escape(chr(10).join(repeat(history)))}</pre>"
-        f"<details><summary>All options</summary>{facts(options(history))}</details>"
-        f"<details open><summary>Where it ran</summary>{facts(environment(history))}</details></section>"
+        f"<section><h3>Reproduce</h3><pre>{escape(chr(10).join(tables.repeat(history)))}</pre>"
+        f"<details><summary>All options</summary>{pairs(tables.options(history))}</details>"
+        f"<details open><summary>Where it ran</summary>{pairs(tables.environment(history))}</details></section>"
     )
     return "\n".join(part for part in parts if part)
 
 
 def curves(histories: Sequence[History], names: Sequence[str]) -> str:
-    """Accuracy and loss against steps, time and bytes: six figures."""
+    """Six figures: accuracy and loss against steps, time and bytes."""
     figures = [line_plot(c.title, c.x_label, c.y_label, c.series, log_x=c.log_x) for c in curves_of(histories, names)]
     of_name = colors(names)
     key = legend([(name, of_name[name]) for name in dict.fromkeys(names)]) if len(set(names)) > 1 else ""
     return f'<section id="curves"><div class="figures">{"".join(figures)}</div>{key}</section>'
 
 
-def facts(rows: Rows) -> str:
+def pairs(rows: tables.Rows) -> str:
+    """A table of names and values."""
     cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f'<div class="scroll"><table class="facts">{cells}</table></div>'
+    return f'<div class="scroll"><table class="pairs">{cells}</table></div>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table with a head."""
     first = "".join(f"<th>{escape(name)}</th>" for name in head)
     cells = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{first}</tr></thead><tbody>{cells}</tbody></table></div>'

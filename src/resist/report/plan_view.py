@@ -1,6 +1,9 @@
-"""A plan for people: as text on a terminal, and as an SVG, a square for each block of each worker's sub-network."""
+"""The plans of a few rounds: as text for the terminal, and as an SVG with a square for each block of each worker.
 
-from collections.abc import Sequence
+A plan's description is a dict, ready for JSON (see `resist.cli.plan.describe`). Rounds are numbered from 1.
+"""
+
+from collections.abc import Container, Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -11,32 +14,51 @@ from rich.text import Text
 from resist.report.colors import color_of
 
 
-def print_plan(facts: dict[str, Any], console: Console) -> None:
-    """The same for people: each round is a row of blocks, each block marked with the workers that hold it."""
+def print_plan(description: dict[str, Any], console: Console) -> None:
+    """Print a description: counts, then the blocks of each worker in each round."""
     table = Table.grid(padding=(0, 3), pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("parameters", f"{facts['parameters']:,}")
-    table.add_row("shared by all workers", f"{facts['shared']:,}")
-    for chain in facts["chains"]:
+    table.add_row("parameters", f"{description['parameters']:,}")
+    table.add_row("shared by all workers", f"{description['shared']:,}")
+    for chain in description["chains"]:
         each = f"{chain['blocks']} blocks of {chain['parameters_of_a_block']:,}"
         table.add_row(f"chain {chain['name']}", each)
         table.add_row("  blocks held by each worker", " ".join(map(str, chain["capacities"])))
         if chain["attributes_that_differ"]:
             table.add_row("  goes with each block", " ".join(chain["attributes_that_differ"]))
-    share = " ".join(f"{held / facts['parameters']:.0%}" for held in facts["held_by_worker"])
+    share = " ".join(f"{held / description['parameters']:.0%}" for held in description["held_by_worker"])
     table.add_row("a worker's share of the network", share)
-    if facts["other_chains"]:
-        table.add_row("not partitioned, could be", " ".join(facts["other_chains"]) + "  (name chains with --chain)")
+    if description["other_chains"]:
+        others = " ".join(description["other_chains"])
+        table.add_row("not partitioned, could be", f"{others}  (name chains with --chain)")
     console.print(table)
-    for chain in facts["chains"]:
+    for chain in description["chains"]:
         if chain["caveat"]:
             console.print(f"\nnote: {chain['caveat']}")
-    for chain in facts["chains"]:
+    for chain in description["chains"]:
         console.print(f"\nWho holds which block of {chain['name']}")
-        rounds = [of_round[chain["name"]] for of_round in facts["rounds"]]
+        rounds = plans_of(description, chain["name"])
         for line in partition_lines(chain["blocks"], rounds, console.width, utf8=console.encoding.startswith("utf")):
             console.print(line)
+
+
+def plans_of(description: dict[str, Any], chain: str) -> list[Sequence[Sequence[int]]]:
+    """plans[round][worker]: the blocks of `chain` that the worker holds."""
+    return [entry["plan"][chain] for entry in description["rounds"]]
+
+
+def block_row(held: Container[int], blocks: Iterable[int], *, pitch: int = 1, utf8: bool = True) -> str:
+    """The blocks of one worker as text: a mark for each block that it holds, a line past the others.
+
+    Args:
+        held: the blocks that the worker holds.
+        blocks: the blocks to show.
+        pitch: columns for each block.
+        utf8: use box drawing characters instead of ASCII.
+    """
+    mark, line = ("■", "─") if utf8 else ("#", "-")
+    return "".join(line * (pitch - 1) + (mark if block in held else line) for block in blocks)
 
 
 LABEL_COLUMNS, SHARED_COLUMNS = 21, 2
@@ -45,32 +67,31 @@ LABEL_COLUMNS, SHARED_COLUMNS = 21, 2
 def partition_lines(
     num_blocks: int, rounds: Sequence[Sequence[Sequence[int]]], width: int, *, utf8: bool = True
 ) -> list[Text]:
-    """The sub-network of each worker in each round as a line: shared parts at both ends, its blocks, the way past the
-    others'.
+    """The sub-network of each worker in each round as a line, the shared parts at both ends.
 
-    Where blocks do not fit into `width` columns, they go on in a further part below.
+    Args:
+        num_blocks: blocks of the chain. Those that do not fit continue in another part below.
+        rounds: rounds[round][worker]: the blocks that the worker holds.
+        width: columns of the terminal.
+        utf8: use box drawing characters instead of ASCII.
     """
-    held_mark, way, shared = ("■", "─", "━") if utf8 else ("#", "-", "=")
+    line, shared = ("─", "━") if utf8 else ("-", "=")
     room = max(8, width - LABEL_COLUMNS - 2 * SHARED_COLUMNS - 1)
     pitch = 2 if 2 * num_blocks <= room else 1
     lines: list[Text] = []
     for first in range(0, num_blocks, room // pitch):
         part = range(first, min(num_blocks, first + room // pitch))
         lines += [Text()] if first else []
-        for digit in range(len(str(num_blocks - 1)), 0, -1):  # numbers stand upright
+        for digit in range(len(str(num_blocks - 1)), 0, -1):  # block numbers stand upright
             digits = (str(block)[-digit] if len(str(block)) >= digit else " " for block in part)
-            lines.append(
-                Text(" " * (LABEL_COLUMNS + SHARED_COLUMNS + pitch - 1) + (" " * (pitch - 1)).join(digits), style="dim")
-            )
-        for number, workers in enumerate(rounds):
+            indent = " " * (LABEL_COLUMNS + SHARED_COLUMNS + pitch - 1)
+            lines.append(Text(indent + (" " * (pitch - 1)).join(digits), style="dim"))
+        for number, workers in enumerate(rounds, start=1):
             for worker, held in enumerate(workers):
                 label = f"round {number}" if worker == 0 else ""
                 text = Text(f"{label:<10}{f'worker {worker}':<11}")
-                marks = "".join(way * (pitch - 1) + (held_mark if block in held else way) for block in part)
-                text.append(
-                    shared * SHARED_COLUMNS + marks + way * (pitch - 1) + shared * SHARED_COLUMNS,
-                    style=color_of(worker),
-                )
+                marks = block_row(held, part, pitch=pitch, utf8=utf8) + line * (pitch - 1)
+                text.append(shared * SHARED_COLUMNS + marks + shared * SHARED_COLUMNS, style=color_of(worker))
                 lines.append(text)
     return lines
 
@@ -79,35 +100,34 @@ SIZE, GAP = 15, 4  # of a block, and to the next
 LABELS, SHARED, EDGE = 138, 62, 14  # widths: of the labels on the left, of a shared part, of the margin
 HEAD, LEGEND = 66, 20  # heights: of a chain's title with the network below it, of a line of the legend
 
-# Follows the reader's light or dark mode, also where it is embedded as an image.
+# Follows the light or dark mode of the browser, also where it is embedded as an image.
 STYLE = (
     "text{fill:#24292f}.soft{fill:#57606a}.ground{fill:#ffffff}.whole{fill:#8d949e}.path{stroke-opacity:.55}"
     "@media(prefers-color-scheme:dark){text{fill:#e4e8ee}.soft{fill:#a2abb8}.ground{fill:#14171c}}"
 )
 
 
-def partition_svg(facts: dict[str, Any]) -> str:
-    """SVG of the plans in `facts` (see `resist.cli.plan.describe`), a drawing
-    for each of its chains and a legend."""
-    workers, pitch = len(facts["held_by_worker"]), SIZE + GAP
-    most = max(chain["blocks"] for chain in facts["chains"])
+def partition_svg(description: dict[str, Any]) -> str:
+    """The plans of a description as an SVG: a drawing for each of its chains, and a legend."""
+    workers, pitch = len(description["held_by_worker"]), SIZE + GAP
+    most = max(chain["blocks"] for chain in description["chains"])
     width = LABELS + 2 * SHARED + most * pitch + 2 * EDGE
     parts: list[str] = []
     top = EDGE
-    for chain in facts["chains"]:
-        rounds = [of_round[chain["name"]] for of_round in facts["rounds"]]
+    for chain in description["chains"]:
+        rounds = plans_of(description, chain["name"])
         parts += _chain(chain["name"], chain["blocks"], rounds, top)
         top += HEAD + len(rounds) * (workers * pitch + 14) + 10
     legend, lines = _legend(workers, top, width)
     height = top + lines * LEGEND + EDGE
-    return "\n".join([
+    head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" font-family="system-ui, sans-serif" font-size="12">',
+        'role="img" font-family="system-ui, sans-serif" font-size="12">',
         "<title>Who holds which block</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="ground" width="{width}" height="{height}"/>',
-        *parts, *legend, "</svg>", "",
-    ])  # fmt: skip
+    ]
+    return "\n".join([*head, *parts, *legend, "</svg>", ""])
 
 
 def _chain(name: str, blocks: int, rounds: Sequence[Sequence[Sequence[int]]], top: int) -> list[str]:
@@ -119,7 +139,7 @@ def _chain(name: str, blocks: int, rounds: Sequence[Sequence[Sequence[int]]], to
         parts.append(_text(first + block * pitch + SIZE / 2, top + 32, str(block), "middle", 10, "soft"))
     parts += [_text(EDGE, top + 50, "the network"), *_network(left, top + 38, blocks, range(blocks), None)]
     y = top + HEAD
-    for number, workers in enumerate(rounds):
+    for number, workers in enumerate(rounds, start=1):
         parts.append(_text(EDGE, y + 12, f"round {number}"))
         for worker, held in enumerate(workers):
             parts.append(_text(left - 8, y + 12, f"worker {worker}", "end", 12, "soft"))
@@ -130,7 +150,7 @@ def _chain(name: str, blocks: int, rounds: Sequence[Sequence[Sequence[int]]], to
 
 
 def _network(x: float, y: float, blocks: int, held: Sequence[int], color: str | None) -> list[str]:
-    """The shared parts at both ends, the blocks that are held, and the way through them; gray without a color."""
+    """The shared parts at both ends, the blocks that are held, and the path through them; gray without a color."""
     pitch = SIZE + GAP
     end = x + SHARED + GAP + blocks * pitch
     fill = 'class="whole"' if color is None else f'fill="{color}"'
@@ -140,13 +160,12 @@ def _network(x: float, y: float, blocks: int, held: Sequence[int], color: str | 
         f'<rect x="{at}" y="{y}" width="{SHARED}" height="{SIZE}" rx="3" {fill} fill-opacity=".4"/>' for at in (x, end)
     ]
     places = [x + SHARED + GAP + block * pitch for block in held]
-    return [
-        line, *ends, *(f'<rect x="{at}" y="{y}" width="{SIZE}" height="{SIZE}" rx="2" {fill}/>' for at in places)
-    ]  # fmt: skip
+    squares = [f'<rect x="{at}" y="{y}" width="{SIZE}" height="{SIZE}" rx="2" {fill}/>' for at in places]
+    return [line, *ends, *squares]
 
 
 def _legend(workers: int, top: float, width: float) -> tuple[list[str], int]:
-    """(elements, lines)"""
+    """The elements, and the number of lines that they take."""
     entries = [(color_of(worker), 1.0, SIZE, f"worker {worker}") for worker in range(workers)]
     entries.append(("#8d949e", 0.4, 26, "shared: every worker trains it, and it is averaged"))
     parts: list[str] = []
@@ -165,8 +184,8 @@ def _legend(workers: int, top: float, width: float) -> tuple[list[str], int]:
 
 
 def _text(
-    x: float, y: float, text: str, anchor: str = "start", size: int = 12, kind: str = "", weight: str = "normal"
+    x: float, y: float, text: str, anchor: str = "start", size: int = 12, css_class: str = "", weight: str = "normal"
 ) -> str:
-    more = f' class="{kind}"' if kind else ""
-    more += f' font-weight="{weight}"' if weight != "normal" else ""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"{more}>{escape(text)}</text>'
+    extra = f' class="{css_class}"' if css_class else ""
+    extra += f' font-weight="{weight}"' if weight != "normal" else ""
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"{extra}>{escape(text)}</text>'

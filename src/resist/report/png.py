@@ -1,15 +1,19 @@
-"""The figures of a report as PNG, drawn by matplotlib: for Markdown, slides and papers."""
+"""The figures of a report as PNG, drawn by matplotlib, for Markdown, slides and papers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from resist.report.aggregate import Holdings, holdings, map_rows, traffic
-from resist.report.colors import KINDS, color_of
-from resist.report.figures import COLUMNS, NUMBERED, block_ticks, curves_of, round_ticks
-from resist.report.tables import kinds_of
+from resist.report.colors import PHASES, color_of
+from resist.report.compare import labels
+from resist.report.figures import COLUMNS, NUMBERED, Curves, block_ticks, curves_of, round_ticks
+from resist.report.tables import phases_of
 from resist.report.units import bytes_unit, ends, means
 from resist.runs.history import History
 
@@ -17,29 +21,33 @@ DPI = 150
 
 
 def curves_png(histories: Sequence[History], names: Sequence[str]) -> bytes:
-    """Accuracy and loss against steps, time and bytes, a line for each run."""
-    from matplotlib.figure import Figure  # slow to import, and only needed here
+    """Accuracy and loss against steps, time and bytes, a line for each run.
 
+    Args:
+        histories: the runs.
+        names: a name for each run; equal names have the same color.
+    """
     figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, curves in zip(figure.subplots(2, 3).flat, curves_of(histories, names), strict=True):
-        for one in curves.series:
-            marker = "o" if one.marks or len(one.x) == 1 else ""
-            axes.plot(one.x, one.y, color=one.color, marker=marker, markersize=3.5, linewidth=1.4, label=one.name)
-        axes.locator_params(axis="x", nbins=5)
-        if curves.log_x:
-            axes.set_xscale("log")
-        _tidy(axes, curves.title, curves.x_label, curves.y_label)
-    handles, texts = figure.axes[0].get_legend_handles_labels()
-    unique = dict(zip(texts, handles, strict=True))
-    if len(unique) > 1:
-        figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _draw_curves(figure, figure.subplots(2, 3).flat, curves_of(histories, names))
     return _bytes(figure)
 
 
-def run_png(history: History) -> bytes:
-    """The partition map of each chain of a run, who sent how much to whom, and seconds of a round by kind."""
-    from matplotlib.figure import Figure
+def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None:
+    """Draw accuracy against steps, time and bytes, a line for each run.
 
+    Args:
+        histories: the runs, named by `resist.report.compare.labels`.
+        files: where to save the figure; the endings (png, svg, pdf) choose the formats.
+    """
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True).flat
+    _draw_curves(figure, axes, curves_of(histories, labels(histories))[:3])
+    for file in files:
+        figure.savefig(file, dpi=200)
+
+
+def run_png(history: History) -> bytes:
+    """The partition map of each chain of a run, the traffic matrix, and the seconds of a round by phase."""
     chains = holdings(history)
     heights = [1.2 + 0.14 * min(chain.blocks, 40) for chain in chains]
     figure = Figure(figsize=(11, sum(heights) + 3.6), layout="constrained")
@@ -51,9 +59,22 @@ def run_png(history: History) -> bytes:
     return _bytes(figure)
 
 
-def _draw_map(axes: Any, chain: Holdings) -> None:
-    from matplotlib.patches import Patch
+def _draw_curves(figure: Figure, all_axes: Iterable[Any], all_curves: Sequence[Curves]) -> None:
+    for axes, curves in zip(all_axes, all_curves, strict=True):
+        for line in curves.series:
+            marker = "o" if line.marks or len(line.x) == 1 else ""
+            axes.plot(line.x, line.y, color=line.color, marker=marker, markersize=3.5, linewidth=1.4, label=line.name)
+        axes.locator_params(axis="x", nbins=5)
+        if curves.log_x:
+            axes.set_xscale("log")
+        _tidy(axes, curves.title, curves.x_label, curves.y_label)
+    handles, texts = figure.axes[0].get_legend_handles_labels()
+    unique = dict(zip(texts, handles, strict=True))
+    if len(unique) > 1:
+        figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
+
+def _draw_map(axes: Any, chain: Holdings) -> None:
     rows, palette, height = map_rows(chain)
     colors = np.array([[255, 255, 255], *(list(bytes.fromhex(color[1:])) for color in palette)], dtype=np.uint8)
     pixels = colors[np.array([list(row) for row in rows])]
@@ -82,18 +103,18 @@ def _draw_traffic(axes: Any, history: History) -> None:
 
 
 def _draw_seconds(axes: Any, history: History) -> None:
-    kinds = [kind for kind in kinds_of(history) if history.total(kind) > 0]
+    phases = [phase for phase in phases_of(history) if history.total(phase) > 0]
     rounds = ends([record["round"] for record in history.rounds], COLUMNS)
     below = np.zeros(len(rounds))
-    for number, kind in enumerate(kinds):
-        values = np.array(means([record["seconds"].get(kind, 0.0) for record in history.rounds], COLUMNS))
-        color = KINDS.get(kind, color_of(len(KINDS) + number))
-        axes.bar(range(len(rounds)), values, bottom=below, width=1.0, color=color, label=kind)
+    for number, phase in enumerate(phases):
+        values = np.array(means([record["seconds"].get(phase, 0.0) for record in history.rounds], COLUMNS))
+        color = PHASES.get(phase, color_of(len(PHASES) + number))
+        axes.bar(range(len(rounds)), values, bottom=below, width=1.0, color=color, label=phase)
         below += values
-    _tidy(axes, "Seconds of a round, by kind", "round", "s")
+    _tidy(axes, "Seconds of a round by phase", "round", "s")
     places, texts = _places(round_ticks([int(last) for last in rounds]))
     axes.set_xticks([place * len(rounds) - 0.5 for place in places], texts)
-    if kinds:
+    if phases:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
 
 
@@ -111,7 +132,7 @@ def _tidy(axes: Any, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _bytes(figure: Any) -> bytes:
+def _bytes(figure: Figure) -> bytes:
     file = BytesIO()
     figure.savefig(file, dpi=DPI, format="png")
     return file.getvalue()

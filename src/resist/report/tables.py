@@ -1,4 +1,4 @@
-"""The tables of a report as rows of text, the same for HTML and Markdown."""
+"""The tables and texts of a report, shared by HTML and Markdown."""
 
 import math
 import shlex
@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from resist.report.aggregate import all_reduced, holdings, traffic
-from resist.report.colors import KINDS
+from resist.report.colors import PHASES
 from resist.report.units import amount, duration
 from resist.runs.history import History
 
@@ -26,7 +26,7 @@ def percent(value: float | None) -> str:
 
 
 def sentence(history: History) -> str:
-    """What was run, in a sentence."""
+    """A sentence on the run: model, data, strategy, workers, rounds and steps."""
     c, rounds = history.config, history.rounds[-1]["round"]
     each = f"{c.method.local_steps} local steps" if c.method.local_steps != 1 else "one local step"
     return (
@@ -37,7 +37,7 @@ def sentence(history: History) -> str:
 
 
 def headline(history: History) -> Rows:
-    """The few numbers that one looks for first."""
+    """The most important numbers of a run."""
     images = sum(record["images"] for record in history.rounds)
     rows = [("test accuracy", percent(history.accuracies[-1] if history.tested else None))]
     best = max(history.accuracies, default=0.0)
@@ -58,19 +58,19 @@ def headline(history: History) -> Rows:
 
 
 def notes(history: History) -> list[str]:
-    """What a reader has to know before the numbers."""
-    found = list(history.notes)
+    """Notes to read before the numbers: an unfinished run, missing files, dropped workers."""
+    texts = list(history.notes)
     planned = history.state.get("rounds")
     if history.ended != "finished":
         of = f" of {planned}" if isinstance(planned, int) else ""
-        found.insert(0, f"The run has not come to its end: {history.rounds[-1]['round']}{of} rounds are done.")
+        texts.insert(0, f"The run is not complete: {history.rounds[-1]['round']}{of} rounds are done.")
     dropped = sum(record["dropped"] > 0 for record in history.rounds)
     if dropped:
         rounds = f"{dropped} round{'s' * (dropped > 1)}"
-        found.append(f"In {rounds} workers were left out, whose numbers had become infinite or none.")
+        texts.append(f"In {rounds} workers were left out because their loss or weights became NaN or inf.")
     if history.ended == "failed" and history.state.get("error"):
-        found.insert(1, str(history.state["error"]))
-    return found
+        texts.insert(1, str(history.state["error"]))
+    return texts
 
 
 def _last_plan(history: History, chain: str) -> tuple[tuple[int, ...], ...]:
@@ -78,14 +78,14 @@ def _last_plan(history: History, chain: str) -> tuple[tuple[int, ...], ...]:
 
 
 def repeat(history: History) -> list[str]:
-    """The commands that do the same again."""
-    words = history.config.arguments()
+    """The commands that reproduce the run."""
+    arguments = history.config.arguments()
     kept: list[str] = []
     skip = False
-    for word in words:
-        skip = word in ("--out", "--resume") if word.startswith("--") else skip
+    for argument in arguments:
+        skip = argument in ("--out", "--resume") if argument.startswith("--") else skip
         if not skip:
-            kept.append(word)
+            kept.append(argument)
     commit = history.environment.get("commit")
     checkout = [f"git checkout {shlex.quote(str(commit).removesuffix('-dirty'))}"] if commit else []
     return [*checkout, shlex.join(["resist", "train", *kept])]
@@ -103,10 +103,11 @@ def options(history: History) -> Rows:
 
 
 def environment(history: History) -> Rows:
+    """Versions, commit and hardware of the run."""
     rows: Rows = []
     for name, value in history.environment.items():
         if name == "resumed" and isinstance(value, dict):
-            rows += [(f"resumed: {key}", _shown(one)) for key, one in value.items()]
+            rows += [(f"resumed: {key}", _shown(entry)) for key, entry in value.items()]
         else:
             rows.append((name, _shown(value)))
     commit = str(history.environment.get("commit") or "")
@@ -121,67 +122,65 @@ def _shown(value: Any) -> str:
     return "unknown" if value is None else str(value)
 
 
-def seconds_by_kind(history: History) -> Rows:
-    """Seconds over the whole run, and the share of each kind."""
-    kinds = kinds_of(history)
-    total = sum(history.total(kind) for kind in kinds) or 1.0
-    return [(k, f"{duration(history.total(k))} ({history.total(k) / total:.0%})") for k in kinds]
+def seconds_by_phase(history: History) -> Rows:
+    """Seconds of each phase over the whole run, and its share of all."""
+    phases = phases_of(history)
+    total = sum(map(history.total, phases)) or 1.0
+    return [(phase, f"{duration(history.total(phase))} ({history.total(phase) / total:.0%})") for phase in phases]
 
 
-def kinds_of(history: History) -> list[str]:
-    """Kinds of seconds that were booked, those of a round in the order in which they pass."""
-    found = dict.fromkeys(kind for record in history.rounds for kind in record["seconds"])
-    return [k for k in KINDS if k in found] + [k for k in found if k not in KINDS]
+def phases_of(history: History) -> list[str]:
+    """The phases that seconds were recorded for, in the order of a round."""
+    recorded = dict.fromkeys(phase for record in history.rounds for phase in record["seconds"])
+    return [phase for phase in PHASES if phase in recorded] + [phase for phase in recorded if phase not in PHASES]
 
 
 def worker_rows(history: History) -> tuple[list[str], list[list[str]]]:
-    """(head, rows): what each worker held, computed, sent and received."""
+    """Head and rows of a table of the workers: blocks held, time, bytes sent and received."""
     sent, _ = traffic(history)
-    whole, shared = len(sent), all_reduced(history)
+    workers, shared = len(sent), all_reduced(history)
     chains = holdings(history)
-    seconds = [0.0] * whole
+    seconds = [0.0] * workers
     for record in history.rounds:
         for worker in record["workers"]:
-            if 0 <= worker.get("worker", -1) < whole:
+            if 0 <= worker.get("worker", -1) < workers:
                 seconds[int(worker["worker"])] += worker.get("compute_s", 0.0)
     head = ["worker", *(f"blocks of {c.chain}" for c in chains), "computing", "sent", "received"]
     rows: list[list[str]] = []
-    for worker in range(whole):
+    for worker in range(workers):
         held = [f"{sum(c.shares[worker]):.1f}" if worker < c.workers else "" for c in chains]
         received = sum(row[worker] for row in sent)
-        rows.append([
-            str(worker), *held, duration(seconds[worker]), amount(sum(sent[worker]) + shared),
-            amount(received + shared),
-        ])  # fmt: skip
+        traffic_cells = [amount(sum(sent[worker]) + shared), amount(received + shared)]
+        rows.append([str(worker), *held, duration(seconds[worker]), *traffic_cells])
     return head, rows
 
 
-def comparison_rows(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) of the table of `resist.report.compare.compare`."""
-    target = facts["equal_accuracy"]
+def comparison_rows(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of a comparison, see `resist.report.compare.compare`."""
+    target = comparison["equal_accuracy"]
     equal = "equal accuracy" if target is None else f"{100 * target:.2f} %"
-    head = ["", "runs", "test %", "steps", "time", "compute", "wait", "exchange", "sent", f"time to {equal}",
-            f"sent to {equal}", "speed‑up", "in compute", "in exchange"]  # fmt: skip
-    return head, [_comparison_row(row) for row in facts["rows"]]
+    head = ["", "runs", "test %", "steps", "time", "compute", "wait", "exchange", "sent"]
+    head += [f"time to {equal}", f"sent to {equal}", "speed‑up", "in compute", "in exchange"]
+    return head, [_comparison_row(row) for row in comparison["rows"]]
 
 
 def _comparison_row(row: dict[str, Any]) -> list[str]:
     spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
     times = [duration(row[key]) for key in ("time_s", "compute_s", "wait_s", "exchange_s")]
     reached, sent = row["time_s_to_equal_accuracy"], row["bytes_to_equal_accuracy"]
-    speed = [row["speed_up"][kind] for kind in ("time", "compute", "exchange")]
+    speed_ups = [row["speed_up"][part] for part in ("time", "compute", "exchange")]
+    accuracy = "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
     return [
-        row["label"], str(len(row["runs"])),
-        "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}", f"{row['steps']:,.0f}", *times,
-        amount(row["bytes"]), "–" if reached is None else duration(reached), "–" if sent is None else amount(sent),
-        *("–" if one is None else f"{one:.2f} x" for one in speed),
-    ]  # fmt: skip
+        *(row["label"], str(len(row["runs"])), accuracy, f"{row['steps']:,.0f}", *times, amount(row["bytes"])),
+        *("–" if reached is None else duration(reached), "–" if sent is None else amount(sent)),
+        *("–" if speed_up is None else f"{speed_up:.2f} x" for speed_up in speed_ups),
+    ]
 
 
 COMPARISON_NOTE = (
-    "Means over the runs of a row, ± their standard deviation. Times leave evaluations out. Speed-up: time of a step "
-    "of local SGD with as many workers, divided by that of the row; of compute and of exchange, each on its own. "
-    "Equal accuracy: the least of the final ones."
+    "Means over the runs of a row, ± their standard deviation. Times do not include evaluations. Speed-up: time of a "
+    "step of local SGD with as many workers, divided by that of the row; also for compute and exchange separately. "
+    "Equal accuracy: the smallest of the final ones."
 )
 WORKERS_NOTE = (
     "Blocks: mean over the rounds. Sent and received: blocks and optimizer state from worker to worker, and a worker's "
@@ -191,11 +190,12 @@ READINGS_NOTE = "Test accuracy by the scale of the chain's branches, and by wher
 
 
 def reading_rows(history: History) -> Rows:
+    """Test accuracy for each way in which the full network was read."""
     return [(name, percent(value)) for name, value in history.readings.items()]
 
 
 def names_of(histories: Sequence[History]) -> list[str]:
-    """A short name for each run: its directory, with as much of the path as tells them apart."""
+    """A short name for each run: its directory, with as much of the path as makes the names different."""
     paths = [history.path.absolute() for history in histories]
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(set(paths)):

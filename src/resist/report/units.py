@@ -1,11 +1,11 @@
-"""Ticks, units and fewer points: what every picture needs before it is drawn."""
+"""Ticks, units and reduced series of points, for all figures."""
 
 import math
 from collections.abc import Sequence
 
 
 def ticks(low: float, high: float, num: int = 5) -> list[float]:
-    """About `num` round numbers from `low` to `high`, both included where they are round."""
+    """About `num` round numbers from `low` to `high`, which are included where they are round."""
     if not high > low:
         return [low]
     rough = (high - low) / max(1, num)
@@ -16,9 +16,9 @@ def ticks(low: float, high: float, num: int = 5) -> list[float]:
 
 
 def whole_ticks(low: int, high: int, num: int = 6) -> list[int]:
-    """The same for things that are counted: multiples of 1, 2, 5, 10, 20, 50 and so on."""
+    """At most `num` + 1 whole ticks from `low` to `high`: multiples of 1, 2, 5, 10, 20, 50 and so on."""
     steps = (factor * 10**power for power in range(18) for factor in (1, 2, 5))
-    step = next(one for one in steps if (high - low) / one <= num)
+    step = next(size for size in steps if (high - low) / size <= num)
     return list(range(-(-low // step) * step, high + 1, step))
 
 
@@ -26,14 +26,14 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten, or 1, 2 and 5 times those where the range has few, within [low, high]; both above 0."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5)):
-        found = [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
-        if len(found) >= 3:
+        values = [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
+        if len(values) >= 3:
             break
-    return found
+    return values
 
 
 def short(value: float) -> str:
-    """A number as a reader wants it: 0.25, 12, 1,500, 2e+07."""
+    """A number with few digits: 0.25, 12, 1,500, 2e+07."""
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
     if abs(value) >= 1e7 or abs(value) < 1e-4:
@@ -45,13 +45,13 @@ def short(value: float) -> str:
 
 
 def bytes_unit(most: float) -> tuple[float, str]:
-    """(divisor, unit) for amounts of data up to `most` bytes."""
-    return next(((size, name) for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if most >= size),
-                (1.0, "bytes"))  # fmt: skip
+    """Divisor and unit for amounts of data up to `most` bytes."""
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    return next(((size, name) for size, name in units if most >= size), (1.0, "bytes"))
 
 
 def seconds_unit(most: float) -> tuple[float, str]:
-    """(divisor, unit) for durations up to `most` seconds."""
+    """Divisor and unit for durations up to `most` seconds."""
     return (3600.0, "hours") if most >= 3 * 3600 else (60.0, "minutes") if most >= 300 else (1.0, "s")
 
 
@@ -72,31 +72,33 @@ def duration(seconds: float) -> str:
 
 
 def means(values: Sequence[float], num: int) -> list[float]:
-    """`values` cut into at most `num` runs of equal length (the last may be shorter), each replaced by its mean.
+    """Means of at most `num` groups of consecutive values.
 
-    Values that are no numbers are left out of the means; a run of nothing else is NaN.
+    Args:
+        values: the values. NaN and inf are left out of the means; the mean of a group without numbers is NaN.
+        num: the largest number of groups. They have equal length; the last one may be shorter.
     """
     width = max(1, math.ceil(len(values) / num))
-    found: list[float] = []
+    group_means: list[float] = []
     for start in range(0, len(values), width):
         part = [value for value in values[start : start + width] if math.isfinite(value)]
-        found.append(sum(part) / len(part) if part else math.nan)
-    return found
+        group_means.append(sum(part) / len(part) if part else math.nan)
+    return group_means
 
 
 def ends(values: Sequence[float], num: int) -> list[float]:
-    """The last value of each of the runs of `means`: where such a mean has its place on an axis."""
+    """The last value of each group of `means`: the place of the mean on an axis."""
     width = max(1, math.ceil(len(values) / num))
     return [values[min(start + width, len(values)) - 1] for start in range(0, len(values), width)]
 
 
 def sample(num: int, most: int) -> list[int]:
-    """At most `most` of the positions 0..num-1, evenly, the first among them."""
+    """At most `most` of the positions 0..num-1, evenly spaced, including the first."""
     step = max(1, math.ceil(num / most))
     return list(range(0, num, step))
 
 
 def thin(num: int, most: int) -> list[int]:
-    """As `sample`, and always with the last position."""
+    """The positions of `sample`, and the last one."""
     kept = sample(num, most)
     return kept if not kept or kept[-1] == num - 1 else [*kept, num - 1]

@@ -1,12 +1,15 @@
-"""A run directory: what was asked, where it ran, what happened, what came out.
+"""A run directory as it is written: its files, and the process that writes them.
 
 config.json        the configuration
-environment.json   versions, commit, hardware, start and end
-metrics.jsonl      a line for each round (see `append`)
-state.json         whether the run goes on, or how it ended (see `state`)
-checkpoints/       what a run goes on from, see `resist.runs.checkpoint`
-evaluation.json    the full network read in several ways, by resist evaluate --readings
+environment.json   versions, commit, hardware, start; "resumed": those of the last resumption; "missing_rounds": rounds
+                   whose records were lost with the process that would have written them, as [first, last]
+metrics.jsonl      one line for each round (see `Run.append`)
+state.json         the state of the run (see `Run.state`)
+checkpoints/       the states to resume from, see `resist.runs.checkpoint`
+evaluation.json    the full network read in several ways, by `resist evaluate --readings`
 model.safetensors  the full network at the end, see `resist.runs.model_file`
+
+`resist.runs.history` reads these files.
 """
 
 import contextlib
@@ -21,30 +24,30 @@ from collections.abc import Mapping
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from resist.errors import UserError
-from resist.runs.config import TrainConfig, from_json
+from resist.runs.atomic import write_atomically
+from resist.runs.config import TrainConfig
+from resist.runs.history import missing_rounds, read_past, read_table
+from resist.runs.records import Record
 
-# How long a file that another host has written may take to be seen.
-SEEN_S = 5.0
+SEEN_S = 5.0  # how long a file that another machine wrote may take to appear
 
 
 def default_out(config: TrainConfig) -> Path:
+    """runs/DATE-TIME-DATA-STRATEGY"""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{now}-{config.network.data}-{config.method.strategy}"
 
 
 def title_of(config: TrainConfig) -> str:
-    """What is run, in a few words."""
+    """A short title: data, model, strategy, number of workers."""
     network, method = config.network, config.method
     return f"{network.data}, {network.model}, {method.strategy}, {method.workers} worker{'s' * (method.workers > 1)}"
 
 
 def check_free(path: Path) -> None:
-    """Raise UserError where a new run directory cannot be made."""
+    """Raise UserError where a new run directory cannot be created at `path`."""
     if path.exists():
         raise UserError(f"--out {path} exists already and is never overwritten; give another directory, or remove it")
     parent = next(p for p in path.absolute().parents if p.exists())
@@ -53,17 +56,21 @@ def check_free(path: Path) -> None:
 
 
 def mark(path: Path) -> str:
-    """A text that tells this run directory from others of the same name; "" where there is none."""
+    """A digest that distinguishes this run directory from others of the same name; "" where there is none."""
     try:
         return blake2b((path / "environment.json").read_bytes(), digest_size=8).hexdigest()
     except OSError:
         return ""
 
 
-def seen_after_a_while(path: Path, marked: str) -> bool:
-    """Whether the run directory is there with this mark, or comes within seconds: network file systems take some."""
+def seen_after_a_while(path: Path, expected: str) -> bool:
+    """Wait some seconds for the run directory with the mark `expected`: network file systems are slow.
+
+    Returns:
+        True where this process sees it.
+    """
     end = time.monotonic() + SEEN_S
-    while (seen := mark(path) == marked) is False and time.monotonic() < end:
+    while not (seen := mark(path) == expected) and time.monotonic() < end:
         time.sleep(0.2)
     return seen
 
@@ -71,31 +78,49 @@ def seen_after_a_while(path: Path, marked: str) -> bool:
 class Run:
     """A run directory that is being written. Only one process of a job has one.
 
-    resume_round: the round after which the run goes on in a directory that is there already; `past` are the records of
-                  the rounds up to that one, and later ones are dropped.
+    Args:
+        path: the directory. It must not exist yet, except where the run resumes.
+        config: the configuration of the run.
+        resume_round: the round after which an existing run resumes; records of later rounds are dropped.
+
+    Attributes:
+        past: the records of the rounds up to `resume_round`.
+
+    Raises:
+        UserError: the directory cannot be written, or a file of the run that resumes is damaged.
     """
 
     def __init__(self, path: Path, config: TrainConfig, resume_round: int | None = None) -> None:
-        self.path, self.past = path, list[dict[str, Any]]()
+        self.path, self.past, lines = path, list[Record](), list[bytes]()
         if resume_round is None:
             check_free(path)
+        metadata: dict[str, object] = environment()
+        if resume_round is not None:
+            earlier = read_table(path / "environment.json")
+            past = read_past(path, resume_round, earlier.pop("missing_rounds", None))
+            lines, self.past = [line + b"\n" for line, _ in past], [record for _, record in past]
+            metadata = {**earlier, "resumed": metadata} if earlier else metadata
+            # A process can be lost after a round and before its record: replicas of that round are newer.
+            missing = missing_rounds([*(record["round"] for record in self.past), resume_round + 1])
+            metadata |= {"missing_rounds": missing} if missing else {}
         try:
             path.mkdir(parents=True, exist_ok=resume_round is not None)
-            here: dict[str, object] = environment()
-            if resume_round is not None:
-                self.past = past_rounds(path, resume_round)
-                here = {**json.loads((path / "environment.json").read_text(encoding="utf-8")), "resumed": here}
-            self._write("config.json", config.to_json())
-            self._write("environment.json", here)
-            self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.past))
+            self._write_json("config.json", config.to_json())
+            self._write_json("environment.json", metadata)
+            write_atomically(path / "metrics.jsonl", b"".join(lines))
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {path} cannot be written: {error.strerror}; give another directory") from error
-        except ValueError as error:
-            raise UserError(f"{path / 'environment.json'} is damaged: {error}; remove it") from error
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Add a line to metrics.jsonl, at once readable by others."""
+        """Add a line to metrics.jsonl, which other processes can read at once.
+
+        Args:
+            record: the round's numbers, ready for JSON; `resist.runs.records.clean` lists the keys.
+
+        Raises:
+            UserError: the line cannot be written.
+        """
         try:
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
@@ -103,67 +128,32 @@ class Run:
             raise UserError(f"{self.path / 'metrics.jsonl'} cannot be written: {error.strerror}; make room") from error
 
     def state(self, state: str, rounds: int, error: str = "") -> None:
-        """Tell those who watch: "running", "finished", "interrupted" or "failed", of how many rounds, and by whom.
+        """Write state.json. On a full disk the file stays as it was: that must not end the run.
 
-        A disk that is full is no reason to lose a run: then the file stays as it was.
+        Args:
+            state: "running", "finished", "interrupted" or "failed".
+            rounds: the number of rounds that the run will have.
+            error: the reason of a failure.
         """
+        content = {
+            "state": state, "rounds": rounds, "error": error, "host": socket.gethostname(), "process": os.getpid(),
+        }  # fmt: skip
         with contextlib.suppress(OSError):
-            self._write("state.json", {
-                "state": state, "rounds": rounds, "error": error, "host": socket.gethostname(), "process": os.getpid(),
-            })  # fmt: skip
+            self._write_json("state.json", content)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what the disk did not take was said by `append`
+        """Close metrics.jsonl. `append` has raised for what could not be written."""
+        with contextlib.suppress(OSError):
             self._metrics.close()
 
-    def _write(self, name: str, content: object) -> None:
-        """Write a file so that it is there with its old or its new content, whatever happens."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
-
-
-def past_rounds(path: Path, last: int) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl up to round `last`; lines that are cut or damaged are left out."""
-    try:
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    found: list[dict[str, Any]] = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            numbers = [record[name] for name in ("round", "step", "epoch", "lr", "images", "loss")]
-            numbers += [*record["seconds"].values(), *record["bytes"].values()]
-            numbers += [] if record["accuracy"] is None else [record["accuracy"]]
-            if all(map(_is_number, numbers)) and record["round"] <= last:
-                found.append(record)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
-
-
-def read_config(path: Path) -> TrainConfig:
-    """The configuration of a run. Raises UserError in one line for whatever is wrong with it."""
-    file = path / "config.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} is not a run directory: config.json: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; restore it, or train anew") from error
-    config = from_json(data)
-    config.check()
-    return config
+    def _write_json(self, name: str, content: Mapping[str, object]) -> None:
+        write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
 
 
 def environment() -> dict[str, object]:
     """Versions, commit and hardware, ready for JSON."""
+    import torch  # here, so that reports, which share this module, do not need it
+
     import resist
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -184,7 +174,7 @@ def environment() -> dict[str, object]:
 
 
 def _commit() -> str | None:
-    """The git commit of this package's source, where it is run from a checkout."""
+    """The git commit of this package's source, or None where it is not a checkout."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
@@ -194,7 +184,7 @@ def _commit() -> str | None:
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
+    """The name of the processor, as the operating system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,10 +1,9 @@
-"""Loggers beside metrics.jsonl: TensorBoard and Weights & Biases, given the same records as scalars.
+"""Loggers in addition to metrics.jsonl: TensorBoard and Weights & Biases, with the same records as scalars.
 
-Both packages are optional. A logger that fails while a run goes on is left out, and the run goes on.
+Both packages are optional. A logger that fails during a run is dropped, and the run goes on.
 """
 
 import importlib.util
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -13,27 +12,41 @@ from typing import Any, Protocol
 
 from resist.errors import UserError
 from resist.runs.config import TrainConfig
+from resist.runs.history import read_table
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # option -> package
 
 
 class Logger(Protocol):
+    """A destination of records."""
+
     def write(self, record: Mapping[str, Any]) -> str:
-        """Log a round. Returns "", or in one line why that was not possible."""
+        """Log a round. Returns "", or the reason in one line where that failed."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> str:
+        """Flush and close. Returns "", or the reason in one line where that failed."""
+        ...
 
 
 def check_loggers(config: TrainConfig) -> None:
-    """Raise UserError where a package is missing that a logger needs."""
+    """Raise UserError where the package of a requested logger is missing."""
     for option, package in PACKAGES.items():
         if getattr(config.machine, option) and importlib.util.find_spec(package) is None:
             raise UserError(f"--{option} needs the package {package}; pip install 'resist[{option}]', or leave it out")
 
 
 def open_loggers(config: TrainConfig, path: Path, past: Sequence[Mapping[str, Any]]) -> list[Logger]:
-    """The loggers that were asked for. path: the run directory; past: records of the rounds before a resumption."""
+    """The loggers that the options name.
+
+    Args:
+        config: the configuration of the run.
+        path: the run directory.
+        past: records of the rounds before a resumption.
+
+    Raises:
+        UserError: a package is missing, or a logger cannot be opened.
+    """
     check_loggers(config)
     loggers: list[Logger] = []
     if config.machine.tensorboard:
@@ -44,29 +57,38 @@ def open_loggers(config: TrainConfig, path: Path, past: Sequence[Mapping[str, An
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """A record as numbers by name, as in loss, seconds/sync, bytes/blocks, worker 2/compute_s."""
-    found: dict[str, Any] = {}
+    """The numbers of a record by name, such as loss, seconds/sync, bytes/blocks, worker 2/compute_s."""
+    values: dict[str, Any] = {}
     for name, value in record.items():
         if name == "workers":
             for worker in value:
-                own = {k: v for k, v in worker.items() if k != "worker"}
-                found |= {f"worker {worker['worker']}/{kind}": number for kind, number in own.items()}
+                prefix = f"worker {worker['worker']}"
+                values |= {f"{prefix}/{key}": number for key, number in worker.items() if key != "worker"}
         elif name in ("seconds", "bytes", "wait_s", "scores"):
-            found |= {f"{name}/{kind}": number for kind, number in value.items()}
+            values |= {f"{name}/{key}": number for key, number in value.items()}
         elif name != "step":
-            found[name] = value
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}  # a loss may be no number
+            values[name] = value
+    # A worker's loss is None where it became NaN or inf.
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 class TensorBoard:
-    """Events in RUN/tensorboard, by step. Events of steps after the one that a run goes on from are hidden."""
+    """Events in RUN/tensorboard, by step. A resumed run hides the events of steps that it repeats.
+
+    Args:
+        path: the run directory.
+        past: records of the rounds before a resumption.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
 
     def __init__(self, path: Path, past: Sequence[Mapping[str, Any]]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # optional
 
-        purge = past[-1]["step"] + 1 if past else None
+        purge_step = past[-1]["step"] + 1 if past else None
         try:
-            self._writer = SummaryWriter(str(path / "tensorboard"), purge_step=purge)
+            self._writer = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
         except OSError as error:
             raise UserError(f"--tensorboard: {error.filename}: {error.strerror}; make room, or leave it out") from error
 
@@ -75,33 +97,48 @@ class TensorBoard:
             for name, value in scalars(record).items():
                 self._writer.add_scalar(name, value, record["step"])
             return ""
-        except Exception as error:  # whatever its thread ran into: a full disk, for one
+        except Exception as error:  # raised by its thread: a full disk, for example
             return f"tensorboard: {_one_line(error)}"
 
-    def close(self) -> None:
+    def close(self) -> str:
         try:
             self._writer.close()
+            return ""
         except Exception as error:
-            print(f"resist: tensorboard: {_one_line(error)}")
+            return f"tensorboard: {_one_line(error)}"
 
 
 class WandB:
-    """A run of Weights & Biases, in RUN/wandb, by round. A resumed run goes on as the same one; a round that is done a
-    second time is left as it was. Online or offline is what WANDB_MODE, or wandb's own settings, say."""
+    """A run of Weights & Biases, in RUN/wandb, by round.
+
+    A resumed run continues the same one; a round that is repeated keeps its first values. Online or offline follows
+    WANDB_MODE and the settings of wandb.
+
+    Args:
+        config: the configuration of the run.
+        path: the run directory.
+
+    Raises:
+        UserError: wandb cannot start.
+    """
 
     def __init__(self, config: TrainConfig, path: Path) -> None:
         import wandb  # optional
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        started = json.loads((path / "environment.json").read_text(encoding="utf-8")).get("started")
+        started = read_table(path / "environment.json").get("started")
         identity = blake2b(f"{path.name} {started}".encode(), digest_size=8).hexdigest()
-        settings = wandb.Settings(silent=True, console="off")
         try:
             self._run = wandb.init(
-                project="resist", name=path.name, id=identity, resume="allow", dir=str(path), settings=settings,
+                project="resist",
+                name=path.name,
+                id=identity,
+                resume="allow",
+                dir=str(path),
+                settings=wandb.Settings(silent=True, console="off"),
                 config=config.to_json(),
-            )  # fmt: skip
-        except Exception as error:  # of many kinds: no login, no network, no disk
+            )
+        except Exception as error:  # many types: no login, no network, no disk
             raise UserError(f"--wandb: {_one_line(error)}; set WANDB_MODE=offline, or leave it out") from error
 
     def write(self, record: Mapping[str, Any]) -> str:
@@ -111,11 +148,12 @@ class WandB:
         except Exception as error:
             return f"wandb: {_one_line(error)}"
 
-    def close(self) -> None:
+    def close(self) -> str:
         try:
             self._run.finish()
+            return ""
         except Exception as error:
-            print(f"resist: wandb: {_one_line(error)}")
+            return f"wandb: {_one_line(error)}"
 
 
 def _one_line(error: Exception) -> str:

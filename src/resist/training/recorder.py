@@ -1,4 +1,4 @@
-"""Where a run's records go, in the process that is_main: the run directory, the loggers, and the display."""
+"""The records of a run, in the process that is_main: written to the run directory, to loggers and to the display."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -10,15 +10,24 @@ from resist.planning.schedule import allreduce_bytes
 from resist.report.units import amount
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run, title_of
+from resist.runs.records import TRAINING_PHASES
 from resist.training.loggers import Logger
-from resist.training.progress import TIMED, Display, Summary
+from resist.training.progress import Display, Summary
 
 
 class Recorder:
-    """Takes the record of each round; a context. Does nothing where `run` is None.
+    """Keep the record of each round. A context manager; it does nothing where `run` is None.
 
-    rounds: the rounds that the run will have.
-    ending: whether the run was told to end after this round.
+    Args:
+        config: the configuration of the run.
+        rounds: the number of rounds that the run will have.
+        run: the run directory, or None in processes that do not write.
+        loggers: where else records go. One that fails is closed out of the run with a message.
+        ending: returns True once the run has been signaled to end after this round.
+
+    Attributes:
+        summary: running totals of the records.
+        display: what the user sees of them.
     """
 
     def __init__(
@@ -27,7 +36,7 @@ class Recorder:
         self.run, self.rounds, self._loggers, self._ending = run, rounds, list(loggers), ending
         self.summary = Summary(rounds)
         self.display = Display(title_of(config), self.summary, live=not config.machine.no_progress, remark=self._remark)
-        self._state, self._error = "", ""
+        self._state = ""
         for record in run.past if run else ():
             self.display.add(record, fresh=False)
 
@@ -38,14 +47,15 @@ class Recorder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.run is None:
             return
         self._state = self._state or ("finished" if error is None else "failed")
         self.display.stop()
         for logger in self._loggers:
-            logger.close()
+            if failure := logger.close():
+                self._print(f"resist: {failure}")
         self.run.close()
         if error is None:
             self.run.state(self._state, self.rounds)
@@ -56,21 +66,30 @@ class Recorder:
             self.run.state("failed", self.rounds, str(error) if known else f"{type(error).__name__}: {error}")
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """Write a round's record, and show it."""
+        """Write the record of a round, log it and show it.
+
+        Raises:
+            UserError: metrics.jsonl cannot be written.
+        """
         if self.run is None:
             return
         self.run.append(record)
         for logger in list(self._loggers):
             if failure := logger.write(record):
                 self._loggers.remove(logger)
-                self.display.console.print(f"resist: {failure}; training goes on without it", markup=False)
+                self._print(f"resist: {failure}; training goes on without it")
         self.display.add(record)
 
     def reached(self, budgets: Mapping[str, float], more_s: float) -> bool:
-        """Whether a budget is used up by the round that is about to end, `more_s` seconds after the last record."""
+        """True where the round that is about to end uses up a budget.
+
+        Args:
+            budgets: limits by "seconds", "rounds", "gb" and "accuracy", see `TrainConfig.budgets`.
+            more_s: training seconds since the last record.
+        """
         summary = self.summary
         spent = {
-            "seconds": sum(summary.seconds.get(name, 0.0) for name in TIMED) + more_s,
+            "seconds": summary.training_s + more_s,
             "rounds": summary.done + 1,
             "gb": summary.bytes / 1e9,
             "accuracy": summary.accuracy or 0.0,
@@ -78,7 +97,11 @@ class Recorder:
         return any(spent[name] >= budget for name, budget in budgets.items())
 
     def interrupted(self, *, saved: bool) -> None:
-        """Say that the run was stopped by a signal, and how it goes on."""
+        """Print that a signal stopped the run, and how to resume it.
+
+        Args:
+            saved: there is a checkpoint to resume from.
+        """
         self._state = "interrupted"
         if self.run is not None:
             self.display.stop()
@@ -86,25 +109,31 @@ class Recorder:
             print(f"interrupted after round {self.summary.done}; {then}")
 
     def finish(self, job: Job) -> None:
-        """The account at the end."""
+        """Print the totals of the run."""
         if self.run is None or not self.summary.seconds:
             return
         self.display.stop()
         summary, workers, subnet = self.summary, job.strategy.workers, job.workers[0].subnet
-        whole = subnet.numel([chain.num_blocks for chain in job.chains])
-        everything = workers * allreduce_bytes(whole * subnet.dtype.itemsize, workers) * summary.done
-        busy = sum(summary.seconds[name] for name in TIMED)
+        full = subnet.numel([chain.num_blocks for chain in job.chains])
+        local_sgd = workers * allreduce_bytes(full * subnet.dtype.itemsize, workers) * summary.done
+        largest = max(
+            subnet.numel([job.plans[chain.name].capacities[worker] for chain in job.chains])
+            for worker in range(workers)
+        )
+        phases = ", ".join(f"{name} {summary.seconds.get(name, 0.0):.1f}" for name in TRAINING_PHASES)
+        evaluation_s = summary.seconds.get("evaluate", 0.0)
         print(
             f"test {summary.score:<10} {100 * (summary.accuracy or 0):.2f} % of the full network\n"
-            f"time            {busy:.1f} s: "
-            + ", ".join(f"{name} {summary.seconds[name]:.1f}" for name in TIMED)
-            + f"; evaluation {summary.seconds['evaluate']:.1f} s beside it\n"
-            f"a worker        held {subnet.flat.numel() / whole:.0%} of the network's {whole:,} weights\n"
-            f"sent            {amount(summary.bytes)} by all workers; local SGD: {amount(everything)} of weights\n"
-            f"kept in         {self.run.path}; a page about it: resist report {self.run.path}",
+            f"time            {summary.training_s:.1f} s: {phases}; evaluation {evaluation_s:.1f} s (not included)\n"
+            f"largest worker  {largest / full:.0%} of the network's {full:,} weights\n"
+            f"sent            {amount(summary.bytes)} by all workers; local SGD: {amount(local_sgd)} of weights\n"
+            f"saved to        {self.run.path}; report: resist report {self.run.path}",
             flush=True,
         )
 
+    def _print(self, text: str) -> None:
+        self.display.console.print(text, markup=False, soft_wrap=True)
+
     def _remark(self) -> str:
         ending = self._ending() and not self._state
-        return "ending after this round; Ctrl-C again ends at once, unsaved" if ending else ""
+        return "ending after this round; Ctrl-C again ends at once, without saving" if ending else ""

@@ -1,0 +1,101 @@
+"""Records of metrics.jsonl: one line for each round, its checked form, and what in it counts as training.
+
+The reader, the live display, `--until`, the loggers and the reports all use these functions, so that they agree.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Record = dict[str, Any]
+
+# The phases of a round that belong to training. Evaluations and checkpoints are counted apart.
+TRAINING_PHASES = ("compute", "wait", "sync")
+# The traffic kind that does not belong to training: blocks sent to assemble the full network.
+EVALUATE = "evaluate"
+ALLREDUCED = ("shared", "gradients")  # traffic kinds that no pair of workers is recorded for
+MAX_BLOCKS = 10_000  # a picture is drawn for each block
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+
+
+def training_seconds(record: Mapping[str, Any]) -> float:
+    """Seconds of a round that belong to training."""
+    return sum(record["seconds"].get(phase, 0.0) for phase in TRAINING_PHASES)
+
+
+def training_bytes(record: Mapping[str, Any]) -> int:
+    """Bytes of a round that belong to training, sent by all workers: all traffic kinds but "evaluate"."""
+    return sum(num for traffic_kind, num in record["bytes"].items() if traffic_kind != EVALUATE)
+
+
+def allreduced_bytes(record: Mapping[str, Any]) -> int:
+    """Bytes of a round that all workers together sent in all-reduces."""
+    return sum(record["bytes"].get(traffic_kind, 0) for traffic_kind in ALLREDUCED)
+
+
+def parse_record(line: bytes) -> Record | None:
+    """The record of one line of metrics.jsonl, or None where the line is damaged."""
+    try:
+        return clean(json.loads(line))
+    except DAMAGE:
+        return None
+
+
+def clean(record: Any) -> Record:
+    """A record with all the keys that reports and displays read, of the right types.
+
+    "round" and "step" are required; everything else has a default.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: the value is not a record.
+    """
+    accuracy, number, step = record.get("accuracy"), _count(record["round"]), _count(record["step"])
+    if number < 1 or step < 1:
+        raise ValueError(f"round {number}, step {step}")
+    return {
+        "round": number,
+        "step": step,
+        "epoch": _number(record.get("epoch")),
+        "lr": _number(record.get("lr")),
+        "loss": _number(record.get("loss")),
+        "accuracy": None if accuracy is None or not math.isfinite(accuracy) else _number(accuracy),
+        "scores": _table(record.get("scores"), _number),
+        "images": _count(record.get("images", 0)),
+        "seconds": _table(record.get("seconds"), _seconds),
+        "bytes": _table(record.get("bytes"), _count),
+        "pairs": [(int(source), int(target), int(n)) for source, target, n in record.get("pairs") or ()],
+        "plan": {
+            str(chain): tuple(tuple(_block(block) for block in held) for held in plan)
+            for chain, plan in (record.get("plan") or {}).items()
+        },
+        "workers": [_table(worker, _number) for worker in record.get("workers") or ()],
+        "dropped": len(record.get("dropped") or ()),
+    }
+
+
+def _table(value: Any, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    return {str(name): convert(entry) for name, entry in (value or {}).items()}
+
+
+def _number(value: Any) -> float:
+    """A worker's loss is null where it became NaN or inf."""
+    return math.nan if value is None else float(value)
+
+
+def _count(value: Any) -> int:
+    if int(value) < 0:
+        raise ValueError(f"count {value}")
+    return int(value)
+
+
+def _seconds(value: Any) -> float:
+    if value < 0:
+        raise ValueError(f"seconds {value}")
+    return float(value) if math.isfinite(value) else 0.0
+
+
+def _block(value: Any) -> int:
+    if not 0 <= int(value) < MAX_BLOCKS:
+        raise ValueError(f"block {value}")
+    return int(value)
