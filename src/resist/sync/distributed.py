@@ -72,13 +72,11 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
         raise
 
 
-def loopback_store() -> tuple[object, int]:
-    """A store at which processes started next to this one find one another, and its port. It serves as long as it is
-    kept, on this machine's loopback only."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def loopback_store(listener: socket.socket) -> object:
+    """Serve a store at `listener`, for processes of this machine, as long as the returned object is kept."""
     port = listener.getsockname()[1]
-    own = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-    return dist.TCPStore("127.0.0.1", port, **own), port  # pyright: ignore[reportPrivateImportUsage]
+    options = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+    return dist.TCPStore("127.0.0.1", port, **options)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Distributed:
