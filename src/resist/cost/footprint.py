@@ -87,7 +87,7 @@ def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
 
 
 def mean_square(model: nn.Module, images: Tensor) -> Tensor:
-    """Compute a scalar from all float tensors that the model returns, also in nested tuples, lists and dicts.
+    """Compute a scalar from all float tensors that the model returns.
 
     Args:
         model: The network.
@@ -114,7 +114,7 @@ def build_on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
 
 
 def sizes_of(template: nn.Module, chains: Sequence[Chain]) -> Sizes:
-    """Count the elements of the shared part and of a block of each chain.
+    """Count the elements of the shared part and of each block.
 
     Args:
         template: The full network, on any device.
@@ -242,7 +242,7 @@ def _memory(subnet: Subnet, optimizer: Optimizer, images: Tensor, loss: Loss) ->
 
 
 class LiveBytes(TorchDispatchMode):
-    """Dispatch mode that counts the bytes of all live storages that operations return.
+    """Dispatch mode that counts the bytes of live storages.
 
     Attributes:
         live: Bytes now.

@@ -1,4 +1,4 @@
-"""Prediction of a report: one row for each strategy and number of workers."""
+"""Prediction: one row for each strategy and number of workers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -53,7 +53,7 @@ class Report:
     speeds: tuple[Speed, ...]
 
     def speedups(self, row: Row) -> dict[str, float]:
-        """Return ratios of images per second: `row` to the other strategies and to one machine.
+        """Compare a row's images per second with the others'.
 
         Args:
             row: A row with seconds. It is compared with rows of the same number of workers.
@@ -71,7 +71,7 @@ class Report:
         return {**ratios, "one machine": images_s / max(speed.images_s for speed in self.speeds)}
 
     def verdict(self) -> list[str]:
-        """Return sentences on the quickest strategy per image, for each number of workers and overall.
+        """Return sentences on the quickest strategy per image.
 
         The list is empty without seconds.
         """
@@ -95,7 +95,7 @@ class Report:
         return sentences
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as a dict for JSON; bytes and seconds are those of a mean round."""
+        """Return a dict for JSON; bytes and seconds of a mean round."""
         return {
             "batch_size": self.batch_size,
             "local_steps": self.local_steps,
@@ -143,7 +143,7 @@ class Report:
 
 
 def print_table(report: Report, console: Console) -> None:
-    """Print tables of memory and FLOPs, of traffic and, if predicted, of seconds."""
+    """Print tables of memory, FLOPs, traffic and, if predicted, seconds."""
     console.print(f"Network and memory of a worker (the largest worker; {report.batch_size} images in a step)")
     console.print(_held(report))
     console.print(f"\nTraffic of a round of {report.local_steps} steps, GB (1e9 bytes), mean of {report.rounds} rounds")

@@ -1,4 +1,4 @@
-"""Time of a round, from bytes, a link and the speed of a device.
+"""Time of a round, from bytes, link and device speed.
 
 `ASSUMPTIONS` lists the assumptions as sentences for the user.
 """
@@ -90,7 +90,7 @@ class Speed:
             raise UserError(f"fixed={self.fixed:g}; must be at least 0 and below 1")
 
     def step_s(self, batch_size: int, flops_ratio: float) -> float:
-        """Return the seconds of a step of a network with `flops_ratio` times the full one's training FLOPs."""
+        """Return a step's seconds for `flops_ratio` times the full network's FLOPs."""
         return batch_size / self.images_s * (self.fixed + (1 - self.fixed) * flops_ratio)
 
 

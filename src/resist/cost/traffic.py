@@ -1,4 +1,4 @@
-"""Traffic of a round, counted from the same schedule of messages that a transport runs."""
+"""Traffic of a round, counted from the schedule of its messages."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """Number of elements of the shared part, or of one block of a chain.
+    """Number of elements of the shared part or of one block.
 
     Attributes:
         numel: Parameters and float buffers, which are sent.

@@ -1,4 +1,4 @@
-"""Data sets by name: small images that stay in memory, and photographs that are streamed from files."""
+"""Data sets by name: images in memory, and photographs from files."""
 
 from resist.data.datasets import DATASETS, image_size_of, load, normalization_of, num_classes_of
 from resist.data.image_folder import Photographs

@@ -93,7 +93,7 @@ def image_size_of(name: str) -> int:
 
 
 def num_classes_of(name: str, data_dir: str | Path = "data") -> int:
-    """Return the number of classes of a data set; for `folder`, count the class folders below `data_dir`."""
+    """Return a data set's number of classes; for `folder`, count the folders."""
     check_name(name)
     if name == "folder":
         return len(class_names(Path(data_dir)))

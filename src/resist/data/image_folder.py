@@ -1,4 +1,4 @@
-"""Photographs in one folder for each class, read during training: `--data folder` and `--data imagenet`.
+"""Photographs in one folder for each class: `--data folder`, `--data imagenet`.
 
     DIR/train/CLASS/*    DIR/val/CLASS/*        also in subfolders, as in train/CLASS/images/*
 
@@ -69,7 +69,7 @@ class Listing:
         return self.root / os.fsdecode(bytes(self.names[index]))
 
     def digest(self, *, times: bool = False) -> str:
-        """Return a hash of names, labels and sizes, with `times` also of times; images are not opened."""
+        """Return a hash of names, labels, sizes and, on request, times."""
         key = blake2b(digest_size=8)
         for part in (self.names, self.labels, self.sizes, *((self.times,) if times else ())):
             key.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
@@ -253,12 +253,12 @@ class Photographs:
             yield self.on_device(batch)
 
     def on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Move (images (batch, 3, size, size) uint8, labels (batch,)) to the device and normalize the images."""
+        """Move images (uint8) and labels to the device; normalize the images."""
         images, labels = (part.to(self.device, non_blocking=True) for part in batch)
         return normalize(images, MEAN, STD), labels
 
     def digest(self) -> str:
-        """Return a hash of names, labels and sizes of the files; their content is not read."""
+        """Return a hash of the files' names, labels and sizes."""
         return self.listing.digest()
 
     @property
@@ -284,13 +284,13 @@ class PhotographLoader:
         return self.stream.images_per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the images (batch_size, 3, size, size) float32 and labels (batch_size,) of a step."""
+        """Return a step's images (batch_size, 3, size, size) and labels (batch_size,)."""
         return self.data.on_device(self.stream.batch(step))
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Items of a stream: (image (3, size, size) uint8, label) by index and seed.
+    """Items of a stream: (image, label) by index and seed.
 
     Attributes:
         listing: The files and their labels.
@@ -311,14 +311,14 @@ class Reader:
 
 
 def augmentation(size: int) -> "v2.Transform":
-    """Return the transform for training: a random crop of size x size pixels, mirrored with probability 0.5."""
+    """Return the transform for training: a random crop, mirrored at random."""
     from torchvision.transforms import v2
 
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
 def middle(size: int) -> "v2.Transform":
-    """Return the transform for testing: a center crop of size x size pixels."""
+    """Return the transform for testing: resize and center crop."""
     from torchvision.transforms import v2
 
     return v2.Compose([v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size), v2.PILToTensor()])
@@ -379,7 +379,7 @@ def load_folder(
 
 
 def unreadable(listing: Listing, data_workers: int) -> np.ndarray:
-    """Find the files that cannot be read: look into the cache, else read all files.
+    """Find unreadable files in the cache, or by reading all files.
 
     Args:
         listing: The files.

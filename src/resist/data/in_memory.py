@@ -62,7 +62,7 @@ class Images:
         return key.hexdigest()
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Normalize images (batch, channels, height, width) uint8 to float32 with the data set's mean and std."""
+        """Normalize uint8 images to float32 with the data set's mean and std."""
         return normalize(images, self.mean, self.std)
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,7 +80,9 @@ class Images:
 
 
 class Loader:
-    """Training batches of one worker from images in memory, a pure function of (seed, worker, step).
+    """Training batches of one worker from images in memory.
+
+    They are a pure function of (seed, worker, step).
 
     Args:
         data: The images.
@@ -162,6 +164,6 @@ def shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
 
 
 def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image (batch, channels, height, width) left to right with probability 0.5."""
+    """Mirror each image left to right with probability 0.5."""
     mirrored = torch.rand(len(images), generator=generator).to(images.device) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)

@@ -48,14 +48,14 @@ Collate = Callable[[list[Any]], Any]
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Context that seeds torch's CPU generator, which torchvision's transforms use, and restores it at exit."""
+    """Seed torch's CPU generator within a context, and restore it after."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 class Stream:
-    """Training batches of one worker in CPU memory, in the order of `Order`.
+    """Training batches of one worker in CPU memory, sorted by `Order`.
 
     Args:
         dataset: The items.

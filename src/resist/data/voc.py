@@ -1,4 +1,4 @@
-"""PascalVOC: photographs with boxes around objects of twenty classes, in the challenge's layout.
+"""PascalVOC: photographs with boxes around objects of twenty classes.
 
     DATA_DIR/VOCdevkit/VOC2007/ImageSets/Main/trainval.txt    names of the photographs in a set, one for each line
                                JPEGImages/000005.jpg
@@ -106,7 +106,7 @@ class VocSet:
         return image, boxes, labels, difficult, seed
 
     def digest(self) -> str:
-        """Return a hash of the names and sizes of the photographs, and of their objects."""
+        """Return a hash of the photographs' names, sizes and objects."""
         key = blake2b(digest_size=8)
         for photograph in self.photographs:
             num_bytes = photograph.file.stat().st_size
@@ -172,7 +172,7 @@ def longer(image_size: int) -> int:
 
 
 def mirrored(boxes: Tensor, width: float) -> Tensor:
-    """Mirror boxes (objects, 4) left to right in a picture of this width in pixels."""
+    """Mirror boxes (objects, 4) left to right within `width` pixels."""
     left, top, right, bottom = boxes.unbind(1)
     return torch.stack([width - right, top, width - left, bottom], dim=1)
 

@@ -1,4 +1,4 @@
-"""Exported files: written completely or not at all, never overwriting, readable without this package.
+"""Exported files: complete, never overwritten, readable without this package.
 
 - `.safetensors`: the state dict, and the metadata (strings by name; values that are not text are JSON).
 - `.pt`, `.pth`: for `torch.load(weights_only=True)`: the plain state dict; if a scale is kept, a dict of "state_dict"
@@ -54,7 +54,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a state dict in the format of the file's suffix, see the module docstring.
+    """Write a state dict in the format of the file's suffix.
 
     Args:
         path: A new file with one of `SUFFIXES`.
@@ -101,7 +101,7 @@ def write_program(path: Path, model: nn.Module, images: Tensor, metadata: Mappin
 
 
 def load_scaled(model: nn.Module, path: Path | str) -> nn.Module:
-    """Load the weights of an exported .safetensors file, and apply its kept scales by hooks.
+    """Load an exported .safetensors file, and apply its scales by hooks.
 
     Args:
         model: A network of the exported architecture; it is changed in place.

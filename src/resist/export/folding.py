@@ -1,4 +1,4 @@
-"""Fold the scale of residual branches into weights, which gives an ordinary network without hooks.
+"""Fold the scale of residual branches into weights, without hooks.
 
 In the full network of a job, a chain block computes x + scale * (block(x) - x). Where the branch block(x) - x ends in a
 linear operation, the same result comes from multiplying that operation's parameters by the scale. The operation depends
@@ -57,7 +57,7 @@ class Fold:
 
 
 def fold_scale(model: nn.Module, inputs: object, *, approximate: bool = False) -> nn.Module:
-    """Copy a full network with the scale folded into its weights, without hooks.
+    """Copy a full network with the scale folded into its weights.
 
     Args:
         model: The result of `Job.full_model`, on any device.
@@ -73,7 +73,7 @@ def fold_scale(model: nn.Module, inputs: object, *, approximate: bool = False) -
 
 
 def fold(model: nn.Module, inputs: object, *, approximate: bool = False) -> tuple[nn.Module, list[Fold]]:
-    """Do the same as `fold_scale`, and also return a record of every fold, in the model's order."""
+    """Do the same as `fold_scale`, and return a record of every fold."""
     scales, training = scales_of(model), {module: module.training for module in model.modules()}
     # Run the model once to record the arguments of every block; each module then gets its own mode back.
     try:
@@ -100,7 +100,7 @@ def fold(model: nn.Module, inputs: object, *, approximate: bool = False) -> tupl
 
 
 def detached(model: nn.Module) -> nn.Module:
-    """Copy a model so that each parameter and buffer has its own storage, not a view of a flat tensor."""
+    """Copy a model; each parameter and buffer gets its own storage."""
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(_cloned(parameter), requires_grad=parameter.requires_grad)
@@ -128,7 +128,7 @@ def difference(reference: nn.Module, other: nn.Module, inputs: object) -> float:
 
 
 def first_tensor(output: object) -> Tensor:
-    """Return the main tensor of an output: the tensor itself, `logits` of a mapping, or the first of several.
+    """Return an output's tensor, `logits` of a mapping, or first tensor.
 
     Raises:
         UserError: The output contains no tensor.

@@ -1,4 +1,4 @@
-"""How to rebuild the exported network with its own library."""
+"""Recipe: how to rebuild the exported network with its own library."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -108,7 +108,7 @@ def timm_counterpart(model: str, num_classes: int, sections: Sequence[int], widt
 
 
 def check_loads(recipe: Recipe, state: Mapping[str, Tensor], expected: nn.Module, images: Tensor) -> Recipe:
-    """Build the network of a recipe, load weights, and compare its outputs with those of the run's network.
+    """Rebuild a network, load weights, and compare its outputs.
 
     Where the image size is part of the weights, as in position embeddings, the recipe is also tried with an argument
     for this size.

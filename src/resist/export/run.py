@@ -67,7 +67,7 @@ def export_run(
     data_dir: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Export:
-    """Write the network of a finished run to a file that can be used without this package.
+    """Write a finished run's network to a file usable without this package.
 
     Args:
         run: Run directory.
@@ -122,7 +122,10 @@ def default_name(to: str) -> str:
 
 
 def data_description(config: NetworkConfig) -> Images:
-    """Describe the data set of a run by an `Images` without images: classes, normalization and image size."""
+    """Describe a run's data set: classes, normalization and image size.
+
+    The result contains no images, which need not be available.
+    """
     size, name = config.image_size or image_size_of(config.data), config.data
     images = torch.empty((0, 3, size, size), dtype=torch.uint8)
     labels = torch.empty(0, dtype=torch.int64)
@@ -130,7 +133,7 @@ def data_description(config: NetworkConfig) -> Images:
 
 
 def example(data: Images, num: int = 2) -> Tensor:
-    """Return noise in place of normalized images, always the same: (num, channels, height, width)."""
+    """Return fixed noise as images, (num, channels, height, width)."""
     return torch.randn(num, *data.images.shape[1:], generator=torch.Generator().manual_seed(0))
 
 
@@ -212,7 +215,7 @@ def scaled_network(
 
 
 def describe(config: TrainConfig, recipe: Recipe, data: Images, scale: str) -> dict[str, str]:
-    """Return the metadata of a file: strings by name, JSON for values that are not text.
+    """Return a file's metadata: text, or JSON for other values.
 
     Args:
         config: Options of the run.

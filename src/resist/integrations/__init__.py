@@ -15,9 +15,10 @@ _PREFIXES = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "MV2_")
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Context without the environment variables of distributed launchers, so that a framework sees one process.
+    """Hide the environment variables of distributed launchers within a context.
 
-    Create the `Job` before entering it, because the `Job` needs these variables. They are restored at exit.
+    A framework then sees a program of one process. Create the `Job` before entering it,
+    because the `Job` needs these variables. They are restored at exit.
     """
     hidden = {name: value for name, value in os.environ.items() if name in _NAMES or name.startswith(_PREFIXES)}
     for name in hidden:

@@ -28,7 +28,9 @@ from resist.job import Job
 
 
 class ResIST(Callback):
-    """Callback that calls `job.step` after each optimizer step, and averages the last round when training ends.
+    """Lightning callback that runs a job.
+
+    It calls `job.step` after each optimizer step, and averages the last round when training ends.
 
     Args:
         job: The job whose network is trained.

@@ -35,7 +35,9 @@ __all__ = ["ResISTCallback", "alone"]
 
 
 class ResISTCallback(TrainerCallback):
-    """Callback that calls `job.step` after each optimizer step, and averages the last round when training ends.
+    """Trainer callback that runs a job.
+
+    It calls `job.step` after each optimizer step, and averages the last round when training ends.
 
     Args:
         job: The job whose network is trained.

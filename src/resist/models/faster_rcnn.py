@@ -148,7 +148,7 @@ def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size:
 
 
 def image_transform(image_size: int, max_size: int) -> GeneralizedRCNNTransform:
-    """Transform of a detector's input: normalize, resize, and pad with zeros to one tensor.
+    """Transform of a detector's input: normalize, resize, pad with zeros.
 
     Args:
         image_size: Length in pixels to which the shorter side is resized.
@@ -158,7 +158,7 @@ def image_transform(image_size: int, max_size: int) -> GeneralizedRCNNTransform:
 
 
 def headless(body: nn.Module) -> nn.Module:
-    """Replace the last norm and the head of a classification network by identities, in place.
+    """Remove the last norm and the head of a network, in place.
 
     Raises:
         UserError: The network has no `forward_stem` or not the sections `layer1` .. `layer4`.
@@ -199,7 +199,7 @@ def section_shapes(body: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def dense_pass(model: nn.Module, images: Tensor) -> Tensor:
-    """Compute a scalar from all weights of a detector, to count operations on the meta device.
+    """Compute a scalar from all weights of a detector, without data.
 
     Regions depend on the values of weights, which the meta device does not have; each image gets NUM_REGIONS
     placeholder regions instead. The selection of regions (sorting, suppression) and their pooling are left out; all

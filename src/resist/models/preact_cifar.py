@@ -1,4 +1,4 @@
-"""Pre-activation ResNets of basic blocks for small images, as in the paper's CIFAR experiments.
+"""Pre-activation ResNets of basic blocks: the paper's CIFAR networks.
 
     stem conv3x3 -> layer1 .. layer4 (widths w, 2w, 4w, 8w; the last three halve the image) -> mean pool -> linear head
 
@@ -80,7 +80,7 @@ class PreActResNet(nn.Module):
         self.head = nn.Linear(8 * width, num_classes)
 
     def forward_stem(self, images: Tensor) -> Tensor:
-        """Return the input of the first section, (batch, width, height, width of the images)."""
+        """Return the input of the first section."""
         return self.stem(images)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pre-activation ResNets of bottleneck blocks for photographs, as in the paper's ImageNet experiments.
+"""Pre-activation ResNets of bottleneck blocks: the paper's ImageNet networks.
 
     stem conv7x7 / 2, max pool / 2 -> layer1 .. layer4 (4w, 8w, 16w, 32w channels; the last three halve the image)
     -> norm, ReLU -> mean pool -> linear head
@@ -84,7 +84,7 @@ class PreActResNetImageNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward_stem(self, images: Tensor) -> Tensor:
-        """Return the input of the first section: a quarter of the images' height and width, `width` channels."""
+        """Return the input of the first section, at a quarter of the resolution."""
         return F.max_pool2d(self.stem(images), 3, 2, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ HEAD = ("head.weight", "head.bias")
 
 
 def start_from(model: nn.Module, source: str) -> str:
-    """Fill a network with the weights of a file; on the meta device, only check their names and shapes.
+    """Fill a network with the weights of a file.
+
+    On the meta device, only names and shapes are checked.
 
     The head of `model` keeps its weights where the file has another number of classes, or no head.
 
@@ -110,7 +112,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the `state_dict` of a `PreActResNetImageNet` for timm's network of the same sections."""
+    """Rename the `state_dict` of a `PreActResNetImageNet` for timm's network."""
     return {
         timm_name(name): tensor[:, :, None, None] if name == "head.weight" else tensor for name, tensor in state.items()
     }

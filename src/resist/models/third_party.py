@@ -1,4 +1,4 @@
-"""Networks of other libraries by name, always with fresh weights: nothing is downloaded.
+"""Networks of other libraries by name, with fresh weights, never downloaded.
 
 - `torchvision:resnet101`: `torchvision.models.resnet101`, or any other classification network of torchvision.
 - `timm:vit_small_patch16_224`: `timm.create_model`; needs `pip install resist[timm]`.

@@ -40,7 +40,7 @@ def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: 
 def network_builder(
     config: NetworkConfig, num_classes: int | None = None, image_size: int | None = None
 ) -> Callable[[], nn.Module]:
-    """Return the function that builds the full network of a configuration; data are not loaded.
+    """Return the function that builds the full network, without loading data.
 
     Args:
         config: Options of network and data.
@@ -62,7 +62,10 @@ def network_builder(
 
 
 def image_shape(config: NetworkConfig) -> tuple[int, int, int]:
-    """Return (channels, height, width) of an image; for detection, of the most common photograph."""
+    """Return the (channels, height, width) of an image.
+
+    For detection, it is the shape of the most common photograph.
+    """
     if config.task == "detection":
         from resist.tasks import detection
 
@@ -72,7 +75,7 @@ def image_shape(config: NetworkConfig) -> tuple[int, int, int]:
 
 
 def check(config: NetworkConfig) -> None:
-    """Raise UserError for a data set, a network or an option that the task does not support."""
+    """Raise UserError for options that the task does not support."""
     if config.task == "detection" and config.data not in VOC:
         problem = "has no boxes" if config.data in DATASETS else "is not known"
         raise UserError(f"--task detection: --data {config.data} {problem}; choose one of {', '.join(VOC)}")

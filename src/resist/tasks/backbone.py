@@ -46,7 +46,7 @@ class BackboneInit:
         return BackboneInit(run, network, named, scales)
 
     def check(self, model: nn.Module) -> None:
-        """Raise UserError if the backbone of the detector `model`, on any device, differs from the run's network."""
+        """Raise UserError if a detector's backbone differs from the run's network."""
         expected = {name: t.shape for name, t in model.state_dict().items() if name.startswith(BODY)}
         shapes = {name: t.shape for name, t in self.tensors.items() if not name.startswith(LAST_NORM)}
         differ = [

@@ -1,4 +1,4 @@
-"""Object detection in photographs: the losses of Faster R-CNN, the average precision of PascalVOC."""
+"""Object detection: losses of Faster R-CNN, average precision of PascalVOC."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -107,14 +107,17 @@ class Detection:
         ]
 
     def loss(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> Tensor:
-        """Compute the sum of the detector's losses; the batch's seeds decide which anchors and regions are sampled."""
+        """Compute the sum of the detector's losses.
+
+        The batch's seeds decide which anchors and regions are sampled.
+        """
         images, targets, seeds = batch
         with drawn_by(keyed_int("regions", *seeds), self.device):
             losses = model(floats(images), targets)
         return torch.stack(list(losses.values())).sum()
 
     def calibration(self, seed: int) -> Iterator[Tensor]:
-        """Iterate over augmented photographs after the network's own transform, (batch, 3, height, width)."""
+        """Iterate over augmented, transformed photographs, (batch, 3, height, width)."""
         size = min(CALIBRATION_BATCH, len(self.train))
         stream = Stream(
             self.train,
@@ -180,12 +183,15 @@ def builder(config: NetworkConfig, num_classes: int) -> Callable[[], nn.Module]:
 
 
 def image_size(config: NetworkConfig) -> int:
-    """Return the length in pixels to which the shorter side of images is resized."""
+    """Return the length in pixels of resized images' shorter side."""
     return IMAGE_SIZE if config.image_size is None else config.image_size
 
 
 def common_shape(config: NetworkConfig) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the network's input for 500 x 375 pixels, VOC's most common size."""
+    """Return the (channels, height, width) of the network's usual input.
+
+    It belongs to photographs of 500 x 375 pixels, the most common size in VOC.
+    """
     width, height = (-(-side // DIVISOR) * DIVISOR for side in fitted(500, 375, image_size(config)))
     return 3, height, width
 
@@ -206,7 +212,7 @@ def floats(images: list[Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def drawn_by(seed: int, device: torch.device) -> Iterator[None]:
-    """Context that seeds torch's generators of the CPU and of `device`, and restores them at exit."""
+    """Seed the generators of CPU and `device` within a context."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":

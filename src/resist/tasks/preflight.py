@@ -12,7 +12,7 @@ from resist.tasks import network_builder
 
 
 def try_network(config: NetworkConfig, num_classes: int | None = None) -> None:
-    """Build a third-party network and run it on two images; other networks are covered by tests.
+    """Validate a third-party network on two images; skip other networks.
 
     Args:
         config: Options of network and data.

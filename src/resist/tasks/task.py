@@ -1,4 +1,4 @@
-"""Interface between the training loop and a task: data, network, loss and metric.
+"""Interface of a task: data, network, loss and metric.
 
 The training loop knows nothing else about images, boxes or classes. The type of a batch is the task's own.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Batches(Protocol):
-    """The training batches of one worker: a pure function of (seed, worker, step)."""
+    """Training batches of a worker, a function of (seed, worker, step)."""
 
     @property
     def images_per_epoch(self) -> int:
@@ -19,7 +19,7 @@ class Batches(Protocol):
         ...
 
     def batch(self, step: int) -> Any:
-        """Return the batch of a step, on the device; consecutive steps are fastest."""
+        """Return a step's batch on the device; consecutive steps are fastest."""
         ...
 
 
@@ -28,7 +28,7 @@ class Task(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Lines for the user before training, for example about files that were left out."""
+        """Lines for the user before training, such as files left out."""
         ...
 
     def network(self) -> nn.Module:
@@ -56,7 +56,7 @@ class Task(Protocol):
         ...
 
     def loss(self, model: Callable[..., Any], batch: Any) -> Tensor:
-        """Compute the mean loss over a batch, a scalar; `model` is in train mode, compiled or not."""
+        """Compute the mean loss of a model in train mode, a scalar."""
         ...
 
     def calibration(self, seed: int) -> Iterable[Any]:

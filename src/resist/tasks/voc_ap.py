@@ -54,7 +54,7 @@ class AveragePrecision:
         self._outcomes: dict[int, list[Tensor]] = {}
 
     def add(self, found: Found, objects: Objects) -> None:
-        """Add the detections and the true objects of an image; all tensors are on the CPU."""
+        """Add an image's detections and true objects, all on the CPU."""
         for label in objects.labels[~objects.difficult].tolist():
             self._objects[label] = self._objects.get(label, 0) + 1
         for label in found.labels.unique().tolist():
@@ -65,7 +65,7 @@ class AveragePrecision:
             self._outcomes.setdefault(label, []).append(outcome)
 
     def by_class(self, points: int | None) -> dict[int, float]:
-        """Compute the AP, 0 to 1, of each class that has an object which is not difficult.
+        """Compute the AP, 0 to 1, of each class with countable objects.
 
         Args:
             points: Recalls at which precision is taken, see `ap`.
@@ -80,13 +80,13 @@ class AveragePrecision:
         return scores
 
     def mean(self, points: int | None) -> float:
-        """Compute the mean AP over the classes of `by_class`; 0 if there are none."""
+        """Compute the mean of `by_class`; 0 if there are no classes."""
         scores = self.by_class(points)
         return sum(scores.values()) / len(scores) if scores else 0.0
 
 
 def outcomes(boxes: Tensor, objects: Tensor, difficult: Tensor) -> Tensor:
-    """Classify the detections of one class in one image as TRUE, FALSE or IGNORED.
+    """Classify an image's detections of one class: TRUE, FALSE or IGNORED.
 
     Args:
         boxes: (detections, 4): the detected boxes, highest score first.
