@@ -1,12 +1,19 @@
-"""ResIST: train a deep residual network on several machines, each with a different, shallower sub-network."""
+"""ResIST: train a deep residual network on several machines, each with a different, shallower sub-network.
 
-from resist.errors import UserError, WorkerLostError
-from resist.job import Job
-from resist.planning.plan import Plan, partition
-from resist.planning.schedule import Message, Schedule, allreduce_bytes, schedule
-from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
-from resist.subnet.chains import Chain, find_chains
-from resist.sync.worker import Worker
+Names are imported when they are first used, so that `import resist` and the commands that train nothing load no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resist.errors import UserError, WorkerLostError
+    from resist.job import Job
+    from resist.planning.plan import Plan, partition
+    from resist.planning.schedule import Message, Schedule, allreduce_bytes, schedule
+    from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
+    from resist.subnet.chains import Chain, find_chains
+    from resist.sync.worker import Worker
 
 __version__ = "0.1.0"
 
@@ -31,3 +38,39 @@ __all__ = [
     "schedule",
     "switch",
 ]
+
+_HOME = {  # the module of each public name
+    "Chain": "resist.subnet.chains",
+    "Job": "resist.job",
+    "Message": "resist.planning.schedule",
+    "OuterSGD": "resist.planning.strategy",
+    "Plan": "resist.planning.plan",
+    "Schedule": "resist.planning.schedule",
+    "Strategy": "resist.planning.strategy",
+    "UserError": "resist.errors",
+    "Worker": "resist.sync.worker",
+    "WorkerLostError": "resist.errors",
+    "allreduce_bytes": "resist.planning.schedule",
+    "ddp": "resist.planning.strategy",
+    "diloco": "resist.planning.strategy",
+    "find_chains": "resist.subnet.chains",
+    "local_sgd": "resist.planning.strategy",
+    "partition": "resist.planning.plan",
+    "resist": "resist.planning.strategy",
+    "schedule": "resist.planning.schedule",
+    "switch": "resist.planning.strategy",
+}
+_SUBMODULES = {"errors", "job", "planning", "subnet", "sync"}  # `resist.job` without an import of its own
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"resist.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'resist' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -154,7 +154,7 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
         (["--link-gbit-s", "1", "--images-s", "0"], "images_s=0"),
         (["--link-gbit-s", "1"], "seconds need both"),
         (["--images-s", "1"], "seconds need both"),
-        (["--latency-ms", "1"], "says nothing without --link-gbit-s"),
+        (["--latency-ms", "1"], "has no effect without --link-gbit-s"),
         (["--workers", "9"], "workers=9 exceeds the 8 blocks"),
         (["--workers", "0"], "workers=0 is too small"),
         (["--sections", "1", "1", "1", "1"], "the model has no chain"),

@@ -26,8 +26,9 @@ from resist.subnet.chains import choose_chains, find_chains
 from resist.subnet.network import tensors_of
 from resist.subnet.scaling import scale_branches
 from resist.sync.local import Local
-from resist.tasks import Detection, image_shape, network_builder, open_task
+from resist.tasks import image_shape, network_builder, open_task
 from resist.tasks.backbone import BackboneInit
+from resist.tasks.detection import Detection
 from resist.training.loop import Trainer
 
 SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, data_workers=0)
@@ -316,7 +317,7 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
         (["--task", "detection", "--data", "coco"], "--data coco is not known; choose one of voc2007, voc2012"),
         (["--data", "voc2007"], "--data voc2007 has boxes around objects; it needs --task detection"),
         (["--splits", "a", "b"], "--splits has no effect with --task classification"),
-        (["--image-size", "64"], "--image-size says nothing to --data digits"),
+        (["--image-size", "64"], "--image-size has no effect with --data digits"),
         (["--backbone", "x"], "--backbone has no effect with --task classification"),
         ([*ARGUMENTS, "--final-norm"], "--final-norm has no effect with --task detection"),
         ([*ARGUMENTS, "--label-smoothing", "0.1"], "--label-smoothing has no effect with --task detection"),

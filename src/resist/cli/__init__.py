@@ -1,9 +1,14 @@
-"""The command line. Bad input ends in one line on stderr and exit status 2, a lost worker in one line and status 1."""
+"""The command line: one module per command, with its options as a record and a function that runs it.
+
+Invalid input ends with one line on stderr and exit status 2, a lost worker with one line and status 1. The modules
+import torch and the rooms that need it inside those functions, so that help and messages come at once.
+"""
 
 import os
 import sys
 from collections.abc import Callable
 
+import resist
 from resist.cli.compare import CompareConfig, run_compare
 from resist.cli.cost import CostConfig, run_cost
 from resist.cli.evaluate import EvaluateConfig, run_evaluate
@@ -32,43 +37,46 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`resist COMMAND ...`. Ends the process with its exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_guarded(lambda: _run(words)))
+    """Run `resist` with `arguments` (default: those of this process) and end the process with its exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_guarded(lambda: _run(given)))
 
 
 def _run(arguments: list[str]) -> int:
-    config = parse({name: kind for name, (kind, _) in COMMANDS.items()}, arguments)
-    action = next(action for kind, action in COMMANDS.values() if isinstance(config, kind))
+    if arguments == ["--version"]:
+        print(f"resist {resist.__version__}")
+        return 0
+    config = parse({name: record for name, (record, _) in COMMANDS.items()}, arguments)
+    action = next(action for record, action in COMMANDS.values() if isinstance(config, record))
     return action(config, arguments)
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    """The exit status of `action`, errors turned into one line."""
+    """Run `action`, print its error as one line, and return the exit status."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         status = action()
         sys.stdout.flush()
         return status
-    except AgreedError as error:  # every process has it; the first one says it
+    except AgreedError as error:  # every process raises it; the first one prints it
         if rank == 0:
-            _say(str(error))
+            _print_error(str(error))
         return 2
     except UserError as error:
-        _say(str(error))
+        _print_error(str(error))
         return 2
     except WorkerLostError as error:
-        _say(str(error))
+        _print_error(str(error))
         return 1
-    except BrokenPipeError:  # whoever read what we print has stopped, as `head` does
+    except BrokenPipeError:  # the reader of stdout has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         if rank == 0:
-            _say("interrupted")
+            _print_error("interrupted")
         return 130
 
 
-def _say(text: str) -> None:
-    """A line on stderr, in one write: several processes may speak at once."""
+def _print_error(text: str) -> None:
+    """Print a line on stderr in one write, because several processes may print at the same time."""
     print(f"resist: {text}\n", end="", file=sys.stderr, flush=True)

@@ -1,18 +1,11 @@
-"""`resist cost`: what each strategy would send, hold and take, predicted."""
+"""`resist cost`: predict the traffic, memory and time of each strategy."""
 
 import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rich.console import Console
-
-from resist.cost import STRATEGIES, Link, Speed, calibrate, predict, print_table
-from resist.cost.footprint import mean_square
 from resist.errors import UserError
-from resist.models.faster_rcnn import dense_pass
 from resist.runs.config import NetworkConfig
-from resist.tasks import image_shape, network_builder
-from resist.training.device import pick_device
 
 
 @dataclass(frozen=True)
@@ -23,13 +16,13 @@ class CostConfig:
     num_classes: int | None = None
     """Classes of the head. Default: those of --data."""
     workers: tuple[int, ...] = (2, 4, 8)
-    """Numbers of workers to look at."""
-    strategies: tuple[str, ...] = STRATEGIES
-    """Strategies to look at."""
+    """Numbers of workers to predict."""
+    strategies: tuple[str, ...] = ("resist", "local_sgd", "diloco", "ddp")
+    """Strategies to predict."""
     local_steps: int = 50
     """Optimizer steps from one synchronization to the next."""
     batch_size: int = 128
-    """Images of a worker in one step."""
+    """Images per worker and step."""
     min_depth: int | None = None
     """As in resist train."""
     capacities: tuple[int, ...] = ()
@@ -37,29 +30,39 @@ class CostConfig:
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
     """As in resist train."""
     replicate: bool = False
-    """As in resist train: count the memory and the bytes of second copies."""
+    """As in resist train: count the memory and the bytes of replicas."""
     link_gbit_s: float | None = None
-    """Rate of each worker's link, each way. With a speed of the devices, seconds are predicted."""
+    """Rate of each worker's link in Gbit/s, in each direction. With a speed of the devices, seconds are
+    predicted."""
     latency_ms: float = 0.0
-    """One-way latency of a link."""
+    """One-way latency of a link in milliseconds."""
     images_s: tuple[float, ...] = ()
-    """Images per second that a device trains of the full network: one number, or one for each worker."""
+    """Training speed of the full network on one device, in images per second: one number, or one per worker."""
     calibrate: bool = False
-    """Measure --images-s here, on --device."""
+    """Measure --images-s on --device of this machine."""
     device: str = "auto"
-    """What to calibrate: cpu, cuda, or auto."""
+    """Device for --calibrate: cpu, cuda, or auto."""
     json: bool = False
     """Print JSON."""
 
 
 def run_cost(config: CostConfig, arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from resist.cost import Link, Speed, calibrate, predict, print_table
+    from resist.cost.footprint import mean_square
+    from resist.tasks import image_shape, network_builder
+    from resist.training.device import pick_device
+
     network, shape = config.network, image_shape(config.network)
-    loss = dense_pass if network.task == "detection" else mean_square
+    loss = mean_square
+    if network.task == "detection":
+        from resist.models.faster_rcnn import dense_pass as loss
     build_model = network_builder(network, config.num_classes, shape[-1])
     if config.calibrate and config.images_s:
-        raise UserError("--calibrate measures what --images-s says; give one of the two")
+        raise UserError("--calibrate measures --images-s; give one of the two")
     if config.latency_ms and config.link_gbit_s is None:
-        raise UserError(f"--latency-ms {config.latency_ms} says nothing without --link-gbit-s; give both")
+        raise UserError(f"--latency-ms {config.latency_ms} has no effect without --link-gbit-s; give both")
     link = None if config.link_gbit_s is None else Link(config.link_gbit_s, config.latency_ms)
     speeds = [Speed(images_s) for images_s in config.images_s]
     if config.calibrate:

@@ -1,4 +1,4 @@
-"""`resist evaluate`: the network of a run tested again, from disk."""
+"""`resist evaluate`: test the saved network of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,29 +6,30 @@ from typing import Annotated
 
 import tyro
 
-from resist.training.device import pick_device
-from resist.training.evaluate import evaluate_run, readings_of_run
-
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Test the network that a run left behind, read from its directory."""
+    """Test the saved network of a run."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
     data_dir: Path | None = None
-    """Where the data set lies. Default: as when it was trained."""
+    """Directory of the data set. Default: as in training."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     readings: bool = False
-    """Read it in every way, with and without scale and by each kind of BatchNorm statistics; resist report shows it."""
+    """Test it with and without scale and with each type of BatchNorm statistics, and keep the accuracies for
+    resist report."""
 
 
 def run_evaluate(config: EvaluateConfig, arguments: list[str]) -> int:
+    from resist.training.device import pick_device
+    from resist.training.evaluate import evaluate_run, readings_of_run
+
     if config.readings:
-        found = readings_of_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
-        for way, score in found.items():
-            print(f"{way:24}{100 * score:6.2f} %")
+        readings = readings_of_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
+        for name, score in readings.items():
+            print(f"{name:24}{100 * score:6.2f} %")
         return 0
     scores = evaluate_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
     for name, score in scores.items():

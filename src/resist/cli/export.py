@@ -1,39 +1,43 @@
-"""`resist export`: the network of a run for people who do not use this package."""
+"""`resist export`: write the network of a run for use without this package."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from resist.export import Export, export_run
-from resist.training.device import pick_device
+if TYPE_CHECKING:
+    from resist.export import Export
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write the network that a run left behind as others read it."""
+    """Write the network of a run as a file for use without this package."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
     to: Literal["safetensors", "torch", "torchvision", "timm", "program"]
-    """safetensors: weights and metadata. torch: a plain state dict. torchvision, timm: what their networks load, for
-    runs of theirs. program: a torch.export program, which runs without the network's source."""
+    """safetensors: weights and metadata. torch: a plain state dict. torchvision, timm: a state dict
+    for their own networks. program: a torch.export program, which runs without the network's source."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write, which must not exist yet. Default: exported.safetensors (.pt, .pt2; exported-timm.safetensors) in
     the run directory."""
     scale: Literal["fold", "keep", "approximate"] = "fold"
-    """Factor of each chain block's branch. fold: multiplied into the weights, exactly. keep: left to the reader, in the
-    metadata. approximate: folded even if an activation follows the block's sum; tells the accuracy of both."""
+    """Factor of each chain block's branch. fold: multiplied into the weights, exactly. keep: stored in the metadata, to
+    be applied after loading. approximate: folded even if an activation follows the block's sum; prints both accuracies.
+    """
     calibrate: bool = False
-    """Estimate BatchNorm statistics on training images first. Runs with --batchnorm batch need it."""
+    """Estimate BatchNorm statistics on training images first. Required for runs with --batchnorm batch."""
     data_dir: Path | None = None
-    """Where the data set lies, for --calibrate and --scale approximate. Default: as when it was trained."""
+    """Directory of the data set, for --calibrate and --scale approximate. Default: as in training."""
     device: str = "auto"
-    """Where images are run through the network, for the same two: cpu, cuda, or auto."""
+    """Device for --calibrate and --scale approximate: cpu, cuda, or auto."""
 
 
 def run_export(config: ExportConfig, arguments: list[str]) -> int:
+    from resist.export import export_run
+    from resist.training.device import pick_device
+
     done = export_run(
         config.run,
         config.to,
@@ -48,13 +52,13 @@ def run_export(config: ExportConfig, arguments: list[str]) -> int:
     return 0
 
 
-def _about_scale(done: Export, scale: str) -> list[str]:
+def _about_scale(done: "Export", scale: str) -> list[str]:
     if not done.scales:
         return ["scale: none, no branch of this run's network is scaled"]
     values = " and ".join(f"{value:.4g}" for value in sorted(set(done.scales.values())))
     what = f"scale: the branches of {len(done.scales)} blocks are multiplied by {values}"
     if scale == "keep":
-        return [f"{what}, kept apart from the weights"]
+        return [f"{what}, stored apart from the weights"]
     into = ", ".join(dict.fromkeys(name for one in done.folds for name in one.into))
     lines = [f"{what}, folded into their {into}"]
     if done.accuracy is not None:
@@ -63,12 +67,12 @@ def _about_scale(done: Export, scale: str) -> list[str]:
     return [*lines, f"on noise the logits differ from those of the scaled network by {done.difference:.1e} at most"]
 
 
-def _how_to_load(done: Export, config: ExportConfig) -> list[str]:
+def _how_to_load(done: "Export", config: ExportConfig) -> list[str]:
     kept = config.scale == "keep" and bool(done.scales)
     path, recipe = str(done.path), done.recipe
     size = "x".join(map(str, done.data.images.shape[1:]))
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (done.data.mean, done.data.std))
-    images = f"images: {size}, RGB in 0 to 1, less the mean ({mean}), over the deviation ({std})"
+    images = f"images: {size}, RGB in 0 to 1, minus the mean ({mean}), divided by the standard deviation ({std})"
     if config.to == "program":
         return [f"load it:\n  import torch\n  model = torch.export.load({path!r}).module()", images]
     imports, lines = [recipe.imports], [f"model = {recipe.code}"]

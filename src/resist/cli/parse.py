@@ -1,4 +1,4 @@
-"""The command line as records, and what is wrong with it as one line. tyro reads it; its own errors are boxes."""
+"""Parse the command line into records with tyro, and reduce its boxed error messages to one line."""
 
 import contextlib
 import io
@@ -12,9 +12,10 @@ import tyro
 
 from resist.errors import UserError
 
-DESCRIPTION = "Train a deep residual network with a different, shallower sub-network on each worker (ResIST)."
+DESCRIPTION = """Train a deep residual network with a different, shallower sub-network on each worker (ResIST).
+resist COMMAND --help lists the options of a command, resist --version prints the version."""
 HELP = ("-h", "--help")
-RENAMED = {  # options of earlier versions, and the options that took their place
+RENAMED = {  # options of earlier versions, and their new names
     "--accumulate": "--grad-accum-steps",
     "--evaluations": "--num-evals",
     "--loaders": "--data-workers",
@@ -29,9 +30,16 @@ FORMS = {
 
 
 def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> Any:
-    """The record of the command that `arguments` name, filled in. Help is printed, and ends the process with status 0.
+    """Parse a command line into the record of its command.
 
-    Raises UserError in one line for an unknown command or option, and for a value that is none of its kind.
+    Help is printed, and ends the process with status 0.
+
+    Args:
+        commands: The record class of each command.
+        arguments: The command line without the program's name.
+
+    Raises:
+        UserError: For an unknown command or option, and for an invalid value. The message is one line.
     """
     command = next(iter(arguments), "")
     if command in commands:
@@ -39,10 +47,10 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> Any:
     elif command not in HELP and not command.startswith("--tyro-"):  # tyro's own: completions for shells
         near = get_close_matches(command, commands, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands)}"
-        raise UserError(f"{command!r} is not a command; {hint}" if command else f"no command is given; {hint}")
-    said = io.StringIO()
+        raise UserError(f"{command!r} is not a command; {hint}" if command else f"no command given; {hint}")
+    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(message):
             return tyro.extras.subcommand_cli_from_dict(
                 dict(commands),
                 prog="resist",
@@ -50,27 +58,27 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> Any:
                 args=list(arguments),
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
-    except SystemExit as ended:
-        if ended.code in (0, None):
+    except SystemExit as exit:
+        if exit.code in (0, None):
             raise
         where = f"resist {command}" if command in commands else "resist"
-        raise UserError(f"{one_line(said.getvalue(), arguments)}; see {where} --help") from None
+        raise UserError(f"{one_line(message.getvalue(), arguments)}; see {where} --help") from None
 
 
-def options_of(kind: type) -> list[str]:
-    """The options that fill in a record, and the records within it, as in --local-steps."""
-    found: list[str] = []
-    for name, hint in get_type_hints(kind, include_extras=True).items():
+def options_of(record: type) -> list[str]:
+    """List the options of a record class and of the records in it, as in --local-steps."""
+    options: list[str] = []
+    for name, hint in get_type_hints(record, include_extras=True).items():
         bare = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
         if is_dataclass(bare):
-            found += options_of(bare)  # type: ignore[arg-type]  # a class, since it is a type hint
-        elif tyro.conf.Positional not in getattr(hint, "__metadata__", ()) and name in {f.name for f in fields(kind)}:
-            found.append("--" + name.replace("_", "-"))
-    return found
+            options += options_of(bare)  # type: ignore[arg-type]  # a class, since it is a type hint
+        elif tyro.conf.Positional not in getattr(hint, "__metadata__", ()) and name in {f.name for f in fields(record)}:
+            options.append("--" + name.replace("_", "-"))
+    return options
 
 
-def _check_options(command: str, kind: type, arguments: Sequence[str]) -> None:
-    known = options_of(kind)
+def _check_options(command: str, record: type, arguments: Sequence[str]) -> None:
+    known = options_of(record)
     for word in arguments:
         option = word.partition("=")[0].replace("_", "-")
         if not word.startswith("--") or word == "--help" or option in known:
@@ -83,14 +91,14 @@ def _check_options(command: str, kind: type, arguments: Sequence[str]) -> None:
 
 
 def one_line(text: str, arguments: Sequence[str]) -> str:
-    """What one of tyro's boxes says, without title, frame, advice and line breaks. Without Unicode it has no frame."""
-    body: list[list[str]] = [[]]  # parted by rules
+    """Reduce one of tyro's boxes to a line, without title, frame, advice and line breaks."""
+    body: list[list[str]] = [[]]  # the sections between horizontal rules; without Unicode there is no frame
     for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
-        words = line.strip("│ \t")
-        if words and set(words) <= {"─", "-"}:
+        content = line.strip("│ \t")
+        if content and set(content) <= {"─", "-"}:
             body.append([])
-        elif words and not line.startswith(("╭", "╰")):
-            body[-1].append(words)
+        elif content and not line.startswith(("╭", "╰")):
+            body[-1].append(content)
     if len(body) > 1 and re.fullmatch(r"[A-Z][a-z]+( [a-z]+)+", " ".join(body[0])):
         del body[0]
     first, below = " ".join(" ".join(body[0]).split()), [line for part in body[1:] for line in part]
@@ -106,19 +114,19 @@ def one_line(text: str, arguments: Sequence[str]) -> str:
         return f"{bare.group(1)} needs a value"
     if missing := re.match(r"Missing from .*?: (\S+) (.*?)(\. \(required\)|$)", first):
         return f"{missing.group(1)} is missing: {missing.group(2)}"
-    return re.sub(r"^Unrecognized options: ", "not understood: ", first).rstrip(".") or "the command line is wrong"
+    return re.sub(r"^Unrecognized options: ", "not understood: ", first).rstrip(".") or "the command line is invalid"
 
 
 def _values(option: str, arguments: Sequence[str]) -> list[str]:
-    """The words that were given to an option."""
-    found: list[str] = []
+    """List the values that the command line gives to an option."""
+    values: list[str] = []
     for number, word in enumerate(arguments):
         name, equals, value = word.partition("=")
         if name.replace("_", "-") != option:
             continue
-        found = [value] if equals else []
-        for more in arguments[number + 1 :]:
-            if more.startswith("--"):
+        values = [value] if equals else []
+        for following in arguments[number + 1 :]:
+            if following.startswith("--"):
                 break
-            found.append(more)
-    return found
+            values.append(following)
+    return values

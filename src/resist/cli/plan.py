@@ -1,26 +1,21 @@
-"""`resist plan`: what would be trained, shown without training it."""
+"""`resist plan`: show the chains and the plans of a run without training."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from torch import nn
-
-from resist.cost.footprint import build_on_meta
 from resist.errors import UserError
 from resist.planning.plan import Plan
-from resist.report.plan_view import partition_svg, print_plan
 from resist.runs.config import MethodConfig, NetworkConfig, TrainConfig
-from resist.subnet.chains import choose_chains, find_chains
-from resist.tasks import network_builder
-from resist.tasks.preflight import try_network
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Show what would be trained: parameters, chains, who holds which block. Trains nothing."""
+    """Show parameters, chains, and which worker holds which block. Trains nothing."""
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -33,21 +28,37 @@ class PlanConfig:
     json: bool = False
     """Print JSON."""
     svg: Path | None = None
-    """Draw the rounds into this file too, which must not exist yet."""
+    """Also draw the rounds into this file, which must not exist yet."""
 
 
 def plan_facts(config: PlanConfig) -> dict[str, Any]:
+    """Describe the network and the first plans of `config` without allocating weights.
+
+    Returns:
+        The dictionary of `describe`.
+
+    Raises:
+        UserError: For invalid options, or where no plan is possible.
+    """
+    from resist.cost.footprint import build_on_meta
+    from resist.tasks import network_builder
+
     network = config.network
     if config.rounds < 1:
         raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
     if config.method.warmup_epochs:
-        raise UserError("--warmup-epochs are rounds only where there are data; show a plan with --warmup-rounds")
+        raise UserError("--warmup-epochs needs the size of the data set; give --warmup-rounds to show a plan")
     whole = TrainConfig(network=network, method=config.method)
     whole.check()
     return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds)
 
 
 def run_plan(config: PlanConfig, arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from resist.report.plan_view import partition_svg, print_plan
+    from resist.tasks.preflight import try_network
+
     facts = plan_facts(config)
     try_network(config.network, config.num_classes)
     if config.svg is not None:
@@ -63,11 +74,23 @@ def run_plan(config: PlanConfig, arguments: list[str]) -> int:
     return 0
 
 
-def describe(model: nn.Module, config: TrainConfig, rounds: int) -> dict[str, Any]:
-    """Counts, chains, capacities and the plans of the first `rounds` rounds, ready for JSON.
+def describe(model: "nn.Module", config: TrainConfig, rounds: int) -> dict[str, Any]:
+    """Describe a network's chains, capacities and first plans as JSON data.
 
-    model: the full network; it may be on the meta device. Raises UserError where no plan is possible.
+    Args:
+        model: The full network; it may be on the meta device.
+        config: The strategy, the chains and the seed.
+        rounds: Number of rounds, from the first one, whose plans are returned.
+
+    Returns:
+        Numbers of parameters (in all, outside the chains, held by each worker), a table of the chains, and for each
+        round and chain the blocks of each worker.
+
+    Raises:
+        UserError: Where no plan is possible.
     """
+    from resist.subnet.chains import choose_chains, find_chains
+
     chains, strategy = choose_chains(model, config.network.chain), config.strategy()
     block = {chain.name: _numel(model.get_submodule(chain.block_name(0))) for chain in chains}
     total = _numel(model)
@@ -92,7 +115,7 @@ def describe(model: nn.Module, config: TrainConfig, rounds: int) -> dict[str, An
                 "blocks": chain.num_blocks,
                 "parameters_of_a_block": block[chain.name],
                 "capacities": capacities[chain.name],
-                "attributes_that_differ": [f"{one.module}.{one.name}".lstrip(".") for one in chain.varying],
+                "attributes_that_differ": [f"{entry.module}.{entry.name}".lstrip(".") for entry in chain.varying],
                 "caveat": chain.caveat,
             }
             for chain in chains
@@ -105,5 +128,5 @@ def describe(model: nn.Module, config: TrainConfig, rounds: int) -> dict[str, An
     }
 
 
-def _numel(module: nn.Module) -> int:
+def _numel(module: "nn.Module") -> int:
     return sum(parameter.numel() for parameter in module.parameters())

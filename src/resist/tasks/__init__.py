@@ -9,12 +9,11 @@ from resist.data.voc import CLASSES, VOC
 from resist.errors import UserError
 from resist.models.third_party import is_third_party
 from resist.runs.config import NetworkConfig
-from resist.tasks import classification, detection
+from resist.tasks import classification
 from resist.tasks.classification import Classification
-from resist.tasks.detection import Detection
 from resist.tasks.task import Batches, Task
 
-__all__ = ["Batches", "Classification", "Detection", "Task", "image_shape", "network_builder", "open_task"]
+__all__ = ["Batches", "Classification", "Task", "image_shape", "network_builder", "open_task"]
 
 
 def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: float = 0.0) -> Task:
@@ -32,6 +31,8 @@ def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: 
     if config.task == "detection":
         if label_smoothing:
             raise UserError("--label-smoothing has no effect with --task detection; leave it out")
+        from resist.tasks.detection import Detection  # with torchvision's detector, slow to import
+
         return Detection.open(config, download=download)
     return Classification.open(config, download=download, label_smoothing=label_smoothing)
 
@@ -52,6 +53,8 @@ def network_builder(
     """
     check(config)
     if config.task == "detection":
+        from resist.tasks import detection
+
         return detection.builder(config, len(CLASSES) if num_classes is None else num_classes)
     if num_classes is None:
         num_classes = num_classes_of(config.data, config.data_dir)
@@ -61,6 +64,8 @@ def network_builder(
 def image_shape(config: NetworkConfig) -> tuple[int, int, int]:
     """Return (channels, height, width) of an image; for detection, of the most common photograph."""
     if config.task == "detection":
+        from resist.tasks import detection
+
         return detection.common_shape(config)
     size = image_size_of(config.data) if config.image_size is None else config.image_size
     return (3, size, size)

@@ -10,7 +10,14 @@ from resist.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process: on a machine with several GPUs each local process takes its own."""
+    """Choose the device of this process; each process of a machine takes its own GPU.
+
+    Args:
+        name: "cpu", "cuda", or "auto": cuda where there is a GPU.
+
+    Raises:
+        UserError: For another name, and for "cuda" where there is no GPU.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {name!r} is not one of auto, cpu, cuda")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -22,14 +29,20 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass
 class Clock:
-    """Seconds between calls of `lap`."""
+    """Seconds between calls of `lap`, after the device has finished its work.
+
+    Attributes:
+        device: The device to wait for.
+        last: Time of the last call, in seconds of `time.perf_counter`.
+    """
 
     device: torch.device
     last: float = 0.0
 
     def lap(self) -> float:
+        """Return the seconds since the last call. Waits for the device."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the device works behind the program's back
+            torch.cuda.synchronize(self.device)  # kernels run asynchronously
         now = time.perf_counter()
         passed, self.last = now - self.last, now
         return passed

@@ -1,180 +1,355 @@
-"""Start the processes of one machine, where nobody else has started them, watch them, and leave none behind.
+"""Local launcher: start, monitor and clean up the worker processes of one machine.
 
-Not torch's elastic agent: that gives a process which is stopped or hangs 30 s before it ends it, whatever the timeout
-of the job, and ends the others before they have said what they lost.
+It replaces torch's elastic agent, which gives a process that hangs 30 s before it kills it, whatever the timeout of the
+job, and which ends the other processes before they have reported what they lost.
+
+On Linux the workers of a CPU run are forked from the launcher: importing torch takes seconds, and it is done once. A
+process may only be forked safely while it has a single thread and has not initialized CUDA. So workers on GPUs, and all
+workers where this process has other threads, are new Python processes.
 """
 
+import atexit
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-
-import torch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from resist.runs.config import TrainConfig
-from resist.sync.distributed import loopback_store
-from resist.sync.transport import hosted_workers, workers_of
 
 # Seconds between two looks at the processes.
-LOOK_S = 0.05
-# When one has failed, the others need a moment to notice and to say so. Who is still there then hangs, and is killed.
+POLL_S = 0.05
+# When one has failed, the others need a moment to notice and to report it. Those that still run after it are killed.
 FAREWELL_S = 15.0
-# Exit status of a process that was told to end and has saved everything.
+# Exit status of a process that was ended by a signal and has saved everything.
 INTERRUPTED = 75
-# The number of a pipe that the launcher holds open: when it is closed, the launcher is gone.
+# Environment variable: the number of a pipe that the launcher holds open. The pipe closes when the launcher ends.
 LIFELINE = "RESIST_LIFELINE"
+# Environment variable: 0 starts new Python processes instead of forks.
+FORK = "RESIST_FORK"
+# Signals that ask the launcher to end the job.
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Child(Protocol):
+    """The part of `subprocess.Popen` that the launcher uses."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+    def kill(self) -> None: ...
 
 
 def launched() -> bool:
-    """Whether this process was started by torchrun, or by `launch`."""
+    """Return True in a process that torchrun or `launch` has started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def num_processes(config: TrainConfig) -> int:
-    """Processes for this machine: what was asked for, else one for each GPU, or one for each worker on the CPU."""
+    """Number of processes on this machine: `processes`, else one per GPU, or one per worker on the CPU."""
     workers = config.method.workers
     if config.machine.processes is not None:
         return config.machine.processes
-    if config.machine.device != "cpu" and torch.cuda.is_available():
-        return min(workers, torch.cuda.device_count())
+    if config.machine.device != "cpu":
+        import torch
+
+        if torch.cuda.is_available():
+            return min(workers, torch.cuda.device_count())
     return workers
 
 
-def launch(arguments: Sequence[str], processes: int, timeout_s: float, workers: int) -> int:
-    """Run `resist` with `arguments` in that many processes of this machine and wait for them. Returns the exit status:
-    that of the first process that failed (1 where a signal ended it), or 128 and the number of a signal that ended all
-    before they could save.
+def prepare_fork() -> bool:
+    """Prepare this process, before it imports torch, to be forked later.
 
-    The processes print for themselves. When one fails, the others are given a moment and ended. On SIGTERM, SIGINT or
-    SIGHUP all are told to end in order, and killed where that takes longer than `timeout_s` (or at a second SIGINT).
+    Returns:
+        True where its workers may be forked: on Linux, where nothing has imported torch and used it already.
     """
-    store, port = loopback_store()
-    ours, theirs = os.pipe()[::-1]
-    children: list[subprocess.Popen[bytes]] = []
+    if sys.platform != "linux" or os.environ.get(FORK) == "0" or "torch" in sys.modules:
+        return False
+    # Both are read during the import. OpenBLAS, which comes with numpy, otherwise starts its threads there.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return True
+
+
+def launch(
+    arguments: Sequence[str],
+    processes: int,
+    timeout_s: float,
+    workers: int,
+    *,
+    fork: Callable[[list[str]], object] | None = None,
+) -> int:
+    """Run `resist` with `arguments` in several processes of this machine and wait for them.
+
+    The processes print for themselves. When one fails, the others get a moment to report it and are then killed. On
+    SIGTERM, SIGINT or SIGHUP all of them get SIGTERM, and are killed if that takes longer than `timeout_s` (or at a
+    second SIGINT).
+
+    Args:
+        arguments: The command line, without the program's name.
+        processes: Number of processes to start.
+        timeout_s: Seconds that the processes may take to end after a signal, or after the first of them has ended.
+        workers: Number of workers of the job, for messages.
+        fork: A function that runs `resist` with the arguments that it gets and raises SystemExit. The processes are
+            forks of this one that call it, if this process has a single thread. Default: they are new Python processes.
+
+    Returns:
+        The exit status: that of the first process that failed (1 where a signal ended it), or 128 plus the number of a
+        signal that ended the job before it could save.
+    """
+    from resist.sync.distributed import loopback_store
+
+    forked = fork if fork is not None and _num_threads() == 1 else None
+    listener = socket.create_server(("127.0.0.1", 0))
+    lifeline, kept_open = os.pipe()
+    children: list[Child] = []
+    store = None
     try:
-        with _signals() as told:
+        with _signals() as received:
             for rank in range(processes):
-                children.append(subprocess.Popen(
-                    [sys.executable, "-m", "resist", *arguments],
-                    env=_environment(rank, processes, port, theirs),
-                    pass_fds=(theirs,),
-                    start_new_session=True,  # a Ctrl-C comes here only, and is passed on once
-                ))  # fmt: skip
-            return _watch(children, told, timeout_s, workers)
+                environment = _environment(rank, processes, listener.getsockname()[1], lifeline)
+                if forked is None:
+                    children.append(
+                        subprocess.Popen(
+                            [sys.executable, "-m", "resist", *arguments],
+                            env=environment,
+                            pass_fds=(lifeline,),
+                            start_new_session=True,  # Ctrl-C reaches the launcher only, which passes it on once
+                        )
+                    )
+                else:
+                    children.append(Forked(forked, list(arguments), environment, (listener.fileno(), kept_open)))
+            # Its server is a thread, so it comes after the forks. Connections wait in the listener until then.
+            store = loopback_store(listener)
+            return _watch(children, received, timeout_s, workers)
     finally:
         for child in children:
             _kill(child)
-        os.close(ours)
-        os.close(theirs)
-        del store  # it has served until here
+        os.close(kept_open)
+        os.close(lifeline)
+        listener.close()
+        del store  # the processes need it until here
+
+
+class Forked:
+    """A fork of this process that runs `action(arguments)` in a session of its own, used like `subprocess.Popen`.
+
+    Args:
+        action: What the process runs; it ends with the status of the SystemExit that this raises.
+        arguments: The command line, which also becomes `sys.argv`.
+        environment: The environment of the process.
+        closed: Open files of this process that the fork closes.
+
+    Attributes:
+        pid: The number of the process.
+        returncode: Exit status, negative for a signal; None while the process runs.
+    """
+
+    def __init__(
+        self,
+        action: Callable[[list[str]], object],
+        arguments: list[str],
+        environment: Mapping[str, str],
+        closed: Sequence[int],
+    ) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A signal that comes before the fork has reset its handlers waits, and then ends it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                _run_fork(action, arguments, environment, closed)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int:
+        status = self._wait(0)
+        assert status is not None
+        return status
+
+    def send_signal(self, sig: int, /) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+
+def _run_fork(
+    action: Callable[[list[str]], object], arguments: list[str], environment: Mapping[str, str], closed: Sequence[int]
+) -> None:
+    """Become an independent process, run `action` and end. Never returns: the stack above belongs to the launcher."""
+    status = 1
+    try:
+        os.setsid()
+        for number in ENDING:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        for number in closed:
+            os.close(number)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv[1:] = arguments
+        _set_num_threads(environment["OMP_NUM_THREADS"])
+        try:
+            action(arguments)
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        # As at the end of the interpreter, which a fork does not reach: non-daemon threads, exit functions, output.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def _num_threads() -> int:
+    """Number of threads of this process, including those that libraries have started."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else 2
+
+
+def _set_num_threads(setting: str) -> None:
+    """Apply OMP_NUM_THREADS, which OpenMP has read before the fork."""
+    import torch
+
+    with contextlib.suppress(ValueError):  # a list of numbers for nested loops begins with the one for torch
+        torch.set_num_threads(max(1, int(setting.partition(",")[0])))
 
 
 def watch_launcher() -> None:
-    """In a process that `launch` started: end in order when the launcher is gone (killed, or out of memory)."""
+    """Send this process SIGTERM when the launcher that started it ends for any reason."""
     if LIFELINE not in os.environ:
         return
 
     def wait(pipe: int) -> None:
         with contextlib.suppress(OSError):
-            os.read(pipe, 1)  # nobody writes: it returns when the other end is closed
+            os.read(pipe, 1)  # nothing is ever written; it returns when the launcher's end is closed
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, args=(int(os.environ.pop(LIFELINE)),), daemon=True).start()
 
 
 def _environment(rank: int, processes: int, port: int, lifeline: int) -> dict[str, str]:
-    """What torch.distributed wants to know, as torchrun would say it. All of it stays on this machine."""
-    theirs = {
-        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0,  # the meeting point is ours
+    """Environment of one process: the variables that torchrun sets, with everything on this machine's loopback."""
+    required = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher serves the store, which outlives every worker
+        "TORCHELASTIC_RESTART_COUNT": 0,
         LIFELINE: lifeline,
-    }  # fmt: skip
-    usual = {
+    }
+    defaults = {
         # Processes that share the cores must not each start a thread for all of them.
         "OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // processes),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # what it warns of, our own lines say
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # resist reports these errors itself
     }
-    text = {name: str(value) for name, value in usual.items()} | dict(os.environ)
-    return text | {name: str(value) for name, value in theirs.items()}
+    text = {name: str(value) for name, value in defaults.items()} | dict(os.environ)
+    return text | {name: str(value) for name, value in required.items()}
 
 
-def _watch(children: list[subprocess.Popen[bytes]], told: list[int], timeout_s: float, workers: int) -> int:
-    """Wait until all have ended, and end those that are late. Returns the exit status of the job."""
+def _watch(children: Sequence[Child], received: list[int], timeout_s: float, workers: int) -> int:
+    """Wait until all processes have ended, and kill those that are late. Returns the exit status of the job."""
     ends, passed_on = [float("inf")], 0
     failed: dict[int, int] = {}
     done = False
     while (running := [child for child in children if child.poll() is None]) and time.monotonic() < min(ends):
-        if len(told) > passed_on:
+        if len(received) > passed_on:
             for child in running:
                 child.send_signal(signal.SIGTERM)
             if passed_on == 0:
                 ends.append(time.monotonic() + timeout_s)
-            elif told[-1] == signal.SIGINT:
+            elif received[-1] == signal.SIGINT:
                 ends.append(0.0)
-            passed_on = len(told)
+            passed_on = len(received)
         if not failed and (failed := _failures(children)):
             ends.append(time.monotonic() + FAREWELL_S)
-        if not done and (done := any(child.poll() == 0 for child in children)):  # all come to their end together
+        if not done and (done := any(child.poll() == 0 for child in children)):  # a job ends everywhere at once
             ends.append(time.monotonic() + timeout_s)
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     failed = failed or _failures(children)
     stuck = [rank for rank, child in enumerate(children) if child.poll() is None]
     for rank in stuck:
         _kill(children[rank])
-    _say(failed, stuck, workers, len(children))
-    if told and (stuck or any(code != INTERRUPTED for code in failed.values())):
-        return 128 + told[0]
+    _report(failed, stuck, workers, len(children))
+    if received and (stuck or any(code != INTERRUPTED for code in failed.values())):
+        return 128 + received[0]
     return next((code for code in failed.values() if code > 0), 1) if failed or stuck else 0
 
 
-def _failures(children: list[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Exit codes other than 0 of those that have ended, by number."""
-    return {rank: child.returncode for rank, child in enumerate(children) if child.poll()}
+def _failures(children: Sequence[Child]) -> dict[int, int]:
+    """Exit codes other than 0 of the processes that have ended, by rank."""
+    return {rank: code for rank, child in enumerate(children) if (code := child.poll())}
 
 
-def _say(failed: dict[int, int], stuck: list[int], workers: int, processes: int) -> None:
-    """A line on what the processes could not say themselves."""
+def _report(failed: dict[int, int], stuck: list[int], workers: int, processes: int) -> None:
+    """Print a line about each end that the processes could not report themselves."""
+    from resist.sync.transport import hosted_workers, workers_of
 
     def named(ranks: list[int]) -> str:
         return ", ".join(f"process {rank} ({workers_of(rank, hosted_workers(workers, processes))})" for rank in ranks)
 
     for code in sorted({code for code in failed.values() if code < 0}):
-        if sys.stdout.isatty():  # it may have died with the cursor hidden by its display
+        if sys.stdout.isatty():  # its live display may have hidden the cursor
             print("\x1b[?25h", end="", flush=True)
-        ended = [rank for rank, own in failed.items() if own == code]
+        ended = [rank for rank, status in failed.items() if status == code]
         print(f"resist: {named(ended)}: ended by {signal.Signals(-code).name}", file=sys.stderr)
     if stuck:
         for rank, code in failed.items() if len(failed) < len(stuck) else ():
-            if code > 0:  # it has spoken, but may not have said which one it is, and nobody noticed
+            if code > 0:  # its own message need not name the process, and no other process noticed
                 print(f"resist: {named([rank])}: ended with status {code}", file=sys.stderr)
         print(f"resist: {named(stuck)}: killed, because it did not end by itself", file=sys.stderr)
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    """End a process and what it has started, also a stopped one, and wait for it."""
+def _kill(child: Child) -> None:
+    """Kill a process and those that it has started, even when it is stopped, and wait for it."""
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # unlike SIGTERM this reaches one that was stopped
+            os.killpg(child.pid, signal.SIGKILL)  # unlike SIGTERM this reaches a stopped process
+        child.kill()  # a fork that has no session yet
         child.wait()
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Inside it, signals that ask this process to end are noted in the list instead."""
-    told: list[int] = []
-    note: Callable[[int, object], None] = lambda number, _frame: told.append(number)  # noqa: E731
-    if threading.current_thread() is not threading.main_thread():  # Python leaves signals to the main one
-        yield told
+    """Collect the signals that ask this process to end in a list, instead of ending it."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+        yield received
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in ENDING}
     try:
-        yield told
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

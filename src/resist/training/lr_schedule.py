@@ -1,4 +1,4 @@
-"""Learning rates, and how many steps, rounds and evaluations a run has. Pure functions of its options."""
+"""Learning rates and the numbers of steps and evaluations of a run: pure functions of its options."""
 
 import math
 
@@ -6,17 +6,17 @@ from resist.runs.config import OptimizationConfig
 
 
 def num_steps(config: OptimizationConfig, images_per_epoch: int) -> int:
-    """Optimizer steps of a run: enough for `epochs` passes."""
+    """Number of optimizer steps of a run: enough for `epochs` passes."""
     return max(1, math.ceil(config.epochs * images_per_epoch / config.batch_size))
 
 
 def evaluation_rounds(rounds: int, evaluations: int) -> set[int]:
-    """After which rounds (counted from 1) the full network is tested: spread evenly, the last one among them."""
+    """Rounds, counted from 1, after which the full network is tested: spread evenly, including the last."""
     return {-(-rounds * number // evaluations) for number in range(1, evaluations + 1)}
 
 
 def rate(config: OptimizationConfig, step: int, steps: int) -> float:
-    """The learning rate of `step`, counted from 0, in a run of `steps`."""
+    """Learning rate of `step`, counted from 0, in a run of `steps` steps."""
     if step < config.lr_warmup_steps:
         return config.lr * (step + 1) / config.lr_warmup_steps
     if config.lr_schedule == "step":
