@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         }  # fmt: skip
 
     def alone() -> dict[str, float]:
-        """A checkpoint with no training beside it."""
+        """A checkpoint without training at the same time."""
         cpu, begin = time.process_time(), time.perf_counter()
         checkpoints.begin(job, optimizers, {})
         checkpoints.finish()
@@ -141,7 +141,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def others_s() -> float:
-    """Seconds that all processors together have worked so far; 0 where nobody counts."""
+    """Seconds that all processors together have worked so far; 0 where the system does not count them."""
     try:
         user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     except OSError:

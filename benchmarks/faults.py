@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py --number 100 --seed 0 --lanes 2 --scratch /a/folder
 
-What is drawn and what is asked of each run is told in tests/faults/injection.py. Every outcome is kept in the scratch
+tests/faults/injection.py describes what is drawn and what each run has to fulfil. Every outcome is kept in the scratch
 folder as it comes, so that a sweep that was broken off goes on; the sum goes to benchmarks/results/faults.jsonl. Times
 depend on the timeout, and on what else the machine does.
 """
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, default=30.0)
     parser.add_argument("--lanes", type=int, default=2, help="runs at the same time")
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--start", action="store_true", help="start each process anew instead of forking it")
+    parser.add_argument("--start", action="store_true", help="start each process instead of forking it")
     parser.add_argument("--lane", type=int, help=argparse.SUPPRESS)  # one of the lanes, a process of its own
     options = parser.parse_args()
     origin = provenance()  # of the code as it is when the sweep begins

@@ -196,9 +196,9 @@ def _first(fault: Fault, status: int | None, said: str, mark: Path) -> Iterator[
         yield "noise"
     caught = fault.kind == "raise" and fault.point in SAVING  # a checkpoint that could not be written
     if ("injected" if caught else f"worker {fault.rank}") not in said:
-        yield "nobody named the cause" if caught else "nobody named the worker"
+        yield "no line names the cause" if caught else "no line names the worker"
     if fault.point not in BEFORE_RUN and "--resume" not in said:
-        yield "nobody said what to do"
+        yield "no line names the remedy"
 
 
 def _differences(out: Path, reference: Path) -> Iterator[str]:

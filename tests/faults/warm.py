@@ -1,4 +1,4 @@
-"""`resist` as a process that is forked from this one, which has imported everything already, instead of started anew.
+"""`resist` as a process that is forked from this one, which has imported everything already, instead of started.
 
 Most of a short run's work is to import torch, five times over. A forked process runs the same code as a started one,
 with its own session, environment, signal handlers and files; what it does not do is to take the interpreter down at its

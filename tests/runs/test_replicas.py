@@ -1,5 +1,5 @@
-"""Second copies of every block: the network is complete without any one worker, whenever that one is lost.
-And workers whose numbers have gone bad: found before they are folded, or left out of the means."""
+"""Replicas of every block: the network is complete without any one worker, whenever that one is lost.
+And workers with nonfinite numbers: found before they are averaged, or left out of the means."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def test_every_block_lies_with_two_workers_after_any_synchronization(data: st.Da
     kept = place_replicas(plan, {"c": then}, {"c": 10})
     where = {block: set(then.holders(block)) for block in range(blocks)}
     for (_, block), keeper in kept.kept.items():
-        assert keeper in now.holders(block)  # it need not be told
+        assert keeper in now.holders(block)  # no message is needed
         where[block].add(keeper)
     for message in kept.messages:
         assert plan.owners["c", message.block] == message.source
@@ -101,7 +101,7 @@ Copies = list[tuple[int, int, dict[str, Tensor]]]
 
 
 def run_safely(name: str, victim: int | None, fatal: int) -> list[Copies]:
-    """The safe copies after every round, or, where another process is lost, those that were left then."""
+    """The replicas after every round, or, where another process is lost, those that remained then."""
     transport = Dying(3, timeout_s=20)
     job, optimizers = make(STRATEGIES[name](), replicate=True, transport=transport)
     if transport.rank == victim:
@@ -256,7 +256,7 @@ def test_bad_weights_stop_the_run_before_anything_is_folded() -> None:
 @pytest.mark.parametrize("policy", ["reset", "keep", "travel", "average"])
 @pytest.mark.parametrize("capacities", [(2, 2, 2), (4, 3, 2), (6, 6, 6)])
 def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int, ...]) -> None:
-    """Every weight is the mean over its other holders; what nobody else held is as the round began."""
+    """Every weight is the mean over its other holders; blocks that only it held are as the round began."""
     strategy: Strategy = resist(3, 2, capacities=capacities, optimizer_state=policy)
     job, optimizers = make(strategy, on_nonfinite="drop")
     train(job, optimizers, 2)
@@ -285,7 +285,7 @@ def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int,
             assert all_finite(state["momentum_buffer"])
 
 
-def test_a_round_that_nobody_can_give_stops_the_run() -> None:
+def test_a_round_without_a_finite_worker_stops_the_run() -> None:
     job, optimizers = make(resist(2, 1), on_nonfinite="drop")
     local_step(job, optimizers)
     with pytest.raises(DivergedError, match="worker 0 has a loss of inf"):
