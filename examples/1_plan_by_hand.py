@@ -21,14 +21,14 @@ options = parser.parse_args()
 capacities = [options.capacity] * options.workers
 plans = [partition(options.blocks, capacities, seed=0, round=round) for round in range(3)]
 for round, plan in enumerate(plans):
-    print(f"round {round}")
+    print(f"round {round + 1}")
     for worker, held in enumerate(plan.blocks):
         print(f"  worker {worker}  " + "".join("#" if block in held else "." for block in range(options.blocks)))
 
 # From one plan to the next: copies of a block are averaged by one of its holders, which sends it to the next holders.
 steps = schedule({"layer3": plans[0]}, {"layer3": plans[1]}, {"layer3": BLOCK_BYTES})
 print(
-    f"\nFrom round 0 to round 1: {len(steps.average)} copies averaged, {len(steps.hand_over)} handed over. It begins:"
+    f"\nFrom round 1 to round 2: {len(steps.average)} copies averaged, {len(steps.hand_over)} handed over. It begins:"
 )
 for message in steps.messages[:6]:
     print(f"  {message.phase:<9}  block {message.block:>2}  worker {message.source} -> {message.target}")

@@ -119,7 +119,7 @@ def _surviving(out: Path, job: Job, action: Callable[[], int]) -> int:
         if job.replicas:
             write_replicas(out / "replicas", job)
             kept = f"; safe copies of round {job.replicas[-1].round} are in {out / 'rescue'}"
-        raise WorkerLostError(f"round {job.round}: {lost}{kept}; go on with resist train --resume {out}") from lost
+        raise WorkerLostError(f"round {job.round + 1}: {lost}{kept}; go on with resist train --resume {out}") from lost
     except DivergedError as error:
         write_diverged(out / "diverged", job)
         if job.replicas:
