@@ -1,4 +1,4 @@
-"""The architectures of docs/models.md: as published, and in a small version with as many blocks that can be run."""
+"""The architectures of docs/models.md: as published, and in small versions with equally many blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,9 +23,16 @@ transformers.utils.logging.set_verbosity_error()
 
 @dataclass(frozen=True)
 class Case:
-    """build: the network as published. small: the one that is run, described by `small_name`.
-    size, small_size: of the images, or None for a network that takes tokens.
-    chains: named where the default finds none.
+    """One architecture.
+
+    Attributes:
+        name: Library and name.
+        build: Builds the network as published.
+        small: Builds the small version, which is run.
+        small_name: Description of the small version.
+        size: Pixels of the published network's images; None for a network that takes tokens.
+        small_size: Pixels of the small version's images.
+        chains: Names of the chains; empty for the default.
     """
 
     name: str
@@ -45,20 +52,20 @@ class Case:
         return f"{SMALL_TOKENS} tokens" if self.size is None else f"{self.small_size} x {self.small_size}"
 
     def inputs(self, num: int, *, full: bool, seed: int = 0) -> Tensor:
-        """A batch: images (num, 3, size, size), or tokens (num, length)."""
+        """Return a batch: images (num, 3, size, size), or tokens (num, length)."""
         generator = torch.Generator().manual_seed(seed)
         if self.size is None:
             return torch.randint(VOCABULARY, (num, TOKENS if full else SMALL_TOKENS), generator=generator)
         size = self.size if full else self.small_size
         return torch.rand(num, 3, size, size, generator=generator)
 
-    def loss(self, model: nn.Module, given: Tensor) -> Tensor:
-        """Cross entropy with classes that follow from the input: of the image, the text, or each next word."""
-        output = model(given)
+    def loss(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the cross entropy; classes follow from the input, or are the next tokens."""
+        output = model(inputs)
         scores = output if isinstance(output, Tensor) else output.logits
         if scores.dim() == 3:
-            return F.cross_entropy(scores[:, :-1].flatten(0, 1), given[:, 1:].flatten())
-        return F.cross_entropy(scores, (given.flatten(1)[:, 0] * CLASSES).long() % CLASSES)
+            return F.cross_entropy(scores[:, :-1].flatten(0, 1), inputs[:, 1:].flatten())
+        return F.cross_entropy(scores, (inputs.flatten(1)[:, 0] * CLASSES).long() % CLASSES)
 
 
 def tv(name: str, small: Callable[[], nn.Module] | None, small_name: str, **options: Any) -> Case:
@@ -72,20 +79,20 @@ def tm(name: str, small: dict[str, Any], small_name: str, **options: Any) -> Cas
 
 
 def hf(title: str, model: Any, config: Any, small: dict[str, Any], **options: Any) -> Case:
-    """`small` replaces entries of the default configuration."""
-    told = ", ".join(f"{name} {value}" for name, value in small.items() if name not in ("num_labels",))
-    return Case(f"Hugging Face {title}", lambda: model(config()), lambda: model(config(**small)), told, **options)
+    """Return a case of transformers; `small` replaces entries of the default configuration."""
+    small_name = ", ".join(f"{name} {value}" for name, value in small.items() if name not in ("num_labels",))
+    return Case(f"Hugging Face {title}", lambda: model(config()), lambda: model(config(**small)), small_name, **options)
 
 
 def ours(name: str) -> Case:
-    """The networks of the paper, for 32 x 32 images."""
+    """Return a case of this package: a network of the paper, for 32 x 32 images."""
     full = partial(build, name, num_classes=100)
     small = partial(build, name, num_classes=CLASSES, width=4)
     return Case(f"resist {name}", full, small, "width 4", size=32, small_size=16)
 
 
-def resnet(kind: type[BasicBlock | Bottleneck], sections: list[int], **options: Any) -> Callable[[], nn.Module]:
-    return lambda: torchvision.models.ResNet(kind, sections, num_classes=CLASSES, **options)
+def resnet(block: type[BasicBlock | Bottleneck], sections: list[int], **options: Any) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.ResNet(block, sections, num_classes=CLASSES, **options)
 
 
 def thin_regnet() -> nn.Module:

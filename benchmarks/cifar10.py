@@ -1,14 +1,14 @@
-"""Accuracy on CIFAR-10 of a narrow ResNet101 that two cores can train: strategies and policies, run for run.
+"""Measure the accuracy on CIFAR-10 of a narrow ResNet101 that two cores can train, one run per call.
 
     python benchmarks/cifar10.py --data-dir DIR --strategy resist --optimizer-state travel
 
-Setting (as in the first prototypes, so that figures can be set beside them): S = 4, sections 3,4,23,3, width 8, final
-norm, batch 64 a worker, 25 local steps, 120 rounds, SGD with lr 0.05 (a tenth after 50 % and 75 %), momentum 0.9,
-weight decay 5e-4, crop and flip, every worker draws from the whole set, one thread, one process that hosts all workers.
+Setting (as in the first prototypes, so that figures can be compared): S = 4, sections 3,4,23,3, width 8, final
+norm, batch 64 per worker, 25 local steps, 120 rounds, SGD with lr 0.05 (divided by 10 after 50 % and 75 %), momentum
+0.9, weight decay 5e-4, crop and flip, every worker draws from the whole set, one thread, one process for all workers.
 
-While it trains, the full network is tested on the first 5,000 test images every 20 rounds. At the end it is read in
-every way (how the BatchNorm statistics come about, with and without the scale) on those and on all 10,000.
-`train_cpu_s` is the processor time of training and synchronizing, without the evaluations: the machine is shared.
+During training, the full network is tested on the first 5,000 test images every 20 rounds. At the end it is tested on
+these and on all 10,000, with each source of BatchNorm statistics, with and without the scale. `train_cpu_s` is the
+processor time of training and synchronizing, without the evaluations; processor time, because the machine is shared.
 One line of JSON with the provenance is appended to benchmarks/results/cifar10.jsonl.
 """
 
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=120)
     parser.add_argument("--local-steps", type=int, default=25)
     parser.add_argument("--min-depth", type=int, default=None)
-    parser.add_argument("--chain-lr", type=float, default=1.0, help="the rate of the chain's blocks, as a multiple")
+    parser.add_argument(
+        "--chain-lr", type=float, default=1.0, help="factor for the learning rate of the chain's blocks"
+    )
     parser.add_argument("--local-sgd-first", type=int, default=0, help="rounds of local SGD before ResIST")
     parser.add_argument("--local-sgd-last", type=int, default=0, help="rounds of local SGD after ResIST")
     parser.add_argument("--seed", type=int, default=0)
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace, train: Images, test: Images) -> dict[str, obje
         lambda: build("preact_resnet101", num_classes=10, width=8, final_norm=True),
         strategy_of(args),
         seed=args.seed,
-        batchnorm="average",  # the other ways are applied to copies, at the end
+        batchnorm="average",  # the other sources of statistics are applied to copies, at the end
     )
     optimizers = [optimizer_of(job, worker.index, args.chain_lr) for worker in job.workers]
     loaders = [
@@ -96,11 +98,11 @@ def strategy_of(args: argparse.Namespace) -> resist.Strategy:
     if args.strategy == "local_sgd":
         return resist.local_sgd(args.workers, args.local_steps, optimizer_state=state)
     strategy = resist.resist(args.workers, args.local_steps, min_depth=args.min_depth, optimizer_state=state)
-    everything = resist.local_sgd(args.workers, args.local_steps, optimizer_state=state)
+    local_sgd = resist.local_sgd(args.workers, args.local_steps, optimizer_state=state)
     if args.local_sgd_first:
-        strategy = resist.switch(everything, strategy, at_round=args.local_sgd_first)
+        strategy = resist.switch(local_sgd, strategy, at_round=args.local_sgd_first)
     if args.local_sgd_last:
-        strategy = resist.switch(strategy, everything, at_round=args.rounds - args.local_sgd_last)
+        strategy = resist.switch(strategy, local_sgd, at_round=args.rounds - args.local_sgd_last)
     return strategy
 
 
@@ -114,38 +116,37 @@ def optimizer_of(job: Job, index: int, chain_lr: float) -> torch.optim.SGD:
 
 
 def augmented_batches(train: Images) -> Iterator[Tensor]:
-    """Training images as `resist train` estimates statistics on."""
+    """Yield the training images on which `resist train` estimates statistics."""
     return Classification(nn.Identity, train, train).calibration(0)
 
 
 def plain_batches(train: Images) -> list[Tensor]:
-    """The first 5,000 training images without shift and flip: the first runs were read with statistics of these."""
+    """Return the first 5,000 training images without augmentation, as the first runs used them."""
     return [images for images, _ in train.batches(250, limit=20)]
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, test: Images, num: int) -> float:
-    """Percent of the first `num` test images, in batches of 100."""
+    """Return the percentage of correct answers on the first `num` test images, in batches of 100."""
     model.eval()
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in test.batches(100, limit=num // 100))
     return 100 * right / num
 
 
 def readings(job: Job, train: Images, test: Images) -> dict[str, dict[str, float]]:
-    """Accuracy of the final weights for each scale and each way to come to BatchNorm statistics."""
+    """Return the accuracy of the final weights for each scale and each source of BatchNorm statistics."""
     result: dict[str, dict[str, float]] = {}
     for scale in ("inclusion", 1.0):
         job.scale = scale
         averaged = job.full_model()
         assert averaged is not None
-        batch, anew, plain = (copy.deepcopy(averaged) for _ in range(3))
+        batch, augmented, plain = (copy.deepcopy(averaged) for _ in range(3))
         use_batch_statistics(batch)
-        recalibrate(anew, augmented_batches(train), torch.device("cpu"))
+        recalibrate(augmented, augmented_batches(train), torch.device("cpu"))
         recalibrate(plain, plain_batches(train), torch.device("cpu"))
-        named = {"average": averaged, "batch": batch, "recalibrate": anew, "recalibrate, not augmented": plain}
+        named = {"average": averaged, "batch": batch, "recalibrate": augmented, "recalibrate, not augmented": plain}
         for name, model in named.items():
-            found = {f"of_{num}": accuracy(model, test, num) for num in (5000, 10000)}
-            result[f"{name}, scale {scale}"] = found
+            result[f"{name}, scale {scale}"] = {f"of_{num}": accuracy(model, test, num) for num in (5000, 10000)}
     return result
 
 

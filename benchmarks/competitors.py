@@ -1,17 +1,17 @@
-"""What ResIST is measured against, each behind the same small face: a network to train, and a `synchronize` to call.
+"""The methods with which ResIST is compared, behind one interface: a network to train, and `synchronize`.
 
 resist, local_sgd   this package (`Job`), with keyword arguments after commas: resist,optimizer_state=travel,min_depth=8
-flat                local SGD by hand: the parameters lie in one flat tensor, one all-reduce averages it in place
+flat                local SGD by hand: the parameters are views into one flat tensor, averaged by one all-reduce
 averager            torch's PeriodicModelAverager, called after every step as its documentation shows
-ddp                 torch's DistributedDataParallel: averages gradients in every step; nothing is left for the end
+ddp                 torch's DistributedDataParallel: averages gradients in every step; nothing remains for the end
 published           the pattern that the paper describes: every worker keeps the full network; for every block a new
-                    process group of its holders and one reduce a tensor, then one more group and one broadcast a
+                    process group of its holders and one reduce per tensor, then another group and one broadcast per
                     tensor; one all-reduce for each tensor of the shared part
-published-kept      the same with its groups made once and kept: what is left of the cost is the collective per tensor
+published-kept      the same, but the groups are made once and kept: the remaining cost is the collective per tensor
 
-The published pattern gets the help that leaves it what it is: the owner of a block is a holder that goes on holding it
-where there is one, a block that stays where it is is neither reduced nor broadcast, and old groups are taken down
-outside the measured time. All methods here draw the same plans and carry the same tensors: parameters, and no
+The published pattern is optimized as far as it remains the same pattern: the owner of a block is a holder that also
+holds it in the next round, if there is one; a block that stays is neither reduced nor broadcast; old groups are
+destroyed outside the measured time. All methods draw the same plans and send the same tensors: parameters, without
 BatchNorm statistics (the networks use those of each batch, as the authors' code does).
 """
 
@@ -40,31 +40,37 @@ Build = Callable[[], nn.Module]
 
 
 class Method(Protocol):
-    """name; model: what this worker trains; optimizer: SGD with momentum, whose state exists already."""
+    """A method to compare.
+
+    Attributes:
+        name: Name of the method.
+        model: The network that this worker trains.
+        optimizer: SGD with momentum, whose state already exists.
+    """
 
     name: str
     model: nn.Module
     optimizer: SGD
 
     def synchronize(self) -> None:
-        """End a round. Every worker has to call it, and it waits for the others."""
+        """End a round. Every worker must call this, and it waits for the others."""
         ...
 
     def tidy(self) -> None:
-        """What can be done after a round outside the measured time. Every worker has to call it."""
+        """Clean up after a round, outside the measured time. Every worker must call this."""
         ...
 
     def expected_bytes(self) -> int | None:
-        """Payload bytes that all workers together sent in the last `synchronize`, by formula; None: not predicted."""
+        """Return the payload bytes of all workers in the last `synchronize`, by formula; None: no prediction."""
         ...
 
     def counted_bytes(self) -> int | None:
-        """The same by the method's own ledger, where it keeps one."""
+        """Return the same bytes as the method counted them; None: it does not count."""
         ...
 
 
 def make(spec: str, build: Build, workers: int, local_steps: int) -> Method:
-    """The method that `spec` describes. A process group has to exist, one process a worker."""
+    """Make the method that `spec` describes. A process group must exist, with one process per worker."""
     name, kwargs = _parse(spec)
     if name in ("resist", "local_sgd"):
         return Own(spec, build, _strategy(name, workers, local_steps, kwargs))
@@ -76,7 +82,7 @@ def make(spec: str, build: Build, workers: int, local_steps: int) -> Method:
 
 
 def check(specs: Sequence[str], build: Build, workers: int, local_steps: int) -> None:
-    """Raise ValueError or UserError for what `make` would not accept, before any process is started."""
+    """Raise ValueError or UserError if `make` would not accept a spec, before any process is started."""
     with torch.device("meta"):
         chains = choose_chains(build())
     for spec in specs:
@@ -112,7 +118,7 @@ def _strategy(name: str, workers: int, local_steps: int, kwargs: dict[str, str])
 
 
 class Own:
-    """This package, as a user calls it."""
+    """This package, used like in a training script."""
 
     def __init__(self, spec: str, build: Build, strategy: resist.Strategy) -> None:
         self.name = spec
@@ -125,7 +131,7 @@ class Own:
     def synchronize(self) -> None:
         self._before = self.job.plans_of(self.job.round)
         if not self.optimizer.state and self.job.strategy.optimizer_state != "reset":
-            raise AssertionError("the optimizer has no state that could be carried")
+            raise AssertionError("the optimizer has no state to send")
         for _ in range(self._steps):
             self.job.step(self.optimizer)
 
@@ -136,16 +142,19 @@ class Own:
         return sum(self.job.transport.take()["bytes"].values())  # type: ignore[attr-defined]
 
     def expected_bytes(self) -> int:
-        """From the plans alone, without `resist.planning.schedule`. A folded block needs a message from each holder but
-        its owner, then one to each next holder but its owner, who is one of them unless all holders give it away."""
+        """Return the bytes of the round, computed from the plans alone, without `resist.planning.schedule`.
+
+        An averaged block needs one message from each holder except its owner, then one to each next holder except
+        the owner. The owner is a next holder too, if any holder is.
+        """
         workers, subnet = self.job.strategy.workers, self.job.workers[0].subnet
         state = self.job.strategy.optimizer_state
         moved, averaged = 1 + (state in ("travel", "average")), 1 + (state == "average")
         plans, next_plans = self._before, self.job.plans
-        words = workers * (workers - 1) * PACKET_BYTES  # one text for each other process, to agree on the round
+        texts = workers * (workers - 1) * PACKET_BYTES  # one text between each pair, to agree on the round
         if all(plan.held_by_all for plan in plans.values()):
-            return averaged * 2 * (workers - 1) * subnet.flat.nbytes + words
-        total = averaged * 2 * (workers - 1) * subnet.shared.nbytes + words
+            return averaged * 2 * (workers - 1) * subnet.flat.nbytes + texts
+        total = averaged * 2 * (workers - 1) * subnet.shared.nbytes + texts
         for chain, layout in zip(subnet.chains, subnet.block_layouts, strict=True):
             for block in range(chain.num_blocks):
                 holders, targets = set(plans[chain.name].holders(block)), set(next_plans[chain.name].holders(block))
@@ -155,7 +164,7 @@ class Own:
 
 
 class _Full:
-    """A method whose workers hold the full network."""
+    """Base of the methods whose workers hold the full network."""
 
     name: str
 
@@ -171,7 +180,7 @@ class _Full:
         return None
 
     def expected_bytes(self) -> int | None:
-        """A ring all-reduce of everything."""
+        """Return the bytes of a ring all-reduce of all parameters."""
         return 2 * (self.workers - 1) * sum(parameter.nbytes for parameter in self.model.parameters())
 
 
@@ -200,11 +209,11 @@ class Averager(_Full):
         self.optimizer = momentum_sgd(self.model)
         self.period = local_steps
         self.averager = PeriodicModelAverager(period=local_steps)
-        for parameter in self.model.parameters():  # it passes over parameters that have no gradient
+        for parameter in self.model.parameters():  # it skips parameters without gradient
             parameter.grad = torch.zeros_like(parameter)
 
     def synchronize(self) -> None:
-        """The calls of one round: it averages in one of them and counts in the others."""
+        """Make the calls of one round: one of them averages, the others only count."""
         for _ in range(self.period):
             self.averager.average_parameters(self.model.parameters())
 
@@ -217,7 +226,7 @@ class Ddp(_Full):
         self.optimizer = momentum_sgd(self.model)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model`, which has the parameters of `self.model`, under DDP, with gradients as views, which saves a copy."""
+        """Wrap `model` in DDP; its gradients are views, which saves a copy."""
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def synchronize(self) -> None:
@@ -258,7 +267,7 @@ class Published(_Full):
             self.groups.clear()
 
     def expected_bytes(self) -> None:
-        return None  # how gloo reduces and broadcasts is its own affair
+        return None  # depends on how gloo reduces and broadcasts
 
     def _reduce(self, tensors: list[Tensor], owner: int, members: tuple[int, ...]) -> None:
         group = self._group(members)
@@ -275,7 +284,7 @@ class Published(_Full):
                 dist.broadcast(tensor, src=owner, group=group)  # type: ignore[arg-type]
 
     def _group(self, members: tuple[int, ...]) -> object:
-        """A group of `members`; every process has to ask for it, in the same order."""
+        """Return a group of `members`; every process must call this, in the same order."""
         key: object = members if self.keep else len(self.groups)
         if key not in self.groups:
             self.groups[key] = dist.new_group(list(members))
@@ -289,7 +298,7 @@ class Published(_Full):
 
 
 def momentum_sgd(model: nn.Module) -> SGD:
-    """SGD with momentum whose state exists: one step with gradients of zero, which leaves the weights as they are."""
+    """Return SGD with momentum whose state exists, after one step with zero gradients (weights do not change)."""
     optimizer = SGD(model.parameters(), lr=0.03, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

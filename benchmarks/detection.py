@@ -1,15 +1,15 @@
-"""Detection on PascalVOC with two workers: whether it learns at all, and how far it comes on a few photographs.
+"""Measure detection on PascalVOC with two workers: learning 16 photographs, and training on trainval.
 
-    python benchmarks/detection.py overfit --data-dir DIR    # trained on 16 photographs and tested on the same
-    python benchmarks/detection.py train --data-dir DIR      # trained on trainval, tested on test, whatever lies there
+    python benchmarks/detection.py overfit --data-dir DIR    # train on 16 photographs and test on the same
+    python benchmarks/detection.py train --data-dir DIR      # train on trainval, test on test, with the files in DIR
 
-`overfit` shows that boxes, labels, folding, scale and evaluation are right: target, AP50 above 60 %. `train` starts
-from nothing and is far too short for a good detector; it is reported as it is. Both are the real command, `resist
-train`, with a narrow preact_small and photographs of 128 pixels, which two cores can do. `--run RUN` reads a run that
-was trained before with the same options, instead of training.
+`overfit` shows that boxes, labels, averaging, scale and evaluation are correct: target, AP50 above 60 %. `train` starts
+from fresh weights and is far too short for a good detector. Both run `resist train` with a narrow preact_small and
+photographs of 128 pixels, which two cores can train. `--run RUN` reads an existing run with the same options, instead
+of training.
 
-One line of JSON with the run's own provenance is appended to benchmarks/results/detection.jsonl. `section` is what
-docs/results.md says of it.
+One line of JSON with the run's provenance is appended to benchmarks/results/detection.jsonl. `section` writes the section
+of docs/results.md.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def trained(setting: str, data_dir: Path, scratch: Path) -> Path:
-    """The directory of a run, trained now."""
+    """Train a run and return its directory."""
     if setting == "overfit":
         data_dir = few(data_dir, scratch / "data")
     command = ["resist", "train", *COMMON, *SETTINGS[setting], "--data-dir", data_dir, "--out", scratch / "run"]
@@ -66,23 +66,23 @@ def trained(setting: str, data_dir: Path, scratch: Path) -> Path:
 
 
 def few(data_dir: Path, made: Path) -> Path:
-    """A data directory with a set of the first photographs of trainval, the files being those of `data_dir`."""
-    theirs, ours = (folder.absolute() / "VOCdevkit" / "VOC2007" for folder in (data_dir, made))
-    (ours / "ImageSets" / "Main").mkdir(parents=True)
+    """Make a data directory `made` with the first photographs of trainval, linked to `data_dir`."""
+    source, target = (folder.absolute() / "VOCdevkit" / "VOC2007" for folder in (data_dir, made))
+    (target / "ImageSets" / "Main").mkdir(parents=True)
     for name in ("JPEGImages", "Annotations"):
-        (ours / name).symlink_to(theirs / name)
-    names = (theirs / "ImageSets" / "Main" / "trainval.txt").read_text().splitlines()[:PHOTOGRAPHS]
-    (ours / "ImageSets" / "Main" / "sixteen.txt").write_text("\n".join(names) + "\n")
+        (target / name).symlink_to(source / name)
+    names = (source / "ImageSets" / "Main" / "trainval.txt").read_text().splitlines()[:PHOTOGRAPHS]
+    (target / "ImageSets" / "Main" / "sixteen.txt").write_text("\n".join(names) + "\n")
     return made
 
 
 def summary(run: Path) -> Record:
-    """What a run did, and where."""
+    """Summarize a run: options, scores, bytes, seconds and provenance."""
     history = read_history(run)
     config, rounds = history.config, history.rounds
-    facts = plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
+    plan = plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
     here = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    kinds = sorted({kind for r in rounds for kind in r["bytes"]} - {"evaluate"})
+    traffic_kinds = sorted({traffic_kind for r in rounds for traffic_kind in r["bytes"]} - {"evaluate"})
     return {
         "model": config.network.model,
         "sections": config.network.sections,
@@ -98,13 +98,13 @@ def summary(run: Path) -> Record:
         "seed": config.run.seed,
         "curve": [[r["round"], r["loss"], r["scores"]] for r in rounds if r["accuracy"] is not None],
         "last_loss": rounds[-1]["loss"],
-        "parameters": facts["parameters"],
-        "held_by_worker": facts["held_by_worker"],
-        "bytes": {kind: sum(r["bytes"].get(kind, 0) for r in rounds) for kind in kinds},
+        "parameters": plan["parameters"],
+        "held_by_worker": plan["held_by_worker"],
+        "bytes": {name: sum(r["bytes"].get(name, 0) for r in rounds) for name in traffic_kinds},
         "local_sgd_bytes": len(rounds)
         * config.method.workers
-        * allreduce_bytes(4 * facts["parameters"], config.method.workers),
-        "train_s": round(sum(r["seconds"][kind] for r in rounds for kind in ("compute", "sync", "wait")), 1),
+        * allreduce_bytes(4 * plan["parameters"], config.method.workers),
+        "train_s": round(sum(r["seconds"][part] for r in rounds for part in ("compute", "sync", "wait")), 1),
         "date": datetime.fromisoformat(here["started"]).strftime("%Y-%m-%d"),
         "commit": here["commit"],
         "machine": here["processor"],
@@ -116,7 +116,7 @@ def summary(run: Path) -> Record:
 
 
 def section(records: list[Record], table: Callable[..., str], provenance: Callable[..., str]) -> str:
-    """Of docs/results.md."""
+    """Write the section of docs/results.md."""
     names = {"overfit": f"{PHOTOGRAPHS} photographs, tested on the same", "train": "trainval, tested on test"}
     names = {r["setting"]: f"{names[r['setting']]}, batch {r['batch_size']}" for r in records}
     scores = list(records[0]["curve"][-1][2])
@@ -128,27 +128,27 @@ def section(records: list[Record], table: Callable[..., str], provenance: Callab
             name, r["rounds"], r["steps"], f"{r['last_loss']:.3f}", *(f"{100 * last[score]:.2f}" for score in scores),
             f"{max(r['held_by_worker']) / r['parameters']:.0%}", *(f"{num_bytes / 1e6:.1f}" for num_bytes in sent),
         ])  # fmt: skip
-        curve = [f"{100 * said[scores[0]]:.1f} % after {at} rounds" for at, _, said in r["curve"]]
+        curve = [f"{100 * values[scores[0]]:.1f} % after {at} rounds" for at, _, values in r["curve"]]
         curves.append(f"{name}: {', '.join(curve)}")
-    one, verdict = records[0], ""
+    first, verdict = records[0], ""
     for r in records:
         if r["setting"] == "overfit":
             reached = "reached" if r["curve"][-1][2][scores[0]] > TARGET else "**missed**"
             verdict = f" Target of the {PHOTOGRAPHS} photographs: above {TARGET:.0%}: {reached}."
-    blocks = " ".join(map(str, one["sections"]))
+    blocks = " ".join(map(str, first["sections"]))
     setting = (
-        f"Faster R-CNN with a feature pyramid over {one['model']}, sections {blocks}, width {one['width']}; "
-        f"S = {one['workers']}, l = {one['local_steps']}, photographs of {one['image_size']} pixels, "
+        f"Faster R-CNN with a feature pyramid over {first['model']}, sections {blocks}, width {first['width']}; "
+        f"S = {first['workers']}, l = {first['local_steps']}, photographs of {first['image_size']} pixels, "
         "from fresh weights."
     )
     return "\n\n".join(
         [
             f"## Detection on PascalVOC\n\n{setting} AP50 of the full, scaled network, in percent, by the measures of "
-            "VOC 2007 (11 points) and of later years (area). `held` is a worker's share of the weights: neck and heads are "
-            "most of so small a network, and they are shared. `sent` is by all workers, momentum included; beside it what "
-            f"local SGD sends of weights alone.{verdict}",
+            "VOC 2007 (11 points) and of later years (area). `held` is a worker's share of the weights; in so small a network "
+            "most weights are in neck and heads, which are shared. `sent`: by all workers, with momentum. `local SGD`: the "
+            f"bytes that local SGD sends, weights only.{verdict}",
             table(["", "rounds", "steps", "last loss", *scores, "held", "sent, MB", "local SGD, MB"], rows),
-            f"{scores[0]} on the way: {'; '.join(curves)}.",
+            f"{scores[0]} during training: {'; '.join(curves)}.",
             provenance(*records, n=lambda r: f"n = 1 run ({r['setting']})"),
         ]
     )

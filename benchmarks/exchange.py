@@ -1,19 +1,18 @@
-"""Seconds for one synchronization over loopback: ResIST, local SGD, and the published pattern, side by side in one run.
+"""Measure the seconds of one synchronization over loopback: ResIST, local SGD and the published pattern.
 
     python benchmarks/exchange.py                    # the paper's ResNet101 with 100 classes, S = 2 and 4
-    python benchmarks/exchange.py --width 8 --repetitions 3 --workers 2       # seconds, to try it
+    python benchmarks/exchange.py --width 8 --repetitions 3 --workers 2       # takes seconds, as a test
 
-One process a worker, one thread each, gloo over the loopback interface. In every repetition each method synchronizes
-once, in a turning order; a barrier comes before each, and the slowest process counts. All methods carry fp32 parameters
-and nothing else (optimizer_state=reset), except where the row says that momentum travels too. What the methods are
-is told in competitors.py.
+One process per worker, one thread each, gloo over the loopback interface. In every repetition each method synchronizes
+once, in a rotating order; a barrier comes before each, and the slowest process counts. All methods send fp32 parameters
+only (optimizer_state=reset), except where the row says that momentum is sent too. For the methods see competitors.py.
 
-A machine is rarely one's own. The share of the processors that others took is measured in each repetition (Linux), and
-a repetition in which it was above `--quiet` is run again as a whole, for all methods alike, up to four times as many
-in all; then the quietest are kept. The table says what share was left, and gives the processor seconds of all workers
-together, which other processes disturb less.
+Other programs may use the machine. The share of the processors that they took is measured in each repetition (Linux).
+A repetition with a share above `--quiet` is repeated for all methods, up to four times the number of repetitions; then
+the quietest are kept. The table has this share, and the processor seconds of all workers together, which other
+programs disturb less.
 
-A table goes to stdout, one line of JSON with the provenance to benchmarks/results/exchange.jsonl.
+A table is printed; one line of JSON with the provenance is appended to benchmarks/results/exchange.jsonl.
 """
 
 import argparse
@@ -44,8 +43,8 @@ METHODS = (
     "published-kept",
 )
 HEADLINE = METHODS[0]
-TIDIED = "published, groups taken down"  # as a run of hundreds of rounds has to: the groups hold sockets and threads
-Repetition = dict[str, Any]  # "seconds" and "cpu_seconds" by method, "others": the share of the processors they took
+TIDIED = "published, groups taken down"  # as a run of hundreds of rounds must: the groups hold sockets and threads
+Repetition = dict[str, Any]  # "seconds", "cpu_seconds" by method; "others": other programs' share of the processors
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--num-classes", type=int, default=100)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--quiet", type=float, default=0.1, help="share of the processors that others may take")
+    parser.add_argument("--quiet", type=float, default=0.1, help="share of the processors that other programs may take")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--no-record", action="store_true", help="do not append to the results")
     args = parser.parse_args()
@@ -103,7 +102,7 @@ def worker_main(rank: int, workers: int, folder: str, args: argparse.Namespace) 
 
 
 def repeat(methods: list[Method]) -> Repetition:
-    """One synchronization by each method. The same result in every process."""
+    """Synchronize once with each method; every process returns the same result."""
     seconds, cpu_seconds = {}, {}
     own, busy, start = time.process_time(), busy_seconds(), time.perf_counter()
     for method in methods:
@@ -133,7 +132,7 @@ def repeat(methods: list[Method]) -> Repetition:
 
 
 def busy_seconds() -> float:
-    """Seconds that all processors together have worked, or were kept from us by a hypervisor; 0 where nobody counts."""
+    """Return the busy seconds of all processors, with time stolen by a hypervisor; 0 if unknown."""
     try:
         user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     except OSError:
@@ -142,7 +141,7 @@ def busy_seconds() -> float:
 
 
 def summary(repetitions: list[Repetition], wanted: int) -> dict[str, object]:
-    """Of the `wanted` quietest repetitions: median, quartiles, extremes, and the median ratio to ResIST."""
+    """Summarize the `wanted` quietest repetitions: median, quartiles, extremes, median ratio to ResIST."""
     kept = sorted(repetitions, key=lambda one: one["others"])[:wanted]
     rows: dict[str, dict[str, float]] = {}
     for name in kept[0]["seconds"]:
@@ -172,7 +171,7 @@ def table(workers: int, result: dict[str, Any]) -> str:
     others = result["others_share"]
     lines = [
         f"S = {workers}: seconds of one synchronization, n = {result['n']} of {result['measured']} repetitions; "
-        f"others took {others['median']:.0%} of the processors (at most {others['max']:.0%})",
+        f"other programs took {others['median']:.0%} of the processors (at most {others['max']:.0%})",
         f"{'method':32} {'median':>8} {'quartiles':>16} {'min':>7} {'max':>7} {'cpu':>7} {'x resist':>9}",
     ]
     for name, row in sorted(result["methods"].items(), key=lambda item: item[1]["median_s"]):

@@ -1,17 +1,17 @@
-"""The ImageNet path on a machine without a GPU: photographs in folders, warm-up, going on, and the input pipeline.
+"""Measure the ImageNet path without a GPU: photographs in folders, warm-up, resuming, and the input pipeline.
 
     python benchmarks/imagenet.py --data-dir DIR
 
 DIR holds train/CLASS/* and val/CLASS/*; the recorded figures are of the first 50 classes of Tiny ImageNet (5,000
 training and 1,250 test images of 64x64). Setting: S = 2 in two processes, bottleneck network with ImageNet stem,
-sections 2,2,9,2, width 8, images cut to 64, batch 32 a worker, 25 local steps, 6 epochs, SGD with lr 0.05 (cosine),
+sections 2,2,9,2, width 8, images cut to 64, batch 32 per worker, 25 local steps, 6 epochs, SGD with lr 0.05 (cosine),
 momentum 0.9, weight decay 5e-4, label smoothing 0.1, one reading process for each worker, min_depth 4 of 8 blocks.
 
 Parts (one line of JSON each, with the provenance, in benchmarks/results/imagenet.jsonl):
 train    `resist train` without warm-up, and with 2 epochs of local SGD first: loss of each epoch, test accuracy.
-resume   the latter again, ended by SIGTERM half-way and gone on with: the greatest difference of a round's loss.
-input    images/s that are read, decoded and augmented with 0, 1 and 2 processes, against images/s that the network
-         trains on one thread (a batch at hand), and what both do together: time waited for data in all.
+resume   the second run again, ended by SIGTERM in the middle and resumed: the greatest difference of a round's loss.
+input    images/s read, decoded and augmented with 0, 1 and 2 processes, compared with images/s that the network trains
+         on one thread (with a ready batch); then both together: the share of time spent waiting for data.
 """
 
 import argparse
@@ -52,16 +52,16 @@ def main() -> None:
             keep({"part": "input", **pipeline(args.data_dir)})
         if "train" in args.parts or "resume" in args.parts:
             undisturbed = Path(folder) / "warmup"
-            facts = train(args.data_dir, undisturbed, WARMUP_EPOCHS)
+            results = train(args.data_dir, undisturbed, WARMUP_EPOCHS)
             if "train" in args.parts:
-                keep({"part": "train", "warmup_epochs": WARMUP_EPOCHS, **facts})
+                keep({"part": "train", "warmup_epochs": WARMUP_EPOCHS, **results})
                 keep({"part": "train", "warmup_epochs": 0.0, **train(args.data_dir, Path(folder) / "cold", 0.0)})
             if "resume" in args.parts:
                 keep({"part": "resume", **resume(args.data_dir, Path(folder) / "resumed", undisturbed)})
 
 
-def keep(facts: dict[str, object]) -> None:
-    record = {"benchmark": "imagenet", **facts, **provenance()}
+def keep(results: dict[str, object]) -> None:
+    record = {"benchmark": "imagenet", **results, **provenance()}
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -82,7 +82,8 @@ def train(data_dir: Path, out: Path, warmup_epochs: float) -> dict[str, object]:
     rounds = rounds_of(out)
     epochs: dict[int, list[float]] = {}
     for record in rounds:
-        epochs.setdefault(min(int(record["epoch"] - 1e-9), 5), []).append(record["loss"])  # the last may end beyond
+        epoch = min(int(record["epoch"] - 1e-9), 5)  # the last round may end later
+        epochs.setdefault(epoch, []).append(record["loss"])
     scores = rounds[-1]["scores"]
     return {
         "loss_by_epoch": [round(sum(losses) / len(losses), 4) for losses in epochs.values()],
@@ -90,12 +91,12 @@ def train(data_dir: Path, out: Path, warmup_epochs: float) -> dict[str, object]:
         "top5": scores["top5"],
         "rounds": len(rounds),
         "warmup_rounds": json.loads((out / "config.json").read_text())["method"]["warmup_rounds"],
-        "gb_sent": round(sum(n for r in rounds for kind, n in r["bytes"].items() if kind != "evaluate") / 1e9, 4),
+        "gb_sent": round(sum(n for r in rounds for name, n in r["bytes"].items() if name != "evaluate") / 1e9, 4),
     }
 
 
 def resume(data_dir: Path, out: Path, undisturbed: Path) -> dict[str, object]:
-    """End a run by SIGTERM in its middle, go on, and compare with the run that was left alone."""
+    """End a run by SIGTERM in the middle, resume it, and compare with the uninterrupted run."""
     whole = rounds_of(undisturbed)
     with subprocess.Popen(command(data_dir, out, WARMUP_EPOCHS)) as process:
         while not (out / "metrics.jsonl").exists() or len(rounds_of(out)) < len(whole) // 2:
@@ -118,8 +119,8 @@ def resume(data_dir: Path, out: Path, undisturbed: Path) -> dict[str, object]:
 
 def pipeline(data_dir: Path) -> dict[str, object]:
     rates: dict[str, float] = {}
-    for loaders in (0, 1, 2):
-        data, _ = load("folder", data_dir, image_size=SIZE, data_workers=loaders)
+    for data_workers in (0, 1, 2):
+        data, _ = load("folder", data_dir, image_size=SIZE, data_workers=data_workers)
         assert isinstance(data, Photographs)
         loader = data.loader(batch_size=BATCH, seed=0, worker=0, workers=1)
         for step in range(5):
@@ -127,7 +128,7 @@ def pipeline(data_dir: Path) -> dict[str, object]:
         start, steps = time.perf_counter(), 60
         for step in range(5, 5 + steps):
             loader.batch(step)
-        rates[str(loaders)] = round(steps * BATCH / (time.perf_counter() - start), 1)
+        rates[str(data_workers)] = round(steps * BATCH / (time.perf_counter() - start), 1)
         loader.stream.close()
     model = build("preact_resnet50_imagenet", num_classes=50, **NETWORK)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -143,9 +144,9 @@ def pipeline(data_dir: Path) -> dict[str, object]:
 
     data, _ = load("folder", data_dir, image_size=SIZE, data_workers=1)
     loader = data.loader(batch_size=BATCH, seed=0, worker=0, workers=1)
-    at_hand = loader.batch(0)
-    trained(at_hand, 3)
-    alone = trained(at_hand, 40)
+    ready = loader.batch(0)
+    trained(ready, 3)
+    alone = trained(ready, 40)
     loader.stream.wait_s, start = 0.0, time.perf_counter()
     together = trained(lambda step: loader.batch(step + 1), 40)
     waited = loader.stream.wait_s / (time.perf_counter() - start)

@@ -1,21 +1,21 @@
-"""Peak memory of one worker: training its sub-network against training the full network, and what an exchange adds.
+"""Measure the peak memory of a worker: its sub-network, the full network, and a synchronization.
 
     python benchmarks/memory.py                                     # the paper's ResNet101 with 100 classes, S = 4
-    python benchmarks/memory.py --width 8 --batches 2 8             # seconds, to try it
+    python benchmarks/memory.py --width 8 --batches 2 8             # takes seconds, as a test
 
-Every figure comes from a process of its own. On the CPU it is the highest resident size (VmHWM, Linux) above the
-resident size at the start, when the imports and a step of a tiny network have loaded the code. VmHWM rather than
-getrusage's ru_maxrss: that one begins at the size of the process which started this one. glibc is told to give every
-block above 128 KiB back to the system when it is freed, so that the figure is what is in use and not what an allocator
-keeps for later. On a GPU it is torch.cuda.max_memory_allocated.
+Every figure comes from a separate process. On the CPU it is the highest resident size (VmHWM, Linux) minus the
+resident size at the start, after the imports and a step of a tiny network have loaded the code. VmHWM is used instead
+of getrusage's ru_maxrss, because that begins at the size of the parent process. glibc is set to return every freed
+block above 128 KiB to the system, so the figure is the memory in use, without memory that an allocator keeps. On a GPU
+it is torch.cuda.max_memory_allocated.
 
-Training: two steps of SGD with momentum on random images (3 x 32 x 32), in fp32; the peak holds parameters, gradients,
-momentum, flat tensors, activations and the workspace of the convolutions. One worker of S, alone: it takes its part of
-the network and never synchronizes.
-Building: the peak while the job is made: the full network is built on the host first.
-Exchange: S processes on loopback. The peak of a synchronization above the size before it, the largest over processes,
-against the bytes of a worker's own sub-network and of the full network. The first one is told apart from the next
-three: it makes the connections, and lays the optimizer's state out as the weights are.
+Training: two steps of SGD with momentum on random images (3 x 32 x 32), in fp32. The peak contains parameters,
+gradients, momentum, flat tensors, activations and the workspace of the convolutions. One worker of S runs alone: it
+takes its part of the network and never synchronizes.
+Building: the peak while the job is built; the full network is built in CPU memory first.
+Exchange: S processes on loopback. The peak of a synchronization minus the size before it, the largest over processes,
+compared with the bytes of a worker's sub-network and of the full network. The first synchronization is reported
+separately from the next three: it makes the connections, and arranges the optimizer's state like the weights.
 
 One line of JSON with the provenance is appended to benchmarks/results/memory.jsonl.
 """
@@ -47,7 +47,7 @@ MB = 1e6
 
 
 class Alone(Local):
-    """Worker 0 of S, with nobody to talk to: enough to build its sub-network and to train it."""
+    """A transport for worker 0 of S without the others: enough to build and train its sub-network."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers)
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-record", action="store_true", help="do not append to the results")
-    parser.add_argument("--as-part", help=argparse.SUPPRESS)  # a measuring process: what it measures, as JSON
+    parser.add_argument("--as-part", help=argparse.SUPPRESS)  # a measuring process: its task, as JSON
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.as_part:
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Bytes; of several repetitions the largest, and how far apart they were."""
+    """Measure bytes: the largest of the repetitions, and their spread."""
     trained, exchanged = [], []
     for batch in args.batches:
         for strategy in ("resist", "local_sgd"):
@@ -104,17 +104,17 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[s
 
 
 def start(part: Mapping[str, object], processes: int = 1) -> list[dict[str, int]]:
-    """Run `part` in fresh processes, each with the arguments of this one."""
+    """Run `part` in new processes, each with the arguments of this one."""
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for rank in range(processes):
-            own = dict(part) if "batch" in part else {**part, "rank": rank, "folder": folder}
+            task = dict(part) if "batch" in part else {**part, "rank": rank, "folder": folder}
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
-            command = [sys.executable, *sys.argv, "--as-part", json.dumps(own)]
+            command = [sys.executable, *sys.argv, "--as-part", json.dumps(task)]
             running.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
         outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
-        raise SystemExit(f"measuring {part} failed; what went wrong stands above")
+        raise SystemExit(f"measuring {part} failed; see the error above")
     return [json.loads(output) for output in outputs]
 
 
@@ -150,7 +150,7 @@ def steps(model: nn.Module, batch: int, args: argparse.Namespace) -> None:
 
 
 def warm_up(args: argparse.Namespace) -> None:
-    """Load the code of everything that a step needs: some 100 MB, whatever the network."""
+    """Load all code that a step needs: some 100 MB for any network."""
     tiny = build(args.model, num_classes=args.num_classes, sections=(1, 1, 2, 1), width=8)
     steps(tiny.to(args.device), 2, args)
 
@@ -158,11 +158,11 @@ def warm_up(args: argparse.Namespace) -> None:
 def exchange(args: argparse.Namespace, strategy: str, state: str, rank: int, folder: str) -> dict[str, int]:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.workers)
-    own = strategy_of(strategy, args.workers, optimizer_state=state)
-    job = resist.Job(lambda: network(args), own, device=args.device)
+    chosen = strategy_of(strategy, args.workers, optimizer_state=state)
+    job = resist.Job(lambda: network(args), chosen, device=args.device)
     optimizer = momentum_sgd(job.model)
     if state == "reset":
-        optimizer.state.clear()  # else the exchange begins by giving memory back, which would hide what it takes
+        optimizer.state.clear()  # otherwise the exchange first frees memory, which would hide its own use
     added: list[int] = []
     for _ in range(4):
         dist.barrier()
@@ -182,7 +182,7 @@ def network(args: argparse.Namespace) -> nn.Module:
 
 
 def begin(device: str) -> int:
-    """Forget the peak so far; the bytes in use now."""
+    """Reset the peak, and return the bytes in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -191,7 +191,7 @@ def begin(device: str) -> int:
 
 
 def peak(device: str) -> int:
-    """The most bytes in use since `begin`."""
+    """Return the highest number of bytes in use since `begin`."""
     return _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 

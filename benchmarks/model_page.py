@@ -1,16 +1,16 @@
-"""The text of docs/models.md, from the results of benchmarks/models.py."""
+"""The text of docs/models.md, written from the results of benchmarks/models.py."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 Record = dict[str, Any]
-KINDS = {"plain": "x + f(x)", "relu": "relu(x + f(x))", "norm": "norm(x + f(x))", "unknown": "tried with real inputs"}
+FORMS = {"plain": "x + f(x)", "relu": "relu(x + f(x))", "norm": "norm(x + f(x))", "unknown": "tested with real inputs"}
 
 HEAD = """# Networks
 
 Written by `benchmarks/models.py` from `benchmarks/results/models.json`; do not edit.
 
-Any chain of residual blocks can be dealt out, wherever the network comes from:
+`resist` can distribute any chain of residual blocks, from any library:
 
 ```
 resist train --data cifar10 --model torchvision:resnet101
@@ -18,27 +18,28 @@ resist train --data cifar10 --model timm:vit_small_patch16_224      # pip instal
 resist train --data cifar10 --model transformers:vit                # pip install 'resist[transformers]'
 ```
 
-Weights are always fresh; nothing is downloaded. Heads get as many classes as the data set has, and networks that are built
-for one size of images are built for the data set's. In the library, `Job` takes any function that returns an `nn.Module`.
+Weights are freshly initialized; nothing is downloaded. The head has the number of classes of the data set, and networks
+for a fixed image size are built for the size of the data set's images. In the library, `Job` takes any function that returns
+an `nn.Module`.
 
-## What a network has to be like
+## Requirements
 
 - A **chain** is a run of neighbors in one `nn.Sequential` or `nn.ModuleList` with the same class and the same shapes of
-  weights. Numbers and flags that differ along it (drop-path rates, layer indices, shifted windows) **go with their block**,
-  as its weights do. With `torch.compile` each new combination of them is compiled anew.
-- Its blocks are **residual**. That is tried: with all weights zero a block has to give its input back. A block that ends in a
-  ReLU or a norm gives back an input that has already been through one. A run of equal layers without a skip connection
-  (RepVGG, ShuffleNet) is refused: without one of them the others would get what they have never seen.
-- A block takes a tensor, its first argument, and returns one of the same shape, alone or first in a tuple.
-- The network does not care **where** a block stands. One that gives layer i something of its own (`rope[i]`) would hand it to
-  the wrong block. `resist plan` and `resist train` try that on two images; for your own loop,
-  `resist.subnet.validate.check_network(model, choose_chains(model), lambda model: model(batch))` does it once.
+  weights. Numbers and flags that differ along the chain (drop-path rates, layer indices, shifted windows) **move with their
+  block**, like its weights. `torch.compile` compiles again for each new combination of them.
+- Its blocks are **residual**. This is tested: with all weights zero a block must return its input. A block that ends in a
+  ReLU or a norm must return an input that has already passed one. A run of equal layers without a skip connection
+  (RepVGG, ShuffleNet) is refused: if one of them is left out, the others get inputs that they have never seen.
+- A block takes a tensor as its first argument and returns one of the same shape, alone or first in a tuple.
+- The network does not depend on the **position** of a block. A network that passes its own value to layer i (`rope[i]`) would
+  pass it to the wrong block. `resist plan` and `resist train` test this on two images; for your own loop, call
+  `resist.subnet.validate.check_network(model, choose_chains(model), lambda model: model(batch))` once.
 
 **Blocks that end in a ReLU** (torchvision's ResNets, ResNeXt, RegNet): the full network uses x + scale * (block(x) - x) for
-every kind of block. With x + f(x) that is exactly x + scale * f(x). With relu(x + f(x)) it is relu(x + scale * f(x)) wherever
-x + f(x) is not negative; where it is negative, (1 - scale) * x remains, and the other would give less, down to zero. **Blocks
-that end in a norm** (BERT): it is the mean of two normalized states, and not normalized itself. Either way the scale cannot be
-folded into the weights of a block exactly. `resist plan` and a run's first lines say so.
+every type of block. For x + f(x) this is exactly x + scale * f(x). For relu(x + f(x)) it is relu(x + scale * f(x)) where
+x + f(x) is not negative; where it is negative, it is (1 - scale) * x, which is larger than relu(x + scale * f(x)). **Blocks
+that end in a norm** (BERT): it is a weighted mean of two normalized states, and is not normalized itself. In both cases the scale
+cannot be folded exactly into the weights of a block. `resist plan` and the first lines of a run say so.
 """
 
 
@@ -50,13 +51,13 @@ def page(results: Sequence[Record]) -> str:
 
 
 def counted(results: Sequence[Record]) -> str:
-    """What is partitioned, as published."""
+    """Write the table of the published networks: chains, parameters and FLOPs."""
     lines = [
         f"## {len(results)} networks that pass, as published",
         "",
-        "Counted without weights. In the chain: the share of all weights that is dealt out. At S = 4: what one of four workers "
-        "holds by default (`--min-depth 4`: at least four blocks), parameters and FLOPs of its forward pass as a share of the full "
-        "network's; a multiply-add is two FLOPs.",
+        "Counted without allocating weights. In the chain: the share of all weights that is distributed. At S = 4: the part that one of "
+        "four workers holds by default (`--min-depth 4`: at least four blocks), with parameters and FLOPs of its forward pass as a "
+        "share of the full network's; a multiply-add is two FLOPs.",
         "",
     ]
     rows: list[list[str]] = []
@@ -66,7 +67,7 @@ def counted(results: Sequence[Record]) -> str:
         row = [
             r["name"], r["input"], f"{total / 1e6:.1f} M", f"{r['full_flops'] / 1e9:.2f}",
             ", ".join(f"`{c['name']}`" for c in chains) + (" (named)" if r["named"] else ""),
-            ", ".join(KINDS[c["kind"]] for c in chains), f"{share:.0%}",
+            ", ".join(FORMS[c["kind"]] for c in chains), f"{share:.0%}",
         ]  # fmt: skip
         if "held" in r:
             held = ", ".join(f"{h} of {c['blocks']}" for h, c in zip(r["held"], chains, strict=True))
@@ -82,23 +83,24 @@ def counted(results: Sequence[Record]) -> str:
                "blocks at S = 4", "parameters at S = 4", "GFLOPs at S = 4")  # fmt: skip
     lines += table(columns, rows)
     differ = [(r["name"], c["name"], ", ".join(f"`{d}`" for d in c["differ"])) for r in results for c in r["chains"]]
-    lines += ["", "Attributes that differ along a chain, and go with its blocks:", ""]
+    lines += ["", "Attributes that differ along a chain, and move with its blocks:", ""]
     lines += [f"- {name}, `{chain}`: {which}" for name, chain, which in differ if which]
     return "\n".join(lines) + "\n"
 
 
 def ran(results: Sequence[Record]) -> str:
-    """What was run, and at what size."""
+    """Write the table of the tests, run with small versions of the networks."""
     lines = [
-        "## What each of them went through",
+        "## Tests of each network",
         "",
-        "In a smaller version with random inputs, S = 2, two processes on one machine that talk by gloo: (1) a sub-network with "
-        "all blocks computes what the network does (bit for bit, or how far apart as a share of the largest number: where a "
-        "block's size is no multiple of 16 numbers its weights are aligned otherwise, and sums are rounded in another order), and "
-        "one with every other block what the network does without the rest; (2) split, dealt anew twice and folded, every weight "
-        "is as before, bit for bit, over the wire with S = 2 and in one process with S = 4 (or as many as there are blocks); "
-        "(3) two rounds of two steps, the first and last loss of worker 0 given here; (4) the full network, its branches scaled, "
-        "gives finite numbers of the right shape. Four steps show that it runs, not that it learns.",
+        "Each test uses a smaller version with random inputs, S = 2, two processes on one machine, gloo. (1) A sub-network with "
+        "all blocks computes the same as the network (bit for bit, or the difference as a share of the largest number: if the "
+        "size of a block is not a multiple of 16 numbers, its weights are aligned differently, and sums are rounded in another order); "
+        "a sub-network with every second block computes the same as the network without the other blocks. (2) After splitting, two "
+        "new partitions and averaging, every weight has its old value, bit for bit, between processes with S = 2 and in one process "
+        "with S = 4 (or the number of blocks, if it is smaller). (3) Two rounds of two steps; the table has the first and last loss of "
+        "worker 0. (4) The full network with scaled branches returns finite numbers of the right shape. Four steps show that the "
+        "network trains, not that it learns.",
         "",
     ]
     rows = [
@@ -125,12 +127,12 @@ def ran(results: Sequence[Record]) -> str:
 
 
 def refusals(results: Sequence[Record]) -> str:
-    lines = [f"## {len(results)} networks that are refused, and what they are told", ""]
+    lines = [f"## {len(results)} networks that are refused, and the reasons", ""]
     return "\n".join([*lines, *table(("network", "reason"), ([r["name"], r["refused"]] for r in results))]) + "\n"
 
 
 def origins(results: Sequence[Record]) -> str:
-    """Where the results come from: one line for each machine, commit and set of versions."""
+    """Write the provenance: one line for each machine, commit and set of versions."""
     keys = ("machine", "cores", "gpu", "torch", "torchvision", "timm", "transformers", "python", "commit", "date")
     seen: dict[tuple[object, ...], int] = {}
     for r in results:
@@ -138,8 +140,8 @@ def origins(results: Sequence[Record]) -> str:
         seen[key] = seen.get(key, 0) + 1
     lines = ["## Provenance", ""]
     for key, number in seen.items():
-        told = ", ".join(f"{k} {value}" for k, value in zip(keys, key, strict=True) if value is not None)
-        lines.append(f"- {number} networks: {told}")
+        origin = ", ".join(f"{k} {value}" for k, value in zip(keys, key, strict=True) if value is not None)
+        lines.append(f"- {number} networks: {origin}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,17 +1,17 @@
 """Rebuild docs/models.md: which architectures ResIST trains, and why it refuses the others.
 
-    python benchmarks/models.py                    # runs all of them (minutes on two cores), writes results and page
-    python benchmarks/models.py --only "BERT"      # runs those whose name contains this, keeps the others' results
-    python benchmarks/models.py --page             # rebuilds the page from benchmarks/results/models.json
-    python benchmarks/models.py --check            # writes nothing; exit status 1 where the page is out of date
+    python benchmarks/models.py                    # run all (minutes on two cores), write results and page
+    python benchmarks/models.py --only "BERT"      # run those whose name contains this, keep the others' results
+    python benchmarks/models.py --page             # rebuild the page from benchmarks/results/models.json
+    python benchmarks/models.py --check            # write nothing; exit status 1 if the page is out of date
 
-Each architecture is counted as it was published, without weights, and run in a small version: less width, small images,
-as many blocks. Run means, with one batch of random inputs, everything in two processes that talk by gloo:
-  laws          `resist.subnet.validate`: a sub-network with all blocks computes what the network does; one with
-                every other block computes what the network does without the rest; the blocks are residual
-  conservation  the network split into sub-networks, dealt anew twice, and folded: all weights as before, bit for bit
-  training      two rounds of two steps; every loss is a number
-  evaluation    the full network with scaled branches; its output is a number and of the network's shape
+Each architecture is counted as published, without allocating weights, and tested in a small version: less width, small
+images, equally many blocks. The tests use one batch of random inputs, in two processes with gloo:
+  validation    `resist.subnet.validate`: a sub-network with all blocks computes the same as the network; one with every
+                second block computes the same as the network without the others; the blocks are residual
+  conservation  after splitting, two new partitions and averaging, all weights are as before, bit for bit
+  training      two rounds of two steps; every loss is finite
+  evaluation    the full network with scaled branches; its output is finite and has the network's shape
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--as-part", help=argparse.SUPPRESS)  # one of the two processes: rank, folder, names
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # of other people's networks
+    warnings.simplefilter("ignore")  # from the code of other libraries
     if args.as_part:
         return take_part(**json.loads(args.as_part))
     if args.check:
@@ -84,21 +84,21 @@ def kept() -> list[Record]:
 
 
 def run(cases: Iterable[Case]) -> list[Record]:
-    """Count each at full size, then run those with a chain, all in one pair of processes as long as none fails."""
+    """Count each at full size, then test those with a chain, in one pair of processes until one fails."""
     versions = {name: version(name) for name in ("torchvision", "timm", "transformers")}
     origin = {**provenance(), **versions}
     records = {case.name: {**count(case), **origin} for case in cases}
     waiting = [name for name, record in records.items() if "refused" not in record]
     while waiting:
-        for name, told in pair(list(waiting)):
+        for name, outcome in pair(list(waiting)):
             waiting.remove(name)
-            records[name] |= told
-            print(f"{name}: {told.get('refused') or 'passed'}", file=sys.stderr, flush=True)
+            records[name] |= outcome
+            print(f"{name}: {outcome.get('refused') or 'passed'}", file=sys.stderr, flush=True)
     return list(records.values())
 
 
 def count(case: Case) -> Record:
-    """Chains, weights and FLOPs as published, without weights; or why it is refused."""
+    """Count chains, parameters and FLOPs as published, without weights; or return the reason of the refusal."""
     record: Record = {"name": case.name, "input": case.input_name}
     record |= {"small": case.small_name, "small_input": case.small_input}
     template = build_on_meta(case.build)
@@ -122,13 +122,13 @@ def count(case: Case) -> Record:
 
 def describe(template: nn.Module, chain: Chain) -> Record:
     block = sum(p.numel() for p in template.get_submodule(chain.block_name(0)).parameters())
-    differ = [f"{one.module}.{one.name}".lstrip(".") for one in chain.varying]
+    differ = [f"{attribute.module}.{attribute.name}".lstrip(".") for attribute in chain.varying]
     record: Record = {"name": chain.name, "blocks": chain.num_blocks, "block_parameters": block}
     return {**record, "kind": chain.skip_type, "differ": differ}
 
 
 def footprint(case: Case, template: nn.Module, chains: tuple[Chain, ...], blocks: tuple[int, ...]) -> Any:
-    """Per input, on the meta device. Images are stood in for by a number each: the case makes its own inputs."""
+    """Measure on the meta device, per input. A number stands for each image: the case makes its own inputs."""
 
     def loss(model: nn.Module, _images: Tensor) -> Tensor:
         outputs = tensors_in(model(case.inputs(2, full=True).to("meta")))
@@ -138,7 +138,7 @@ def footprint(case: Case, template: nn.Module, chains: tuple[Chain, ...], blocks
 
 
 def pair(names: list[str]) -> Iterable[tuple[str, Record]]:
-    """Run these in two processes until one fails; what each gave, the one that failed last."""
+    """Test these in two processes until one fails; yield the outcome of each, the failed one last."""
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for rank in range(PROCESSES):
@@ -151,45 +151,46 @@ def pair(names: list[str]) -> Iterable[tuple[str, Record]]:
         finally:
             for process in running:
                 process.kill()
-    told: dict[str, list[Record]] = {}
+    by_name: dict[str, list[Record]] = {}
     for output in outputs:
         for line in output.splitlines():
             if line.startswith("{"):
-                one = json.loads(line)
-                told.setdefault(one.pop("name"), []).append(one)
+                outcome = json.loads(line)
+                by_name.setdefault(outcome.pop("name"), []).append(outcome)
     for name in names:
-        of_all = told.get(name, [])
-        bad = next((one for one in of_all if "refused" in one), None)
-        if bad is None and len(of_all) < PROCESSES:
-            raise SystemExit(f"{name}: a process ended without a word; what went wrong stands above")
-        yield name, bad or of_all[0]
-        if bad is not None and bad.pop("fatal", False):
+        outcomes = by_name.get(name, [])
+        refused = next((outcome for outcome in outcomes if "refused" in outcome), None)
+        if refused is None and len(outcomes) < PROCESSES:
+            raise SystemExit(f"{name}: a process ended without a result; see the error above")
+        yield name, refused or outcomes[0]
+        if refused is not None and refused.pop("fatal", False):
             return
 
 
 def take_part(rank: int, folder: str, names: list[str]) -> None:
-    """One of the two processes. Prints a line of JSON for each architecture."""
+    """Be one of the two processes: print a line of JSON for each architecture."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     try:
         for case in (c for c in CASES if c.name in names):
             start = time.perf_counter()
-            told: Record
+            outcome: Record
             try:
-                told = live(case, rank)
+                outcome = live(case, rank)
             except UserError as error:  # the same in both processes
-                told = {"refused": str(error)}
+                outcome = {"refused": str(error)}
             except Exception as error:
                 traceback.print_exc()
-                told = {"refused": f"{type(error).__name__}: {error}", "fatal": True}
-            print(json.dumps({"name": case.name, **told, "run_s": round(time.perf_counter() - start, 1)}), flush=True)
-            if told.get("fatal"):
+                outcome = {"refused": f"{type(error).__name__}: {error}", "fatal": True}
+            run_s = round(time.perf_counter() - start, 1)
+            print(json.dumps({"name": case.name, **outcome, "run_s": run_s}), flush=True)
+            if outcome.get("fatal"):
                 os._exit(1)
     finally:
         dist.destroy_process_group()
 
 
 def live(case: Case, rank: int) -> Record:
-    """The laws, conservation, training, evaluation. Raises UserError where it is refused."""
+    """Test validation, conservation, training and evaluation. Raises UserError for a refused network."""
     batch = case.inputs(BATCH, full=False)
     model = build_seeded(case.small, 0)
     chains = choose_chains(model, case.chains)
@@ -210,28 +211,35 @@ def live(case: Case, rank: int) -> Record:
     assert job.round == ROUNDS
     assert all(map(math.isfinite, losses)), losses
     full = job.full_model([batch])
-    told: Record = {
+    outcome: Record = {
         "run_chains": [f"{c.name} ({c.num_blocks})" for c in chains],
         "run_parameters": sum(p.numel() for p in model.parameters()),
         "apart": apart,
     }
     if full is None:
-        return told
+        return outcome
     with torch.no_grad():
         scaled, before = tensors_in(full(batch)), tensors_in(model(batch))
     assert [t.shape for t in scaled] == [t.shape for t in before]
     assert all(t.isfinite().all() for t in scaled)
     assert job.scales == [scale_of(c, PROCESSES) for c in chains]
-    return {**told, "losses": [round(losses[0], 3), round(losses[-1], 3)], "scales": [round(s, 3) for s in job.scales]}
+    return {
+        **outcome,
+        "losses": [round(losses[0], 3), round(losses[-1], 3)],
+        "scales": [round(s, 3) for s in job.scales],
+    }
 
 
 def scale_of(chain: Chain, workers: int) -> float:
-    """The mean share of the chain that a worker holds."""
+    """Return the mean share of the chain that a worker holds."""
     return -(-chain.num_blocks // workers) / chain.num_blocks
 
 
 def conserved(case: Case, chains: tuple[Chain, ...]) -> None:
-    """Split, deal anew twice, fold: on the wire with S = 2, in this process with S = 4 (or with as many as fit)."""
+    """Test that splitting, two new partitions and averaging conserve all weights.
+
+    Between processes with S = 2, and in this process with S = 4 (or the number of blocks, if it is smaller).
+    """
     original = tensors_of(build_seeded(case.small, 0))
     most = min(WORKERS, *(chain.num_blocks for chain in chains))
     for workers, transport in ((PROCESSES, None), (most, Local(most))):

@@ -1,4 +1,4 @@
-"""An emulated network on one Linux machine: hosts that are network namespaces, joined by a switch, each link limited.
+"""An emulated network on one Linux machine: network namespaces as hosts, connected by links of limited rate.
 
     with network(4, rate_bit_s=100_000_000) as hosts:
         subprocess.run(hosts[0].enter + ["hostname"])
@@ -7,12 +7,12 @@
     host 1 (198.18.0.2) -- link --+-- bridge, in a namespace of its own
     ...
 
-A link carries `rate_bit_s` in each direction (tc tbf at both ends). Its queues are deep enough that nothing is dropped
-for want of room, unlike those of a real switch: what the counters show is payload, headers and acknowledgements. The
-addresses are those that RFC 2544 sets aside for benchmarks, and the namespaces have no way out.
+A link carries `rate_bit_s` in each direction (tc tbf at both ends). Its queues are deep enough that no packet is
+dropped, unlike those of a real switch: the counters show payload, headers and acknowledgements. The addresses are
+reserved for benchmarks by RFC 2544, and the namespaces have no connection to other networks.
 
-Everything is named after the process that made it and is removed when the `with` ends, however it ends; what a killed
-process left behind is removed by the next one.
+The names contain the id of the process that made them. Everything is removed when the `with` ends, in every case; the
+remains of a killed process are removed by the next one.
 """
 
 import os
@@ -31,12 +31,12 @@ QUEUE_BYTES = 16 << 20
 
 
 class CannotEmulateError(Exception):
-    """This machine, or this user, cannot have network namespaces. The message is one line and says why."""
+    """This machine or this user cannot have network namespaces. The message is one line with the reason."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace. `enter`: put it before a command to run that command inside."""
+    """A namespace. Put `enter` before a command to run the command inside."""
 
     namespace: str
     address: str
@@ -48,9 +48,17 @@ class Host:
 
 @contextmanager
 def network(num_hosts: int, rate_bit_s: float) -> Iterator[list[Host]]:
-    """`num_hosts` joined hosts. Turns SIGTERM into SystemExit while they are up. Raises CannotEmulateError."""
+    """Make `num_hosts` connected hosts. SIGTERM raises SystemExit while they exist.
+
+    Args:
+        num_hosts: Number of hosts.
+        rate_bit_s: Rate of each link in each direction, bits per second.
+
+    Raises:
+        CannotEmulateError: If there is no permission, or a program is missing.
+    """
     if os.geteuid() != 0:
-        raise CannotEmulateError("network namespaces need root, which this is not; run it with sudo")
+        raise CannotEmulateError("network namespaces need root; run it with sudo")
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             raise CannotEmulateError(f"the program {tool} is missing; install iproute2 (apt-get install iproute2)")
@@ -60,22 +68,22 @@ def network(num_hosts: int, rate_bit_s: float) -> Iterator[list[Host]]:
     try:
         yield _create(run, num_hosts, rate_bit_s)
     finally:
-        deaf = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         _remove(run)
-        signal.signal(signal.SIGINT, deaf[signal.SIGINT])
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
         signal.signal(signal.SIGTERM, before)
 
 
 def sent_bytes() -> int:
-    """What the interface of the host that this process runs in has sent, headers included."""
+    """Return the bytes that this host's interface has sent, headers included."""
     return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 
 def parse_rate(text: str) -> float:
-    """Bits per second of "100mbit" or "1gbit". Raises ValueError."""
+    """Parse "100mbit" or "1gbit" as bits per second. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", text)
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"rate {text!r} does not read like 100mbit or 1gbit, above 0")
+        raise ValueError(f"rate {text!r} must be like 100mbit or 1gbit, above 0")
     return float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
 
 
@@ -84,7 +92,7 @@ def _create(run: str, num_hosts: int, rate_bit_s: float) -> list[Host]:
     hosts = [Host(f"{run}{number}", f"198.18.0.{number + 1}") for number in range(num_hosts)]
     for namespace in (hub, *(host.namespace for host in hosts)):
         _ip("netns", "add", namespace)
-        quiet = "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6"  # its chatter would be counted
+        quiet = "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6"  # its own packets would be counted
         subprocess.run(["ip", "netns", "exec", namespace, "sh", "-c", quiet], capture_output=True)
         _ip("-n", namespace, "link", "set", "lo", "up")
     _ip("-n", hub, "link", "add", "switch", "type", "bridge")
@@ -101,8 +109,11 @@ def _create(run: str, num_hosts: int, rate_bit_s: float) -> list[Host]:
 
 
 def _limit(namespace: str, device: str, rate_bit_s: float) -> None:
-    """The bucket holds 2 ms at the rate, and at the least two of the largest packets that TCP hands to an interface: if
-    it were smaller, these would be cut up, and their headers counted once for every 1,500 bytes."""
+    """Limit the rate of a device.
+
+    The bucket holds 2 ms at the rate, and at least two of the largest packets that TCP passes to an interface. With a
+    smaller bucket these would be divided, and a header would be counted for every 1,500 bytes.
+    """
     burst = max(128 << 10, int(rate_bit_s / 8 * 0.002))
     rate = f"{int(rate_bit_s)}bit"
     command = ["tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", "rate", rate]
@@ -117,7 +128,7 @@ def _remove_left_overs() -> None:
 
 
 def _remove(run: str) -> None:
-    """End what still runs in the namespaces of `run`, and delete them; the links go with them."""
+    """Kill the processes in the namespaces of `run`, and delete the namespaces with their links."""
     for namespace in _namespaces():
         if namespace.startswith(run):
             inside = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout
@@ -135,7 +146,7 @@ def _namespaces() -> list[str]:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether `pid` is a process that may own namespaces, and not a later one that got its number."""
+    """Return whether `pid` may own namespaces, and is not a later process with the same id."""
     try:
         return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -154,4 +165,4 @@ def _call(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()
-        raise CannotEmulateError(f"`{' '.join(command)}` failed: {reason[-1] if reason else 'it does not say why'}")
+        raise CannotEmulateError(f"`{' '.join(command)}` failed: {reason[-1] if reason else 'no reason given'}")

@@ -1,4 +1,4 @@
-"""What a figure needs beside it to be believed: machine, versions, commit, date."""
+"""Provenance of a measurement: machine, versions, commit, date."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from resist.runs.directory import processor
 
 
 def provenance() -> dict[str, object]:
-    """Date, commit, hardware and versions, ready for JSON."""
+    """Return date, commit, hardware and versions, ready for JSON."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     return {

@@ -1,10 +1,10 @@
-"""What it costs to record and show a run: processor seconds per round, beside those of training the round.
+"""Measure the cost of recording and displaying a run, compared with training: processor seconds per round.
 
     python benchmarks/recording.py
 
 A short run gives the processor seconds of a small round (handwritten digits, four workers in one process) and real
-records. These are then recorded again, as often as asked, in each way that there is; whatever threads and child
-processes a way starts is counted. The display's drawing goes on between records, and is measured by the second.
+records. These are recorded again, `--rounds` times, with each logger; its threads and child processes are counted. The
+display is also drawn between records; this is measured per second.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def small_round(folder: Path) -> tuple[float, list[dict[str, Any]]]:
-    """(processor seconds of a round, without recording's own; the records of a run)."""
+    """Return the processor seconds of a round without recording, and the records of a run."""
     config = TrainConfig(
         method=MethodConfig(workers=4, local_steps=LOCAL_STEPS),
         optimization=OptimizationConfig(batch_size=32, lr=0.05),
@@ -86,7 +86,7 @@ def small_round(folder: Path) -> tuple[float, list[dict[str, Any]]]:
 
 
 def per_round(path: Path, way: str, records: list[dict[str, Any]], rounds: int) -> float:
-    """Processor seconds of recording a round in this way alone, beside metrics.jsonl, which is always written."""
+    """Return the processor seconds to record a round in one way, with metrics.jsonl, which is always written."""
     config = TrainConfig(machine=MachineConfig(no_progress=True, **WAYS[way]))
     run = Run(path, config)
     loggers = open_loggers(config, path, [])
@@ -101,7 +101,7 @@ def per_round(path: Path, way: str, records: list[dict[str, Any]], rounds: int) 
 
 
 def drawing_per_second(records: list[dict[str, Any]]) -> float:
-    """Processor seconds that the live display takes in a second in which nothing happens."""
+    """Return the processor seconds of the live display per second, while nothing happens."""
     config = TrainConfig()
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(config, 100, Run(Path(folder) / "run", config), [], lambda: False)
@@ -122,11 +122,11 @@ def silent(terminal: bool) -> Console:
 
 
 def spent() -> float:
-    """Processor seconds of this process and of the children that it has, or had."""
-    own = psutil.Process()
+    """Return the processor seconds of this process and of its present and past children."""
+    this = psutil.Process()
     count: Callable[[psutil.Process], float] = lambda p: p.cpu_times().user + p.cpu_times().system  # noqa: E731
-    ended = own.cpu_times().children_user + own.cpu_times().children_system
-    return time.process_time() + ended + sum(count(child) for child in own.children(recursive=True))
+    ended = this.cpu_times().children_user + this.cpu_times().children_system
+    return time.process_time() + ended + sum(count(child) for child in this.children(recursive=True))
 
 
 if __name__ == "__main__":

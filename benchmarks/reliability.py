@@ -1,4 +1,4 @@
-"""The section of docs/results.md on faults and on what checkpoints cost. Called by tables.py."""
+"""The section of docs/results.md on faults and on the cost of checkpoints. Called by tables.py."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,18 @@ Table = Callable[..., str]
 Provenance = Callable[..., str]
 
 MAX_CHECKPOINT = 3.0  # percent of the round time, at a checkpoint every 10 rounds
-KINDS = {"kill": "SIGKILL", "stop": "SIGSTOP", "delay": "delayed, below the timeout", "raise": "an exception"}
+FAULTS = {"kill": "SIGKILL", "stop": "SIGSTOP", "delay": "delayed, below the timeout", "raise": "an exception"}
 
 
 def section(faults: list[Record], saves: list[Record], table: Table, provenance: Provenance) -> str:
-    """faults, saves: lines of faults.jsonl and checkpoints.jsonl, a line for each setting."""
+    """Return the section as Markdown.
+
+    Args:
+        faults: Lines of faults.jsonl, one for each setting.
+        saves: Lines of checkpoints.jsonl, one for each setting.
+        table: `tables.table`.
+        provenance: `tables.provenance`.
+    """
     parts = ["## Interruptions and losses"]
     for record in faults:
         parts += _faults(record, table, provenance)
@@ -24,25 +31,25 @@ def section(faults: list[Record], saves: list[Record], table: Table, provenance:
 def _faults(record: Record, table: Table, provenance: Provenance) -> list[str]:
     number, problems = record["number"], record["problems"]
     rows = []
-    for kind, name in KINDS.items():
-        seconds = record["to_end_s"].get(kind)
+    for fault, name in FAULTS.items():
+        seconds = record["to_end_s"].get(fault)
         times = ["", ""] if seconds is None else [f"{seconds['median']:.1f}", f"{seconds['max']:.1f}"]
-        rows.append([name, record["kinds"][kind], *times])
-    started = "forked from one that has imported torch" if record["forked"] else "started anew"
-    hung = sum(any(p.startswith(("did not end", "left process")) for p in one["problems"]) for one in problems)
-    said = "; ".join(
-        f"{one['kind']} at `{one['point']}` in process {one['rank']}: {', '.join(one['problems'])}" for one in problems
+        rows.append([name, record["kinds"][fault], *times])
+    started = "forked from one that has imported torch" if record["forked"] else "new Python processes"
+    hung = sum(any(p.startswith(("did not end", "left process")) for p in run["problems"]) for run in problems)
+    failures = "; ".join(
+        f"{run['kind']} at `{run['point']}` in process {run['rank']}: {', '.join(run['problems'])}" for run in problems
     )
     return [
         f"`resist train` on the digits, a small network, S = 4 in 4 processes, a checkpoint every 2 of 6 rounds, `--timeout-s "
         f"{record['timeout_s']:g}`: {number} runs, each with one fault drawn at random (seed {record['seed']}) in one process, at one of "
-        f"{len(record['points'])} points: {', '.join(record['points'])}. Then `--resume`, or the same command again where the fault came "
-        "before there was a run.",
-        f"{'All' if not hung else number - hung} {number if not hung else f'of {number}'} ended by themselves and left no process behind; **{record['same_weights']} of {number} ended with the weights of the "
-        "undisturbed run, bit for bit**." + (f" What was not as it has to be: {said}." if problems else
-        " Each run that broke off said which worker was lost, or what could not be written, and what to do."),
+        f"{len(record['points'])} points: {', '.join(record['points'])}. Then `--resume`, or the same command again if the fault "
+        "came before the run directory existed.",
+        f"{'All' if not hung else number - hung} {number if not hung else f'of {number}'} ended without help and left no process behind; **{record['same_weights']} of {number} ended with the weights of the "
+        "run without faults, bit for bit**." + (f" Failures: {failures}." if problems else
+        " Each interrupted run printed which worker was lost, or which file could not be written, and the remedy."),
         table(["fault", "runs", "median s from the fault to the end of the command", "max"], rows),
-        "A process that is stopped is noticed after the timeout; the launcher then waits 15 s for others to speak, and kills it. "
+        "A suspended process is noticed after the timeout; the launcher then waits 15 s for the messages of the others, and kills it. "
         f"{record['lanes']} runs at a time on {record['cores']} busy cores; processes were {started}.",
         provenance(record, n=lambda r: f"n = {r['number']} runs"),
     ]  # fmt: skip
@@ -57,24 +64,24 @@ def _saves(record: Record, table: Table, provenance: Provenance) -> list[str]:
         [name, *(f"{record[key][of]:{form}}" for of in ("median", "min", "max"))]
         for name, key, form in (
             (
-                f"spans of {rounds} rounds with one checkpoint, over those without: processor time, %",
+                f"{rounds} rounds with one checkpoint compared with {rounds} rounds without: processor time, %",
                 "percent_cpu",
                 "+.1f",
             ),
-            ("the same, time on the clock, %", "percent_wall", "+.1f"),
-            ("a round without, processor s", "round_cpu_s", ".2f"),
-            ("a checkpoint with no training beside it, processor s", "save_cpu_s", ".2f"),
-            ("training stands still to copy the state, s on the clock", "stood_s", ".3f"),
+            ("the same, wall time, %", "percent_wall", "+.1f"),
+            ("a round without checkpoint, processor s", "round_cpu_s", ".2f"),
+            ("a checkpoint without training, processor s", "save_cpu_s", ".2f"),
+            ("training waits while the state is copied, wall s", "stood_s", ".3f"),
         )
     ]
     return [
-        f"What a checkpoint costs: {record['model']} of width {record['width']} ({record['parameters']:,} parameters), S = "
+        f"The cost of a checkpoint: {record['model']} of width {record['width']} ({record['parameters']:,} parameters), S = "
         f"{record['workers']} in one process, l = {record['local_steps']}, batch {record['batch_size']}; a checkpoint has "
-        f"{record['checkpoint_bytes'] / 1e6:.1f} MB. Spans with and without took turns in one run.",
+        f"{record['checkpoint_bytes'] / 1e6:.1f} MB. Rounds with and without a checkpoint alternated in one run.",
         table(["", "median", "min", "max"], rows),
         f"Target at K = {rounds}: at most {MAX_CHECKPOINT:.0f} %: {reached} in processor time, {cpu['median']:+.1f} % in the median of "
-        f"{record['n']} pairs, {computed:.2f} % by the cost of a checkpoint alone. The thread in the background shares "
-        f"{record['cores']} cores and Python's lock with training, so here all of it counts; others took "
-        f"{record['others_share']['median']:.0%} of the processors in the median, so the time on the clock says little.",
-        provenance(record, n=lambda r: f"n = {r['n']} pairs of spans, {r['n']} checkpoints alone"),
+        f"{record['n']} pairs, {computed:.2f} % from the cost of a checkpoint alone. The background thread shares "
+        f"{record['cores']} cores and Python's lock with training, so all of its time counts here; other programs took "
+        f"{record['others_share']['median']:.0%} of the processors in the median, so the wall time is not informative.",
+        provenance(record, n=lambda r: f"n = {r['n']} pairs, {r['n']} checkpoints alone"),
     ]  # fmt: skip

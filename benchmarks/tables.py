@@ -1,10 +1,10 @@
-"""Rebuild docs/results.md: the paper's tables with ours beside them, and every other figure, with provenance.
+"""Rebuild docs/results.md: the paper's tables next to ours, and every other figure, with provenance.
 
     python benchmarks/tables.py            # reads benchmarks/results/*.jsonl, writes docs/results.md
-    python benchmarks/tables.py --check    # writes nothing; exit status 1 where the page is not what it would write
+    python benchmarks/tables.py --check    # write nothing; exit status 1 if the page is out of date
 
-Of each benchmark and setting the latest line counts. What follows from formulas, and the ledger of a job that trains
-nothing, is computed here. No verdict is written by hand: whether a target was reached is read from the figures.
+The latest line of each benchmark and setting is used. Figures that follow from formulas, and the byte counts of a job
+that trains nothing, are computed here. No verdict is written by hand: it is computed from the figures.
 """
 
 import argparse
@@ -44,7 +44,7 @@ PAPER_S = (("CIFAR-10", 4, 5486, 1532), ("CIFAR-10", 8, 10072, 2671),
 MAX_GB, MAX_LINK = 0.47, 1.15  # targets at S = 4: GB in a round; the busiest link over a run, relative to the mean
 MAX_TIME_ERROR, MAX_MEMORY_ERROR, MAX_WIRE_ERROR = 15.0, 10.0, 1.0  # percent
 MAX_RECORDING = 1.0  # percent of a round
-LEVEL = 0.05  # two round times that are closer than this share are called level, as `resist cost` does
+LEVEL = 0.05  # two round times that differ by less than this share are called equal, as in `resist cost`
 TIMES_PUBLISHED, TIMES_FLAT = 5, 2
 ROUNDS, LEDGER_ROUNDS, LEDGER_WORKERS = 50, 2, (2, 4)
 NAMES = {"local_sgd": "local SGD", "resist": "ResIST"}
@@ -70,7 +70,12 @@ def main() -> None:
 
 
 def page(results: Path, network: Record = PAPERS) -> str:
-    """The whole page, from the files in `results`; a benchmark without a file is left out. network: of Table 1."""
+    """Return the whole page, from the files in `results`; a benchmark without a file is omitted.
+
+    Args:
+        results: The folder of the result files.
+        network: The network of Table 1: `model`, `width` and `num_classes`.
+    """
     wire = latest(results / "wire.jsonl", "rate", "workers", "model", "sections", "width", "num_classes",
                   "local_steps", "compute_s")  # fmt: skip
     memory = latest(results / "memory.jsonl", "model", "width", "num_classes", "workers", "device")
@@ -98,7 +103,7 @@ def page(results: Path, network: Record = PAPERS) -> str:
 
 
 def latest(file: Path, *keys: str) -> list[Record]:
-    """The last line for each combination of `keys`, in the order in which these came first."""
+    """Return the last line of each combination of `keys`, in the order of their first lines."""
     if not file.exists():
         return []
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -111,7 +116,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def provenance(*records: Record, n: Callable[[Record], str]) -> str:
-    """Where figures come from, and how often they were measured; a line for each different answer."""
+    """Describe machine, versions and number of measurements, one line for each distinct description.
+
+    Args:
+        records: The records with the figures.
+        n: Returns the number of measurements of a record, as text.
+    """
     lines = {
         f"{r['date']}, commit {r['commit']}, {r['machine']}, {r['cores']} cores, {r['gpu'] or 'no GPU'}, torch {r['torch']}, "
         f"Python {r['python']}; {n(r)}"
@@ -145,14 +155,26 @@ def strategy_of(name: str, workers: int, state: str) -> resist.Strategy:
 
 @dataclass(frozen=True)
 class Formula:
-    """mean: as `resist cost` gives it. rounds: bytes of each round, summed over workers."""
+    """Predicted traffic of a strategy.
+
+    Attributes:
+        mean: Mean traffic of a round, as `resist cost` predicts it.
+        rounds: Bytes of each round, summed over the workers.
+    """
 
     mean: Traffic
     rounds: list[int]
 
 
 def formula(build: Build, strategy: resist.Strategy, rounds: int, *, statistics: bool = False) -> Formula:
-    """The first `rounds` rounds under SGD with momentum, from their plans; statistics: BatchNorm's travel too."""
+    """Predict the traffic of the first `rounds` rounds of SGD with momentum, from their plans.
+
+    Args:
+        build: Builds the full network.
+        strategy: The strategy that makes the plans.
+        rounds: Number of rounds.
+        statistics: Whether BatchNorm's running statistics are sent too.
+    """
     template = build_on_meta(build)
     if not statistics:
         use_batch_statistics(template)
@@ -169,22 +191,24 @@ def formula(build: Build, strategy: resist.Strategy, rounds: int, *, statistics:
         for now, then in pairwise(plans)
     ]
     paper = paper_bytes(sizes, plans[0], strategy.workers)
-    return Formula(mean_traffic(run, strategy.workers, paper), [sum(one.bytes.values()) for one in run])
+    return Formula(mean_traffic(run, strategy.workers, paper), [sum(round_.bytes.values()) for round_ in run])
 
 
 def ledger(build: Build, strategy: resist.Strategy, rounds: int) -> list[int]:
-    """Bytes that a job books in each of its first `rounds` synchronizations. One process hosts all workers, and
-    nothing is trained, so that no optimizer has state to send: `strategy` has to reset it."""
-    assert strategy.optimizer_state == "reset", "without an optimizer there is no state to book"
+    """Return the bytes that a job counts in each of its first `rounds` synchronizations.
+
+    One process hosts all workers. Nothing is trained, so no optimizer has state to send: `strategy` must reset it.
+    """
+    assert strategy.optimizer_state == "reset", "without an optimizer there is no state to send"
     job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", transport=Local(strategy.workers))
-    job.transport.take()  # what was said while the job was built
-    booked: list[int] = []
+    job.transport.take()  # discards the messages of building the job
+    counted: list[int] = []
     for _ in range(rounds):
         job.synchronize()
         num_bytes = job.transport.take()["bytes"]
         assert isinstance(num_bytes, dict)
-        booked.append(sum(num_bytes.values()))
-    return booked
+        counted.append(sum(num_bytes.values()))
+    return counted
 
 
 def traffic(network: Record, wire: list[Record]) -> str:
@@ -193,37 +217,38 @@ def traffic(network: Record, wire: list[Record]) -> str:
         sent = {
             state: formula(make, strategy_of(name, workers, state), ROUNDS) for state in ("reset", "travel", "average")
         }
-        links += [one.mean.link_ratio for one in sent.values()]
-        booked = ""
+        links += [formula_.mean.link_ratio for formula_ in sent.values()]
+        counted = ""
         if workers in LEDGER_WORKERS:
-            found = ledger(make, strategy_of(name, workers, "reset"), LEDGER_ROUNDS)
-            exact &= found == sent["reset"].rounds[:LEDGER_ROUNDS]
-            booked = f"{sum(found) / len(found) / 1e9:.4f}"
+            round_bytes = ledger(make, strategy_of(name, workers, "reset"), LEDGER_ROUNDS)
+            exact &= round_bytes == sent["reset"].rounds[:LEDGER_ROUNDS]
+            counted = f"{sum(round_bytes) / len(round_bytes) / 1e9:.4f}"
         rows.append([
             f"{NAMES[name]}, S = {workers}", f"{PAPER_GB[name, workers]:.3f}",
-            f"{sent['reset'].mean.paper_bytes / 1e9:.4f}", *(f"{one.mean.total_bytes / 1e9:.3f}" for one in sent.values()),
-            booked, f"{sent['reset'].mean.link_ratio:.3f}",
+            f"{sent['reset'].mean.paper_bytes / 1e9:.4f}", *(f"{formula_.mean.total_bytes / 1e9:.3f}" for formula_ in sent.values()),
+            counted, f"{sent['reset'].mean.link_ratio:.3f}",
         ])  # fmt: skip
     four, full = (formula(make, strategy_of(name, 4, "reset"), ROUNDS) for name in ("resist", "local_sgd"))
     more = formula(make, strategy_of("resist", 4, "reset"), ROUNDS, statistics=True).mean.total_bytes / 1e9
     dearest = formula(make, strategy_of("resist", 4, "average"), ROUNDS).mean.total_bytes / full.mean.total_bytes
-    gb, above = four.mean.total_bytes / 1e9, sum(one > MAX_GB * 1e9 for one in four.rounds)
+    gb, above = four.mean.total_bytes / 1e9, sum(num_bytes > MAX_GB * 1e9 for num_bytes in four.rounds)
     head = ["", "paper", "its formula", "sent, `reset`", "sent, `travel`", "sent, `average`", "ledger, `reset`",
             "busiest link / mean"]  # fmt: skip
     parts = [
         f"## Table 1 of the paper: GB per synchronization, {network['model']}, {network['num_classes']} classes\n\n"
-        "The paper counts what a parameter server would see; `its formula` is that count by `resist.cost`. `sent` is what "
-        f"all workers together really send, float32 parameters, mean over {ROUNDS} rounds of plans, by what becomes of the "
-        "momentum (`reset` sends weights only). `ledger` is what a real job over local copies books, mean of its first "
-        f"{LEDGER_ROUNDS} rounds; " + ("it is the formula of these rounds, to the byte. " if exact else
-        "**it is not the formula of these rounds.** ") + f"The last column is over {ROUNDS} rounds (`reset`).",
+        "The paper counts the traffic of a parameter server; `its formula` is that count by `resist.cost`. `sent` is the number "
+        f"of bytes that all workers together really send, float32 parameters, mean over {ROUNDS} rounds of plans, for each "
+        "treatment of the momentum (`reset` sends weights only). `ledger` is the byte count of a real job whose messages are "
+        f"copies in memory, mean of its first {LEDGER_ROUNDS} rounds; "
+        + ("it equals the formula of these rounds, to the byte. " if exact else
+        "**it does not equal the formula of these rounds.** ") + f"The last column is over {ROUNDS} rounds (`reset`).",
         table(head, rows),
         f"Target at S = 4, weights only: at most {MAX_GB} GB: {reached(gb <= MAX_GB)} in the mean, {gb:.3f} GB (the paper's "
         f"accounting: {PAPER_GB['resist', 4]:.3f}; a ring all-reduce of the full network: {full.mean.total_bytes / 1e9:.3f}). Single "
         f"rounds reach {max(four.rounds) / 1e9:.3f}; {above} of {ROUNDS} are above the target. With BatchNorm's running statistics, which "
-        f"travel unless `--batchnorm batch`: {more:.3f}.\n\nTarget: no link above {MAX_LINK} times the mean over a run: "
+        f"are sent except with `--batchnorm batch`: {more:.3f}.\n\nTarget: no link above {MAX_LINK} times the mean over a run: "
         f"{reached(max(links) <= MAX_LINK)}, at most {max(links):.3f} for all rows and policies.\n\n"
-        f"Where little is gained: with momentum averaged, ResIST at S = 4 sends {dearest:.2f} of what local SGD sends that resets it."
+        f"A case of small gain: with averaged momentum, ResIST at S = 4 sends {dearest:.2f} of the bytes of local SGD with `reset`."
         "\n\n*Computed.*",
     ]  # fmt: skip
     return "\n\n".join(parts + ([on_wire(wire)] if wire else []))
@@ -244,8 +269,8 @@ def on_wire(wire: list[Record]) -> str:
             rows.append([f"S = {record['workers']}, {record['rate']}, {_short(m)}", f"{sent / m['n'] / 1e9:.4f}", *cells,
                          f"{m['busiest_host_over_mean']:.3f}"])  # fmt: skip
     return (
-        "On the wire: interface counters of emulated hosts, headers included, GB in a mean round of those measured. DDP "
-        "exchanges in every step.\n\n"
+        "On the wire: interface counters of emulated hosts, headers included, GB of the mean measured round. DDP "
+        "communicates in every step.\n\n"
         + table(["", "interfaces", "payload", "ratio", "busiest host / mean"], rows)
         + (
             f"\n\nTarget: ledger and interfaces within {MAX_WIRE_ERROR:.0f} %: {reached(max(map(abs, over)) <= MAX_WIRE_ERROR)}, "
@@ -266,12 +291,13 @@ def _short(m: Record) -> str:
 
 
 def round_times(wire: list[Record]) -> str:
-    rows = [[f"{data}, S = {s}", own, ours, f"{own / ours:.2f}"] for data, s, own, ours in PAPER_S]
+    rows = [[f"{data}, S = {s}", base, ours, f"{base / ours:.2f}"] for data, s, base, ours in PAPER_S]
     parts = [
-        "## Table 3 of the paper: what the time of a round is made of\n\nThe paper's training times:",
+        "## Table 3 of the paper: the parts of the time of a round\n\nThe paper's training times:",
         table(["", "local SGD, s", "ResIST, s", "ratio"], rows),
-        "Ours, one round on **emulated** hosts: network namespaces joined by a bridge, each link limited by `tc tbf`, gloo, "
-        "one process a host. Speed-ups are against our local SGD in the same run.",
+        "Ours, one round on **emulated** hosts: network namespaces connected by a bridge, each link limited by `tc tbf`, gloo, "
+        f"one process per host. Speed-ups are against our local SGD in the same run. Round times that differ by less than {LEVEL:.0%} are "
+        "called equal.",
     ]
     return "\n\n".join([*parts, *(_rounds_of(record) for record in wire)])
 
@@ -282,41 +308,42 @@ def _rounds_of(record: Record) -> str:
     head = ["", "compute s", "exchange s", "round s", "max - min"]
     rows = []
     for m in methods.values():
-        own = [m[kind]["median"] for kind in ("round_s", "compute_s", "exchange_s")]
-        row = [_short(m), *(f"{x:.2f}" for x in (own[1], own[2], own[0])), f"{spread(m['round_s']['all']):.2f}"]
+        seconds = [m[part]["median"] for part in ("round_s", "compute_s", "exchange_s")]
+        columns = (seconds[1], seconds[2], seconds[0])
+        row = [_short(m), *(f"{value:.2f}" for value in columns), f"{spread(m['round_s']['all']):.2f}"]
         if base is not None:
-            theirs = [base[kind]["median"] for kind in ("round_s", "compute_s", "exchange_s")]
-            row += [f"{a / b:.2f}" if b else "" for a, b in zip(theirs, own, strict=True)]
+            base_s = [base[part]["median"] for part in ("round_s", "compute_s", "exchange_s")]
+            row += [f"{a / b:.2f}" if b else "" for a, b in zip(base_s, seconds, strict=True)]
         rows.append(row)
     head += [] if base is None else ["speed-up", "of compute", "of exchange"]
     slept = "Compute is real"
     if record["compute_s"]:
         slept = (
-            f"Compute is slept, {record['compute_s'][0]:g} s a step of a sub-network and {record['compute_s'][1]:g} s of the full one "
-            f"({record['compute_note'] or 'no device named'}): the speed-up of compute is put in, only the exchange is measured"
+            f"Compute is emulated by sleeping, {record['compute_s'][0]:g} s per step of a sub-network and {record['compute_s'][1]:g} s of the full "
+            f"network ({record['compute_note'] or 'no device named'}): the speed-up of compute is an input, only the exchange is measured"
         )
     title = f"### {record['model']}, S = {record['workers']}, l = {record['local_steps']}, {record['rate']}"
-    note = f"{slept}. DDP: {record['ddp_steps']} of {record['local_steps']} steps measured in each round, and scaled."
+    note = f"{slept}. DDP: {record['ddp_steps']} of {record['local_steps']} steps measured in each round, scaled up."
     parts = [title, table(head, rows), note, *([_gains(record, methods, base)] if base is not None else [])]
     return "\n\n".join([*parts, provenance(record, n=lambda r: f"n = {r['rounds']} rounds, medians")])
 
 
 def _gains(record: Record, methods: dict[str, Record], base: Record) -> str:
-    """Whom ResIST loses to or gains nothing over, by how much it is ahead of the others, and what it saves."""
-    said = []
-    for name, own in methods.items():
+    """Compare each ResIST row with the other methods: slower, equal, faster, and the seconds that it saves."""
+    lines = []
+    for name, method in methods.items():
         if not name.startswith("resist"):
             continue
-        saved = [base[kind]["median"] - own[kind]["median"] for kind in ("compute_s", "exchange_s")]
-        ratios = {other: m["round_s"]["median"] / own["round_s"]["median"] for other, m in methods.items()
+        saved = [base[part]["median"] - method[part]["median"] for part in ("compute_s", "exchange_s")]
+        ratios = {other: m["round_s"]["median"] / method["round_s"]["median"] for other, m in methods.items()
                   if not other.startswith("resist")}  # fmt: skip
         note = ""
         published = methods.get("published")
         if published is not None and record["compute_s"]:
-            # wire.py lets every method that keeps the full network sleep a full step; the paper's workers compute less
-            ratios["published"] = (own["compute_s"]["median"] + published["exchange_s"]["median"]) / own["round_s"][
-                "median"
-            ]
+            # wire.py sleeps a full step for methods that keep the full network; the paper's workers compute less
+            ratios["published"] = (method["compute_s"]["median"] + published["exchange_s"]["median"]) / method[
+                "round_s"
+            ]["median"]
             note = "*"
         ranked = sorted(ratios.items(), key=lambda item: item[1])
         against = ", ".join(
@@ -324,24 +351,24 @@ def _gains(record: Record, methods: dict[str, Record], base: Record) -> str:
         )
         slower = [_short(methods[o]) for o, ratio in ranked if ratio < 1 / (1 + LEVEL)]
         level = [_short(methods[o]) for o, ratio in ranked if 1 / (1 + LEVEL) <= ratio < 1 + LEVEL]
-        verdict = f"loses to {', '.join(slower) or 'none'}, gains nothing over {', '.join(level) or 'none'}"
-        said.append(f"- {_short(own)}: {verdict}. Round time of each other, over its own: {against}. Of local SGD's round it saves "
-                    f"{saved[0]:.2f} s of compute and {saved[1]:.2f} s of exchange.")  # fmt: skip
-    if any("published*" in one for one in said):
-        said.append("\n\\* The table charges `published` with steps of the full network, which its processes keep; the paper's "
-                    "workers compute their sub-network only. Here it has ResIST's compute and its own measured exchange, which carries weights only.")  # fmt: skip
-    return "\n".join(said)
+        verdict = f"slower than {', '.join(slower) or 'none'}, equal to {', '.join(level) or 'none'}"
+        lines.append(f"- {_short(method)}: {verdict}. Round time of each other method divided by this one: {against}. Compared with "
+                     f"local SGD, a round saves {saved[0]:.2f} s of compute and {saved[1]:.2f} s of exchange.")  # fmt: skip
+    if any("published*" in line for line in lines):
+        lines.append("\n\\* In the table `published` has steps of the full network, which its processes keep; the paper's workers "
+                     "compute only their sub-network. Here it has ResIST's compute and its own measured exchange, which sends weights only.")  # fmt: skip
+    return "\n".join(lines)
 
 
 def predictions(wire: list[Record], memory: list[Record]) -> str:
     times = [row for record in wire if record["compute_s"] for row in _time_errors(record)]
     peaks = [row for record in memory for row in _memory_errors(record)]
-    parts = ["## What `resist cost` predicts, against what was measured"]
+    parts = ["## Predictions of `resist cost` and measurements"]
     if times:
         parts += [
-            f"Round times; target within {MAX_TIME_ERROR:.0f} %: {_missed(times, MAX_TIME_ERROR)}. Compute was slept, and is given to "
-            f"the prediction, so the error of the exchange alone says more. Predicted: the mean over {ROUNDS} rounds, over the "
-            "line rate of the emulated link, no latency.",
+            f"Round times; target within {MAX_TIME_ERROR:.0f} %: {_missed(times, MAX_TIME_ERROR)}. Compute was emulated by "
+            f"sleeping and is an input of the prediction, so the error of the exchange alone is more informative. Predicted: the mean over {ROUNDS} "
+            "rounds, at the line rate of the emulated link, without latency.",
             table(["", "round s, predicted", "measured", "max - min", "error", "exchange s, predicted", "measured", "error"],
                   [[r[0], f"{r[2]:.2f}", f"{r[3]:.2f}", f"{r[4]:.2f}", signed(r[1]), f"{r[5]:.2f}", f"{r[6]:.2f}",
                     signed(100 * (r[5] / r[6] - 1))] for r in times]),
@@ -358,14 +385,14 @@ def predictions(wire: list[Record], memory: list[Record]) -> str:
 
 
 def _missed(rows: list[tuple[Any, ...]], bound: float) -> str:
-    """rows: name, error in percent, ..."""
+    """Name the rows (name, error in percent, ...) whose error exceeds `bound`."""
     missed = [f"{row[0]} ({signed(row[1])})" for row in rows if abs(row[1]) > bound]
     worst = max(abs(row[1]) for row in rows)
     return f"**missed** by {', '.join(missed)}" if missed else f"reached by all, at most {worst:.1f} % off"
 
 
 def _time_errors(record: Record) -> Iterable[tuple[Any, ...]]:
-    """name, error of the round in percent, round s predicted, measured, its spread, exchange s predicted, measured."""
+    """Yield name, error in percent, round s predicted, measured, spread, exchange s predicted, measured."""
     for m in record["methods"]:
         name, _, state = m["method"].partition(",optimizer_state=")
         if name not in ("resist", "local_sgd", "ddp") or "," in state:
@@ -385,27 +412,27 @@ def _time_errors(record: Record) -> Iterable[tuple[Any, ...]]:
 
 
 def _memory_errors(record: Record) -> Iterable[tuple[Any, ...]]:
-    """name, error in percent, peak bytes predicted, measured, spread."""
-    for one in record["training"]:
-        report = predict(builder(record), strategies=[one["strategy"]], workers=[record["workers"]], rounds=1,
-                         batch_size=one["batch"])  # fmt: skip
-        peak, measured = max(n.memory.peak for n in report.rows[0].networks), one["training_peak_bytes"]
-        held = "sub-network" if one["strategy"] == "resist" else "full network"
-        yield f"{held}, batch {one['batch']}", 100 * (peak / measured - 1), peak, measured, one["spread_bytes"]
+    """Yield name, error in percent, peak bytes predicted, measured, spread."""
+    for row in record["training"]:
+        report = predict(builder(record), strategies=[row["strategy"]], workers=[record["workers"]], rounds=1,
+                         batch_size=row["batch"])  # fmt: skip
+        peak, measured = max(n.memory.peak for n in report.rows[0].networks), row["training_peak_bytes"]
+        held = "sub-network" if row["strategy"] == "resist" else "full network"
+        yield f"{held}, batch {row['batch']}", 100 * (peak / measured - 1), peak, measured, row["spread_bytes"]
 
 
 def exchange(record: Record) -> str:
     parts = [
-        f"## One synchronization over loopback\n\nSeconds for {record['model']}, gloo, one process a worker, one thread each, "
-        "weights only unless said otherwise. `times` is the median of the ratios to ResIST within a repetition.\n\n"
+        f"## One synchronization over loopback\n\nSeconds for {record['model']}, gloo, one process per worker, one thread each, "
+        "weights only except where a row says otherwise. `times` is the median of the ratios to ResIST within a repetition.\n\n"
         "`published` is the paper's pattern, a process group for every block in every round and a collective for every "
-        "tensor, as favorable as we could make it; `flat` is one all-reduce of everything."
+        "tensor, in the most favorable form that we could make; `flat` is one all-reduce of all parameters."
     ]
-    for workers, found in record["results"].items():
-        methods = found["methods"]
+    for workers, result in record["results"].items():
+        methods = result["methods"]
         rows = [[_short({"method": name}), f"{m['median_s']:.3f}", f"{m['quartile_low_s']:.3f} to {m['quartile_high_s']:.3f}",
                  f"{m['times_resist']:.2f}"] for name, m in methods.items()]  # fmt: skip
-        said = [f"{name} {methods[name]['times_resist']:.2f} times, target {bound}: {reached(methods[name]['times_resist'] >= bound)}"
+        verdicts = [f"{name} {methods[name]['times_resist']:.2f} times, target {bound}: {reached(methods[name]['times_resist'] >= bound)}"
                 for name, bound in (("published", TIMES_PUBLISHED), ("flat", TIMES_FLAT)) if name in methods]  # fmt: skip
         sent = [
             formula(builder(record), strategy_of(name, int(workers), "reset"), ROUNDS).mean.total_bytes
@@ -413,38 +440,38 @@ def exchange(record: Record) -> str:
         ]
         parts += [
             table([f"S = {workers}", "median s", "quartiles", "times"], rows),
-            f"S = {workers}: {'; '.join(said)}. By bytes alone, `flat` would take {sent[0] / sent[1]:.2f} times as long.",
+            f"S = {workers}: {'; '.join(verdicts)}. From the bytes alone, `flat` would take {sent[0] / sent[1]:.2f} times as long.",
         ]
 
     def counts(r: Record) -> str:
-        found = [f"S = {s}: n = {one['n']} of {one['measured']} repetitions, others took at most "
-                 f"{one['others_share']['max']:.1%} of the processors" for s, one in r["results"].items()]  # fmt: skip
-        return "; ".join(found)
+        texts = [f"S = {s}: n = {result['n']} of {result['measured']} repetitions, other programs took at most "
+                 f"{result['others_share']['max']:.1%} of the processors" for s, result in r["results"].items()]  # fmt: skip
+        return "; ".join(texts)
 
     return "\n\n".join([*parts, provenance(record, n=counts)])
 
 
 def memory_table(record: Record) -> str:
     keys = ("weights_bytes", "held_after_building_bytes", "building_peak_bytes", "training_peak_bytes", "spread_bytes")
-    rows = [[f"{NAMES[one['strategy']]}, batch {one['batch']}", *(f"{one[key] / 1e6:.1f}" for key in keys)]
-            for one in record["training"]]  # fmt: skip
+    rows = [[f"{NAMES[row['strategy']]}, batch {row['batch']}", *(f"{row[key] / 1e6:.1f}" for key in keys)]
+            for row in record["training"]]  # fmt: skip
     later = [
-        [f"{NAMES[one['strategy']]}, {one['state']}", f"{one['first_bytes'] / 1e6:.1f}", f"{one['later_bytes'] / 1e6:.1f}",
-         f"{one['later_bytes_spread'] / 1e6:.1f}", f"{one['later_bytes'] / one['weights_bytes']:.2f}"]
-        for one in record["exchange"]
+        [f"{NAMES[row['strategy']]}, {row['state']}", f"{row['first_bytes'] / 1e6:.1f}", f"{row['later_bytes'] / 1e6:.1f}",
+         f"{row['later_bytes_spread'] / 1e6:.1f}", f"{row['later_bytes'] / row['weights_bytes']:.2f}"]
+        for row in record["exchange"]
     ]  # fmt: skip
     return "\n\n".join([
         f"## Memory of a worker\n\n{record['model']}, S = {record['workers']}, {record['device']}, MB above an idle process. While a "
-        "job is built, each process builds the full network once, on the host.",
-        table(["", "weights", "held when built", "peak, building", "peak, training", "max - min of it"], rows),
-        "What a synchronization adds at its peak, MB:",
-        table(["", "first", "later ones", "max - min", "later, of the worker's weights"], later),
+        "job is built, each process builds the full network once, in CPU memory.",
+        table(["", "weights", "after building", "peak, building", "peak, training", "max - min"], rows),
+        "Additional memory at the peak of a synchronization, MB:",
+        table(["", "first", "later ones", "max - min", "later / worker's weights"], later),
         provenance(record, n=lambda r: f"largest of n = {r['repetitions']} runs"),
     ])  # fmt: skip
 
 
 def recording(record: Record) -> str:
-    """What it costs to write and show a round's record."""
+    """Write the section on the cost of recording and displaying a round."""
     ways = record["ways"]
     rows = [
         [name, f"{1e3 * way['cpu_s']:.2f}", f"{way['percent']:.3f}", f"{1e3 * spread(way['all']):.2f}"]
@@ -452,9 +479,9 @@ def recording(record: Record) -> str:
     ]
     most = max([way["percent"] for way in ways.values()] + [record["drawing"]["percent"]])
     return "\n\n".join([
-        f"## What recording a run costs\n\nProcessor time of a round's record, threads and child processes counted, beside the "
+        f"## The cost of recording a run\n\nProcessor time to record a round, with threads and child processes, compared with the "
         f"{record['round_cpu_s']:.2f} s of a small round: handwritten digits, {record['workers']} workers in one process, "
-        f"{record['local_steps']} local steps, batch {record['batch_size']}. The live display is drawn again every second besides, which "
+        f"{record['local_steps']} local steps, batch {record['batch_size']}. In addition, the live display is drawn every second, which "
         f"takes {record['drawing']['percent']:.2f} % of a core.",
         table(["", "ms", "% of the round", "max - min, ms"], rows),
         f"Target: under {MAX_RECORDING:.0f} % of a round: {reached(most < MAX_RECORDING)}, at most {most:.2f} %.",
@@ -463,24 +490,24 @@ def recording(record: Record) -> str:
 
 
 def accuracy_sections(file: Path) -> list[str]:
-    """Nothing where there are no runs."""
+    """Return the two sections on accuracy, or nothing without runs."""
     runs = latest(file, *RUN_SETTINGS)
     return [curves(runs), readings(runs)] if runs else []
 
 
 def photographs(file: Path) -> list[str]:
-    """The ImageNet path on a small scale; nothing where it was not run."""
+    """Return the section on the ImageNet path at a small scale, or nothing without results."""
     records = latest(file, "part", "warmup_epochs")
     runs = [r for r in records if r["part"] == "train"]
     parts = [
-        "## Photographs in folders: the ImageNet path, of a size that two cores can train\n\n50 classes of Tiny ImageNet, S = 2 "
-        "in two processes; the setting is told in `benchmarks/imagenet.py`. It shows that the path works, not what ImageNet gives. "
-        "Chance is 2 %; on 1,250 test images a share near 15 % is known to about 2 points, so that the rows cannot be told apart "
-        "unless they are further from one another."
+        "## Photographs in folders: the ImageNet path, at a size that two cores can train\n\n50 classes of Tiny ImageNet, S = 2 "
+        "in two processes; for the setting see `benchmarks/imagenet.py`. This shows that the path works, not the accuracy on ImageNet. "
+        "Chance is 2 %. With 1,250 test images the uncertainty of a result near 15 % is about 2 points, so smaller differences "
+        "between the rows mean nothing."
     ]
     if runs:
         epochs = min(len(r["loss_by_epoch"]) for r in runs)
-        epochs -= epochs > 6  # what is beyond the sixth is the rest of a last round
+        epochs -= epochs > 6  # beyond the sixth epoch there is only the rest of the last round
         rows = [
             [f"{r['warmup_epochs']:g} epochs ({r['warmup_rounds']} of {r['rounds']} rounds)",
              *(f"{loss:.3f}" for loss in r["loss_by_epoch"][:epochs]),
@@ -493,17 +520,17 @@ def photographs(file: Path) -> list[str]:
     for r in records:
         if r["part"] == "resume":
             parts.append(
-                f"Ended by SIGTERM after round {r['interrupted_after']} of {r['rounds']} (status {r['status']}) and gone on with: the loss of "
-                f"a round differs from that of the undisturbed run by at most {r['greatest_difference']:g}; the test accuracy "
+                f"Ended by SIGTERM after round {r['interrupted_after']} of {r['rounds']} (status {r['status']}) and resumed: the loss of "
+                f"a round differs from that of the uninterrupted run by at most {r['greatest_difference']:g}; the test accuracy "
                 + ("is the same." if r["same_accuracy"] else "**differs**.")
             )
         if r["part"] == "input":
             read, trained = r["read_images_s"], r["trained_images_s"]
             rates = ", ".join(f"{read[n]:.0f} with {n}" for n in read)
             parts.append(
-                f"Input pipeline, images/s read, decoded and augmented: {rates} processes ({read['1'] / trained:.1f} times with 1 what the "
-                f"network trains on one thread, {trained:.0f} images/s). With both at once {r['both_images_s']:.0f} images/s; "
-                f"{r['waited_share']:.1%} of the time went into waiting for data. Others were at work too: load {r['load']:g}."
+                f"Input pipeline, images/s read, decoded and augmented: {rates} processes (with 1 process {read['1'] / trained:.1f} times the "
+                f"training speed on one thread, {trained:.0f} images/s). Reading and training together: {r['both_images_s']:.0f} images/s; "
+                f"{r['waited_share']:.1%} of the time was spent waiting for data. Other programs ran too: load {r['load']:g}."
             )
     return (
         ["\n\n".join([*parts, provenance(*records, n=lambda r: "n = 1 of each, so no spread is known")])]
@@ -522,13 +549,15 @@ def run_name(run: Record) -> str:
 
 
 def plain_only(run: Record) -> bool:
-    """Whether it is one of the first runs: these re-estimated statistics on images that were not augmented, and called it
-    "recalibrate". Later ones read both, and say which is which."""
+    """Return whether a run has statistics of plain images only, under the name "recalibrate".
+
+    The first runs do. Later runs have both, under different names.
+    """
     return not any(way.startswith(PLAIN) for way in run["readings"])
 
 
 def percent(run: Record, way: str, scale: str = "inclusion", num: int = 10000) -> float | None:
-    """What `way` of reading gave; None where it was not read so."""
+    """Return the accuracy for a source of BatchNorm statistics; None if it was not measured."""
     if plain_only(run) and way in ("recalibrate", PLAIN):
         way = "" if way == "recalibrate" else "recalibrate"
     return run["readings"].get(f"{way}, scale {scale}", {}).get(f"of_{num}")
@@ -550,10 +579,10 @@ def curves(runs: list[Record]) -> str:
     head = ["", "re-estimated on", *(f"{mark} rounds" for mark in marks), "end, 5,000", "end, 10,000",
             "end, averaged, 10,000", "processor s"]  # fmt: skip
     return "\n\n".join([
-        "## Accuracy on CIFAR-10, of a width that two cores can train\n\nPercent of test images; the setting is told in "
-        "`benchmarks/cifar10.py`. The word after the strategy is what becomes of the momentum at a synchronization. While it "
-        "trains: the first 5,000 test images, BatchNorm statistics re-estimated on 5,000 training images (plain, or augmented as "
-        "in training), inclusion scale. Processor seconds are those of training and synchronizing all workers.",
+        "## Accuracy on CIFAR-10, at a width that two cores can train\n\nPercent of test images; for the setting see "
+        "`benchmarks/cifar10.py`. The word after the strategy is the treatment of the momentum at a synchronization. During "
+        "training: the first 5,000 test images, BatchNorm statistics re-estimated on 5,000 training images (plain, or augmented as "
+        "in training), inclusion scale. Processor seconds: training and synchronization of all workers.",
         table(head, rows),
         *equal_rounds(runs),
         provenance(*runs, n=lambda r: "n = 1 run of each row, so no spread is known"),
@@ -561,7 +590,7 @@ def curves(runs: list[Record]) -> str:
 
 
 def equal_rounds(runs: list[Record]) -> list[str]:
-    """ResIST against local SGD after equally many rounds, each with its most accurate run (averaged statistics)."""
+    """Compare the most accurate runs of ResIST and local SGD after equal rounds (averaged statistics)."""
     groups: dict[tuple[object, ...], dict[str, Record]] = {}
     for run in runs:
         value = percent(run, "average")
@@ -569,17 +598,17 @@ def equal_rounds(runs: list[Record]) -> list[str]:
         known = best.get(run["strategy"])
         if value is not None and (known is None or value > (percent(known, "average") or 0.0)):
             best[run["strategy"]] = run
-    said = []
+    lines = []
     for best in groups.values():
         if len(best) == 2:
-            ours, theirs = best["resist"], best["local_sgd"]
-            points = (percent(ours, "average") or 0.0) - (percent(theirs, "average") or 0.0)
-            said.append(
-                f"After {ours['rounds']} rounds the best ResIST ({run_name(ours)}) is {abs(points):.2f} points "
-                f"{'ahead of' if points > 0 else 'behind'} the best local SGD ({run_name(theirs)}), averaged statistics, in "
-                f"{ours['train_cpu_s'] / theirs['train_cpu_s']:.2f} of its processor time."
+            ours, local = best["resist"], best["local_sgd"]
+            points = (percent(ours, "average") or 0.0) - (percent(local, "average") or 0.0)
+            lines.append(
+                f"After {ours['rounds']} rounds the best ResIST run ({run_name(ours)}) is {abs(points):.2f} points "
+                f"{'ahead of' if points > 0 else 'behind'} the best local SGD run ({run_name(local)}), averaged statistics, in "
+                f"{ours['train_cpu_s'] / local['train_cpu_s']:.2f} of its processor time."
             )
-    return said
+    return lines
 
 
 def readings(runs: list[Record]) -> str:
@@ -589,13 +618,13 @@ def readings(runs: list[Record]) -> str:
     rows = [[run_name(run), *(show(percent(run, *column)) for column in columns)] for run in runs]
     better = 0
     for run in runs:
-        anew = [value for way in ("recalibrate", PLAIN) if (value := percent(run, way)) is not None]
+        reestimated = [value for way in ("recalibrate", PLAIN) if (value := percent(run, way)) is not None]
         averaged = percent(run, "average")
-        better += averaged is not None and bool(anew) and averaged > max(anew)
+        better += averaged is not None and bool(reestimated) and averaged > max(reestimated)
     return "\n\n".join([
-        "## How the full network is read\n\nPercent of the 10,000 test images at the end, by where BatchNorm's statistics come "
-        "from: those of each test batch, re-estimated on the full network (on augmented images, or plain ones), or averaged over "
-        "holders; with the inclusion scale on the chain's branches, and without.",
+        "## BatchNorm statistics and scale of the full network\n\nPercent of the 10,000 test images at the end, for each source of "
+        "BatchNorm's statistics: each test batch, re-estimated on the full network (on augmented or on plain images), or averaged "
+        "over the holders; with the inclusion scale on the chain's branches, and without.",
         table(["", *(f"{WAYS[way]}, {SCALES[scale]}" for way, scale in columns)], rows),
         f"With the scale, averaged statistics were better than re-estimated ones in {better} of {len(runs)} runs.",
         provenance(*runs, n=lambda r: "n = 1 run of each row, so no spread is known"),

@@ -1,23 +1,24 @@
-"""Seconds and bytes of a round over links that are really slow: ResIST and its competitors on emulated hosts.
+"""Measure seconds and bytes of a round over slow links: ResIST and its competitors on emulated hosts.
 
     python benchmarks/wire.py --rate 100mbit --workers 4 --compute-s 0.095 0.188
-    python benchmarks/wire.py --rate 1gbit --workers 2 --sections 1 1 9 1 --width 32 --local-steps 2     # seconds
+    python benchmarks/wire.py --rate 1gbit --workers 2 --sections 1 1 9 1 --width 32 --local-steps 2     # takes seconds
 
-Every worker is a process in a network namespace of its own (namespaces.py), started with the variables that torch's
-launchers set, and talks gloo. Needs Linux, root and iproute2. What the methods are is told in competitors.py.
+Every worker is a process in its own network namespace (namespaces.py), started with the variables that torch's
+launchers set, and uses gloo. This needs Linux, root and iproute2. For the methods see competitors.py.
 
 A round is `--local-steps` steps, then the synchronization of the method.
 compute   seconds of the steps, on the slowest host: real steps on random images in fp32, unless `--compute-s SUB FULL`
-          gives the seconds that one step of a sub-network and of the full network take on some other device. Then the
-          hosts sleep that long, and the table says so: the ratio of compute to exchange is that of the named device.
-exchange  seconds of the synchronization on the slowest host, after a barrier. DDP exchanges within its steps: for it,
-          the time that these take longer than steps without exchange, over `--ddp-steps` and scaled to a round.
-          Under `--compute-s` its layers sleep in the backward pass in turn (two thirds of a step), so that it
-          overlaps compute and exchange as usual.
-wire      bytes sent by all interfaces in a round, headers included; ledger, formula: payload, as this package books it,
-          and as follows from the plans alone (for ResIST and local SGD) or from the ring (for one all-reduce).
+          gives the seconds of one step of a sub-network and of the full network on another device. Then the hosts
+          sleep that long, and the table says so: the ratio of compute to exchange is that of the named device.
+exchange  seconds of the synchronization on the slowest host, after a barrier. DDP communicates within its steps: its
+          value is the additional time of these steps, over `--ddp-steps` and scaled to a round. With `--compute-s` its
+          layers sleep one after another in the backward pass (two thirds of a step), so that it overlaps compute and
+          communication as usual.
+wire      bytes sent by all interfaces in a round, headers included; ledger: payload, counted by this package; formula:
+          payload, from the plans alone (for ResIST and local SGD) or from the ring (for one all-reduce).
 
-A table goes to stdout (`--json`: the record), and a line of JSON with provenance to benchmarks/results/wire.jsonl.
+A table is printed (`--json`: the record), and a line of JSON with provenance is appended to
+benchmarks/results/wire.jsonl.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def main() -> None:
     try:
         rate_bit_s = parse_rate(args.rate)
         if args.workers < 2 or args.local_steps < 2 or args.rounds < 1 or args.ddp_steps < 1:
-            raise ValueError("workers and local steps have to be at least 2, rounds and DDP steps at least 1")
+            raise ValueError("workers and local steps must be at least 2, rounds and DDP steps at least 1")
         check(args.methods, lambda: build_network(args), args.workers, args.local_steps)
         with network(args.workers, rate_bit_s) as hosts:
             rows = collect(run(hosts))
@@ -85,22 +86,22 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", default="100mbit", help="of each link, each way: 100mbit, 1gbit, ...")
+    parser.add_argument("--rate", default="100mbit", help="rate of each link in each direction: 100mbit, 1gbit, ...")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--model", default="preact_resnet101")
     parser.add_argument("--sections", type=int, nargs=4, default=())
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--num-classes", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4, help="images a step, where steps are real")
+    parser.add_argument("--batch", type=int, default=4, help="images per step, without --compute-s")
     parser.add_argument("--local-steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ddp-steps", type=int, default=4, help="steps of DDP that are measured in each round")
     parser.add_argument("--compute-s", type=float, nargs=2, metavar=("SUB", "FULL"), help="sleep instead of computing")
-    parser.add_argument("--compute-note", default="", help="which device these seconds stand for; goes into the output")
+    parser.add_argument("--compute-note", default="", help="the device of these seconds; part of the output")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--json", action="store_true", help="print the record instead of the table")
     parser.add_argument("--no-record", action="store_true", help="do not append to the results")
-    parser.add_argument("--as-host", help=argparse.SUPPRESS)  # the process of one host: the file for its findings
+    parser.add_argument("--as-host", help=argparse.SUPPRESS)  # the process of one host: the file for its results
     return parser.parse_args()
 
 
@@ -109,20 +110,20 @@ def build_network(args: argparse.Namespace) -> nn.Module:
 
 
 def run(hosts: list[Host]) -> list[list[dict[str, Any]]]:
-    """The findings of each host, method by method. When one fails, the others are ended."""
+    """Return the results of each host, method by method. When one host fails, the others are killed."""
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for rank, host in enumerate(hosts):
             group = {"RANK": rank, "WORLD_SIZE": len(hosts), "MASTER_ADDR": hosts[0].address, "MASTER_PORT": 29500}
             local = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": 1}
-            quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # the hosts have no names, of which torch would warn
+            quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # the hosts have no names, and torch would warn
             environment = os.environ | {key: str(value) for key, value in (group | local | quiet).items()}
             command = [*host.enter, sys.executable, *sys.argv, "--as-host", f"{folder}/{rank}.json"]
             running.append(subprocess.Popen(command, env=environment, stdout=sys.stderr))
         try:
             while any(process.poll() is None for process in running):
                 if any(process.returncode for process in running):
-                    raise SystemExit("a host failed; what went wrong stands above")
+                    raise SystemExit("a host failed; see the error above")
                 time.sleep(0.1)
         finally:
             for process in running:
@@ -132,22 +133,22 @@ def run(hosts: list[Host]) -> list[list[dict[str, Any]]]:
 
 
 def host_main(args: argparse.Namespace) -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody is left to end it when its parent was killed
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
     dist.init_process_group("gloo")
-    found = []
+    results = []
     for spec in args.methods:
         method = make(spec, lambda: build_network(args), args.workers, args.local_steps)
-        found.append({"method": spec, "rounds": measure(method, args)})
+        results.append({"method": spec, "rounds": measure(method, args)})
         if dist.get_rank() == 0:
             print(f"{spec}: done", file=sys.stderr, flush=True)
         del method
-    Path(args.as_host).write_text(json.dumps(found))
+    Path(args.as_host).write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def measure(method: Method, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One entry a round, after one to warm up. A barrier parts compute and exchange, and its time is nobody's."""
+    """Measure rounds, after one to warm up. A barrier between compute and exchange is not counted."""
     ddp = isinstance(method, Ddp)
     steps = min(args.ddp_steps, args.local_steps) if ddp else args.local_steps
     steppers = [Steps(method, args, exchanging) for exchanging in ((False, True) if ddp else (False,))]
@@ -180,7 +181,7 @@ def measure(method: Method, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Steps:
-    """Training steps: real ones, or sleep. `exchanging`: under DDP, which averages gradients."""
+    """Training steps: real ones, or sleep. `exchanging`: with DDP, which averages gradients."""
 
     def __init__(self, method: Method, args: argparse.Namespace, exchanging: bool) -> None:
         self.method, self.seconds = method, 0.0
@@ -203,19 +204,19 @@ class Steps:
                 self.method.optimizer.zero_grad()
             output = self.model(self.images)
             if self.seconds:
-                output.sum().backward()  # gradients of zero, and no step: the weights stay, and a step is in `seconds`
+                output.sum().backward()  # zero gradients and no step: weights stay; the step is in `seconds`
                 continue
             F.cross_entropy(output, self.labels).backward()
-            self.method.optimizer.step()  # gradients stay: torch's averager passes over parameters without
+            self.method.optimizer.step()  # keep gradients: torch's averager skips parameters without
 
 
 class Sleeping(nn.Module):
-    """Has the layers of `model`, which sleep instead of computing: a third of `seconds` forward, the rest back."""
+    """The layers of `model`, which sleep instead of computing: a third of `seconds` forward, the rest backward."""
 
     def __init__(self, model: nn.Module, seconds: float) -> None:
         super().__init__()
         self.model, self.seconds = model, seconds
-        self.layers = [own for module in model.modules() if (own := list(module.parameters(recurse=False)))]
+        self.layers = [layer for module in model.modules() if (layer := list(module.parameters(recurse=False)))]
 
     def forward(self, images: Tensor) -> Tensor:
         time.sleep(self.seconds / 3)
@@ -227,7 +228,7 @@ class Sleeping(nn.Module):
 
 
 class Layer(torch.autograd.Function):
-    """x -> x. Its backward pass sleeps until `seconds` after that of the layer above, and gives gradients of zero."""
+    """Identity. Its backward pass sleeps until `seconds` after the previous layer's, and returns zero gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clock: list[float], seconds: float, *parameters: Tensor) -> Tensor:
@@ -244,7 +245,7 @@ class Layer(torch.autograd.Function):
 
 
 def collect(hosts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row a method. A round takes as long as its slowest host; bytes are summed over hosts."""
+    """Make one row per method. A round takes as long as its slowest host; bytes are summed over hosts."""
     rows = []
     for entries in zip(*hosts, strict=True):
         rounds = list(zip(*(entry["rounds"] for entry in entries), strict=True))  # rounds[round][host]

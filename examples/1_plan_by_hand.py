@@ -1,4 +1,4 @@
-"""A plan by hand: who trains which block, what is sent between two rounds, and what that saves. Nothing is trained.
+"""Make a plan by hand: the blocks of each worker, the messages between two rounds, the bytes saved. Nothing is trained.
 
 python examples/1_plan_by_hand.py --workers 4 --blocks 22 --capacity 6
 """
@@ -7,38 +7,36 @@ import argparse
 
 from resist import allreduce_bytes, partition, schedule
 
-# The paper's ResNet101 for 100 classes: single-precision weights of a block of section 3, and of everything outside.
+# The paper's ResNet101 for 100 classes: float32 weights of one block of section 3, and of the shared part.
 BLOCK_BYTES = 4 * 1_180_672
 SHARED_BYTES = 4 * 15_422_116
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--workers", type=int, default=4)
 parser.add_argument("--blocks", type=int, default=22)
-parser.add_argument("--capacity", type=int, default=6, help="blocks that each worker holds")
+parser.add_argument("--capacity", type=int, default=6, help="blocks of each worker")
 options = parser.parse_args()
 
-# A plan is a pure function of the seed and the round: every worker computes it for itself, and none sends it.
+# A plan is a pure function of the seed and the round: every worker computes it, so it is never sent.
 capacities = [options.capacity] * options.workers
 plans = [partition(options.blocks, capacities, seed=0, round=round) for round in range(3)]
 for round, plan in enumerate(plans):
-    print(f"round {round + 1}")
+    print(f"round {round + 1}")  # people count from 1
     for worker, held in enumerate(plan.blocks):
         print(f"  worker {worker}  " + "".join("#" if block in held else "." for block in range(options.blocks)))
 
-# From one plan to the next: copies of a block are averaged by one of its holders, which sends it to the next holders.
+# From one plan to the next: the holders of a block send it to its owner, which averages it and hands it over.
 steps = schedule({"layer3": plans[0]}, {"layer3": plans[1]}, {"layer3": BLOCK_BYTES})
-print(
-    f"\nFrom round 1 to round 2: {len(steps.average)} copies averaged, {len(steps.hand_over)} handed over. It begins:"
-)
+print(f"\nFrom round 1 to round 2: {len(steps.average)} messages to average, {len(steps.hand_over)} to hand over.")
 for message in steps.messages[:6]:
     print(f"  {message.phase:<9}  block {message.block:>2}  worker {message.source} -> {message.target}")
 
 shared = options.workers * allreduce_bytes(SHARED_BYTES, options.workers)
 whole = SHARED_BYTES + options.blocks * BLOCK_BYTES
-everything = options.workers * allreduce_bytes(whole, options.workers)
+full = options.workers * allreduce_bytes(whole, options.workers)
 blocks = steps.num_bytes
 print("\nSent by all workers in a synchronization, MB:")
 print(f"  ResIST      {(shared + blocks) / 1e6:7.1f}  ({shared / 1e6:.1f} shared part, {blocks / 1e6:.1f} blocks)")
-print(f"  local SGD   {everything / 1e6:7.1f}  (every worker holds every block)")
-mine = SHARED_BYTES + options.capacity * BLOCK_BYTES
-print(f"A worker holds {mine / whole:.0%} of the network's weights.")
+print(f"  local SGD   {full / 1e6:7.1f}  (every worker holds every block)")
+held = SHARED_BYTES + options.capacity * BLOCK_BYTES
+print(f"A worker holds {held / whole:.0%} of the network's weights.")

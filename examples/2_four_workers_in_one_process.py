@@ -2,7 +2,8 @@
 
     python examples/2_four_workers_in_one_process.py
 
-The same plans, batches and messages as with four processes; a message is a copy in memory here. Real ones: example 3.
+The plans, batches and messages are the same as with four processes, but here a message is a copy in memory. For
+separate processes, see example 3.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from resist.data import load
 from resist.models import build
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--steps", type=int, default=240, help="of each worker")
-parser.add_argument("--local-steps", type=int, default=20, help="between two synchronizations")
+parser.add_argument("--steps", type=int, default=240, help="optimizer steps of each worker")
+parser.add_argument("--local-steps", type=int, default=20, help="steps between two synchronizations")
 options = parser.parse_args()
 
 train, test = load("digits")  # 16x16 images, three equal channels
@@ -42,7 +43,7 @@ def accuracy(model: torch.nn.Module) -> float:
     return float(sum(right)) / len(test)
 
 
-def calibration():  # training images, on which the full network's BatchNorm statistics are estimated anew
+def calibration():  # training images, to re-estimate the BatchNorm statistics of the full network
     return (loaders[0].batch(step)[0] for step in range(20))
 
 
@@ -59,7 +60,8 @@ for step in range(options.steps):
     if synchronized and job.round % 4 == 0:
         held = job.plans[chain.name].blocks
         share = f"{accuracy(job.full_model(calibration())):6.1%}"
-        print(f"round {job.round:>2}  loss {sum(losses) / 4:.3f}  full network right on {share}  next plan {held}")
+        print(f"round {job.round:>2}  loss {sum(losses) / 4:.3f}  full network {share} correct  next plan {held}")
 
-booked = job.transport.take()["bytes"]
-print(f"Sent in {job.round} rounds: " + ", ".join(f"{kind} {n / 1e6:.1f} MB" for kind, n in booked.items() if n))
+sent = job.transport.take()["bytes"]
+parts = [f"{traffic_kind} {num_bytes / 1e6:.1f} MB" for traffic_kind, num_bytes in sent.items() if num_bytes]
+print(f"Sent in {job.round} rounds: {', '.join(parts)}")

@@ -1,4 +1,4 @@
-"""One process for each worker, started by torchrun; CIFAR-10, the network of the paper, a loop of one's own.
+"""Train the paper's network on CIFAR-10 with torchrun, one process for each worker, in a plain loop.
 
     torchrun --nproc-per-node 4 examples/3_torchrun_cifar10.py --data data --epochs 40
     torchrun --nproc-per-node 2 examples/3_torchrun_cifar10.py --synthetic --network preact_small --max-steps 8
@@ -20,7 +20,7 @@ import resist
 from resist.models import build
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--data", default="data", help="folder of cifar-10-batches-py")
+parser.add_argument("--data", default="data", help="folder that contains cifar-10-batches-py")
 parser.add_argument("--synthetic", action="store_true", help="noise instead of CIFAR-10")
 parser.add_argument("--network", default="preact_resnet101")
 parser.add_argument("--epochs", type=int, default=40)
@@ -46,25 +46,25 @@ job = resist.Job(lambda: build(options.network, num_classes=10), strategy, devic
 worker = job.workers[0]
 optimizer = torch.optim.SGD(job.model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
 
-# Each worker goes through the whole set in an order of its own. An epoch is one pass of all workers together.
+# Each worker reads the whole set in its own order. An epoch is one pass of all workers together.
 order = torch.Generator().manual_seed(worker.index)
 loader = DataLoader(train, batch_size=64, shuffle=True, generator=order, drop_last=True)
 steps = min(options.epochs * len(loader) // workers, options.max_steps)
-schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
+lr_schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
 while job.step_index < steps:
     for images, labels in islice(loader, steps - job.step_index):
         loss = F.cross_entropy(job.model(images.to(device)), labels.to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        lr_schedule.step()
         if job.step(optimizer) and worker.index == 0:
             print(f"round {job.round}, step {job.step_index} of {steps}: loss {loss.item():.3f}", flush=True)
 
-full = job.full_model(islice(loader, 40))  # assembled where worker 0 lives; None elsewhere
+full = job.full_model(islice(loader, 40))  # None except in the process of worker 0
 if full is not None:
     with torch.no_grad():
         right = [(full(x.to(device)).argmax(1).cpu() == y).float().mean() for x, y in DataLoader(test, batch_size=128)]
     sent = sum(job.transport.take()["wire_bytes"].values())
-    print(f"{workers} workers: the full network is right on {sum(right) / len(right):.1%}; {sent / 1e6:.0f} MB sent")
+    print(f"{workers} workers: the full network is {sum(right) / len(right):.1%} correct; {sent / 1e6:.0f} MB sent")
 job.close()

@@ -1,9 +1,9 @@
-"""Your own network and loop: an MLP-Mixer on handwritten digits, AdamW with groups, clipping, a schedule, an EMA.
+"""Your own network and loop: an MLP-Mixer on handwritten digits, with AdamW, clipping, an LR schedule and an EMA.
 
     python examples/4_your_own_network.py                           # one process hosts all workers
-    torchrun --nproc-per-node 3 examples/4_your_own_network.py      # or one for each: the same weights
+    torchrun --nproc-per-node 3 examples/4_your_own_network.py      # one process for each: the same weights
 
-All that it takes is a run of equal blocks x + f(x) in one nn.Sequential or nn.ModuleList.
+The only requirement is a run of equal blocks x + f(x) in one nn.Sequential or nn.ModuleList.
 """
 
 import argparse
@@ -41,40 +41,40 @@ class Mixer(nn.Module):
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--steps", type=int, default=300, help="of each worker")
+parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each worker")
 options = parser.parse_args()
 digits = load_digits()
 images, labels = torch.tensor(digits.images[:, None], dtype=torch.float32) / 8 - 1, torch.tensor(digits.target)
 test, train = (torch.nonzero((torch.arange(len(labels)) % 5 == 0) == which)[:, 0] for which in (True, False))
 
-job = resist.Job(Mixer, resist.resist(workers=3, local_steps=20))  # chains=("blocks:1-7",) would say which by hand
+job = resist.Job(Mixer, resist.resist(workers=3, local_steps=20))  # to select blocks: chains=("blocks:1-7",)
 for worker in job.workers:
     print(f"worker {worker.index} holds {len(worker.model.blocks)} blocks of {job.chains[0].name}")
 
 
-def groups(model):  # no decay for norms and biases
+def groups(model):  # no weight decay for norms and biases
     rest = [p for p in model.parameters() if p.dim() == 1]
     return [{"params": [p for p in model.parameters() if p.dim() > 1]}, {"params": rest, "weight_decay": 0.0}]
 
 
 optimizers = [torch.optim.AdamW(groups(worker.model), lr=3e-3, weight_decay=0.05) for worker in job.workers]
-schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps) for optimizer in optimizers]
+lr_schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps) for optimizer in optimizers]
 averages = [AveragedModel(worker.model, multi_avg_fn=get_ema_multi_avg_fn(0.98)) for worker in job.workers]
-job.follow(*averages)  # they go where their blocks go
+job.follow(*averages)  # the average of a block moves with the block
 for step in range(options.steps):
-    for worker, optimizer, schedule, average in zip(job.workers, optimizers, schedules, averages):
+    for worker, optimizer, lr_schedule, average in zip(job.workers, optimizers, lr_schedules, averages):
         random = torch.Generator().manual_seed(1000 * step + worker.index)
         batch = train[torch.randint(len(train), (64,), generator=random)]
         F.cross_entropy(worker.model(images[batch]), labels[batch]).backward()
         nn.utils.clip_grad_norm_(worker.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        lr_schedule.step()
         average.update_parameters(worker.model)
     job.step(*optimizers)
 for name, averaged in (("the last weights", False), ("their moving average", True)):
-    full = job.full_model(averaged=averaged)  # all blocks, scaled; None but in the process of worker 0
+    full = job.full_model(averaged=averaged)  # all blocks, scaled; None except in the process of worker 0
     if full is not None:
         right = (full(images[test]).argmax(1) == labels[test]).float().mean()
-        print(f"{len(full.blocks)} blocks, {name}: right on {right:.1%} of {len(test)} test images")
+        print(f"{len(full.blocks)} blocks, {name}: {right:.1%} of {len(test)} test images correct")
 job.close()

@@ -1,8 +1,8 @@
-"""Unequal workers: a slow machine gets fewer blocks, so that nobody waits for it. The machines here are emulated.
+"""Unequal workers: a slow machine gets fewer blocks, so that the others do not wait. The machines are emulated.
 
     python examples/5_unequal_workers.py --speeds 1 0.6 0.4
 
-Steps are timed in this one process and divided by the speed of the machine that each worker is meant to have.
+All steps run and are timed in this process; their times are divided by the speed of the worker's emulated machine.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def network() -> torch.nn.Module:
 
 
 def train_with(capacities: list[int]) -> list[float]:
-    """Seconds of a step of each worker, as its machine would take them: the fastest of all steps, by its speed."""
+    """Seconds of one step of each worker on its machine: its fastest step, divided by the speed."""
     job = resist.Job(network, resist.resist(workers, options.local_steps, capacities=capacities))
     optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.05, momentum=0.9) for worker in job.workers]
     loaders = [train.loader(batch_size=32, seed=0, worker=index, workers=workers) for index in range(workers)]
@@ -55,7 +55,7 @@ def show(title: str, capacities: list[int], seconds: list[float]) -> None:
     print(f"  a round takes as long as the slowest: {1000 * max(seconds) * options.local_steps:.0f} ms")
 
 
-# 1. Everyone the same. 2. From two timings of worker 0, what a block costs and what the shared rest does.
+# 1. Equal capacities. 2. The time of a block and of the shared part, from two timings of worker 0.
 num_blocks = resist.find_chains(network())[0].num_blocks
 equal = [-(-num_blocks // workers)] * workers
 seconds = train_with(equal)
@@ -64,9 +64,9 @@ most = train_with([num_blocks] * workers)
 block = max(0.0, (most[0] - seconds[0]) / (num_blocks - equal[0]))
 rest = max(0.0, seconds[0] - equal[0] * block)
 
-# 3. Deal the blocks out one by one, each to the worker that will still be done first.
-fitting = [1] * workers
-while sum(fitting) < num_blocks:
-    done = [(rest + (held + 1) * block) / speed for held, speed in zip(fitting, options.speeds)]
-    fitting[min(range(workers), key=lambda worker: done[worker])] += 1
-show("Capacities that fit the speeds", fitting, train_with(fitting))
+# 3. Assign the blocks one by one, each to the worker that then finishes first.
+fitted = [1] * workers
+while sum(fitted) < num_blocks:
+    done = [(rest + (held + 1) * block) / speed for held, speed in zip(fitted, options.speeds)]
+    fitted[min(range(workers), key=lambda worker: done[worker])] += 1
+show("Capacities that fit the speeds", fitted, train_with(fitted))

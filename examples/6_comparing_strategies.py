@@ -1,9 +1,9 @@
-"""Strategies side by side, everything else equal: accuracy, seconds of compute, bytes sent. Digits, four workers.
+"""Compare strategies, everything else equal: accuracy, seconds of compute, bytes sent. Digits, four workers.
 
     python examples/6_comparing_strategies.py
 
-One seed and a small network: it shows how to compare, not which is better. `resist compare` does it from the
-command line, with processes and repetitions.
+With one seed and a small network it shows how to compare, not which strategy is better. `resist compare` does the same
+from the command line, with processes and repetitions.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def accuracy(model: torch.nn.Module) -> float:
 
 
 def run(strategy: resist.Strategy) -> tuple[float, float, float]:
-    """Accuracy of the full network, seconds of compute of all workers, MB sent, state of the optimizer included."""
+    """Return accuracy of the full network, compute seconds of all workers, and MB sent with optimizer state."""
     job = resist.Job(lambda: build("preact_small", num_classes=10, width=8), strategy)
     optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.1, momentum=0.9) for worker in job.workers]
     loaders = [train.loader(batch_size=32, seed=0, worker=index, workers=S) for index in range(S)]
@@ -56,7 +56,7 @@ def run(strategy: resist.Strategy) -> tuple[float, float, float]:
             optimizer.zero_grad()
         seconds += time.perf_counter() - begin
         job.step(*optimizers)
-    sent = sum(n for kind, n in job.transport.take()["bytes"].items() if kind != "evaluate")
+    sent = sum(n for traffic_kind, n in job.transport.take()["bytes"].items() if traffic_kind != "evaluate")
     full = job.full_model(loaders[0].batch(step)[0] for step in range(20))
     return accuracy(full), seconds, sent / 1e6
 

@@ -1,4 +1,4 @@
-"""The documents do not lie: commands parse and run, links lead somewhere, names and quoted messages are there."""
+"""Tests of the documents: commands parse and run; links, names, imports and quoted messages exist."""
 
 import ast
 import importlib
@@ -20,13 +20,14 @@ from torch.distributed.run import get_args_parser
 from resist import cli
 from resist.cli.compare import CompareConfig
 from resist.runs.config import TrainConfig
+from test_imports import ALLOWED
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
-# Commands that are neither run nor parsed here, by how they begin, and why.
+# Commands that are neither run nor parsed here, by their beginning, with the reason.
 NOT_RUN = {
     "export ": "sets names in a shell",
     ". .venv/bin/activate": "needs the environment that make creates",
@@ -36,7 +37,7 @@ NOT_RUN = {
     "mkdocs serve": "does not end",
     "git clone ": "needs a network",
 }
-# Commands of the README and the first page that are run: at this size, in one process, in a folder of their own.
+# Commands of the README and the first page that are run: at this size, in one process, in a temporary folder.
 SMALL = [
     "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32", "--local-steps", "2", "--epochs", "0.1",
     "--num-evals", "1", "--batchnorm", "average", "--device", "cpu",
@@ -46,14 +47,16 @@ RUN = {"train": [*SMALL, "--processes", "1"], "compare": [*SMALL, "--processes",
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a language, also indented ones."""
+    """Return the fenced blocks of a language, also indented ones."""
     found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", page.read_text(encoding="utf-8"), re.M | re.S)
     return [re.sub(rf"^{indent}", "", text, flags=re.M) for indent, text in found]
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of all blocks marked sh, those that go over several lines as one; and what begins like one of
-    ours in blocks without a mark, or indented ones."""
+    """Return the commands of a page, each as one line.
+
+    These are all lines of blocks marked sh, and lines of other blocks that begin like a command of ours.
+    """
     text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
     found = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     rest = re.sub(r"^ *```\w+\n.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -65,15 +68,15 @@ ALL = [pytest.param(command, id=f"{page.stem}: {command[:50]}") for page in PAGE
 
 
 def parse_resist(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What the real parser makes of the arguments, checked as before a run but not run."""
+    """Parse arguments with the real parser and validate them, without running the command."""
     seen: list[Any] = []
 
     def look(config: Any, _arguments: list[str]) -> int:
         if isinstance(config, TrainConfig):
             config.check()
         if isinstance(config, CompareConfig):
-            for one in config.runs(Path("x")):
-                one.check()
+            for run_config in config.runs(Path("x")):
+                run_config.check()
         seen.append(config)
         return 0
 
@@ -117,10 +120,10 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif name.startswith("./"):
         assert (DOCS / "files" / name[2:]).is_file()
     else:
-        pytest.fail(f"{command!r}: nothing looks at it; add it here, or to NOT_RUN with the reason")
+        pytest.fail(f"{command!r} is not tested; add it here, or to NOT_RUN with the reason")
 
 
-def test_what_is_not_run_is_in_the_documents() -> None:
+def test_commands_that_are_not_run_are_in_the_documents() -> None:
     everything = [command for page in PAGES for command in commands(page)]
     assert len(everything) > 30
     used = {why for begin, why in NOT_RUN.items() if any(command.startswith(begin) for command in everything)}
@@ -130,14 +133,14 @@ def test_what_is_not_run_is_in_the_documents() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_the_first_steps_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In the order of the page, each with what the ones before left behind."""
+    """Run the commands in the order of the page, each after the ones before it."""
     monkeypatch.chdir(tmp_path)
     ran: list[str] = []
     for command in commands(ROOT / page):
         words = shlex.split(command, comments=True)
         if words[0] != "resist" or words[1] not in RUN or "cifar" in command or "imagenet" in command:
             continue
-        if "--resume" in words:  # the run is over, and that is what it has to say
+        if "--resume" in words:  # the run is complete, and the command says so
             assert run_resist(words[1:]) == 0
             continue
         assert run_resist([*words[1:], *RUN[words[1]]]) == 0, command
@@ -153,7 +156,7 @@ def run_resist(arguments: list[str]) -> int:
 
 
 def test_python_of_the_library_page_runs() -> None:
-    """One snippet after the other, as the page says."""
+    """Run one snippet after the other, as the page says."""
     namespace: dict[str, Any] = {"__name__": "library"}
     snippets = blocks(DOCS / "library.md", "python")
     assert len(snippets) > 6
@@ -168,7 +171,7 @@ def test_python_elsewhere_is_python(name: str) -> None:
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading, where GitHub and MkDocs make the same of it."""
+    """Return the anchor of a heading, where GitHub and MkDocs agree."""
     plain = re.sub(r"[`*_]|\[(.*?)\]\(.*?\)", r"\1", heading).strip().lower()
     return re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", plain))
 
@@ -180,7 +183,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_exist(name: str) -> None:
     page = ROOT / name
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -233,14 +236,14 @@ def test_named_files_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_in_the_text_exist(name: str) -> None:
-    """`--option` in running text is an option of some command, or of another program that is named here."""
+    """`--option` in running text is an option of a command, or of another program that is listed here."""
     others = {"--nproc-per-node", "--nnodes", "--node-rank", "--max-restarts", "--help", "--master-addr"}
     known: set[str] = set(others)
     for kind, _ in cli.COMMANDS.values():
         known |= {"--" + name.replace("_", "-") for name in field_names(kind)}
     text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
     if Path(name).name in ("results.md", "LOG.md"):
-        return  # dated: they say what was run then
+        return  # dated: they keep the options of that time
     for option in re.findall(r"`[^`]*?(--[a-z][\w-]*)", text):
         assert option in known, option
 
@@ -253,9 +256,17 @@ def field_names(kind: Any) -> set[str]:
     return names
 
 
+def test_the_imports_of_the_architecture_page_are_the_rule() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.M)
+    listed = {room: set(re.findall(r"`(\w+)`", rooms)) for room, rooms in rows}
+    listed["cli"] = set(listed) - listed["cli"] - {"cli"}  # "all rooms above except"
+    assert listed == {room: rooms for room, rooms in ALLOWED.items() if room in listed}
+    assert set(ALLOWED) - set(listed) == {"errors", "__main__", "__init__"}
+
+
 @cache
 def templates() -> tuple[list[str], ...]:
-    """Every text of the source as the literal parts between what is filled in."""
+    """Return every text of the source as its literal parts, without the values that are filled in."""
     found: list[list[str]] = []
     for file in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -272,8 +283,8 @@ def templates() -> tuple[list[str], ...]:
     return tuple(parts for parts in found if sum(map(len, parts)) >= 12)
 
 
-def said_by_the_program(message: str) -> float:
-    """The share of a message that is literally in texts of the source which fit into it."""
+def share_in_source(message: str) -> float:
+    """Return the share of a message that is literally in matching texts of the source."""
     covered = [False] * len(message)
     for parts in templates():
         found = re.search(".*?".join(f"({re.escape(part)})" for part in parts), message)
@@ -288,22 +299,22 @@ MESSAGES = [line for block in blocks(DOCS / "troubleshooting.md", "text") for li
 
 @pytest.mark.parametrize("message", MESSAGES)
 def test_quoted_messages_are_those_of_the_source(message: str) -> None:
-    assert said_by_the_program(message) > 0.4, message
+    assert share_in_source(message) > 0.4, message
 
 
-def test_a_message_that_nobody_says_is_found_out() -> None:
+def test_an_invented_message_is_detected() -> None:
     assert len(MESSAGES) > 20
-    assert said_by_the_program("--batch-size 7 may not be odd; take an even number of images instead") < 0.3
+    assert share_in_source("--batch-size 7 may not be odd; take an even number of images instead") < 0.3
 
 
 def test_kubernetes_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is YAML, its parts name one another, and the command in it is one."""
+    """The file is YAML, its parts refer to one another, and its command parses."""
     parts = {part["kind"]: part for part in yaml.safe_load_all((DOCS / "files/kubernetes.yaml").read_text())}
     assert set(parts) == {"Service", "PersistentVolumeClaim", "NetworkPolicy", "Job"}
     job = parts["Job"]["spec"]
     pod, service = job["template"]["spec"], parts["Service"]
     container = pod["containers"][0]
-    environment = {one["name"]: one["value"] for one in container["env"]}
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
     assert job["completions"] == job["parallelism"] == int(environment["WORLD_SIZE"])
     assert pod["subdomain"] == service["metadata"]["name"]
     assert environment["MASTER_ADDR"] == f"{parts['Job']['metadata']['name']}-0.{service['metadata']['name']}"
@@ -331,7 +342,7 @@ SHOW = ('#!/bin/bash\necho "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MAS
 
 
 def stage(tmp_path: Path, programs: dict[str, str]) -> dict[str, str]:
-    """Programs of these names first in PATH, and a .venv to activate. Returns the environment for it."""
+    """Put programs of these names first in PATH, make a .venv, and return the environment."""
     for path in (tmp_path / "bin", tmp_path / ".venv/bin"):
         path.mkdir(parents=True)
     for name, text in programs.items():
@@ -344,7 +355,7 @@ def stage(tmp_path: Path, programs: dict[str, str]) -> dict[str, str]:
 
 
 def test_slurm_file(tmp_path: Path) -> None:
-    """What each task is told, with programs that only say it; a run that was cut off is queued again, and goes on."""
+    """Print the environment of each task with fake programs; an interrupted run is queued again and resumed."""
     environment = stage(tmp_path, FAKE) | {
         "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NTASKS": "4",
         "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8",
@@ -374,7 +385,7 @@ def test_slurm_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ssh_script(tmp_path: Path) -> None:
-    """Two hosts that are this one, real processes; a folder with a space in its name."""
+    """Run on this machine in the role of two hosts, with real processes and a space in the folder's name."""
     out = tmp_path / "a run"
     environment = stage(tmp_path, {"ssh": FAKE["ssh"]}) | {
         "HOSTS": "localhost 127.0.0.1", "PORT": "29873", "INTERFACE": "lo", "OMP_NUM_THREADS": "1",

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Trains on several hosts that you reach by ssh: torchrun on each, one process for each GPU (or one, without GPUs).
+# Train on several hosts that you reach by ssh: torchrun on each, one process for each GPU (or one, without GPUs).
 #
 #     HOSTS="node0 node1 node2 node3" ./ssh.sh --data cifar10 --model preact_resnet101 --workers 4 --out /shared/runs/a
 #
-# Every host has this package in the same directory, and sees /shared. The first host is where the others meet: all
-# have to resolve its name. Ctrl-C once: the round is finished and saved on all hosts.
+# Every host needs this package in the same directory, and the file system /shared. The first host has the rendezvous:
+# all hosts must resolve its name. Press Ctrl-C once: the round is finished and saved on all hosts.
 set -euo pipefail
 
 read -ra hosts <<< "${HOSTS:?name the hosts, as in HOSTS=\"node0 node1\"}"
-port=${PORT:-29500}                       # free on the first host, and closed to everybody else
+port=${PORT:-29500}                       # free on the first host, and closed to the outside
 per_host=${PER_HOST:-1}                   # processes on each host: its GPUs
-directory=$(printf %q "${DIRECTORY:-$PWD}")  # where the package lies on each host
-interface=${INTERFACE:-}                  # what the hosts talk over, as in INTERFACE=wg0; default: that of the host's name
+directory=$(printf %q "${DIRECTORY:-$PWD}")  # the package's directory on each host
+interface=${INTERFACE:-}                  # network interface, as in INTERFACE=wg0; default: that of the host's name
 
 on() { ssh -o BatchMode=yes "$@"; }
 
@@ -36,7 +36,7 @@ status=0
 for pid in "${pids[@]}"; do
     one=0
     wait "$pid" || one=$?
-    while kill -0 "$pid" 2> /dev/null; do  # the wait was cut short by a signal, and it has not ended yet
+    while kill -0 "$pid" 2> /dev/null; do  # a signal interrupted the wait, and the process has not ended yet
         one=0
         wait "$pid" || one=$?
     done

@@ -1,4 +1,4 @@
-"""The competitors compute what they claim to: the same means as this package, only by other messages."""
+"""Tests of the competitors: they compute the same means as this package, with other messages."""
 
 import sys
 from pathlib import Path
@@ -33,20 +33,20 @@ def compare(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
     resist = weights_after_rounds("resist,optimizer_state=reset", rank)
     for name in ("published", "published-kept"):
-        theirs = weights_after_rounds(name, rank)
-        assert len(resist) < len(theirs)
+        published = weights_after_rounds(name, rank)
+        assert len(resist) < len(published)
         for key, ours in resist.items():
-            torch.testing.assert_close(theirs[key], ours, msg=lambda text, at=f"{name} {key}": f"{at}: {text}")
+            torch.testing.assert_close(published[key], ours, msg=lambda text, at=f"{name} {key}": f"{at}: {text}")
     local_sgd = weights_after_rounds("local_sgd", rank)
     for name in ("flat", "averager"):
-        for key, theirs_ in weights_after_rounds(name, rank).items():
-            torch.testing.assert_close(theirs_, local_sgd[key], msg=lambda text, at=f"{name} {key}": f"{at}: {text}")
+        for key, weights in weights_after_rounds(name, rank).items():
+            torch.testing.assert_close(weights, local_sgd[key], msg=lambda text, at=f"{name} {key}": f"{at}: {text}")
     dist.barrier()
     dist.destroy_process_group()
 
 
 def weights_after_rounds(spec: str, rank: int) -> dict[str, Tensor]:
-    """By global name, what worker `rank` holds after rounds in which each weight is moved at random, by worker."""
+    """Return the weights of worker `rank` by global name, after rounds with random changes for each worker."""
     method = competitors.make(spec, network, WORKERS, local_steps=2)
     for round in range(ROUNDS):
         for name, weight in global_weights(method).items():

@@ -1,4 +1,4 @@
-"""The benchmark of detection: the set that it makes, and what the page of results says of its runs."""
+"""Tests of the detection benchmark: the data set that it makes, and its section of docs/results.md."""
 
 import sys
 from pathlib import Path

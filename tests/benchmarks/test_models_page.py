@@ -1,4 +1,4 @@
-"""The page of networks is what the script writes from the results that are kept, and the results are true."""
+"""Tests of docs/models.md: the page is the script's output, and the results are reproducible."""
 
 import json
 import subprocess
@@ -53,7 +53,7 @@ def test_numbers_of_a_result_fit_together() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_some_of_them_again() -> None:
-    """Counted and run anew: all that does not depend on the machine comes out the same."""
+    """Count and run again: every value that does not depend on the machine is the same."""
     pytest.importorskip("timm", reason="needs the extra timm")
     pytest.importorskip("transformers", reason="needs the extra transformers")
     names = ["torchvision swin_t", "torchvision shufflenet", "timm vit_small_patch16_rope", "Hugging Face DistilBERT"]

@@ -1,4 +1,4 @@
-"""The page of results is what the script writes from the result files that are kept."""
+"""Tests of docs/results.md: the page is the script's output for the recorded results."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def wire(*methods: dict[str, Any], **other: Any) -> dict[str, Any]:
 
 
 def run(percent: float, **other: Any) -> dict[str, Any]:
-    """A run as the first ones were written: "recalibrate" is of images that were not augmented."""
+    """Return a record of the first format, in which "recalibrate" means images that were not augmented."""
     ways = {f"{way}, scale {scale}": {"of_5000": percent, "of_10000": percent + add}
             for scale in ("inclusion", "1.0")
             for way, add in (("average", 2), ("batch", 0), ("recalibrate", 1))}  # fmt: skip
@@ -95,9 +95,9 @@ def test_losses_and_ties_are_named() -> None:
     ]  # fmt: skip
     page = tables.round_times([wire(*methods)])
     # published: with ResIST's 5 s of compute, as the paper's workers have, and its own 3 s of exchange
-    assert "resist, reset: loses to published, ddp, gains nothing over averager." in page
+    assert "resist, reset: slower than published, ddp, equal to averager." in page
     assert "published* 0.80, ddp 0.90, averager 1.02, local_sgd, reset 1.50" in page
-    assert "saves 4.00 s of compute and 1.00 s of exchange" in page
+    assert "a round saves 4.00 s of compute and 1.00 s of exchange" in page
 
 
 def test_a_missed_target_is_called_missed() -> None:
@@ -139,7 +139,7 @@ def test_first_runs_are_not_taken_for_runs_with_augmented_statistics(tmp_path: P
     curves, readings = tables.accuracy_sections(tmp_path / "runs.jsonl")
     assert "| plain | 1.25 | 40.00 | 40.00 | 41.00 | 42.00 | 10 |" in curves
     assert "| augmented | 1.25 | 50.00 | 50.00 | 51.00 | 52.00 | 10 |" in curves
-    assert "is 10.00 points behind the best local SGD" in curves
+    assert "is 10.00 points behind the best local SGD run" in curves
     assert "| 40.00 |  | 41.00 | 42.00 |" in readings
     assert "| 50.00 | 51.00 | 31.50 | 52.00 |" in readings
     assert "in 2 of 2 runs" in readings
@@ -160,7 +160,7 @@ def test_photographs_say_what_was_measured(tmp_path: Path) -> None:
     assert "| 0 epochs (0 of 9 rounds) | 3.900 | 3.500 | 15.00 | 40.00 | 0.100 |" in page
     assert "| 2 epochs (4 of 9 rounds) |" in page
     assert "at most 0; the test accuracy **differs**." in page
-    assert "(3.0 times with 1 what the network trains on one thread, 30 images/s)" in page
+    assert "(with 1 process 3.0 times the training speed on one thread, 30 images/s)" in page
     assert "1.5% of the time" in page
     assert tables.photographs(tmp_path / "none.jsonl") == []
 
@@ -191,14 +191,14 @@ def test_what_faults_and_checkpoints_cost_is_read_from_the_figures(tmp_path: Pat
     write(tmp_path / "faults.jsonl", faults())
     write(tmp_path / "checkpoints.jsonl", saves(2.0, 0.2))
     page = tables.page(tmp_path, SMALL)
-    assert "All 8 ended by themselves" in page
+    assert "All 8 ended without help" in page
     assert "**8 of 8 ended with the weights" in page
     assert "at most 3 %: reached in processor time, +2.0 % in the median of 2 pairs, 2.00 %" in page
     write(tmp_path / "faults.jsonl", faults("did not end"))
     for percent, alone_s in ((4.0, 0.2), (2.0, 0.4)):
         write(tmp_path / "checkpoints.jsonl", saves(percent, alone_s))
         page = tables.page(tmp_path, SMALL)
-        assert "7 of 8 ended by themselves" in page
+        assert "7 of 8 ended without help" in page
         assert "kill at `start` in process 1: did not end" in page
         assert "at most 3 %: **missed**" in page
 

@@ -1,4 +1,4 @@
-"""The emulated network: what the interfaces count is what the ledger booked, and nothing is left behind."""
+"""Tests of the emulated network: interfaces and ledger count the same bytes, and nothing is left behind."""
 
 import json
 import os
@@ -25,7 +25,7 @@ UNEQUAL = {2: "resist,capacities=7/3,optimizer_state=average", 4: "resist,capaci
 
 @pytest.fixture(scope="module")
 def allowed() -> None:
-    """Skips where the kernel, the user or the machine does not allow namespaces, and says which."""
+    """Skip where the kernel, the user or the machine does not allow namespaces."""
     try:
         with namespaces.network(2, 1e9):
             pass
@@ -35,7 +35,7 @@ def allowed() -> None:
 
 @pytest.fixture
 def running(allowed: None) -> Iterator[subprocess.Popen[bytes]]:
-    """A run whose namespaces are up and whose hosts are busy."""
+    """Start a run, and wait until its namespaces exist and its hosts work."""
     command = [*COMMAND, "--workers", "2", "--compute-s", "30", "30"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -137,13 +137,13 @@ def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def left(pid: int) -> list[str]:
-    """The namespaces of the run that process `pid` is."""
+    """Return the namespaces of the run with process `pid`."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     return [line.split()[0] for line in listed.splitlines() if line.startswith(f"{namespaces.PREFIX}{pid}-")]
 
 
 def inside(pid: int) -> list[str]:
-    """The processes in these namespaces."""
+    """Return the processes in the namespaces of a run."""
     pids: list[str] = []
     for namespace in left(pid):
         pids += subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout.split()

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from resist.errors import UserError
 from resist.planning.strategy import resist
-from resist.runs.checkpoint import FORMAT, Checkpoints, _digest_of, about, complete, newest, restore
+from resist.runs.checkpoint import FORMAT, Checkpoints, _digest, complete, newest, read_job, restore, verify
 from resist.runs.config import NetworkConfig, RunConfig, TrainConfig, from_json
 from resist.runs.directory import Run
 from resist.runs.history import read_config, read_history, read_past
+from resist.runs.tensor_file import read_description, read_tensors, verify_tensors, write_tensors
 from resist.subnet.chains import choose_chains
 from resist.training.progress import Summary
 from support import make, tiny, train, weights
@@ -129,10 +130,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[
 
 def resumed(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     path, skipped = newest(folder)
-    assert all("\n" not in line for line in skipped)
+    assert all("\n" not in str(error) for error in skipped)
     if path is None:
         return None
-    at = about(path)["round"]
+    at = verify(path)["round"]
     job, optimizers = make(resist(2, STEPS, min_depth=0), resume_at=(at, at * STEPS))
     restore(job, tuple(optimizers), path, same_workers=True)
     return at, weights(job)
@@ -173,16 +174,60 @@ def test_damaged_checkpoints(
     shutil.rmtree(folder.parent)
 
 
-FACTS = {"format": FORMAT, "round": 1, "step": 2, "workers": 2, "files": {}}
+ABOUT = {
+    "format": FORMAT, "round": 1, "step": 2, "workers": 2, "processes": 1, "files": {"process-0.safetensors": "0"},
+}  # fmt: skip
 
 
 @settings(max_examples=200)
-@given(st.dictionaries(st.sampled_from([*FACTS, "more"]), ODD | JSON, max_size=3))
-def test_mutated_facts_of_a_checkpoint(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
+@given(st.dictionaries(st.sampled_from([*ABOUT, "more"]), ODD | JSON, max_size=3))
+def test_mutated_descriptions_of_a_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
+) -> None:
     path = tmp_path_factory.mktemp("checkpoint")
-    facts = json.loads(json.dumps(FACTS | changes))
-    (path / "job.json").write_text(json.dumps(facts | {"digest": _digest_of(facts)}))  # somebody who knows the digest
-    one_line(lambda: about(path))
+    about = json.loads(json.dumps(ABOUT | changes))
+    (path / "job.json").write_text(json.dumps(about | {"digest": _digest(about)}))  # by an author who knows the digest
+    one_line(lambda: read_job(path))
+    assert not one_line(lambda: verify(path))  # it has no files
+
+
+@given(JSON)
+def test_descriptions_of_a_checkpoint_that_are_anything(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    path = tmp_path_factory.mktemp("checkpoint")
+    for content in (json.dumps(data), json.dumps({"format": data}), "[" * 100_000):
+        (path / "job.json").write_text(content)
+        assert not one_line(lambda: read_job(path))
+
+
+@settings(max_examples=300)
+@given(DAMAGE)
+def test_damaged_tensor_files(tmp_path_factory: pytest.TempPathFactory, damage: Any) -> None:
+    """What is read is what was written, or there is a line that names the file."""
+    path = tmp_path_factory.mktemp("file") / "a.safetensors"
+    tensors = {"a\nb": torch.arange(5), "c": torch.tensor(1.5), "d": torch.ones(2, 3).bfloat16()}
+    write_tensors(path, tensors, "a format", {"round": 3, "names": {"x": 1}})
+    path.write_bytes(damaged(path.read_bytes(), damage))
+    if one_line(lambda: verify_tensors(path, "a format")):
+        assert verify_tensors(path, "a format").metadata == {"round": 3, "names": {"x": 1}}
+        found = read_tensors(path, "a format")
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    one_line(lambda: read_description(path, "a format"))
+    one_line(lambda: read_tensors(path, "a format", lambda name: name == "c"))
+
+
+@settings(max_examples=200)
+@given(st.dictionaries(st.sampled_from(["__metadata__", "a", "b"]), JSON | ODD, max_size=3), st.binary(max_size=40))
+def test_tensor_files_whose_headers_are_anything(
+    tmp_path_factory: pytest.TempPathFactory, entries: dict[str, Any], data: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("file") / "a.safetensors"
+    entry = {"dtype": "F32", "shape": [len(data) // 4], "data_offsets": [0, len(data)]}
+    metadata = {"format": "a format", "digest": "0", "round": "[" * 100_000}
+    header = json.dumps({"__metadata__": metadata, "a": entry} | entries)
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
+    for read in (read_description, verify_tensors, read_tensors):
+        assert not one_line(lambda read=read: read(path, "a format"))
 
 
 RECORD = {

@@ -22,7 +22,7 @@ from torch import Tensor
 from resist.cli import main
 from resist.job import Job
 from resist.planning.strategy import Strategy, resist
-from resist.runs.checkpoint import Checkpoints, about, newest, restore
+from resist.runs.checkpoint import Checkpoints, newest, restore, verify
 from support import make, train, weights
 
 STEPS, POSITIONS = 2, 50
@@ -66,14 +66,19 @@ def install(meter: Meter) -> None:
         buffered = io.BufferedWriter(Raw(path, "w"))
         return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
 
-    def renamed(path: Path, target: Path) -> Any:
-        meter.add(meter.take(1), "rename")
-        result = original_rename(path, target)
-        meter.add(meter.take(1), "renamed")
-        return result
+    def metered(rename: Any, name: str) -> Any:
+        def renamed(path: Path, target: Path) -> Any:
+            meter.add(meter.take(1), f"before {name}")
+            result = rename(path, target)
+            meter.add(meter.take(1), f"after {name}")
+            return result
 
-    original_open, original_rename = pathlib.Path.open, pathlib.Path.rename
-    pathlib.Path.open, pathlib.Path.rename = opened, renamed  # type: ignore[assignment]
+        return renamed
+
+    original_open = pathlib.Path.open
+    pathlib.Path.open = opened  # type: ignore[assignment]
+    pathlib.Path.rename = metered(pathlib.Path.rename, "rename")  # type: ignore[method-assign]
+    pathlib.Path.replace = metered(pathlib.Path.replace, "replace")  # type: ignore[method-assign]
 
 
 def save(job: Job, optimizers: list[torch.optim.Optimizer], folder: Path) -> None:
@@ -100,7 +105,7 @@ def saved_in_a_fork(job: Job, optimizers: list[torch.optim.Optimizer], folder: P
 
 def restored(folder: Path, path: Path) -> dict[str, Tensor]:
     """The full network of a checkpoint."""
-    at = about(path)["round"]
+    at = verify(path)["round"]
     job, optimizers = make(strategy(), resume_at=(at, at * STEPS))
     restore(job, tuple(optimizers), path, same_workers=True)
     return weights(job)
@@ -131,17 +136,20 @@ def test_a_save_that_is_killed_at_any_byte_leaves_the_older_checkpoint_or_the_wh
     shutil.copytree(tmp_path / "older", tmp_path / "whole" / "checkpoints")
     assert saved_in_a_fork(job, optimizers, tmp_path / "whole" / "checkpoints", None) == 0
     files = json.loads((tmp_path / "whole" / "written.json").read_text())
-    assert {".metadata.tmp", "job.json", "rename", "renamed"} < files.keys()
+    written = {".process-0.safetensors.partial", ".job.json.partial"}
+    assert files.keys() == written | {
+        f"{when} {call}" for when in ("before", "after") for call in ("replace", "rename")
+    }
 
     rounds: list[int] = []
     for number, limit in enumerate(positions(files, POSITIONS)):
-        folder = tmp_path / f"{number:05}" / "checkpoints"  # as long a name as `whole`: the index has it in it
+        folder = tmp_path / f"{number:05}" / "checkpoints"
         shutil.copytree(tmp_path / "older", folder)
         assert saved_in_a_fork(job, optimizers, folder, limit) == signal.SIGKILL, limit
         path, skipped = newest(folder)
         assert path is not None
         assert skipped == [], limit
-        rounds.append(about(path)["round"])
+        rounds.append(verify(path)["round"])
         found = restored(folder, path)
         assert all(torch.equal(found[name], value) for name, value in expected[rounds[-1]].items()), limit
         if number % 5 == 0:

@@ -3,12 +3,14 @@ And workers whose numbers have gone bad: found before they are folded, or left o
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pool import Pool
@@ -17,7 +19,15 @@ from resist.job import Job
 from resist.planning.plan import partition
 from resist.planning.schedule import place_replicas, schedule
 from resist.planning.strategy import OuterSGD, Strategy, ddp, local_sgd, resist, switch
-from resist.runs.rescue import newest_replica_round, remove_replicas, restore_replicas, write_replicas
+from resist.runs.replicas import (
+    REPLICAS,
+    newest_replicas,
+    remove_replicas,
+    restore_replicas,
+    write_diverged,
+    write_replicas,
+)
+from resist.runs.tensor_file import read_description, write_tensors
 from resist.sync.averaging import all_finite
 from resist.sync.distributed import Distributed
 from resist.sync.transport import Handle
@@ -143,36 +153,78 @@ def test_the_network_outlives_a_process_that_is_killed_in_any_phase(pool: Pool, 
         assert all(torch.equal(truth[newest][key], value) for key, value in union(left, newest).items())
 
 
-def test_safe_copies_on_disk(tmp_path) -> None:
-    """They are read where they are complete, and only then; a damaged file counts as not there."""
+def test_replicas_on_disk(tmp_path: Path) -> None:
+    """They are read where they are complete, and only then; a damaged file counts as missing, and is named."""
     job, optimizers = make(resist(2, 2, min_depth=0), replicate=True)
     train(job, optimizers, 4)
     expected = weights(job)
-    write_replicas(tmp_path, job)
-    found = newest_replica_round(tmp_path)
+    write_replicas(tmp_path, job, "first attempt")
+    found, errors = newest_replicas(tmp_path)
     assert found is not None
+    assert errors == []
     assert (found["round"], found["step"], found["workers"]) == (2, 4, 2)
 
     again, _ = make(resist(2, 2, min_depth=0), replicate=True, resume_at=(2, 4))
-    restore_replicas(again, tmp_path, 2)
+    restore_replicas(again, tmp_path, found)
     assert all(torch.equal(expected[name], value) for name, value in weights(again).items())
     other, _ = make(resist(3, 2, min_depth=0), resume_at=(2, 4))
-    restore_replicas(other, tmp_path, 2)
+    restore_replicas(other, tmp_path, found)
     assert all(torch.equal(expected[name], value) for name, value in weights(other).items())
-    with pytest.raises(UserError, match="no safe copy of"):
-        restore_replicas(other, tmp_path, 3)
+    with pytest.raises(UserError, match="has no tensor"):
+        restore_replicas(other, tmp_path, {**found, "round": 3})
+    with pytest.raises(UserError, match="has no tensor"):
+        restore_replicas(other, tmp_path, {**found, "attempt": "another"})
 
-    (file,) = tmp_path.iterdir()
+    file = tmp_path / "round-000002" / "process-0.safetensors"
+    assert list(file.parent.iterdir()) == [file]
     whole = file.read_bytes()
     half = len(whole) // 2
     for damaged in (b"", whole[:half], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"\x08" + whole[1:]):
         file.write_bytes(damaged)
-        assert newest_replica_round(tmp_path) is None
+        found, errors = newest_replicas(tmp_path)
+        assert found is None
+        assert len(errors) == 1
+        assert str(errors[0]).startswith(f"{file} is damaged: ")
+        assert "\n" not in str(errors[0])
     file.write_bytes(whole)
     remove_replicas(tmp_path, 1)
-    assert newest_replica_round(tmp_path)
+    assert newest_replicas(tmp_path)[0]
     remove_replicas(tmp_path, 2)
-    assert newest_replica_round(tmp_path) is None
+    assert newest_replicas(tmp_path) == (None, [])
+
+
+def test_files_of_two_attempts_are_not_combined(tmp_path: Path) -> None:
+    """Half of the network from one start of a run and half from another: the same round, other weights."""
+    for attempt in range(2):
+        job, optimizers = make(resist(2, 2, min_depth=0), replicate=True, seed=attempt)
+        train(job, optimizers, 2)
+        write_replicas(tmp_path, job, f"attempt {attempt}")
+        folder = tmp_path / "round-000001"
+        tensors = dict(sorted(load_file(folder / "process-0.safetensors").items()))
+        metadata = read_description(folder / "process-0.safetensors", REPLICAS).metadata
+        half = list(tensors)[attempt::2]
+        write_tensors(folder / f"process-{attempt + 1}.safetensors", {n: tensors[n] for n in half}, REPLICAS, metadata)
+        (folder / "process-0.safetensors").unlink()
+    assert newest_replicas(tmp_path) == (None, [])
+
+
+def test_replicas_of_an_earlier_version_are_named(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "round-000012.worker-1.safetensors", {"format": "resist safe copy 1"})
+    found, errors = newest_replicas(tmp_path)
+    assert found is None
+    assert len(errors) == 1
+    assert "has the format 'resist safe copy 1', not 'resist replicas 2'" in str(errors[0])
+
+
+def test_diverged_weights_are_kept_for_each_worker(tmp_path: Path) -> None:
+    job, _ = make(resist(2, 2, min_depth=0))
+    poison(job, 1)
+    write_diverged(tmp_path, job)
+    tensors = load_file(tmp_path / "round-000000" / "process-0.safetensors")
+    for worker in job.workers:
+        for name, view in worker.subnet.state(job.held_by(worker)).items():
+            assert torch.equal(tensors.pop(f"workers.{worker.index}.weights.{name}").nan_to_num(), view.nan_to_num())
+    assert not tensors
 
 
 def poison(job: Job, worker: int) -> None:

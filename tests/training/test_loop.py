@@ -166,5 +166,5 @@ def test_damaged_and_foreign_weights_are_refused_in_one_line(tmp_path) -> None:
     file.write_bytes(whole)
     with pytest.raises(UserError, match="another network"):
         load_full(build("preact_small", num_classes=11, width=4), chains, file)
-    with pytest.raises(UserError, match="did not come to its end"):
+    with pytest.raises(UserError, match="the run has not finished"):
         load_full(model, chains, tmp_path / "none")

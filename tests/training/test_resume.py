@@ -17,7 +17,9 @@ from torch import Tensor
 
 from pool import Pool
 from resist.cli.train import resumed
-from resist.runs.checkpoint import complete
+from resist.errors import UserError
+from resist.planning.strategy import resist
+from resist.runs.checkpoint import Checkpoints, complete
 from resist.runs.config import (
     MachineConfig,
     MethodConfig,
@@ -26,7 +28,12 @@ from resist.runs.config import (
     RunConfig,
     TrainConfig,
 )
+from resist.runs.replicas import write_replicas
+from resist.sync.local import Local
+from resist.training.resume import find_resume_point
 from resist.training.train import train
+from support import make, weights
+from support import train as train_rounds
 
 SIZES = (1, 2, 4)
 STEPS = 4  # in a round
@@ -146,3 +153,49 @@ def test_a_run_that_was_in_its_warm_up_ends_with_the_same_weights(
     found = load_file(out / "model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in run.weights().items())
     assert [r["capacity"] for r in records(out)] == [r["capacity"] for r in records(run.whole)]
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Its config.json has other entries, its checkpoints another format."""
+    (tmp_path / "config.json").write_text(json.dumps({"optimisation": {"epochs": 1.0}}))
+    with pytest.raises(UserError, match="'optimisation'; it comes from another version of resist") as caught:
+        resumed(TrainConfig(run=RunConfig(resume=tmp_path)), ["--resume", str(tmp_path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_of_an_earlier_version_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for round in (30, 40):
+        path = tmp_path / "checkpoints" / f"round-{round:06d}"
+        path.mkdir(parents=True)
+        (path / "job.json").write_text(json.dumps({"format": "resist checkpoint 2", "round": round}))
+    with pytest.raises(UserError, match="round-000040 has the format 'resist checkpoint 2', not") as caught:
+        find_resume_point(TrainConfig(run=RunConfig(resume=tmp_path)), Local(4), True)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_damaged_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints" / "round-000040").mkdir(parents=True)
+    with pytest.raises(UserError, match="no sound checkpoint in"):
+        find_resume_point(TrainConfig(run=RunConfig(resume=tmp_path)), Local(4), True)
+    assert "round-000040 is damaged: No such file or directory; skipped\n" in capsys.readouterr().err
+
+
+def test_replicas_after_the_newest_checkpoint_are_taken(tmp_path: Path) -> None:
+    job, optimizers = make(resist(2, 2, min_depth=0), replicate=True)
+    train_rounds(job, optimizers, 2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", job.transport)
+    checkpoints.begin(job, optimizers, {})
+    checkpoints.finish()
+    options = TrainConfig(run=RunConfig(resume=tmp_path), method=MethodConfig(workers=2))
+    assert find_resume_point(options, Local(2), True).round == 1
+    train_rounds(job, optimizers, 2)
+    write_replicas(tmp_path / "replicas", job, "an attempt")
+    point = find_resume_point(options, Local(2), True)
+    assert (point.round, point.step) == (2, 4)
+    again, others = make(resist(2, 2, min_depth=0), resume_at=(2, 4))
+    point.restore(again, tuple(others))
+    expected, found = weights(job), weights(again)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

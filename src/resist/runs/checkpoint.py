@@ -1,120 +1,145 @@
-"""Checkpoints: each process writes what its workers own, under global dotted names, while training goes on.
+"""Checkpoints: each process writes what its workers own to a tensor file, while training goes on.
 
-    checkpoints/round-000040/           appears complete or not at all: it is written under another name, then renamed
-        __0_0.distcp ...                torch.distributed.checkpoint, a file or more for each process
-        job.json                        round, step, workers, configuration, and a digest of every other file
+    checkpoints/round-000040/process-0.safetensors ...    state of the job, see `resist.runs.job_state`
+                             job.json                     round, step, workers, processes, a digest of every file
 
-Weights are there once: the shared part from worker 0, a block from its first holder. What differs between workers (the
-optimizer's state, counters, outer momentum) is there for each, as `workers.2.momentum_buffer.layer3.5.conv1.weight`.
-All processes have to see the same folder. Nothing that is read is unpickled but the classes of DCP's own index.
+A checkpoint appears complete or not at all: the files are written to a folder with another name, which the main process
+renames when it sees all of them there. All processes need to see the same folder; nothing else connects them while they
+write, so that a slow disk never stands in the way of training, and a lost process costs one checkpoint at most.
 """
 
 import contextlib
 import json
-import os
-import pickle
+import secrets
 import shutil
 import threading
-import warnings
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from resist.errors import AgreedError, UserError, WorkerLostError
+from resist.errors import AgreedError, UserError, WorkerLostError, first_line
 from resist.job import Job
-from resist.runs.rescue import remove_replicas
-from resist.sync.averaging import VELOCITY
+from resist.runs.atomic import write_atomically
+from resist.runs.job_state import owned_state, process_file, restore_state, round_name, worker_prefix
+from resist.runs.replicas import remove_replicas
+from resist.runs.tensor_file import other_format, read_description, read_tensors, verify_tensors, write_tensors
 from resist.sync.transport import Transport
-from resist.sync.worker import Worker
 
-FORMAT = "resist checkpoint 2"
-INDEX = ".metadata"  # DCP's own
+FORMAT = "resist checkpoint 3"
 JOB = "job.json"
 KEEP = 2
-LEAST = {"round": 0, "step": 0, "workers": 1}
-ABANDON_S = 5.0
-UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointException)
+LEAST = {"round": 0, "step": 0, "workers": 1, "processes": 1}
+ABANDON_S = 5.0  # how long a process that ends by an error waits for its checkpoint
+POLL_S = 0.05  # between two looks at the folder
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run, one at a time, in the background; keeps the newest KEEP.
+    """Writes the checkpoints of one run in the background, one at a time, and keeps the newest KEEP.
 
-    possible: whether all processes see the folder. Where they do not, nothing is written.
+    Args:
+        folder: RUN/checkpoints, the same for all processes.
+        transport: Connects the processes; used in `begin` and `finish`, never in the background.
+        possible: Whether all processes see the folder. Where they do not, nothing is written.
+        timeout_s: Seconds that the main process waits for the files of the others.
     """
 
-    def __init__(self, folder: Path, transport: Transport, *, possible: bool = True) -> None:
-        self.folder, self._transport, self.possible = folder, transport, possible
-        self._first = 0 in transport.hosted
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+    def __init__(self, folder: Path, transport: Transport, *, possible: bool = True, timeout_s: float = 600.0) -> None:
+        self.folder, self.possible = folder, possible
+        self._transport, self._timeout_s = transport, timeout_s
+        self._process = transport.process_of(transport.hosted[0])
+        self._save: _Save | None = None
 
-    def begin(self, job: Job, optimizers: tuple[Optimizer, ...], facts: Mapping[str, object]) -> None:
-        """Copy the job's state as it is after a synchronization, and begin to write it. Every process has to call it.
+    def begin(self, job: Job, optimizers: Sequence[Optimizer], metadata: Mapping[str, object]) -> None:
+        """Copy the job's state, as it is after a synchronization, and begin to write it. Every process has to call it.
 
-        Waits for the checkpoint before, and raises AgreedError where that one could not be written.
+        Waits for the checkpoint before.
+
+        Args:
+            job: The job, between two rounds.
+            optimizers: One for each hosted worker.
+            metadata: Further entries of job.json.
+
+        Raises:
+            AgreedError: The checkpoint before could not be written, or this one cannot be begun.
+            WorkerLostError: A process did not answer.
         """
         if not self.possible:
             return
         self.finish()
-        final = self.folder / f"round-{job.round:06d}"
-        partial = self.folder / f".{final.name}.partial"
-        try:
-            if self._first:
-                if partial.exists():
-                    shutil.rmtree(partial)  # cut off by an earlier end
+        # A name of its own for each attempt: a process that an earlier attempt left behind writes to another folder.
+        attempt, error = secrets.token_hex(4), None
+        if self._process == 0:
+            partial = self._partial(job.round, attempt)
+            try:
+                for cut_off in self.folder.glob(".round-*.partial"):
+                    shutil.rmtree(cut_off)
                 partial.mkdir(parents=True)
-        except OSError as error:
-            self._error = error
-        self._agree()
-        staged = {name: tensor.detach().cpu().clone() for name, tensor in owned(job, optimizers)}
-        about = {"format": FORMAT, "round": job.round, "step": job.step_index, "workers": job.strategy.workers, **facts}
-        self._thread = threading.Thread(target=self._write, args=(staged, about, partial, final), daemon=True)
-        self._thread.start()
+            except OSError as caught:
+                error = caught
+        attempt = self._agree(error, attempt)
+        about = {
+            "format": FORMAT,
+            "round": job.round,
+            "step": job.step_index,
+            "workers": job.strategy.workers,
+            "processes": self._transport.num_processes,
+            **metadata,
+        }
+        # The copy takes CPU memory for everything that this process owns, until it is written.
+        staged = {name: tensor.detach().cpu().clone() for name, tensor in owned_state(job, optimizers)}
+        partial = self._partial(job.round, attempt)
+        self._save = _Save(staged, about, partial, self.folder / round_name(job.round), self._process, self._timeout_s)
+        self._save.thread.start()
 
     def finish(self) -> None:
-        """Wait until what was begun is complete. Every process has to call it.
+        """Wait until the checkpoint that was begun is complete. Every process has to call it.
 
-        Raises AgreedError where it could not be written, and WorkerLostError where a process did not write its part.
+        Raises:
+            AgreedError: It could not be written.
+            WorkerLostError: A process did not answer.
         """
-        if self._thread is None:
+        save = self._save
+        if save is None:
             return
-        self._thread.join()  # ends by itself: the group that it waits on has a timeout
-        self._thread, error = None, self._error
-        if isinstance(error, RuntimeError) and self._transport.num_processes > 1:  # of the group, not of the disk
-            raise self._transport.lost("writing a checkpoint", error)
         try:
-            self._agree()
+            save.written.wait()  # ends by itself, with the file or with an error
+            self._agree(save.error)  # a process that could not write says so before the main process waits for it
+            save.thread.join()  # in the main process: until all files are there, or the timeout
+            self._agree(save.error)
+        except UserError:
+            save.give_up()
+            self._save = None
+            raise
+        self._save = None
+
+    def abandon(self) -> None:
+        """Before the process ends by an error: give the checkpoint a moment to become complete, then give it up."""
+        if self._save is not None:
+            self._save.thread.join(ABANDON_S)
+            self._save.give_up()
+
+    def _partial(self, round: int, attempt: str) -> Path:
+        return self.folder / f".{round_name(round)}-{attempt}.partial"
+
+    def _agree(self, error: BaseException | None, text: str = "") -> str:
+        """Raise the error of one process in all. Returns the text of process 0. Waits for all processes."""
+        reason = "" if error is None else _reason(error)
+        try:
+            answers = [json.loads(answer) for answer in self._transport.all_gather_text(json.dumps([reason, text]))]
         except WorkerLostError as lost:
             if error is None:
                 raise
-            raise UserError(self._complaint(_reason(error))) from lost  # the others wait in vain for this process
-
-    def abandon(self) -> None:
-        """Before the process ends by an error: give what is being written a moment to get complete.
-
-        The others' parts may be there already, and a process must not end while a thread of it waits for others.
-        """
-        if self._thread is not None:
-            self._thread.join(ABANDON_S)
-
-    def _agree(self) -> None:
-        """Raise the error of one process in all."""
-        texts = self._transport.all_gather_text("" if self._error is None else _reason(self._error))
-        self._error = None
-        reason = next((text for text in texts if text), None)
-        if reason is not None:
-            raise AgreedError(self._complaint(reason))
+            raise UserError(self._complaint(reason)) from lost
+        failed = next((reason for reason, _ in answers if reason), None)
+        if failed is not None:
+            raise AgreedError(self._complaint(failed))
+        return answers[0][1]
 
     def _complaint(self, reason: str) -> str:
         return (
@@ -122,214 +147,175 @@ class Checkpoints:
             "older checkpoints are as they were"
         )
 
-    def _write(self, staged: dict[str, Tensor], about: dict[str, object], partial: Path, final: Path) -> None:
-        try:
-            writer = FileSystemWriter(partial, single_file_per_rank=True)
-            group, alone = self._transport.background, self._transport.num_processes == 1
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # the same of writing
-                save(staged, storage_writer=writer, process_group=group, no_dist=alone)
-            if self._first:
-                self._complete(partial, final, about)
-        except BaseException as error:  # it is raised where the training loop can see it
-            self._error = error
-            if self._first:
-                shutil.rmtree(partial, ignore_errors=True)
 
-    def _complete(self, partial: Path, final: Path, facts: dict[str, object]) -> None:
-        files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        content = {**facts, "files": files}
-        with (partial / JOB).open("w", encoding="utf-8") as file:
-            json.dump({**content, "digest": _digest_of(content)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+class _Save:
+    """One checkpoint on its way to the disk, as one process sees it.
+
+    Attributes:
+        thread: Writes the file of this process; in the main process it then completes the checkpoint.
+        written: Set when this process has written its file, or could not.
+        error: The reason that it could not be written or completed.
+    """
+
+    def __init__(
+        self,
+        staged: dict[str, Tensor],
+        about: dict[str, object],
+        partial: Path,
+        final: Path,
+        process: int,
+        timeout_s: float,
+    ) -> None:
+        self._staged, self._about, self._partial, self._final = staged, about, partial, final
+        self._process, self._timeout_s = process, timeout_s
+        self._given_up = threading.Event()
+        self.written = threading.Event()
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def give_up(self) -> None:
+        """Wait for the other processes no longer. The folder under the other name is removed."""
+        self._given_up.set()
+        self.thread.join(ABANDON_S)
+
+    def _run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:  # raised by `finish`, where the training loop can see it
+            self.error = error
+        self._staged = {}
+        self.written.set()
+        if self._process != 0:
+            return
+        try:
+            if self.error is None:
+                self._complete()
+        except BaseException as error:
+            self.error = error
+        if self.error is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _write(self) -> None:
+        metadata = {name: self._about[name] for name in ("round", "step", "workers")}
+        write_tensors(self._partial / process_file(self._process), self._staged, FORMAT, metadata)
+
+    def _complete(self) -> None:
+        """In the main process: wait for the files of all processes, write job.json, rename the folder."""
+        names = [process_file(process) for process in range(int(str(self._about["processes"])))]
+        self._await(names)
+        digests = {name: read_description(self._partial / name, FORMAT).digest for name in names}
+        content = {**self._about, "files": digests}
+        write_atomically(self._partial / JOB, json.dumps({**content, "digest": _digest(content)}))
+        final = self._final
         if final.exists():  # saved before, by the run that this one goes on with, and damaged since
             final.rename(next(p for n in count(1) if not (p := final.with_name(f"damaged-{n}-{final.name}")).exists()))
-        partial.rename(final)
-        remove_replicas(self.folder.parent / "replicas", int(str(facts["round"])))
-        for old in [path for path in complete(self.folder) if path.name < final.name][KEEP - 1 :]:
-            with contextlib.suppress(UserError):  # a damaged one stays, for whoever wants to see why
-                about(old)
-                shutil.rmtree(old, ignore_errors=True)
+        self._partial.rename(final)
+        remove_replicas(final.parent.parent / "replicas", int(str(self._about["round"])))
+        for older in [path for path in complete(final.parent) if path.name < final.name][KEEP - 1 :]:
+            with contextlib.suppress(UserError):  # a damaged one stays, so that its owner can see the reason
+                verify(older)
+                shutil.rmtree(older, ignore_errors=True)
+
+    def _await(self, names: Sequence[str]) -> None:
+        """Wait for files, which appear complete: no message says so, because a process that is lost sends none."""
+        end = time.monotonic() + self._timeout_s
+        while True:
+            hopeless = self._given_up.is_set() or time.monotonic() > end  # noted before the last look
+            present = {path.name for path in self._partial.iterdir()}  # unlike a look at one file, never out of a cache
+            missing = [process for process, name in enumerate(names) if name not in present]
+            if not missing:
+                return
+            if hopeless:
+                processes = ", ".join(map(str, missing))
+                raise TimeoutError(f"process {processes} did not write its file within {self._timeout_s:g} s")
+            self._given_up.wait(POLL_S)
 
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, the newest first, sound or not."""
-    return sorted((p for p in folder.glob("round-*") if p.is_dir()), reverse=True)
+    """The complete checkpoints in `folder`, sound or damaged, the newest first."""
+    return sorted((path for path in folder.glob("round-*") if path.is_dir()), reverse=True)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest sound checkpoint, and a line about each newer one that is damaged and skipped."""
-    skipped: list[str] = []
+def newest(folder: Path) -> tuple[Path | None, list[UserError]]:
+    """The newest sound checkpoint, and an error for each newer one, which is damaged or has another format."""
+    errors: list[UserError] = []
     for path in complete(folder):
         try:
-            about(path)
-            return path, skipped
+            verify(path)
+            return path, errors
         except UserError as error:
-            skipped.append(f"{error}; skipped")
-    return None, skipped
+            errors.append(error)
+    return None, errors
 
 
-def about(path: Path) -> dict[str, Any]:
-    """What job.json says, after a look at every file. Raises UserError, in one line, where anything is wrong."""
-    try:
-        facts = json.loads((path / JOB).read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
-            raise UserError(f"checkpoint {path} has the format {facts['format']!r}, not {FORMAT!r}")
-        if facts.pop("digest") != _digest_of(facts):
-            raise UserError(f"checkpoint {path} is damaged: {JOB} is not as it was written")
-        if any(type(facts[name]) is not int or facts[name] < least for name, least in LEAST.items()):
-            raise UserError(f"checkpoint {path} is damaged: {JOB} has a {', '.join(LEAST)} that cannot be")
-        for name, digest in dict(facts["files"]).items():
-            if _digest(path / Path(name).name) != digest:
-                raise UserError(f"checkpoint {path} is damaged: {name} is not as it was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"checkpoint {path} is damaged: {_reason(error)}") from error
-    return facts
+def read_job(path: Path) -> dict[str, Any]:
+    """Read the job.json of a checkpoint: round, step, workers, processes, files and their digests.
 
-
-def restore(job: Job, optimizers: tuple[Optimizer, ...], path: Path, *, same_workers: bool) -> None:
-    """Give a job that was made for this round the weights of a checkpoint and, where the number of workers is the same,
-    everything else too. The job is left as it was if the checkpoint cannot be read. Each process reads what it needs.
+    Raises:
+        UserError: It is missing or damaged.
+        FormatError: An earlier version of resist wrote it.
     """
-    reader = SafeReader(path)
     try:
-        index = reader.read_metadata().state_dict_metadata
-        wanted: dict[str, Tensor] = {}
-        for worker in job.workers:
-            names = list(worker.subnet.state(job.held_by(worker)))
-            if same_workers:
-                names += [name for name in index if name.startswith(f"workers.{worker.index}.")]
-            wanted |= {name: _room(index, name) for name in names}
-        with warnings.catch_warnings():  # torch warns that it reads in one process: each reads what it needs
-            warnings.simplefilter("ignore", UserWarning)
-            load(wanted, storage_reader=reader, no_dist=True)
+        about = json.loads((path / JOB).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise other_format(f"checkpoint {path}", about["format"], FORMAT)
+        if about.pop("digest") != _digest(about):
+            raise ValueError(f"{JOB} does not match its digest")
+        for name, least in LEAST.items():
+            if type(about[name]) is not int or about[name] < least:
+                raise ValueError(f"{JOB} has {name}={about[name]!r}; must be an integer, at least {least}")
+        num_files = len(about["files"])
+        if num_files != about["processes"] or set(about["files"]) != {process_file(k) for k in range(num_files)}:
+            raise ValueError(f"{JOB} does not name a file for each process")
     except UserError:
         raise
-    except UNREADABLE as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_reason(error)}; give another one") from error
-    with torch.no_grad():
-        for worker, optimizer in zip(job.workers, optimizers, strict=True):
-            _fill(job, worker, optimizer, wanted)
-    job.mark_anchors()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {_reason(error)}") from error
+    return about
 
 
-def _fill(job: Job, worker: Worker, optimizer: Optimizer, found: Mapping[str, Tensor]) -> None:
-    held = job.held_by(worker)
-    for name, view in worker.subnet.state(held).items():
-        view.copy_(found[name])
-    prefix = f"workers.{worker.index}."
-    own = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
-    for name, buffer in _integers(worker):
-        if f"buffers.{name}" in own:
-            buffer.copy_(own[f"buffers.{name}"])
-    for parameter, name in _named(job, worker):
-        for kind in {key.removesuffix(f".{name}") for key in own if key.endswith(f".{name}")} - {"buffers", VELOCITY}:
-            value = own[f"{kind}.{name}"]
-            same = value.shape == parameter.shape and value.numel() > 1
-            optimizer.state[parameter][kind] = torch.empty_like(parameter).copy_(value) if same else value
-    if any(key.startswith(f"{VELOCITY}.") for key in own):
-        velocity = worker.state.setdefault(VELOCITY, torch.zeros_like(worker.subnet.flat))
-        for name, view in worker.subnet.state(held, velocity).items():
-            view.copy_(own[f"{VELOCITY}.{name}"])
+def verify(path: Path) -> dict[str, Any]:
+    """Read all files of a checkpoint and compare them with their digests. Returns the contents of job.json.
+
+    Raises:
+        UserError: A file is missing or damaged.
+        FormatError: An earlier version of resist wrote the checkpoint.
+    """
+    about = read_job(path)
+    for name, digest in about["files"].items():
+        if verify_tensors(path / name, FORMAT).digest != digest:
+            raise UserError(f"checkpoint {path} is damaged: {name} is not the file that {JOB} describes")
+    return about
 
 
-def owned(job: Job, optimizers: tuple[Optimizer, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Everything that this process writes of a job between two rounds, by global name."""
-    for worker, optimizer in zip(job.workers, optimizers, strict=True):
-        prefix, held = f"workers.{worker.index}", job.held_by(worker)
-        first_holder = {
-            f"{chain.block_name(block)}.": job.plans[chain.name].holders(block)[0] == worker.index
-            for number, chain in enumerate(job.chains)
-            for block in held[number]
-        }
-        for name, view in worker.subnet.state(held).items():
-            block = next((b for b in first_holder if name.startswith(b)), None)
-            if first_holder[block] if block is not None else worker.index == 0:
-                yield name, view
-        for parameter, name in _named(job, worker):
-            for kind, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    yield f"{prefix}.{kind}.{name}", value
-        for name, buffer in _integers(worker):
-            yield f"{prefix}.buffers.{name}", buffer
-        if VELOCITY in worker.state:
-            for name, view in worker.subnet.state(held, worker.state[VELOCITY]).items():
-                yield f"{prefix}.{VELOCITY}.{name}", view
+def restore(job: Job, optimizers: Sequence[Optimizer], path: Path, *, same_workers: bool) -> None:
+    """Give a job that was made for a round the state of a checkpoint. Each process reads what it needs.
+
+    Args:
+        job: The job; it is left as it was if the checkpoint cannot be read.
+        optimizers: One for each hosted worker.
+        path: Folder of a checkpoint that `verify` found sound.
+        same_workers: Whether the number of workers is the same: then everything is restored, else the weights only.
+
+    Raises:
+        UserError: The checkpoint cannot be read, or belongs to another network.
+    """
+    weights = {name for worker in job.workers for name in worker.subnet.state(job.held_by(worker))}
+    prefixes = tuple(worker_prefix(worker.index) for worker in job.workers) if same_workers else ()
+    tensors: dict[str, Tensor] = {}
+    for name in read_job(path)["files"]:
+        tensors |= read_tensors(path / name, FORMAT, lambda name: name in weights or name.startswith(prefixes))
+    restore_state(job, optimizers, tensors, path)
 
 
-def _named(job: Job, worker: Worker) -> Iterator[tuple[torch.nn.Parameter, str]]:
-    """The worker's parameters with their global dotted names."""
-    held = job.held_by(worker)
-    for parameter, place in worker.subnet.parameter_places():
-        name = place.name
-        if place.chain is not None:
-            name = f"{job.chains[place.chain].block_name(held[place.chain][place.slot])}.{name}"
-        yield parameter, name
-
-
-def _integers(worker: Worker) -> list[tuple[str, Tensor]]:
-    """The buffers that are counters: they stay with their slot, so they go by the sub-network's own names."""
-    return [(n, b) for n, b in worker.subnet.model.named_buffers() if not b.is_floating_point()]
-
-
-def _room(index: Mapping[str, Any], name: str) -> Tensor:
-    stored = index.get(name)
-    if not isinstance(stored, TensorStorageMetadata):
-        raise UserError(f"the checkpoint has no tensor {name!r}; it is of another network")
-    return torch.empty(stored.size, dtype=stored.properties.dtype)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        key = blake2b(digest_size=16)
-        while part := file.read(1 << 22):
-            key.update(part)
-    return key.hexdigest()
-
-
-def _digest_of(facts: Mapping[str, object]) -> str:
-    return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _digest(content: Mapping[str, object]) -> str:
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, on one line: DCP wraps what each process raised."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    return (str(error) or type(error).__name__).strip().splitlines()[-1]
-
-
-class SafeReader(FileSystemReader):
-    """DCP's reader, its index read by an unpickler that knows DCP's own classes and torch's sizes and types only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(Path(self.path) / INDEX, "rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise UserError(f"{self.path}/{INDEX} is not an index of a checkpoint")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = frozenset(
-        ["Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-         "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING", "_StorageInfo"]
-    )  # fmt: skip
-    _OTHERS = frozenset(
-        [("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-         ("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath")]
-    )  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = module in self._MODULES and name in self._NAMES
-        known |= (module, name) in self._OTHERS
-        known |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if known:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the index of the checkpoint names {module}.{name}, which it must not")
+    """The reason of an error on one line, without what the message about the checkpoint says anyway."""
+    if isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    if isinstance(error, KeyError):
+        return f"{JOB} has no entry {first_line(error)}"
+    return getattr(error, "strerror", None) or first_line(error)

@@ -1,7 +1,7 @@
 """Transport over torch.distributed; the only module that uses it. A process (a rank) hosts one or more workers.
 
-Four long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
-waits for the other), a CPU gloo group for control messages, one for work in parallel with training. Every call that
+Three long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
+waits for the other), a CPU gloo group for control messages. Every call that
 waits for another process fails after the timeout, with a message that names the process. A process that ends closes its
 connections, which the others notice at once.
 """
@@ -114,7 +114,6 @@ class Distributed:
         self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosted_workers) for worker in hosted}
         self._collective = _group(timeout, backend)
         self._peers = _group(timeout, backend)
-        self.background: dist.ProcessGroup | None = _group(timeout, "gloo")
         self._staged = backend == "gloo"  # gloo sends from CPU memory only
 
     def _agree(self, device: torch.device) -> str:
@@ -237,11 +236,11 @@ class Distributed:
         try:
             return action()
         except RuntimeError as error:
-            raise self.lost(doing, error) from error
+            raise self._lost(doing, error) from error
         finally:
             self._liveness.report_state(COMPUTING)
 
-    def lost(self, doing: str, error: Exception) -> WorkerLostError:
+    def _lost(self, doing: str, error: Exception) -> WorkerLostError:
         return WorkerLostError(
             f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {self._cause()}"
         )

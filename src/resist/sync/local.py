@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from resist.errors import UserError, WorkerLostError
+from resist.errors import UserError
 from resist.sync.averaging import mean_into
 from resist.sync.transport import Handle, Move, local_moves
 
@@ -30,7 +30,6 @@ class Local:
     """
 
     num_processes = 1
-    background = None
 
     def __init__(self, workers: int) -> None:
         self.num_workers = workers
@@ -60,9 +59,6 @@ class Local:
 
     def all_gather_text(self, text: str) -> list[str]:
         return [text]
-
-    def lost(self, doing: str, error: Exception) -> WorkerLostError:
-        raise AssertionError("one process waits for no other") from error
 
     def close(self) -> None:
         pass

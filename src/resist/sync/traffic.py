@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from resist.errors import WorkerLostError
 from resist.planning.schedule import allreduce_bytes
 from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport
 
@@ -39,7 +38,7 @@ class CountingTransport:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.num_workers, self.hosted = transport.num_workers, transport.hosted
-        self.num_processes, self.background = transport.num_processes, transport.background
+        self.num_processes = transport.num_processes
         self._clear()
 
     def _clear(self) -> None:
@@ -109,9 +108,6 @@ class CountingTransport:
         self.messages["control"] += 1
         self.wire_bytes["control"] += num_bytes
         return texts
-
-    def lost(self, doing: str, error: Exception) -> WorkerLostError:
-        return self._transport.lost(doing, error)
 
     def close(self) -> None:
         self._transport.close()

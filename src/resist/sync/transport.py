@@ -6,11 +6,9 @@ computes the same schedule. So a message needs no header, and the two ends of a 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
-
-from resist.errors import WorkerLostError
 
 # Texts of up to this size, minus 8 bytes for their length, are gathered by one message.
 PACKET_BYTES = 1024
@@ -57,13 +55,11 @@ class Transport(Protocol):
         num_workers: S, the number of workers of the algorithm.
         hosted: The workers of this process, ascending.
         num_processes: The number of processes that host the workers.
-    background:    a process group for what goes on beside training (writing a checkpoint); None in one process.
     """
 
     num_workers: int
     hosted: tuple[int, ...]
     num_processes: int
-    background: Any
 
     def process_of(self, worker: int) -> int:
         """Return the number of the process that hosts `worker`."""
@@ -107,11 +103,6 @@ class Transport(Protocol):
 
     def all_gather_text(self, text: str) -> list[str]:
         """Return the texts of all processes, in their order. Waits for all of them."""
-        ...
-
-    def lost(self, doing: str, error: Exception) -> WorkerLostError:
-        """What to raise when something that needs all processes, on `background`, failed with `error`: it finds out
-        who is missing, which takes some seconds."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Test the network that a run left behind, again from its directory."""
+"""Test the final network of a run again, from its directory."""
 
 import json
 from dataclasses import replace
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from resist.errors import UserError
+from resist.runs.atomic import write_atomically
 from resist.runs.config import TrainConfig
 from resist.runs.history import read_config
 from resist.runs.model_file import FILE, load_full
@@ -19,7 +20,19 @@ READINGS = "evaluation.json"
 
 
 def evaluate_run(path: Path, *, data_dir: Path | None = None, device: torch.device | str = "cpu") -> dict[str, float]:
-    """The scores, 0 to 1, of the network that a finished run left behind; the one that counts comes first."""
+    """Test the final network of a run.
+
+    Args:
+        path: Run directory.
+        data_dir: Folder of the data set; default: that of the run.
+        device: Where to test.
+
+    Returns:
+        The scores, 0 to 1, by name; the main one comes first.
+
+    Raises:
+        UserError: The run has not finished, or a file is damaged.
+    """
     config, task = _open(path, data_dir)
     return task.to(device).test(_load(path, config, task, scaled=True).to(device))
 
@@ -27,43 +40,53 @@ def evaluate_run(path: Path, *, data_dir: Path | None = None, device: torch.devi
 def readings_of_run(
     path: Path, *, data_dir: Path | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """The score that counts, 0 to 1, by how the network is read: "recalibrate, scaled", "batch, no scale" and so on.
+    """Test the final network of a run with each choice of statistics and scale.
 
-    BatchNorm's statistics are those that the run kept, those of each test batch, or estimated anew; a run that kept
-    none has only the batches' own. Kept in the run directory, where `resist report` finds them.
+    BatchNorm's statistics are those of the run, re-estimated ones, or those of each test batch, which are the only ones
+    for a run with `batchnorm="batch"`. Branches are scaled as in the run, or not. The scores are written to
+    evaluation.json in the run directory, where `resist report` finds them.
+
+    Args:
+        path: Run directory.
+        data_dir: Folder of the data set; default: that of the run.
+        device: Where to test.
+
+    Returns:
+        The main score, 0 to 1, by choice: "recalibrate, scaled", "batch, no scale" and so on.
+
+    Raises:
+        UserError: The run has not finished, a file is damaged, or evaluation.json cannot be written.
     """
     config, task = _open(path, data_dir)
-    task, kept = task.to(device), config.method.batchnorm
-    ways = ["batch"] if kept == "batch" else list(dict.fromkeys([kept, "recalibrate", "batch"]))
-    found: dict[str, float] = {}
+    task, chosen = task.to(device), config.method.batchnorm
+    choices = ["batch"] if chosen == "batch" else list(dict.fromkeys([chosen, "recalibrate", "batch"]))
+    scores: dict[str, float] = {}
     for scaled in (True, False):
-        for way in ways:
+        for statistics in choices:
             model = _load(path, config, task, scaled=scaled).to(device)
-            if way == "recalibrate" and has_running_statistics(model):
+            if statistics == "recalibrate" and has_running_statistics(model):
                 recalibrate(model, task.calibration(config.run.seed), torch.device(device))
-            elif way == "batch":
+            elif statistics == "batch":
                 use_batch_statistics(model)
             score = next(iter(task.test(model.eval()).values()))
-            found[f"{way}, {'scaled' if scaled else 'no scale'}"] = round(score, 6)
-    partial = path / f".{READINGS}.partial"
+            scores[f"{statistics}, {'scaled' if scaled else 'no scale'}"] = round(score, 6)
     try:
-        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path / READINGS)
+        write_atomically(path / READINGS, json.dumps(scores, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path / READINGS} cannot be written: {error.strerror}; make room") from error
-    return found
+    return scores
 
 
 def _open(path: Path, data_dir: Path | None) -> tuple[TrainConfig, Task]:
     config = read_config(path)
-    # What the network began with is of no matter any more, and need not be there.
+    # The initial weights are not needed for the final ones, and their files may be gone.
     network = replace(config.network, data_dir=data_dir or config.network.data_dir, pretrained=None, backbone=None)
     return config, open_task(network)
 
 
 def _load(path: Path, config: TrainConfig, task: Task, *, scaled: bool) -> nn.Module:
-    """The full network that a run left behind, its chain blocks' branches scaled as in the run, or not at all."""
-    model = task.network()  # with weights: buffers that are not saved, as tables of positions, have to be right
+    """Load the final network of a run, its chain blocks' branches scaled as in the run, or not at all."""
+    model = task.network()  # with weights: buffers that are not saved, such as position tables, have to be right
     if config.method.batchnorm == "batch":
         use_batch_statistics(model)
     return load_full(model, choose_chains(model, config.network.chain) if scaled else (), path / FILE)

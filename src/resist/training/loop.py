@@ -23,16 +23,22 @@ from resist.runs.model_file import FILE, save_full
 from resist.sync.worker import Worker
 from resist.tasks import Task
 from resist.training.device import Clock
+from resist.training.launcher import INTERRUPTED
 from resist.training.loggers import Logger
 from resist.training.lr_schedule import evaluation_rounds, rate
 from resist.training.recorder import Recorder
 
-INTERRUPTED = 75  # exit status: stopped by a signal, everything saved, go on with --resume
 NOT_SAVED = 130  # exit status: stopped by a signal, with nowhere to save to
 
 
 class Trainer:
-    """Takes the optimizer steps of one worker."""
+    """Takes the optimizer steps of one worker.
+
+    Args:
+        config: The options of the run.
+        worker: The worker, hosted by this process.
+        task: Data and loss.
+    """
 
     def __init__(self, config: TrainConfig, worker: Worker, task: Task) -> None:
         o = config.optimization
@@ -52,7 +58,15 @@ class Trainer:
         self._device = worker.subnet.device
 
     def step(self, step: int, lr: float) -> Tensor:
-        """One optimizer step on the batch that belongs to `step`. Returns its mean loss, a scalar on the device."""
+        """Take one optimizer step on the batch of `step`.
+
+        Args:
+            step: Number of the step, from 0.
+            lr: Learning rate.
+
+        Returns:
+            Its mean loss, a scalar on the device.
+        """
         total = torch.zeros((), device=self._device)
         for part in self._task.split(self.batches.batch(step), self._parts):
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
@@ -68,13 +82,14 @@ class Trainer:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What all processes know before a round is folded.
+    """Common knowledge of all processes before a round is averaged.
 
-    workers:   each worker's mean loss (None: not a number), its share of its process's seconds of compute, and the
-               seconds that its process took for the synchronization before.
-    compute_s: seconds that the slowest process computed.
-    stop:      whether a budget is used up, and the run ends after this round.
-    interrupted: whether a process was told to end by a signal.
+    Attributes:
+        workers: For each worker its mean loss (None: not a number), its share of its process's seconds of compute, and
+            the seconds that its process took for the synchronization before.
+        compute_s: Seconds that the slowest process computed.
+        stop: Whether a budget is used up, and the run ends after this round.
+        interrupted: Whether a process received a signal to end.
     """
 
     workers: list[dict[str, Any]]
@@ -84,7 +99,17 @@ class RoundReport:
 
 
 class Training:
-    """A run under way, as this process sees it: rounds of steps, each round's end, its record."""
+    """A run under way, as this process sees it: rounds of steps, each round's end, its record.
+
+    Args:
+        config: The options.
+        task: Data, loss and tests.
+        job: The job, at the step from which to go on.
+        trainers: One for each hosted worker.
+        run: The run directory; None in all but the main process.
+        loggers: Further places for the records; none in all but the main process.
+        checkpoints: Saves the job.
+    """
 
     def __init__(
         self,
@@ -101,12 +126,21 @@ class Training:
         self.optimizers = tuple(trainer.optimizer for trainer in trainers)
         self.device = job.workers[0].subnet.device
         self.clock = Clock(self.device)
-        self.failed: str | None = None  # what ends the run as soon as all processes have heard of it
+        self.failed: str | None = None  # an error that ends the run when all processes know of it
         self.exchange_s = 0.0  # of the last synchronization, in this process
         self.checkpoint_s = 0.0
 
     def go_on(self, steps: int) -> int:
-        """Train up to step `steps`. Returns the exit status."""
+        """Train up to step `steps`.
+
+        Returns:
+            The exit status.
+
+        Raises:
+            UserError: A batch or an image could not be read, or a file not be written.
+            DivergedError: A worker's numbers are no longer finite.
+            WorkerLostError: Another process is lost.
+        """
         config, job = self.config, self.job
         rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
         self.tested = evaluation_rounds(rounds, config.run.num_evals)
@@ -138,35 +172,37 @@ class Training:
         return 0
 
     def _step(self, step: int, lr: float) -> Tensor:
-        """A step of every hosted worker: their losses. Where a batch cannot be had the others hear of it at the end of
-        the round, and so all end with that line; until then there is nothing to do."""
+        """Take a step with every hosted worker; returns their losses, (hosted workers,).
+
+        Where a batch cannot be read, the losses are nan until the round ends: then all processes end with that error.
+        """
         if self.failed is None:
             try:
                 return torch.stack([trainer.step(step, lr) for trainer in self.trainers])
             except UserError as error:
                 if self.job.strategy.at(self.job.round).every_step:
-                    raise  # the others wait within the step
+                    raise  # the other processes wait within this step
                 self.failed = str(error)
         return torch.full((len(self.trainers),), math.nan, device=self.device)
 
     def _end_round(
         self, losses: Sequence[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
     ) -> RoundReport:
-        """The last step of a round: compare, synchronize, test, record, save.
+        """Do the last step of a round: compare, synchronize, test, record, save.
 
-        A checkpoint comes last: where a run goes on from it, the record of the round, and at the end the network that
-        was asked for, are there.
+        The checkpoint comes last: a run that goes on from it then has the record of the round, and at the end the
+        network.
         """
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimization.batch_size
         compute_s = lap()
         stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
         values = torch.stack(list(losses)).cpu()
-        bad = self._bad(values)
+        nonfinite = self._nonfinite(values)
         report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
         last, plans = report.stop or last, job.plans
         seconds = {"compute": report.compute_s, "wait": max(0.0, lap() - report.compute_s + compute_s)}
-        if not job.step(*self.optimizers, nonfinite=bad):
-            job.synchronize(bad)  # the last round may be short
+        if not job.step(*self.optimizers, nonfinite=nonfinite):
+            job.synchronize(nonfinite)  # the last round may be short
         seconds["sync"] = self.exchange_s = lap()
         seconds["checkpoint"], self.checkpoint_s = self.checkpoint_s, 0.0
         scores: dict[str, float] = {}
@@ -180,49 +216,62 @@ class Training:
                 "accuracy": next(iter(scores.values()), None),
                 **({"scores": scores} if len(scores) > 1 else {}),
                 "images": len(losses) * batch_size * len(report.workers),
-                "seconds": {kind: round(value, 6) for kind, value in seconds.items()},
+                "seconds": {activity: round(value, 6) for activity, value in seconds.items()},
                 **_record(job, report, plans),
             }
         )
         if last or report.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
             lap()
             self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
-            self.checkpoint_s = lap()  # told with the next round
+            self.checkpoint_s = lap()  # recorded with the next round
         return report
 
-    def _bad(self, losses: Tensor) -> dict[int, str]:
-        """The hosted workers whose losses, (steps, hosted workers), are not all numbers, and since when."""
+    def _nonfinite(self, losses: Tensor) -> dict[int, str]:
+        """The first loss of each hosted worker that is not finite. losses: (steps, hosted workers)."""
         first_step = self.job.step_index + 1 - len(losses)
-        bad: dict[int, str] = {}
+        reasons: dict[int, str] = {}
         for trainer, values in zip(self.trainers, losses.T, strict=True):
             wrong = (~values.isfinite()).nonzero()
             if len(wrong):
                 step = int(wrong[0])
-                bad[trainer.index] = f"a loss of {float(values[step])} in step {first_step + step}"
-        return bad
+                reasons[trainer.index] = f"a loss of {float(values[step])} in step {first_step + step}"
+        return reasons
 
     def _compare(self, losses: list[float], compute_s: float, stop: bool, interrupted: bool) -> RoundReport:
-        """Tell the others, and hear from them. Waits for the slowest. losses: the mean of each hosted worker.
+        """Exchange losses, times and signals with the other processes. Waits for the slowest.
 
-        Raises AgreedError where a process has failed.
+        Raises AgreedError where a process has failed. losses: the mean of each hosted worker.
         """
         times = {"compute_s": round(compute_s / len(self.trainers), 6), "exchange_s": round(self.exchange_s, 6)}
-        own = [
+        workers = [
             {"worker": trainer.index, "loss": loss if math.isfinite(loss) else None, **times}
             for trainer, loss in zip(self.trainers, losses, strict=True)
         ]
-        mine = {"workers": own, "compute_s": compute_s, "stop": stop, "interrupted": interrupted, "failed": self.failed}
-        told = [json.loads(text) for text in self.job.transport.all_gather_text(json.dumps(mine))]
-        for one in told:
-            if one["failed"] is not None:
-                raise AgreedError(one["failed"])
-        workers = [worker for one in told for worker in one["workers"]]
-        slowest = max(one["compute_s"] for one in told)
-        return RoundReport(workers, slowest, any(one["stop"] for one in told), any(one["interrupted"] for one in told))
+        text = json.dumps(
+            {
+                "workers": workers,
+                "compute_s": compute_s,
+                "stop": stop,
+                "interrupted": interrupted,
+                "failed": self.failed,
+            }
+        )
+        processes = [json.loads(text) for text in self.job.transport.all_gather_text(text)]
+        for process in processes:
+            if process["failed"] is not None:
+                raise AgreedError(process["failed"])
+        return RoundReport(
+            workers=[worker for process in processes for worker in process["workers"]],
+            compute_s=max(process["compute_s"] for process in processes),
+            stop=any(process["stop"] for process in processes),
+            interrupted=any(process["interrupted"] for process in processes),
+        )
 
     def _evaluate(self, *, last: bool) -> dict[str, float]:
-        """Test the full network where worker 0 lives ({} elsewhere); the last one is kept in the run directory.
-        Where an image cannot be read the others hear of it at the end of the next round."""
+        """Test the full network in the main process; returns its scores ({} elsewhere). Saves the last network.
+
+        Where an image cannot be read, all processes end with that error at the end of the next round.
+        """
         full = self.job.full_model(self.task.calibration(self.job.seed))
         if full is None or self.run is None:
             return {}
@@ -236,7 +285,7 @@ class Training:
 
 
 def _record(job: Job, report: RoundReport, plans: Mapping[str, Plan]) -> dict[str, object]:
-    """What metrics.jsonl keeps of a round beside its numbers: losses, bytes, who held what."""
+    """The entries of a round in metrics.jsonl that the job knows: losses, bytes, capacities and plans."""
     losses = [worker["loss"] for worker in report.workers if worker["loss"] is not None]
     return {
         "loss": sum(losses) / len(losses),
@@ -250,9 +299,12 @@ def _record(job: Job, report: RoundReport, plans: Mapping[str, Plan]) -> dict[st
 
 @contextlib.contextmanager
 def interruption() -> Iterator[threading.Event]:
-    """Inside it, SIGTERM and SIGINT set the event instead of ending the process; a second Ctrl-C ends it at once.
+    """Set an event on SIGTERM and SIGINT instead of ending the process; a second Ctrl-C ends it at once.
 
     torch's launcher turns the second Ctrl-C into a SIGTERM, so that after a SIGINT either of them counts as one.
+
+    Yields:
+        The event.
     """
     event, seen = threading.Event(), set[int]()
 

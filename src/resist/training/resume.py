@@ -1,4 +1,4 @@
-"""Where a run goes on: which checkpoint, at which round and step."""
+"""The point from which a run goes on: a checkpoint or replicas, with their round and step."""
 
 import json
 import sys
@@ -11,16 +11,23 @@ from torch.optim import Optimizer
 
 from resist.errors import UserError
 from resist.job import Job
-from resist.runs.checkpoint import JOB, newest, restore
+from resist.runs.checkpoint import JOB, newest, read_job, restore
 from resist.runs.config import TrainConfig
-from resist.runs.rescue import newest_replica_round, restore_replicas
+from resist.runs.replicas import newest_replicas, restore_replicas
+from resist.runs.tensor_file import FormatError
 from resist.sync.agreement import run_everywhere
 from resist.sync.transport import Transport
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """round, step: those that are done. restore: fills a job that was made for them."""
+    """A round and a step to go on from.
+
+    Attributes:
+        round: Rounds that are done.
+        step: Steps that are done.
+        restore: Fills a job that was made for this round and step, and its optimizers.
+    """
 
     round: int = 0
     step: int = 0
@@ -28,56 +35,73 @@ class ResumePoint:
 
 
 def find_resume_point(config: TrainConfig, transport: Transport, is_main: bool) -> ResumePoint:
-    """Where to begin: anew, or at the newest sound checkpoint, or at safe copies that survivors left after it.
+    """Find the newest sound checkpoint, or replicas that survivors of a loss wrote after it.
 
-    The first process looks, and says what it found damaged. With another number of workers the step is the one at
-    which all of them together have seen as many images.
+    The main process searches, and prints which files are damaged. With another number of workers the step is the one
+    at which all of them together have seen as many images.
+
+    Args:
+        config: The options; without `resume` the run begins at its first step.
+        transport: Connects the processes, all of which have to call this.
+        is_main: Whether this is the process of worker 0.
+
+    Raises:
+        AgreedError: All checkpoints are damaged, have another format, or are not seen by one of the processes.
     """
     if config.run.resume is None:
         return ResumePoint()
-    folder, rescue = config.run.resume / "checkpoints", config.run.resume / "replicas"
-    found = json.loads(
-        transport.all_gather_text(run_everywhere(transport, lambda: _look(folder, rescue) if is_main else ""))[0]
+    checkpoints, replicas = config.run.resume / "checkpoints", config.run.resume / "replicas"
+    texts = transport.all_gather_text(
+        run_everywhere(transport, lambda: json.dumps(_search(checkpoints, replicas)) if is_main else "")
     )
-    if not found:
+    source: dict[str, Any] = json.loads(texts[0])
+    if not source:
         if is_main:
-            print(f"resist: no checkpoint in {folder} yet; the run begins anew")
+            print(f"resist: no checkpoint in {checkpoints} yet; the run begins at its first step")
         return ResumePoint()
-    before, now, path = found["workers"], config.method.workers, folder / found.get("checkpoint", "")
-    if path != folder:
-        run_everywhere(transport, lambda: read_facts(path))
-    step = found["step"] * before // now
+    before, now = source["workers"], config.method.workers
+    step = source["step"] * before // now
     if is_main and before != now:
         print(
-            f"resist: going on with {now} workers instead of {before}: other plans, step {found['step']} "
-            f"becomes {step} (as many images seen), momentum starts anew"
+            f"resist: going on with {now} workers instead of {before}: new plans, step {source['step']} "
+            f"becomes {step} (as many images seen), momentum starts from zero"
         )
-    if path == folder:
+    if "checkpoint" not in source:
         if is_main:
-            print(f"resist: going on from the safe copies of round {found['round']}; momentum starts anew")
-        return ResumePoint(found["round"], step, lambda job, _: restore_replicas(job, rescue, found["round"]))
+            print(f"resist: going on from the replicas of round {source['round']}; momentum starts from zero")
+        return ResumePoint(source["round"], step, lambda job, _: restore_replicas(job, replicas, source))
+    path = checkpoints / source["checkpoint"]
+    run_everywhere(transport, lambda: _check_visible(path))
     return ResumePoint(
-        found["round"], step, lambda job, optimizers: restore(job, optimizers, path, same_workers=before == now)
+        source["round"], step, lambda job, optimizers: restore(job, optimizers, path, same_workers=before == now)
     )
 
 
-def _look(folder: Path, rescue: Path) -> str:
-    """What to go on from, as JSON: round, step, workers, and the checkpoint's name if it is one; {} for nothing."""
-    path, skipped = newest(folder)
-    for line in skipped:
-        print(f"resist: {line}", file=sys.stderr)
-    safe = newest_replica_round(rescue)
-    facts = {} if path is None else {**read_facts(path), "checkpoint": path.name}
-    if safe is not None and safe["round"] > facts.get("round", 0):
-        facts = safe
-    if not facts and skipped:
-        raise UserError(f"no sound checkpoint in {folder}; train anew, or copy one there")
-    return json.dumps({key: facts[key] for key in ("round", "step", "workers", "checkpoint") if key in facts})
+def _search(checkpoints: Path, replicas: Path) -> dict[str, Any]:
+    """Round, step and workers to go on from, and the name of the checkpoint or the metadata of replicas; {} for none.
+
+    Raises UserError where there are checkpoints, and none can be used.
+    """
+    path, errors = newest(checkpoints)
+    kept, replica_errors = newest_replicas(replicas)
+    source: dict[str, Any] = {}
+    if path is not None:
+        about = read_job(path)
+        source = {"checkpoint": path.name, **{name: about[name] for name in ("round", "step", "workers")}}
+    if kept is not None and kept["round"] > source.get("round", 0):
+        source = kept
+    if not source and errors and isinstance(errors[0], FormatError):
+        raise errors[0]
+    for error in errors + replica_errors:
+        print(f"resist: {error}; skipped", file=sys.stderr)
+    if not source and errors:
+        raise UserError(f"no sound checkpoint in {checkpoints}; train again, or copy one there")
+    return source
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """The job.json of a checkpoint that process 0 has checked. Raises UserError where this process does not see it."""
+def _check_visible(path: Path) -> None:
+    """Raise UserError where this process does not see the checkpoint that process 0 has verified."""
     try:
-        return json.loads((path / JOB).read_text(encoding="utf-8"))
+        (path / JOB).read_bytes()
     except OSError as error:
         raise UserError(f"{path / JOB}: {error.strerror}; all processes have to see the same run directory") from error

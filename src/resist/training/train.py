@@ -1,4 +1,4 @@
-"""Train by a configuration: open the data, join the processes, make the job and the run directory, and run the loop."""
+"""`train`: open the data, join the processes, make the job and the run directory, and run the loop."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run, default_out, mark, seen_after_a_while
 from resist.runs.model_file import FILE
-from resist.runs.rescue import write_diverged, write_replicas
+from resist.runs.replicas import write_diverged, write_replicas
 from resist.sync.agreement import check_agreement, run_everywhere
 from resist.sync.distributed import connect
 from resist.sync.transport import Transport
@@ -26,10 +26,19 @@ from resist.training.resume import find_resume_point
 
 
 def train(config: TrainConfig) -> int:
-    """Train by `config` as one process of the job, with all the workers that it hosts. Returns the exit status.
+    """Train as one process of the job, with all the workers that it hosts.
 
-    The main process (that of worker 0) writes the run directory and prints. Raises UserError for invalid options and
-    WorkerLostError when another process is lost.
+    The main process (that of worker 0) writes the run directory and prints.
+
+    Args:
+        config: The options, equal in all processes.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: An option is invalid, a file cannot be read or written, or training diverged.
+        WorkerLostError: Another process is lost.
     """
     config.check()
     device = pick_device(config.machine.device)
@@ -44,7 +53,7 @@ def train(config: TrainConfig) -> int:
         for note in task.notes if is_main else ():
             print(f"resist: {note}", flush=True)
         run_everywhere(transport, lambda: try_network(config.network) if is_main else None)
-        start = find_resume_point(config, transport, is_main)
+        resume_point = find_resume_point(config, transport, is_main)
         job = Job(
             task.network,
             config.strategy(),
@@ -57,49 +66,55 @@ def train(config: TrainConfig) -> int:
             transport=transport,
             on_nonfinite=config.method.on_nonfinite,
             replicate=config.method.replicate,
-            resume_at=(start.round, start.step),
+            resume_at=(resume_point.round, resume_point.step),
         )
         if is_main:
             for chain in job.chains:
-                held = " ".join(map(str, job.plans[chain.name].capacities))
-                print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {held}", flush=True)
+                capacities = " ".join(map(str, job.plans[chain.name].capacities))
+                print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {capacities}", flush=True)
                 if chain.caveat:
                     print(f"note: {chain.caveat}", flush=True)
         trainers = [Trainer(config, worker, task) for worker in job.workers]
         steps = num_steps(config.optimization, images_per_epoch)
         if job.step_index >= steps:
             return _all_done(config.run.resume or Path(), steps, is_main)
-        run_everywhere(transport, lambda: start.restore(job, tuple(trainer.optimizer for trainer in trainers)))
+        run_everywhere(transport, lambda: resume_point.restore(job, tuple(trainer.optimizer for trainer in trainers)))
         out = config.run.resume or config.run.out or default_out(config)
         resume_round = None if config.run.resume is None else job.round
         run = run_everywhere(transport, lambda: Run(out, config, resume_round) if is_main else None)
-        out = Path(transport.all_gather_text(str(out))[0])  # the time of the first process, where it is in the name
+        out = Path(transport.all_gather_text(str(out))[0])  # of the first process: the name may contain the time
         loggers = run_everywhere(transport, lambda: open_loggers(config, run.path, run.past) if run else [])
-        checkpoints = Checkpoints(out / "checkpoints", transport, possible=_seen_by_all(out, transport))
+        attempt = transport.all_gather_text(mark(out))[0]
+        checkpoints = Checkpoints(
+            out / "checkpoints",
+            transport,
+            possible=_seen_by_all(out, attempt, transport),
+            timeout_s=config.machine.timeout_s,
+        )
         training = Training(config, task, job, trainers, run, loggers, checkpoints)
         try:
-            return _surviving(out, job, lambda: training.go_on(steps))
+            return _surviving(out, attempt, job, lambda: training.go_on(steps))
         finally:
             checkpoints.abandon()
     finally:
         transport.close()
 
 
-def _seen_by_all(out: Path, transport: Transport) -> bool:
-    """Whether all processes see the run directory that the first one has made. Says so where they do not."""
-    seen = seen_after_a_while(out, transport.all_gather_text(mark(out))[0])
+def _seen_by_all(out: Path, attempt: str, transport: Transport) -> bool:
+    """Find out whether all processes see the run directory of this attempt; the main process prints which do not."""
+    seen = seen_after_a_while(out, attempt)
     blind = [str(process) for process, text in enumerate(transport.all_gather_text(str(seen))) if text != "True"]
     if blind and 0 in transport.hosted:
         print(
             f"note: no checkpoints: process {', '.join(blind)} does not see {out} as process 0 does; give --out in a "
-            "directory that all hosts share",
+            "directory that all machines share",
             flush=True,
         )
     return not blind
 
 
 def _all_done(path: Path, steps: int, is_main: bool) -> int:
-    """The exit status of a run that goes on and has no step left to do: 0 where its network is there."""
+    """The exit status of a run that goes on and has no step left: 0 where its network is there."""
     if not (path / FILE).exists():
         raise AgreedError(
             f"the run has done all its {steps} steps, but {path / FILE} is not there; move the newest folder of "
@@ -110,38 +125,38 @@ def _all_done(path: Path, steps: int, is_main: bool) -> int:
     return 0
 
 
-def _surviving(out: Path, job: Job, action: Callable[[], int]) -> int:
-    """`action()`; where it ends because a worker was lost or diverged, what this process has is written first."""
+def _surviving(out: Path, attempt: str, job: Job, action: Callable[[], int]) -> int:
+    """Do `action`; where a worker is lost or diverges, write the replicas and weights of this process."""
     try:
         return action()
     except WorkerLostError as lost:
         kept = ""
         if job.replicas:
-            write_replicas(out / "replicas", job)
-            kept = f"; safe copies of round {job.replicas[-1].round} are in {out / 'rescue'}"
+            write_replicas(out / "replicas", job, attempt)
+            kept = f"; replicas of round {job.replicas[-1].round} are in {out / 'replicas'}"
         raise WorkerLostError(f"round {job.round + 1}: {lost}{kept}; go on with resist train --resume {out}") from lost
     except DivergedError as error:
         write_diverged(out / "diverged", job)
         if job.replicas:
-            write_replicas(out / "replicas", job)
+            write_replicas(out / "replicas", job, attempt)
         where = f"the weights are in {out / 'diverged'}; to go on from before: --resume {out} --lr ..."
         raise DivergedError(f"{error}; {where}") from error
 
 
 def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
-    """The task, its data downloaded by one process of each host while the others wait."""
+    """Open the task; one process of each machine downloads the data while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     smoothing = config.optimization.label_smoothing
     network = config.network if config.run.resume is None else replace(config.network, backbone=None)
-    found = run_everywhere(transport, lambda: open_task(network, label_smoothing=smoothing) if first else None)
-    if found is None:
+    task = run_everywhere(transport, lambda: open_task(network, label_smoothing=smoothing) if first else None)
+    if task is None:
         return run_everywhere(transport, lambda: open_task(network, download=False, label_smoothing=smoothing))
-    run_everywhere(transport, lambda: None)
-    return found
+    run_everywhere(transport, lambda: None)  # the part of this process in the others' call
+    return task
 
 
 def _images_per_epoch(config: TrainConfig, task: Task) -> int:
-    """Those of worker 0, for all processes: shards may differ by one image, and the number of rounds must not."""
+    """Images of worker 0, for all processes: shards may differ by one image, the number of rounds must not."""
     batches = task.batches(
         batch_size=config.optimization.batch_size,
         seed=config.run.seed,

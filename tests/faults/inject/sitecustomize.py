@@ -47,14 +47,15 @@ def wrap(owner, name, fault, *, after=False, when=lambda *arguments: True):
 def install(fault):
     import pathlib
 
-    from resist.comm import distributed
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-
     import resist.job
-    from resist.runs.checkpoint import Checkpoints
+    from resist.runs.checkpoint import _Save
+    from resist.sync import distributed
 
     def saved(path, *_):
         return path.name.endswith(".partial") and path.parent.name == "checkpoints"
+
+    def written(path, *_):
+        return path.name == f".process-{fault['rank']}.safetensors.partial" and path.parent.parent.name == "checkpoints"
 
     points = {
         "start": lambda: wrap(distributed, "rendezvous", fault),
@@ -64,9 +65,9 @@ def install(fault):
         "sending blocks": lambda: wrap(distributed.Distributed, "transfer", fault),
         "awaiting blocks": lambda: wrap(distributed._Pending, "finish", fault),
         "awaiting shared part": lambda: wrap(distributed._Mean, "finish", fault),
-        "save begun": lambda: wrap(FileSystemWriter, "__init__", fault),
-        "writing": lambda: wrap(FileSystemWriter, "write_data", fault),
-        "completing": lambda: wrap(Checkpoints, "_complete", fault),
+        "save begun": lambda: wrap(_Save, "_write", fault),
+        "writing": lambda: wrap(pathlib.Path, "replace", fault, when=written),
+        "completing": lambda: wrap(_Save, "_complete", fault),
         "before rename": lambda: wrap(pathlib.Path, "rename", fault, when=saved),
         "after rename": lambda: wrap(pathlib.Path, "rename", fault, after=True, when=saved),
         "assembling": lambda: wrap(resist.job.Job, "full_model", fault),
