@@ -140,7 +140,7 @@ def test_the_matrix_adds_up_to_what_was_booked(runs: Path) -> None:
     sent, mixed = traffic(history)
     assert sum(map(sum, sent)) == sum(record["bytes"]["blocks"] for record in history.rounds)
     assert not mixed
-    history.rounds[5]["bytes"]["replica"] = 50  # replicas belong to training, and are no evaluation
+    history.rounds[5]["bytes"]["replica"] = 50  # replicas belong to training
     history.rounds[5]["pairs"].append((1, 0, 50))
     assert not traffic(history)[1]
     assert all(sent[worker][worker] == 0 for worker in range(4))
