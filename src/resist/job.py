@@ -374,7 +374,7 @@ class Job:
         if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
             worker, reason = min(self.dropped.items())
             raise DivergedError(
-                f"worker {worker} has {reason} at the end of round {self.round} (step {self.step_index}): training "
+                f"worker {worker} has {reason} at the end of round {self.round + 1} (step {self.step_index}): training "
                 "diverged; lower the learning rate or let it rise slowly"
             )
         return agreed.state_names

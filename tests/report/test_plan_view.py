@@ -56,13 +56,13 @@ def test_the_picture_has_a_square_for_each_block_and_stays_within(blocks: int, w
     plans = description(blocks, workers, rounds)
     root = ET.fromstring(partition_svg(plans))
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
-    squares = [one for one in root.iter(f"{SVG}rect") if one.get("width") == one.get("height") == "15"]
+    squares = [rect for rect in root.iter(f"{SVG}rect") if rect.get("width") == rect.get("height") == "15"]
     for worker in range(workers):
-        own = [one for one in squares if one.get("fill") == color_of(worker)]
-        assert len(own) == 1 + rounds * -(-blocks // workers)  # one in the legend
-    for one in root.iter(f"{SVG}rect"):
-        assert float(one.get("x", 0)) + float(one.get("width", 0)) <= width
-        assert float(one.get("y", 0)) + float(one.get("height", 0)) <= height
+        filled = [rect for rect in squares if rect.get("fill") == color_of(worker)]
+        assert len(filled) == 1 + rounds * -(-blocks // workers)  # and the legend
+    for rect in root.iter(f"{SVG}rect"):
+        assert float(rect.get("x", 0)) + float(rect.get("width", 0)) <= width
+        assert float(rect.get("y", 0)) + float(rect.get("height", 0)) <= height
     assert "prefers-color-scheme:dark" in "".join(root.itertext())
     texts = {text.text for text in root.iter(f"{SVG}text")}
     assert {f"worker {worker}" for worker in range(workers)} <= texts

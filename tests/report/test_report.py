@@ -1,4 +1,4 @@
-"""Reports from run directories: the numbers in them, and what becomes of damaged, foreign and hostile ones."""
+"""Reports from run directories: their numbers, and damaged, foreign and hostile directories."""
 
 import json
 import math
@@ -88,8 +88,8 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: Path) -> None:
 
 def test_several_runs_are_compared_and_the_speed_up_is_split(runs: Path) -> None:
     histories = [read_history(runs / name) for name in ("resist", "local")]
-    facts = compare(histories)
-    by_name = {row["label"]: row for row in facts["rows"]}
+    table = compare(histories)
+    by_name = {row["label"]: row for row in table["rows"]}
     assert set(by_name) == {"resist", "local_sgd"}
     assert by_name["resist"]["speed_up"]["exchange"] == pytest.approx(0.4 / 0.15)
     found = Page(page(histories)).text
@@ -97,7 +97,7 @@ def test_several_runs_are_compared_and_the_speed_up_is_split(runs: Path) -> None
     assert "1.00 x" in found
 
 
-def test_runs_of_one_strategy_are_told_apart_by_what_differs_but_for_seeds(tmp_path: Path) -> None:
+def test_runs_of_one_strategy_are_labeled_by_the_options_that_differ(tmp_path: Path) -> None:
     make_run(tmp_path / "a", rounds=4)
     make_run(tmp_path / "b", rounds=4, seed=1)
     make_run(tmp_path / "c", rounds=4, workers=2, capacity=11)
@@ -109,11 +109,11 @@ def test_runs_of_one_strategy_are_told_apart_by_what_differs_but_for_seeds(tmp_p
 
 
 def test_the_map_shows_the_plans_and_all_holders_of_a_block(runs: Path) -> None:
-    (facts,) = holdings(read_history(runs / "resist"))
-    assert facts.rounds == list(range(1, 41))
+    (chain,) = holdings(read_history(runs / "resist"))
+    assert chain.rounds == list(range(1, 41))
     plan = partition(22, (6,) * 4, seed=0, round=16, chain=CHAIN)
-    assert facts.holders[16] == [plan.holders(block) for block in range(22)]
-    rows, palette, height = map_rows(facts)
+    assert chain.holders[16] == [plan.holders(block) for block in range(22)]
+    rows, palette, height = map_rows(chain)
     pixels = np.array(Image.open(BytesIO(png(rows, palette))).convert("RGBA"))
     assert pixels.shape[0] == 22 * height
     column = pixels.shape[1] // 40 * 16
@@ -126,13 +126,13 @@ def test_the_map_shows_the_plans_and_all_holders_of_a_block(runs: Path) -> None:
 def test_sampled_maps_keep_to_their_size_and_shares_count_every_round(tmp_path: Path, blocks: int) -> None:
     make_run(tmp_path / "run", rounds=1000, blocks=blocks, workers=2, capacity=-(-blocks // 2) if blocks > 1 else 1,
              distinct=10)  # fmt: skip
-    (facts,) = holdings(read_history(tmp_path / "run"))
-    assert facts.every == 3
-    assert facts.rounds[:2] == [1, 4]
-    rows, _, _ = map_rows(facts)
+    (chain,) = holdings(read_history(tmp_path / "run"))
+    assert chain.every == 3
+    assert chain.rounds[:2] == [1, 4]
+    rows, _, _ = map_rows(chain)
     assert len(rows[0]) == 334
     expected = 1 if blocks == 1 else -(-blocks // 2) / blocks
-    assert sum(map(sum, facts.shares)) / blocks / 2 == pytest.approx(expected)
+    assert sum(map(sum, chain.shares)) / blocks / 2 == pytest.approx(expected)
 
 
 def test_the_matrix_adds_up_to_what_was_booked(runs: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_matrix_adds_up_to_what_was_booked(runs: Path) -> None:
     sent, mixed = traffic(history)
     assert sum(map(sum, sent)) == sum(record["bytes"]["blocks"] for record in history.rounds)
     assert not mixed
-    history.rounds[5]["bytes"]["replica"] = 50  # replicas belong to training, and are no evaluation
+    history.rounds[5]["bytes"]["replica"] = 50  # replicas belong to training
     history.rounds[5]["pairs"].append((1, 0, 50))
     assert not traffic(history)[1]
     assert all(sent[worker][worker] == 0 for worker in range(4))
@@ -148,7 +148,7 @@ def test_the_matrix_adds_up_to_what_was_booked(runs: Path) -> None:
     assert traffic(history)[1]
 
 
-def test_no_file_is_replaced_unless_told(capsys, runs: Path, tmp_path: Path) -> None:
+def test_no_file_is_replaced_unless_forced(capsys, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.md"
     (tmp_path / "r-1.png").write_text("precious")
     status, _, err = report(capsys, runs / "resist", "-o", out)
@@ -202,7 +202,7 @@ def test_everything_from_files_is_escaped(capsys, runs: Path, tmp_path: Path) ->
     found = Page((tmp_path / "x.html").read_text())
     assert "alert(1)" in found.text
     scripts = [attributes for tag, attributes in found.tags if tag == "script"]
-    assert len([one for one in scripts if one.get("type") != "application/json"]) == 1
+    assert len([attributes for attributes in scripts if attributes.get("type") != "application/json"]) == 1
     assert not any(tag == "b" for tag, _ in found.tags)
     assert report(capsys, run, "-o", tmp_path / "x.md")[0] == 0
     text = re.sub(r"^    .*$", "", (tmp_path / "x.md").read_text(), flags=re.M)  # commands, which are code
@@ -227,14 +227,14 @@ def test_unfinished_cut_and_old_runs_are_reported(capsys, runs: Path, tmp_path: 
     config["method"]["strategy"] = "sorcery"
     (run / "config.json").write_text(json.dumps(config))
     bare = [{"round": n, "step": 5 * n} for n in range(1, 4)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in bare))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in bare))
     found = Page(page([read_history(run)])).text
     assert "not understood: telepathy, strategy" in found
     assert "not tested" in found
     assert report(capsys, run, "-o", tmp_path / "x.md")[0] == 0
 
 
-def test_rounds_in_which_a_worker_was_left_out_are_told(runs: Path, tmp_path: Path) -> None:
+def test_rounds_in_which_a_worker_was_left_out_are_noted(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs / "resist", run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

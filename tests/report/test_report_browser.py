@@ -82,7 +82,7 @@ CLASHES = """() => {
 }"""
 
 
-# What is said where the pointer is, in each figure that says something.
+# The text at the pointer, in each figure that has one.
 TIPS = """() => [...document.querySelectorAll(".frame")].filter((one) => one.querySelector("script")).map((frame) => {
   const area = frame.querySelector(".area"), box = area.getBoundingClientRect(), tip = frame.querySelector(".tip");
   const [clientX, clientY] = [box.left + 0.9 * box.width, box.top + 0.4 * box.height];
@@ -121,10 +121,10 @@ def reports(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["one", "all", "untested"])
 def test_a_report_can_be_read(browser: Any, reports: dict[str, Path], name: str, width: int, scheme: str) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: messages.append(request.url) if request.url.startswith("http") else None)
     page.goto(reports[name].as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     figures = page.evaluate(FIGURES)
@@ -142,7 +142,7 @@ def test_a_report_can_be_read(browser: Any, reports: dict[str, Path], name: str,
     tips = page.evaluate(TIPS)
     assert len(tips) >= 5
     assert all(tip["text"].strip() and tip["left"] >= 0 and tip["right"] <= width for tip in tips)
-    assert said == []
+    assert messages == []
     page.close()
 
 
@@ -151,14 +151,14 @@ def test_what_the_map_says_is_what_the_plan_was(browser: Any, reports: dict[str,
     page.goto(reports["one"].as_uri())
     area = page.locator(".map .area")
     box = area.bounding_box()
-    facts = read_history(reports["one"].parent / "resist").rounds
+    records = read_history(reports["one"].parent / "resist").rounds
     for number, block in ((0, 0), (17, 9), (39, 21)):
         area.hover(position={"x": (number + 0.5) / 40 * box["width"], "y": (block + 0.5) / 22 * box["height"]})
-        (plan,) = facts[number]["plan"].values()
+        (plan,) = records[number]["plan"].values()
         holders = [str(worker) for worker, held in enumerate(plan) if block in held]
-        said = area.locator(".tip").inner_text()
-        assert said.splitlines()[0] == f"round {number + 1}, block {block}"
-        assert said.splitlines()[1].split(maxsplit=1)[1] == ", ".join(holders)
+        messages = area.locator(".tip").inner_text()
+        assert messages.splitlines()[0] == f"round {number + 1}, block {block}"
+        assert messages.splitlines()[1].split(maxsplit=1)[1] == ", ".join(holders)
     page.close()
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside metrics.jsonl: the same numbers, also after a resumption, and never fatal."""
+"""TensorBoard and Weights & Biases: the numbers of metrics.jsonl, also after a resumption, and never fatal."""
 
 import json
 from pathlib import Path
@@ -25,23 +25,23 @@ def lines(run: Path) -> list[dict]:
 def events(path: Path, name: str) -> list[tuple[int, float]]:
     module = "tensorboard.backend.event_processing.event_accumulator"
     accumulator = pytest.importorskip(module, reason="needs tensorboard")
-    found = accumulator.EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0})
-    found.Reload()
-    return [(event.step, event.value) for event in found.Scalars(name)]
+    accumulated = accumulator.EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0})
+    accumulated.Reload()
+    return [(event.step, event.value) for event in accumulated.Scalars(name)]
 
 
 def test_a_record_becomes_scalars(tmp_path: Path) -> None:
     record = lines(make_run(tmp_path / "run", rounds=3, num_evals=3))[2]
-    found = scalars(record)
-    assert found["loss"] == record["loss"]
-    assert found["seconds/sync"] == record["seconds"]["sync"]
-    assert found["bytes/shared"] == record["bytes"]["shared"]
-    assert found["worker 2/loss"] == record["workers"][2]["loss"]
-    assert "accuracy" in found
+    values = scalars(record)
+    assert values["loss"] == record["loss"]
+    assert values["seconds/sync"] == record["seconds"]["sync"]
+    assert values["bytes/shared"] == record["bytes"]["shared"]
+    assert values["worker 2/loss"] == record["workers"][2]["loss"]
+    assert "accuracy" in values
     assert "accuracy" not in scalars(record | {"accuracy": None})
     record["workers"][1]["loss"] = None  # it was no number
     assert "worker 1/loss" not in scalars(record)
-    assert all(isinstance(value, int | float) for value in found.values())
+    assert all(isinstance(value, int | float) for value in values.values())
 
 
 def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None
     for record in records[3:]:
         again.write(record | {"loss": 7.0})
     again.close()
-    found = events(tmp_path / "run", "loss")
-    assert found == [(r["step"], pytest.approx(r["loss"] if i < 3 else 7.0)) for i, r in enumerate(records)]
+    logged = events(tmp_path / "run", "loss")
+    assert logged == [(r["step"], pytest.approx(r["loss"] if i < 3 else 7.0)) for i, r in enumerate(records)]
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_both_log_what_metrics_jsonl_says(capsys, tmp_path: Path, monkeypatch) -
         assert name in content
 
 
-def test_a_missing_package_is_said_before_anything_is_written(capsys, tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_package_is_named_before_anything_is_written(capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("resist.training.loggers.importlib.util.find_spec", lambda name: None)
     for option in PACKAGES:
         with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""The display: what it says, that it fits any terminal, and that it follows runs that go on elsewhere."""
+"""The display: its numbers, its size on any terminal, and that it follows runs of other processes."""
 
 import json
 import os
@@ -38,18 +38,18 @@ def drawn(summary: Summary, width: int, height: int, remark: str = "") -> list[s
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
-def test_the_display_tells_what_was_asked_for(eight: list[dict]) -> None:
+def test_the_display_shows_numbers_and_holders(eight: list[dict]) -> None:
     summary = Summary(40)
     for record in eight:
         summary.add(record)
     text = "\n".join(drawn(summary, 160, 40)).replace("\u00a0", " ")
     last = eight[-1]
-    for words in (
+    for expected in (
         "round 12/40", "epoch 1.50", f"loss {last['loss']:.4f}", f"accuracy {100 * last['accuracy']:.2f} %",
         "images/s", "left", "worker", "blocks", "compute s", "exchange s", "sent",
         f"{last['workers'][7]['compute_s']:.2f}",
     ):  # fmt: skip
-        assert words in text
+        assert expected in text
     rows = [line for line in text.splitlines() if re.match(r" *\d+ +[■─]", line)]
     assert len(rows) == 8
     (plan,) = last["plan"].values()
@@ -116,9 +116,9 @@ def resist(capsys, *arguments: object) -> tuple[int, str, str]:
     return int(ended.value.code or 0), out, err
 
 
-def tell(run: Path, state: str, **more: object) -> None:
-    facts = {"state": state, "rounds": 60, "error": "", "host": socket.gethostname(), "process": os.getpid(), **more}
-    (run / "state.json").write_text(json.dumps(facts))
+def write_state(run: Path, state: str, **more: object) -> None:
+    content = {"state": state, "rounds": 60, "error": "", "host": socket.gethostname(), "process": os.getpid(), **more}
+    (run / "state.json").write_text(json.dumps(content))
 
 
 def test_watch_ends_with_the_run(capsys, tmp_path: Path, monkeypatch) -> None:
@@ -132,17 +132,17 @@ def test_watch_ends_with_the_run(capsys, tmp_path: Path, monkeypatch) -> None:
         ("interrupted", 0, f"to go on: resist train --resume {run}"),
         ("failed", 1, "the run failed after round 6: {no} disk"),
     ):
-        tell(run, state, error="{no}\ndisk")
-        found, out, err = resist(capsys, "watch", run)
-        assert found == status
+        write_state(run, state, error="{no}\ndisk")
+        code, out, err = resist(capsys, "watch", run)
+        assert code == status
         assert text in out + err
-    tell(run, "running")
+    write_state(run, "running")
     status, _, err = resist(capsys, "watch", run, "--patience-s", "0.01")
     assert (status, err.count("\n")) == (1, 1)
     assert "no new record in" in err
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    tell(run, "running", process=ended.pid)
+    write_state(run, "running", process=ended.pid)
     os.utime(run / "metrics.jsonl", (time.time() - 100, time.time() - 100))
     status, _, err = resist(capsys, "watch", run)
     assert (status, err.count("\n")) == (1, 1)
@@ -164,11 +164,11 @@ def interrupt(_config: object) -> int:
 
 
 def test_a_process_elsewhere_is_not_taken_for_gone() -> None:
-    mine = {"state": "running", "host": socket.gethostname(), "process": os.getpid()}
-    assert not gone(mine)
-    assert not gone(mine | {"host": "another", "process": 2**22 + 1})
-    assert not gone(mine | {"state": "finished", "process": 2**22 + 1})
-    assert gone(mine | {"process": 2**22 + 1})
+    running = {"state": "running", "host": socket.gethostname(), "process": os.getpid()}
+    assert not gone(running)
+    assert not gone(running | {"host": "another", "process": 2**22 + 1})
+    assert not gone(running | {"state": "finished", "process": 2**22 + 1})
+    assert gone(running | {"process": 2**22 + 1})
     assert not gone({})
 
 
@@ -216,7 +216,7 @@ def test_a_terminal_shows_a_run_and_ctrl_c_ends_it_in_order(capsys, tmp_path: Pa
         env={**environment, "TERM": "xterm", "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
-    seen, told, deadline = b"", False, time.monotonic() + 90
+    seen, signaled, deadline = b"", False, time.monotonic() + 90
     while time.monotonic() < deadline:
         try:
             part = os.read(ours, 65536)
@@ -225,8 +225,8 @@ def test_a_terminal_shows_a_run_and_ctrl_c_ends_it_in_order(capsys, tmp_path: Pa
         if not part:
             break
         seen += part
-        if not told and seen.count(b"loss") > 3:
-            told = True
+        if not signaled and seen.count(b"loss") > 3:
+            signaled = True
             running.send_signal(signal.SIGINT)
     assert running.wait(timeout=20) == 75
     os.close(ours)
@@ -238,6 +238,6 @@ def test_a_terminal_shows_a_run_and_ctrl_c_ends_it_in_order(capsys, tmp_path: Pa
     for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", display).replace("\r", "\n").splitlines():
         assert len(line) <= columns
     assert json.loads((out / "state.json").read_text())["state"] == "interrupted"
-    status, said, _ = resist(capsys, "watch", out)
+    status, out_text, _ = resist(capsys, "watch", out)
     assert status == 0
-    assert "interrupted after round" in said
+    assert "interrupted after round" in out_text

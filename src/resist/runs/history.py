@@ -19,7 +19,7 @@ from resist.runs.config import TrainConfig, from_json
 from resist.runs.records import Record, parse_record, training_bytes, training_seconds
 
 # Entries of config.json that an earlier version wrote, and this one calls something else.
-EARLIER = {"optimisation", "loaders", "safety", "evaluations", "accumulate"}
+EARLIER = {"optimisation", "accumulate", "evaluations", "loaders", "nonfinite", "safety", "schedule"}
 
 
 @dataclass(frozen=True)

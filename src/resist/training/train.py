@@ -134,7 +134,7 @@ def _surviving(out: Path, attempt: str, job: Job, action: Callable[[], int]) -> 
         if job.replicas:
             write_replicas(out / "replicas", job, attempt)
             kept = f"; replicas of round {job.replicas[-1].round} are in {out / 'replicas'}"
-        raise WorkerLostError(f"round {job.round}: {lost}{kept}; go on with resist train --resume {out}") from lost
+        raise WorkerLostError(f"round {job.round + 1}: {lost}{kept}; go on with resist train --resume {out}") from lost
     except DivergedError as error:
         write_diverged(out / "diverged", job)
         if job.replicas:
