@@ -36,6 +36,8 @@ FORK = "RESIST_FORK"
 # Signals that ask the launcher to end the job.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+_prepared = False  # whether `prepare_fork` came before the import of torch
+
 
 class Child(Protocol):
     """The part of `subprocess.Popen` that the launcher uses."""
@@ -72,10 +74,12 @@ def prepare_fork() -> bool:
     """Prepare this process, before it imports torch, to be forked later.
 
     Returns:
-        True where its workers may be forked: on Linux, where nothing has imported torch and used it already.
+        True where its workers may be forked: on Linux, unless torch had been imported before the first call.
     """
-    if sys.platform != "linux" or os.environ.get(FORK) == "0" or "torch" in sys.modules:
+    global _prepared
+    if sys.platform != "linux" or os.environ.get(FORK) == "0" or ("torch" in sys.modules and not _prepared):
         return False
+    _prepared = True
     # Both are read during the import. OpenBLAS, which comes with numpy, otherwise starts its threads there.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -217,8 +221,8 @@ def _run_fork(
             action(arguments)
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
         # As at the end of the interpreter, which a fork does not reach: non-daemon threads, exit functions, output.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
