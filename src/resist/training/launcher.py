@@ -105,8 +105,8 @@ def launch(
         processes: Number of processes to start.
         timeout_s: Seconds that the processes may take to end after a signal, or after the first of them has ended.
         workers: Number of workers of the job, for messages.
-        fork: A function that runs `resist` with the arguments that it gets and raises SystemExit. The processes are
-            forks of this one that call it, if this process has a single thread. Default: they are new Python processes.
+        fork: A function that runs `resist` with the arguments that it gets. The processes are forks of this one that
+            call it, if this process has a single thread. Default: they are new Python processes.
 
     Returns:
         The exit status: that of the first process that failed (1 where a signal ended it), or 128 plus the number of a
@@ -150,7 +150,7 @@ class Forked:
     """A fork of this process that runs `action(arguments)` in a session of its own, used like `subprocess.Popen`.
 
     Args:
-        action: What the process runs; it ends with the status of the SystemExit that this raises.
+        action: What the process runs; it ends with the status of a SystemExit that this raises.
         arguments: The command line, which also becomes `sys.argv`.
         environment: The environment of the process.
         closed: Open files of this process that the fork closes.
@@ -207,18 +207,19 @@ def _run_fork(
     """Become an independent process, run `action` and end. Never returns: the stack above belongs to the launcher."""
     status = 1
     try:
-        os.setsid()
-        for number in ENDING:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-        for number in closed:
-            os.close(number)
-        os.environ.clear()
-        os.environ.update(environment)
-        sys.argv[1:] = arguments
-        _set_num_threads(environment["OMP_NUM_THREADS"])
         try:
+            os.setsid()
+            for number in ENDING:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            for number in closed:
+                os.close(number)
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv[1:] = arguments
+            _set_num_threads(environment["OMP_NUM_THREADS"])
             action(arguments)
+            status = 0
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         except BaseException as error:
