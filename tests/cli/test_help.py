@@ -1,9 +1,9 @@
-"""What the command line says of itself, and of mistakes, is what tests/cli/snapshots say: no word changes unnoticed.
+"""Snapshots of the help texts and error messages of the command line, in tests/cli/snapshots.
 
-    RESIST_UPDATE_SNAPSHOTS=1 python -m pytest tests/cli/test_help.py      # after a change that is meant
+    RESIST_UPDATE_SNAPSHOTS=1 python -m pytest tests/cli/test_help.py      # after an intended change
 
-Kept are the names of options and our own words on them. How tyro lays them out is its own affair; that its help holds
-all of them is tested here too.
+A snapshot contains the names and descriptions of the options, without tyro's layout. That the help which tyro prints
+contains all of them is tested here too.
 """
 
 import ast
@@ -31,46 +31,46 @@ def check(name: str, text: str) -> None:
     assert text == file.read_text(encoding="utf-8"), "RESIST_UPDATE_SNAPSHOTS=1 writes the new text"
 
 
-def said(capsys: Any, *arguments: str) -> tuple[int, str, str]:
+def run(capsys: Any, *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     out, err = capsys.readouterr()
     return int(ended.value.code or 0), out, err
 
 
-def described(kind: type) -> dict[str, str]:
-    """Our words on each field of a record, and of the records within it: the string below the field."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    hints, found = get_type_hints(kind, include_extras=True), dict[str, str]()
+def described(record: type) -> dict[str, str]:
+    """Description of each option of a record and of the records in it: the string below the field."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(record))).body[0].body  # type: ignore[attr-defined]
+    hints, texts = get_type_hints(record, include_extras=True), dict[str, str]()
     for field, below in zip(body, [*body[1:], None], strict=True):
         if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
             continue
         name, hint = field.target.id, hints[field.target.id]
         if hasattr(hint, "__dataclass_fields__"):
-            found |= described(hint)
+            texts |= described(hint)
             continue
         positional = tyro.conf.Positional in getattr(hint, "__metadata__", ())
         text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
-        found[name.upper() if positional else "--" + name.replace("_", "-")] = " ".join(str(text).split())
-    return found
+        texts[name.upper() if positional else "--" + name.replace("_", "-")] = " ".join(str(text).split())
+    return texts
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(capsys, monkeypatch, command: str) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    kind, _ = COMMANDS[command]
-    words = described(kind)
-    assert sorted(option for option in words if option.startswith("--")) == sorted(options_of(kind))
-    assert all(words.values()), [option for option, text in words.items() if not text]
-    about = " ".join((kind.__doc__ or "").split())
-    status, out, err = said(capsys, command, "--help")
+    record, _ = COMMANDS[command]
+    options = described(record)
+    assert sorted(option for option in options if option.startswith("--")) == sorted(options_of(record))
+    assert all(options.values()), [option for option, text in options.items() if not text]
+    about = " ".join((record.__doc__ or "").split())
+    status, out, err = run(capsys, command, "--help")
     assert (status, err) == (0, "")
     shown = plain(out)
     assert plain(about) in shown
-    for option, text in words.items():
+    for option, text in options.items():
         assert plain(text) in shown, option
         assert not option.startswith("--") or option in out
-    check(f"help-{command}.txt", "\n".join([about, "", *(f"{name}: {text}" for name, text in words.items()), ""]))
+    check(f"help-{command}.txt", "\n".join([about, "", *(f"{name}: {text}" for name, text in options.items()), ""]))
 
 
 def plain(text: str) -> str:
@@ -80,19 +80,19 @@ def plain(text: str) -> str:
 
 def test_help_of_all(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    status, out, _ = said(capsys, "--help")
+    status, out, _ = run(capsys, "--help")
     assert status == 0
-    for command, (kind, _) in COMMANDS.items():
+    for command, (record, _) in COMMANDS.items():
         assert command in out
-        assert plain(kind.__doc__ or "-") in plain(out)
+        assert plain(record.__doc__ or "-") in plain(out)
 
 
 def test_no_option_means_two_things() -> None:
-    """An option of the same name has the same type in all commands, but where a command takes several of them."""
+    """An option has the same type in all commands, except where a command takes several values."""
     several = {"--workers", "--seeds", "--strategies", "--out", "--no-progress"}
     types: dict[str, Any] = {}
-    for kind, _ in COMMANDS.values():
-        for name, hint in get_type_hints(kind).items():
+    for record, _ in COMMANDS.values():
+        for name, hint in get_type_hints(record).items():
             if not hasattr(hint, "__dataclass_fields__") and f"--{name.replace('_', '-')}" not in several:
                 assert types.setdefault(name, get_args(hint) or hint) == (get_args(hint) or hint), name
 
@@ -150,12 +150,12 @@ report none -o x.doc
 
 
 def test_mistakes_end_in_one_line(capsys, monkeypatch, tmp_path: Path) -> None:
-    """Whatever the width of the terminal: status 2, nothing on stdout, and one line that is as it was."""
+    """For every width of the terminal: status 2, nothing on stdout, and one line on stderr, as in the snapshot."""
     monkeypatch.chdir(tmp_path)
     lines: list[str] = []
     for number, mistake in enumerate(MISTAKES):
         monkeypatch.setenv("COLUMNS", ("40", "100", "300")[number % 3])
-        status, out, err = said(capsys, *mistake.split())
+        status, out, err = run(capsys, *mistake.split())
         assert (status, out, err.count("\n")) == (2, "", 1), mistake
         assert err.startswith("resist: ")
         lines += [f"$ resist {mistake}".rstrip(), err.removesuffix("\n")]

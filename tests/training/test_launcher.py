@@ -1,5 +1,6 @@
-"""The launcher, with small scripts in the place of workers: whatever they do, it ends, and leaves none behind."""
+"""The launcher with small scripts instead of workers: it ends and leaves no process behind, whatever they do."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from resist.training import launcher as launcher
+from resist.training import launcher
 from resist.training.launcher import LIFELINE, launch
 
 STATUSES: dict[str, tuple[str, int, str]] = {
@@ -31,7 +32,7 @@ STATUSES: dict[str, tuple[str, int, str]] = {
         "os.kill(os.getpid(), signal.SIGSTOP * (rank == 0)); sys.exit(100)", 100,
         "process 0 (worker 0): killed, because it did not end by itself",
     ),
-    "one does not come to its end": (
+    "one does not end": (
         "time.sleep(100 * (rank == 1))", 1, "process 1 (worker 1): killed, because it did not end by itself"
     ),
     "one starts another, and hangs": (
@@ -42,7 +43,7 @@ STATUSES: dict[str, tuple[str, int, str]] = {
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[subprocess.Popen[bytes]]]:
-    """Lets `launch` start a script; returns the list of processes that it will have started."""
+    """Make `launch` start a script; returns the list of the processes that it starts."""
 
     def use(script: str) -> list[subprocess.Popen[bytes]]:
         started: list[subprocess.Popen[bytes]] = []
@@ -62,19 +63,19 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[subprocess
 
 
 @pytest.mark.parametrize("case", STATUSES)
-def test_it_ends_with_the_status_of_what_failed_and_says_what_nobody_else_can(
+def test_it_ends_with_the_status_of_the_failure_and_reports_what_no_process_can(
     scripted: Callable[[str], list[subprocess.Popen[bytes]]], capfd: pytest.CaptureFixture[str], case: str
 ) -> None:
-    script, status, said = STATUSES[case]
+    script, status, message = STATUSES[case]
     started = scripted(script)
     assert launch([], 3, 2.0, 4) == status
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == bool(said)
-    assert said in "".join(lines)
+    assert len(lines) == bool(message)
+    assert message in "".join(lines)
     assert all(process.returncode is not None for process in started)
 
 
-def test_one_that_fails_before_it_knows_the_others_is_named(
+def test_a_process_that_fails_before_it_is_connected_is_named(
     scripted: Callable[[str], list[subprocess.Popen[bytes]]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     scripted("sys.exit(1) if rank == 1 else time.sleep(100)")
@@ -92,27 +93,27 @@ def test_one_that_fails_before_it_knows_the_others_is_named(
         ("open('ready', 'a').write('x'); time.sleep(100)", 128 + signal.SIGTERM),
         ("signal.signal(15, signal.SIG_IGN); open('ready', 'a').write('x'); time.sleep(100)", 128 + signal.SIGTERM),
     ],
-    ids=["they save", "they end at once", "they do not listen"],
+    ids=["they save", "they end at once", "they ignore it"],
 )
-def test_a_signal_goes_on_to_all(
+def test_a_signal_is_passed_on_to_all(
     scripted: Callable[[str], list[subprocess.Popen[bytes]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     script: str, status: int,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     started = scripted(script)
 
-    def tell() -> None:
+    def send() -> None:
         while not Path("ready").exists() or len(Path("ready").read_text()) < 3:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=tell).start()
+    threading.Thread(target=send).start()
     assert launch([], 3, 1.0, 3) == status
     assert all(process.returncode is not None for process in started)
 
 
-def test_workers_outlive_no_launcher(tmp_path: Path) -> None:
-    """A launcher that is killed closes its end of the pipe, and the workers are told to end."""
+def test_workers_do_not_outlive_the_launcher(tmp_path: Path) -> None:
+    """A launcher that is killed closes its end of the pipe, and the workers get SIGTERM."""
     script = (
         "import os, sys, time, resist.training.launcher as launch\n"
         "launch.watch_launcher()\n"
@@ -130,3 +131,46 @@ def test_workers_outlive_no_launcher(tmp_path: Path) -> None:
     os.close(ours)
     assert worker.wait(30) == -signal.SIGTERM
     worker.stdout.close()
+
+
+FORKS = """
+import json, os, signal, subprocess, sys, time
+from resist.training import launcher
+assert launcher.prepare_fork()
+import torch
+import resist.sync.distributed
+
+launcher.subprocess = None  # nothing but forks
+torch.set_num_threads(1)
+for script in json.load(sys.stdin):
+    launcher.FAREWELL_S = 3.0 if "100" in script else 60.0
+
+    def work(arguments):
+        rank = int(os.environ["RANK"])
+        assert sys.argv[1:] == arguments == ["train"]
+        assert os.getsid(0) == os.getpid()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        exec(script)
+
+    status = launcher.launch(["train"], 3, 2.0, 4, fork=work)
+    print("status", status, file=sys.stderr, flush=True)
+    try:
+        os.waitpid(-1, 0)
+        sys.exit("a process was left behind")
+    except ChildProcessError:
+        pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_forks_end_as_new_processes_do() -> None:
+    """The same scripts in forks of a launcher: statuses, messages, sessions, signal handlers, and none left behind."""
+    scripts = json.dumps([script for script, _, _ in STATUSES.values()])
+    done = subprocess.run([sys.executable, "-c", FORKS], input=scripts, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    for case, (_, status, message) in STATUSES.items():
+        if message:
+            assert message in lines.pop(0), case
+        assert lines.pop(0) == f"status {status}", case
+    assert not lines

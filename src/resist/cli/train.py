@@ -69,14 +69,20 @@ def run_train(config: TrainConfig, arguments: list[str]) -> int:
 
 
 def _launch(config: TrainConfig, arguments: list[str], forkable: bool) -> int:
-    """Check everything once that can be checked without the workers, start them, and restart them where asked to."""
-    import torch
+    """Check the options without the workers, then start the workers and restart them where `restarts` says so."""
+    from resist.runs.directory import check_free, default_out
+    from resist.training.loggers import check_loggers
+
+    check_loggers(config)
+    out = config.run.resume or config.run.out or default_out(config)
+    if config.run.resume is None:
+        check_free(out)
+
+    import torch  # as late as possible: it takes seconds
 
     from resist.runs.checkpoint import newest
-    from resist.runs.directory import check_free, default_out
     from resist.tasks import open_task
     from resist.training.device import pick_device
-    from resist.training.loggers import check_loggers
     from resist.training.train import train  # before the forks, which then have it
 
     threads = torch.get_num_threads()
@@ -85,10 +91,6 @@ def _launch(config: TrainConfig, arguments: list[str], forkable: bool) -> int:
     method = replace(config.method, warmup_epochs=0.0)
     plan_facts(PlanConfig(network=config.network, method=method, seed=config.run.seed))
     device = pick_device(config.machine.device)
-    check_loggers(config)
-    out = config.run.resume or config.run.out or default_out(config)
-    if config.run.resume is None:
-        check_free(out)
     processes = num_processes(config)
     if processes == 1:
         torch.set_num_threads(threads)
@@ -97,7 +99,7 @@ def _launch(config: TrainConfig, arguments: list[str], forkable: bool) -> int:
 
     fork = main if forkable and device.type == "cpu" else None
     if fork is not None:
-        import torch._dynamo  # 2 s, and every optimizer imports it
+        import torch._dynamo  # once for all forks: every optimizer imports it
     open_task(config.network)
     if config.run.resume is None:
         arguments = ["train", *replace(config, run=replace(config.run, out=out)).arguments()]

@@ -36,6 +36,8 @@ FORK = "RESIST_FORK"
 # Signals that ask the launcher to end the job.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+_prepared = False  # whether `prepare_fork` came before the import of torch
+
 
 class Child(Protocol):
     """The part of `subprocess.Popen` that the launcher uses."""
@@ -72,10 +74,12 @@ def prepare_fork() -> bool:
     """Prepare this process, before it imports torch, to be forked later.
 
     Returns:
-        True where its workers may be forked: on Linux, where nothing has imported torch and used it already.
+        True where its workers may be forked: on Linux, unless torch had been imported before the first call.
     """
-    if sys.platform != "linux" or os.environ.get(FORK) == "0" or "torch" in sys.modules:
+    global _prepared
+    if sys.platform != "linux" or os.environ.get(FORK) == "0" or ("torch" in sys.modules and not _prepared):
         return False
+    _prepared = True
     # Both are read during the import. OpenBLAS, which comes with numpy, otherwise starts its threads there.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -101,8 +105,8 @@ def launch(
         processes: Number of processes to start.
         timeout_s: Seconds that the processes may take to end after a signal, or after the first of them has ended.
         workers: Number of workers of the job, for messages.
-        fork: A function that runs `resist` with the arguments that it gets and raises SystemExit. The processes are
-            forks of this one that call it, if this process has a single thread. Default: they are new Python processes.
+        fork: A function that runs `resist` with the arguments that it gets. The processes are forks of this one that
+            call it, if this process has a single thread. Default: they are new Python processes.
 
     Returns:
         The exit status: that of the first process that failed (1 where a signal ended it), or 128 plus the number of a
@@ -146,7 +150,7 @@ class Forked:
     """A fork of this process that runs `action(arguments)` in a session of its own, used like `subprocess.Popen`.
 
     Args:
-        action: What the process runs; it ends with the status of the SystemExit that this raises.
+        action: What the process runs; it ends with the status of a SystemExit that this raises.
         arguments: The command line, which also becomes `sys.argv`.
         environment: The environment of the process.
         closed: Open files of this process that the fork closes.
@@ -203,22 +207,23 @@ def _run_fork(
     """Become an independent process, run `action` and end. Never returns: the stack above belongs to the launcher."""
     status = 1
     try:
-        os.setsid()
-        for number in ENDING:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-        for number in closed:
-            os.close(number)
-        os.environ.clear()
-        os.environ.update(environment)
-        sys.argv[1:] = arguments
-        _set_num_threads(environment["OMP_NUM_THREADS"])
         try:
+            os.setsid()
+            for number in ENDING:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            for number in closed:
+                os.close(number)
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv[1:] = arguments
+            _set_num_threads(environment["OMP_NUM_THREADS"])
             action(arguments)
+            status = 0
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
         # As at the end of the interpreter, which a fork does not reach: non-daemon threads, exit functions, output.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
