@@ -156,7 +156,7 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
         (["--images-s", "1"], "seconds need both"),
         (["--latency-ms", "1"], "says nothing without --link-gbit-s"),
         (["--workers", "9"], "workers=9 exceeds the 8 blocks"),
-        (["--workers", "0"], "workers=0 is too small"),
+        (["--workers", "0"], "workers=0; must be at least 1"),
         (["--sections", "1", "1", "1", "1"], "the model has no chain"),
         (["--strategies", "magic"], "magic"),
     ],
