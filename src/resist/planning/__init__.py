@@ -1,1 +1,1 @@
-"""Planning: plans, schedules and strategies, as pure functions without torch."""
+"""Planning, without torch: plan (which worker holds which blocks), schedule (the messages), strategy (a round)."""
