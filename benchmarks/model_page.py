@@ -32,8 +32,9 @@ an `nn.Module`.
   (RepVGG, ShuffleNet) is refused: if one of them is left out, the others get inputs that they have never seen.
 - A block takes a tensor as its first argument and returns one of the same shape, alone or first in a tuple.
 - The network does not depend on the **position** of a block. A network that passes its own value to layer i (`rope[i]`) would
-  pass it to the wrong block. `resist plan` and `resist train` test this on two images; for your own loop, call
-  `resist.subnet.validate.check_network(model, choose_chains(model), lambda model: model(batch))` once.
+  pass it to the wrong block. `resist plan` and `resist train` test this on two images; for your own loop,
+  `from resist.subnet.validate import check_network`, and call
+  `check_network(model, choose_chains(model), lambda model: model(batch))` once.
 
 **Blocks that end in a ReLU** (torchvision's ResNets, ResNeXt, RegNet): the full network uses x + scale * (block(x) - x) for
 every type of block. For x + f(x) this is exactly x + scale * f(x). For relu(x + f(x)) it is relu(x + scale * f(x)) where

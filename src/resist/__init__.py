@@ -7,6 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from resist import errors as errors
+    from resist import job as job
+    from resist import planning as planning
+    from resist import subnet as subnet
+    from resist import sync as sync
     from resist.errors import UserError, WorkerLostError
     from resist.job import Job
     from resist.planning.plan import Plan, partition
@@ -60,17 +65,20 @@ _HOME = {  # the module of each public name
     "schedule": "resist.planning.schedule",
     "switch": "resist.planning.strategy",
 }
-_SUBMODULES = {"errors", "job", "planning", "subnet", "sync"}  # `resist.job` without an import of its own
+# Imported on first use; their modules need an import: import resist.planning.plan
+_SUBMODULES = {"errors", "job", "planning", "subnet", "sync"}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return import_module(f"resist.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'resist' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return value
+if not TYPE_CHECKING:  # so that type checkers report names that do not exist
+
+    def __getattr__(name: str) -> Any:
+        if name in _SUBMODULES:
+            return import_module(f"resist.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module 'resist' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_HOME[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_SUBMODULES})

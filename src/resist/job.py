@@ -273,6 +273,7 @@ class Job:
         strategy = self.strategy.at(self.round)
         for worker in self.workers:
             worker.subnet.check_attached()
+        for worker in self.workers:
             worker.collect_state(strategy.optimizer_state)
         payloads = collect_payloads(self.workers, strategy, self._agree_on_round(nonfinite or {}))
         next_plans = self.plans_of(self.round + 1)  # line 6: draw new sub-networks

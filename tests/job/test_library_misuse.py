@@ -79,6 +79,15 @@ def test_optimizers_of_one_and_of_several_workers() -> None:
         job.step(both, first)
 
 
+def test_a_moved_parameter_is_reported_before_any_state_is_lost() -> None:
+    job, optimizers = make(resist.resist(2, 2, optimizer_state="reset"))
+    train(job, optimizers, 1)
+    job.workers[1].model.float()
+    with pytest.raises(UserError, match="was moved out of the sub-network's flat tensor"):
+        job.synchronize()
+    assert all(optimizer.state for optimizer in optimizers)
+
+
 def test_the_order_of_optimizers_does_not_matter() -> None:
     job, optimizers = make(resist.resist(3, 1))
     other, others = make(resist.resist(3, 1))

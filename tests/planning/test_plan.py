@@ -41,6 +41,11 @@ def test_a_plan_is_complete_exact_and_balanced(case: tuple[int, tuple[int, ...]]
             assert plan.blocks[worker][plan.slot(worker, block)] == block
 
 
+def test_a_block_that_does_not_exist_has_no_holders() -> None:
+    plan = partition(5, (3, 2), seed=0, round=0)
+    assert plan.holders(-1) == plan.holders(5) == ()
+
+
 def test_inclusion_is_uniform_over_rounds() -> None:
     """Each cell within 4.5 standard deviations of the binomial; 4 x 7 cells, fixed seed."""
     num_blocks, sizes, rounds = 7, (5, 3, 2, 1), 3000

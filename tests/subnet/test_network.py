@@ -232,6 +232,36 @@ def test_a_container_may_have_parameters_of_its_own() -> None:
     assert all(torch.equal(value, tensors_of(model)[name]) for name, value in state.items())
 
 
+@pytest.mark.parametrize("keys", ["abcdef", "123456"])
+def test_a_module_list_may_have_any_keys(keys: str) -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList()
+            for key, block in zip(
+                keys, (nn.Conv2d(3, 4, 1), *(PreActBlock(4, 4, 1) for _ in range(4)), nn.Conv2d(4, 2, 1)), strict=True
+            ):
+                self.blocks.add_module(key, block)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks.children():
+                x = block(x)
+            return x
+
+    model = Listed()
+    tensors = tensors_of(model)
+    subnet = Subnet(model, choose_chains(model), (2,))
+    subnet.load(tensors, [(1, 3)])
+    state = subnet.state([(1, 3)])
+    left_out = (f"blocks.{keys[1]}.", f"blocks.{keys[3]}.")
+    assert set(state) == {name for name in tensors if not name.startswith(left_out)}
+    assert all(torch.equal(value, tensors[name]) for name, value in state.items())
+    full = Subnet(subnet.model, subnet.chains, (4,), template_capacities=(2,))
+    full.load(tensors, [range(4)])
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(full.model.eval()(images), model.eval()(images))
+
+
 def test_growing_and_shrinking_keeps_the_remaining_parameters() -> None:
     model = tiny()
     chains = choose_chains(model)

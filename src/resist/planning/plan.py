@@ -54,8 +54,8 @@ class Plan:
         return tuple(map(tuple, holders))
 
     def holders(self, block: int) -> tuple[int, ...]:
-        """Workers that hold `block`, ascending."""
-        return self._holders[block]
+        """Return the workers that hold `block`, ascending; none if there is no such block."""
+        return self._holders[block] if 0 <= block < self.num_blocks else ()
 
     def slot(self, worker: int, block: int) -> int:
         """Slot of `worker` that holds `block`; ValueError if none does."""

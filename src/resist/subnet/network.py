@@ -10,6 +10,7 @@ The full network is a sub-network with every block in its slots, so it is built 
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -56,11 +57,12 @@ class Subnet:
         self.model = skeleton(template)
         present = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
         lists = {c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList)}
-        layout = SubnetLayout(self.chains, present, frozenset(lists))
+        # Only the template of a sub-network is renumbered already.
+        layout = SubnetLayout(self.chains, present, frozenset(lists if template_capacities else ()))
         self._common = common_buffers(template, layout, self.device)
         tensors = {name: t for name, t in _floats(self.model) if layout.place(name).key not in self._common}
         self.dtype = _only_dtype(tensors)
-        self.layout = layout.with_tensors(tensors, channels_last)
+        self.layout = replace(layout.with_tensors(tensors, channels_last), renumbered=frozenset(lists))
         self.flat = torch.empty(0, dtype=self.dtype, device=self.device)
         self.resize(capacities, self.empty(capacities))
 
