@@ -100,12 +100,13 @@ class Job:
         step_index: Steps done.
         transport: The transport, which counts bytes and messages; see `take` there.
         dropped: Workers that were left out of the last synchronization, each with the reason.
-        replicas: What this process keeps of the last synchronized network, if `replicate`; the newest is last.
+        replicas: Weights of the last synchronized network that this process keeps, if `replicate`; the newest is last.
 
     Raises:
-        UserError: If an option is invalid, or if the network has no chain that can be partitioned.
+        UserError: If an option is invalid, if the network has no chain that can be partitioned, or if the process group
+            cannot be formed within `timeout_s`.
         AgreedError: In all processes, if they were started with different arguments or networks.
-        WorkerLostError: If another process does not come within `timeout_s`.
+        WorkerLostError: If another process is lost after that.
     """
 
     def __init__(
@@ -206,7 +207,9 @@ class Job:
             True if it has synchronized.
 
         Raises:
-            UserError: If an optimizer is missing, or does not train the parameters of one hosted worker.
+            UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if a parameter
+                was moved out of the flat tensor.
+            AgreedError: If `follow` was called in some processes only.
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost.
         """
@@ -267,6 +270,8 @@ class Job:
             nonfinite: Hosted workers whose round must not count, each with the reason; see `step`.
 
         Raises:
+            UserError: If a parameter was moved out of the flat tensor.
+            AgreedError: If `follow` was called in some processes only.
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost. The sub-networks may then be of neither round.
         """
@@ -364,12 +369,12 @@ class Job:
 
         Raises DivergedError if a worker has diverged, unless it may be left out.
         """
-        found = {w.index: "weights that are not finite" for w in self.workers if not all_finite(w.subnet.flat)}
+        detected = {w.index: "weights that are not finite" for w in self.workers if not all_finite(w.subnet.flat)}
         agreed = agree_on_round(
             self.transport,
             averages=any(worker.average for worker in self.workers),
             state_names={name for worker in self.workers for name in worker.state} - {VELOCITY},
-            nonfinite={**found, **nonfinite},
+            nonfinite={**detected, **nonfinite},
         )
         self.dropped = agreed.nonfinite
         if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):

@@ -149,7 +149,8 @@ def partition(num_blocks: int, capacities: Sequence[int], *, seed: int, round: i
     held: list[tuple[int, ...]] = [()] * len(capacities)
     deck: list[int] = []
     decks = 0
-    # The workers draw in a shuffled order, so that it is not always the same ones that hold the shared blocks.
+    # The workers draw in a shuffled order, so that it is not always the same ones that hold the blocks with
+    # several holders.
     for worker in shuffled(len(capacities), "workers", *key):
         # Draw from the open deck first.
         hand = deck[: capacities[worker]]

@@ -135,13 +135,13 @@ class _Links:
             new_squares = squares + new_outgoing**2 - sent[owner] ** 2
             new_squares += new_incoming**2 - received.get(owner, self.incoming[owner]) ** 2
             others = (load for worker, load in (*sent_max, *received_max) if worker != owner)
-            rank = (
+            cost = (
                 max(self.largest, new_outgoing, new_incoming, *others),
                 new_squares,
                 (owner - block) % num_workers,
             )
-            if best is None or rank < best:
-                best, chosen, outgoing, incoming = rank, owner, new_outgoing, new_incoming
+            if best is None or cost < best:
+                best, chosen, outgoing, incoming = cost, owner, new_outgoing, new_incoming
         assert best is not None, "a plan holds every block"
         # Add the messages of the chosen owner.
         for worker, load in sent.items():
@@ -173,7 +173,7 @@ class ReplicaPlacement:
 
 
 def place_replicas(
-    messages: Schedule, next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]
+    current: Schedule, next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]
 ) -> ReplicaPlacement:
     """Place replicas, so that any single worker can be lost.
 
@@ -181,7 +181,7 @@ def place_replicas(
     the fewest bytes so far.
 
     Args:
-        messages: Schedule of the synchronization.
+        current: Schedule of the synchronization.
         next_plans: Plan of the next round for each chain, for at least two workers.
         block_bytes: Size of one block of each chain in bytes.
 
@@ -191,9 +191,9 @@ def place_replicas(
     kept: dict[tuple[str, int], int] = {}
     replicas: list[Message] = []
     received = Counter({worker: 0 for plan in next_plans.values() for worker in range(plan.workers)})
-    for message in messages.messages:
+    for message in current.messages:
         received[message.target] += message.num_bytes
-    for (chain, block), owner in sorted(messages.owners.items()):
+    for (chain, block), owner in sorted(current.owners.items()):
         holders = next_plans[chain].holders(block)
         if len(holders) > 1:
             continue
@@ -208,7 +208,7 @@ def place_replicas(
 
 
 def allreduce_bytes(num_bytes: int, workers: int) -> int:
-    """Compute what each worker sends, and receives, in a ring all-reduce.
+    """Compute the bytes that each worker sends in a ring all-reduce.
 
     Args:
         num_bytes: Size of the tensor in bytes.

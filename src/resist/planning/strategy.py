@@ -34,7 +34,7 @@ class OuterSGD:
         if not self.lr > 0:
             raise UserError(f"outer lr={self.lr}; must be more than 0")
         if not 0 <= self.momentum < 1:
-            raise UserError(f"outer momentum={self.momentum} is outside 0 to 1; give less than 1")
+            raise UserError(f"outer momentum={self.momentum}; must be at least 0 and less than 1")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Strategy:
         workers: Number of workers (the paper's S).
         local_steps: Optimizer steps between two synchronizations (the paper's l).
         assign: Function `(num_blocks, chain name, seed, round) -> Plan` that draws the plan of one chain.
-        optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.averaging`.
+        optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.optimizer_state`.
         outer: Outer optimizer for the mean change of a round; None applies the mean as it is.
         every_step: Average the gradients over the workers in every step. Weights then never differ, and a round ends
             without an exchange.
@@ -97,19 +97,19 @@ def resist(
     Args:
         workers: Number of workers (the paper's S).
         local_steps: Optimizer steps between two synchronizations (the paper's l).
-        min_depth: Lower bound of every worker's capacity; blocks are then shared by several workers. Default: 4, or all
+        min_depth: Lower bound of every worker's capacity; blocks are then held by several workers. Default: 4, or all
             blocks of a shorter chain.
         capacities: Number of blocks of each worker in every chain, for unequal workers. Default: the larger of
             ceil(num_blocks / workers) and `min_depth`.
-        optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.averaging`.
+        optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.optimizer_state`.
         outer: Outer optimizer, whose momentum moves with its block; see `diloco`.
 
     Returns:
         The strategy.
 
     Raises:
-        UserError: If the arguments contradict each other or are out of range. A chain that is too short for them is
-            reported when its first plan is drawn.
+        UserError: If `workers` or `local_steps` is out of range, or the arguments contradict each other. `min_depth`
+            and capacities that do not fit a chain are reported when its first plan is drawn.
     """
     if capacities is not None and len(capacities) != workers:
         raise UserError(f"{len(capacities)} capacities for {workers} workers; give one for each worker")
@@ -135,7 +135,7 @@ def local_sgd(
     Args:
         workers: Number of workers.
         local_steps: Optimizer steps between two synchronizations.
-        optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.averaging`.
+        optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.optimizer_state`.
         outer: Outer optimizer for the mean change of a round; None applies the mean as it is.
 
     Returns:

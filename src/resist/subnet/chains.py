@@ -111,10 +111,11 @@ def choose_chains(model: nn.Module, names: Sequence[str] = ()) -> tuple[Chain, .
         names: Names of chains: `layer3:1-22`, or `layer3` for the longest run in it. Default: the longest of all.
 
     Returns:
-        The chains, in the order of their names.
+        The chains, in the order of `names`.
 
     Raises:
-        UserError: If a name fits no run of residual blocks, two chains overlap, or the model has no chain.
+        UserError: If a name fits no run of residual blocks, two chains overlap or one comes after another in the same
+            nn.ModuleList, or the model has no chain.
     """
     runs = _runs(model)
     if not names:
@@ -139,7 +140,7 @@ def choose_chains(model: nn.Module, names: Sequence[str] = ()) -> tuple[Chain, .
 
 def _runs(model: nn.Module) -> tuple[Chain, ...]:
     """All runs, those without a skip connection last; see `find_chains`."""
-    ranked: list[tuple[tuple[int, int, int], Chain]] = []
+    candidates: list[tuple[tuple[int, int, int], Chain]] = []
     uses = _uses(model)
     for container, module in model.named_modules():
         if not isinstance(module, nn.Sequential | nn.ModuleList):
@@ -155,11 +156,11 @@ def _runs(model: nn.Module) -> tuple[Chain, ...]:
                     Chain(container, start, end - 1, tuple(module._modules)), blocks[start:end]
                 ):
                     weights = sum(p.numel() for block in blocks[run.first : run.last + 1] for p in block.parameters())
-                    rank = residual.RANK[run.skip_type]
-                    ranked.append(((rank, -run.num_blocks, -weights), run))
+                    preference = residual.PREFERENCE[run.skip_type]
+                    candidates.append(((preference, -run.num_blocks, -weights), run))
             start = end
-    ranked.sort(key=lambda item: item[0])
-    return tuple(run for _, run in ranked)
+    candidates.sort(key=lambda item: item[0])
+    return tuple(run for _, run in candidates)
 
 
 def _split_by_skip_type(run: Chain, blocks: Sequence[nn.Module]) -> list[Chain]:
@@ -240,7 +241,7 @@ def _behind(inner: Chain, outer: Chain, model: nn.Module) -> bool:
 
 
 def _is_block(module: nn.Module, uses: Counter[int]) -> bool:
-    """True for a module with children and with unshared parameters.
+    """True for a module with children, whose parameters no other module uses.
 
     A container that only calls its children one after another has no skip connection, so it is not a block; a subclass
     with its own `forward` may be one. `uses` counts the names of each parameter in the whole model, by id.

@@ -1,4 +1,4 @@
-"""Block compatibility: what must match to share a slot.
+"""Block compatibility: properties that must match within one slot.
 
 Classes, shapes and functions must match. Numbers, strings and flags may differ: a slot gets those of its block.
 """
@@ -74,7 +74,7 @@ def fixed(block: nn.Module) -> dict[str, object]:
 
 
 def scalars(block: nn.Module) -> dict[Key, Any]:
-    """Collect the attributes that blocks in the same slot may vary.
+    """Collect the attributes that may differ between blocks of a slot.
 
     Args:
         block: A block, on any device.

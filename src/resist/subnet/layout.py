@@ -21,7 +21,7 @@ class Piece:
     Attributes:
         offset: First element, counted from the beginning of the part.
         shape: Shape of the tensor.
-        channels_last: Store a tensor (batch, channels, height, width) with the channels innermost.
+        channels_last: Store a tensor (out_channels, in_channels, height, width) with the input channels innermost.
     """
 
     offset: int

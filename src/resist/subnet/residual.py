@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 PLAIN, RELU, NORM, NONE, SHAPE, UNKNOWN = "plain", "relu", "norm", "none", "shape", "unknown"
 RESIDUAL = (PLAIN, RELU, NORM)
-RANK = {PLAIN: 0, RELU: 0, NORM: 0, UNKNOWN: 1, SHAPE: 2, NONE: 2}  # lower is preferred when a chain is chosen
+PREFERENCE = {PLAIN: 0, RELU: 0, NORM: 0, UNKNOWN: 1, SHAPE: 2, NONE: 2}  # lower is preferred when a chain is chosen
 SIZES = 6  # largest number of channel counts to try for a block
 TOKENS, MOST_TOKENS = 16, 1024  # default and largest number of tokens to try
 

@@ -1,9 +1,9 @@
 """Transport over torch.distributed; the only module that uses it. A process (a rank) hosts one or more workers.
 
 Three long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
-waits for the other), a CPU gloo group for control messages. Every call that
-waits for another process fails after the timeout, with a message that names the process. A process that ends closes its
-connections, which the others notice at once.
+waits for the other), and a CPU gloo group for control messages. Every call that waits for another process fails after
+the timeout, with a message that names the process. A process that ends closes its connections, which the others notice
+at once.
 """
 
 import os
@@ -41,9 +41,13 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
         device: The device of the sub-networks; NCCL is used if each process has a GPU of its own, gloo otherwise.
         timeout_s: Seconds to wait for other processes, here and in every later call.
 
+    Returns:
+        The transport: `Distributed`, or `Local` if this process hosts all workers.
+
     Raises:
         UserError: If the group cannot be formed: the address is in use, or other processes do not come in time.
         AgreedError: If the processes were started for different jobs.
+        WorkerLostError: If another process is lost after that.
     """
     device = torch.device(device)
     initialize = not dist.is_initialized()

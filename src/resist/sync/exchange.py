@@ -33,7 +33,7 @@ class Exchange:
         plans: Chain name -> plan of the round that ends.
         next_plans: Chain name -> plan of the next round.
         outer: The outer optimizer, or None to use the mean as it is.
-        anchors: Worker -> the weights at the beginning of the round. Needed with `outer`, `dropped` or `replicate`.
+        anchors: Worker -> the weights at the beginning of the round. Needed with `outer` or `dropped`.
         dropped: Workers that are left out of every mean. Blocks that only they held return to their anchors.
         replicate: Keep, or send, a replica of each block that would have only one holder.
 
@@ -78,7 +78,7 @@ class Exchange:
             if payload.average_shared and transport.num_workers > 1:
                 self._begin_mean(payload, any_subnet.shared_layout.numel)
         # 4. Send the blocks with several holders to their owners: one batch for all payloads. The owners need memory
-        #    for each block they receive; the slots are only read. Nobody waits before `finish`.
+        #    for each block they receive; the slots are only read. No process waits before `finish`.
         self.moving = [payload for payload in payloads if payload.moves]
         self.averaged = [payload for payload in self.moving if payload.average_blocks]
         self.averaging = transport.transfer(
@@ -193,7 +193,7 @@ class Exchange:
         """Make room for blocks that arrive, and copy blocks that change their slot within a worker.
 
         Memory: one block for each block that arrives or changes its slot; a second flat tensor for each worker whose
-        capacities change. `_settle` frees the former, and the flat tensor before in the latter case.
+        capacities change. `_settle` frees the former; `Worker.finish_round` frees the old flat tensors.
         """
         if self.held_by_all:
             return

@@ -41,9 +41,10 @@ class Liveness:
         self._state[0] = state
 
     def call(self) -> tuple[list[int], list[int]] | None:
-        """Query all processes. Takes RESPONSE_S seconds at most, and less if only one of them is missing.
+        """Query all processes.
 
-        At least one process is expected to be missing or computing, since otherwise there is no reason to query.
+        Takes about RESPONSE_S + POLL_S seconds at most, and less if only one of them is missing. At
+        least one process is expected to be missing or computing, since otherwise there is no reason to query.
 
         Returns:
             The processes that do not respond, and those that are computing. None if the store does not respond.

@@ -1,9 +1,9 @@
-"""Optimizer state (momentum, Adam's moments) at a synchronization. Policies:
+"""Optimizer state policies: momentum or Adam's moments at a synchronization.
 
-reset    cleared, as in the authors' code
-keep     stays with the shared part and with blocks that stay; blocks that arrive start at zero
-travel   moves with its block, averaged over holders as the weights are; that of the shared part stays
-average  as `travel`, and that of the shared part is averaged over all workers
+- `reset`: cleared, as in the authors' code.
+- `keep`: stays with the shared part and with blocks that stay; zero for blocks that arrive.
+- `travel`: moves with its block, averaged over holders as the weights are; that of the shared part stays.
+- `average`: as `travel`, and that of the shared part is averaged over all workers.
 
 If every worker holds every block in both rounds (local SGD, or one worker), no block moves, and `travel` is `keep`.
 """
@@ -92,7 +92,7 @@ def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopte
         subnet: The sub-network, with its new capacities.
         optimizer: Its optimizer; groups and state are changed in place.
         before: Ids of the parameters before the resize.
-        adopted: State name -> new flat tensor, as `adopt_state` filled it.
+        adopted: State name -> flat tensor that the exchange filled, laid out for the new capacities.
     """
     places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
     # 1. Remove parameters that are gone from their groups, and drop their state, which also frees its memory. Note the

@@ -12,7 +12,7 @@ from resist.sync.worker import Worker
 
 @dataclass(frozen=True)
 class Replica:
-    """The part of the synchronized network that one process keeps.
+    """Weights that one process keeps: its own workers' and replicas.
 
     Together, the processes have the complete network, and still have it without any one worker.
 
@@ -37,7 +37,9 @@ def collect_replica(
     round: int,
     step: int,
 ) -> Replica:
-    """Put the replica of one process together. Nothing is copied: the tensors are views.
+    """Collect the weights that one process keeps.
+
+    Nothing is copied: the tensors are views.
 
     Args:
         workers: The hosted workers; their anchors are the weights as they were synchronized.
@@ -57,10 +59,18 @@ def collect_replica(
 
 
 def keep_newest(transport: Transport, replicas: list[Replica], replica: Replica) -> None:
-    """Append `replica` and, when all processes have theirs, drop the older ones.
+    """Append `replica` and, when all processes have theirs, drop older ones.
 
-    Waits for all processes. Until they have answered, the process holds two generations: if another process is lost
-    in this moment, the remaining ones have at least one of the two complete.
+    Waits for all processes. Until they have answered, this process holds the replicas of two rounds: if another process
+    is lost in this moment, the remaining ones have at least one of the two complete.
+
+    Args:
+        transport: Connects the processes.
+        replicas: Replicas of this process, changed in place.
+        replica: The newest one.
+
+    Raises:
+        WorkerLostError: If another process is lost.
     """
     replicas.append(replica)
     transport.all_gather_text("kept")
