@@ -39,9 +39,10 @@ NONFINITE = ("stop", "drop")
 
 
 class Job:
-    """Train the network that `build_model()` returns by a strategy, as one or more of its workers.
+    """Train the network of `build_model` by a strategy.
 
-    The same code runs in one process, which then hosts all workers, and in several processes under torchrun:
+    A job hosts one or more of the strategy's workers. The same code runs in one process, which then hosts all workers,
+    and in several processes under torchrun:
 
     ```python
     import torch
@@ -184,19 +185,34 @@ class Job:
         return self.strategy.at(self.round).local_steps - self._steps_in_round
 
     def plans_of(self, round: int) -> dict[str, Plan]:
-        """Return the plan of each chain in `round`, by chain name."""
+        """Draw the plans of one round.
+
+        Args:
+            round: Number of the round, from 0.
+
+        Returns:
+            Chain name -> plan.
+        """
         strategy = self.strategy.at(round)
         return {c.name: strategy.assign(c.num_blocks, c.name, self.seed, round) for c in self.chains}
 
     def held_by(self, worker: Worker) -> list[tuple[int, ...]]:
-        """Return the blocks of each chain that a hosted worker holds, in the order of its slots."""
+        """Return the blocks that a hosted worker holds.
+
+        Args:
+            worker: The worker.
+
+        Returns:
+            Blocks of each chain: block `held[chain][slot]` is in that slot.
+        """
         return [self.plans[chain.name].blocks[worker.index] for chain in self.chains]
 
     def step(self, *optimizers: Optimizer, nonfinite: Mapping[int, str] | None = None) -> bool:
-        """Count a step, and synchronize after `local_steps` of them. Call it after each optimizer step.
+        """Count a step, and synchronize after `local_steps` of them.
 
-        A synchronization waits for all workers, averages, and puts the blocks of the next round into the slots. So
-        every process has to call `step` the same number of times, even if a GradScaler has skipped an optimizer step.
+        Call it after each optimizer step. A synchronization waits for all workers, averages, and puts the blocks of the
+        next round into the slots. So every process has to call `step` the same number of times, even if a GradScaler
+        has skipped an optimizer step.
 
         Args:
             optimizers: The optimizers of all hosted workers, at least one for each.
@@ -235,11 +251,12 @@ class Job:
         self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
-        """Exchange averages of the weights over time (EMA, SWA) along with their blocks.
+        """Exchange averages of the weights over time with their blocks.
 
-        Without it, an average of a sub-network mixes the blocks that are in a slot one after another. Call it in all
-        processes, before training. At a synchronization the averages are averaged over holders and handed over as the
-        weights are, which costs the same number of bytes again (booked as "state"). They keep their parameters.
+        The averages are those of EMA or SWA. Without `follow`, an average of a sub-network mixes the blocks that are in
+        a slot one after another. Call it in all processes, before training. At a synchronization the averages are
+        averaged over holders and handed over as the weights are, which costs the same number of bytes again (booked as
+        "state"). They keep their parameters.
 
             average = AveragedModel(job.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
             job.follow(average)
@@ -264,7 +281,9 @@ class Job:
                 ) from error
 
     def synchronize(self, nonfinite: Mapping[int, str] | None = None) -> None:
-        """End the round now: average, hand over, continue with the next plan. Every process has to call it.
+        """End the round now: average, hand over, take the next plan.
+
+        Every process has to call it.
 
         Args:
             nonfinite: Hosted workers whose round must not count, each with the reason; see `step`.
@@ -311,14 +330,17 @@ class Job:
             keep_newest(self.transport, self.replicas, replica)
 
     def finish(self) -> None:
-        """Synchronize if the present round has steps already, so that a short last round counts as well."""
+        """Synchronize if the present round has steps already.
+
+        So a short last round counts as well. Every process has to call it. See `synchronize` for the errors.
+        """
         if self._steps_in_round:
             self.synchronize()
 
     def full_model(
         self, batches: Iterable[object] | None = None, *, on: int = 0, averaged: bool = False
     ) -> nn.Module | None:
-        """Assemble the complete network in eval mode, the branches of its chain blocks scaled.
+        """Assemble the complete network in eval mode, with scaled branches.
 
         Ends the present round first (`finish`). Every process has to call it. The network is a copy. The scales are
         forward hooks: deepcopy and pickle keep them, a state dict does not.
@@ -357,7 +379,10 @@ class Job:
         self.transport.close()
 
     def mark_anchors(self) -> None:
-        """Copy the weights that begin this round, if an option needs them at its end."""
+        """Copy the weights that begin this round.
+
+        Does nothing unless an option needs them at the end of the round.
+        """
         for worker in self.workers:
             worker.begin_round(
                 keep_anchor=self.replicate or self.on_nonfinite == "drop",
@@ -387,7 +412,10 @@ class Job:
 
     @property
     def scales(self) -> list[float]:
-        """The scale of each chain, for the present weights: those of the round that ended last."""
+        """Scale of each chain for the present weights.
+
+        The present weights are those of the round that ended last.
+        """
         plans = self.plans_of(max(self.round - 1, 0))
         if isinstance(self.scale, str) and self.scale not in ("inclusion", "1/S"):
             raise UserError(f"scale={self.scale!r} is not one of inclusion, 1/S, or a number")

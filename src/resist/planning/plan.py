@@ -54,11 +54,29 @@ class Plan:
         return tuple(map(tuple, holders))
 
     def holders(self, block: int) -> tuple[int, ...]:
-        """Return the workers that hold `block`, ascending; none if there is no such block."""
+        """Return the workers that hold a block.
+
+        Args:
+            block: Number of the block.
+
+        Returns:
+            The workers, ascending; empty if there is no such block.
+        """
         return self._holders[block] if 0 <= block < self.num_blocks else ()
 
     def slot(self, worker: int, block: int) -> int:
-        """Slot of `worker` that holds `block`; ValueError if none does."""
+        """Find the slot in which a worker holds a block.
+
+        Args:
+            worker: Number of the worker.
+            block: Number of the block.
+
+        Returns:
+            The slot.
+
+        Raises:
+            ValueError: If the worker does not hold the block.
+        """
         return self.blocks[worker].index(block)
 
 

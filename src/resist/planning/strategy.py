@@ -77,7 +77,14 @@ class Strategy:
             raise UserError(f"local_steps={self.local_steps}; must be at least 1")
 
     def at(self, round: int) -> "Strategy":
-        """Strategy of round number `round`, through all switches."""
+        """Return the strategy of a round, through all switches.
+
+        Args:
+            round: Number of the round, from 0.
+
+        Returns:
+            The strategy, without those before it.
+        """
         return self.then.at(round) if self.then is not None and round >= self.at_round else self
 
 

@@ -62,5 +62,12 @@ def _images(batches: Iterable[object]) -> Iterator[Tensor]:
 
 
 def has_running_statistics(model: nn.Module) -> bool:
-    """Return True if a layer of the model has running statistics."""
+    """Check for layers with running statistics.
+
+    Args:
+        model: Any network.
+
+    Returns:
+        True if a layer has them.
+    """
     return any(getattr(module, "running_mean", None) is not None for module in model.modules())

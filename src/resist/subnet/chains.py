@@ -54,7 +54,14 @@ class Chain:
         return f"{self.container}:{self.first}-{self.last}"
 
     def block_name(self, block: int) -> str:
-        """Global dotted name of a block: block 0 of layer3:1-22 is `layer3.1`."""
+        """Return the global dotted name of a block.
+
+        Args:
+            block: Number of the block.
+
+        Returns:
+            Its name: `layer3.1` for block 0 of layer3:1-22.
+        """
         return f"{self.container}.{self.keys[self.first + block]}".lstrip(".")
 
     def part(self, first: int, last: int) -> "Chain":

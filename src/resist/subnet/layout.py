@@ -29,7 +29,14 @@ class Piece:
     channels_last: bool
 
     def view(self, part: Tensor) -> Tensor:
-        """View this piece of a 1-D `part` in its own shape."""
+        """View this piece in its own shape.
+
+        Args:
+            part: The part of the flat tensor, 1-D.
+
+        Returns:
+            A view of `part`.
+        """
         flat = part[self.offset : self.offset + self.shape.numel()]
         if self.channels_last:
             n, c, h, w = self.shape
@@ -146,7 +153,14 @@ class SubnetLayout:
         return replace(self, shared=shared, blocks=tuple(blocks))
 
     def with_capacities(self, capacities: Sequence[int]) -> "SubnetLayout":
-        """Return the layout of the same network with other capacities."""
+        """Return the layout of the same network with other capacities.
+
+        Args:
+            capacities: Number of blocks of each chain.
+
+        Returns:
+            The layout; this one if the capacities are equal.
+        """
         return self if tuple(capacities) == self.capacities else replace(self, capacities=tuple(capacities))
 
     @property
@@ -160,13 +174,30 @@ class SubnetLayout:
         return self.shared.numel + sum(capacity * block.numel for capacity, block in before)
 
     def slot(self, chain: int, slot: int, flat: Tensor) -> Tensor:
-        """Return one slot of `flat` as a 1-D view."""
+        """Return one slot of a flat tensor.
+
+        Args:
+            chain: Number of the chain.
+            slot: Slot in the chain.
+            flat: Flat tensor, (numel,), with this layout.
+
+        Returns:
+            A view of `flat`, (blocks[chain].numel,).
+        """
         size = self.blocks[chain].numel
         start = self._start(chain) + slot * size
         return flat[start : start + size]
 
     def view(self, place: Place, flat: Tensor) -> Tensor:
-        """Return the tensor at `place` as a view of `flat`."""
+        """Return one tensor in a flat tensor.
+
+        Args:
+            place: Place of the tensor.
+            flat: Flat tensor, (numel,), with this layout.
+
+        Returns:
+            A view of `flat` in the shape of the tensor.
+        """
         if place.chain is None:
             return self.shared.pieces[place.name].view(flat[: self.shared.numel])
         return self.blocks[place.chain].pieces[place.name].view(self.slot(place.chain, place.slot, flat))
@@ -177,7 +208,14 @@ class SubnetLayout:
         return tuple(sorted({chain.container for chain in self.chains}, key=len, reverse=True))
 
     def children(self, container: str) -> list[Child]:
-        """List the children of a chain's container in the sub-network."""
+        """List the children of a chain's container in the sub-network.
+
+        Args:
+            container: Dotted name of the container.
+
+        Returns:
+            The children, in their order.
+        """
         chains = [(number, chain) for number, chain in enumerate(self.chains) if chain.container == container]
         children: list[Child] = []
         for index, full_key in enumerate(chains[0][1].keys):
@@ -194,7 +232,14 @@ class SubnetLayout:
         return {container: {child.key: child for child in self.children(container)} for container in self.containers}
 
     def place(self, name: str) -> Place:
-        """Find the place of a tensor by its name in the sub-network."""
+        """Find the place of a tensor.
+
+        Args:
+            name: Dotted name of the tensor in the sub-network.
+
+        Returns:
+            The place.
+        """
         for container in self.containers:
             prefix = f"{container}." if container else ""
             if not name.startswith(prefix):

@@ -87,11 +87,25 @@ class Subnet:
         return self.flat[: self.shared_layout.numel]
 
     def numel(self, capacities: Sequence[int]) -> int:
-        """Number of elements of a flat tensor for these capacities."""
+        """Compute the size of a flat tensor.
+
+        Args:
+            capacities: Number of blocks of each chain.
+
+        Returns:
+            Number of elements.
+        """
         return self.layout.with_capacities(capacities).numel
 
     def empty(self, capacities: Sequence[int]) -> Tensor:
-        """Allocate a flat tensor for these capacities, not initialized."""
+        """Allocate a flat tensor, not initialized.
+
+        Args:
+            capacities: Number of blocks of each chain.
+
+        Returns:
+            The tensor, (numel(capacities),).
+        """
         return torch.empty(self.numel(capacities), dtype=self.dtype, device=self.device)
 
     def slot(self, chain: int, slot: int, flat: Tensor, capacities: Sequence[int] | None = None) -> Tensor:
@@ -110,11 +124,26 @@ class Subnet:
         return layout.slot(chain, slot, flat)
 
     def place(self, name: str) -> Place:
-        """Find the place of a tensor by its dotted name in `model`."""
+        """Find the place of a tensor.
+
+        Args:
+            name: Dotted name of the tensor in `model`.
+
+        Returns:
+            The place.
+        """
         return self.layout.place(name)
 
     def view(self, place: Place, flat: Tensor) -> Tensor:
-        """Return the tensor at `place` as a view of `flat`."""
+        """Return one tensor in a flat tensor.
+
+        Args:
+            place: Place of the tensor.
+            flat: Flat tensor, (numel,), with the present layout.
+
+        Returns:
+            A view of `flat` in the shape of the tensor.
+        """
         return self.layout.view(place, flat)
 
     def parameter_places(self) -> Iterator[tuple[nn.Parameter, Place]]:
@@ -289,12 +318,26 @@ class Subnet:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and float buffers by dotted name, tied ones once."""
+    """Collect all parameters and float buffers.
+
+    Args:
+        model: Any network.
+
+    Returns:
+        Tensors by dotted name, tied ones once.
+    """
     return dict(_floats(model))
 
 
 def skeleton(module: nn.Module) -> nn.Module:
-    """Copy a module with parameters and float buffers on the meta device."""
+    """Copy a module without its weights.
+
+    Args:
+        module: Module to copy. It is not changed.
+
+    Returns:
+        The copy, with parameters and float buffers on the meta device.
+    """
     memo: dict[int, object] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)

@@ -39,7 +39,14 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def with_input(self, x: Tensor) -> "Call":
-        """Return the same call with another hidden state."""
+        """Return the same call with another hidden state.
+
+        Args:
+            x: The hidden state.
+
+        Returns:
+            A new call; this one is not changed.
+        """
         if self.args and isinstance(self.args[0], Tensor):
             return Call((x, *self.args[1:]), self.kwargs)
         name = next(name for name, value in self.kwargs.items() if isinstance(value, Tensor))

@@ -60,7 +60,14 @@ def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[f
 
 
 def scales_of(model: nn.Module) -> dict[str, float]:
-    """Return the scales of all blocks with a hook, by dotted name."""
+    """Collect the scales of all blocks with a hook.
+
+    Args:
+        model: The full network.
+
+    Returns:
+        Scale of each block by dotted name.
+    """
     return {
         name: hook.scale
         for name, module in model.named_modules()
@@ -94,7 +101,11 @@ def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
 
 
 def unhook(block: nn.Module) -> None:
-    """Remove the scaling hook of one block."""
+    """Remove the scaling hook of one block.
+
+    Args:
+        block: The block, changed in place.
+    """
     for key in [key for key, hook in block._forward_hooks.items() if isinstance(hook, ScaleBranch)]:
         for table in (block._forward_hooks, block._forward_hooks_with_kwargs, block._forward_hooks_always_called):
             cast(dict[int, object], table).pop(key, None)

@@ -39,9 +39,13 @@ def check_agreement(transport: Transport, values: Mapping[str, object]) -> None:
 
 
 def run_everywhere(transport: Transport, action: Callable[[], T]) -> T:
-    """Run `action` in every process; if it fails in one of them, raise its error in all.
+    """Run an action in all processes; all fail if one does.
 
     Waits for all processes, so that none goes on to wait for a process that has failed.
+
+    Args:
+        transport: Connects the processes.
+        action: Function to call in this process.
 
     Returns:
         The result of `action` in this process.
@@ -64,10 +68,10 @@ def run_everywhere(transport: Transport, action: Callable[[], T]) -> T:
 def job_values(
     strategies: Sequence[Strategy], seed: int, chains: Sequence[Chain], model: nn.Module, options: Mapping[str, object]
 ) -> dict[str, object]:
-    """Describe a job by the values that must be equal in all of its processes, for `check_agreement`.
+    """Collect the values that must be equal in all processes.
 
-    Causes come before their consequences, since the first difference is the one that is reported: another strategy
-    also has other capacities, and another seed other initial weights.
+    They are compared by `check_agreement`. Causes come before their consequences, since the first difference is the one
+    that is reported: another strategy also has other capacities, and another seed other initial weights.
 
     Args:
         strategies: The strategy, and those that it switches to, in their order.
@@ -75,6 +79,9 @@ def job_values(
         chains: The chains that are partitioned.
         model: The full network; its tensors are compared by digests of their shapes and of their values.
         options: Further options by name.
+
+    Returns:
+        The values by name.
     """
     network = fingerprint(model)
     return {
@@ -93,7 +100,7 @@ def job_values(
 
 @dataclass(frozen=True)
 class RoundAgreement:
-    """The values about the end of a round that all processes have agreed on.
+    """Values about a round's end that all processes agree on.
 
     Attributes:
         state_names: Names of the optimizer states that any worker has, sorted.
@@ -107,16 +114,19 @@ class RoundAgreement:
 def agree_on_round(
     transport: Transport, *, averages: bool, state_names: Iterable[str], nonfinite: Mapping[int, str]
 ) -> RoundAgreement:
-    """Agree on what the exchange at the end of a round carries. Waits for all processes.
+    """Agree on the payloads of the exchange at a round's end.
 
-    A worker has no optimizer state yet if a GradScaler has skipped all its steps. The list of payloads has to be the
-    same in all processes, so it has the states that any worker has.
+    Waits for all processes. A worker has no optimizer state yet if a GradScaler has skipped all its steps. The list of
+    payloads has to be the same in all processes, so it has the states that any worker has.
 
     Args:
         transport: Connects the processes.
         averages: True if the hosted workers have averages of their weights over time.
         state_names: Names of the optimizer states of the hosted workers.
         nonfinite: Hosted workers with NaN or inf, each with the reason.
+
+    Returns:
+        The states and the workers with NaN or inf of all processes.
 
     Raises:
         AgreedError: If only some processes have averages.

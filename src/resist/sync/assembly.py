@@ -9,7 +9,9 @@ from resist.sync.transport import Move, Transport
 
 
 def assemble(transport: Transport, subnets: dict[int, Subnet], plans: dict[str, Plan], on: int) -> Subnet | None:
-    """Assemble the complete network, between two rounds. Every process has to call it.
+    """Assemble the complete network, between two rounds.
+
+    Every process has to call it.
 
     Args:
         transport: Connects the workers.

@@ -13,7 +13,14 @@ WEIGHTS, VELOCITY, AVERAGE = "weights", "outer velocity", "average of weights"
 
 
 def all_finite(flat: Tensor) -> bool:
-    """Return True if a tensor has neither NaN nor inf. Waits for the device."""
+    """Check a tensor for NaN and inf. Waits for the device.
+
+    Args:
+        flat: A tensor of any shape.
+
+    Returns:
+        True if it has neither.
+    """
     return flat.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(flat, ord=torch.inf)))
 
 
@@ -34,7 +41,7 @@ def mean_into(first: Tensor, others: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def outer_step(weights: Tensor, anchor: Tensor, velocity: Tensor, outer: OuterSGD) -> None:
-    """Take a Nesterov step from `anchor` along the mean change of a round.
+    """Take a Nesterov step along the mean change of a round.
 
     The update rule is that of `torch.optim.SGD` with `nesterov=True`, for the gradient `anchor - weights`
     (Douillard et al., 2023).

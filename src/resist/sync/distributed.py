@@ -77,7 +77,14 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
 
 
 def loopback_store(listener: socket.socket) -> object:
-    """Serve a store at `listener`, for processes of this machine, as long as the returned object is kept."""
+    """Serve a store for the processes of this machine.
+
+    Args:
+        listener: Listening socket of the loopback address; the store takes it over.
+
+    Returns:
+        The store, which serves as long as this object exists.
+    """
     port = listener.getsockname()[1]
     options = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
     return dist.TCPStore("127.0.0.1", port, **options)  # pyright: ignore[reportPrivateImportUsage]
@@ -137,10 +144,12 @@ class Distributed:
         return backend
 
     def process_of(self, worker: int) -> int:
+        """See `Transport.process_of`."""
         return self._rank_of[worker]
 
     @torch.no_grad()
     def transfer(self, moves: Sequence[Move]) -> Handle:
+        """See `Transport.transfer`."""
         arrived: list[Tensor | None] = []
         operations: list[dist.P2POp] = []
         copies: list[tuple[Tensor, Tensor]] = []  # (in CPU memory, on the GPU), to copy after arrival
@@ -174,6 +183,7 @@ class Distributed:
 
     @torch.no_grad()
     def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+        """See `Transport.mean`."""
         first = tensors[0]
         if self.num_processes == 1:
             return Local(self.num_workers).mean(tensors, traffic_kind)
@@ -190,6 +200,7 @@ class Distributed:
         return _Mean(self, work, tensors, self.num_processes)
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
+        """See `Transport.average_gradients`."""
         if self.num_processes != self.num_workers:
             raise AgreedError(
                 f"ddp runs one worker in each process, and there are {self.num_processes} processes for "
@@ -209,9 +220,10 @@ class Distributed:
         return wrapped
 
     def all_gather_text(self, text: str) -> list[str]:
-        """Gather the texts: one all-gather if all of them fit into a packet, else a second one for the whole texts.
+        """See `Transport.all_gather_text`.
 
-        A packet is the length of the text in 8 bytes, and its beginning.
+        One all-gather if all texts fit into a packet, else a second one for the whole texts. A packet is the length of
+        the text in 8 bytes, and its beginning.
         """
         encoded = text.encode()
         packets = self._gather(len(encoded).to_bytes(8, "big") + encoded, PACKET_BYTES)
@@ -229,6 +241,7 @@ class Distributed:
         return [gathered.numpy().tobytes() for gathered in packets]
 
     def close(self) -> None:
+        """See `Transport.close`."""
         self._liveness.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -24,7 +24,9 @@ from resist.sync.transport import Handle, Move, Transport
 
 
 class Exchange:
-    """The synchronization between two plans, for the hosted workers. Create it, then `finish` it.
+    """The synchronization between two plans, for the hosted workers.
+
+    Creating it begins the exchange, and `finish` completes it.
 
     Args:
         transport: Connects the workers.
@@ -86,7 +88,13 @@ class Exchange:
         )
 
     def finish(self) -> None:
-        """Wait until everything has arrived; afterwards the flat tensors are those of the next plan."""
+        """Wait until everything has arrived.
+
+        Afterwards the flat tensors of the payloads are those of the next plan.
+
+        Raises:
+            WorkerLostError: If another process is lost.
+        """
         # 1. Owners wait for the other holders of their blocks, and average. Their slots then have the means.
         arrived, size = self.averaging.finish(), len(self.schedule.average)
         for number, payload in enumerate(self.averaged):

@@ -18,7 +18,7 @@ RESPONSE_S = 5.0  # seconds that a response may take, on a busy machine
 
 
 class Liveness:
-    """The state of this process for others to query, and queries about theirs.
+    """State of this process for others to query, and queries about theirs.
 
     Args:
         store: A store of torch.distributed that all processes share.
@@ -37,7 +37,11 @@ class Liveness:
         self.close = weakref.finalize(self, closed.set)  # the thread ends with the object
 
     def report_state(self, state: str) -> None:
-        """Set the state that this process reports, COMPUTING or WAITING."""
+        """Set the state that this process reports.
+
+        Args:
+            state: COMPUTING or WAITING.
+        """
         self._state[0] = state
 
     def call(self) -> tuple[list[int], list[int]] | None:

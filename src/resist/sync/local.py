@@ -17,6 +17,7 @@ class Done:
         self.arrived = arrived
 
     def finish(self) -> list[Tensor | None]:
+        """See `Handle.finish`."""
         return self.arrived
 
 
@@ -36,20 +37,24 @@ class Local:
         self.hosted = tuple(range(workers))
 
     def process_of(self, worker: int) -> int:
+        """See `Transport.process_of`."""
         return 0
 
     @torch.no_grad()
     def transfer(self, moves: Sequence[Move]) -> Handle:
+        """See `Transport.transfer`."""
         return Done(local_moves(moves))
 
     @torch.no_grad()
     def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+        """See `Transport.mean`."""
         mean_into(tensors[0], tensors[1:])
         for tensor in tensors[1:]:
             tensor.copy_(tensors[0])
         return Done([])
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
+        """See `Transport.average_gradients`."""
         if self.num_workers > 1:
             raise UserError(
                 f"ddp runs one worker in each process, and this one hosts {self.num_workers}; "
@@ -58,7 +63,8 @@ class Local:
         return model
 
     def all_gather_text(self, text: str) -> list[str]:
+        """See `Transport.all_gather_text`."""
         return [text]
 
     def close(self) -> None:
-        pass
+        """See `Transport.close`."""

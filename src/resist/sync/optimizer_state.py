@@ -22,11 +22,12 @@ OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
 
 
 def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]) -> None:
-    """Move the optimizer's state into flat tensors laid out as the weights, one for each state name.
+    """Move the optimizer's state into flat tensors laid out as the weights.
 
-    The optimizer then works on views of these tensors. States that are views of them already are not copied. Two cases
-    are left to the optimizer: a state whose shape is not that of its parameter (Adam's step count), and a state that
-    only zero-dimensional parameters have in their own shape (again the step count).
+    Each state name has one flat tensor. The optimizer then works on views of these tensors. States that are views of
+    them already are not copied. Two cases are left to the optimizer: a state whose shape is not that of its parameter
+    (Adam's step count), and a state that only zero-dimensional parameters have in their own shape (again the step
+    count).
 
     Args:
         subnet: The sub-network whose parameters the optimizer trains.
@@ -54,7 +55,14 @@ def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]
 
 
 def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> list[list[Optimizer]]:
-    """Return the optimizers of each sub-network: those that train its parameters.
+    """Group optimizers by the sub-network whose parameters they train.
+
+    Args:
+        subnets: The sub-networks of the hosted workers.
+        optimizers: Their optimizers, in any order.
+
+    Returns:
+        The optimizers of each sub-network.
 
     Raises:
         UserError: If an optimizer trains the parameters of no sub-network or of several, if two optimizers train the
@@ -86,7 +94,7 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
 
 
 def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopted: Mapping[str, Tensor]) -> None:
-    """Update an optimizer after `subnet.resize`, which has removed parameters or added new ones.
+    """Update an optimizer after its parameters have changed in `subnet.resize`.
 
     Args:
         subnet: The sub-network, with its new capacities.

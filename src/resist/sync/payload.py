@@ -15,7 +15,9 @@ Key = tuple[int, int]  # (chain number, block), or (chain number, slot)
 
 @dataclass
 class Payload:
-    """One value for each weight of each hosted worker: the weights themselves, or one optimizer state.
+    """One value for each weight of each hosted worker.
+
+    The values are the weights themselves, an average of them, or one optimizer state.
 
     Attributes:
         name: WEIGHTS, VELOCITY, AVERAGE, or the optimizer's name of the state ("momentum_buffer", "exp_avg").
@@ -37,18 +39,28 @@ class Payload:
     resized: dict[int, Tensor] = field(default_factory=dict)
 
     def traffic_kind(self, part: str) -> str:
-        """Return the account on which the transport books `part`, "shared" or "blocks"."""
+        """Return the account on which the transport books a part.
+
+        Args:
+            part: "shared" or "blocks".
+
+        Returns:
+            `part` for the weights, "state" for other payloads.
+        """
         return part if self.name == WEIGHTS else "state"
 
 
 def collect_payloads(workers: Sequence[Worker], strategy: Strategy, state_names: Iterable[str]) -> list[Payload]:
-    """List what is exchanged at the end of a round: weights, optimizer states, averages, outer momentum.
+    """List the payloads of the exchange at the end of a round.
 
     Args:
         workers: The hosted workers.
         strategy: The strategy of the round; its `optimizer_state` decides what happens to the states.
         state_names: Names of the states that any worker has. A worker without one of them gets zeros, in memory for
             one more copy of its weights.
+
+    Returns:
+        Weights, optimizer states, averages of the weights, and outer momentum, in this order.
     """
     policy = strategy.optimizer_state
     moves, average_shared = policy in ("travel", "average"), policy == "average"

@@ -17,13 +17,16 @@ POLL_S = 0.05
 
 
 def agree_on_attempt(store: Any, rank: int, size: int, timeout_s: float) -> str:
-    """Return the name of this attempt, the same in all processes. Waits for all of them.
+    """Agree on the name of this attempt. Waits for all processes.
 
     Args:
         store: A store of torch.distributed that all processes share.
         rank: The number of this process.
         size: The number of processes.
         timeout_s: Seconds to wait.
+
+    Returns:
+        The name, the same in all processes.
 
     Raises:
         TimeoutError: If not all processes have come after `timeout_s`; names those that are missing.

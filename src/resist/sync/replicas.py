@@ -47,6 +47,9 @@ def collect_replica(
         blocks: Blocks kept for other workers: (chain number, block) -> flat tensor (numel,).
         round: Rounds done.
         step: Optimizer steps done.
+
+    Returns:
+        The replica.
     """
     tensors: dict[str, Tensor] = {}
     for worker, blocks_held in zip(workers, held, strict=True):

@@ -49,7 +49,11 @@ class CountingTransport:
         self.wait_s: defaultdict[str, float] = defaultdict(float)
 
     def take(self) -> dict[str, object]:
-        """Return the accounts since the last call, ready for JSON, and start new ones."""
+        """Return the accounts since the last call, and begin new ones.
+
+        Returns:
+            The attributes of this class by name, as values for JSON.
+        """
         taken = {
             "bytes": dict(self.bytes),
             "messages": dict(self.messages),
@@ -61,9 +65,11 @@ class CountingTransport:
         return taken
 
     def process_of(self, worker: int) -> int:
+        """See `Transport.process_of`."""
         return self._transport.process_of(worker)
 
     def transfer(self, moves: Sequence[Move]) -> Handle:
+        """See `Transport.transfer`."""
         for move in moves:
             self.bytes[move.traffic_kind] += move.num_bytes
             self.messages[move.traffic_kind] += 1
@@ -74,6 +80,7 @@ class CountingTransport:
         return self._timed(moves[0].traffic_kind if moves else "blocks", lambda: self._transport.transfer(moves))
 
     def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+        """See `Transport.mean`."""
         num_bytes = tensors[0].numel() * tensors[0].element_size()
         self.bytes[traffic_kind] += self.num_workers * allreduce_bytes(num_bytes, self.num_workers)
         self.messages[traffic_kind] += 1
@@ -81,7 +88,10 @@ class CountingTransport:
         return self._timed(traffic_kind, lambda: self._transport.mean(tensors, traffic_kind))
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None] = lambda num_bytes: None) -> nn.Module:
-        """Wrap `model`; gradients are booked as ring all-reduces. The few buffers that ddp sends are not booked."""
+        """See `Transport.average_gradients`.
+
+        Gradients are booked as ring all-reduces. The few buffers that ddp sends are not booked.
+        """
 
         def book(num_bytes: int) -> None:
             count(num_bytes)
@@ -92,9 +102,10 @@ class CountingTransport:
         return self._transport.average_gradients(model, book)
 
     def all_gather_text(self, text: str) -> list[str]:
-        """Gather texts, booked as an all-gather between processes, which have texts, not between workers.
+        """See `Transport.all_gather_text`.
 
-        Each process sends a packet of fixed size, and then its text, padded to the longest, if one does not fit.
+        Texts are booked as an all-gather between processes, not between workers. Each process sends a packet of fixed
+        size, and then its text, padded to the longest, if one does not fit.
         """
         if self.num_processes == 1:
             return [text]
@@ -110,6 +121,7 @@ class CountingTransport:
         return texts
 
     def close(self) -> None:
+        """See `Transport.close`."""
         self._transport.close()
 
     def _timed(self, traffic_kind: str, begin: Callable[[], Handle]) -> Handle:

@@ -62,14 +62,26 @@ class Transport(Protocol):
     num_processes: int
 
     def process_of(self, worker: int) -> int:
-        """Return the number of the process that hosts `worker`."""
+        """Return the number of the process that hosts a worker.
+
+        Args:
+            worker: Number of the worker.
+
+        Returns:
+            Number of the process.
+        """
         ...
 
     def transfer(self, moves: Sequence[Move]) -> Handle:
-        """Begin all moves as one batch; moves within this process are done at once.
+        """Begin all moves as one batch.
+
+        Moves within this process are done at once.
 
         Args:
             moves: The moves of all processes, the same list in every process.
+
+        Returns:
+            A handle. Do not change the outgoing tensors or read the incoming ones before its `finish`.
 
         Raises:
             WorkerLostError: If another process is lost; also by the handle's `finish`.
@@ -77,12 +89,17 @@ class Transport(Protocol):
         ...
 
     def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
-        """Begin to replace tensors by their mean over all workers, in place. All processes have to call it.
+        """Begin to replace tensors by their mean over all workers.
+
+        All processes have to call it. The tensors are changed in place.
 
         Args:
             tensors: One tensor for each hosted worker, of the same shape. Do not read them before the handle's
                 `finish`.
             traffic_kind: The account on which it is booked: "shared" or "state".
+
+        Returns:
+            A handle, whose `finish` returns an empty list.
 
         Raises:
             WorkerLostError: If another process is lost; also by the handle's `finish`.
@@ -90,11 +107,14 @@ class Transport(Protocol):
         ...
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
-        """Wrap `model` so that each backward pass averages its gradients over all workers.
+        """Wrap `model` to average its gradients in each backward pass.
 
         Args:
             model: The network of the only hosted worker.
             count: Called with the number of bytes whenever gradients are averaged.
+
+        Returns:
+            The network to train instead of `model`.
 
         Raises:
             UserError: If a process hosts several workers.
@@ -102,7 +122,17 @@ class Transport(Protocol):
         ...
 
     def all_gather_text(self, text: str) -> list[str]:
-        """Return the texts of all processes, in their order. Waits for all of them."""
+        """Gather the texts of all processes. Waits for all of them.
+
+        Args:
+            text: Text of this process.
+
+        Returns:
+            The text of each process, in the order of the processes.
+
+        Raises:
+            WorkerLostError: If another process is lost.
+        """
         ...
 
     def close(self) -> None:
@@ -111,7 +141,14 @@ class Transport(Protocol):
 
 
 def local_moves(moves: Sequence[Move]) -> list[Tensor | None]:
-    """Carry out moves whose source and target are in this process. Returns the received tensors."""
+    """Carry out moves within this process.
+
+    Args:
+        moves: Moves whose source and target are hosted by this process.
+
+    Returns:
+        The received tensor of each move.
+    """
     arrived: list[Tensor | None] = []
     for move in moves:
         if move.outgoing is not None and move.incoming is not None:
@@ -121,7 +158,15 @@ def local_moves(moves: Sequence[Move]) -> list[Tensor | None]:
 
 
 def hosted_workers(workers: int, processes: int) -> list[tuple[int, ...]]:
-    """Return the workers of each process: consecutive ones, with counts that differ by at most one."""
+    """Distribute the workers over processes.
+
+    Args:
+        workers: Number of workers.
+        processes: Number of processes.
+
+    Returns:
+        The workers of each process: consecutive ones, with counts that differ by at most one.
+    """
     return [
         tuple(range(process * workers // processes, (process + 1) * workers // processes))
         for process in range(processes)
@@ -129,10 +174,13 @@ def hosted_workers(workers: int, processes: int) -> list[tuple[int, ...]]:
 
 
 def workers_of(process: int, hosted: Sequence[Sequence[int]]) -> str:
-    """Return the workers of a process as a text, such as "workers 2, 3".
+    """Describe the workers of a process.
 
     Args:
         process: The number of the process.
         hosted: The workers of each process, from `hosted_workers`.
+
+    Returns:
+        A text such as "workers 2, 3".
     """
     return f"worker{'s' if len(hosted[process]) > 1 else ''} {', '.join(map(str, hosted[process]))}"

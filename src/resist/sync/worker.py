@@ -12,7 +12,9 @@ from resist.sync.optimizer_state import adopt_state, follow_resize
 
 
 class Worker:
-    """One of the S workers, hosted by this process. `Job` makes them; see `Job.workers`.
+    """One of the S workers, hosted by this process.
+
+    `Job` makes them; see `Job.workers`.
 
     Args:
         index: The number of the worker, 0 to S - 1.
@@ -39,7 +41,7 @@ class Worker:
         self.average: Subnet | None = None
 
     def begin_round(self, *, keep_anchor: bool, outer: bool) -> None:
-        """Copy the weights to `anchor` if an option needs them at the end of the round.
+        """Copy the weights to `anchor` if an option needs them.
 
         Args:
             keep_anchor: Copy them, in any case.
@@ -51,7 +53,11 @@ class Worker:
             self.state.setdefault(VELOCITY, torch.zeros_like(self.subnet.flat))
 
     def collect_state(self, policy: str) -> None:
-        """Move the state of the optimizers into `state` before a synchronization, or clear it (policy "reset")."""
+        """Move the state of the optimizers into `state` before a synchronization.
+
+        Args:
+            policy: One of `resist.sync.optimizer_state.OPTIMIZER_STATES`. "reset" clears the state instead.
+        """
         for optimizer in self.optimizers:
             if policy == "reset":
                 optimizer.state.clear()
@@ -67,7 +73,7 @@ class Worker:
     def finish_round(
         self, flats: Mapping[str, Tensor], capacities: Sequence[int], held: Sequence[Sequence[int]]
     ) -> None:
-        """Take over the result of a synchronization, and become the sub-network of the next plan.
+        """Take over the result of a synchronization, for the next plan.
 
         Args:
             flats: Payload name -> flat tensor, laid out for `capacities`.
