@@ -130,3 +130,13 @@ def test_runs_of_other_versions_are_refused_in_one_line(tmp_path: Path) -> None:
         notes: list[str] = []
         read_options(tmp_path, notes)
         assert name in notes[0]
+
+
+def test_damage_after_the_last_kept_round_does_not_stop_a_resumption(tmp_path: Path) -> None:
+    """Those rounds are done again; damage before it is refused, with a remedy that works."""
+    path = run(tmp_path, [GOOD[0], "{broken\n", *GOOD[1:]])
+    assert [record["round"] for _, record in read_past(path, 1)] == [1]
+    with pytest.raises(UserError, match=r"line 2 of .* is damaged; restore the file, or delete it to resume without"):
+        read_past(path, 2)
+    (path / "metrics.jsonl").unlink()
+    assert read_past(path, 2) == []

@@ -94,7 +94,7 @@ def test_plan_and_cost_know_the_folder(capsys: pytest.CaptureFixture[str], folde
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--warmup-epochs", "1"], "show a plan with --warmup-rounds"),
+        (["--warmup-epochs", "1"], "give --warmup-rounds to show a plan"),
         (["--data", "folder", "--data-dir", "nowhere"], "nowhere/train: No such file or directory; --data-dir has to"),
     ],
 )

@@ -65,7 +65,7 @@ def test_no_line_is_wider_than_the_terminal_and_none_is_lost(
     summary = Summary(40 if rounds % 2 else None)
     for record in eight[:rounds]:
         summary.add(record)
-    lines = drawn(summary, width, height, "no news for 40 s" if late else "")
+    lines = drawn(summary, width, height, "no record for 40 s" if late else "")
     if width >= 20 and height >= 12:
         assert all(len(line) <= width for line in lines)
         assert len(lines) <= height
@@ -106,7 +106,7 @@ def test_without_a_terminal_there_are_lines_now_and_then(eight: list[dict], monk
         now[0] += 20.0
         display.tick()
         display.tick()
-        assert file.getvalue().splitlines()[2:] == ["no news for 25 s"]
+        assert file.getvalue().splitlines()[2:] == ["no record for 25 s"]
 
 
 def resist(capsys, *arguments: object) -> tuple[int, str, str]:

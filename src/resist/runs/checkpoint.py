@@ -10,6 +10,7 @@ write, so that a slow disk never stands in the way of training, and a lost proce
 
 import contextlib
 import json
+import math
 import secrets
 import shutil
 import threading
@@ -46,7 +47,8 @@ class Checkpoints:
         folder: RUN/checkpoints, the same for all processes.
         transport: Connects the processes; used in `begin` and `finish`, never in the background.
         possible: Whether all processes see the folder. Where they do not, nothing is written.
-        timeout_s: Seconds that the main process waits for the files of the others.
+        timeout_s: The timeout of `transport` in seconds. The main process waits half of it until it sees the files of
+            the others.
     """
 
     def __init__(self, folder: Path, transport: Transport, *, possible: bool = True, timeout_s: float = 600.0) -> None:
@@ -78,7 +80,7 @@ class Checkpoints:
             partial = self._partial(job.round, attempt)
             try:
                 for cut_off in self.folder.glob(".round-*.partial"):
-                    shutil.rmtree(cut_off)
+                    shutil.rmtree(cut_off, ignore_errors=True)
                 partial.mkdir(parents=True)
             except OSError as caught:
                 error = caught
@@ -94,7 +96,7 @@ class Checkpoints:
         # The copy takes CPU memory for everything that this process owns, until it is written.
         staged = {name: tensor.detach().cpu().clone() for name, tensor in owned_state(job, optimizers)}
         partial = self._partial(job.round, attempt)
-        self._save = _Save(staged, about, partial, self.folder / round_name(job.round), self._process, self._timeout_s)
+        self._save = _Save(staged, about, partial, self.folder / round_name(job.round), self._process)
         self._save.thread.start()
 
     def finish(self) -> None:
@@ -109,8 +111,10 @@ class Checkpoints:
             return
         try:
             save.written.wait()  # ends by itself, with the file or with an error
-            self._agree(save.error)  # a process that could not write says so before the main process waits for it
-            save.thread.join()  # in the main process: until all files are there, or the timeout
+            self._agree(save.write_error)  # the answer of a process comes after its file
+            # Now all files exist. The main process may see them late; the others wait for its answer twice as long.
+            save.deadline = time.monotonic() + self._timeout_s / 2
+            save.thread.join()
             self._agree(save.error)
         except UserError:
             save.give_up()
@@ -154,7 +158,9 @@ class _Save:
     Attributes:
         thread: Writes the file of this process; in the main process it then completes the checkpoint.
         written: Set when this process has written its file, or could not.
-        error: The reason that it could not be written or completed.
+        write_error: The reason that this process could not write its file.
+        error: The reason that the checkpoint could not be written or completed.
+        deadline: The time (`time.monotonic`) at which the main process stops waiting for the files of the others.
     """
 
     def __init__(
@@ -164,25 +170,26 @@ class _Save:
         partial: Path,
         final: Path,
         process: int,
-        timeout_s: float,
     ) -> None:
         self._staged, self._about, self._partial, self._final = staged, about, partial, final
-        self._process, self._timeout_s = process, timeout_s
+        self._process, self.deadline = process, math.inf
         self._given_up = threading.Event()
         self.written = threading.Event()
+        self.write_error: BaseException | None = None
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def give_up(self) -> None:
         """Wait for the other processes no longer. The folder under the other name is removed."""
         self._given_up.set()
-        self.thread.join(ABANDON_S)
+        if self._process == 0:
+            self.thread.join(ABANDON_S)
 
     def _run(self) -> None:
         try:
             self._write()
         except BaseException as error:  # raised by `finish`, where the training loop can see it
-            self.error = error
+            self.write_error = self.error = error
         self._staged = {}
         self.written.set()
         if self._process != 0:
@@ -218,16 +225,15 @@ class _Save:
 
     def _await(self, names: Sequence[str]) -> None:
         """Wait for files, which appear complete: no message says so, because a process that is lost sends none."""
-        end = time.monotonic() + self._timeout_s
         while True:
-            hopeless = self._given_up.is_set() or time.monotonic() > end  # noted before the last look
+            hopeless = self._given_up.is_set() or time.monotonic() > self.deadline  # noted before the last look
             present = {path.name for path in self._partial.iterdir()}  # unlike a look at one file, never out of a cache
             missing = [process for process, name in enumerate(names) if name not in present]
             if not missing:
                 return
             if hopeless:
                 processes = ", ".join(map(str, missing))
-                raise TimeoutError(f"process {processes} did not write its file within {self._timeout_s:g} s")
+                raise TimeoutError(f"process 0 does not see the file of process {processes}")
             self._given_up.wait(POLL_S)
 
 

@@ -272,6 +272,8 @@ class TrainConfig:
     def strategy(self) -> Strategy:
         """Build the strategy that these options describe."""
         m = self.method
+        if m.outer is not None and len(m.outer) != 2:
+            raise UserError(f"--outer {' '.join(map(str, m.outer))}; give two numbers, learning rate and momentum")
         outer = None if m.outer is None else OuterSGD(*m.outer)
         if m.strategy == "ddp":
             return ddp(m.workers, m.local_steps)
@@ -396,7 +398,7 @@ def _value(hint: Any, value: object, where: str) -> object:
         fits = isinstance(value, str)
         value = Path(value) if isinstance(value, str) else value
     elif hint is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)  # else no float can hold it
     else:
         fits = type(value) is hint
     if not fits:

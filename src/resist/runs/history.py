@@ -133,7 +133,7 @@ def read_past(path: Path, last_round: int, known_gaps: object = None) -> list[tu
     file = path / "metrics.jsonl"
     if not file.exists():
         return []
-    past = [(line, record) for line, record in _read_records(file, []) if record["round"] <= last_round]
+    past = [(line, record) for line, record in _read_records(file, [], last_round) if record["round"] <= last_round]
     known = [(gap[0], gap[1]) for gap in known_gaps if _is_gap(gap)] if isinstance(known_gaps, list) else []
     gaps = missing_rounds(record["round"] for _, record in past)
     gaps = [(first, last) for first, last in gaps if not any(a <= first and last <= b for a, b in known)]
@@ -166,23 +166,33 @@ def _range_text(gaps: list[tuple[int, int]]) -> str:
     return text + (f" (and {len(gaps) - 1} other gap{'s' * (len(gaps) > 2)})" if len(gaps) > 1 else "")
 
 
-def _read_records(file: Path, notes: list[str]) -> list[tuple[bytes, Record]]:
-    """Lines and records of a metrics.jsonl. Raises UserError for a damaged line that is not the last."""
+def _read_records(file: Path, notes: list[str], last_round: int | None = None) -> list[tuple[bytes, Record]]:
+    """Lines and records of a metrics.jsonl. Raises UserError for a damaged line that is not the last.
+
+    With `last_round`, damage after the record of that round is left out: these rounds are done again.
+    """
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}; is {file.parent} a run directory?") from error
     rounds: list[tuple[bytes, Record]] = []
+    damaged = 0
     for number, line in enumerate(lines, start=1):
         record = parse_record(line)
         if record is None:
-            if number < len(lines):
-                raise UserError(f"line {number} of {file} is damaged; fix or delete the line")
-            notes.append("The last line of metrics.jsonl is cut off and was left out.")
-            break
+            damaged = damaged or number
+            if last_round is None and number < len(lines):
+                raise UserError(f"line {damaged} of {file} is damaged; fix or delete the line")
+            continue
+        if damaged and record["round"] <= (last_round or 0):
+            raise UserError(
+                f"line {damaged} of {file} is damaged; restore the file, or delete it to resume without its records"
+            )
         while rounds and rounds[-1][1]["round"] >= record["round"]:
             rounds.pop()
         rounds.append((line, record))
+    if damaged:
+        notes.append("The last line of metrics.jsonl is cut off and was left out.")
     return rounds
 
 

@@ -3,8 +3,8 @@
     RUN/replicas/round-000012/process-3.safetensors    weights as they were synchronized, by global name (`--replicate`)
     RUN/diverged/round-000012/process-3.safetensors    weights as they were when training diverged, to look at
 
-No process waits for another here: one of them may be lost. The metadata of each file says what job.json says of a
-checkpoint; `newest_replicas` finds out whether the files of a round have the complete network.
+No process waits for another here: one of them may be lost. The metadata of each file has the entries of a checkpoint's
+job.json; `newest_replicas` finds out whether the files of a round have the complete network.
 """
 
 import json
@@ -31,8 +31,8 @@ def write_replicas(folder: Path, job: Job, attempt: str = "") -> None:
     Args:
         folder: RUN/replicas; it is made if it does not exist.
         job: The job, which may have lost workers.
-        attempt: A text that tells this start of the run from others, equal in all processes: files of several
-            attempts are never combined.
+        attempt: A text that distinguishes this attempt from others, equal in all processes: files of several attempts
+            are never combined.
 
     Raises:
         UserError: They cannot be written.
@@ -64,7 +64,8 @@ def write_diverged(folder: Path, job: Job) -> None:
         for worker in job.workers
         for name, view in worker.subnet.state(job.held_by(worker)).items()
     }
-    metadata = {"round": job.round, "step": job.step_index, "workers": job.strategy.workers, "dropped": job.dropped}
+    number = job.round + 1  # of the round that could not be completed
+    metadata = {"round": number, "step": job.step_index, "workers": job.strategy.workers, "dropped": job.dropped}
     _write(folder, job, tensors, DIVERGED, metadata)
 
 
@@ -101,18 +102,25 @@ def restore_replicas(job: Job, folder: Path, metadata: Mapping[str, Any]) -> Non
         metadata: As `newest_replicas` returned it, in the process that searched.
 
     Raises:
-        UserError: The files have not all weights of this network.
+        UserError: The files do not have all weights of this network.
     """
     path = folder / round_name(metadata["round"])
     missing = {name for worker in job.workers for name in worker.subnet.state(job.held_by(worker))}
     tensors: dict[str, Tensor] = {}
+    reason = ""
     for file in sorted(path.glob(process_file("*"))):
         try:
             if read_description(file, REPLICAS).metadata == metadata:
                 tensors |= read_tensors(file, REPLICAS, missing.__contains__)
                 missing -= tensors.keys()
-        except UserError:
-            continue  # the same tensors may be in the file of another process
+        except UserError as error:
+            reason = str(error)  # the same tensors may be in the file of another process
+    if missing:
+        reason = reason or f"no file there has the tensor {min(missing)!r}"
+        raise UserError(
+            f"{path}: {reason}; the network has to be the same, and all processes need to see this folder; remove it "
+            "to resume without it"
+        )
     restore_state(job, None, tensors, path)
 
 

@@ -152,6 +152,8 @@ def _opened(path: Path, file_format: str) -> Iterator[tuple[Any, Description]]:
 
 def other_format(source: object, actual: object, expected: str) -> FormatError:
     """The error for a file or a checkpoint of another format or version."""
+    if not isinstance(actual, str):
+        return FormatError(f"{source} is not a file of resist; give another one")
     remedy = "train again, or use the version of resist that wrote it"
     return FormatError(f"{source} has the format {actual!r}, not {expected!r}; {remedy}")
 

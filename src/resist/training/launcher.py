@@ -171,13 +171,13 @@ class Forked:
         sys.stdout.flush()
         sys.stderr.flush()
         # A signal that comes before the fork has reset its handlers waits, and then ends it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             self.pid = os.fork()
             if self.pid == 0:
                 _run_fork(action, arguments, environment, closed)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def poll(self) -> int | None:
         return self._wait(os.WNOHANG)
@@ -353,6 +353,7 @@ def _signals() -> Iterator[list[int]]:
         yield received
         return
     before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in ENDING}
+    before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how a fork ended
     try:
         yield received
     finally:

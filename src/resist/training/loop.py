@@ -126,11 +126,12 @@ class Training:
         self.optimizers = tuple(trainer.optimizer for trainer in trainers)
         self.device = job.workers[0].subnet.device
         self.clock = Clock(self.device)
+        self.round_number = job.round + 1  # of the round under way, until its record and checkpoint are begun
         self.failed: str | None = None  # an error that ends the run when all processes know of it
         self.exchange_s = 0.0  # of the last synchronization, in this process
         self.checkpoint_s = 0.0
 
-    def go_on(self, steps: int) -> int:
+    def train(self, steps: int) -> int:
         """Train up to step `steps`.
 
         Returns:
@@ -158,6 +159,7 @@ class Training:
                     continue
                 report = self._end_round(losses, lr, recorder, interrupted, last=step == steps - 1)
                 losses.clear()
+                self.round_number = job.round + 1
                 if report.interrupted:
                     self.checkpoints.finish()
                     recorder.interrupted(saved=self.checkpoints.possible)

@@ -216,7 +216,7 @@ class Display:
         silent = self.silent_s
         if silent < max(LATE_S, LATE_ROUNDS * self.summary.round_s):
             return ""
-        return f"no news for {silent:.0f} s"
+        return f"no record for {silent:.0f} s"
 
     def _locked(self) -> RenderableType:
         with self._lock:

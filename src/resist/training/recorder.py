@@ -1,4 +1,4 @@
-"""The records of a run, in the process that is_main: written to the run directory, to loggers and to the display."""
+"""The records of a run, in the main process: written to the run directory, to loggers and to the display."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -22,7 +22,7 @@ class Recorder:
         config: the configuration of the run.
         rounds: the number of rounds that the run will have.
         run: the run directory, or None in processes that do not write.
-        loggers: where else records go. One that fails is closed out of the run with a message.
+        loggers: where else records go. One that fails is dropped, with a message.
         ending: returns True once the run has been signaled to end after this round.
 
     Attributes:

@@ -93,7 +93,7 @@ def _search(checkpoints: Path, replicas: Path) -> dict[str, Any]:
     if not source and errors and isinstance(errors[0], FormatError):
         raise errors[0]
     for error in errors + replica_errors:
-        print(f"resist: {error}; skipped", file=sys.stderr)
+        print(f"resist: skipped: {error}", file=sys.stderr)
     if not source and errors:
         raise UserError(f"no sound checkpoint in {checkpoints}; train again, or copy one there")
     return source

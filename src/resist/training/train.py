@@ -1,7 +1,6 @@
 """`train`: open the data, join the processes, make the job and the run directory, and run the loop."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +92,7 @@ def train(config: TrainConfig) -> int:
         )
         training = Training(config, task, job, trainers, run, loggers, checkpoints)
         try:
-            return _surviving(out, attempt, job, lambda: training.go_on(steps))
+            return _surviving(out, attempt, training, steps)
         finally:
             checkpoints.abandon()
     finally:
@@ -125,22 +124,26 @@ def _all_done(path: Path, steps: int, is_main: bool) -> int:
     return 0
 
 
-def _surviving(out: Path, attempt: str, job: Job, action: Callable[[], int]) -> int:
-    """Do `action`; where a worker is lost or diverges, write the replicas and weights of this process."""
+def _surviving(out: Path, attempt: str, training: Training, steps: int) -> int:
+    """Train; where a worker is lost or diverges, write the replicas and weights of this process."""
+    job = training.job
     try:
-        return action()
+        return training.train(steps)
     except WorkerLostError as lost:
         kept = ""
         if job.replicas:
             write_replicas(out / "replicas", job, attempt)
             kept = f"; replicas of round {job.replicas[-1].round} are in {out / 'replicas'}"
-        raise WorkerLostError(f"round {job.round + 1}: {lost}{kept}; go on with resist train --resume {out}") from lost
+        raise WorkerLostError(
+            f"round {training.round_number}: {lost}{kept}; go on with resist train --resume {out}"
+        ) from lost
     except DivergedError as error:
         write_diverged(out / "diverged", job)
         if job.replicas:
             write_replicas(out / "replicas", job, attempt)
-        where = f"the weights are in {out / 'diverged'}; to go on from before: --resume {out} --lr ..."
-        raise DivergedError(f"{error}; {where}") from error
+        where = f"the weights are in {out / 'diverged'}"
+        remedy = f"to continue from the last checkpoint: resist train --resume {out} --lr ..."
+        raise DivergedError(f"{error}; {where}; {remedy}") from error
 
 
 def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
