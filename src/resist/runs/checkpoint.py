@@ -143,8 +143,8 @@ class Checkpoints:
 
     def _complaint(self, reason: str) -> str:
         return (
-            f"a checkpoint in {self.folder} could not be written: {reason}; make room there, then go on with --resume; "
-            "older checkpoints are as they were"
+            f"a checkpoint in {self.folder} could not be written: {reason}; make room there, then continue with "
+            "--resume; older checkpoints are as they were"
         )
 
 

@@ -31,7 +31,7 @@ def write_replicas(folder: Path, job: Job, attempt: str = "") -> None:
     Args:
         folder: RUN/replicas; it is made if it does not exist.
         job: The job, which may have lost workers.
-        attempt: A text that tells this start of the run from others, equal in all processes: files of several
+        attempt: A text that distinguishes this start of the run from others, equal in all processes: files of several
             attempts are never combined.
 
     Raises:

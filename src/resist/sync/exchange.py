@@ -78,7 +78,7 @@ class Exchange:
             if payload.average_shared and transport.num_workers > 1:
                 self._begin_mean(payload, any_subnet.shared_layout.numel)
         # 4. Send the blocks with several holders to their owners: one batch for all payloads. The owners need memory
-        #    for each block they receive; the slots are only read. Nobody waits before `finish`.
+        #    for each block they receive; the slots are only read. No process waits before `finish`.
         self.moving = [payload for payload in payloads if payload.moves]
         self.averaged = [payload for payload in self.moving if payload.average_blocks]
         self.averaging = transport.transfer(

@@ -104,7 +104,7 @@ class Training:
     Args:
         config: The options.
         task: Data, loss and tests.
-        job: The job, at the step from which to go on.
+        job: The job, at the step from which to continue.
         trainers: One for each hosted worker.
         run: The run directory; None in all but the main process.
         loggers: Further places for the records; none in all but the main process.

@@ -105,7 +105,7 @@ class Recorder:
         self._state = "interrupted"
         if self.run is not None:
             self.display.stop()
-            then = f"to go on: resist train --resume {self.run.path}" if saved else "nothing was saved"
+            then = f"to continue: resist train --resume {self.run.path}" if saved else "nothing was saved"
             print(f"interrupted after round {self.summary.done}; {then}")
 
     def finish(self, job: Job) -> None:
