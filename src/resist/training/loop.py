@@ -190,7 +190,7 @@ class Training:
     ) -> RoundReport:
         """Do the last step of a round: compare, synchronize, test, record, save.
 
-        The checkpoint comes last: a run that goes on from it then has the record of the round, and at the end the
+        The checkpoint comes last: a run that resumes from it then has the record of the round, and at the end the
         network.
         """
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimization.batch_size

@@ -77,7 +77,7 @@ class Recorder:
         for logger in list(self._loggers):
             if failure := logger.write(record):
                 self._loggers.remove(logger)
-                self._print(f"resist: {failure}; training goes on without it")
+                self._print(f"resist: {failure}; training continues without it")
         self.display.add(record)
 
     def reached(self, budgets: Mapping[str, float], more_s: float) -> bool:
