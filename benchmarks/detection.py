@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from resist.cli.plan import PlanConfig, plan_facts
+from resist.cli.plan import PlanConfig, describe_plan
 from resist.planning.schedule import allreduce_bytes
 from resist.runs.history import read_history
 
@@ -80,7 +80,7 @@ def summary(run: Path) -> Record:
     """Summarize a run: options, scores, bytes, seconds and provenance."""
     history = read_history(run)
     config, rounds = history.config, history.rounds
-    plan = plan_facts(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
+    plan = describe_plan(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
     here = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     traffic_kinds = sorted({traffic_kind for r in rounds for traffic_kind in r["bytes"]} - {"evaluate"})
     return {

@@ -46,7 +46,7 @@ MAX_TIME_ERROR, MAX_MEMORY_ERROR, MAX_WIRE_ERROR = 15.0, 10.0, 1.0  # percent
 MAX_RECORDING = 1.0  # percent of a round
 LEVEL = 0.05  # two round times that differ by less than this share are called equal, as in `resist cost`
 TIMES_PUBLISHED, TIMES_FLAT = 5, 2
-ROUNDS, LEDGER_ROUNDS, LEDGER_WORKERS = 50, 2, (2, 4)
+ROUNDS, COUNTED_ROUNDS, COUNTED_WORKERS = 50, 2, (2, 4)
 NAMES = {"local_sgd": "local SGD", "resist": "ResIST"}
 PAPERS = {"model": "preact_resnet101", "width": 64, "num_classes": 100}  # the network of the paper's tables
 SEED = 0
@@ -194,7 +194,7 @@ def formula(build: Build, strategy: resist.Strategy, rounds: int, *, statistics:
     return Formula(mean_traffic(run, strategy.workers, paper), [sum(round_.bytes.values()) for round_ in run])
 
 
-def ledger(build: Build, strategy: resist.Strategy, rounds: int) -> list[int]:
+def count_bytes(build: Build, strategy: resist.Strategy, rounds: int) -> list[int]:
     """Return the bytes that a job counts in each of its first `rounds` synchronizations.
 
     One process hosts all workers. Nothing is trained, so no optimizer has state to send: `strategy` must reset it.
@@ -219,9 +219,9 @@ def traffic(network: Record, wire: list[Record]) -> str:
         }
         links += [formula_.mean.link_ratio for formula_ in sent.values()]
         counted = ""
-        if workers in LEDGER_WORKERS:
-            round_bytes = ledger(make, strategy_of(name, workers, "reset"), LEDGER_ROUNDS)
-            exact &= round_bytes == sent["reset"].rounds[:LEDGER_ROUNDS]
+        if workers in COUNTED_WORKERS:
+            round_bytes = count_bytes(make, strategy_of(name, workers, "reset"), COUNTED_ROUNDS)
+            exact &= round_bytes == sent["reset"].rounds[:COUNTED_ROUNDS]
             counted = f"{sum(round_bytes) / len(round_bytes) / 1e9:.4f}"
         rows.append([
             f"{NAMES[name]}, S = {workers}", f"{PAPER_GB[name, workers]:.3f}",
@@ -232,14 +232,14 @@ def traffic(network: Record, wire: list[Record]) -> str:
     more = formula(make, strategy_of("resist", 4, "reset"), ROUNDS, statistics=True).mean.total_bytes / 1e9
     dearest = formula(make, strategy_of("resist", 4, "average"), ROUNDS).mean.total_bytes / full.mean.total_bytes
     gb, above = four.mean.total_bytes / 1e9, sum(num_bytes > MAX_GB * 1e9 for num_bytes in four.rounds)
-    head = ["", "paper", "its formula", "sent, `reset`", "sent, `travel`", "sent, `average`", "ledger, `reset`",
+    head = ["", "paper", "its formula", "sent, `reset`", "sent, `travel`", "sent, `average`", "counted, `reset`",
             "busiest link / mean"]  # fmt: skip
     parts = [
         f"## Table 1 of the paper: GB per synchronization, {network['model']}, {network['num_classes']} classes\n\n"
         "The paper counts the traffic of a parameter server; `its formula` is that count by `resist.cost`. `sent` is the number "
         f"of bytes that all workers together really send, float32 parameters, mean over {ROUNDS} rounds of plans, for each "
-        "treatment of the momentum (`reset` sends weights only). `ledger` is the byte count of a real job whose messages are "
-        f"copies in memory, mean of its first {LEDGER_ROUNDS} rounds; "
+        "treatment of the momentum (`reset` sends weights only). `counted` is the byte count of a real job whose messages are "
+        f"copies in memory, mean of its first {COUNTED_ROUNDS} rounds; "
         + ("it equals the formula of these rounds, to the byte. " if exact else
         "**it does not equal the formula of these rounds.** ") + f"The last column is over {ROUNDS} rounds (`reset`).",
         table(head, rows),
@@ -258,7 +258,7 @@ def on_wire(wire: list[Record]) -> str:
     rows, over = [], []
     for record in wire:
         for m in record["methods"]:
-            payload, source = (m["ledger_bytes"], "ledger") if m["ledger_bytes"] else (m["formula_bytes"], "formula")
+            payload, source = (m["ledger_bytes"], "counted") if m["ledger_bytes"] else (m["formula_bytes"], "formula")
             sent = sum(m["wire_bytes"])
             over += [100 * (sent / sum(payload) - 1)] if m["ledger_bytes"] else []
             cells = (
@@ -273,7 +273,7 @@ def on_wire(wire: list[Record]) -> str:
         "communicates in every step.\n\n"
         + table(["", "interfaces", "payload", "ratio", "busiest host / mean"], rows)
         + (
-            f"\n\nTarget: ledger and interfaces within {MAX_WIRE_ERROR:.0f} %: {reached(max(map(abs, over)) <= MAX_WIRE_ERROR)}, "
+            f"\n\nTarget: byte count and interfaces within {MAX_WIRE_ERROR:.0f} %: {reached(max(map(abs, over)) <= MAX_WIRE_ERROR)}, "
             f"at most {max(map(abs, over)):.2f} % apart."
             if over
             else ""

@@ -237,7 +237,7 @@ def test_named_files_exist(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_options_in_the_text_exist(name: str) -> None:
     """`--option` in running text is an option of a command, or of another program that is listed here."""
-    others = {"--nproc-per-node", "--nnodes", "--node-rank", "--max-restarts", "--help", "--master-addr"}
+    others = {"--nproc-per-node", "--nnodes", "--node-rank", "--max-restarts", "--help", "--version", "--master-addr"}
     known: set[str] = set(others)
     for kind, _ in cli.COMMANDS.values():
         known |= {"--" + name.replace("_", "-") for name in field_names(kind)}

@@ -83,9 +83,9 @@ def test_the_formula_is_that_of_resist_cost(name: str, state: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resist", "local_sgd"])
-def test_the_ledger_of_a_job_is_the_formula(name: str) -> None:
+def test_the_byte_count_of_a_job_is_the_formula(name: str) -> None:
     build, strategy = tables.builder(SMALL), tables.strategy_of(name, 4, "reset")
-    assert tables.ledger(build, strategy, 4) == tables.formula(build, strategy, 4).rounds
+    assert tables.count_bytes(build, strategy, 4) == tables.formula(build, strategy, 4).rounds
 
 
 def test_losses_and_ties_are_named() -> None:

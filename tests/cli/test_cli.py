@@ -104,6 +104,13 @@ def test_plan_names_the_papers_counts(capsys) -> None:
         assert set().union(*map(set, entry["plan"]["layer3:1-22"])) == set(range(22))
 
 
+def test_plan_depends_on_the_seed(capsys) -> None:
+    arguments = ["plan", "--model", "preact_resnet101", "--workers", "4", "--json"]
+    first, again, other = (resist(capsys, *arguments, "--seed", seed)[1] for seed in ("0", "0", "1"))
+    assert json.loads(first) == json.loads(again)
+    assert json.loads(first)["rounds"] != json.loads(other)["rounds"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -143,7 +150,7 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
     assert [found["resist", s] for s in (2, 4, 8)] == [0.455, 0.720, 1.289]
     status, text, _ = resist(capsys, *arguments, "--workers", "4", "--link-gbit-s", "1", "--images-s", "1000")
     assert status == 0
-    assert "4 workers: resist is quickest per image" in text
+    assert "4 workers: resist is fastest per image" in text
 
 
 @pytest.mark.parametrize(
@@ -334,7 +341,7 @@ def test_a_run_goes_on_with_fewer_workers(capsys, tmp_path) -> None:
     done = len(accuracies(tmp_path / "a"))
     status, text, _ = resist(capsys, "train", "--resume", str(tmp_path / "a"), "--workers", "2", "--processes", "1")
     assert status == 0
-    assert "going on with 2 workers instead of 4" in text
+    assert "resuming with 2 workers instead of 4" in text
     records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     images = sum(record["images"] for record in records)
     assert len(records) > done

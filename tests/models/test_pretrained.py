@@ -53,7 +53,7 @@ def test_another_number_of_classes_is_a_fresh_head(tmp_path: Path) -> None:
     file, model = tmp_path / "w.safetensors", small(7)
     save_file({name: tensor.contiguous() for name, tensor in weights().items()}, file)
     head = model.head.weight.clone()
-    line = f"initial weights from {file}, except the head: 10 classes there, 7 here"
+    line = f"initial weights from {file}, except the head (10 classes in the file, 7 in this run)"
     assert start_from(model, f"timm:{file}") == line
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.stem.weight, weights_of(file)["stem.conv.weight"])
@@ -86,15 +86,15 @@ WRONG: dict[str, tuple[object, str]] = {
     "a class": ({"model": Path("x")}, r"not a weight file, or damaged"),
     "too few": (
         {"stem.conv.weight": torch.zeros(2, 3, 7, 7)},
-        r"contains another network than --model: stages\.0\.b",
+        r"does not fit --model: stages\.0\.b",
     ),
     "too large": (
         {**weights(), "stages.2.blocks.3.conv1.weight": torch.zeros(8, 32, 1, 1)},
-        r"contains another network than --model: stages\.2\.blocks\.3\.conv1\.weight is \(8, 32, 1, 1\) there and",
+        r"does not fit --model: stages\.2\.blocks\.3\.conv1\.weight is not in the network",
     ),
     "another shape": (
         {**weights(), "norm.bias": torch.zeros(3)},
-        r"contains another network than --model: norm\.bias is \(3,\) there and \(64,\) here",
+        r"does not fit --model: norm\.bias has the shape \(3,\) in the file and \(64,\) in the network",
     ),
 }
 

@@ -114,7 +114,7 @@ def test_unknown_names(name: str, message: str) -> None:
 @pytest.mark.parametrize("option", [{"sections": (1, 1, 1, 1)}, {"width": 8}, {"final_norm": True}])
 def test_options_of_our_networks_say_nothing(option: dict[str, Any]) -> None:
     name = next(iter(option)).replace("_", "-")
-    with pytest.raises(UserError, match=rf"--{name} has no effect with model='torchvision:resnet18', .*; leave it out"):
+    with pytest.raises(UserError, match=rf"--{name} has no effect with model='torchvision:resnet18', .*; remove it"):
         build("torchvision:resnet18", num_classes=10, **option)
 
 
@@ -202,7 +202,7 @@ def test_the_plan_lists_what_moves_with_a_block_and_approximations(capsys: pytes
     assert "note: the blocks of layer1:0-1 end in a ReLU" in capsys.readouterr().out
     assert run("plan", "--data", "cifar10", "--model", "torchvision:swin_t") == 0
     out = capsys.readouterr().out
-    assert "goes with each block" in out
+    assert "moves with each block" in out
     assert "attn.shift_size stochastic_depth.p" in out
     assert run("plan", "--data", "cifar10", "--model", "torchvision:resnet18", "--width", "3") == 2
     assert "--width has no effect" in capsys.readouterr().err

@@ -86,7 +86,7 @@ def test_plan_draws_all_chains_into_a_file_that_is_not_there_yet(capsys, tmp_pat
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 0
-    assert "Who holds which block of layer1:0-1" in capsys.readouterr().out
+    assert "Which worker holds which block of layer1:0-1" in capsys.readouterr().out
     text = out.read_text()
     assert "8 blocks of layer3:1-8" in text
     assert "2 blocks of layer1:0-1" in text

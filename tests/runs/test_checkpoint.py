@@ -239,6 +239,7 @@ def test_a_checkpoint_is_abandoned_at_once_where_another_process_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resist.runs.checkpoint.ABANDON_S", 0.2)
+    threads = threading.active_count()
     job, optimizers = make(CASES["reset"]())
     train(job, optimizers, STEPS)
     checkpoints = Checkpoints(tmp_path, Silent(3), timeout_s=600)
@@ -247,7 +248,7 @@ def test_a_checkpoint_is_abandoned_at_once_where_another_process_is_lost(
     checkpoints.abandon()
     assert time.monotonic() - begin < 10
     assert list(tmp_path.iterdir()) == []
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
 
 
 def fail_in_one(folder: Path, failing: int) -> str:

@@ -323,7 +323,7 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
         ([*ARGUMENTS, "--label-smoothing", "0.1"], "--label-smoothing has no effect with --task detection"),
         ([*ARGUMENTS, "--pretrained", "timm:x"], "--pretrained timm:x has no effect with this network; give --model"),
         ([*ARGUMENTS, "--pretrained", "timm:x", "--backbone", "y"], "--pretrained and --backbone both set"),
-        ([*ARGUMENTS, "--compile"], "--compile cannot take a detector"),
+        ([*ARGUMENTS, "--compile"], "--compile does not support detection"),
         ([*ARGUMENTS, "--backbone", "/nonexistent"], "/nonexistent is not a run directory"),
         ([*ARGUMENTS, "--batch-size", "5"], "batch_size=5 is outside 1 to 4"),
         ([*ARGUMENTS, "--image-size", "4"], "--image-size 4 is too small; give at least 32"),

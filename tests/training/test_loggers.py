@@ -105,7 +105,7 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(capsys, tmp_path: P
             recorder.round(record)
     assert broken.calls == 1
     assert len(lines(tmp_path / "run")) == 3
-    assert capsys.readouterr().out.count("broken: no disk; training goes on without it") == 1
+    assert capsys.readouterr().out.count("broken: no disk; training continues without it") == 1
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "finished"
 
 

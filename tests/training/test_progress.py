@@ -129,7 +129,7 @@ def test_watch_ends_with_the_run(capsys, tmp_path: Path, monkeypatch) -> None:
     assert out.endswith(f"finished after round 6; report: resist report {run}\n")
     (run / "model.safetensors").unlink()
     for state, status, text in (
-        ("interrupted", 0, f"to go on: resist train --resume {run}"),
+        ("interrupted", 0, f"to continue: resist train --resume {run}"),
         ("failed", 1, "the run failed after round 6: {no} disk"),
     ):
         write_state(run, state, error="{no}\ndisk")
@@ -232,7 +232,7 @@ def test_a_terminal_shows_a_run_and_ctrl_c_ends_it_in_order(capsys, tmp_path: Pa
     os.close(ours)
     text = seen.decode().replace("\u00a0", " ")
     assert "digits, preact_small, resist, 4 workers" in text
-    assert "to go on: resist train --resume" in text
+    assert "to continue: resist train --resume" in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is visible again
     display = text[text.index("\x1b[?25l") : text.rindex("\x1b[?25h")]
     for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", display).replace("\r", "\n").splitlines():

@@ -178,7 +178,7 @@ def test_checkpoints_of_an_earlier_version_are_refused_in_one_line(
 
 def test_damaged_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints" / "round-000040").mkdir(parents=True)
-    with pytest.raises(UserError, match="no sound checkpoint in"):
+    with pytest.raises(UserError, match="no undamaged checkpoint in"):
         find_resume_point(TrainConfig(run=RunConfig(resume=tmp_path)), Local(4), True)
     assert "round-000040 is damaged: No such file or directory\n" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
-"""The command line: one module per command, with its options as a record and a function that runs it.
+"""The command line: one module for each command.
 
+A module has the options of its command as a record, and a function that runs it.
 Invalid input ends with one line on stderr and exit status 2, a lost worker with one line and status 1. The modules
 import torch and the rooms that need it inside those functions, so that help and messages come at once.
 """

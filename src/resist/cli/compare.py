@@ -42,7 +42,7 @@ class CompareConfig:
         """The runs to train, in order. Options that only ResIST has are left out for the others.
 
         Args:
-            out: the directory that the run directories are created in.
+            out: The directory that the run directories are created in.
         """
         runs: list[TrainConfig] = []
         for name in self.strategies:
@@ -106,7 +106,7 @@ def print_comparison(comparison: dict[str, Any], console: Console) -> None:
             _or_dash(row["bytes_to_equal_accuracy"], 1e-6), _or_dash(row["speed_up"]["time"], digits=2),
         )  # fmt: skip
     console.print(table)
-    console.print("speed-up: time of a step relative to local_sgd; times do not include evaluations")
+    console.print("speed-up: time of a step of local_sgd divided by that of the row; times do not include evaluations")
 
 
 def _or_dash(value: float | None, factor: float = 1.0, digits: int = 1) -> str:

@@ -47,6 +47,7 @@ class CostConfig:
 
 
 def run_cost(config: CostConfig, arguments: list[str]) -> int:
+    """Predict and print. Returns the exit status."""
     from rich.console import Console
 
     from resist.cost import Link, Speed, calibrate, predict, print_table

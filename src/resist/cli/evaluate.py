@@ -23,6 +23,7 @@ class EvaluateConfig:
 
 
 def run_evaluate(config: EvaluateConfig, arguments: list[str]) -> int:
+    """Test the network of a run and print its scores. Returns the exit status."""
     from resist.training.device import pick_device
     from resist.training.evaluate import evaluate_run, readings_of_run
 

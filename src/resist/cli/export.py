@@ -35,6 +35,7 @@ class ExportConfig:
 
 
 def run_export(config: ExportConfig, arguments: list[str]) -> int:
+    """Export the network of a run and print how to load it. Returns the exit status."""
     from resist.export import export_run
     from resist.training.device import pick_device
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from resist.errors import UserError
 from resist.planning.plan import Plan
-from resist.runs.config import MethodConfig, NetworkConfig, TrainConfig
+from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ class PlanConfig:
     """Also draw the rounds into this file, which must not exist yet."""
 
 
-def plan_facts(config: PlanConfig) -> dict[str, Any]:
+def describe_plan(config: PlanConfig) -> dict[str, Any]:
     """Describe the network and the first plans of `config` without allocating weights.
 
     Returns:
@@ -48,29 +48,30 @@ def plan_facts(config: PlanConfig) -> dict[str, Any]:
         raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
     if config.method.warmup_epochs:
         raise UserError("--warmup-epochs needs the size of the data set; give --warmup-rounds to show a plan")
-    whole = TrainConfig(network=network, method=config.method)
+    whole = TrainConfig(network=network, method=config.method, run=RunConfig(seed=config.seed))
     whole.check()
     return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds)
 
 
 def run_plan(config: PlanConfig, arguments: list[str]) -> int:
+    """Describe the plans and print them. Returns the exit status."""
     from rich.console import Console
 
     from resist.report.plan_view import partition_svg, print_plan
     from resist.tasks.preflight import try_network
 
-    facts = plan_facts(config)
+    description = describe_plan(config)
     try_network(config.network, config.num_classes)
     if config.svg is not None:
         try:
             with config.svg.open("x", encoding="utf-8") as file:
-                file.write(partition_svg(facts))
+                file.write(partition_svg(description))
         except OSError as error:
             raise UserError(f"--svg {config.svg} cannot be written: {error.strerror}; give another file") from error
     if config.json:
-        print(json.dumps(facts))
+        print(json.dumps(description))
     else:
-        print_plan(facts, Console(highlight=False, soft_wrap=True))
+        print_plan(description, Console(highlight=False, soft_wrap=True))
     return 0
 
 

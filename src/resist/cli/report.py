@@ -26,7 +26,7 @@ class ReportConfig:
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """File to write. Default: report.html in the directory of the run, or here for several."""
     format: Literal["html", "md", "png"] | None = None
-    """html: one page that needs nothing else. md: tables, and pictures in files next to it. png: the pictures alone,
+    """html: one self-contained page. md: tables, and pictures in files next to it. png: the pictures alone,
     the curves in --out and those of each run next to it. Default: by the ending of --out."""
     force: bool = False
     """Replace existing files."""
@@ -50,7 +50,7 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
     """The run directories of `paths`: a directory that is not one stands for the runs in it.
 
     Raises:
-        UserError: there is none, or one is given twice.
+        UserError: There is none, or one is given twice.
     """
     runs: list[Path] = []
     for path in paths:
@@ -67,16 +67,16 @@ def write(histories: Sequence[History], out: Path, format: str, force: bool) -> 
     """Write the files of a report.
 
     Args:
-        histories: the runs.
-        out: the main file; pictures get names that begin with its stem.
-        format: html, md or png.
-        force: replace existing files.
+        histories: The runs.
+        out: The main file; pictures get names that begin with its stem.
+        format: One of html, md and png.
+        force: Replace existing files.
 
     Returns:
         The files.
 
     Raises:
-        UserError: a file exists and `force` is false (then none is written), or cannot be written.
+        UserError: A file exists and `force` is false (then none is written), or cannot be written.
     """
     curves = out.with_suffix(".png")
     pictures = [out.with_name(f"{out.stem}-{number}.png") for number in range(1, len(histories) + 1)]

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import fields, replace
 
-from resist.cli.plan import PlanConfig, plan_facts
+from resist.cli.plan import PlanConfig, describe_plan
 from resist.errors import UserError
 from resist.runs.config import MachineConfig, TrainConfig
 from resist.training.launcher import INTERRUPTED, launch, launched, num_processes, prepare_fork, watch_launcher
@@ -49,6 +49,7 @@ def resumed(config: TrainConfig, arguments: list[str]) -> TrainConfig:
 
 
 def run_train(config: TrainConfig, arguments: list[str]) -> int:
+    """Train in this process, or start the processes that train. Returns the exit status."""
     if config.run.resume is None:  # else most of it comes from the run
         config.check()
     restarted, out = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0, config.run.out
@@ -89,7 +90,7 @@ def _launch(config: TrainConfig, arguments: list[str], forkable: bool) -> int:
     if forkable:
         torch.set_num_threads(1)  # OpenMP keeps the threads that it has started, and then the process cannot be forked
     method = replace(config.method, warmup_epochs=0.0)
-    plan_facts(PlanConfig(network=config.network, method=method, seed=config.run.seed))
+    describe_plan(PlanConfig(network=config.network, method=method, seed=config.run.seed))
     device = pick_device(config.machine.device)
     processes = num_processes(config)
     if processes == 1:

@@ -27,7 +27,7 @@ class WatchConfig:
     no_progress: bool = False
     """Print log lines instead of the live display."""
     patience_s: float | None = None
-    """Stop after so many seconds without a new record, with exit status 1. Default: keep watching."""
+    """Stop after this many seconds without a new record, with exit status 1. Default: keep watching."""
 
 
 def run_watch(config: WatchConfig, arguments: list[str]) -> int:
@@ -37,7 +37,7 @@ def run_watch(config: WatchConfig, arguments: list[str]) -> int:
     try:
         return watch(config)
     except KeyboardInterrupt:
-        return 130  # the run goes on
+        return 130  # the run continues
 
 
 def watch(config: WatchConfig) -> int:
@@ -84,7 +84,7 @@ def end_of(config: WatchConfig, state: dict[str, Any], display: Display) -> tupl
         case "finished":
             return 0, f"finished after round {done}; report: resist report {run}"
         case "interrupted":
-            return 0, f"interrupted after round {done}; to go on: resist train --resume {run}"
+            return 0, f"interrupted after round {done}; to continue: resist train --resume {run}"
         case "failed":
             error = " ".join(str(state.get("error")).split())
             return 1, f"resist: the run failed after round {done}: {error}"

@@ -244,7 +244,7 @@ def _check_methods(
         raise UserError(f"optimizer_state={optimizer_state!r} is not one of {', '.join(OPTIMIZER_STATES)}")
     for option, value in (("min_depth", min_depth), ("capacities", capacities)):
         if value is not None and "resist" not in strategies:
-            raise UserError(f"{option} has an effect with strategy resist only; add resist, or leave {option} out")
+            raise UserError(f"{option} has no effect without strategy resist; add resist, or remove {option}")
 
 
 def _check_one_each(noun: str, num: int, workers: Sequence[int]) -> None:

@@ -71,7 +71,7 @@ class Report:
         return {**ratios, "one machine": images_s / max(speed.images_s for speed in self.speeds)}
 
     def verdict(self) -> list[str]:
-        """Return sentences on the quickest strategy per image.
+        """Return sentences on the fastest strategy per image.
 
         The list is empty without seconds.
         """
@@ -82,16 +82,16 @@ class Report:
             row, seconds = max(same, key=lambda pair: pair[1].images_s)
             ratios = ", ".join(_compared(name, ratio) for name, ratio in self.speedups(row).items())
             sentences.append(
-                f"{workers} worker{'s' * (workers > 1)}: {row.strategy} is quickest per image, "
+                f"{workers} worker{'s' * (workers > 1)}: {row.strategy} is fastest per image, "
                 f"{_amount(seconds.images_s)} images/s ({ratios}); "
                 f"{seconds.exchange / seconds.round:.0%} of its time is exchange."
             )
         if timed:
             best = max(timed, key=lambda pair: pair[1].images_s)[0]
             if self.speedups(best)["one machine"] <= 1:
-                sentences.append("None of them beats one machine alone: take more local steps, or a faster link.")
+                sentences.append("None of them is faster than one machine; use more local steps, or a faster link.")
             elif len(sentences) > 1:
-                sentences.append(f"Of all these, {best.strategy} with {best.workers} workers is quickest per image.")
+                sentences.append(f"Of all these, {best.strategy} with {best.workers} workers is fastest per image.")
         return sentences
 
     def to_json(self) -> dict[str, Any]:
@@ -232,4 +232,4 @@ def _amount(value: float) -> str:
 
 
 def _compared(name: str, ratio: float) -> str:
-    return f"level with {name}" if ratio < 1.05 else f"{ratio:.3g}x {name}"
+    return f"equal to {name}" if ratio < 1.05 else f"{ratio:.3g}x {name}"

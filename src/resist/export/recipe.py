@@ -123,7 +123,7 @@ def check_loads(recipe: Recipe, state: Mapping[str, Tensor], expected: nn.Module
         The recipe that works: `recipe`, or `recipe` with the image size.
 
     Raises:
-        UserError: The network does not load the weights, or computes something else with them.
+        UserError: The network does not load the weights, or does not compute the same with them.
     """
     reasons: list[str] = []
     sizes = [{name: argument(images.shape[-1])} for name, argument in SIZES.get(recipe.library, {}).items()]
@@ -141,7 +141,7 @@ def check_loads(recipe: Recipe, state: Mapping[str, Tensor], expected: nn.Module
             continue
         if not error <= TOLERANCE:
             raise UserError(
-                f"{sized.code} computes something else with the weights of this run (error {error:.1e} of the largest "
+                f"{sized.code} does not compute the same as the network of this run (error {error:.1e} of the largest "
                 "logit); give --to program"
             )
         return sized

@@ -197,7 +197,7 @@ def scaled_network(
             "give --calibrate to estimate them on its training images"
         )
     if calibrate and not has_batchnorm:
-        raise UserError(f"--calibrate has no effect with {config.network.model}, which has no BatchNorm; leave it out")
+        raise UserError(f"--calibrate has no effect with {config.network.model}, which has no BatchNorm; remove it")
     if without_statistics:
         use_batch_statistics(model)
     load_full(model, choose_chains(model, config.network.chain), run / FILE)

@@ -73,7 +73,7 @@ def build(
         for option, given in (("sections", sections), ("width", width is not None), ("final-norm", final_norm)):
             if given:
                 raise UserError(
-                    f"--{option} has no effect with model={name!r}, whose library defines its shape; leave it out"
+                    f"--{option} has no effect with model={name!r}, whose library defines its shape; remove it"
                 )
         return build_third_party(name, num_classes=num_classes, image_size=image_size)
     if name not in MODELS:

@@ -42,7 +42,7 @@ def start_from(model: nn.Module, source: str) -> str:
         A line for the user: which weights were taken.
 
     Raises:
-        UserError: The file is missing or damaged, or contains another network.
+        UserError: The file is missing or damaged, or does not fit the network.
     """
     library, _, file_name = source.partition(":")
     if library != "timm" or not file_name:
@@ -52,7 +52,7 @@ def start_from(model: nn.Module, source: str) -> str:
     if not isinstance(model, PreActResNetImageNet):
         raise UserError(
             f"--pretrained {source} has no effect with this network; give --model preact_resnet50_imagenet, "
-            "preact_resnet101_imagenet or preact_resnet152_imagenet, or leave it out"
+            "preact_resnet101_imagenet or preact_resnet152_imagenet, or remove it"
         )
     path, current = Path(file_name), model.state_dict()
     weights = from_timm(read_weights(path))
@@ -61,18 +61,18 @@ def start_from(model: nn.Module, source: str) -> str:
     has_head = all(n in weights and weights[n].shape == current[n].shape for n in HEAD)
     note = f"initial weights from {path}"
     if not has_head and HEAD[1] in weights:
-        note += f", except the head: {len(weights[HEAD[1]])} classes there, {len(current[HEAD[1]])} here"
+        note += f", except the head ({len(weights[HEAD[1]])} classes in the file, {len(current[HEAD[1]])} in this run)"
     elif not has_head:
         note += ", which have no head"
     if not has_head:
         weights |= {n: current[n] for n in HEAD}
     for n in [*current, *weights]:
-        there = tuple(weights[n].shape) if n in weights else "nothing"
-        here = tuple(current[n].shape) if n in current else "nothing"
-        if there != here:
-            raise UserError(
-                f"{path}: contains another network than --model: {timm_name(n)} is {there} there and {here} here"
-            )
+        in_file, in_network = (tuple(tensors[n].shape) if n in tensors else None for tensors in (weights, current))
+        if in_file != in_network:
+            reason = f"has the shape {in_file} in the file and {in_network} in the network"
+            if in_file is None or in_network is None:
+                reason = f"is not in the {'file' if in_file is None else 'network'}"
+            raise UserError(f"{path}: does not fit --model: {timm_name(n)} {reason}; give the options of that network")
     if not any(tensor.is_meta for tensor in current.values()):
         model.load_state_dict(weights)
     return note

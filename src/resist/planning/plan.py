@@ -145,9 +145,9 @@ def partition(num_blocks: int, capacities: Sequence[int], *, seed: int, round: i
     two blocks differ by at most one. Each worker's set is uniform among the sets of its size, so over the rounds worker
     w holds each block with probability capacity_w / num_blocks.
 
-    The blocks are dealt from shuffled decks, one worker after another, in a shuffled order of workers. A worker that
-    uses up a deck continues with a new one, in which the blocks that it has just taken are put at the bottom. So no
-    worker draws a block twice, and a deck is always used up before the next is opened.
+    The blocks are taken from shuffled lists, one worker after another, in a shuffled order of workers. A worker that
+    uses up a list continues with a new one, in which the blocks that it has just taken are put at the end. So no
+    worker draws a block twice, and a list is always used up before the next is begun.
 
     Args:
         num_blocks: Number of blocks in the chain.
@@ -170,13 +170,13 @@ def partition(num_blocks: int, capacities: Sequence[int], *, seed: int, round: i
     # The workers draw in a shuffled order, so that it is not always the same ones that hold the blocks with
     # several holders.
     for worker in shuffled(len(capacities), "workers", *key):
-        # Draw from the open deck first.
+        # Take from the current list first.
         hand = deck[: capacities[worker]]
         deck = deck[capacities[worker] :]
         missing = capacities[worker] - len(hand)
         if missing:
-            # The deck is used up. Open the next one, with the blocks of this hand at its bottom. A capacity is at most
-            # num_blocks, so the blocks above them are enough for the rest of the hand.
+            # The list is used up. Begin the next one, with the blocks that this worker has taken at its end. A capacity
+            # is at most num_blocks, so the blocks before them are enough for the rest.
             new_deck = shuffled(num_blocks, "deck", decks, *key)
             decks += 1
             deck = [block for block in new_deck if block not in hand] + [block for block in new_deck if block in hand]

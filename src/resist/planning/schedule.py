@@ -104,7 +104,7 @@ class _Links:
     def __init__(self, workers: int) -> None:
         self.outgoing = [0] * workers
         self.incoming = [0] * workers
-        self.largest = 0  # of both lists
+        self.largest: int = 0  # of both lists
         self.squares = 0  # sum over both lists
 
     def place(

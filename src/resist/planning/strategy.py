@@ -51,7 +51,7 @@ class Strategy:
         every_step: Average the gradients over the workers in every step. Weights then never differ, and a round ends
             without an exchange.
         then: Strategy that takes over at round `at_round`, or None.
-        at_round: First round of `then`.
+        at_round: First round of `then`, counted from 0: the number of rounds before it.
 
     Raises:
         UserError: If `workers` or `local_steps` is not an integer of at least 1.
@@ -210,7 +210,7 @@ def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
     Args:
         first: Strategy of the rounds before `at_round`.
         then: Strategy of the later rounds, with the same number of workers.
-        at_round: First round of `then`.
+        at_round: First round of `then`, counted from 0: the number of rounds before it.
 
     Returns:
         The combined strategy.

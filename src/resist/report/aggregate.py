@@ -19,11 +19,11 @@ class Holdings:
     """The holders of one chain's blocks over a run.
 
     Attributes:
-        chain: the name of the chain.
-        blocks: its number of blocks.
-        workers: the number of workers.
-        rounds: the numbers of the rounds that are shown.
-        every: one of so many rounds is shown.
+        chain: The name of the chain.
+        blocks: Its number of blocks.
+        workers: The number of workers.
+        rounds: The numbers of the rounds that are shown.
+        every: One of so many rounds is shown.
         holders: holders[column][block]: the workers that held the block in that round, ascending.
         shares: shares[worker][block]: the share of all rounds in which the worker held it.
     """

@@ -15,7 +15,7 @@ def compare(histories: Sequence[History]) -> dict[str, Any]:
     """Compare runs.
 
     Args:
-        histories: the runs, each with at least one round.
+        histories: The runs, each with at least one round.
 
     Returns:
         A table, ready for JSON. "rows": one for each label (see `labels`), with means over its runs. "equal_accuracy":

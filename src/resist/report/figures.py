@@ -46,7 +46,7 @@ def partition_map(chain: Holdings) -> str:
         note += f" Every {chain.every}th round is shown."
     key = legend([(f"worker {worker}", color_of(worker)) for worker in range(chain.workers)])
     content = f'<div style="max-width:{60 + max(160, 30 * num)}px">{inside}</div>{key}'
-    return figure(f"Who held which block of {chain.chain}", content, note=note, css_class="plot map")
+    return figure(f"Which worker held which block of {chain.chain}", content, note=note, css_class="plot map")
 
 
 def round_ticks(rounds: Sequence[int]) -> Ticks:
@@ -102,7 +102,7 @@ def matrix(history: History) -> str:
         divisor, unit = bytes_unit(most)
         content = heat_table(sent, divisor)
         note = f"{unit}; rows send, columns receive. {note}"
-    return figure("Who sent how much to whom", content, note=note, css_class="matrix")
+    return figure("Bytes from worker to worker", content, note=note, css_class="matrix")
 
 
 def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
@@ -149,11 +149,11 @@ class Curves:
     """One plot, a line for each run.
 
     Attributes:
-        title: the title.
-        x_label: the label of the x axis.
-        y_label: the label of the y axis.
-        log_x: the x axis is logarithmic.
-        series: the lines.
+        title: The title.
+        x_label: The label of the x axis.
+        y_label: The label of the y axis.
+        log_x: The x axis is logarithmic.
+        series: The lines.
     """
 
     title: str
@@ -167,8 +167,8 @@ def curves_of(histories: Sequence[History], names: Sequence[str]) -> list[Curves
     """Six plots: accuracy against steps, time and bytes, then loss against the same.
 
     Args:
-        histories: the runs.
-        names: a name for each run; equal names have the same color.
+        histories: The runs.
+        names: A name for each run; equal names have the same color.
     """
     of_name = colors(names)
     byte, byte_unit = bytes_unit(max(h.bytes[-1] for h in histories))

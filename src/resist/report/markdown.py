@@ -14,9 +14,9 @@ def markdown(histories: Sequence[History], curves: str, pictures: Sequence[str])
     """The Markdown of a report on one run, or of a comparison of several.
 
     Args:
-        histories: the runs.
-        curves: file name of the picture of the curves.
-        pictures: file name of the picture of each run.
+        histories: The runs.
+        curves: File name of the picture of the curves.
+        pictures: File name of the picture of each run.
     """
     names = tables.names_of(histories)
     parts = [f"# {_text(names[0]) if len(names) == 1 else f'{len(names)} runs compared'}"]
@@ -31,7 +31,7 @@ def markdown(histories: Sequence[History], curves: str, pictures: Sequence[str])
 
 def _one(history: History, picture: str) -> list[str]:
     readings = [
-        "### How the full network is read",
+        "### BatchNorm statistics and scale of the full network",
         _table(("", ""), tables.reading_rows(history)),
         tables.READINGS_NOTE,
     ]
@@ -40,7 +40,7 @@ def _one(history: History, picture: str) -> list[str]:
         f"{_text(tables.sentence(history))} ({tables.ENDS[history.ended]})",
         *(f"> {_text(note)}" for note in tables.notes(history)),
         _table(("", ""), tables.headline(history)),
-        f"![Who held which block, who sent how much to whom, seconds of a round]({quote(picture)})",
+        f"![Which worker held which block, bytes from worker to worker, seconds of a round]({quote(picture)})",
         "### The workers",
         _table(*tables.worker_rows(history)),
         tables.WORKERS_NOTE,
@@ -50,7 +50,7 @@ def _one(history: History, picture: str) -> list[str]:
         "### Reproduce",
         commands,
         _table(("option", "value"), tables.options(history)),
-        _table(("where it ran", ""), tables.environment(history)),
+        _table(("environment", ""), tables.environment(history)),
     ]
 
 

@@ -56,23 +56,25 @@ def _one(history: History, name: str, heading: str) -> str:
         f'<dl class="tiles">{tiles}</dl>',
         curves([history], ["full network"]) if alone else "",
     ]
-    parts += [f"<section><h3>Who trained what, when</h3>{figures}</section>" for figures in holdings_figures(history)]
+    parts += [
+        f"<section><h3>Blocks of each worker, by round</h3>{figures}</section>" for figures in holdings_figures(history)
+    ]
     head, rows = tables.worker_rows(history)
     parts += [
-        f'<section><h3>What was sent, and where the time went</h3><div class="pair">{matrix(history)}'
+        f'<section><h3>Traffic and time</h3><div class="pair">{matrix(history)}'
         f"{seconds_figure(history)}</div></section>",
         f'<section><h3>The workers</h3>{table(head, rows)}<p class="note">{tables.WORKERS_NOTE}</p></section>',
         f"<section><h3>Seconds by phase</h3>{pairs(tables.seconds_by_phase(history))}</section>",
     ]
     if history.readings:
         parts.append(
-            f"<section><h3>How the full network is read</h3>{pairs(tables.reading_rows(history))}"
+            f"<section><h3>BatchNorm statistics and scale of the full network</h3>{pairs(tables.reading_rows(history))}"
             f'<p class="note">{tables.READINGS_NOTE}</p></section>'
         )
     parts.append(
         f"<section><h3>Reproduce</h3><pre>{escape(chr(10).join(tables.repeat(history)))}</pre>"
         f"<details><summary>All options</summary>{pairs(tables.options(history))}</details>"
-        f"<details open><summary>Where it ran</summary>{pairs(tables.environment(history))}</details></section>"
+        f"<details open><summary>Environment</summary>{pairs(tables.environment(history))}</details></section>"
     )
     return "\n".join(part for part in parts if part)
 

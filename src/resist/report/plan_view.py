@@ -1,4 +1,4 @@
-"""The plans of a few rounds: as text for the terminal, and as an SVG with a square for each block of each worker.
+"""The plans of a few rounds, as text for the terminal and as an SVG.
 
 A plan's description is a dict, ready for JSON (see `resist.cli.plan.describe`). Rounds are numbered from 1.
 """
@@ -26,7 +26,7 @@ def print_plan(description: dict[str, Any], console: Console) -> None:
         table.add_row(f"chain {chain['name']}", each)
         table.add_row("  blocks held by each worker", " ".join(map(str, chain["capacities"])))
         if chain["attributes_that_differ"]:
-            table.add_row("  goes with each block", " ".join(chain["attributes_that_differ"]))
+            table.add_row("  moves with each block", " ".join(chain["attributes_that_differ"]))
     share = " ".join(f"{held / description['parameters']:.0%}" for held in description["held_by_worker"])
     table.add_row("a worker's share of the network", share)
     if description["other_chains"]:
@@ -37,7 +37,7 @@ def print_plan(description: dict[str, Any], console: Console) -> None:
         if chain["caveat"]:
             console.print(f"\nnote: {chain['caveat']}")
     for chain in description["chains"]:
-        console.print(f"\nWho holds which block of {chain['name']}")
+        console.print(f"\nWhich worker holds which block of {chain['name']}")
         rounds = plans_of(description, chain["name"])
         for line in partition_lines(chain["blocks"], rounds, console.width, utf8=console.encoding.startswith("utf")):
             console.print(line)
@@ -52,10 +52,10 @@ def block_row(held: Container[int], blocks: Iterable[int], *, pitch: int = 1, ut
     """The blocks of one worker as text: a mark for each block that it holds, a line past the others.
 
     Args:
-        held: the blocks that the worker holds.
-        blocks: the blocks to show.
-        pitch: columns for each block.
-        utf8: use box drawing characters instead of ASCII.
+        held: The blocks that the worker holds.
+        blocks: The blocks to show.
+        pitch: Columns for each block.
+        utf8: Use box drawing characters instead of ASCII.
     """
     mark, line = ("■", "─") if utf8 else ("#", "-")
     return "".join(line * (pitch - 1) + (mark if block in held else line) for block in blocks)
@@ -70,10 +70,10 @@ def partition_lines(
     """The sub-network of each worker in each round as a line, the shared parts at both ends.
 
     Args:
-        num_blocks: blocks of the chain. Those that do not fit continue in another part below.
+        num_blocks: Blocks of the chain. Those that do not fit continue in another part below.
         rounds: rounds[round][worker]: the blocks that the worker holds.
-        width: columns of the terminal.
-        utf8: use box drawing characters instead of ASCII.
+        width: Columns of the terminal.
+        utf8: Use box drawing characters instead of ASCII.
     """
     line, shared = ("─", "━") if utf8 else ("-", "=")
     room = max(8, width - LABEL_COLUMNS - 2 * SHARED_COLUMNS - 1)
@@ -123,7 +123,7 @@ def partition_svg(description: dict[str, Any]) -> str:
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'role="img" font-family="system-ui, sans-serif" font-size="12">',
-        "<title>Who holds which block</title>",
+        "<title>Which worker holds which block</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="ground" width="{width}" height="{height}"/>',
     ]

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from resist.report.aggregate import Holdings, holdings, map_rows, traffic
-from resist.report.colors import PHASES, color_of
+from resist.report.colors import MARKERS, PHASES, color_of
 from resist.report.compare import labels
 from resist.report.figures import COLUMNS, NUMBERED, Curves, block_ticks, curves_of, round_ticks
 from resist.report.tables import phases_of
@@ -24,8 +24,8 @@ def curves_png(histories: Sequence[History], names: Sequence[str]) -> bytes:
     """Accuracy and loss against steps, time and bytes, a line for each run.
 
     Args:
-        histories: the runs.
-        names: a name for each run; equal names have the same color.
+        histories: The runs.
+        names: A name for each run; equal names have the same color.
     """
     figure = Figure(figsize=(11, 6), layout="constrained")
     _draw_curves(figure, figure.subplots(2, 3).flat, curves_of(histories, names))
@@ -35,13 +35,20 @@ def curves_png(histories: Sequence[History], names: Sequence[str]) -> bytes:
 def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None:
     """Draw accuracy against steps, time and bytes, a line for each run.
 
+    Each strategy has its marker. Steps and time begin at 0; the axis of bytes is logarithmic, because strategies differ
+    by orders of magnitude.
+
     Args:
-        histories: the runs, named by `resist.report.compare.labels`.
-        files: where to save the figure; the endings (png, svg, pdf) choose the formats.
+        histories: The runs, named by `resist.report.compare.labels`.
+        files: Where to save the figure; the endings (png, svg, pdf) choose the formats.
     """
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True).flat
-    _draw_curves(figure, axes, curves_of(histories, labels(histories))[:3])
+    steps, time, sent = figure.subplots(1, 3, sharey=True)
+    markers = [MARKERS.get(history.config.method.strategy, ".") for history in histories]
+    _draw_curves(figure, (steps, time, sent), curves_of(histories, labels(histories))[:3], markers)
+    steps.set_xlim(left=0)
+    time.set_xlim(left=0)
+    sent.set_xscale("log")
     for file in files:
         figure.savefig(file, dpi=200)
 
@@ -59,10 +66,13 @@ def run_png(history: History) -> bytes:
     return _bytes(figure)
 
 
-def _draw_curves(figure: Figure, all_axes: Iterable[Any], all_curves: Sequence[Curves]) -> None:
+def _draw_curves(
+    figure: Figure, all_axes: Iterable[Any], all_curves: Sequence[Curves], markers: Sequence[str] = ()
+) -> None:
+    """Draw the plots with a legend; `markers` are those of the lines, without them short lines have dots."""
     for axes, curves in zip(all_axes, all_curves, strict=True):
-        for line in curves.series:
-            marker = "o" if line.marks or len(line.x) == 1 else ""
+        for number, line in enumerate(curves.series):
+            marker = markers[number] if markers else "o" if line.marks or len(line.x) == 1 else ""
             axes.plot(line.x, line.y, color=line.color, marker=marker, markersize=3.5, linewidth=1.4, label=line.name)
         axes.locator_params(axis="x", nbins=5)
         if curves.log_x:
@@ -79,7 +89,7 @@ def _draw_map(axes: Any, chain: Holdings) -> None:
     colors = np.array([[255, 255, 255], *(list(bytes.fromhex(color[1:])) for color in palette)], dtype=np.uint8)
     pixels = colors[np.array([list(row) for row in rows])]
     axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(0, 1, 0, 1))
-    _tidy(axes, f"Who held which block of {chain.chain}", "round", "block")
+    _tidy(axes, f"Which worker held which block of {chain.chain}", "round", "block")
     axes.set_xticks(*_places(round_ticks(chain.rounds)))
     axes.set_yticks(*_places(block_ticks(chain.blocks, height)))
     axes.grid(visible=False)
@@ -98,7 +108,7 @@ def _draw_traffic(axes: Any, history: History) -> None:
     workers = range(0, len(sent), -(-len(sent) // 16))
     axes.set_xticks(workers)
     axes.set_yticks(workers)
-    _tidy(axes, f"Who sent how much to whom, {unit}", "to worker", "from worker")
+    _tidy(axes, f"Bytes from worker to worker, {unit}", "to worker", "from worker")
     axes.grid(visible=False)
 
 

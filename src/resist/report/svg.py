@@ -26,12 +26,12 @@ class Series:
     """A line of a plot.
 
     Attributes:
-        name: its name in the legend.
+        name: Its name in the legend.
         color: #rrggbb.
-        x: the x values.
-        y: the y values, as many.
-        marks: draw a dot at each point.
-        dashed: draw the line dashed.
+        x: The x values.
+        y: The y values, as many.
+        marks: Draw a dot at each point.
+        dashed: Draw the line dashed.
     """
 
     name: str
@@ -66,12 +66,12 @@ def line_plot(
     """A figure with lines. Points that are not finite are left out, as are those at 0 or less on a log axis.
 
     Args:
-        title: the title.
-        x_label: the label of the x axis.
-        y_label: the label of the y axis.
-        series: the lines.
-        log_x: make the x axis logarithmic.
-        y_zero: begin the y axis at 0.
+        title: The title.
+        x_label: The label of the x axis.
+        y_label: The label of the y axis.
+        series: The lines.
+        log_x: Make the x axis logarithmic.
+        y_zero: Begin the y axis at 0.
     """
     lines = [_finite(line, log_x) for line in series]
     lines = [line for line in lines if line.x]
@@ -106,12 +106,12 @@ def stacked_plot(
     """A figure with areas on top of one another, a step for each value of `x`.
 
     Args:
-        title: the title.
-        x_label: the label of the x axis.
-        y_label: the label of the y axis.
-        x: the x values.
-        x_ticks: the ticks of the x axis.
-        series: the areas from the bottom, each with as many y values as `x`.
+        title: The title.
+        x_label: The label of the x axis.
+        y_label: The label of the y axis.
+        x: The x values.
+        x_ticks: The ticks of the x axis.
+        series: The areas from the bottom, each with as many y values as `x`.
     """
     num = len(x)
     totals = [sum(area.y[i] for area in series) for i in range(num)]
@@ -147,13 +147,13 @@ def frame(
     """A drawing with an axis on the left and one below.
 
     Args:
-        area: the drawing, an SVG or image element.
-        x_ticks: the ticks of the axis below.
-        y_ticks: the ticks of the axis on the left.
-        x_label: the label of the axis below.
-        y_label: the label of the axis on the left.
-        height: in pixels.
-        data: the values that the script of the page shows at the pointer, ready for JSON.
+        area: The drawing, an SVG or image element.
+        x_ticks: The ticks of the axis below.
+        y_ticks: The ticks of the axis on the left.
+        x_label: The label of the axis below.
+        y_label: The label of the axis on the left.
+        height: In pixels.
+        data: The values that the script of the page shows at the pointer, ready for JSON.
     """
     left = "".join(f'<span style="bottom:{100 * at:.2f}%">{escape(text)}</span>' for at, text in y_ticks)
     below = "".join(f'<span style="left:{100 * at:.2f}%">{escape(text)}</span>' for at, text in x_ticks)
@@ -216,8 +216,8 @@ def png(rows: Sequence[bytes], palette: Sequence[str]) -> bytes:
     """A PNG with a palette.
 
     Args:
-        rows: rows of equal length, a byte for each pixel: 0 for a transparent one, i for `palette[i - 1]`.
-        palette: at most 255 colors as #rrggbb.
+        rows: Rows of equal length, a byte for each pixel: 0 for a transparent one, i for `palette[i - 1]`.
+        palette: At most 255 colors as #rrggbb.
     """
     assert len(palette) < 256
     assert len({len(row) for row in rows}) == 1

@@ -15,7 +15,7 @@ Rows = list[tuple[str, str]]
 NAMES = {"resist": "ResIST", "local_sgd": "local SGD", "diloco": "DiLoCo", "ddp": "DDP"}
 ENDS = {
     "finished": "finished",
-    "interrupted": "interrupted, can go on",
+    "interrupted": "interrupted; can be resumed",
     "failed": "failed",
     "unfinished": "not finished",
 }
@@ -49,11 +49,11 @@ def headline(history: History) -> Rows:
     rows += [("training loss, last round", f"{loss:.4f}")] if math.isfinite(loss) else []
     rows.append(("time, without evaluations", duration(history.seconds[-1])))
     if images and history.seconds[-1] > 0:
-        rows.append(("images a second", f"{images / history.seconds[-1]:,.0f}"))
+        rows.append(("images per second", f"{images / history.seconds[-1]:,.0f}"))
     rows.append(("sent by all workers", amount(history.bytes[-1])))
     held = [f"{len(h)} of {f.blocks}" for f in holdings(history)[:1] for h in _last_plan(history, f.chain)]
     if held:
-        rows.append(("blocks a worker holds", " · ".join(dict.fromkeys(held))))
+        rows.append(("blocks held by a worker", " · ".join(dict.fromkeys(held))))
     return rows
 
 
@@ -186,7 +186,7 @@ WORKERS_NOTE = (
     "Blocks: mean over the rounds. Sent and received: blocks and optimizer state from worker to worker, and a worker's "
     "part of the all-reduces."
 )
-READINGS_NOTE = "Test accuracy by the scale of the chain's branches, and by where BatchNorm's statistics come from."
+READINGS_NOTE = "Test accuracy by the scale of the chain's branches, and by the source of BatchNorm's statistics."
 
 
 def reading_rows(history: History) -> Rows:

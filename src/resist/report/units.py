@@ -56,13 +56,13 @@ def seconds_unit(most: float) -> tuple[float, str]:
 
 
 def amount(num_bytes: float) -> str:
-    """228.0 MB"""
+    """Format an amount of data, such as 228.0 MB."""
     divisor, unit = bytes_unit(abs(num_bytes))
     return f"{num_bytes / divisor:,.0f} {unit}" if divisor == 1 else f"{num_bytes / divisor:,.1f} {unit}"
 
 
 def duration(seconds: float) -> str:
-    """4.2 s, 12 min 5 s, 3 h 20 min"""
+    """Format a duration, such as 12 min 5 s."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -75,8 +75,8 @@ def means(values: Sequence[float], num: int) -> list[float]:
     """Means of at most `num` groups of consecutive values.
 
     Args:
-        values: the values. NaN and inf are left out of the means; the mean of a group without numbers is NaN.
-        num: the largest number of groups. They have equal length; the last one may be shorter.
+        values: The values. NaN and inf are left out of the means; the mean of a group without numbers is NaN.
+        num: The largest number of groups. They have equal length; the last one may be shorter.
     """
     width = max(1, math.ceil(len(values) / num))
     group_means: list[float] = []

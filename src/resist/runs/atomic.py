@@ -8,16 +8,16 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Write a file under another name beside its own, and rename it when the block ends without an error.
+    """Write a file under another name in the same folder, and rename it when the block ends without an error.
 
     Args:
-        path: the file to write; its folder has to exist. A file that is there already is replaced.
+        path: The file to write; its folder has to exist. A file that is there already is replaced.
 
     Yields:
         The path to write to. It is removed where the block raises.
 
     Raises:
-        OSError: the file could not be flushed or renamed.
+        OSError: The file could not be flushed or renamed.
     """
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: each process writes what its workers own to a tensor file, while training goes on.
+"""Checkpoints: each process writes what its workers own to a tensor file, while training continues.
 
     checkpoints/round-000040/process-0.safetensors ...    state of the job, see `resist.runs.job_state`
                              job.json                     round, step, workers, processes, a digest of every file
@@ -147,8 +147,8 @@ class Checkpoints:
 
     def _complaint(self, reason: str) -> str:
         return (
-            f"a checkpoint in {self.folder} could not be written: {reason}; make room there, then go on with --resume; "
-            "older checkpoints are as they were"
+            f"a checkpoint in {self.folder} could not be written: {reason}; make room there, then continue with "
+            "--resume; older checkpoints are as they were"
         )
 
 
@@ -214,7 +214,7 @@ class _Save:
         content = {**self._about, "files": digests}
         write_atomically(self._partial / JOB, json.dumps({**content, "digest": _digest(content)}))
         final = self._final
-        if final.exists():  # saved before, by the run that this one goes on with, and damaged since
+        if final.exists():  # saved before, by the run that this one resumes, and damaged since
             final.rename(next(p for n in count(1) if not (p := final.with_name(f"damaged-{n}-{final.name}")).exists()))
         self._partial.rename(final)
         remove_replicas(final.parent.parent / "replicas", int(str(self._about["round"])))

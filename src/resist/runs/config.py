@@ -86,8 +86,8 @@ class MethodConfig:
     """BatchNorm statistics of the full network: re-estimated before each test, averaged over the workers, or those of
     each test batch."""
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
-    """Momentum at a synchronization. reset: set to zero. keep: stays on its worker. travel: moves with its block.
-    average: as travel, and averaged wherever weights are averaged."""
+    """Momentum at a synchronization. reset: set to zero. travel: moves with its block, averaged over its
+    holders. average: as travel, and that of the shared part is averaged too. keep: stays where it is."""
     outer: tuple[float, float] | None = None
     """Learning rate and Nesterov momentum of an outer optimizer step along each round's mean change. Default: 0.7 0.9
     for diloco, none for other strategies."""
@@ -131,7 +131,7 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """How this machine runs its part. Machines may differ in these options."""
+    """Options of this machine. They may differ between machines."""
 
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is a GPU."""
@@ -218,7 +218,7 @@ class TrainConfig:
                 raise UserError(f"{flag} {value} is too small; give at least {bound}")
         for flag, value in (("--epochs", self.optimization.epochs), ("--timeout-s", self.machine.timeout_s)):
             if value <= 0:
-                raise UserError(f"{flag} {value} has to be more than 0")
+                raise UserError(f"{flag} {value} must be above 0")
         self._check_pairs()
 
     def _check_pairs(self) -> None:
@@ -226,15 +226,15 @@ class TrainConfig:
         o, method, network = self.optimization, self.method, self.network
         if o.batch_size % o.grad_accum_steps:
             raise UserError(
-                f"--batch-size {o.batch_size} cannot be split into --grad-accum-steps {o.grad_accum_steps} equal "
-                "parts; make it a multiple of them"
+                f"--batch-size {o.batch_size} is not a multiple of --grad-accum-steps {o.grad_accum_steps}; "
+                "change one of the two"
             )
         if self.network.task == "detection" and self.machine.compile:
             raise UserError("--compile does not support detection, whose tensor shapes vary by image; remove it")
         if o.nesterov and o.momentum == 0:
             raise UserError("--nesterov needs --momentum above 0; give one, or remove --nesterov")
         if o.label_smoothing >= 1:
-            raise UserError(f"--label-smoothing {o.label_smoothing} leaves nothing of the labels; must be less than 1")
+            raise UserError(f"--label-smoothing {o.label_smoothing}; must be less than 1")
         if method.warmup_rounds and method.warmup_epochs:
             raise UserError("--warmup-rounds and --warmup-epochs both set the warm-up; give one of the two")
         for flag, given in (

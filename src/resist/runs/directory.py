@@ -35,7 +35,7 @@ SEEN_S = 5.0  # how long a file that another machine wrote may take to appear
 
 
 def default_out(config: TrainConfig) -> Path:
-    """runs/DATE-TIME-DATA-STRATEGY"""
+    """Return the default run directory, runs/DATE-TIME-DATA-STRATEGY."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{now}-{config.network.data}-{config.method.strategy}"
 

@@ -1,6 +1,6 @@
 """Reader of run directories: the configuration, the record of each round, the environment, how the run ended.
 
-All JSON files of a run are parsed here, for reports, the live display, `--resume`, evaluation and export alike. A run
+All JSON files of a run are parsed here, for reports, the live display, `--resume`, evaluation and export. A run
 may be unfinished, cut off within a line, resumed, or written by another version: a missing entry gets a default, and
 `History.notes` names what was left out.
 
@@ -18,7 +18,7 @@ from resist.errors import UserError
 from resist.runs.config import TrainConfig, from_json
 from resist.runs.records import Record, parse_record, training_bytes, training_seconds
 
-# Entries of config.json that an earlier version wrote, and this one calls something else.
+# Entries of config.json that an earlier version wrote and that have another name now.
 EARLIER = {"optimisation", "accumulate", "evaluations", "loaders", "nonfinite", "safety", "schedule"}
 
 
@@ -27,17 +27,17 @@ class History:
     """One run, as its directory describes it.
 
     Attributes:
-        path: the run directory.
-        config: the configuration of the run.
-        rounds: the records of metrics.jsonl in order, each with all the keys that `clean` sets.
-        seconds: training seconds up to the end of each round, without evaluations.
-        bytes: training bytes up to the end of each round, sent by all workers.
-        tested: positions in `rounds` after which the full network was tested.
+        path: The run directory.
+        config: The configuration of the run.
+        rounds: The records of metrics.jsonl in order, each with all the keys that `clean` sets.
+        seconds: Training seconds up to the end of each round, without evaluations.
+        bytes: Training bytes up to the end of each round, sent by all workers.
+        tested: Positions in `rounds` after which the full network was tested.
         given: config.json as it is in the file, by part and name.
         environment: environment.json, or an empty table.
         state: state.json, or an empty table; see `resist.runs.directory.Run.state`.
-        readings: test accuracies (0 to 1) of the full network by the way it was read, from evaluation.json.
-        notes: one sentence for each thing that is missing or damaged.
+        readings: Test accuracies (0 to 1) of the full network by the way it was read, from evaluation.json.
+        notes: One sentence for each thing that is missing or damaged.
     """
 
     path: Path
@@ -87,7 +87,7 @@ def read_history(path: Path) -> History:
     """Read a run directory.
 
     Args:
-        path: the run directory.
+        path: The run directory.
 
     Returns:
         The run, with notes on what is missing.
@@ -120,15 +120,15 @@ def read_past(path: Path, last_round: int, known_gaps: object = None) -> list[tu
     """The records of a run that resumes after `last_round`.
 
     Args:
-        path: the run directory. Without a metrics.jsonl the run has no records.
-        last_round: the last round to keep; later ones are left out.
-        known_gaps: gaps that earlier resumptions left, the entry "missing_rounds" of environment.json.
+        path: The run directory. Without a metrics.jsonl the run has no records.
+        last_round: The last round to keep; later ones are left out.
+        known_gaps: Gaps that earlier resumptions left, the entry "missing_rounds" of environment.json.
 
     Returns:
         The lines of metrics.jsonl up to that round, each with its record.
 
     Raises:
-        UserError: a line is damaged, or the rounds have a gap that is not known.
+        UserError: A line is damaged, or the rounds have a gap that is not known.
     """
     file = path / "metrics.jsonl"
     if not file.exists():
@@ -204,7 +204,7 @@ def read_config(path: Path) -> TrainConfig:
     """The configuration of a run that resumes, or whose network is used.
 
     Raises:
-        UserError: there is none, it is damaged, its values are invalid, or another version of resist wrote it.
+        UserError: There is none, it is damaged, its values are invalid, or another version of resist wrote it.
     """
     data = _read_config_file(path)
     for name in _unknown_entries(data):
@@ -218,14 +218,14 @@ def read_options(path: Path, notes: list[str]) -> tuple[TrainConfig, dict[str, d
     """The configuration of a run that is only looked at: an unknown entry or value is left out with a note.
 
     Args:
-        path: the run directory.
-        notes: a sentence is added to it where entries were left out.
+        path: The run directory.
+        notes: A sentence is added to it where entries were left out.
 
     Returns:
         The configuration, and config.json as it is in the file.
 
     Raises:
-        UserError: there is none, it is damaged, or a whole part of it is unknown to this version.
+        UserError: There is none, it is damaged, or a whole part of it is unknown to this version.
     """
     data = _read_config_file(path)
     known: dict[str, dict[str, Any]] = {f.name: {} for f in fields(TrainConfig)}
@@ -284,13 +284,13 @@ def read_table(file: Path, notes: list[str] | None = None) -> dict[str, Any]:
 
     Args:
         file: environment.json, state.json or evaluation.json of a run.
-        notes: a sentence is added to it where the file is damaged. Without it damage is an error.
+        notes: A sentence is added to it where the file is damaged. Without it damage is an error.
 
     Returns:
         The object; an empty one where the file is missing or was left out.
 
     Raises:
-        UserError: the file is damaged, and `notes` is None.
+        UserError: The file is damaged, and `notes` is None.
     """
     try:
         data = json.loads(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Replicas and diverged weights: tensor files that each process writes for itself when a run cannot go on.
+"""Replicas and diverged weights: tensor files that each process writes for itself when a run cannot continue.
 
     RUN/replicas/round-000012/process-3.safetensors    weights as they were synchronized, by global name (`--replicate`)
     RUN/diverged/round-000012/process-3.safetensors    weights as they were when training diverged, to look at

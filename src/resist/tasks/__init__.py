@@ -30,7 +30,7 @@ def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: 
     check(config)
     if config.task == "detection":
         if label_smoothing:
-            raise UserError("--label-smoothing has no effect with --task detection; leave it out")
+            raise UserError("--label-smoothing has no effect with --task detection; remove it")
         from resist.tasks.detection import Detection  # with torchvision's detector, slow to import
 
         return Detection.open(config, download=download)
@@ -94,4 +94,4 @@ def check(config: NetworkConfig) -> None:
         unused = {"--final-norm": config.final_norm}
     for flag, given in unused.items():
         if given:
-            raise UserError(f"{flag} has no effect with --task {config.task}; leave it out")
+            raise UserError(f"{flag} has no effect with --task {config.task}; remove it")

@@ -1,6 +1,6 @@
 """Loggers in addition to metrics.jsonl: TensorBoard and Weights & Biases, with the same records as scalars.
 
-Both packages are optional. A logger that fails during a run is dropped, and the run goes on.
+Both packages are optional. A logger that fails during a run is dropped, and the run continues.
 """
 
 import importlib.util

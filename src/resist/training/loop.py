@@ -104,7 +104,7 @@ class Training:
     Args:
         config: The options.
         task: Data, loss and tests.
-        job: The job, at the step from which to go on.
+        job: The job, at the step from which to continue.
         trainers: One for each hosted worker.
         run: The run directory; None in all but the main process.
         loggers: Further places for the records; none in all but the main process.
@@ -192,7 +192,7 @@ class Training:
     ) -> RoundReport:
         """Do the last step of a round: compare, synchronize, test, record, save.
 
-        The checkpoint comes last: a run that goes on from it then has the record of the round, and at the end the
+        The checkpoint comes last: a run that resumes from it then has the record of the round, and at the end the
         network.
         """
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimization.batch_size

@@ -77,7 +77,7 @@ class Recorder:
         for logger in list(self._loggers):
             if failure := logger.write(record):
                 self._loggers.remove(logger)
-                self._print(f"resist: {failure}; training goes on without it")
+                self._print(f"resist: {failure}; training continues without it")
         self.display.add(record)
 
     def reached(self, budgets: Mapping[str, float], more_s: float) -> bool:
@@ -105,7 +105,7 @@ class Recorder:
         self._state = "interrupted"
         if self.run is not None:
             self.display.stop()
-            then = f"to go on: resist train --resume {self.run.path}" if saved else "nothing was saved"
+            then = f"to continue: resist train --resume {self.run.path}" if saved else "nothing was saved"
             print(f"interrupted after round {self.summary.done}; {then}")
 
     def finish(self, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""The point from which a run goes on: a checkpoint or replicas, with their round and step."""
+"""The point from which a run resumes: a checkpoint or replicas, with their round and step."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from resist.sync.transport import Transport
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A round and a step to go on from.
+    """A round and a step to resume from.
 
     Attributes:
         round: Rounds that are done.
@@ -35,7 +35,7 @@ class ResumePoint:
 
 
 def find_resume_point(config: TrainConfig, transport: Transport, is_main: bool) -> ResumePoint:
-    """Find the newest sound checkpoint, or replicas that survivors of a loss wrote after it.
+    """Find the newest undamaged checkpoint, or replicas that survivors of a loss wrote after it.
 
     The main process searches, and prints which files are damaged. With another number of workers the step is the one
     at which all of them together have seen as many images.
@@ -63,12 +63,12 @@ def find_resume_point(config: TrainConfig, transport: Transport, is_main: bool) 
     step = source["step"] * before // now
     if is_main and before != now:
         print(
-            f"resist: going on with {now} workers instead of {before}: new plans, step {source['step']} "
-            f"becomes {step} (as many images seen), momentum starts from zero"
+            f"resist: resuming with {now} workers instead of {before}: new partition, step {source['step']} -> {step} "
+            "(same number of images), momentum reset"
         )
     if "checkpoint" not in source:
         if is_main:
-            print(f"resist: going on from the replicas of round {source['round']}; momentum starts from zero")
+            print(f"resist: resuming from the replicas of round {source['round']}; momentum reset")
         return ResumePoint(source["round"], step, lambda job, _: restore_replicas(job, replicas, source))
     path = checkpoints / source["checkpoint"]
     run_everywhere(transport, lambda: _check_visible(path))
@@ -78,7 +78,7 @@ def find_resume_point(config: TrainConfig, transport: Transport, is_main: bool) 
 
 
 def _search(checkpoints: Path, replicas: Path) -> dict[str, Any]:
-    """Round, step and workers to go on from, and the name of the checkpoint or the metadata of replicas; {} for none.
+    """Round, step and workers to resume from, and the name of the checkpoint or the metadata of replicas; {} for none.
 
     Raises UserError where there are checkpoints, and none can be used.
     """
@@ -95,7 +95,7 @@ def _search(checkpoints: Path, replicas: Path) -> dict[str, Any]:
     for error in errors + replica_errors:
         print(f"resist: skipped: {error}", file=sys.stderr)
     if not source and errors:
-        raise UserError(f"no sound checkpoint in {checkpoints}; train again, or copy one there")
+        raise UserError(f"no undamaged checkpoint in {checkpoints}; train again, or copy one there")
     return source
 
 

@@ -113,11 +113,11 @@ def _seen_by_all(out: Path, attempt: str, transport: Transport) -> bool:
 
 
 def _all_done(path: Path, steps: int, is_main: bool) -> int:
-    """The exit status of a run that goes on and has no step left: 0 where its network is there."""
+    """The exit status of a resumed run that has no step left: 0 where its network is there."""
     if not (path / FILE).exists():
         raise AgreedError(
             f"the run has done all its {steps} steps, but {path / FILE} is not there; move the newest folder of "
-            f"{path / 'checkpoints'} away to go on from the one before"
+            f"{path / 'checkpoints'} to another place to continue from the previous checkpoint"
         )
     if is_main:
         print(f"the run has done all its {steps} steps; its network is {path / FILE}")
@@ -135,7 +135,7 @@ def _surviving(out: Path, attempt: str, training: Training, steps: int) -> int:
             write_replicas(out / "replicas", job, attempt)
             kept = f"; replicas of round {job.replicas[-1].round} are in {out / 'replicas'}"
         raise WorkerLostError(
-            f"round {training.round_number}: {lost}{kept}; go on with resist train --resume {out}"
+            f"round {training.round_number}: {lost}{kept}; continue with resist train --resume {out}"
         ) from lost
     except DivergedError as error:
         write_diverged(out / "diverged", job)
