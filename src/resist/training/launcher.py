@@ -304,9 +304,10 @@ def _watch(children: Sequence[Child], received: list[int], timeout_s: float, wor
         time.sleep(POLL_S)
     failed = failed or _failures(children)
     stuck = [rank for rank, child in enumerate(children) if child.poll() is None]
+    ended = _failures(children)  # the first ones, and those that failed after them
     for rank in stuck:
         _kill(children[rank])
-    _report(failed, stuck, workers, len(children))
+    _report(ended, stuck, workers, len(children))
     if received and (stuck or any(code != INTERRUPTED for code in failed.values())):
         return 128 + received[0]
     return next((code for code in failed.values() if code > 0), 1) if failed or stuck else 0
