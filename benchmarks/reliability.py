@@ -8,6 +8,10 @@ Table = Callable[..., str]
 Provenance = Callable[..., str]
 
 MAX_CHECKPOINT = 3.0  # percent of the round time, at a checkpoint every 10 rounds
+EARLIER_FORMAT = (
+    "Checkpoints have had another format since 2026-11-25. The tests inject some of these faults into runs of the present "
+    "code (`tests/faults/test_faults.py`); the hundred have not been repeated."
+)
 FAULTS = {"kill": "SIGKILL", "stop": "SIGSTOP", "delay": "delayed, below the timeout", "raise": "an exception"}
 
 
@@ -51,6 +55,7 @@ def _faults(record: Record, table: Table, provenance: Provenance) -> list[str]:
         table(["fault", "runs", "median s from the fault to the end of the command", "max"], rows),
         "A suspended process is noticed after the timeout; the launcher then waits 15 s for the messages of the others, and kills it. "
         f"{record['lanes']} runs at a time on {record['cores']} busy cores; processes were {started}.",
+        *([EARLIER_FORMAT] if str(record["date"]) < "2026-11-25" else []),
         provenance(record, n=lambda r: f"n = {r['number']} runs"),
     ]  # fmt: skip
 

@@ -37,7 +37,12 @@ def allowed() -> None:
 def running(allowed: None) -> Iterator[subprocess.Popen[bytes]]:
     """Start a run, and wait until its namespaces exist and its hosts work."""
     command = [*COMMAND, "--workers", "2", "--compute-s", "30", "30"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
     deadline = time.monotonic() + 60
     while len(inside(process.pid)) < 2:
         assert process.poll() is None
