@@ -87,6 +87,7 @@ def _saves(record: Record, table: Table, provenance: Provenance) -> list[str]:
         f"Target at K = {rounds}: at most {MAX_CHECKPOINT:.0f} %: {reached} in processor time, {cpu['median']:+.1f} % in the median of "
         f"{record['n']} pairs, {computed:.2f} % from the cost of a checkpoint alone. The background thread shares "
         f"{record['cores']} cores and Python's lock with training, so all of its time counts here; other programs took "
-        f"{record['others_share']['median']:.0%} of the processors in the median, so the wall time is not informative.",
+        f"{record['others_share']['median']:.0%} of the processors in the median"
+        + (", so the wall time is not informative." if record["others_share"]["median"] > 0.1 else "."),
         provenance(record, n=lambda r: f"n = {r['n']} pairs, {r['n']} checkpoints alone"),
     ]  # fmt: skip
