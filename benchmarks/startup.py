@@ -6,12 +6,9 @@ Each command runs in a new process, `--repeats` times in turn with the others; t
 on the machine only adds. `wall` is elapsed time, `cpu` the user and system time of the process and its children, and
 `MB` the peak memory of the largest process. `train` is a run of one step in two processes on the digits, so nearly all
 of it is start-up; `train, no fork` starts the same workers as new Python processes.
-
-Prints a table, and with --keep appends a record to benchmarks/results/startup.jsonl.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -21,7 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "startup.jsonl"
 RESIST = (sys.executable, "-m", "resist")
 TRAIN = (
     "train", "--data", "digits", "--model", "preact_small", "--workers", "2", "--processes", "2",
@@ -75,7 +71,6 @@ def commands(run: Path, scratch: Path) -> dict[str, tuple[tuple[str, ...], int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--keep", action="store_true", help="append the result to benchmarks/results/startup.jsonl")
     options = parser.parse_args()
     costs: dict[str, Cost] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -91,18 +86,6 @@ def main() -> None:
     for name, cost in costs.items():
         ratios = f"{cost.wall_s / torch.wall_s:15.2f}{cost.cpu_s / torch.cpu_s:14.2f}"
         print(f"{name:22}{cost.wall_s:8.2f}{cost.cpu_s:8.2f}{cost.memory_mb:8.0f}{ratios}")
-    if options.keep:
-        # It imports torch, and Linux counts the memory of this process at the start of a command as the command's.
-        from provenance import provenance
-
-        record = {
-            "benchmark": "startup",
-            "repeats": options.repeats,
-            "costs": {name: vars(cost) for name, cost in costs.items()},
-            **provenance(),
-        }
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
