@@ -1,5 +1,6 @@
 """Streams: batches do not depend on the reading processes, which end with their stream."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -107,6 +108,29 @@ def test_a_reading_process_that_is_killed_is_one_line() -> None:
     os.kill(int(one.batch(0)[2][0]), signal.SIGKILL)
     with pytest.raises(UserError, match=r"^a process that reads data was lost: .*; give fewer --data-workers, or 0$"):
         _ = [one.batch(step) for step in range(1, 9)]
+
+
+class LockHolder(Numbers):
+    """Item 7 kills the reading process while it holds each lock that it shares with this process."""
+
+    def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        if pair[0] == 7:
+            frame = sys._getframe()
+            while frame.f_code.co_name != "_worker_loop":
+                assert frame.f_back is not None
+                frame = frame.f_back
+            with contextlib.suppress(AttributeError):
+                frame.f_locals["done_event"]._cond.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(pair)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the readers have torch's own event")
+def test_a_reading_process_that_is_killed_while_it_looks_whether_to_end() -> None:
+    with pytest.raises(UserError, match=r"^a process that reads data was lost: "):
+        list(in_order(LockHolder(23), 5, num_data_workers=2))
 
 
 SCRIPT = """

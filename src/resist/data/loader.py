@@ -10,6 +10,7 @@ They exit with the stream, or within seconds after the process that they read fo
 
 import contextlib
 import itertools
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -213,7 +214,7 @@ def _loader(
             "persistent_workers": stay,
             "worker_init_fn": _leave_group,
             # A fork starts immediately and shares the lists of files; it is safe on Linux only.
-            "multiprocessing_context": "fork" if sys.platform == "linux" else None,
+            "multiprocessing_context": _fork() if sys.platform == "linux" else None,
         }
     with _unwarned():
         return DataLoader(
@@ -224,6 +225,31 @@ def _loader(
             generator=torch.Generator(),  # otherwise each new iterator would draw from torch's global generator
             **options,
         )
+
+
+class _Flag:
+    """Event of a DataLoader, without a lock.
+
+    `multiprocessing.Event` is a lock even where it is only read. A reading process that is killed at that moment holds
+    the lock for ever, and so this process would wait for ever as soon as it looks at the event.
+    """
+
+    def __init__(self, context: multiprocessing.context.BaseContext) -> None:
+        self._semaphore = context.Semaphore(0)
+
+    def is_set(self) -> bool:
+        return self._semaphore.get_value() > 0
+
+    def set(self) -> None:
+        self._semaphore.release()
+
+
+def _fork() -> multiprocessing.context.BaseContext:
+    class Fork(multiprocessing.context.ForkContext):  # exists on Unix only
+        def Event(self) -> Any:  # noqa: N802
+            return _Flag(self)
+
+    return Fork()
 
 
 def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
