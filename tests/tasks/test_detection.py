@@ -30,7 +30,7 @@ from resist.sync.local import Local
 from resist.tasks import image_shape, network_builder, open_task
 from resist.tasks.backbone import BackboneInit
 from resist.tasks.detection import Detection, image_transform
-from resist.training.loop import Trainer
+from resist.training.trainer import Trainer
 
 SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, data_workers=0)
 ARGUMENTS = [

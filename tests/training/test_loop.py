@@ -21,8 +21,8 @@ from resist.sync.local import Local
 from resist.sync.worker import Worker
 from resist.tasks import Classification, network_builder
 from resist.training.device import pick_device
-from resist.training.loop import Trainer
 from resist.training.lr_schedule import evaluation_rounds, num_steps, rate
+from resist.training.trainer import Trainer
 
 
 def test_step_schedule_is_the_papers() -> None:
