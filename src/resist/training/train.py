@@ -33,7 +33,7 @@ def train(config: TrainConfig, task: Task | None = None) -> int:
     The main process (that of worker 0) writes the run directory and prints.
 
     Args:
-        config: The options, equal in all processes.
+        config: The options, checked, equal in all processes.
         task: The task, in forks of a process that has opened it: they share its memory. Default: opened here.
 
     Returns:
@@ -43,7 +43,6 @@ def train(config: TrainConfig, task: Task | None = None) -> int:
         UserError: An option is invalid, a file cannot be read or written, or training diverged.
         WorkerLostError: Another process is lost.
     """
-    config.check()
     device = pick_device(config.machine.device)
     transport = connect(config.method.workers, device, config.machine.timeout_s)
     try:
@@ -64,7 +63,9 @@ def open_data(config: TrainConfig, *, download: bool = True) -> Task:
     Raises:
         UserError: Options contradict each other, or files are missing or damaged.
     """
-    network = config.network if config.run.resume is None else replace(config.network, backbone=None)
+    network, resume = config.network, config.run.resume
+    if resume is not None and any(resume.glob("checkpoints/*")):  # all weights come from there
+        network = replace(network, init_from=None)
     return open_task(network, download=download, label_smoothing=config.optimization.label_smoothing)
 
 
@@ -73,7 +74,6 @@ def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.
     is_main, resume = 0 in transport.hosted, config.run.resume
     # Of worker 0, for all processes: shards may differ by one image, the number of rounds must not.
     first = run_everywhere(transport, lambda: make_sampler(config, task.num_images, worker=0))
-    config = config.with_warmup_rounds(first.images_per_epoch)
     steps = num_steps(config.optimization, first.images_per_epoch)
     out = resume or config.run.out or default_out(config)
     run_everywhere(transport, lambda: _check_before(config, task, out) if is_main else None)
