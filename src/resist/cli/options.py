@@ -56,6 +56,11 @@ class Option:
         """The option as on the command line, `--local-steps`; the name in capitals for a positional argument."""
         return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
 
+    @property
+    def flags(self) -> list[str]:
+        """The option, and for one without a value also the form that overrides the configuration file."""
+        return [self.flag, "--no-" + self.flag[2:]] if self.hint is bool else [self.flag]
+
 
 def options_of(
     record: type, config: TrainConfig | None = None, in_file: frozenset[str] = frozenset()

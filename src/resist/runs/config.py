@@ -366,37 +366,40 @@ def from_json(data: object) -> TrainConfig:
 
 def _record(record: Any, data: object, where: str) -> Any:
     if not isinstance(data, Mapping):
-        raise UserError(f"configuration {where or 'file'} is not a table of names and values")
+        raise UserError(f"{where or 'the configuration'} is not a table of names and values")
     hints, values = get_type_hints(record), {}
     for name, value in data.items():
         full = f"{where}.{name}".lstrip(".")
         if name not in hints:
-            raise UserError(f"configuration has the unknown entry {full!r}; it comes from another version of resist")
+            raise UserError(f"unknown entry {full!r}; it comes from another version of resist")
         nested = dataclasses.is_dataclass(hints[name])
         values[name] = _record(hints[name], value, full) if nested else _value(hints[name], value, full)
     return record(**values)
 
 
-def _value(hint: Any, value: object, where: str) -> object:
+def _value(hint: Any, value: object, where: str) -> Any:
     """Convert a value read from JSON to the type `hint`."""
-    options = get_args(hint)
+    inner = get_args(hint)
+    if type(None) in inner:  # an optional value
+        return None if value is None else _value(inner[0], value, where)
+    if get_origin(hint) is tuple and isinstance(value, list) and (inner[-1] is Ellipsis or len(value) == len(inner)):
+        return tuple(_value(inner[0], item, where) for item in value)
+    if get_origin(hint) is Literal and value in inner:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and (isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)):  # else too large
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise UserError(f"{where} has the value {str(value)[:80]!r}, which is not {_form(hint)}")
+
+
+def _form(hint: Any) -> str:
+    """Describe the JSON values of a type."""
+    inner = get_args(hint)
     if get_origin(hint) is Literal:
-        fits = value in options
-    elif get_origin(hint) is tuple:
-        choices = get_args(options[0])  # of a tuple of literals
-        fits = isinstance(value, list) and all(
-            item in choices if choices else type(item) is options[0] for item in value
-        )
-        value = tuple(value) if isinstance(value, list) else value
-    elif type(None) in options:  # an optional value
-        return None if value is None else _value(options[0], value, where)
-    elif hint is Path:
-        fits = isinstance(value, str)
-        value = Path(value) if isinstance(value, str) else value
-    elif hint is float:
-        fits = isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)  # else no float can hold it
-    else:
-        fits = type(value) is hint
-    if not fits:
-        raise UserError(f"configuration entry {where} has the value {value!r}, which is not a {hint}")
-    return float(value) if hint is float else value  # type: ignore[arg-type]
+        return f"one of {', '.join(inner)}"
+    if get_origin(hint) is tuple:
+        return f"a list, each entry {_form(inner[0])}" if inner[-1] is Ellipsis else f"a list of {len(inner)} numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
