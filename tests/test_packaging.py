@@ -80,15 +80,21 @@ def test_the_wheel_has_the_package_and_its_metadata(dist: Path) -> None:
 
 @pytest.mark.slow
 def test_the_installed_wheel_runs(dist: Path, tmp_path: Path) -> None:
-    """Install it next to torch, and run it outside the source tree."""
+    """Install it next to torch, in a repository of the user, and run it outside the source tree."""
     (file,) = dist.glob("*.whl")
     site, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()
+    call(["git", "init", "--quiet", str(tmp_path)], work)
+    identity = ["-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false"]
+    call(["git", *identity, "commit", "--quiet", "--allow-empty", "--message", "of the user"], work)
     options = ["--quiet", "--no-deps", "--no-index", "--target", str(site)]
     call([sys.executable, "-m", "pip", "install", *options, str(file)], work)
     path = str(site)
     where = call([sys.executable, "-c", "import resist.cli; print(resist.cli.__file__)"], work, PYTHONPATH=path)
     assert Path(where.strip()).is_relative_to(site)
+    commit = call([sys.executable, "-c", "from resist.runs.directory import _commit; print(_commit())"], work,
+                  PYTHONPATH=path)  # fmt: skip
+    assert commit == "None\n"  # that of the user is not the package's
     program = str(site / "bin" / "resist")
     assert call([program, "--version"], work, PYTHONPATH=path) == f"resist {resist.__version__}\n"
     plan = call([program, "plan", "--workers", "3", "--min-depth", "0"], work, PYTHONPATH=path)

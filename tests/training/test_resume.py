@@ -66,7 +66,7 @@ def start(out: Path, workers: int, warmup_rounds: int = 0, images: float = 2.5) 
 def go_on(out: Path, workers: int) -> int:
     """As `resist train --resume OUT --workers N` in a process that was started for it."""
     asked = TrainConfig(run=RunConfig(resume=out), method=MethodConfig(workers=workers))
-    return train(resumed(asked, ["--resume", str(out), "--workers", str(workers)]))
+    return train(resumed(asked, frozenset({"resume", "workers"})))
 
 
 def everywhere(pool: Pool, processes: int, function: Callable[..., int], *arguments: object) -> None:

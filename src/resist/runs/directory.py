@@ -192,12 +192,16 @@ def command() -> list[str]:
 
 def _commit() -> str | None:
     """The git commit of this package's source, or None where it is not a checkout."""
-    command = ["git", "describe", "--always", "--dirty"]
+    tracked = ["git", "ls-files", "--error-unmatch", __file__]  # not where it is installed inside another repository
+    describe = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        for command in (tracked, describe):
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+            if done.returncode != 0:
+                return None
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip()
 
 
 def processor() -> str:
