@@ -14,8 +14,8 @@ Written by `benchmarks/models.py` from `benchmarks/results/models.json`; do not 
 
 ```
 resist train --data cifar10 --model torchvision:resnet101
-resist train --data cifar10 --model timm:vit_small_patch16_224      # pip install 'resist[timm]'
-resist train --data cifar10 --model transformers:vit                # pip install 'resist[transformers]'
+resist train --data cifar10 --model timm:vit_small_patch16_224      # pip install 'torch-resist[timm]'
+resist train --data cifar10 --model transformers:vit                # pip install 'torch-resist[transformers]'
 ```
 
 Weights are freshly initialized; nothing is downloaded. The head has the number of classes of the data set, and networks

@@ -28,6 +28,7 @@ from resist.cost import Link, Speed, Traffic, predict
 from resist.cost.footprint import build_on_meta, sizes_of
 from resist.cost.traffic import mean_traffic, paper_bytes, round_traffic
 from resist.models import build
+from resist.planning.strategy import build_strategy
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.sync.local import Local
@@ -398,8 +399,9 @@ def _time_errors(record: Record) -> Iterable[tuple[Any, ...]]:
         if name not in ("resist", "local_sgd", "ddp") or "," in state:
             continue
         report = predict(
-            builder(record), strategies=[name], workers=[record["workers"]], optimizer_state=state or "reset",
-            batchnorm="batch", batch_size=2, local_steps=record["local_steps"], rounds=ROUNDS,
+            builder(record),
+            [build_strategy(name, record["workers"], record["local_steps"], optimizer_state=state or "reset")],
+            batchnorm="batch", batch_size=2, rounds=ROUNDS,
             link=Link(parse_rate(record["rate"]) / 1e9), speed=Speed(2 / record["compute_s"][1]),
         )  # fmt: skip
         seconds = report.rows[0].seconds
@@ -414,8 +416,8 @@ def _time_errors(record: Record) -> Iterable[tuple[Any, ...]]:
 def _memory_errors(record: Record) -> Iterable[tuple[Any, ...]]:
     """Yield name, error in percent, peak bytes predicted, measured, spread."""
     for row in record["training"]:
-        report = predict(builder(record), strategies=[row["strategy"]], workers=[record["workers"]], rounds=1,
-                         batch_size=row["batch"])  # fmt: skip
+        strategy = strategy_of(row["strategy"], record["workers"], "travel")
+        report = predict(builder(record), [strategy], rounds=1, batch_size=row["batch"])
         peak, measured = max(n.memory.peak for n in report.rows[0].networks), row["training_peak_bytes"]
         held = "sub-network" if row["strategy"] == "resist" else "full network"
         yield f"{held}, batch {row['batch']}", 100 * (peak / measured - 1), peak, measured, row["spread_bytes"]

@@ -32,7 +32,7 @@ class Outcome:
 class Pool:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        # torch._dynamo is imported by every optimizer. A process that replaces another one is ready as soon as its peers.
+        # Every optimizer imports torch._dynamo; a process that replaces another one is ready as soon as its peers.
         self._context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest", "resist.job"])
         self._members: list[tuple[BaseProcess, Connection]] = []
         self._folder = tempfile.TemporaryDirectory()

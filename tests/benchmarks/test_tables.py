@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from resist.cost import predict
+from resist.planning.strategy import ddp
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -75,11 +76,9 @@ def test_no_run_of_another_setting_takes_the_place_of_one(tmp_path: Path, other:
 @pytest.mark.parametrize("state", ["reset", "travel", "average"])
 @pytest.mark.parametrize("name", ["resist", "local_sgd"])
 def test_the_formula_is_that_of_resist_cost(name: str, state: str) -> None:
-    build = tables.builder(SMALL)
-    report = predict(
-        build, strategies=[name], workers=[4], optimizer_state=state, batchnorm="batch", batch_size=2, rounds=3
-    )
-    assert tables.formula(build, tables.strategy_of(name, 4, state), 3).mean == report.rows[0].traffic
+    build, strategy = tables.builder(SMALL), tables.strategy_of(name, 4, state)
+    report = predict(build, [strategy], batchnorm="batch", batch_size=2, rounds=3)
+    assert tables.formula(build, strategy, 3).mean == report.rows[0].traffic
 
 
 @pytest.mark.parametrize("name", ["resist", "local_sgd"])
@@ -125,7 +124,7 @@ def test_the_cost_of_recording_is_judged_by_its_dearest_part() -> None:
 
 def predicted_exchange_s() -> float:
     report = predict(
-        tables.builder(SMALL), strategies=["ddp"], workers=[4], batchnorm="batch", batch_size=2, local_steps=2,
+        tables.builder(SMALL), [ddp(4, 2)], batchnorm="batch", batch_size=2,
         link=tables.Link(1e-3), speed=tables.Speed(1.0),
     )  # fmt: skip
     assert report.rows[0].seconds is not None

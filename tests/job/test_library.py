@@ -259,10 +259,9 @@ BROKEN = {
 
 @pytest.mark.parametrize(
     ("optimizer", "when", "policy"),
-    [(optimizer, when, "travel") for optimizer in ("sgd", "adamw") for when in BROKEN]
-    + [
-        ("adamw", when, p) for when in ("a whole round", "everyone's first round") for p in ("reset", "keep", "average")
-    ],
+    [("adamw", when, "travel") for when in BROKEN]
+    + [("adamw", when, p) for when in list(BROKEN)[2:] for p in ("reset", "keep", "average")]
+    + [pytest.param("sgd", when, "travel", marks=pytest.mark.slow) for when in BROKEN],
 )
 def test_a_skipped_step_skips_no_synchronization(optimizer: str, when: str, policy: str) -> None:
     """Rounds end at the same calls as without, and the weights are those of the loop by hand."""

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +10,7 @@ from torch import nn
 
 import vockit
 from resist.cli import main
+from resist.data.sampler import Sampler
 from resist.data.voc import load_voc
 from resist.errors import UserError
 from resist.job import Job, build_seeded
@@ -28,7 +26,7 @@ from resist.subnet.scaling import scale_branches
 from resist.sync.local import Local
 from resist.tasks import image_shape, network_builder, open_task
 from resist.tasks.backbone import BackboneInit
-from resist.tasks.detection import Detection
+from resist.tasks.detection import Detection, image_transform
 from resist.training.loop import Trainer
 
 SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, data_workers=0)
@@ -123,7 +121,7 @@ def test_every_weight_is_trained(task) -> None:
 
 
 def test_a_batch_in_parts_is_the_batch(task) -> None:
-    batch = task.batches(batch_size=4, seed=0, worker=0, workers=1, sampling="all").batch(0)
+    batch = task.batches(Sampler(task.num_images, batch_size=4, seed=0, worker=0, workers=1)).batch(0)
     for parts in (1, 2, 4):
         split = task.split(batch, parts)
         assert [len(images) for images, _, _ in split] == [4 // parts] * parts
@@ -136,6 +134,7 @@ def test_a_batch_in_parts_is_the_batch(task) -> None:
     assert trained(task, 1, config=parts_config)[1] == pytest.approx(losses, rel=0.2)  # other regions are drawn
 
 
+@pytest.mark.slow
 def test_autocast_keeps_boxes_in_float32(task) -> None:
     """bfloat16 has 8 bits: a box at pixel 500 would be known to 2 pixels."""
     model = build_seeded(task.network, 0).eval()
@@ -149,6 +148,7 @@ def test_autocast_keeps_boxes_in_float32(task) -> None:
     assert trained(task, 2, config=precise)[1] == pytest.approx(trained(task, 2)[1], rel=0.1)
 
 
+@pytest.mark.slow
 def test_channels_last_changes_nothing_but_the_layout(task) -> None:
     # Not as narrow as the others: on the CPU, torch 2.14 writes beyond its memory for a plain network of 4 channels.
     wide = replace(task, build=network_builder(replace(SMALL, width=16)))
@@ -177,7 +177,7 @@ def test_statistics_are_estimated_on_what_the_network_sees_in_training(task) -> 
     model = build_seeded(task.network, 0)
     seen: list[torch.Tensor] = []
     model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    stream = task.batches(batch_size=4, seed=5, worker=-1, workers=1, sampling="all")
+    stream = task.batches(Sampler(task.num_images, batch_size=4, seed=5, worker=-1, workers=1))
     task.loss(model, stream.batch(0))
     torch.testing.assert_close(next(iter(task.calibration(5))), seen[0])
 
@@ -281,6 +281,7 @@ def test_another_network_is_refused_in_one_line(capsys, kit, tmp_path, network, 
 # The command line
 
 
+@pytest.mark.slow
 def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
     """Also without the run that the backbone started from, which is not needed any more."""
     vockit.draw(tmp_path)
@@ -388,6 +389,7 @@ def test_costs_count_every_weight() -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.slow
 def test_a_backbone_for_photographs_gives_the_usual_levels(task) -> None:
     """Strides of 4 to 64 and anchors up to 512 pixels, as in torchvision; the chain is the paper's."""
     other = replace(task, build=network_builder(replace(SMALL, model="preact_resnet101_imagenet", sections=())))
@@ -404,9 +406,9 @@ def test_a_backbone_for_photographs_gives_the_usual_levels(task) -> None:
 
 def test_a_network_without_our_sections_is_refused() -> None:
     with pytest.raises(UserError, match=r"layer1 \.\. layer4.*Sequential has no forward_stem"):
-        build_detector(nn.Sequential(nn.Conv2d(3, 4, 1)), 20, 36, 60)
+        build_detector(nn.Sequential(nn.Conv2d(3, 4, 1)), 20, image_transform(36))
     with pytest.raises(UserError, match="num_classes=0"):
-        build_detector(build("preact_small", num_classes=1), 0, 36, 60)
+        build_detector(build("preact_small", num_classes=1), 0, image_transform(36))
 
 
 def test_everyone_holds_everything_is_local_sgd(task) -> None:
@@ -421,17 +423,14 @@ def test_everyone_holds_everything_is_local_sgd(task) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # 60 s on two cores of its own
-def test_two_workers_learn_four_photographs(tmp_path) -> None:
-    """Two real processes learn, which needs correct boxes, labels, averages, scale and evaluation."""
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_two_workers_learn_four_photographs(commands, tmp_path, processes: int) -> None:
+    """They learn, which needs correct boxes, labels, averages, scale and evaluation."""
     vockit.draw(tmp_path)
     arguments = [*ARGUMENTS, "--data-dir", str(tmp_path), "--width", "8", "--image-size", "48", "--local-steps", "10"]
     schedule = ["--epochs", "30", "--lr", "0.02", "--lr-schedule", "cosine", "--lr-warmup-steps", "10"]
-    arguments += ["--num-evals", "1", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "-m", "resist", "train", *arguments, *schedule],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=580, check=False,
-    )  # fmt: skip
+    arguments += ["--num-evals", "1", "--processes", str(processes), "--out", str(tmp_path / "run")]
+    done = commands.run("train", *arguments, *schedule)
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["accuracy"] > 0.6
