@@ -16,7 +16,7 @@ from commands import Commands
 from resist.cli import main
 
 SMALL = [
-    "--workers", "4", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
+    "--workers", "4", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4", "--batch-size", "32",
     "--local-steps", "3", "--epochs", "0.2", "--num-evals", "2", "--device", "cpu",
 ]  # fmt: skip
 FAST = [*SMALL, "--batchnorm", "average"]  # nothing is estimated again for a test
@@ -122,8 +122,8 @@ def test_plan_depends_on_the_seed(capsys) -> None:
         (["--workers", "9"], "workers=9 exceeds the 8 blocks of chain layer3:1-8"),
         (["--min-depth", "30"], "min_depth=30 exceeds the 8 blocks of chain layer3:1-8; lower it or add chains"),
         (["--capacities", "1", "1", "1", "1"], "capacities (1, 1, 1, 1) hold 4 of the 8 blocks"),
-        (["--sections", "1", "1"], "sections=1 1; give four numbers"),
-        (["--sections", "1", "1", "1", "1"], "the model has no chain"),
+        (["--model-args", "depths=1,1"], "depths=1,1; give four numbers"),
+        (["--model-args", "depths=1,1,1,1"], "the model has no chain"),
         (["--processes", "9"], "--processes 9 exceeds --workers 4"),
         (["--lr", "-1"], "--lr -1.0 is too small"),
         (["--batch-size", "5000", "--processes", "1"], "batch_size=5000 is outside 1 to 1437"),
@@ -165,14 +165,14 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
         (["--latency-ms", "1"], "has no effect without --link-gbit-s"),
         (["--workers", "9"], "workers=9 exceeds the 8 blocks"),
         (["--workers", "0"], "workers=0; must be at least 1"),
-        (["--sections", "1", "1", "1", "1"], "the model has no chain"),
+        (["--model-args", "depths=1,1,1,1"], "the model has no chain"),
         (["--strategies", "magic"], "strategy 'magic' is not one of resist, local_sgd, diloco, ddp"),
         (["--strategies", "ddp", "--min-depth", "2"], "--min-depth has no effect without strategy resist"),
         (["--workers", "2", "--capacities", "3", "3", "3"], "3 capacities for 2 workers"),
     ],
 )
 def test_cost_refuses_in_one_line(capsys, arguments: list[str], text: str) -> None:
-    status, _, err = resist(capsys, "cost", "--width", "4", "--batch-size", "2", *arguments)
+    status, _, err = resist(capsys, "cost", "--model-args", "width=4", "--batch-size", "2", *arguments)
     assert (status, err.count("\n")) == (2, 1)
     assert text in err
 

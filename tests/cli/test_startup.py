@@ -95,8 +95,8 @@ def test_the_package_has_all_its_names_and_imports_them_when_they_are_used() -> 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_forked_workers_train_as_new_processes_do(tmp_path: Path) -> None:
     """The records and the weights are the same, bit for bit, and so is the number of threads."""
-    options = ["--workers", "2", "--processes", "2", "--min-depth", "0", "--sections", "1", "1", "5", "1"]
-    options += ["--width", "4", "--batch-size", "32", "--local-steps", "3", "--epochs", "0.1", "--num-evals", "1"]
+    options = ["--workers", "2", "--processes", "2", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4"]
+    options += ["--batch-size", "32", "--local-steps", "3", "--epochs", "0.1", "--num-evals", "1"]
     results = []
     for fork in ("1", "0"):
         out = tmp_path / fork

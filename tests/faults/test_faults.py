@@ -56,7 +56,7 @@ def test_whatever_happens_a_run_ends_and_goes_on_to_the_same_weights(tmp_path: P
 @pytest.mark.timeout(400)
 def test_torchrun_starts_a_killed_job_again_from_its_last_checkpoint(tmp_path: Path) -> None:
     arguments = (
-        "train", "--sections", "1", "1", "5", "1", "--width", "4", "--workers", "2", "--local-steps", "2",
+        "train", "--model-args", "depths=1,1,5,1", "width=4", "--workers", "2", "--local-steps", "2",
         "--epochs", "0.25", "--min-depth", "0", "--batch-size", "32",
         "--num-evals", "1", "--checkpoint-rounds", "2", "--device", "cpu",
     )  # fmt: skip

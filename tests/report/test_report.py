@@ -81,7 +81,7 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: Path) -> None:
         for name in ("src", "href", "srcset"):
             assert (attributes.get(name) or "data:").startswith(("data:", "#"))
     assert not re.search(r"https?://|@import|url\(", html)
-    for text in ("92.38 %", "4 workers", "6 of 22", "--model preact_resnet101", "git checkout abc1234", "a processor"):
+    for text in ("92.38 %", "4 workers", "6 of 22", "config.json", "git checkout abc1234", "a processor"):
         assert text in found.text
     assert sum(tag == "figure" for tag, _ in found.tags) == 6 + 2 + 2
 

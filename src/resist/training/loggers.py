@@ -14,8 +14,6 @@ from resist.errors import UserError
 from resist.runs.config import TrainConfig
 from resist.runs.history import read_table
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # option -> package
-
 
 class Logger(Protocol):
     """A destination of records."""
@@ -31,10 +29,10 @@ class Logger(Protocol):
 
 def check_loggers(config: TrainConfig) -> None:
     """Raise UserError where the package of a requested logger is missing."""
-    for option, package in PACKAGES.items():
-        if getattr(config.machine, option) and importlib.util.find_spec(package) is None:
+    for name in config.machine.log:  # also the name of the package
+        if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"--{option} needs the package {package}; pip install 'torch-resist[{option}]', or leave it out"
+                f"--log {name} needs the package {name}; pip install 'torch-resist[{name}]', or leave it out"
             )
 
 
@@ -51,9 +49,9 @@ def open_loggers(config: TrainConfig, path: Path, past: Sequence[Mapping[str, An
     """
     check_loggers(config)
     loggers: list[Logger] = []
-    if config.machine.tensorboard:
+    if "tensorboard" in config.machine.log:
         loggers.append(TensorBoard(path, past))
-    if config.machine.wandb:
+    if "wandb" in config.machine.log:
         loggers.append(WandB(config, path))
     return loggers
 
@@ -92,7 +90,9 @@ class TensorBoard:
         try:
             self._writer = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
         except OSError as error:
-            raise UserError(f"--tensorboard: {error.filename}: {error.strerror}; make room, or leave it out") from error
+            raise UserError(
+                f"--log tensorboard: {error.filename}: {error.strerror}; make room, or leave it out"
+            ) from error
 
     def write(self, record: Mapping[str, Any]) -> str:
         try:
@@ -141,7 +141,7 @@ class WandB:
                 config=config.to_json(),
             )
         except Exception as error:  # many types: no login, no network, no disk
-            raise UserError(f"--wandb: {_one_line(error)}; set WANDB_MODE=offline, or leave it out") from error
+            raise UserError(f"--log wandb: {_one_line(error)}; set WANDB_MODE=offline, or leave it out") from error
 
     def write(self, record: Mapping[str, Any]) -> str:
         try:

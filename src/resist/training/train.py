@@ -4,12 +4,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import resist
 from resist.errors import AgreedError, DivergedError, WorkerLostError
 from resist.job import Job
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
-from resist.runs.directory import Run, default_out, mark, seen_after_a_while
+from resist.runs.directory import Run, check_free, default_out, mark, seen_after_a_while
 from resist.runs.model_file import FILE
 from resist.runs.replicas import write_diverged, write_replicas
 from resist.sync.agreement import check_agreement, run_everywhere
@@ -19,18 +21,20 @@ from resist.tasks import Task, open_task
 from resist.tasks.preflight import try_network
 from resist.training.device import pick_device
 from resist.training.loggers import open_loggers
-from resist.training.loop import Trainer, Training, make_sampler
+from resist.training.loop import Training
 from resist.training.lr_schedule import num_steps
-from resist.training.resume import find_resume_point
+from resist.training.resume import ResumePoint, find_resume_point
+from resist.training.trainer import Trainer, make_sampler
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, task: Task | None = None) -> int:
     """Train as one process of the job, with all the workers that it hosts.
 
     The main process (that of worker 0) writes the run directory and prints.
 
     Args:
-        config: The options, equal in all processes.
+        config: The options, checked, equal in all processes.
+        task: The task, in forks of a process that has opened it: they share its memory. Default: opened here.
 
     Returns:
         The exit status.
@@ -39,66 +43,97 @@ def train(config: TrainConfig) -> int:
         UserError: An option is invalid, a file cannot be read or written, or training diverged.
         WorkerLostError: Another process is lost.
     """
-    config.check()
     device = pick_device(config.machine.device)
     transport = connect(config.method.workers, device, config.machine.timeout_s)
     try:
-        task = _open_everywhere(config, transport)
+        task = _open_everywhere(config, transport) if task is None else task
         check_agreement(transport, {**config.digest(), "resist": resist.__version__, "data set": task.digest()})
-        task = task.to(device)
-        is_main = 0 in transport.hosted
-        # Of worker 0, for all processes: shards may differ by one image, the number of rounds must not.
-        first = run_everywhere(transport, lambda: make_sampler(config, task.num_images, worker=0))
-        images_per_epoch = first.images_per_epoch
-        config = config.with_warmup_rounds(images_per_epoch)
-        for note in task.notes if is_main else ():
-            print(f"resist: {note}", flush=True)
-        run_everywhere(transport, lambda: try_network(config.network) if is_main else None)
-        resume_point = find_resume_point(config, transport, is_main)
-        job = Job(
-            task.network,
-            config.strategy(),
-            chains=config.network.chain,
-            seed=config.run.seed,
-            batchnorm=config.method.batchnorm,
-            scale=config.scale(),
-            device=device,
-            channels_last=config.machine.channels_last,
-            transport=transport,
-            on_nonfinite=config.method.on_nonfinite,
-            replicate=config.method.replicate,
-            resume_at=(resume_point.round, resume_point.step),
-        )
-        if is_main:
-            for chain in job.chains:
-                capacities = " ".join(map(str, job.plans[chain.name].capacities))
-                print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {capacities}", flush=True)
-                if chain.caveat:
-                    print(f"note: {chain.caveat}", flush=True)
-        trainers = [Trainer(config, worker, task) for worker in job.workers]
-        steps = num_steps(config.optimization, images_per_epoch)
-        if job.step_index >= steps:
-            return _all_done(config.run.resume or Path(), steps, is_main)
-        run_everywhere(transport, lambda: resume_point.restore(job, tuple(trainer.optimizer for trainer in trainers)))
-        out = config.run.resume or config.run.out or default_out(config)
-        resume_round = None if config.run.resume is None else job.round
-        run = run_everywhere(transport, lambda: Run(out, config, resume_round) if is_main else None)
-        out = Path(transport.all_gather_text(str(out))[0])  # of the first process: the name may contain the time
-        loggers = run_everywhere(transport, lambda: open_loggers(config, run.path, run.past) if run else [])
-        attempt = transport.all_gather_text(mark(out))[0]
-        checkpoints = Checkpoints(
-            out / "checkpoints",
-            transport,
-            possible=_seen_by_all(out, attempt, transport),
-            timeout_s=config.machine.timeout_s,
-        )
-        training = Training(config, task, job, trainers, run, loggers, checkpoints)
-        try:
-            return _surviving(out, attempt, training, steps)
-        finally:
-            checkpoints.abandon()
+        return _train(config, task.to(device), transport, device)
     finally:
         transport.close()
+
+
+def open_data(config: TrainConfig, *, download: bool = True) -> Task:
+    """Open the task of a run, with its data.
+
+    Args:
+        config: The options.
+        download: Download missing files; otherwise they are an error.
+
+    Raises:
+        UserError: Options contradict each other, or files are missing or damaged.
+    """
+    network, resume = config.network, config.run.resume
+    if resume is not None and any(resume.glob("checkpoints/*")):  # all weights come from there
+        network = replace(network, init_from=None)
+    return open_task(network, download=download, label_smoothing=config.optimization.label_smoothing)
+
+
+def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.device) -> int:
+    """Make or resume the job and the run directory, and train. Returns the exit status."""
+    is_main, resume = 0 in transport.hosted, config.run.resume
+    # Of worker 0, for all processes: shards may differ by one image, the number of rounds must not.
+    first = run_everywhere(transport, lambda: make_sampler(config, task.num_images, worker=0))
+    steps = num_steps(config.optimization, first.images_per_epoch)
+    out = resume or config.run.out or default_out(config)
+    run_everywhere(transport, lambda: _check_before(config, task, out) if is_main else None)
+    point = find_resume_point(config, transport, is_main)
+    job = _make_job(config, task, transport, device, point)
+    if is_main:
+        _print_chains(job)
+    trainers = [Trainer(config, worker, task) for worker in job.workers]
+    if job.step_index >= steps:
+        return _all_done(resume or Path(), steps, is_main)
+    run_everywhere(transport, lambda: point.restore(job, tuple(trainer.optimizer for trainer in trainers)))
+    run = run_everywhere(transport, lambda: Run(out, config, job.round if resume else None) if is_main else None)
+    out = Path(transport.all_gather_text(str(out))[0])  # of the first process: the name may contain the time
+    loggers = run_everywhere(transport, lambda: open_loggers(config, run.path, run.past) if run else [])
+    attempt = transport.all_gather_text(mark(out))[0]
+    checkpoints = Checkpoints(
+        out / "checkpoints",
+        transport,
+        possible=_seen_by_all(out, attempt, transport),
+        timeout_s=config.machine.timeout_s,
+    )
+    training = Training(config, task, job, trainers, run, loggers, checkpoints)
+    try:
+        return _surviving(out, attempt, training, steps)
+    finally:
+        checkpoints.abandon()
+
+
+def _check_before(config: TrainConfig, task: Task, out: Path) -> None:
+    """Print the notes on the data, and find errors that would show only after the job has been made."""
+    for note in task.notes:
+        print(f"resist: {note}", flush=True)
+    if config.run.resume is None:
+        check_free(out)
+    try_network(config.network)
+
+
+def _make_job(config: TrainConfig, task: Task, transport: Transport, device: torch.device, point: ResumePoint) -> Job:
+    return Job(
+        task.network,
+        config.strategy(),
+        chains=config.network.chain,
+        seed=config.run.seed,
+        batchnorm=config.method.batchnorm,
+        scale=config.scale(),
+        device=device,
+        channels_last=config.machine.channels_last,
+        transport=transport,
+        on_nonfinite=config.method.on_nonfinite,
+        replicate=config.method.replicate,
+        resume_at=(point.round, point.step),
+    )
+
+
+def _print_chains(job: Job) -> None:
+    for chain in job.chains:
+        capacities = " ".join(map(str, job.plans[chain.name].capacities))
+        print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {capacities}", flush=True)
+        if chain.caveat:
+            print(f"note: {chain.caveat}", flush=True)
 
 
 def _seen_by_all(out: Path, attempt: str, transport: Transport) -> bool:
@@ -151,10 +186,8 @@ def _surviving(out: Path, attempt: str, training: Training, steps: int) -> int:
 def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
     """Open the task; one process of each machine downloads the data while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    smoothing = config.optimization.label_smoothing
-    network = config.network if config.run.resume is None else replace(config.network, backbone=None)
-    task = run_everywhere(transport, lambda: open_task(network, label_smoothing=smoothing) if first else None)
+    task = run_everywhere(transport, lambda: open_data(config) if first else None)
     if task is None:
-        return run_everywhere(transport, lambda: open_task(network, download=False, label_smoothing=smoothing))
+        return run_everywhere(transport, lambda: open_data(config, download=False))
     run_everywhere(transport, lambda: None)  # the part of this process in the others' call
     return task
