@@ -59,8 +59,11 @@ def test_train_then_evaluate_in_one_process(capsys, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_and_torchrun_give_the_same_run(capsys, tmp_path) -> None:
-    """One process, four started by resist, two started by torchrun: the same losses up to summation order."""
+def test_processes_and_torchrun_give_the_same_run(capsys, commands: Commands, tmp_path) -> None:
+    """One process, four that resist forks, two that torchrun starts: the same losses up to summation order.
+
+    Two that are forked give what two that are started give, bit for bit.
+    """
     status, _, _ = resist(capsys, "train", *FAST, "--processes", "1", "--out", str(tmp_path / "one"))
     assert status == 0
     own = run(sys.executable, "-m", "resist", "train", *FAST, "--out", str(tmp_path / "four"))
@@ -68,12 +71,17 @@ def test_processes_and_torchrun_give_the_same_run(capsys, tmp_path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = run(*torchrun, "-m", "resist", "train", *FAST, "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
+    forked = commands.run("train", *FAST, "--processes", "2", "--out", tmp_path / "forked")
+    assert (forked.returncode, forked.stderr) == (0, "")
     losses = {}
-    for name in ("one", "two", "four"):
+    for name in ("one", "two", "four", "forked"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["loss"] for line in lines]
     assert losses["two"] == pytest.approx(losses["one"], abs=1e-3)
     assert losses["four"] == pytest.approx(losses["one"], abs=1e-3)
+    assert losses["forked"] == losses["two"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("forked", "two")]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
 
 
 @pytest.mark.slow
