@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from resist.cli.plan import PlanConfig, describe_plan
+from resist.models import read_model_args
 from resist.planning.schedule import allreduce_bytes
 from resist.runs.history import read_history
 
@@ -31,12 +32,12 @@ RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
 TARGET = 0.6  # AP50 of `overfit`
 PHOTOGRAPHS = 16
 COMMON = [
-    "--task", "detection", "--data", "voc2007", "--workers", "2", "--min-depth", "0", "--image-size", "128",
-    "--sections", "1", "1", "9", "1", "--width", "8", "--local-steps", "20", "--lr", "0.02", "--lr-warmup-steps", "20",
+    "--data", "voc2007", "--workers", "2", "--min-depth", "0", "--image-size", "128",
+    "--model-args", "depths=1,1,9,1", "width=8", "--local-steps", "20", "--lr", "0.02", "--lr-warmup-steps", "20",
     "--lr-schedule", "cosine", "--weight-decay", "1e-4", "--data-workers", "0",
 ]  # fmt: skip
 SETTINGS = {
-    "overfit": ["--epochs", "80", "--batch-size", "2", "--num-evals", "8", "--splits", "sixteen", "sixteen"],
+    "overfit": ["--epochs", "80", "--batch-size", "2", "--num-evals", "8"],
     "train": ["--epochs", "15", "--batch-size", "2", "--num-evals", "5"],
 }
 
@@ -58,9 +59,13 @@ def main() -> None:
 
 def trained(setting: str, data_dir: Path, scratch: Path) -> Path:
     """Train a run and return its directory."""
+    command = ["resist", "train", *COMMON, *SETTINGS[setting], "--out", scratch / "run"]
     if setting == "overfit":
         data_dir = few(data_dir, scratch / "data")
-    command = ["resist", "train", *COMMON, *SETTINGS[setting], "--data-dir", data_dir, "--out", scratch / "run"]
+        config = scratch / "config.json"
+        config.write_text(json.dumps({"network": {"splits": ["sixteen", "sixteen"]}}))
+        command += ["--config", config]
+    command += ["--data-dir", data_dir]
     subprocess.run([sys.executable, "-m", *map(str, command)], check=True)
     return scratch / "run"
 
@@ -81,12 +86,13 @@ def summary(run: Path) -> Record:
     history = read_history(run)
     config, rounds = history.config, history.rounds
     plan = describe_plan(PlanConfig(network=config.network, method=config.method, seed=config.run.seed))
+    shape = read_model_args(config.network.model, config.network.model_args)
     here = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     traffic_kinds = sorted({traffic_kind for r in rounds for traffic_kind in r["bytes"]} - {"evaluate"})
     return {
         "model": config.network.model,
-        "sections": config.network.sections,
-        "width": config.network.width,
+        "sections": shape["depths"],
+        "width": shape["width"],
         "image_size": config.network.image_size,
         "workers": config.method.workers,
         "local_steps": config.method.local_steps,

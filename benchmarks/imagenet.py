@@ -16,6 +16,7 @@ input    images/s read, decoded and augmented with 0, 1 and 2 processes, compare
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -32,12 +33,13 @@ from resist.data import Photographs, load
 from resist.models import build
 
 RESULTS = Path(__file__).parent / "results" / "imagenet.jsonl"
-NETWORK = {"sections": (2, 2, 9, 2), "width": 8}
-SIZE, BATCH, WARMUP_EPOCHS = 64, 32, 2.0
+NETWORK = {"depths": (2, 2, 9, 2), "width": 8}
+SIZE, BATCH, LOCAL_STEPS, WARMUP_EPOCHS = 64, 32, 25, 2.0
+CONFIG = {"optimization": {"label_smoothing": 0.1}}
 OPTIONS = (
-    f"--data folder --model preact_resnet50_imagenet --sections 2 2 9 2 --width 8 --image-size {SIZE} --data-workers 1 "
-    f"--workers 2 --min-depth 4 --local-steps 25 --epochs 6 --batch-size {BATCH} --lr 0.05 --lr-schedule cosine "
-    "--label-smoothing 0.1 --num-evals 2 --checkpoint-rounds 10"
+    f"--data folder --model preact_resnet50_imagenet --model-args depths=2,2,9,2 width=8 --image-size {SIZE} "
+    f"--data-workers 1 --workers 2 --min-depth 4 --local-steps {LOCAL_STEPS} --epochs 6 --batch-size {BATCH} --lr 0.05 "
+    "--lr-schedule cosine --num-evals 2 --checkpoint-rounds 10"
 ).split()
 
 
@@ -69,8 +71,12 @@ def keep(results: dict[str, object]) -> None:
 
 
 def command(data_dir: Path, out: Path, warmup_epochs: float) -> list[str]:
-    warmup = ["--warmup-epochs", str(warmup_epochs)] if warmup_epochs else []
-    return [sys.executable, "-m", "resist", "train", "--data-dir", str(data_dir), "--out", str(out), *OPTIONS, *warmup]
+    images = sum(1 for _ in (data_dir / "train").glob("*/*"))
+    rounds = math.ceil(warmup_epochs * images / (BATCH * LOCAL_STEPS))
+    config = out.with_suffix(".json")
+    config.write_text(json.dumps(CONFIG))
+    options = ["--data-dir", str(data_dir), "--out", str(out), *OPTIONS, "--warmup-rounds", str(rounds)]
+    return [sys.executable, "-m", "resist", "train", "--config", str(config), *options]
 
 
 def rounds_of(out: Path) -> list[dict]:

@@ -151,7 +151,7 @@ def steps(model: nn.Module, batch: int, args: argparse.Namespace) -> None:
 
 def warm_up(args: argparse.Namespace) -> None:
     """Load all code that a step needs: some 100 MB for any network."""
-    tiny = build(args.model, num_classes=args.num_classes, sections=(1, 1, 2, 1), width=8)
+    tiny = build(args.model, num_classes=args.num_classes, depths=(1, 1, 2, 1), width=8)
     steps(tiny.to(args.device), 2, args)
 
 

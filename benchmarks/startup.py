@@ -22,7 +22,7 @@ RESIST = (sys.executable, "-m", "resist")
 TRAIN = (
     "train", "--data", "digits", "--model", "preact_small", "--workers", "2", "--processes", "2",
     "--min-depth", "0", "--local-steps", "1", "--epochs", "0.02", "--batch-size", "32", "--num-evals", "1",
-    "--device", "cpu", "--no-progress", "--out",
+    "--device", "cpu", "--out",
 )  # fmt: skip
 
 

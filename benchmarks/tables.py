@@ -145,7 +145,7 @@ def spread(values: Sequence[float]) -> float:
 def builder(record: Record) -> Build:
     return partial(
         build, record["model"], num_classes=record["num_classes"], width=record["width"],
-        sections=tuple(record.get("sections", ())),
+        depths=tuple(record.get("sections", ())),
     )  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def arguments() -> argparse.Namespace:
 
 
 def build_network(args: argparse.Namespace) -> nn.Module:
-    return build(args.model, num_classes=args.num_classes, sections=tuple(args.sections), width=args.width)
+    return build(args.model, num_classes=args.num_classes, depths=tuple(args.sections), width=args.width)
 
 
 def run(hosts: list[Host]) -> list[list[dict[str, Any]]]:

@@ -25,7 +25,7 @@ train, _ = load("digits")
 
 
 def network() -> torch.nn.Module:
-    return build("preact_small", num_classes=10, sections=(1, 1, 17, 1))  # a chain of 16 blocks
+    return build("preact_small", num_classes=10, depths=(1, 1, 17, 1))  # a chain of 16 blocks
 
 
 def train_with(capacities: list[int]) -> list[float]:

@@ -20,6 +20,7 @@ from torch.distributed.run import get_args_parser
 
 from resist import cli
 from resist.cli.compare import CompareConfig
+from resist.cli.options import config_keys, options_of
 from resist.runs.config import TrainConfig
 from test_imports import ALLOWED
 
@@ -40,7 +41,7 @@ NOT_RUN = {
 }
 # Commands of the README and the first page that are run: at this size, in one process, in a temporary folder.
 SMALL = [
-    "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32", "--local-steps", "2", "--epochs", "0.1",
+    "--model-args", "depths=1,1,5,1", "width=4", "--batch-size", "32", "--local-steps", "2", "--epochs", "0.1",
     "--num-evals", "1", "--batchnorm", "average", "--device", "cpu",
 ]  # fmt: skip
 RUN = {"train": [*SMALL, "--processes", "1"], "compare": [*SMALL, "--processes", "1"], "plan": [], "evaluate": [],
@@ -72,7 +73,7 @@ def parse_resist(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Parse arguments with the real parser and validate them, without running the command."""
     seen: list[Any] = []
 
-    def look(config: Any, _arguments: list[str]) -> int:
+    def look(config: Any, _given: frozenset[str]) -> int:
         if isinstance(config, TrainConfig):
             config.check()
         if isinstance(config, CompareConfig):
@@ -241,7 +242,7 @@ def test_options_in_the_text_exist(name: str) -> None:
     others = {"--nproc-per-node", "--nnodes", "--node-rank", "--max-restarts", "--help", "--version", "--master-addr"}
     known: set[str] = set(others)
     for kind, _ in cli.COMMANDS.values():
-        known |= {"--" + name.replace("_", "-") for name in field_names(kind)}
+        known |= {option.flag for option in options_of(kind).values()}
     text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
     if Path(name).name in ("results.md", "LOG.md"):
         return  # dated: they keep the options of that time
@@ -249,12 +250,9 @@ def test_options_in_the_text_exist(name: str) -> None:
         assert option in known, option
 
 
-def field_names(kind: Any) -> set[str]:
-    names: set[str] = set()
-    for field in kind.__dataclass_fields__.values():
-        inner = field.type if isinstance(field.type, type) else None
-        names |= field_names(inner) if inner is not None and hasattr(inner, "__dataclass_fields__") else {field.name}
-    return names
+def test_the_keys_that_are_not_options_are_in_the_documents() -> None:
+    listed = re.findall(r"^\| `(\w+\.\w+)` \|", (DOCS / "choosing.md").read_text(encoding="utf-8"), re.M)
+    assert listed == config_keys(TrainConfig)
 
 
 def test_the_imports_of_the_architecture_page_are_the_rule() -> None:

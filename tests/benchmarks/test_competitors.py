@@ -19,7 +19,7 @@ WORKERS, ROUNDS = 3, 3
 
 
 def network() -> nn.Module:
-    return build("preact_resnet101", num_classes=3, sections=(1, 1, 6, 1), width=4)
+    return build("preact_resnet101", num_classes=3, depths=(1, 1, 6, 1), width=4)
 
 
 @pytest.mark.slow

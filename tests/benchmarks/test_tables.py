@@ -56,6 +56,7 @@ def run(percent: float, **other: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_results_there_is_only_what_can_be_computed(tmp_path: Path) -> None:
     page = tables.page(tmp_path, SMALL)
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
@@ -77,8 +78,10 @@ def test_no_run_of_another_setting_takes_the_place_of_one(tmp_path: Path, other:
     assert len(set(names)) == 2
 
 
-@pytest.mark.parametrize("state", ["reset", "travel", "average"])
-@pytest.mark.parametrize("name", ["resist", "local_sgd"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "state"), [("resist", "reset"), ("resist", "travel"), ("resist", "average"), ("local_sgd", "average")]
+)
 def test_the_formula_is_that_of_resist_cost(name: str, state: str) -> None:
     build = tables.builder(SMALL)
     report = predict(
@@ -105,6 +108,7 @@ def test_losses_and_ties_are_named() -> None:
     assert "a round saves 4.00 s of compute and 1.00 s of exchange" in page
 
 
+@pytest.mark.slow
 def test_a_missed_target_is_called_missed() -> None:
     near, far = (tables.predictions([wire(method("ddp", 4.0, exchange_s))], []) for exchange_s in (1.0, 1e6))
     measured = 4.0 + predicted_exchange_s()
@@ -192,6 +196,7 @@ def saves(percent: float, alone_s: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_faults_and_checkpoints_cost_is_read_from_the_figures(tmp_path: Path) -> None:
     write(tmp_path / "faults.jsonl", faults())
     write(tmp_path / "checkpoints.jsonl", saves(2.0, 0.2))

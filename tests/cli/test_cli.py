@@ -16,7 +16,7 @@ from commands import Commands
 from resist.cli import main
 
 SMALL = [
-    "--workers", "4", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
+    "--workers", "4", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4", "--batch-size", "32",
     "--local-steps", "3", "--epochs", "0.2", "--num-evals", "2", "--device", "cpu",
 ]  # fmt: skip
 FAST = [*SMALL, "--batchnorm", "average"]  # nothing is estimated again for a test
@@ -130,8 +130,8 @@ def test_plan_depends_on_the_seed(capsys) -> None:
         (["--workers", "9"], "workers=9 exceeds the 8 blocks of chain layer3:1-8"),
         (["--min-depth", "30"], "min_depth=30 exceeds the 8 blocks of chain layer3:1-8; lower it or add chains"),
         (["--capacities", "1", "1", "1", "1"], "capacities (1, 1, 1, 1) hold 4 of the 8 blocks"),
-        (["--sections", "1", "1"], "sections=1 1; give four numbers"),
-        (["--sections", "1", "1", "1", "1"], "the model has no chain"),
+        (["--model-args", "depths=1,1"], "depths=1,1; give four numbers"),
+        (["--model-args", "depths=1,1,1,1"], "the model has no chain"),
         (["--processes", "9"], "--processes 9 exceeds --workers 4"),
         (["--lr", "-1"], "--lr -1.0 is too small"),
         (["--batch-size", "5000", "--processes", "1"], "batch_size=5000 is outside 1 to 1437"),
@@ -173,12 +173,12 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
         (["--latency-ms", "1"], "has no effect without --link-gbit-s"),
         (["--workers", "9"], "workers=9 exceeds the 8 blocks"),
         (["--workers", "0"], "workers=0; must be at least 1"),
-        (["--sections", "1", "1", "1", "1"], "the model has no chain"),
+        (["--model-args", "depths=1,1,1,1"], "the model has no chain"),
         (["--strategies", "magic"], "magic"),
     ],
 )
 def test_cost_refuses_in_one_line(capsys, arguments: list[str], text: str) -> None:
-    status, _, err = resist(capsys, "cost", "--width", "4", "--batch-size", "2", *arguments)
+    status, _, err = resist(capsys, "cost", "--model-args", "width=4", "--batch-size", "2", *arguments)
     assert (status, err.count("\n")) == (2, 1)
     assert text in err
 
@@ -287,7 +287,7 @@ def test_a_port_in_use_is_named(commands: Commands) -> None:
     assert port in done.stderr
 
 
-LONG = [*FAST[:-6], "--epochs", "0.4", "--num-evals", "1", "--checkpoint-rounds", "2", *FAST[-4:]]
+LONG = [*FAST[:-8], "--epochs", "0.4", "--num-evals", "1", "--checkpoint-rounds", "2", *FAST[-4:]]
 ROUNDS = 6
 
 
@@ -317,14 +317,14 @@ def lose() -> None:
     """Kill process 2 as it begins the synchronization of round 4, in the first attempt."""
     import os
     import signal
-    import sys
 
     import resist.job
 
     synchronize = resist.job.Job.synchronize
 
     def lost(job, *arguments):
-        if job.round == 3 and os.environ["RANK"] == "2" and "--resume" not in sys.argv:
+        if job.round == 3 and os.environ["RANK"] == "2" and not os.path.exists("lost"):
+            open("lost", "x").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return synchronize(job, *arguments)
 
@@ -354,7 +354,7 @@ def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(
     again = commands.run("train", "--resume", tmp_path / "b")
     assert (again.returncode, again.stderr) == (0, "")
 
-    robbed = commands.run("train", *LONG, "--restarts", "1", "--out", tmp_path / "c", prelude=lose)
+    robbed = commands.run("train", *LONG, "--restarts", "1", "--out", tmp_path / "c", cwd=tmp_path, prelude=lose)
     assert robbed.returncode == 0, robbed.stderr
     assert "restart 1 of 1" in robbed.stderr
 

@@ -6,19 +6,17 @@ A snapshot contains the names and descriptions of the options, without tyro's la
 contains all of them is tested here too.
 """
 
-import ast
-import inspect
 import os
 import re
-import textwrap
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
-import tyro
 
 from resist.cli import COMMANDS, main
-from resist.cli.parse import options_of
+from resist.cli.options import options_of
+from resist.runs.config import TrainConfig
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -38,29 +36,11 @@ def run(capsys: Any, *arguments: str) -> tuple[int, str, str]:
     return int(ended.value.code or 0), out, err
 
 
-def described(record: type) -> dict[str, str]:
-    """Description of each option of a record and of the records in it: the string below the field."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(record))).body[0].body  # type: ignore[attr-defined]
-    hints, texts = get_type_hints(record, include_extras=True), dict[str, str]()
-    for field, below in zip(body, [*body[1:], None], strict=True):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-            continue
-        name, hint = field.target.id, hints[field.target.id]
-        if hasattr(hint, "__dataclass_fields__"):
-            texts |= described(hint)
-            continue
-        positional = tyro.conf.Positional in getattr(hint, "__metadata__", ())
-        text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
-        texts[name.upper() if positional else "--" + name.replace("_", "-")] = " ".join(str(text).split())
-    return texts
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(capsys, monkeypatch, command: str) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     record, _ = COMMANDS[command]
-    options = described(record)
-    assert sorted(option for option in options if option.startswith("--")) == sorted(options_of(record))
+    options = {option.flag: option.text for option in options_of(record).values()}
     assert all(options.values()), [option for option, text in options.items() if not text]
     about = " ".join((record.__doc__ or "").split())
     status, out, err = run(capsys, command, "--help")
@@ -70,7 +50,33 @@ def test_help(capsys, monkeypatch, command: str) -> None:
     for option, text in options.items():
         assert plain(text) in shown, option
         assert not option.startswith("--") or option in out
+    assert "None" not in out
     check(f"help-{command}.txt", "\n".join([about, "", *(f"{name}: {text}" for name, text in options.items()), ""]))
+
+
+def test_train_has_at_most_forty_options(capsys) -> None:
+    """Later ones become keys of --config: `resist.runs.config.config_key`."""
+    assert len(options_of(TrainConfig)) <= 40
+    _, out, _ = run(capsys, "train", "--help")
+    shown = set(re.findall(r"^[│ ] +(--[a-z][a-z-]*)", out, re.M))
+    assert shown == {option.flag for option in options_of(TrainConfig).values()}
+    for group in ("data", "model", "method", "optimization", "machine", "run"):
+        assert f" {group} options " in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_paragraph_of_the_help_breaks_in_mid_sentence(capsys, monkeypatch, command: str) -> None:
+    """Within a description a line ends only where the next word does not fit."""
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, _ = run(capsys, command, "--help")
+    descriptions = " | ".join(option.text for option in options_of(COMMANDS[command][0]).values())
+    breaks = 0
+    for line, below in pairwise(out.splitlines()):
+        words, following = line.strip("│ ").split()[-3:], below.strip("│ ").split()[:1]
+        if following and len(words) == 3 and " ".join(words + following) in descriptions:
+            breaks += 1
+            assert len(line) - len(line.rstrip("│ ")) < len(following[0]) + 4, line
+    assert breaks > 0 or command in ("evaluate", "watch")
 
 
 def plain(text: str) -> str:
@@ -88,13 +94,13 @@ def test_help_of_all(capsys, monkeypatch) -> None:
 
 
 def test_no_option_means_two_things() -> None:
-    """An option has the same type in all commands, except where a command takes several values."""
-    several = {"--workers", "--seeds", "--strategies", "--out", "--no-progress"}
+    """An option has the same type in all commands, except where a command takes several values or has no default."""
+    several = {"--workers", "--seeds", "--strategies", "--out", "--data-dir", "--scale"}
     types: dict[str, Any] = {}
     for record, _ in COMMANDS.values():
-        for name, hint in get_type_hints(record).items():
-            if not hasattr(hint, "__dataclass_fields__") and f"--{name.replace('_', '-')}" not in several:
-                assert types.setdefault(name, get_args(hint) or hint) == (get_args(hint) or hint), name
+        for option in options_of(record).values():
+            if option.flag not in several:
+                assert types.setdefault(option.flag, option.hint) == option.hint, option.flag
 
 
 MISTAKES = """
@@ -108,6 +114,14 @@ train --workers x
 train --lr
 train --lr fast
 train --outer 1
+train --config none
+train --batch-siz 3 --config none
+train --sections 1 1
+train --task detection
+train --log tensorbord
+train --model-args depths=1,x
+train --model-args deep=3
+train --model-args width=8 width=4
 train --capacities a b
 train --strategy magic
 train --workers 1 2
@@ -119,17 +133,15 @@ train --processes 9
 train --lr -1
 train --epochs 0
 train --batch-size 10 --grad-accum-steps 3
-train --nesterov --momentum 0
+train --nesterov
 train --model resnet9
 train --data mnist
-train --sections 1 1
-train --sections 1 1 1 1
+train --model-args depths=1,1
+train --model-args depths=1,1,1,1
 train --chain layer9:1-2
 train --chain layer3:x
-train --scale big
 train --until soon
 train --until accuracy=95
-train --strategy ddp --outer 0.7 0.9
 train --strategy local_sgd --min-depth 2
 train --device tpu
 train --resume none

@@ -73,6 +73,7 @@ def test_old_names_of_options_lead_to_the_new_ones(capsys: pytest.CaptureFixture
         assert (ended.value.code, out, err) == (2, "", f"resist: {old} is now {new}; see resist train --help\n")
 
 
+@pytest.mark.slow
 def test_the_package_has_all_its_names_and_imports_them_when_they_are_used() -> None:
     code = (
         "import sys, resist\n"
@@ -93,8 +94,8 @@ def test_the_package_has_all_its_names_and_imports_them_when_they_are_used() -> 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_forked_workers_train_as_new_processes_do(commands: Commands, tmp_path: Path) -> None:
     """The records and the weights are the same, bit for bit, and so is the number of threads."""
-    options = ["--workers", "2", "--processes", "2", "--min-depth", "0", "--sections", "1", "1", "5", "1"]
-    options += ["--width", "4", "--batch-size", "32", "--local-steps", "3", "--epochs", "0.1", "--num-evals", "1"]
+    options = ["--workers", "2", "--processes", "2", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4"]
+    options += ["--batch-size", "32", "--local-steps", "3", "--epochs", "0.1", "--num-evals", "1"]
     options += ["--batchnorm", "average", "--device", "cpu"]
     results = []
     for fork in ("1", "0"):

@@ -246,9 +246,9 @@ def test_sets_are_chosen_by_name(kit) -> None:
     train, test = load_voc("voc2007", kit, splits=("small", "trainval"))
     assert (len(train), len(test)) == (2, 4)
     assert (train.augment, test.augment) == (True, False)
-    with pytest.raises(UserError, match=r"unknown\.txt: not found; give --splits two of small, test, trainval"):
+    with pytest.raises(UserError, match=r"unknown\.txt: not found; give network.splits two of small, test, trainval"):
         load_voc("voc2007", kit, splits=("small", "unknown"))
-    with pytest.raises(UserError, match="--splits small; give two names"):
+    with pytest.raises(UserError, match=r"network\.splits: small; give two names"):
         load_voc("voc2007", kit, splits=("small",))
     with pytest.raises(UserError, match="--image-size 5 is too small"):
         load_voc("voc2007", kit, image_size=5)

@@ -320,16 +320,16 @@ def test_a_recipe_says_what_is_missing() -> None:
         Recipe("torchvision", "resnet9").build()
     with pytest.raises(UserError, match="model='resnet9' is not known"):
         Recipe("resist", "resnet9", {"num_classes": 2}).build()
-    recipe = Recipe("resist", "preact_small", {"num_classes": 2, "sections": (1, 1, 2, 1), "width": 2})
+    recipe = Recipe("resist", "preact_small", {"num_classes": 2, "depths": (1, 1, 2, 1), "width": 2})
     with pytest.raises(UserError, match="does not take the weights of this run"):
         check_loads(recipe, {}, recipe.build(), noise(2, 3, 16, 16))
-    assert recipe.code == "build('preact_small', num_classes=2, sections=(1, 1, 2, 1), width=2)"
+    assert recipe.code == "build('preact_small', num_classes=2, depths=(1, 1, 2, 1), width=2)"
     assert Recipe("torchvision", "resnet18", {"num_classes": 2}).code == "torchvision.models.resnet18(num_classes=2)"
     assert Recipe("timm", "vit").code == "timm.create_model('vit')"
 
 
 SMALL = [
-    "--workers", "3", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
+    "--workers", "3", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4", "--batch-size", "32",
     "--local-steps", "3", "--epochs", "0.2", "--num-evals", "1", "--device", "cpu", "--processes", "1",
 ]  # fmt: skip
 
@@ -354,7 +354,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def own() -> nn.Module:
-    return build("preact_small", num_classes=10, sections=(1, 1, 5, 1), width=4).eval()
+    return build("preact_small", num_classes=10, depths=(1, 1, 5, 1), width=4).eval()
 
 
 def scaled_of(run: Path) -> nn.Module:
@@ -428,9 +428,9 @@ def test_runs_of_their_networks(capsys, tmp_path, monkeypatch, runs, model: str,
 def test_our_networks_for_photographs_are_timms(capsys, tmp_path, runs, model: str) -> None:
     pytest.importorskip("timm", reason="timm is an optional extra")
     config = json.loads((runs["plain"] / "config.json").read_text())
-    config["network"] = {"model": model, "data": "synthetic", "sections": [1, 1, 3, 1], "width": 8}
+    config["network"] = {"model": model, "data": "synthetic", "model_args": ["depths=1,1,3,1", "width=8"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    scaled = build(model, num_classes=10, sections=(1, 1, 3, 1), width=8).eval()
+    scaled = build(model, num_classes=10, depths=(1, 1, 3, 1), width=8).eval()
     chains = find_chains(scaled)[:1]
     scale_branches(scaled, chains, [0.3])
     save_full(scaled, chains, [0.3], tmp_path / "model.safetensors")

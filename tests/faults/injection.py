@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 import resist
 
 ARGUMENTS = (
-    "--data", "digits", "--model", "preact_small", "--width", "4", "--sections", "1", "1", "5", "1", "--workers", "4",
+    "--data", "digits", "--model", "preact_small", "--model-args", "depths=1,1,5,1", "width=4", "--workers", "4",
     "--min-depth", "0", "--local-steps", "2", "--epochs", "0.25", "--batch-size", "32", "--lr", "0.05",
     "--num-evals", "2", "--checkpoint-rounds", "2", "--device", "cpu", "--processes", "4",
 )  # fmt: skip

@@ -21,12 +21,14 @@ from commands import Commands
 FAULTS = (
     Fault("kill", "joined", 2, 1),
     Fault("kill", "sending blocks", 1, 5),
-    Fault("kill", "before rename", 0, 2),
     Fault("stop", "awaiting blocks", 3, 4),
-    Fault("delay", "awaiting shared part", 1, 3, 1.0),
     Fault("delay", "writing", 2, 2, 1.0),
     Fault("raise", "shared part begun", 3, 4),
     Fault("raise", "assembling", 1, 1),
+)
+MORE_FAULTS = (
+    Fault("kill", "before rename", 0, 2),
+    Fault("delay", "awaiting shared part", 1, 3, 1.0),
 )
 TIMEOUT_S = 15.0
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
@@ -42,22 +44,26 @@ def test_faults_are_drawn_from_their_seed_and_leave_no_kind_or_point_out() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_whatever_happens_a_run_ends_and_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "faults",
+    [pytest.param(FAULTS, id="few"), pytest.param(MORE_FAULTS, id="more", marks=pytest.mark.nightly)],
+)
+def test_whatever_happens_a_run_ends_and_goes_on_to_the_same_weights(tmp_path: Path, faults: tuple[Fault, ...]) -> None:
     done = subprocess.run(
         [sys.executable, HERE / "injection.py", tmp_path, str(TIMEOUT_S)], capture_output=True, text=True,
-        input=json.dumps([asdict(fault) for fault in FAULTS]), env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=json.dumps([asdict(fault) for fault in faults]), env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
-    assert len(outcomes) == len(FAULTS)
+    assert len(outcomes) == len(faults)
     problems = [f"{one['fault']}: {one['problems']}\n{one['said']}" for one in outcomes if one["problems"]]
     assert not problems, "\n".join(problems)
     assert all(one["statuses"][-1] == 0 for one in outcomes)
 
 
 ARGUMENTS = (
-    "train", "--sections", "1", "1", "5", "1", "--width", "4", "--workers", "2", "--local-steps", "2",
+    "train", "--model-args", "depths=1,1,5,1", "width=4", "--workers", "2", "--local-steps", "2",
     "--epochs", "0.25", "--min-depth", "0", "--batch-size", "32",
     "--num-evals", "1", "--checkpoint-rounds", "2", "--device", "cpu", "--batchnorm", "average",
 )  # fmt: skip
@@ -124,7 +130,7 @@ def test_torchrun_starts_a_killed_job_again_from_its_last_checkpoint(
 ) -> None:
     out, mark = tmp_path / "run", tmp_path / "mark"
     done = subprocess.run(
-        [sys.executable, *TORCHRUN, "-m", "resist", *arguments, "--out", str(out)],
+        [sys.executable, *TORCHRUN, "-m", "resist", *ARGUMENTS, "--out", str(out)],
         env=environment(Fault("kill", "before exchange", 1, 4), mark), text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,7 @@ def test_a_block_by_hand() -> None:
 
 
 def test_shapes() -> None:
-    model = build("preact_resnet101", num_classes=7, in_channels=1, sections=(1, 2, 3, 1), width=4)
+    model = build("preact_resnet101", num_classes=7, in_channels=1, depths=(1, 2, 3, 1), width=4)
     assert model(torch.randn(2, 1, 16, 24)).shape == (2, 7)
     assert [len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 2, 3, 1]
     with_norm = PreActResNet((1, 1, 1, 1), 3, width=2, final_norm=True)
@@ -61,8 +61,8 @@ def test_the_small_one() -> None:
     ("arguments", "message"),
     [
         ({"name": "resnet"}, r"model='resnet' is not known; choose one of .*preact_resnet101"),
-        ({"sections": (1, 2, 3)}, r"sections=1 2 3; give four numbers of blocks, each at least 1"),
-        ({"sections": (1, 2, 0, 1)}, r"sections=1 2 0 1; give"),
+        ({"depths": (1, 2, 3)}, r"depths=1,2,3; give four numbers of blocks, each at least 1"),
+        ({"depths": (1, 2, 0, 1)}, r"depths=1,2,0,1; give"),
         ({"width": 0}, r"width=0"),
         ({"num_classes": 0}, r"num_classes=0"),
     ],

@@ -83,5 +83,5 @@ def test_a_block_by_hand() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 48), (33, 95)])
 def test_any_size_of_image(height: int, width: int) -> None:
-    model = build("preact_resnet50_imagenet", num_classes=5, sections=(1, 1, 2, 1), width=2)
+    model = build("preact_resnet50_imagenet", num_classes=5, depths=(1, 1, 2, 1), width=2)
     assert model(torch.randn(2, 3, height, width)).shape == (2, 5)

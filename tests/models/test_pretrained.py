@@ -13,7 +13,8 @@ from resist.models.pretrained import start_from, to_timm
 from resist.runs.config import NetworkConfig
 from resist.tasks import network_builder, open_task
 
-SMALL = {"sections": (1, 1, 3, 1), "width": 2}
+SMALL = {"depths": (1, 1, 3, 1), "width": 2}
+MODEL_ARGS = ("depths=1,1,3,1", "width=2")
 
 
 def small(num_classes: int = 10) -> nn.Module:
@@ -32,7 +33,7 @@ def test_logits_are_those_of_timms_network(tmp_path: Path, name: str) -> None:
     timm_model = timm.create_model("resnetv2_101", num_classes=10).eval()
     file = tmp_path / name
     (save_file if file.suffix == ".safetensors" else torch.save)(timm_model.state_dict(), file)
-    config = NetworkConfig(model="preact_resnet101_imagenet", pretrained=f"timm:{file}")
+    config = NetworkConfig(model="preact_resnet101_imagenet", init_from=f"timm:{file}")
     ours = network_builder(config)().eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -70,11 +71,14 @@ def weights_of(file: Path) -> dict[str, Tensor]:
 def test_the_task_notes_its_initial_weights(tmp_path: Path) -> None:
     torch.save(weights(), tmp_path / "w.pth")
     config = NetworkConfig(
-        data="digits", model="preact_resnet101_imagenet", pretrained=f"timm:{tmp_path / 'w.pth'}", **SMALL
+        data="digits",
+        model="preact_resnet101_imagenet",
+        init_from=f"timm:{tmp_path / 'w.pth'}",
+        model_args=MODEL_ARGS,
     )
     assert open_task(config).notes == (f"initial weights from {tmp_path / 'w.pth'}",)
     with torch.device("meta"):  # without the weights the file is not needed
-        network_builder(NetworkConfig(model=config.model, pretrained="timm:gone.pth", **SMALL))()
+        network_builder(NetworkConfig(model=config.model, init_from="timm:gone.pth", model_args=MODEL_ARGS))()
 
 
 WRONG: dict[str, tuple[object, str]] = {
@@ -133,5 +137,5 @@ def test_a_source_that_is_not_known(source: str) -> None:
 
 
 def test_other_networks_have_no_such_weights() -> None:
-    with pytest.raises(UserError, match=r"^--pretrained timm:w\.pth has no effect with this network; give --model"):
+    with pytest.raises(UserError, match=r"^--init-from timm:w\.pth has no effect with this network; give --model"):
         start_from(build("preact_small", num_classes=10), "timm:w.pth")

@@ -18,7 +18,7 @@ from resist.runs.config import (
 )
 
 CHANGED = TrainConfig(
-    network=NetworkConfig(data="cifar10", data_dir=Path("d"), sections=(1, 2, 3, 4), width=8, chain=("layer3:1-2",)),
+    network=NetworkConfig(data="cifar10", data_dir=Path("d"), model_args=("depths=1,2,3,4",), chain=("layer3:1-2",)),
     method=MethodConfig(workers=3, capacities=(2, 1, 1), scale="0.5", optimizer_state="reset"),
     optimization=OptimizationConfig(epochs=1.5, nesterov=True),
     machine=MachineConfig(processes=2, precision="bf16"),
@@ -53,7 +53,6 @@ def refused(**parts: object) -> str:
         ("method", "scale", "big", "--scale 'big'"),
         ("method", "scale", "-1", "--scale '-1'"),
         ("method", "warmup_rounds", -1, "--warmup-rounds -1"),
-        ("method", "warmup_epochs", -0.5, "--warmup-epochs -0.5"),
         ("optimization", "label_smoothing", -0.1, "--label-smoothing -0.1 is too small"),
         ("optimization", "label_smoothing", 1.0, "--label-smoothing 1.0; must be less than 1"),
         ("network", "image_size", 224, "--image-size has no effect with --data digits, only with folder, imagenet"),
@@ -121,19 +120,3 @@ def test_any_value_of_any_entry_is_read_or_refused_in_one_line(entry: tuple[str,
         config.check()
     except UserError as error:
         assert "\n" not in str(error)
-
-
-@pytest.mark.parametrize(("epochs", "rounds"), [(0.0, 0), (0.01, 1), (1.0, 8), (1.01, 9), (2.5, 20)])
-def test_warm_up_in_epochs_becomes_whole_rounds(epochs: float, rounds: int) -> None:
-    config = TrainConfig(
-        method=MethodConfig(warmup_epochs=epochs, local_steps=5), optimization=OptimizationConfig(batch_size=25)
-    ).with_warmup_rounds(1000)
-    config.check()
-    assert (config.method.warmup_rounds, config.method.warmup_epochs) == (rounds, 0.0)
-    names = [config.strategy().at(round).name for round in range(rounds + 1)]
-    assert names == ["local_sgd"] * rounds + ["resist"]
-
-
-def test_warm_up_is_said_once() -> None:
-    assert "give one of the two" in refused(method=MethodConfig(warmup_rounds=1, warmup_epochs=1.0))
-    assert "--warmup-epochs" in refused(method=MethodConfig(strategy="ddp", warmup_epochs=1.0))

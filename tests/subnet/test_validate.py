@@ -152,7 +152,7 @@ def test_blocks_that_only_look_residual() -> None:
 
 
 def test_two_chains_and_batchnorm() -> None:
-    net = build("preact_small", num_classes=10, width=4, sections=(3, 1, 4, 1))
+    net = build("preact_small", num_classes=10, width=4, depths=(3, 1, 4, 1))
     chains = choose_chains(net, ("layer1", "layer3"))
     images = torch.randn(2, 3, 8, 8)
     assert check_network(net, chains, lambda network: network(images)) < 1e-6

@@ -31,9 +31,9 @@ from resist.tasks.backbone import BackboneInit
 from resist.tasks.detection import Detection
 from resist.training.loop import Trainer
 
-SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, data_workers=0)
+SMALL = NetworkConfig(data="voc2007", model_args=("depths=1,1,5,1", "width=4"), image_size=36, data_workers=0)
 ARGUMENTS = [
-    "--task", "detection", "--data", "voc2007", "--sections", "1", "1", "5", "1", "--width", "4", "--image-size", "36",
+    "--data", "voc2007", "--model-args", "depths=1,1,5,1", "width=4", "--image-size", "36",
     "--workers", "2", "--min-depth", "0", "--batch-size", "2", "--local-steps", "2", "--device", "cpu",
     "--data-workers", "0",
 ]  # fmt: skip
@@ -83,7 +83,7 @@ def trained(
 @pytest.mark.parametrize("blocks", [(1, 1, 3, 1), (3, 4, 23, 3), (2, 2, 9, 2)])
 def test_the_chain_is_the_backbones_and_never_the_necks(blocks: tuple[int, ...]) -> None:
     with torch.device("meta"):
-        model = network_builder(replace(SMALL, sections=blocks))()
+        model = network_builder(replace(SMALL, model_args=(f"depths={','.join(map(str, blocks))}", "width=4")))()
     assert choose_chains(model)[0].name == f"backbone.body.layer3:1-{blocks[2] - 1}"
     assert all(chain.container.startswith("backbone.body.") for chain in find_chains(model))
 
@@ -151,7 +151,7 @@ def test_autocast_keeps_boxes_in_float32(task) -> None:
 
 def test_channels_last_changes_nothing_but_the_layout(task) -> None:
     # Not as narrow as the others: on the CPU, torch 2.14 writes beyond its memory for a plain network of 4 channels.
-    wide = replace(task, build=network_builder(replace(SMALL, width=16)))
+    wide = replace(task, build=network_builder(replace(SMALL, model_args=("depths=1,1,5,1", "width=16"))))
     last = replace(CONFIG, machine=MachineConfig(channels_last=True))
     assert trained(wide, 2, config=last)[1] == pytest.approx(trained(wide, 2)[1], rel=1e-3)
 
@@ -215,7 +215,7 @@ def test_the_years_own_measure_comes_first(tmp_path) -> None:
 
 def classification_run(path: Path, *, batchnorm: str = "average", **network: Any) -> Any:
     """A finished run of ours with weights that are all different from fresh ones; its scaled full network."""
-    part = NetworkConfig(**{"sections": (1, 1, 5, 1), "width": 4, **network})
+    part = NetworkConfig(**{"model_args": ("depths=1,1,5,1", "width=4"), **network})
     model = build_seeded(network_builder(part), 7).eval()
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -260,18 +260,24 @@ def test_runs_without_a_last_norm_or_statistics_serve_too(task, tmp_path, more) 
     ("network", "complaint"),
     [
         (
-            {"width": 8},
-            "conv1.weight differs; give the options of that run, --model preact_small --sections 1 1 5 1 --width 8",
+            {"model_args": ("depths=1,1,5,1", "width=8")},
+            "conv1.weight differs; give the options of that run, --model preact_small --model-args depths=1,1,5,1 w",
         ),
-        ({"sections": (1, 1, 7, 1)}, "options of that run, --model preact_small --sections 1 1 7 1 --width 4, and no"),
-        ({"sections": (1, 1, 3, 1)}, "options of that run, --model preact_small --sections 1 1 3 1 --width 4, and no"),
+        (
+            {"model_args": ("width=4", "depths=1,1,7,1", "final_norm=true")},
+            "options of that run, --model preact_small --model-args width=4 depths=1,1,7,1, and no",
+        ),
+        (
+            {"model_args": ("depths=1,1,3,1",)},
+            "options of that run, --model preact_small --model-args depths=1,1,3,1, and no",
+        ),
     ],
 )
 def test_another_network_is_refused_in_one_line(capsys, kit, tmp_path, network, complaint: str) -> None:
     classification_run(tmp_path / "run", **network)
     out = tmp_path / "new"
     status, _, err = cli(
-        capsys, "train", *ARGUMENTS, "--data-dir", str(kit), "--backbone", str(tmp_path / "run"), "--out", str(out)
+        capsys, "train", *ARGUMENTS, "--data-dir", str(kit), "--init-from", str(tmp_path / "run"), "--out", str(out)
     )
     assert (status, err.count("\n")) == (2, 1)
     assert complaint in err
@@ -289,7 +295,7 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
     common = ["--data-dir", str(tmp_path), "--processes", "1", "--out", str(out), "--num-evals", "1"]
     status, text, err = cli(
         capsys, "train", *ARGUMENTS, *common, "--epochs", "4", "--until", "rounds=2",
-        "--backbone", str(tmp_path / "start"),
+        "--init-from", str(tmp_path / "start"),
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert "chain backbone.body.layer3:1-4: 4 blocks, the workers hold 2 2" in text
@@ -313,25 +319,31 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--task", "detection"], "--task detection: --data digits has no boxes; choose one of voc2007, voc2012"),
-        (["--task", "detection", "--data", "coco"], "--data coco is not known; choose one of voc2007, voc2012"),
-        (["--data", "voc2007"], "--data voc2007 has boxes around objects; it needs --task detection"),
-        (["--splits", "a", "b"], "--splits has no effect with --task classification"),
+        (["--data", "coco"], "data='coco' is not known; choose one of"),
+        (
+            ["--data", "voc2007", "--model", "timm:resnet50"],
+            "--data voc2007 needs a pre-activation ResNet as the detector's",
+        ),
+        (["--config", "splits.json"], "network.splits has no effect with --data digits"),
         (["--image-size", "64"], "--image-size has no effect with --data digits"),
-        (["--backbone", "x"], "--backbone has no effect with --task classification"),
-        ([*ARGUMENTS, "--final-norm"], "--final-norm has no effect with --task detection"),
-        ([*ARGUMENTS, "--label-smoothing", "0.1"], "--label-smoothing has no effect with --task detection"),
-        ([*ARGUMENTS, "--pretrained", "timm:x"], "--pretrained timm:x has no effect with this network; give --model"),
-        ([*ARGUMENTS, "--pretrained", "timm:x", "--backbone", "y"], "--pretrained and --backbone both set"),
+        (["--init-from", "x"], "--init-from 'x' is not of the form timm:FILE"),
+        ([*ARGUMENTS, "--model-args", "final_norm=true"], "--model-args final_norm has no effect with --data voc2007"),
+        ([*ARGUMENTS, "--config", "smoothing.json"], "optimization.label_smoothing has no effect with --data voc2007"),
+        ([*ARGUMENTS, "--init-from", "timm:x"], "--init-from timm:x has no effect with this network; give --model"),
         ([*ARGUMENTS, "--compile"], "--compile does not support detection"),
-        ([*ARGUMENTS, "--backbone", "/nonexistent"], "/nonexistent is not a run directory"),
+        ([*ARGUMENTS, "--init-from", "/nonexistent"], "/nonexistent is not a run directory"),
         ([*ARGUMENTS, "--batch-size", "5"], "batch_size=5 is outside 1 to 4"),
         ([*ARGUMENTS, "--image-size", "4"], "--image-size 4 is too small; give at least 32"),
-        ([*ARGUMENTS, "--splits", "trainval", "other"], "other.txt: not found; give --splits two of test, trainval"),
+        ([*ARGUMENTS, "--config", "splits.json"], "other.txt: not found; give network.splits two of test, trainval"),
         ([*ARGUMENTS, "--workers", "5"], "workers=5 exceeds the 4 blocks of chain backbone.body.layer3:1-4"),
     ],
 )
-def test_what_does_not_go_together_ends_in_one_line(capsys, kit, tmp_path, arguments, complaint: str) -> None:
+def test_what_does_not_go_together_ends_in_one_line(
+    capsys, kit, tmp_path, monkeypatch, arguments, complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("splits.json").write_text('{"network": {"splits": ["trainval", "other"]}}')
+    Path("smoothing.json").write_text('{"optimization": {"label_smoothing": 0.1}}')
     out = tmp_path / "run"
     status, _, err = cli(capsys, "train", "--data-dir", str(kit), "--processes", "1", *arguments, "--out", str(out))
     assert (status, err.count("\n")) == (2, 1)
@@ -371,7 +383,7 @@ def test_training_that_diverges_says_so(capsys, kit, tmp_path) -> None:
 
 
 def test_plan_and_cost_know_detectors(capsys) -> None:
-    network = ["--task", "detection", "--data", "voc2007", "--image-size", "64", "--sections", "1", "1", "5", "1"]
+    network = ["--data", "voc2007", "--image-size", "64", "--model-args", "depths=1,1,5,1"]
     status, text, _ = cli(capsys, "plan", *network, "--workers", "2", "--min-depth", "0", "--json")
     assert status == 0
     assert json.loads(text)["chains"][0]["name"] == "backbone.body.layer3:1-4"
@@ -390,14 +402,16 @@ def test_costs_count_every_weight() -> None:
 
 def test_a_backbone_for_photographs_gives_the_usual_levels(task) -> None:
     """Strides of 4 to 64 and anchors up to 512 pixels, as in torchvision; the chain is the paper's."""
-    other = replace(task, build=network_builder(replace(SMALL, model="preact_resnet101_imagenet", sections=())))
+    other = replace(
+        task, build=network_builder(replace(SMALL, model="preact_resnet101_imagenet", model_args=("width=4",)))
+    )
     with torch.device("meta"):
         model: Any = other.network()
     assert model.backbone.strides == (4, 8, 16, 32, 64)
     assert model.backbone.out_channels == 64  # of a width of 4; 256 of the usual 64
     assert [max(sizes) for sizes in model.rpn.anchor_generator.sizes] == [32, 64, 128, 256, 512]
     assert choose_chains(model)[0].name == "backbone.body.layer3:1-22"
-    small = network_builder(replace(SMALL, model="preact_resnet50_imagenet", sections=(1, 1, 4, 1)))
+    small = network_builder(replace(SMALL, model="preact_resnet50_imagenet", model_args=("depths=1,1,4,1", "width=4")))
     _, losses = trained(replace(task, build=small), 2)
     assert all(0 < loss < 20 for loss in losses)
 
@@ -425,7 +439,18 @@ def test_everyone_holds_everything_is_local_sgd(task) -> None:
 def test_two_workers_learn_four_photographs(tmp_path) -> None:
     """Two real processes learn, which needs correct boxes, labels, averages, scale and evaluation."""
     vockit.draw(tmp_path)
-    arguments = [*ARGUMENTS, "--data-dir", str(tmp_path), "--width", "8", "--image-size", "48", "--local-steps", "10"]
+    arguments = [
+        *ARGUMENTS,
+        "--data-dir",
+        str(tmp_path),
+        "--model-args",
+        "depths=1,1,5,1",
+        "width=8",
+        "--image-size",
+        "48",
+        "--local-steps",
+        "10",
+    ]
     schedule = ["--epochs", "30", "--lr", "0.02", "--lr-schedule", "cosine", "--lr-warmup-steps", "10"]
     arguments += ["--num-evals", "1", "--out", str(tmp_path / "run")]
     done = subprocess.run(

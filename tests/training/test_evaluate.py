@@ -9,7 +9,7 @@ from resist.cli import main
 from resist.report.page import page
 from resist.runs.history import read_history
 
-SMALL = ["--workers", "2", "--min-depth", "0", "--sections", "1", "1", "3", "1", "--width", "4", "--batch-size", "32",
+SMALL = ["--workers", "2", "--min-depth", "0", "--model-args", "depths=1,1,3,1", "width=4", "--batch-size", "32",
          "--local-steps", "3", "--epochs", "0.2", "--num-evals", "1", "--device", "cpu",
          "--processes", "1"]  # fmt: skip
 

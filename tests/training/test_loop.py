@@ -115,7 +115,7 @@ def test_devices() -> None:
 
 
 def test_a_run_directory_brings_its_configuration_back_and_is_never_overwritten(tmp_path) -> None:
-    config = TrainConfig(network=NetworkConfig(width=8), run=RunConfig(out=tmp_path / "a" / "b"))
+    config = TrainConfig(network=NetworkConfig(model_args=("width=8",)), run=RunConfig(out=tmp_path / "a" / "b"))
     run = Run(tmp_path / "a" / "b", config)
     run.append({"round": 1})
     assert read_config(run.path) == config
@@ -146,7 +146,7 @@ def saved(tmp_path) -> tuple[nn.Module, object]:
 def test_a_saved_network_comes_back_scaled(tmp_path) -> None:
     model, chains = saved(tmp_path)
     with torch.device("meta"):
-        again = network_builder(NetworkConfig(width=4))()
+        again = network_builder(NetworkConfig(model_args=("width=4",)))()
     load_full(again, chains, tmp_path / "model.safetensors").eval()
     images = torch.randn(2, 3, 16, 16)
     assert not torch.equal(model(images), again(images))

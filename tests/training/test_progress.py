@@ -191,7 +191,7 @@ def test_a_follower_reads_each_line_once_and_whole(tmp_path: Path) -> None:
     assert not follower.restarted
 
 
-SMALL = ["--workers", "4", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
+SMALL = ["--workers", "4", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4", "--batch-size", "32",
          "--local-steps", "3", "--epochs", "9", "--num-evals", "2", "--device", "cpu",
          "--processes", "1"]  # fmt: skip
 

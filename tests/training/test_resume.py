@@ -61,7 +61,7 @@ def config(out: Path, workers: int, *, warmup_rounds: int = 0, images: float = 2
     """A run in which all workers together see `images` times the training images; saved halfway and at the end."""
     rounds = math.ceil(images * 1437 / 32 / workers / STEPS)
     return TrainConfig(
-        network=NetworkConfig(model="preact_small", sections=(1, 1, 5, 1), width=4),
+        network=NetworkConfig(model="preact_small", model_args=("depths=1,1,5,1", "width=4")),
         method=MethodConfig(
             workers=workers, local_steps=STEPS, min_depth=0, batchnorm="average", warmup_rounds=warmup_rounds
         ),

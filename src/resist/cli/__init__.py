@@ -22,7 +22,7 @@ from resist.cli.watch import WatchConfig, run_watch
 from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.runs.config import TrainConfig
 
-__all__ = ["main"]
+__all__ = ["guarded", "main"]
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
@@ -40,19 +40,19 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
 def main(arguments: list[str] | None = None) -> None:
     """Run `resist` with `arguments` (default: those of this process) and end the process with its exit status."""
     given = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_guarded(lambda: _run(given)))
+    sys.exit(guarded(lambda: _run(given)))
 
 
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"resist {resist.__version__}")
         return 0
-    config = parse({name: record for name, (record, _) in COMMANDS.items()}, arguments)
-    action = next(action for record, action in COMMANDS.values() if isinstance(config, record))
-    return action(config, arguments)
+    config, given = parse({name: record for name, (record, _) in COMMANDS.items()}, arguments)
+    _, action = COMMANDS[arguments[0]]
+    return action(config, given)
 
 
-def _guarded(action: Callable[[], int]) -> int:
+def guarded(action: Callable[[], int]) -> int:
     """Run `action`, print its error as one line, and return the exit status."""
     rank = int(os.environ.get("RANK", "0"))
     try:

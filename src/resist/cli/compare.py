@@ -4,12 +4,12 @@ import json
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
 
-from resist.cli.train import run_train
+from resist.cli.train import start
 from resist.errors import UserError
 from resist.report.compare import compare
 from resist.runs.config import (
@@ -27,6 +27,12 @@ from resist.runs.history import History, read_history
 @dataclass(frozen=True)
 class CompareConfig:
     """Train a network on the same data by several strategies, one after another; a table and a picture."""
+
+    NOT_OPTIONS: ClassVar[dict[str, str]] = {
+        "strategy": "is for one run; compare takes --strategies",
+        "seed": "is for one run; compare takes --seeds",
+        "resume": "is for one run; give it to resist train",
+    }
 
     strategies: tuple[str, ...] = ("resist", "local_sgd")
     """Strategies to compare: resist, local_sgd, diloco, ddp."""
@@ -48,7 +54,7 @@ class CompareConfig:
         for name in self.strategies:
             method = replace(self.method, strategy=name)  # type: ignore[arg-type]  # checked with the rest
             if name != "resist":
-                method = replace(method, capacities=(), min_depth=None, warmup_rounds=0, warmup_epochs=0.0)
+                method = replace(method, capacities=(), min_depth=None, warmup_rounds=0)
             if name == "ddp":
                 method = replace(method, outer=None)
             for seed in self.seeds:
@@ -57,11 +63,8 @@ class CompareConfig:
         return runs
 
 
-def run_compare(config: CompareConfig, arguments: list[str]) -> int:
+def run_compare(config: CompareConfig, given: frozenset[str]) -> int:
     """Train, compare and print. Returns the exit status: that of the first run that failed. Raises UserError."""
-    for wrong, right in (("--strategy", "--strategies"), ("--seed", "--seeds")):
-        if wrong in arguments:
-            raise UserError(f"{wrong} is for one run; compare takes {right}")
     if len(set(config.strategies)) < len(config.strategies) or len(set(config.seeds)) < len(config.seeds):
         raise UserError("--strategies and --seeds have to name each strategy and seed once")
     out = config.run.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.network.data}-compare"
@@ -73,7 +76,7 @@ def run_compare(config: CompareConfig, arguments: list[str]) -> int:
     for number, run in enumerate(runs, start=1):
         assert run.run.out is not None
         print(f"[{number}/{len(runs)}] {run.run.out}", flush=True)
-        status = run_train(run, ["train", *run.arguments()])
+        status = start(run)
         if status != 0:
             return status
         histories.append(read_history(run.run.out))

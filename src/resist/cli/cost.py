@@ -46,7 +46,7 @@ class CostConfig:
     """Print JSON."""
 
 
-def run_cost(config: CostConfig, arguments: list[str]) -> int:
+def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     """Predict and print. Returns the exit status."""
     from rich.console import Console
 

@@ -22,7 +22,7 @@ class EvaluateConfig:
     resist report."""
 
 
-def run_evaluate(config: EvaluateConfig, arguments: list[str]) -> int:
+def run_evaluate(config: EvaluateConfig, given: frozenset[str]) -> int:
     """Test the network of a run and print its scores. Returns the exit status."""
     from resist.training.device import pick_device
     from resist.training.evaluate import evaluate_run, readings_of_run

@@ -34,7 +34,7 @@ class ExportConfig:
     """Device for --calibrate and --scale approximate: cpu, cuda, or auto."""
 
 
-def run_export(config: ExportConfig, arguments: list[str]) -> int:
+def run_export(config: ExportConfig, given: frozenset[str]) -> int:
     """Export the network of a run and print how to load it. Returns the exit status."""
     from resist.export import export_run
     from resist.training.device import pick_device

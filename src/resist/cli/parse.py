@@ -3,33 +3,46 @@
 import contextlib
 import io
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Any
 
 import tyro
 
+from resist.cli.options import Option, config_keys, options_of, record_of, view
 from resist.errors import UserError
+from resist.runs.config import TrainConfig
+from resist.runs.history import read_config_file
 
 DESCRIPTION = """Train a deep residual network with a different, shallower sub-network on each worker (ResIST).
 resist COMMAND --help lists the options of a command, resist --version prints the version."""
 HELP = ("-h", "--help")
-RENAMED = {  # options of earlier versions, and their new names
+RENAMED = {  # options of earlier versions, and what to give instead
     "--accumulate": "--grad-accum-steps",
+    "--backbone": "--init-from",
     "--evaluations": "--num-evals",
+    "--final-norm": "--model-args final_norm=true",
     "--loaders": "--data-workers",
     "--nonfinite": "--on-nonfinite",
+    "--pretrained": "--init-from",
     "--safety": "--replicate",
     "--schedule": "--lr-schedule",
+    "--sections": "--model-args depths=...",
+    "--task": "--data, which decides it (voc2007 and voc2012: detection)",
+    "--tensorboard": "--log tensorboard",
+    "--wandb": "--log wandb",
+    "--warmup-epochs": "--warmup-rounds",
+    "--width": "--model-args width=...",
 }
 FORMS = {
     "INT": "a whole number", "FLOAT": "a number", "FLOAT FLOAT": "two numbers",
-    "[INT [INT ...]]": "whole numbers", "[FLOAT [FLOAT ...]]": "numbers",
+    "INT ...": "whole numbers", "FLOAT ...": "numbers",
 }  # fmt: skip
 
 
-def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> Any:
+def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> tuple[Any, frozenset[str]]:
     """Parse a command line into the record of its command.
 
     Help is printed, and ends the process with status 0.
@@ -38,56 +51,82 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> Any:
         commands: The record class of each command.
         arguments: The command line without the program's name.
 
+    Returns:
+        The record, and the names of the fields that the command line or its configuration file gives.
+
     Raises:
-        UserError: For an unknown command or option, and for an invalid value. The message is one line.
+        UserError: For an unknown command or option, an invalid value, or a configuration file that cannot be used. The
+            message is one line.
     """
-    command = next(iter(arguments), "")
-    if command in commands:
-        _check_options(command, commands[command], arguments)
-    elif command not in HELP and not command.startswith("--tyro-"):  # tyro's own: completions for shells
-        near = get_close_matches(command, commands, 1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands)}"
-        raise UserError(f"{command!r} is not a command; {hint}" if command else f"no command given; {hint}")
+    command, rest = next(iter(arguments), ""), arguments[1:]
+    if command not in commands:
+        _check_command(commands, command)
+        return _run(tyro.extras.subcommand_cli_from_dict, dict(commands), "resist", arguments), frozenset()
+    record, config, in_file = commands[command], TrainConfig(), frozenset[str]()
+    options = options_of(record)
+    _check_options(command, record, options, rest)
+    given = {name for name, option in options.items() if option.flag in map(_option, rest)}
+    if "config" in given and (files := _values("--config", rest)):
+        config, in_file = read_config_file(Path(files[0]))
+        config, in_file = replace(config, run=replace(config.run, out=None, resume=None)), in_file - {"out", "resume"}
+        options = options_of(record, config, in_file)
+    parsed = _run(tyro.cli, view(record, options), f"resist {command}", rest)
+    return record_of(record, parsed, config), in_file | given - {"config"}
+
+
+def _run(parser: Callable[..., Any], records: Any, program: str, arguments: Sequence[str]) -> Any:
+    """Call tyro. Raises UserError, in one line, where it would print an error and end the process."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.extras.subcommand_cli_from_dict(
-                dict(commands),
-                prog="resist",
-                description=DESCRIPTION,
+            return parser(
+                records,
+                prog=program,
+                description=DESCRIPTION if program == "resist" else None,
                 args=list(arguments),
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
-        where = f"resist {command}" if command in commands else "resist"
-        raise UserError(f"{one_line(message.getvalue(), arguments)}; see {where} --help") from None
+        raise UserError(f"{one_line(message.getvalue(), arguments)}; see {program} --help") from None
 
 
-def options_of(record: type) -> list[str]:
-    """List the options of a record class and of the records in it, as in --local-steps."""
-    options: list[str] = []
-    for name, hint in get_type_hints(record, include_extras=True).items():
-        bare = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
-        if is_dataclass(bare):
-            options += options_of(bare)  # type: ignore[arg-type]  # a class, since it is a type hint
-        elif tyro.conf.Positional not in getattr(hint, "__metadata__", ()) and name in {f.name for f in fields(record)}:
-            options.append("--" + name.replace("_", "-"))
-    return options
+def _check_command(commands: Mapping[str, type], command: str) -> None:
+    """Raise UserError, with a hint, for a word that is neither a command nor an option."""
+    if command not in HELP and not command.startswith("--tyro-"):  # tyro's own: completions for shells
+        near = get_close_matches(command, commands, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands)}"
+        raise UserError(f"{command!r} is not a command; {hint}" if command else f"no command given; {hint}")
 
 
-def _check_options(command: str, record: type, arguments: Sequence[str]) -> None:
-    known = options_of(record)
+def _check_options(command: str, record: type, options: Mapping[str, Option], arguments: Sequence[str]) -> None:
+    """Raise UserError, with what to give instead, for a word that looks like an option and is not one."""
+    known = [option.flag for option in options.values()]
+    known += ["--no-" + option.flag[2:] for option in options.values() if option.default is True]
+    keys = {"--" + key.partition(".")[2].replace("_", "-"): key.split(".") for key in config_keys(record)}
+    elsewhere = {"--" + name: text for name, text in getattr(record, "NOT_OPTIONS", {}).items()}
     for word in arguments:
-        option = word.partition("=")[0].replace("_", "-")
+        option = _option(word)
         if not word.startswith("--") or word == "--help" or option in known:
             continue
-        if RENAMED.get(option) in known:
-            raise UserError(f"{option} is now {RENAMED[option]}; see resist {command} --help")
+        see = f"see resist {command} --help"
+        if option in elsewhere:
+            raise UserError(f"{option} {elsewhere[option]}")
+        if option in keys:
+            part, name = keys[option]
+            raise UserError(
+                f'{option} is not an option but a key of the file for --config: {{"{part}": {{"{name}": ...}}}}'
+            )
+        if RENAMED.get(option, "").split(" ")[0].rstrip(",") in known:
+            raise UserError(f"{option} is now {RENAMED[option]}; {see}")
         near = get_close_matches(option, known, 1, cutoff=0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{option} is not an option of resist {command}{hint}; see resist {command} --help")
+        raise UserError(f"{option} is not an option of resist {command}{hint}; {see}")
+
+
+def _option(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
 
 
 def one_line(text: str, arguments: Sequence[str]) -> str:
@@ -105,7 +144,7 @@ def one_line(text: str, arguments: Sequence[str]) -> str:
     if wrong := re.match(r"Error parsing (--[\w-]+)", first):
         option = wrong.group(1)
         form = next((line[len(option) :] for line in below if line.startswith(option + " ")), "")
-        form = re.sub(r"\{None\}\||[{}]", "", form).strip()
+        form = re.sub(r"[{}]", "", form).strip()
         return f"{option} {' '.join(_values(option, arguments))!r} is not {FORMS.get(form, form)}" if form else first
     if choice := re.match(r"invalid choice (.*?) for argument '(--[\w-]+)'. Expected one of \((.*?),?\)", first):
         names = choice.group(3).replace("'", "")

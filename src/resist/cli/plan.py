@@ -46,14 +46,12 @@ def describe_plan(config: PlanConfig) -> dict[str, Any]:
     network = config.network
     if config.rounds < 1:
         raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
-    if config.method.warmup_epochs:
-        raise UserError("--warmup-epochs needs the size of the data set; give --warmup-rounds to show a plan")
     whole = TrainConfig(network=network, method=config.method, run=RunConfig(seed=config.seed))
     whole.check()
     return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds)
 
 
-def run_plan(config: PlanConfig, arguments: list[str]) -> int:
+def run_plan(config: PlanConfig, given: frozenset[str]) -> int:
     """Describe the plans and print them. Returns the exit status."""
     from rich.console import Console
 

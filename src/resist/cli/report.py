@@ -32,7 +32,7 @@ class ReportConfig:
     """Replace existing files."""
 
 
-def run_report(config: ReportConfig, arguments: list[str]) -> int:
+def run_report(config: ReportConfig, given: frozenset[str]) -> int:
     """Write the report and print the names of its files. Returns the exit status. Raises UserError."""
     runs = run_directories(config.runs)
     format = config.format or (None if config.out is None else FORMATS.get(config.out.suffix.lower()))

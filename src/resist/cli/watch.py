@@ -30,7 +30,7 @@ class WatchConfig:
     """Stop after this many seconds without a new record, with exit status 1. Default: keep watching."""
 
 
-def run_watch(config: WatchConfig, arguments: list[str]) -> int:
+def run_watch(config: WatchConfig, given: frozenset[str]) -> int:
     """Show the run until it ends. Returns the exit status. Raises UserError for invalid options."""
     if config.patience_s is not None and not config.patience_s > 0:
         raise UserError(f"--patience-s {config.patience_s} must be more than 0")

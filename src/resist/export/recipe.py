@@ -84,13 +84,13 @@ class Recipe:
         return LIBRARIES[self.library][2]
 
 
-def timm_counterpart(model: str, num_classes: int, sections: Sequence[int], width: int | None) -> Recipe | None:
+def timm_counterpart(model: str, num_classes: int, depths: Sequence[int], width: int | None) -> Recipe | None:
     """Return the recipe of timm's counterpart of an ImageNet network of `resist.models`.
 
     Args:
         model: Name of the network, a key of `IMAGENET_DEPTHS`; for other names there is no counterpart.
         num_classes: Number of logits.
-        sections: Number of blocks in each section; empty: those of the named network.
+        depths: Number of blocks in each section; empty: those of the named network.
         width: Channels of the stem; None: those of the named network.
 
     Returns:
@@ -100,8 +100,8 @@ def timm_counterpart(model: str, num_classes: int, sections: Sequence[int], widt
         return None
     options: dict[str, object] = {"num_classes": num_classes}
     depth = model.removeprefix("preact_resnet").removesuffix("_imagenet")
-    if sections or depth == "200":  # timm has no name for these sections, but an argument
-        options["layers"], depth = tuple(sections) or IMAGENET_DEPTHS[model], "50"
+    if depths or depth == "200":  # timm has no name for these depths, but an argument
+        options["layers"], depth = tuple(depths) or IMAGENET_DEPTHS[model], "50"
     if width is not None:
         options |= {"channels": tuple(factor * width for factor in (4, 8, 16, 32)), "stem_chs": width}
     return Recipe("timm", f"resnetv2_{depth}", options, ours=True)

@@ -13,6 +13,7 @@ from resist.errors import UserError
 from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_program, write_state
 from resist.export.folding import Fold, difference, fold
 from resist.export.recipe import Recipe, check_loads, timm_counterpart
+from resist.models import read_model_args
 from resist.runs.config import NetworkConfig, TrainConfig
 from resist.runs.history import read_config
 from resist.runs.model_file import FILE, load_full
@@ -87,7 +88,7 @@ def export_run(
     path = out if out is not None else run / default_name(to)
     config = read_config(run)
     data_dir = data_dir or config.network.data_dir
-    config = replace(config, network=replace(config.network, data_dir=data_dir, pretrained=None))
+    config = replace(config, network=replace(config.network, data_dir=data_dir, init_from=None))
     check_target(path, TARGETS[to])
     data = data_description(config.network)
     recipe = recipe_for(to, config.network, data)
@@ -150,14 +151,14 @@ def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
     """
     library, _, name = config.model.rpartition(":")
     options: dict[str, object] = {"num_classes": data.num_classes}
+    arguments = read_model_args(config.model, config.model_args)
     if library not in ("timm", "torchvision"):
         library, name = "resist", config.model
-        shape = {"sections": config.sections, "width": config.width, "final_norm": config.final_norm}
-        options |= {key: value for key, value in shape.items() if value}
+        options |= {key: value for key, value in arguments.items() if value}
         if ":" in name:  # transformers:TYPE, which resist.models.build builds for an image size
             options["image_size"] = data.images.shape[-1]
     if to == "timm" and library == "resist":
-        counterpart = timm_counterpart(name, data.num_classes, config.sections, config.width)
+        counterpart = timm_counterpart(name, data.num_classes, arguments.get("depths", ()), arguments.get("width"))
         if counterpart is not None:
             return counterpart
     if to in ("timm", "torchvision") and to != library:

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from resist.models.preact_cifar import DEPTHS, PreActResNet
 from resist.models.preact_imagenet import IMAGENET_DEPTHS, PreActResNetImageNet
 from resist.models.third_party import build_third_party, is_third_party
 
-__all__ = ["MODELS", "PreActResNet", "PreActResNetImageNet", "build"]
+__all__ = ["MODELS", "PreActResNet", "PreActResNetImageNet", "build", "read_model_args"]
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class Shape:
     """Depth and width of a pre-activation ResNet.
 
     Attributes:
-        sections: Number of blocks in each of the four sections.
+        depths: Number of blocks in each of the four sections.
         width: Channels of the stem.
         final_norm: Apply a norm and a ReLU before the last pooling.
         photographs: Use bottleneck blocks and a stem for large images (`PreActResNetImageNet`).
     """
 
-    sections: tuple[int, ...]
+    depths: tuple[int, ...]
     width: int = 64
     final_norm: bool = False
     photographs: bool = False
@@ -36,8 +37,8 @@ class Shape:
 # preact_small is for laptops and small images: 32 layers, trained on digits in a minute on two cores.
 MODELS = {
     "preact_small": Shape((2, 2, 9, 2), width=16, final_norm=True),
-    **{name: Shape(sections) for name, sections in DEPTHS.items()},
-    **{name: Shape(sections, final_norm=True, photographs=True) for name, sections in IMAGENET_DEPTHS.items()},
+    **{name: Shape(depths) for name, depths in DEPTHS.items()},
+    **{name: Shape(depths, final_norm=True, photographs=True) for name, depths in IMAGENET_DEPTHS.items()},
 }
 
 
@@ -46,7 +47,7 @@ def build(
     *,
     num_classes: int,
     in_channels: int = 3,
-    sections: Sequence[int] = (),
+    depths: Sequence[int] = (),
     width: int | None = None,
     final_norm: bool = False,
     image_size: int | None = None,
@@ -57,7 +58,7 @@ def build(
         name: A key of `MODELS`, or `LIBRARY:NAME` (see `resist.models.third_party`).
         num_classes: Number of logits.
         in_channels: Channels of the images.
-        sections: Number of blocks in each of the four sections; default: those of the named network.
+        depths: Number of blocks in each of the four sections; default: those of the named network.
         width: Channels of the stem; default: that of the named network.
         final_norm: Add a norm and a ReLU before the last pooling where the named network has none.
         image_size: Height and width of the images in pixels, for networks of other libraries that are built for one
@@ -70,10 +71,10 @@ def build(
         UserError: The name is unknown, a value is out of bounds, or an option has no effect with this network.
     """
     if is_third_party(name):
-        for option, given in (("sections", sections), ("width", width is not None), ("final-norm", final_norm)):
+        for option, given in (("depths", depths), ("width", width is not None), ("final_norm", final_norm)):
             if given:
                 raise UserError(
-                    f"--{option} has no effect with model={name!r}, whose library defines its shape; remove it"
+                    f"{option} has no effect with model={name!r}, whose library defines its shape; remove it"
                 )
         return build_third_party(name, num_classes=num_classes, image_size=image_size)
     if name not in MODELS:
@@ -82,14 +83,57 @@ def build(
             "transformers:TYPE"
         )
     shape = MODELS[name]
-    if sections and (len(sections) != 4 or min(sections) < 1):
-        raise UserError(f"sections={' '.join(map(str, sections))}; give four numbers of blocks, each at least 1")
+    if depths and (len(depths) != 4 or min(depths) < 1):
+        raise UserError(f"depths={','.join(map(str, depths))}; give four numbers of blocks, each at least 1")
     width = shape.width if width is None else width
     if width < 1 or num_classes < 1:
         raise UserError(f"width={width}, num_classes={num_classes}; both must be at least 1")
-    sections = tuple(sections) or shape.sections
+    depths = tuple(depths) or shape.depths
     if shape.photographs:
-        return PreActResNetImageNet(sections, num_classes, width=width, in_channels=in_channels)
+        return PreActResNetImageNet(depths, num_classes, width=width, in_channels=in_channels)
     return PreActResNet(
-        sections, num_classes, width=width, in_channels=in_channels, final_norm=final_norm or shape.final_norm
+        depths, num_classes, width=width, in_channels=in_channels, final_norm=final_norm or shape.final_norm
     )
+
+
+def read_model_args(name: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Convert texts of the form `KEY=VALUE` to keyword arguments of `build`.
+
+    Args:
+        name: Name of the network, which decides the allowed keys.
+        texts: For example `("depths=3,4,23,3", "width=8", "final_norm=true")`.
+
+    Raises:
+        UserError: A key is not an argument of this network, is given twice, or has an invalid value. `build` checks the
+            bounds.
+    """
+    if texts and is_third_party(name):
+        raise UserError(
+            f"--model-args {' '.join(texts)} has no effect with --model {name}, whose library defines its shape; "
+            "remove it"
+        )
+    readers = {"depths": _numbers, "width": int, "final_norm": _truth}
+    if name in MODELS and MODELS[name].photographs:
+        del readers["final_norm"]  # these networks always have it
+    forms = {"depths": "four numbers, as in depths=3,4,23,3", "width": "a number", "final_norm": "true or false"}
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        if key not in readers or key in arguments:
+            problem = "is given twice" if key in arguments else f"is not an argument of {name}"
+            raise UserError(f"--model-args {text}: {key!r} {problem}; allowed are {', '.join(readers)}, each once")
+        try:
+            arguments[key] = readers[key](value)
+        except ValueError:
+            raise UserError(f"--model-args {text}: {value!r} is not {forms[key]}") from None
+    return arguments
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"

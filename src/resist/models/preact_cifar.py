@@ -54,7 +54,7 @@ class PreActResNet(nn.Module):
     (batch, num_classes).
 
     Args:
-        sections: Number of blocks in each of the four sections.
+        depths: Number of blocks in each of the four sections.
         num_classes: Number of logits.
         width: Channels of the stem and of the first section.
         in_channels: Channels of the images.
@@ -63,7 +63,7 @@ class PreActResNet(nn.Module):
 
     def __init__(
         self,
-        sections: Sequence[int],
+        depths: Sequence[int],
         num_classes: int,
         *,
         width: int = 64,
@@ -72,10 +72,10 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.layer1 = _section(width, width, sections[0], stride=1)
-        self.layer2 = _section(width, 2 * width, sections[1], stride=2)
-        self.layer3 = _section(2 * width, 4 * width, sections[2], stride=2)
-        self.layer4 = _section(4 * width, 8 * width, sections[3], stride=2)
+        self.layer1 = _section(width, width, depths[0], stride=1)
+        self.layer2 = _section(width, 2 * width, depths[1], stride=2)
+        self.layer3 = _section(2 * width, 4 * width, depths[2], stride=2)
+        self.layer4 = _section(4 * width, 8 * width, depths[3], stride=2)
         self.norm = nn.BatchNorm2d(8 * width) if final_norm else None
         self.head = nn.Linear(8 * width, num_classes)
 

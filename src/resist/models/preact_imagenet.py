@@ -62,19 +62,19 @@ class PreActResNetImageNet(nn.Module):
     (batch, num_classes).
 
     Args:
-        sections: Number of blocks in each of the four sections.
+        depths: Number of blocks in each of the four sections.
         num_classes: Number of logits.
         width: Channels of the stem; the first section's output has four times as many.
         in_channels: Channels of the images.
     """
 
-    def __init__(self, sections: Sequence[int], num_classes: int, *, width: int = 64, in_channels: int = 3) -> None:
+    def __init__(self, depths: Sequence[int], num_classes: int, *, width: int = 64, in_channels: int = 3) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=False)
-        self.layer1 = _section(width, width, sections[0], stride=1)
-        self.layer2 = _section(4 * width, 2 * width, sections[1], stride=2)
-        self.layer3 = _section(8 * width, 4 * width, sections[2], stride=2)
-        self.layer4 = _section(16 * width, 8 * width, sections[3], stride=2)
+        self.layer1 = _section(width, width, depths[0], stride=1)
+        self.layer2 = _section(4 * width, 2 * width, depths[1], stride=2)
+        self.layer3 = _section(8 * width, 4 * width, depths[2], stride=2)
+        self.layer4 = _section(16 * width, 8 * width, depths[3], stride=2)
         self.norm = nn.BatchNorm2d(32 * width)
         self.head = nn.Linear(32 * width, num_classes)
         for module in self.modules():

@@ -47,11 +47,12 @@ def start_from(model: nn.Module, source: str) -> str:
     library, _, file_name = source.partition(":")
     if library != "timm" or not file_name:
         raise UserError(
-            f"--pretrained {source!r} is not of the form timm:FILE; give the weight file of a resnetv2 of timm"
+            f"--init-from {source!r} is not of the form timm:FILE; give the weight file of a resnetv2 of timm "
+            "(the directory of a run is for detection)"
         )
     if not isinstance(model, PreActResNetImageNet):
         raise UserError(
-            f"--pretrained {source} has no effect with this network; give --model preact_resnet50_imagenet, "
+            f"--init-from {source} has no effect with this network; give --model preact_resnet50_imagenet, "
             "preact_resnet101_imagenet or preact_resnet152_imagenet, or remove it"
         )
     path, current = Path(file_name), model.state_dict()

@@ -79,16 +79,9 @@ def _last_plan(history: History, chain: str) -> tuple[tuple[int, ...], ...]:
 
 def repeat(history: History) -> list[str]:
     """The commands that reproduce the run."""
-    arguments = history.config.arguments()
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        skip = argument in ("--out", "--resume") if argument.startswith("--") else skip
-        if not skip:
-            kept.append(argument)
     commit = history.environment.get("commit")
     checkout = [f"git checkout {shlex.quote(str(commit).removesuffix('-dirty'))}"] if commit else []
-    return [*checkout, shlex.join(["resist", "train", *kept])]
+    return [*checkout, shlex.join(["resist", "train", "--config", str(history.path / "config.json")])]
 
 
 def options(history: History) -> Rows:

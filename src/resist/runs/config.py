@@ -1,7 +1,8 @@
 """Options of a training run: plain records that the command line fills in, and their JSON.
 
-The docstring of each field is its help text. `TrainConfig.check` needs no data, devices or other processes, and no
-torch.
+The docstring of each field is its help text. A field whose value is `config_key(default)` is not an option of the
+command line, only a key of the file that `--config` names. `TrainConfig.check` needs no data, devices or other
+processes, and no torch.
 """
 
 import dataclasses
@@ -17,17 +18,27 @@ from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd,
 
 # Data sets of photographs, which are read from files during training.
 STREAMED = ("folder", "imagenet", "voc2007", "voc2012")
+# Those of them that have boxes around objects.
+DETECTION = ("voc2007", "voc2012")
+
+
+def config_key(default: Any) -> Any:
+    """Define a field that only a configuration file can set, not an option of the command line."""
+    return field(default=default, metadata={"option": False})
+
+
+def is_option(f: "dataclasses.Field[Any]") -> bool:
+    """Return True for a field that the command line has an option for."""
+    return f.metadata.get("option", True)
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
     """The network, the data, and the blocks to partition."""
 
-    task: Literal["classification", "detection"] = "classification"
-    """classification: the class of an image. detection: the classes and boxes of the objects in an image."""
     data: str = "digits"
     """Data set: digits (comes with scikit-learn), cifar10, cifar100, synthetic; folder or imagenet (1,000 classes):
-    photographs in train/CLASS/* and val/CLASS/* under --data-dir; for detection voc2007 or voc2012."""
+    photographs in train/CLASS/* and val/CLASS/* under --data-dir; voc2007 or voc2012: detection of objects."""
     data_dir: Path = Path("data")
     """Directory of the data sets; missing ones that can be downloaded are stored there."""
     image_size: int | None = None
@@ -44,23 +55,24 @@ class NetworkConfig:
     preact_resnet50_imagenet, preact_resnet101_imagenet, preact_resnet152_imagenet or preact_resnet200_imagenet; or one
     of another library, with new weights: torchvision:resnet101, timm:vit_small_patch16_224, transformers:vit (or
     :FILE.json)."""
-    sections: tuple[int, ...] = ()
-    """Blocks in each of the four sections. Default: those of the model (3 4 23 3 for preact_resnet101)."""
-    width: int | None = None
-    """Channels of the first section. Default: those of the model (64 for preact_resnet101)."""
-    final_norm: bool = False
-    """Apply BatchNorm and ReLU before the last pooling. The paper's networks for small images do not have them; all
-    others always do."""
+    model_args: tuple[str, ...] = ()
+    """Shape of a preact network: depths=3,4,23,3 (blocks in each of the four sections), width=64 (channels of the first
+    section), and for small images final_norm=true (BatchNorm and ReLU before the last pooling, which the paper's
+    networks do not have). Default: as the name of the network says."""
     chain: tuple[str, ...] = ()
     """Blocks to partition, as in layer3:1-22, or layer2 layer3 for the longest run of each. Default: the longest run of
     interchangeable blocks."""
-    pretrained: str | None = None
-    """Initial weights: timm:FILE, the .safetensors or .pth of timm's resnetv2_50, 101 or 152. The head is initialized
-    from scratch where the number of classes differs."""
-    backbone: Path | None = None
-    """Detection: directory of a resist run of classification whose weights initialize the backbone."""
-    splits: tuple[str, ...] = ()
+    init_from: str | None = None
+    """Initial weights: timm:FILE, the .safetensors or .pth of timm's resnetv2_50, 101 or 152; for detection also the
+    directory of a resist run of classification, whose weights initialize the backbone. The head is initialized from
+    scratch where the number of classes differs."""
+    splits: tuple[str, ...] = config_key(())
     """Detection: splits for training and for testing. Default: trainval test for voc2007, train val for voc2012."""
+
+    @property
+    def task(self) -> Literal["classification", "detection"]:
+        """The task, which follows from the data set."""
+        return "detection" if self.data in DETECTION else "classification"
 
 
 @dataclass(frozen=True)
@@ -80,15 +92,13 @@ class MethodConfig:
     """Chain blocks of each worker, for workers of unequal speed or memory: --capacities 8 6 4 4."""
     warmup_rounds: int = 0
     """Rounds of local SGD before the first round of ResIST."""
-    warmup_epochs: float = 0.0
-    """Length of the same warm-up in epochs, rounded up to whole rounds."""
     batchnorm: Literal["recalibrate", "average", "batch"] = "recalibrate"
     """BatchNorm statistics of the full network: re-estimated before each test, averaged over the workers, or those of
     each test batch."""
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
     """Momentum at a synchronization. reset: set to zero. travel: moves with its block, averaged over its
     holders. average: as travel, and that of the shared part is averaged too. keep: stays where it is."""
-    outer: tuple[float, float] | None = None
+    outer: tuple[float, float] | None = config_key(None)
     """Learning rate and Nesterov momentum of an outer optimizer step along each round's mean change. Default: 0.7 0.9
     for diloco, none for other strategies."""
     on_nonfinite: Literal["stop", "drop"] = "stop"
@@ -96,9 +106,9 @@ class MethodConfig:
     inspection. drop: exclude the worker's round from the averages; blocks that only it holds keep their old weights."""
     replicate: bool = False
     """Keep a replica of every block, so that losing one worker costs at most the current round; see --resume."""
-    scale: str = "inclusion"
+    scale: str = config_key("inclusion")
     """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number."""
-    sampling: Literal["all", "shard"] = "all"
+    sampling: Literal["all", "shard"] = config_key("all")
     """all: each worker draws from the whole training set. shard: each worker draws from its own part of it."""
 
 
@@ -114,13 +124,13 @@ class OptimizationConfig:
     """Parts that each batch is split into; their gradients are accumulated: less memory for the same batch."""
     lr: float = 0.03
     """Learning rate of SGD."""
-    momentum: float = 0.9
+    momentum: float = config_key(0.9)
     """Momentum of SGD."""
-    nesterov: bool = False
+    nesterov: bool = config_key(False)
     """Use Nesterov momentum."""
     weight_decay: float = 5e-4
     """Weight decay of every parameter."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = config_key(0.0)
     """Part of each label that is distributed evenly over all classes; 0.1 is usual for ImageNet."""
     lr_schedule: Literal["step", "cosine", "constant"] = "step"
     """Learning rate over the run. step: divided by 10 after 50 % and again after 75 %. cosine: to 0. constant: no
@@ -139,7 +149,7 @@ class MachineConfig:
     """Processes on this machine. Default: one per GPU, or on the CPU one per worker."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16: autocast to bfloat16 in forward and backward; weights stay in fp32."""
-    channels_last: bool = False
+    channels_last: bool = config_key(False)
     """Use the channels_last memory format, which is often faster on GPUs."""
     compile: bool = False
     """Compile each sub-network with torch.compile, once per run."""
@@ -147,12 +157,10 @@ class MachineConfig:
     """Number of times to restart from the last checkpoint after a process has died."""
     timeout_s: float = 600.0
     """Seconds to wait for another process before reporting it as lost."""
-    no_progress: bool = False
+    no_progress: bool = config_key(False)
     """Print log lines instead of the live display."""
-    tensorboard: bool = False
-    """Also log to TensorBoard files in RUN/tensorboard."""
-    wandb: bool = False
-    """Also log to Weights & Biases; with WANDB_MODE=offline to RUN/wandb."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also log to TensorBoard files in RUN/tensorboard, or to Weights & Biases (RUN/wandb with WANDB_MODE=offline)."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +200,10 @@ class TrainConfig:
             for f in dataclasses.fields(part):
                 value = getattr(part, f.name)
                 flag = "--" + f.name.replace("_", "-")
-                if get_origin(f.type) is Literal and value not in get_args(f.type):
-                    raise UserError(f"{flag} {value!r} is not one of {', '.join(get_args(f.type))}")
+                choices = _choices(f.type)
+                for item in value if isinstance(value, tuple) and choices else (value,) if choices else ():
+                    if item not in choices:
+                        raise UserError(f"{flag} {item!r} is not one of {', '.join(choices)}")
                 if isinstance(value, float) and not math.isfinite(value):
                     raise UserError(f"{flag} {value} is not a finite number")
         least: dict[str, tuple[float | None, float]] = {
@@ -204,7 +214,6 @@ class TrainConfig:
             "--weight-decay": (self.optimization.weight_decay, 0),
             "--lr-warmup-steps": (self.optimization.lr_warmup_steps, 0),
             "--warmup-rounds": (self.method.warmup_rounds, 0),
-            "--warmup-epochs": (self.method.warmup_epochs, 0),
             "--label-smoothing": (self.optimization.label_smoothing, 0),
             "--image-size": (self.network.image_size, 32),
             "--data-workers": (self.network.data_workers, 0),
@@ -235,8 +244,6 @@ class TrainConfig:
             raise UserError("--nesterov needs --momentum above 0; give one, or remove --nesterov")
         if o.label_smoothing >= 1:
             raise UserError(f"--label-smoothing {o.label_smoothing}; must be less than 1")
-        if method.warmup_rounds and method.warmup_epochs:
-            raise UserError("--warmup-rounds and --warmup-epochs both set the warm-up; give one of the two")
         for flag, given in (
             ("--image-size", network.image_size is not None),
             ("--data-workers", network.data_workers != NetworkConfig.data_workers),
@@ -254,7 +261,6 @@ class TrainConfig:
         if method.strategy != "resist":
             for flag, given in (
                 ("--warmup-rounds", method.warmup_rounds > 0),
-                ("--warmup-epochs", method.warmup_epochs > 0),
                 ("--capacities", bool(method.capacities)),
                 ("--min-depth", method.min_depth is not None),
                 ("--outer", method.strategy == "ddp" and method.outer is not None),
@@ -292,14 +298,6 @@ class TrainConfig:
         )
         return switch(full, partitioned, at_round=m.warmup_rounds) if m.warmup_rounds else partitioned
 
-    def with_warmup_rounds(self, images_per_epoch: int) -> "TrainConfig":
-        """Return this configuration with `warmup_epochs` converted to rounds."""
-        m = self.method
-        if not m.warmup_epochs:
-            return self
-        rounds = math.ceil(m.warmup_epochs * images_per_epoch / (self.optimization.batch_size * m.local_steps))
-        return dataclasses.replace(self, method=dataclasses.replace(m, warmup_rounds=rounds, warmup_epochs=0.0))
-
     def scale(self) -> str | float:
         """Return `method.scale` as "inclusion", "1/S" or a number. Raises UserError for another value."""
         text = self.method.scale
@@ -329,27 +327,12 @@ class TrainConfig:
             limits[name] = number
         return limits
 
-    def arguments(self) -> list[str]:
-        """Return the command line of this configuration, without options that have their defaults."""
-        arguments: list[str] = []
-        for part in (getattr(self, f.name) for f in dataclasses.fields(self)):
-            for f in dataclasses.fields(part):
-                value = getattr(part, f.name)
-                if value == f.default:
-                    continue
-                arguments.append("--" + f.name.replace("_", "-"))
-                if isinstance(value, tuple):
-                    arguments += map(str, value)
-                elif value is not True:
-                    arguments.append(str(value))
-        return arguments
-
     def digest(self) -> dict[str, object]:
         """Return the options that must be equal on all machines, without paths and machine options."""
         local = {
             "data_dir",
             "data_workers",
-            "pretrained",
+            "init_from",
             "out",
             "resume",
             "device",
@@ -357,13 +340,20 @@ class TrainConfig:
             "compile",
             "restarts",
         }
-        local |= {"no_progress", "tensorboard", "wandb"}
+        local |= {"no_progress", "log"}
         flat = {name: value for part in self.to_json().values() for name, value in part.items()}
         return {f"--{name.replace('_', '-')}": value for name, value in flat.items() if name not in local}
 
     def to_json(self) -> dict[str, dict[str, object]]:
         """Return the fields of each part as JSON data."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """Return the allowed values of a Literal, or of a tuple of literals; () for another type."""
+    if get_origin(hint) is tuple:
+        return _choices(get_args(hint)[0])
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def from_json(data: object) -> TrainConfig:
@@ -390,7 +380,10 @@ def _value(hint: Any, value: object, where: str) -> object:
     if get_origin(hint) is Literal:
         fits = value in options
     elif get_origin(hint) is tuple:
-        fits = isinstance(value, list) and all(type(item) is options[0] for item in value)
+        choices = get_args(options[0])  # of a tuple of literals
+        fits = isinstance(value, list) and all(
+            item in choices if choices else type(item) is options[0] for item in value
+        )
         value = tuple(value) if isinstance(value, list) else value
     elif type(None) in options:  # an optional value
         return None if value is None else _value(options[0], value, where)

@@ -31,6 +31,8 @@ from resist.runs.config import TrainConfig
 from resist.runs.history import missing_rounds, read_past, read_table
 from resist.runs.records import Record
 
+# Environment variable: the command line of the launcher, as JSON, for the processes that it starts.
+COMMAND = "RESIST_COMMAND"
 SEEN_S = 5.0  # how long a file that another machine wrote may take to appear
 
 
@@ -159,7 +161,7 @@ def environment() -> dict[str, object]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
         "resist": resist.__version__,
         "commit": _commit(),
         "torch": torch.__version__,
@@ -171,6 +173,12 @@ def environment() -> dict[str, object]:
         "gpus": gpus,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def command() -> list[str]:
+    """The command line of this process, or of the launcher that has started it."""
+    given = os.environ.get(COMMAND)
+    return json.loads(given) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _commit() -> str | None:

@@ -11,15 +11,19 @@ else it is an error. Where round numbers go back, the later records count.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 from resist.runs.config import TrainConfig, from_json
 from resist.runs.records import Record, parse_record, training_bytes, training_seconds
 
 # Entries of config.json that an earlier version wrote and that have another name now.
-EARLIER = {"optimisation", "accumulate", "evaluations", "loaders", "nonfinite", "safety", "schedule"}
+EARLIER = {
+    "optimisation", "accumulate", "evaluations", "loaders", "nonfinite", "safety", "schedule", "task", "sections",
+    "width", "final_norm", "pretrained", "backbone", "warmup_epochs", "tensorboard", "wandb",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,42 @@ def read_config(path: Path) -> TrainConfig:
     config = from_json(data)
     config.check()
     return config
+
+
+def read_config_file(file: Path) -> tuple[TrainConfig, frozenset[str]]:
+    """A configuration file in the form of a run's config.json, whole or in part.
+
+    Returns:
+        The configuration, with defaults for all that the file leaves out, and the names of the fields in the file.
+
+    Raises:
+        UserError: It cannot be read, or has an unknown entry or a value of the wrong type. The message names the file.
+    """
+    try:
+        data = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; give --config a JSON file like the config.json of a run") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not JSON: {first_line(error)}; give --config a file like a run's config.json"
+        ) from error
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: not a table of names and values; give --config a file like the config.json of a run")
+    for name in _unknown_entries(data):
+        if name in EARLIER:
+            raise UserError(
+                f"{file}: {name!r} is of an earlier version of resist; see resist train --help for the options"
+            )
+        near = get_close_matches(
+            name, [name for part, values in TrainConfig().to_json().items() for name in (part, *values)], 1
+        )
+        hint = f"did you mean {near[0]}?" if near else "resist train --help lists the options and the other keys"
+        raise UserError(f"{file}: unknown entry {name!r}; {hint}")
+    try:
+        config = from_json(data)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return config, frozenset(name for values in data.values() for name in values)
 
 
 def read_options(path: Path, notes: list[str]) -> tuple[TrainConfig, dict[str, dict[str, Any]]]:

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from resist.data import DATASETS, image_size_of, num_classes_of
-from resist.data.voc import CLASSES, VOC
+from resist.data import image_size_of, num_classes_of
+from resist.data.voc import CLASSES
 from resist.errors import UserError
+from resist.models import read_model_args
 from resist.models.third_party import is_third_party
 from resist.runs.config import NetworkConfig
 from resist.tasks import classification
@@ -30,7 +31,7 @@ def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: 
     check(config)
     if config.task == "detection":
         if label_smoothing:
-            raise UserError("--label-smoothing has no effect with --task detection; remove it")
+            raise UserError(f"optimization.label_smoothing has no effect with --data {config.data}; remove it")
         from resist.tasks.detection import Detection  # with torchvision's detector, slow to import
 
         return Detection.open(config, download=download)
@@ -76,22 +77,12 @@ def image_shape(config: NetworkConfig) -> tuple[int, int, int]:
 
 def check(config: NetworkConfig) -> None:
     """Raise UserError for options that the task does not support."""
-    if config.task == "detection" and config.data not in VOC:
-        problem = "has no boxes" if config.data in DATASETS else "is not known"
-        raise UserError(f"--task detection: --data {config.data} {problem}; choose one of {', '.join(VOC)}")
     if config.task == "detection" and is_third_party(config.model):
         raise UserError(
-            f"--task detection needs a pre-activation ResNet as its backbone, not --model {config.model}; give for "
-            "example --model preact_resnet50_imagenet"
+            f"--data {config.data} needs a pre-activation ResNet as the detector's backbone, not --model "
+            f"{config.model}; give for example --model preact_resnet50_imagenet"
         )
-    if config.task != "detection" and config.data in VOC:
-        raise UserError(f"--data {config.data} has boxes around objects; it needs --task detection")
-    if config.pretrained is not None and config.backbone is not None:
-        raise UserError("--pretrained and --backbone both set the initial weights; give one of the two")
-    # Options that have no effect with the task.
-    unused = {"--splits": bool(config.splits), "--backbone": config.backbone is not None}
-    if config.task == "detection":
-        unused = {"--final-norm": config.final_norm}
-    for flag, given in unused.items():
-        if given:
-            raise UserError(f"{flag} has no effect with --task {config.task}; remove it")
+    if config.task != "detection" and config.splits:
+        raise UserError(f"network.splits has no effect with --data {config.data}; remove it")
+    if config.task == "detection" and "final_norm" in read_model_args(config.model, config.model_args):
+        raise UserError(f"--model-args final_norm has no effect with --data {config.data}; remove it")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError
-from resist.runs.config import NetworkConfig, TrainConfig
+from resist.runs.config import NetworkConfig
 from resist.runs.history import read_config
 from resist.runs.model_file import FILE, read_full
 
@@ -40,7 +40,9 @@ class BackboneInit:
         """
         network = read_config(run).network
         if network.task != "classification":
-            raise UserError(f"--backbone {run}: a run with --task {network.task}; give a classification run")
+            raise UserError(
+                f"--init-from {run}: a run with --data {network.data}, of detection; give a classification run"
+            )
         tensors, scales = read_full(run / FILE)
         named = {_name(name): tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         return BackboneInit(run, network, named, scales)
@@ -57,10 +59,10 @@ class BackboneInit:
         ]
         if differ:
             n = self.network
-            part = NetworkConfig(model=n.model, sections=n.sections, width=n.width)
-            options = " ".join(("--model", n.model, *_without(TrainConfig(network=part).arguments(), "--model")))
+            shape = [text for text in n.model_args if not text.startswith("final_norm")]
+            options = " ".join(("--model", n.model, *(("--model-args", *shape) if shape else ())))
             raise UserError(
-                f"--backbone {self.run}: {differ[0].removeprefix(BODY)} differs; give the options of that run, "
+                f"--init-from {self.run}: {differ[0].removeprefix(BODY)} differs; give the options of that run, "
                 f"{options}, and no other model options"
             )
 
@@ -91,10 +93,3 @@ class BackboneInit:
 def _name(name: str) -> str:
     """Name of a tensor in the detector; the norm before the last pooling becomes that of the last section's output."""
     return LAST_NORM + name.removeprefix("norm.") if name.startswith("norm.") else BODY + name
-
-
-def _without(arguments: list[str], flag: str) -> list[str]:
-    if flag not in arguments:
-        return arguments
-    at = arguments.index(flag)
-    return arguments[:at] + arguments[at + 2 :]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resist.data import Images, Photographs, image_size_of, load
-from resist.models import build
+from resist.models import build, read_model_args
 from resist.models.pretrained import start_from
 from resist.models.third_party import is_third_party
 from resist.runs.config import NetworkConfig
@@ -56,9 +56,9 @@ class Classification:
             skip_bad_files=config.skip_bad_files,
         )
         build_model, notes = builder(config, train.num_classes), (*train.notes, *held_out.notes)
-        if config.pretrained is not None:
+        if config.init_from is not None:
             with torch.device("meta"):
-                notes += (start_from(build_model(), config.pretrained),)
+                notes += (start_from(build_model(), config.init_from),)
         return Classification(build_model, train, held_out, label_smoothing, notes)
 
     def network(self) -> nn.Module:
@@ -105,6 +105,8 @@ def builder(config: NetworkConfig, num_classes: int, image_size: int | None = No
         image_size: Height and width of the images in pixels; default: that of the data set.
     """
 
+    arguments = read_model_args(config.model, config.model_args)
+
     def build_model() -> nn.Module:
         size = image_size or config.image_size
         if size is None and is_third_party(config.model):  # our own networks accept images of any size
@@ -112,14 +114,12 @@ def builder(config: NetworkConfig, num_classes: int, image_size: int | None = No
         model = build(
             config.model,
             num_classes=num_classes,
-            sections=config.sections,
-            width=config.width,
-            final_norm=config.final_norm,
             image_size=size,
+            **arguments,
         )
         # On the meta device there are no weights to fill, and the file may be missing.
-        if config.pretrained is not None and not next(model.parameters()).is_meta:
-            start_from(model, config.pretrained)
+        if config.init_from is not None and not next(model.parameters()).is_meta:
+            start_from(model, config.init_from)
         return model
 
     return build_model

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +68,13 @@ class Detection:
         scores: dict[str, int | None] = {"AP50 (11 points)": 11, "AP50 (area)": None}
         if config.data != "voc2007":  # the main score is the one that the challenge used in that year
             scores = dict(reversed(scores.items()))
-        start = None if config.backbone is None else BackboneInit.read(config.backbone)
+        start = BackboneInit.read(Path(config.init_from or "")) if _from_run(config) else None
         build, notes = builder(config, len(CLASSES)), (*train.notes, *held_out.notes)
         with torch.device("meta"):
             if start is not None:
                 start.check(build())
-            if config.pretrained is not None:
-                notes += (start_from(classification.builder(config, 1)(), config.pretrained),)
+            elif config.init_from is not None:
+                notes += (start_from(classification.builder(config, 1)(), config.init_from),)
         return Detection(build, train, held_out, scores, start, config.data_workers, notes)
 
     def network(self) -> nn.Module:
@@ -178,8 +179,14 @@ def builder(config: NetworkConfig, num_classes: int) -> Callable[[], nn.Module]:
         config: Options of network and data.
         num_classes: Number of classes of objects, without background.
     """
-    body, size = classification.builder(config, 1), image_size(config)  # its head, of one class, is removed
+    of_body = replace(config, init_from=None) if _from_run(config) else config
+    body, size = classification.builder(of_body, 1), image_size(config)  # its head, of one class, is removed
     return lambda: build_detector(body(), num_classes, size, longer(size))
+
+
+def _from_run(config: NetworkConfig) -> bool:
+    """Return True where the initial weights are those of a run, not of a file of timm."""
+    return config.init_from is not None and not config.init_from.startswith("timm:")
 
 
 def image_size(config: NetworkConfig) -> int:

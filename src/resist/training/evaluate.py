@@ -80,7 +80,7 @@ def readings_of_run(
 def _open(path: Path, data_dir: Path | None) -> tuple[TrainConfig, Task]:
     config = read_config(path)
     # The initial weights are not needed for the final ones, and their files may be gone.
-    network = replace(config.network, data_dir=data_dir or config.network.data_dir, pretrained=None, backbone=None)
+    network = replace(config.network, data_dir=data_dir or config.network.data_dir, init_from=None)
     return config, open_task(network)
 
 

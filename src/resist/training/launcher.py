@@ -10,6 +10,7 @@ workers where this process has other threads, are new Python processes.
 
 import atexit
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from resist.runs.config import TrainConfig
+from resist.runs.directory import COMMAND, command
 
 # Seconds between two looks at the processes.
 POLL_S = 0.05
@@ -92,7 +94,7 @@ def launch(
     timeout_s: float,
     workers: int,
     *,
-    fork: Callable[[list[str]], object] | None = None,
+    fork: Callable[[], object] | None = None,
 ) -> int:
     """Run `resist` with `arguments` in several processes of this machine and wait for them.
 
@@ -105,8 +107,8 @@ def launch(
         processes: Number of processes to start.
         timeout_s: Seconds that the processes may take to end after a signal, or after the first of them has ended.
         workers: Number of workers of the job, for messages.
-        fork: A function that runs `resist` with the arguments that it gets. The processes are forks of this one that
-            call it, if this process has a single thread. Default: they are new Python processes.
+        fork: A function that does the same as `resist` with `arguments`. The processes are forks of this one that call
+            it, if this process has a single thread. Default: they are new Python processes.
 
     Returns:
         The exit status: that of the first process that failed (1 where a signal ended it), or 128 plus the number of a
@@ -133,7 +135,7 @@ def launch(
                         )
                     )
                 else:
-                    children.append(Forked(forked, list(arguments), environment, (listener.fileno(), kept_open)))
+                    children.append(Forked(forked, environment, (listener.fileno(), kept_open)))
             # Its server is a thread, so it comes after the forks. Connections wait in the listener until then.
             store = loopback_store(listener)
             return _watch(children, received, timeout_s, workers)
@@ -147,11 +149,10 @@ def launch(
 
 
 class Forked:
-    """A fork of this process that runs `action(arguments)` in a session of its own, used like `subprocess.Popen`.
+    """A fork of this process that runs `action()` in a session of its own, used like `subprocess.Popen`.
 
     Args:
         action: What the process runs; it ends with the status of a SystemExit that this raises.
-        arguments: The command line, which also becomes `sys.argv`.
         environment: The environment of the process.
         closed: Open files of this process that the fork closes.
 
@@ -162,8 +163,7 @@ class Forked:
 
     def __init__(
         self,
-        action: Callable[[list[str]], object],
-        arguments: list[str],
+        action: Callable[[], object],
         environment: Mapping[str, str],
         closed: Sequence[int],
     ) -> None:
@@ -175,7 +175,7 @@ class Forked:
         try:
             self.pid = os.fork()
             if self.pid == 0:
-                _run_fork(action, arguments, environment, closed)
+                _run_fork(action, environment, closed)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -201,9 +201,7 @@ class Forked:
         return self.returncode
 
 
-def _run_fork(
-    action: Callable[[list[str]], object], arguments: list[str], environment: Mapping[str, str], closed: Sequence[int]
-) -> None:
+def _run_fork(action: Callable[[], object], environment: Mapping[str, str], closed: Sequence[int]) -> None:
     """Become an independent process, run `action` and end. Never returns: the stack above belongs to the launcher."""
     status = 1
     try:
@@ -216,9 +214,8 @@ def _run_fork(
                 os.close(number)
             os.environ.clear()
             os.environ.update(environment)
-            sys.argv[1:] = arguments
             _set_num_threads(environment["OMP_NUM_THREADS"])
-            action(arguments)
+            action()
             status = 0
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -272,6 +269,7 @@ def _environment(rank: int, processes: int, port: int, lifeline: int) -> dict[st
         "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher serves the store, which outlives every worker
         "TORCHELASTIC_RESTART_COUNT": 0,
         LIFELINE: lifeline,
+        COMMAND: json.dumps(command()),
     }
     defaults = {
         # Processes that share the cores must not each start a thread for all of them.

@@ -14,8 +14,6 @@ from resist.errors import UserError
 from resist.runs.config import TrainConfig
 from resist.runs.history import read_table
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # option -> package
-
 
 class Logger(Protocol):
     """A destination of records."""
@@ -31,9 +29,9 @@ class Logger(Protocol):
 
 def check_loggers(config: TrainConfig) -> None:
     """Raise UserError where the package of a requested logger is missing."""
-    for option, package in PACKAGES.items():
-        if getattr(config.machine, option) and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{option} needs the package {package}; pip install 'resist[{option}]', or leave it out")
+    for name in config.machine.log:  # also the name of the package
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--log {name} needs the package {name}; pip install 'resist[{name}]', or leave it out")
 
 
 def open_loggers(config: TrainConfig, path: Path, past: Sequence[Mapping[str, Any]]) -> list[Logger]:
@@ -49,9 +47,9 @@ def open_loggers(config: TrainConfig, path: Path, past: Sequence[Mapping[str, An
     """
     check_loggers(config)
     loggers: list[Logger] = []
-    if config.machine.tensorboard:
+    if "tensorboard" in config.machine.log:
         loggers.append(TensorBoard(path, past))
-    if config.machine.wandb:
+    if "wandb" in config.machine.log:
         loggers.append(WandB(config, path))
     return loggers
 
@@ -90,7 +88,9 @@ class TensorBoard:
         try:
             self._writer = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
         except OSError as error:
-            raise UserError(f"--tensorboard: {error.filename}: {error.strerror}; make room, or leave it out") from error
+            raise UserError(
+                f"--log tensorboard: {error.filename}: {error.strerror}; make room, or leave it out"
+            ) from error
 
     def write(self, record: Mapping[str, Any]) -> str:
         try:
@@ -139,7 +139,7 @@ class WandB:
                 config=config.to_json(),
             )
         except Exception as error:  # many types: no login, no network, no disk
-            raise UserError(f"--wandb: {_one_line(error)}; set WANDB_MODE=offline, or leave it out") from error
+            raise UserError(f"--log wandb: {_one_line(error)}; set WANDB_MODE=offline, or leave it out") from error
 
     def write(self, record: Mapping[str, Any]) -> str:
         try:

@@ -30,7 +30,7 @@ def train(config: TrainConfig) -> int:
     The main process (that of worker 0) writes the run directory and prints.
 
     Args:
-        config: The options, equal in all processes.
+        config: The options, checked, equal in all processes.
 
     Returns:
         The exit status.
@@ -39,7 +39,6 @@ def train(config: TrainConfig) -> int:
         UserError: An option is invalid, a file cannot be read or written, or training diverged.
         WorkerLostError: Another process is lost.
     """
-    config.check()
     device = pick_device(config.machine.device)
     transport = connect(config.method.workers, device, config.machine.timeout_s)
     try:
@@ -48,7 +47,6 @@ def train(config: TrainConfig) -> int:
         task = task.to(device)
         is_main = 0 in transport.hosted
         images_per_epoch = run_everywhere(transport, lambda: _images_per_epoch(config, task))
-        config = config.with_warmup_rounds(images_per_epoch)
         for note in task.notes if is_main else ():
             print(f"resist: {note}", flush=True)
         run_everywhere(transport, lambda: try_network(config.network) if is_main else None)
@@ -150,7 +148,9 @@ def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
     """Open the task; one process of each machine downloads the data while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     smoothing = config.optimization.label_smoothing
-    network = config.network if config.run.resume is None else replace(config.network, backbone=None)
+    network, resume = config.network, config.run.resume
+    if resume is not None and any(resume.glob("checkpoints/*")):  # all weights come from there
+        network = replace(network, init_from=None)
     task = run_everywhere(transport, lambda: open_task(network, label_smoothing=smoothing) if first else None)
     if task is None:
         return run_everywhere(transport, lambda: open_task(network, download=False, label_smoothing=smoothing))
