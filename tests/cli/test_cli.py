@@ -312,13 +312,15 @@ def lose() -> None:
     import os
     import signal
     import sys
+    from pathlib import Path
 
     import resist.job
 
     synchronize = resist.job.Job.synchronize
 
     def lost(job, *arguments):
-        if job.round == 3 and os.environ["RANK"] == "2" and "--resume" not in sys.argv:
+        resumed = "resumed" in (Path(sys.argv[sys.argv.index("--out") + 1]) / "environment.json").read_text()
+        if job.round == 3 and os.environ["RANK"] == "2" and not resumed:
             os.kill(os.getpid(), signal.SIGKILL)
         return synchronize(job, *arguments)
 
