@@ -9,10 +9,12 @@ if os.path.exists("/proc/cpuinfo"):
             # The 1x1 convolutions that oneDNN 3.12 (torch 2.14) has for AVX2 write past the end of a weight's gradient.
             os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +59,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
             return "alone" if file.endswith(ALONE) else file
 
     return Files(config, log)
+
+
+def pytest_runtest_setup() -> None:
+    """Every test draws the same random numbers, whatever ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,8 @@ class Outcome:
 class Pool:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "resist"])
+        # Every optimizer imports torch._dynamo; a process that replaces another one is ready as soon as its peers.
+        self._context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest", "resist.job"])
         self._members: list[tuple[BaseProcess, Connection]] = []
         self._folder = tempfile.TemporaryDirectory()
         self._calls = 0
@@ -45,7 +46,9 @@ class Pool:
             self._end(number)
         self._folder.cleanup()
 
-    def run(self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 60) -> list[Any]:
+    def run(
+        self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 120
+    ) -> list[Any]:
         """Return the value of `function(*arguments)` in each process. Fails with the tracebacks of all that raised."""
         outcomes = self.outcomes(processes, function, *arguments, timeout_s=timeout_s)
         errors = [f"process {rank}: {o.error or 'killed'}" for rank, o in enumerate(outcomes) if o.error is not None]

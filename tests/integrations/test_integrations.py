@@ -221,7 +221,7 @@ def test_without_the_framework_one_line_says_what_to_install(name: str, monkeypa
     for module in [name, f"{name}.pytorch"]:
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, f"resist.integrations.{name}", raising=False)
-    with pytest.raises(ImportError, match=rf"needs .*: pip install 'resist\[{name}\]'$"):
+    with pytest.raises(ImportError, match=rf"needs .*: pip install 'torch-resist\[{name}\]'$"):
         importlib.import_module(f"resist.integrations.{name}")
 
 

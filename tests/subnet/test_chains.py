@@ -1,6 +1,7 @@
 """Chains: found in any network, or named by the user."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -34,6 +35,13 @@ class Nest(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(self.inner(x))
+
+
+@cache
+def on_meta(name: str) -> nn.Module:
+    """A network of torchvision without weights, built once."""
+    with torch.device("meta"):
+        return torchvision.models.get_model(name)
 
 
 def names(model: nn.Module) -> list[str]:
@@ -175,8 +183,7 @@ def test_another_container_is_reported() -> None:
 
 
 def test_caveats_of_scaling() -> None:
-    with torch.device("meta"):
-        resnet, vit = torchvision.models.resnet50(), torchvision.models.vit_b_16()
+    resnet, vit = on_meta("resnet50"), on_meta("vit_b_16")
     assert "relu(x + scale * f(x)) except where x + f(x) < 0" in choose_chains(resnet)[0].caveat
     assert choose_chains(vit)[0].caveat == ""
     post = model_of(*(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2)))
@@ -215,28 +222,25 @@ def test_a_model_may_itself_be_the_container() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "expected"),
+    ("name", "expected"),
     [
-        (torchvision.models.resnet18, "layer1:0-1"),
-        (torchvision.models.resnet50, "layer3:1-5"),
-        (torchvision.models.resnet101, "layer3:1-22"),
-        (torchvision.models.resnet152, "layer3:1-35"),
-        (torchvision.models.mobilenet_v2, "features:8-10"),
-        (torchvision.models.convnext_tiny, "features.5:0-8"),
-        (torchvision.models.swin_t, "features.5:0-5"),
-        (torchvision.models.efficientnet_b0, "features.6:1-3"),
+        ("resnet18", "layer1:0-1"),
+        ("resnet50", "layer3:1-5"),
+        ("resnet101", "layer3:1-22"),
+        ("resnet152", "layer3:1-35"),
+        ("mobilenet_v2", "features:8-10"),
+        ("convnext_tiny", "features.5:0-8"),
+        ("swin_t", "features.5:0-5"),
+        ("efficientnet_b0", "features.6:1-3"),
     ],
 )
-def test_torchvision(build: Callable[[], nn.Module], expected: str) -> None:
-    with torch.device("meta"):
-        model = build()
-    assert choose_chains(model)[0].name == expected
+def test_torchvision(name: str, expected: str) -> None:
+    assert choose_chains(on_meta(name))[0].name == expected
 
 
 @pytest.mark.parametrize("depth", ["resnet18", "resnet50", "resnet101"])
 def test_a_strided_block_is_never_in_a_chain(depth: str) -> None:
-    with torch.device("meta"):
-        model = torchvision.models.get_model(depth)
+    model = on_meta(depth)
     for chain in find_chains(model):
         for block in range(chain.num_blocks):
             parts = model.get_submodule(chain.block_name(block)).modules()
@@ -249,9 +253,7 @@ def test_a_strided_block_is_never_in_a_chain(depth: str) -> None:
     [("layer3", 1, 22), ("layer3:1-22", 1, 22), ("layer3:4-9", 4, 9), ("layer2", 1, 3)],
 )
 def test_a_chain_by_name(chain: str, first: int, last: int) -> None:
-    with torch.device("meta"):
-        model = torchvision.models.resnet101()
-    (found,) = choose_chains(model, (chain,))
+    (found,) = choose_chains(on_meta("resnet101"), (chain,))
     assert (found.container, found.first, found.last) == (chain.partition(":")[0], first, last)
     assert found.block_name(0) == f"{found.container}.{first}"
 
@@ -270,10 +272,8 @@ def test_a_chain_by_name(chain: str, first: int, last: int) -> None:
     ],
 )
 def test_refused_names(chain: str, message: str) -> None:
-    with torch.device("meta"):
-        model = torchvision.models.resnet50()
     with pytest.raises(UserError, match=message) as raised:
-        choose_chains(model, (chain,))
+        choose_chains(on_meta("resnet50"), (chain,))
     assert "\n" not in str(raised.value)
 
 

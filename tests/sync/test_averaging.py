@@ -35,9 +35,15 @@ def mean_over_holders(held: list[dict[str, Tensor]], name: str) -> Tensor:
     return torch.stack([tensors[name] for tensors in held if name in tensors]).mean(0)
 
 
-@pytest.mark.parametrize("capacities", [(2, 2, 2), (4, 3, 3)])
 @pytest.mark.parametrize("policy", ["keep", "travel", "average"])
-@pytest.mark.parametrize(("optimizer", "names"), [(sgd, ["momentum_buffer"]), (adamw, ["exp_avg", "exp_avg_sq"])])
+@pytest.mark.parametrize(
+    ("optimizer", "names", "capacities"),
+    [
+        (sgd, ["momentum_buffer"], (2, 2, 2)),
+        (sgd, ["momentum_buffer"], (4, 3, 3)),
+        (adamw, ["exp_avg", "exp_avg_sq"], (4, 3, 3)),
+    ],
+)
 def test_state_at_a_synchronization(optimizer, names: list[str], policy: str, capacities: tuple[int, ...]) -> None:
     """Two rounds: the state is a tensor of the optimizer in the first one, and a view of a flat tensor from then on."""
     job, optimizers = make(resist(3, 2, capacities=capacities, optimizer_state=policy), optimizer)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from resist.sync.traffic import CountingTransport
 from resist.sync.transport import PACKET_BYTES
 from support import adamw, floats, local_step, make, sgd, states, train, weights
 
-# Worker counts of two sum in one order only; others differ by rounding, which five rounds of training hardly enlarge.
+# Worker counts of two sum in one order only; others differ by rounding, which a few rounds of training hardly enlarge.
 TOLERANCE = 1e-10
 
 
@@ -33,7 +34,7 @@ class Case:
     policy: str = "travel"
     adam: bool = False
     warm_up: bool = False
-    steps: int = 9
+    steps: int = 7
     channels_last: bool = False
     lr: float | None = None
 
@@ -101,12 +102,15 @@ CASES = [
     Case((2, 2, 2, 2), policy="average"),
     Case((4, 3, 1, 2), policy="travel"),
     Case((4, 3, 1, 2), policy="average", adam=True, channels_last=True),
-    Case((3, 2, 1, 2), policy="keep", warm_up=True),
+    Case((3, 2, 1, 2), policy="keep", warm_up=True, steps=9),
     Case((6, 6, 6, 6), policy="average"),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
+MARKED = [pytest.param(case, marks=() if number == 2 else pytest.mark.slow) for number, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case", MARKED, ids=repr)
 def test_the_number_of_processes_does_not_matter(pool: Pool, case: Case) -> None:
     """1, 2 and 4 processes that host 4 workers: equal weights, statistics and momentum, to 1e-10 in double precision.
 
@@ -166,8 +170,8 @@ def shared_parts(case: Case) -> Result:
 
 
 def test_without_learning_nothing_changes_by_a_bit(pool: Pool) -> None:
-    """Parameters after 5 rounds at learning rate 0 are the initial ones, bit for bit."""
-    case = Case((4, 3, 1, 2), lr=0.0, steps=10)
+    """Parameters after 4 rounds at learning rate 0 are the initial ones, bit for bit."""
+    case = Case((4, 3, 1, 2), lr=0.0, steps=8)
     start = weights(make(case.strategy(), seed=2, transport=Local(4))[0])
     for processes in (2, 4):
         full = merged(pool.run(processes, run_case, case)).full
@@ -269,11 +273,14 @@ def test_more_processes_than_workers(pool: Pool) -> None:
     assert pool.run(2, more_processes_than_workers) == [expected] * 2
 
 
-def lose(how: str, at: str) -> tuple[str, float]:
-    """Lose process 1 in its second round. Returns the error of the others, and the seconds until they raise it."""
+def lose(how: str, at: str, folder: Path) -> tuple[str, float]:
+    """Lose process 1 in its second round. Returns the error of the others, and the seconds until they raise it.
+
+    A process that stalls does so until all others have left a file in `folder`.
+    """
     rank = torch.distributed.get_rank()
     size = torch.distributed.get_world_size()
-    job, optimizers = make(resist(size, 2), timeout_s=4.0)
+    job, optimizers = make(resist(size, 2), timeout_s=6.0 if how == "stall" else 100.0)
     train(job, optimizers, 3)
     if rank == 1:
         local_step(job, optimizers)
@@ -281,7 +288,8 @@ def lose(how: str, at: str) -> tuple[str, float]:
             raise RuntimeError("the second worker has had enough")
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(12)
+        while len(list(folder.iterdir())) < size - 1:
+            time.sleep(0.1)
         os._exit(1)
     start = time.monotonic()
     try:
@@ -290,9 +298,10 @@ def lose(how: str, at: str) -> tuple[str, float]:
         else:
             job.full_model()
     except WorkerLostError as error:
-        text = str(error)
+        text, seconds = str(error), time.monotonic() - start
+        (folder / str(rank)).touch()
         torch.distributed.destroy_process_group()
-        return text, time.monotonic() - start
+        return text, seconds
     raise AssertionError("the loss of a worker went unnoticed")
 
 
@@ -301,9 +310,9 @@ def lose(how: str, at: str) -> tuple[str, float]:
     ("how", "at", "processes"),
     [("raise", "step", 2), ("kill", "step", 4), ("kill", "step", 2), ("stall", "step", 2), ("kill", "full_model", 2)],
 )
-def test_the_loss_of_a_worker_ends_the_others(pool: Pool, how: str, at: str, processes: int) -> None:
-    """At once if its connections close, after the timeout of 4 s otherwise. The others never hang."""
-    outcomes = pool.outcomes(processes, lose, how, at, timeout_s=40)
+def test_the_loss_of_a_worker_ends_the_others(pool: Pool, tmp_path: Path, how: str, at: str, processes: int) -> None:
+    """At once if its connections close, long before the timeout; after it otherwise. The others never hang."""
+    outcomes = pool.outcomes(processes, lose, how, at, tmp_path, timeout_s=120)
     lost = outcomes.pop(1)
     assert lost.error is not None
     assert how != "raise" or "RuntimeError: the second worker has had enough" in lost.error
@@ -316,7 +325,7 @@ def test_the_loss_of_a_worker_ends_the_others(pool: Pool, how: str, at: str, pro
         )
         assert "lost contact while" in text
         assert "\n" not in text
-        assert seconds < 10
+        assert seconds < 50
 
 
 def boom() -> None:
@@ -325,14 +334,14 @@ def boom() -> None:
 
 
 def sleep() -> None:
-    time.sleep(30)
+    time.sleep(600)
 
 
 @pytest.mark.slow
 def test_the_pool_itself(pool: Pool) -> None:
     """An exception arrives with its traceback, a hang ends with the timeout, and the pool works afterwards."""
     with pytest.raises(AssertionError, match=r"(?s)process 1: Traceback.*in boom.*ValueError: a text to be found"):
-        pool.run(2, boom, timeout_s=40)
+        pool.run(2, boom)
     with pytest.raises(TimeoutError, match="did not answer within 1 s"):
         pool.run(2, sleep, timeout_s=1)
     assert pool.run(2, os.getpid)[0] != os.getpid()

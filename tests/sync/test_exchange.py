@@ -56,7 +56,7 @@ def block_messages(job: Job, round: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("capacities", [(2, 2, 2), (4, 3, 1), (6, 2, 2)])
+@pytest.mark.parametrize("capacities", [(2, 2, 2), (6, 3, 1)])
 @pytest.mark.parametrize(("optimizer", "num_states"), [(sgd, 1), (adamw, 2)])
 @pytest.mark.parametrize("policy", ["reset", "keep", "travel", "average"])
 def test_ledger(policy: str, optimizer, num_states: int, capacities: tuple[int, ...]) -> None:

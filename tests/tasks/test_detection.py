@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +134,7 @@ def test_a_batch_in_parts_is_the_batch(task) -> None:
     assert trained(task, 1, config=parts_config)[1] == pytest.approx(losses, rel=0.2)  # other regions are drawn
 
 
+@pytest.mark.slow
 def test_autocast_keeps_boxes_in_float32(task) -> None:
     """bfloat16 has 8 bits: a box at pixel 500 would be known to 2 pixels."""
     model = build_seeded(task.network, 0).eval()
@@ -150,6 +148,7 @@ def test_autocast_keeps_boxes_in_float32(task) -> None:
     assert trained(task, 2, config=precise)[1] == pytest.approx(trained(task, 2)[1], rel=0.1)
 
 
+@pytest.mark.slow
 def test_channels_last_changes_nothing_but_the_layout(task) -> None:
     # Not as narrow as the others: on the CPU, torch 2.14 writes beyond its memory for a plain network of 4 channels.
     wide = replace(task, build=network_builder(replace(SMALL, model_args=("depths=1,1,5,1", "width=16"))))
@@ -288,6 +287,7 @@ def test_another_network_is_refused_in_one_line(capsys, kit, tmp_path, network, 
 # The command line
 
 
+@pytest.mark.slow
 def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
     """Also without the run that the backbone started from, which is not needed any more."""
     vockit.draw(tmp_path)
@@ -401,6 +401,7 @@ def test_costs_count_every_weight() -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.slow
 def test_a_backbone_for_photographs_gives_the_usual_levels(task) -> None:
     """Strides of 4 to 64 and anchors up to 512 pixels, as in torchvision; the chain is the paper's."""
     other = replace(
@@ -436,9 +437,9 @@ def test_everyone_holds_everything_is_local_sgd(task) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # 60 s on two cores of its own
-def test_two_workers_learn_four_photographs(tmp_path) -> None:
-    """Two real processes learn, which needs correct boxes, labels, averages, scale and evaluation."""
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_two_workers_learn_four_photographs(commands, tmp_path, processes: int) -> None:
+    """They learn, which needs correct boxes, labels, averages, scale and evaluation."""
     vockit.draw(tmp_path)
     arguments = [
         *ARGUMENTS,
@@ -453,11 +454,8 @@ def test_two_workers_learn_four_photographs(tmp_path) -> None:
         "10",
     ]
     schedule = ["--epochs", "30", "--lr", "0.02", "--lr-schedule", "cosine", "--lr-warmup-steps", "10"]
-    arguments += ["--num-evals", "1", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "-m", "resist", "train", *arguments, *schedule],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=580, check=False,
-    )  # fmt: skip
+    arguments += ["--num-evals", "1", "--processes", str(processes), "--out", str(tmp_path / "run")]
+    done = commands.run("train", *arguments, *schedule)
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["accuracy"] > 0.6
