@@ -20,6 +20,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+# Once for all processes. Every optimizer imports torch._dynamo, which takes as long as torch.
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "pytest", "hypothesis", "sklearn.datasets"]
+PRELOADED += ["resist.job", "resist.training.train", "resist.runs.replicas", "resist.cli.train"]
+
 
 @dataclass
 class Outcome:
@@ -32,8 +36,7 @@ class Outcome:
 class Pool:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        # Every optimizer imports torch._dynamo; a process that replaces another one is ready as soon as its peers.
-        self._context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "pytest", "resist.job"])
+        self._context.set_forkserver_preload(PRELOADED)
         self._members: list[tuple[BaseProcess, Connection]] = []
         self._folder = tempfile.TemporaryDirectory()
         self._calls = 0

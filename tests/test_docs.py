@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
@@ -364,7 +365,7 @@ def test_slurm_file(tmp_path: Path) -> None:
 
     def batch(*arguments: str) -> tuple[int, list[str]]:
         command = ["bash", str(DOCS / "files/slurm.sbatch"), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.stderr == ""
         return done.returncode, done.stdout.splitlines()
 
@@ -381,16 +382,40 @@ def test_slurm_file(tmp_path: Path) -> None:
     assert (status, lines[-1]) == (75, "requeued 77")
 
 
-@pytest.mark.slow
+def test_ssh_script_starts_torchrun_on_each_host(tmp_path: Path) -> None:
+    """With a torchrun that prints its arguments, and a space in the name of the folder."""
+    out, environment = tmp_path / "a run", stage(tmp_path, {"ssh": FAKE["ssh"]})
+    environment |= {"HOSTS": "localhost 127.0.0.1", "PORT": "123", "INTERFACE": "lo", "DIRECTORY": str(tmp_path)}
+    (tmp_path / ".venv/bin/activate").write_text(f"export PATH={tmp_path / '.venv/bin'}:$PATH\n")
+    torchrun = tmp_path / ".venv/bin/torchrun"
+    show = 'echo "$PWD $GLOO_SOCKET_IFNAME|$(printf "%s|" "$@")"'
+    torchrun.write_text(f'#!/bin/bash\n{show}\n[ "$6" = "$FAILING" ] && exit 3\nexit 0\n')
+    torchrun.chmod(0o755)
+    script = [str(DOCS / "files/ssh.sh"), "--workers", "2", "--out", str(out)]
+    for failing in range(3):
+        environment["FAILING"] = str(failing)
+        done = subprocess.run(script, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (3 if failing < 2 else 0, "")
+        assert sorted(done.stdout.splitlines()) == [
+            f"{tmp_path} lo|--nnodes|2|--nproc-per-node|1|--node-rank|{rank}|--master-addr|localhost|--master-port|123|"
+            f"-m|resist|train|--workers|2|--out|{out}|"
+            for rank in range(2)
+        ]
+
+
+@pytest.mark.nightly
 def test_ssh_script(tmp_path: Path) -> None:
     """Run on this machine in the role of two hosts, with real processes and a space in the folder's name."""
     out = tmp_path / "a run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     environment = stage(tmp_path, {"ssh": FAKE["ssh"]}) | {
-        "HOSTS": "localhost 127.0.0.1", "PORT": "29873", "INTERFACE": "lo", "OMP_NUM_THREADS": "1",
+        "HOSTS": "localhost 127.0.0.1", "PORT": port, "INTERFACE": "lo", "OMP_NUM_THREADS": "1",
         "DIRECTORY": str(tmp_path),
     }  # fmt: skip
     script = [str(DOCS / "files/ssh.sh"), "--workers", "2", "--min-depth", "0", *SMALL, "--out", str(out)]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert (out / "model.safetensors").is_file()
@@ -402,7 +427,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
         pytest.importorskip(package, reason="the site needs pip install -e '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
     for name in ("resist.Job.step", "resist.partition", "resist.cost.predict"):

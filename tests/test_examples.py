@@ -1,6 +1,8 @@
 """Tests of the examples: each runs in seconds and prints its result."""
 
 import ast
+import contextlib
+import io
 import os
 import re
 import runpy
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from pool import Pool
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
@@ -23,13 +27,22 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nam
     return capsys.readouterr().out
 
 
-def torchrun(name: str, *arguments: object, processes: int = 2) -> str:
-    """Run an example under torchrun and return its output."""
+def in_a_process(name: str, *arguments: object) -> str:
+    """Run an example in a process of the pool, which has joined the others as torchrun makes it join them."""
+    file, output = next(EXAMPLES.glob(f"{name}_*.py")), io.StringIO()
+    sys.argv = [str(file), *map(str, arguments)]
+    with contextlib.redirect_stdout(output):
+        runpy.run_path(str(file), run_name="__main__")
+    return output.getvalue()
+
+
+def torchrun(name: str, *arguments: object) -> str:
+    """Run an example under torchrun in two processes and return its output."""
     file = next(EXAMPLES.glob(f"{name}_*.py"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
         [*launcher, str(file), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=110,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -75,13 +88,13 @@ def test_torchrun_on_cifar10() -> None:
 
 
 @pytest.mark.slow
-def test_your_own_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_your_own_network(pool: Pool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Three workers in one process and in three processes: the same accuracy."""
     here = run(monkeypatch, capsys, "4", "--steps", 50)
     assert "worker 2 holds 4 blocks of blocks:0-8" in here
     answers = [
         re.findall(r"^9 blocks, .*: (.*)% of 360 test images correct$", output, re.M)
-        for output in (here, torchrun("4", "--steps", 50, processes=3))
+        for output in (here, "".join(pool.run(3, in_a_process, "4", "--steps", 50)))
     ]
     assert len(answers[0]) == len(answers[1]) == 2
     for in_one, in_three in zip(*answers, strict=True):

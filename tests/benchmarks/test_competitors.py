@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import competitors
+from pool import Pool
 from resist.models import build
 from resist.planning.plan import keyed_int
 
@@ -23,14 +23,12 @@ def network() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_competitors_end_with_the_weights_of_this_package(tmp_path: Path) -> None:
-    mp.spawn(compare, args=(str(tmp_path / "store"),), nprocs=WORKERS)  # type: ignore[attr-defined]
+def test_competitors_end_with_the_weights_of_this_package(pool: Pool) -> None:
+    pool.run(WORKERS, compare)
 
 
-def compare(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
+def compare() -> None:
+    rank = dist.get_rank()
     resist = weights_after_rounds("resist,optimizer_state=reset", rank)
     for name in ("published", "published-kept"):
         published = weights_after_rounds(name, rank)
@@ -41,8 +39,6 @@ def compare(rank: int, store: str) -> None:
     for name in ("flat", "averager"):
         for key, weights in weights_after_rounds(name, rank).items():
             torch.testing.assert_close(weights, local_sgd[key], msg=lambda text, at=f"{name} {key}": f"{at}: {text}")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def weights_after_rounds(spec: str, rank: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import namespaces  # noqa: E402
+import wire  # noqa: E402
 
 # Blocks of 1.2 MB: small enough for seconds, large enough for headers and barriers to be less than 1 %.
 SMALL = ["--rate", "1gbit", "--sections", "1", "1", "9", "1", "--width", "32", "--local-steps", "2", "--rounds", "2"]
@@ -43,19 +44,16 @@ def running(allowed: None) -> Iterator[subprocess.Popen[bytes]]:
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
-    deadline = time.monotonic() + 60
     while len(inside(process.pid)) < 2:
         assert process.poll() is None
-        assert time.monotonic() < deadline, "the hosts did not start"
-        time.sleep(0.05)
+        time.sleep(0.1)
     yield process
     process.kill()
     process.wait()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=[pytest.mark.nightly, pytest.mark.timeout(600)])])
 def test_the_ledger_is_the_formula_and_what_the_interfaces_count(allowed: None, workers: int) -> None:
     methods = [*POLICIES, UNEQUAL[workers]]
     command = [*COMMAND, "--workers", str(workers), "--methods", *methods]
@@ -65,24 +63,22 @@ def test_the_ledger_is_the_formula_and_what_the_interfaces_count(allowed: None, 
     assert [row["method"] for row in rows] == methods
     for row in rows:
         assert row["ledger_bytes"] == row["formula_bytes"], row["method"]
-        for wire, ledger in zip(row["wire_bytes"], row["ledger_bytes"], strict=True):
-            assert 0 <= wire - ledger <= 0.01 * ledger, row["method"]
+        for sent, ledger in zip(row["wire_bytes"], row["ledger_bytes"], strict=True):
+            assert 0 <= sent - ledger <= 0.01 * ledger, row["method"]
     assert not left(os.getpid())
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
 def test_interrupted_it_removes_its_namespaces(running: subprocess.Popen[bytes], number: signal.Signals) -> None:
     hosts = inside(running.pid)
     running.send_signal(number)
-    assert running.wait(timeout=30) != 0
+    assert running.wait() != 0
     assert not left(running.pid)
     assert not any(Path(f"/proc/{pid}").exists() for pid in hosts)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_what_a_killed_run_leaves_the_next_one_removes(running: subprocess.Popen[bytes]) -> None:
     running.kill()
     running.wait()
@@ -104,7 +100,15 @@ def test_an_exception_inside_removes_the_namespaces(allowed: None) -> None:
     assert not left(os.getpid())
 
 
-@pytest.mark.timeout(60)
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """Run wire.py in this process, which has to end with status 2; returns the lines on stderr."""
+    monkeypatch.setattr(sys, "argv", [*COMMAND[1:], *arguments])
+    with pytest.raises(SystemExit) as ended:
+        wire.main()
+    assert ended.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -119,20 +123,20 @@ def test_an_exception_inside_removes_the_namespaces(allowed: None) -> None:
         (["--model", "vgg"], "vgg"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], says: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
     joined = [arguments[0] + "=" + arguments[1]] if arguments[1].startswith("-") else arguments
-    done = subprocess.run([*COMMAND, *joined], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    (line,) = run_here(monkeypatch, capsys, *joined)
+    assert says in line
 
 
-@pytest.mark.timeout(60)
-def test_without_the_tools_it_says_so_and_ends_with_2() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, env={**os.environ, "PATH": "/nonexistent"})
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "iproute2" in done.stderr or "root" in done.stderr
+def test_without_the_tools_it_says_so_and_ends_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    (line,) = run_here(monkeypatch, capsys)
+    assert "iproute2" in line or "root" in line
 
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Commands that train nothing come at once: they import neither torch nor another large package."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +30,7 @@ for arguments in json.load(sys.stdin):
 
 def run(commands: list[list[str]]) -> list[tuple[int, str, str, set[str]]]:
     """Run commands one after another in a new process: exit status, output, errors and the packages imported so far."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=json.dumps(commands), capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", SCRIPT], input=json.dumps(commands), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == len(commands)
@@ -76,6 +73,7 @@ def test_old_names_of_options_lead_to_the_new_ones(capsys: pytest.CaptureFixture
         assert (ended.value.code, out, err) == (2, "", f"resist: {old} is now {new}; see resist train --help\n")
 
 
+@pytest.mark.slow
 def test_the_package_has_all_its_names_and_imports_them_when_they_are_used() -> None:
     code = (
         "import sys, resist\n"
@@ -114,19 +112,17 @@ def test_forked_workers_share_the_data_that_the_launcher_has_opened(commands: Co
     assert done.stdout.count("the data are opened") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # test_processes_and_torchrun_give_the_same_run compares forks with processes of torchrun
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
-def test_forked_workers_train_as_new_processes_do(tmp_path: Path) -> None:
+def test_forked_workers_train_as_new_processes_do(commands: Commands, tmp_path: Path) -> None:
     """The records and the weights are the same, bit for bit, and so is the number of threads."""
     options = ["--workers", "2", "--processes", "2", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4"]
     options += ["--batch-size", "32", "--local-steps", "3", "--epochs", "0.1", "--num-evals", "1"]
+    options += ["--batchnorm", "average", "--device", "cpu"]
     results = []
     for fork in ("1", "0"):
         out = tmp_path / fork
-        done = subprocess.run(
-            [sys.executable, "-m", "resist", "train", *options, "--device", "cpu", "--out", str(out)],
-            env={**os.environ, "RESIST_FORK": fork}, capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
+        done = commands.run("train", *options, "--out", out, env={"RESIST_FORK": fork})
         assert (done.returncode, done.stderr) == (0, "")
         environment = json.loads((out / "environment.json").read_text())
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -56,7 +56,7 @@ def one_line(action: Callable[[], object]) -> bool:
 PATHS = [(part, name) for part, values in TrainConfig().to_json().items() for name in values]
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(PATHS), ODD | JSON), min_size=1, max_size=3))
 def test_mutated_configurations(changes: list[tuple[tuple[str, str], Any]]) -> None:
     data: Any = TrainConfig(
@@ -109,7 +109,8 @@ CHAIN = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@pytest.mark.slow
+@settings(max_examples=120)
 @given(st.lists(CHAIN, max_size=3))
 def test_chain_expressions(chains: list[str]) -> None:
     one_line(lambda: choose_chains(tiny(), tuple(chains)))
@@ -144,7 +145,7 @@ KINDS = st.sampled_from(["damage", "damage", "swap", "remove", "folder", "link"]
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(KINDS, st.integers(0, 99), st.integers(0, 99), DAMAGE), min_size=1, max_size=2))
 def test_damaged_checkpoints(
     run: tuple[Path, dict[int, dict[str, Tensor]]], tmp_path_factory: pytest.TempPathFactory, changes: list[Any]
@@ -200,7 +201,8 @@ def test_descriptions_of_a_checkpoint_that_are_anything(tmp_path_factory: pytest
         assert not one_line(lambda: read_job(path))
 
 
-@settings(max_examples=300)
+@pytest.mark.slow
+@settings(max_examples=150)
 @given(DAMAGE)
 def test_damaged_tensor_files(tmp_path_factory: pytest.TempPathFactory, damage: Any) -> None:
     """What is read is what was written, or there is a line that names the file."""
@@ -238,7 +240,8 @@ RECORD = {
 }  # fmt: skip
 
 
-@settings(max_examples=300)
+@pytest.mark.slow
+@settings(max_examples=80)
 @given(
     st.integers(0, 2), st.dictionaries(st.sampled_from([*RECORD]), ODD | JSON, max_size=2), st.none() | DAMAGE
 )  # fmt: skip

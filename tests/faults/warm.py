@@ -21,8 +21,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `resist.training.lau
 
 import sklearn.datasets  # noqa: F401  # which a run on digits imports
 import torch
+import torch._dynamo  # which every optimizer imports
 
 import resist.training.launcher
+import resist.training.train  # which a process imports when it trains
 from resist.cli import main
 
 INJECT = Path(__file__).parent / "inject" / "sitecustomize.py"

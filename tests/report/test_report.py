@@ -148,6 +148,7 @@ def test_the_matrix_adds_up_to_what_was_booked(runs: Path) -> None:
     assert traffic(history)[1]
 
 
+@pytest.mark.slow
 def test_no_file_is_replaced_unless_forced(capsys, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.md"
     (tmp_path / "r-1.png").write_text("precious")
@@ -186,6 +187,7 @@ def test_formats_and_places(capsys, runs: Path, tmp_path: Path) -> None:
 EVIL = "<script>alert(1)</script>\"'|`"
 
 
+@pytest.mark.slow
 def test_everything_from_files_is_escaped(capsys, runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "<b>run"
     shutil.copytree(runs / "resist", run)

@@ -1,14 +1,9 @@
 """`resist` on a folder of photographs, as people use it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from commands import Commands
 from photographs import make_folder
 from resist.cli import main
 from resist.runs.config import NetworkConfig
@@ -26,7 +22,7 @@ SMALL = [
     "--image-size", "32", "--workers", "2", "--min-depth", "0", "--batch-size", "8", "--local-steps", "2",
     "--num-evals", "1", "--device", "cpu",
 ]  # fmt: skip
-LONG = [*SMALL, "--data-workers", "2", "--epochs", "8", "--warmup-rounds", "5", "--checkpoint-rounds", "2"]
+LONG = [*SMALL, "--data-workers", "2", "--epochs", "3", "--warmup-rounds", "4", "--checkpoint-rounds", "2"]
 
 
 @pytest.fixture
@@ -110,54 +106,58 @@ def test_label_smoothing_is_in_the_loss(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_file_that_cannot_be_read_ends_all_processes_with_one_line(folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_ends_all_processes_with_one_line(
+    commands: Commands, folder: Path, tmp_path: Path
+) -> None:
     bad = folder / "train/cat/cat_5.JPEG"
     with Image.open(bad) as image:
         image.save(bad, quality=95)
     bad.write_bytes(bad.read_bytes()[:-200])
-    command = [sys.executable, "-m", "resist", "train", *LONG, "--data-dir", str(folder), "--out", str(tmp_path / "a")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    done = commands.run("train", *LONG, "--data-dir", folder, "--out", tmp_path / "a")
     assert done.returncode == 2
     line = f"resist: {bad}: cannot be read (image file is truncated"
     assert [text[: len(line)] for text in done.stderr.splitlines()] == [line]
-    assert not readers(folder)
+    none_is_left(commands)
 
 
-def readers(folder: Path) -> list[psutil.Process]:
-    """Processes that are busy with this folder."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if str(folder) in (process.info["cmdline"] or ()):
-            found.append(process)
-    return found
+def none_is_left(commands: Commands) -> None:
+    """Wait until the processes that read have ended; the test's timeout is the limit."""
+    while commands.left():
+        time.sleep(0.05)
+
+
+def interrupt() -> None:
+    """Send SIGTERM to the whole group after the record of round 3, as a scheduler does."""
+    import os
+    import signal
+
+    from resist.runs.directory import Run
+
+    append = Run.append
+
+    def appended(run, record):
+        append(run, record)
+        if record["round"] == 3:
+            os.killpg(os.getpgid(0), signal.SIGTERM)
+
+    Run.append = appended
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # three trainings; a busy machine takes its time
-def test_a_run_that_was_interrupted_ends_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(
+    commands: Commands, folder: Path, tmp_path: Path
+) -> None:
     """SIGTERM to the whole group, as a scheduler sends it, with processes that read; going on with other ones."""
-    command = [sys.executable, "-m", "resist", "train", *LONG, "--processes", "1", "--data-dir", str(folder)]
-    undisturbed = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True, timeout=250)
-    assert undisturbed.returncode == 0, undisturbed.stderr
+    arguments = ["train", *LONG, "--processes", "1", "--data-dir", folder]
+    undisturbed = commands.run(*arguments, "--out", tmp_path / "a")
+    assert (undisturbed.returncode, undisturbed.stderr) == (0, "")
     out = tmp_path / "b"
-    with subprocess.Popen(
-        [*command, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as told:
-        deadline = time.monotonic() + 100
-        while not (out / "metrics.jsonl").exists() or len(rounds_of(out)) < 3:
-            assert told.poll() is None, told.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.killpg(told.pid, signal.SIGTERM)
-        text, errors = told.communicate(timeout=100)
-        assert (told.returncode, errors) == (75, "")
-    assert "resist train --resume" in text
-    assert not readers(folder)
-    again = subprocess.run(
-        [sys.executable, "-m", "resist", "train", "--resume", str(out), "--data-workers", "1"],
-        capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+    told = commands.run(*arguments, "--out", out, prelude=interrupt)
+    assert (told.returncode, told.stderr) == (75, "")
+    assert "resist train --resume" in told.stdout
+    assert len(rounds_of(out)) == 4
+    none_is_left(commands)
+    again = commands.run("train", "--resume", out, "--data-workers", "1")
     assert (again.returncode, again.stderr) == (0, "")
     expected, found = (load_file(run / "model.safetensors") for run in (tmp_path / "a", out))
     assert all(torch.equal(found[key], value) for key, value in expected.items())

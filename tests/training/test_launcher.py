@@ -161,11 +161,12 @@ for script in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_forks_end_as_new_processes_do() -> None:
     """The same scripts in forks of a launcher: statuses, messages, sessions, signal handlers, and none left behind."""
     scripts = json.dumps([script for script, _, _ in STATUSES.values()])
-    done = subprocess.run([sys.executable, "-c", FORKS], input=scripts, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", FORKS], input=scripts, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     for case, (_, status, message) in STATUSES.items():

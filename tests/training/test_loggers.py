@@ -14,7 +14,7 @@ from resist.training.loggers import TensorBoard, open_loggers, scalars
 from resist.training.recorder import Recorder
 
 SMALL = ["--workers", "4", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4", "--batch-size", "32",
-         "--local-steps", "3", "--epochs", "0.2", "--num-evals", "2", "--device", "cpu",
+         "--local-steps", "3", "--epochs", "0.2", "--num-evals", "2", "--device", "cpu", "--batchnorm", "average",
          "--processes", "1"]  # fmt: skip
 
 

@@ -38,6 +38,18 @@ from support import train as train_rounds
 SIZES = (1, 2, 4)
 STEPS = 4  # in a round
 HOSTINGS = [(workers, processes) for workers, processes in product(SIZES, SIZES) if processes <= workers]
+# From and to (workers, processes): as before, in other processes, and with more and fewer workers. The rest is nightly.
+CHANGES = {
+    ((1, 1), (1, 1)), ((2, 2), (2, 2)), ((4, 4), (4, 4)), ((4, 4), (4, 1)), ((2, 2), (2, 1)), ((1, 1), (2, 2)),
+    ((1, 1), (4, 2)), ((2, 2), (1, 1)), ((2, 2), (4, 4)), ((4, 4), (1, 1)), ((4, 4), (2, 1)),
+}  # fmt: skip
+ALL_CHANGES = [
+    pytest.param(
+        before, after, id=f"from-{before[0]}-in-{before[1]}-to-{after[0]}-in-{after[1]}",
+        marks=() if (before, after) in CHANGES else pytest.mark.nightly,
+    )
+    for before, after in product(HOSTINGS, HOSTINGS)
+]  # fmt: skip
 # With as many workers in other processes only the order of summation differs, and training makes it grow.
 TOLERANCE = 0.02  # of the norm of all weights
 # Mean loss of the rounds after the change may be this much above that of the last round before it: new plans, momentum
@@ -116,8 +128,7 @@ def runs(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", HOSTINGS, ids=lambda h: f"to-{h[0]}-in-{h[1]}")
-@pytest.mark.parametrize("before", HOSTINGS, ids=lambda h: f"from-{h[0]}-in-{h[1]}")
+@pytest.mark.parametrize(("before", "after"), ALL_CHANGES)
 def test_from_any_number_of_workers_and_processes_to_any(
     pool: Pool, runs: Callable[[int, int], Made], tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
