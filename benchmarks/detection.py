@@ -137,8 +137,8 @@ def section(records: list[Record]) -> str:
             verdict = reached(last[scores[0]] > TARGET)
             target = fill("detection-target", photographs=PHOTOGRAPHS, target=TARGET, reached=verdict)
     head = ["", "rounds", "steps", "last loss", *scores, "held", "sent, MB", "local SGD, MB"]
-    sections = " ".join(map(str, first["sections"]))
-    values = first | {"sections": sections, "target": target, "table": table(head, cells), "score": scores[0]}
+    depths = " ".join(map(str, first["sections"]))
+    values = first | {"depths": depths, "target": target, "table": table(head, cells), "score": scores[0]}
     return fill("detection", **values, curves="; ".join(curves), provenance=provenance(*records, n="n-detection"))
 
 
