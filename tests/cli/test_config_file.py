@@ -161,7 +161,7 @@ def test_what_a_resumed_run_cannot_change_is_refused_also_in_a_file(tmp_path: Pa
     write(tmp_path / "run/config.json", TrainConfig().to_json())
     config, names = parsed("train", "--resume", str(tmp_path / "run"), "--config", str(
         write(tmp_path / "a.json", {"method": {"sampling": "shard"}})))  # fmt: skip
-    with pytest.raises(UserError, match=r"sampling cannot change in a resumed run; remove it"):
+    with pytest.raises(UserError, match=r"sampling` cannot change in a resumed run; remove it"):
         resumed(config, names)
 
 

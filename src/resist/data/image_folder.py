@@ -1,4 +1,4 @@
-"""Photographs in one folder for each class: `--data folder`, `--data imagenet`.
+"""Photographs in one folder for each class: the data sets "folder" and "imagenet".
 
     DIR/train/CLASS/*    DIR/val/CLASS/*        see `resist.data.listing`
 
@@ -179,7 +179,7 @@ def read(path: Path) -> Image.Image:
 
 
 def _bad(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: {reason}; fix or delete it, or give --skip-bad-files")
+    return UserError(f"{path}: {reason}; fix or delete it, or give `skip_bad_files`")
 
 
 def load_folder(

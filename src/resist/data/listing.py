@@ -18,7 +18,7 @@ import numpy as np
 from resist.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-LAYOUT = "--data-dir has to contain train/CLASS/* and val/CLASS/*"
+LAYOUT = "`data_dir` has to contain train/CLASS/* and val/CLASS/*"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def list_split(root: Path, classes: list[str], *, skip_bad: bool) -> Listing:
     left_out: list[str] = []
     for names, problem in ((unknown, "is not a class of train/"), (empty, "contains no images")):
         if names and not skip_bad:
-            raise UserError(f"{root / names[0]}: {problem}; fix or delete it, or give --skip-bad-files")
+            raise UserError(f"{root / names[0]}: {problem}; fix or delete it, or give `skip_bad_files`")
         if names:
             plural = "s" * (len(names) > 1)
             left_out.append(f"{root}: left out {len(names)} folder{plural}, first {names[0]}: {problem}")

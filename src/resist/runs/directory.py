@@ -6,7 +6,7 @@ environment.json   versions, commit, hardware, start; "resumed": those of the la
 metrics.jsonl      one line for each round (see `Run.append`)
 state.json         the state of the run (see `Run.state`)
 checkpoints/       the states to resume from, see `resist.runs.checkpoint`
-evaluation.json    the full network read in several ways, by `resist evaluate --readings`
+evaluation.json    the full network read in several ways, by `resist.training.evaluate`
 model.safetensors  the full network at the end, see `resist.runs.model_file`
 
 `resist.runs.history` reads these files.
@@ -55,14 +55,14 @@ def check_free(path: Path) -> None:
         exists = path.exists() or path.is_symlink()
         parent = next(p for p in path.absolute().parents if p.exists())
     except OSError as error:  # a name that is too long, or a folder that may not be looked into
-        raise UserError(f"--out {path} cannot be made: {error.strerror}; give another directory") from error
+        raise UserError(f"`out={path}` cannot be made: {error.strerror}; give another directory") from error
     if exists:
-        raise UserError(f"--out {path} exists already and is never overwritten; give another directory, or remove it")
+        raise UserError(f"`out={path}` exists already and is never overwritten; give another directory, or remove it")
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent))  # only a trial shows it: file systems refuse even those who may write
     except OSError as error:
         raise UserError(
-            f"--out {path} cannot be made: {parent} is not a directory that you may write to ({error.strerror})"
+            f"`out={path}` cannot be made: {parent} is not a directory that you may write to ({error.strerror})"
         ) from error
 
 
@@ -121,7 +121,7 @@ class Run:
             write_atomically(path / "metrics.jsonl", b"".join(lines))
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--out {path} cannot be written: {error.strerror}; give another directory") from error
+            raise UserError(f"`out={path}` cannot be written: {error.strerror}; give another directory") from error
 
     def append(self, record: Mapping[str, object]) -> None:
         """Add a line to metrics.jsonl, which other processes can read at once.

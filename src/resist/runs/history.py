@@ -1,6 +1,6 @@
 """Reader of run directories: the configuration, the record of each round, the environment, how the run ended.
 
-All JSON files of a run are parsed here, for reports, the live display, `--resume`, evaluation and export. A run
+All JSON files of a run are parsed here, for reports, the live display, resuming, evaluation and export. A run
 may be unfinished, cut off within a line, resumed, or written by another version: a missing entry gets a default, and
 `History.notes` names what was left out.
 

@@ -32,7 +32,7 @@ def check_loggers(config: TrainConfig) -> None:
     for name in config.machine.log:  # also the name of the package
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"--log {name} needs the package {name}; pip install 'torch-resist[{name}]', or leave it out"
+                f"`log={name}` needs the package {name}; pip install 'torch-resist[{name}]', or leave it out"
             )
 
 
@@ -91,7 +91,7 @@ class TensorBoard:
             self._writer = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
         except OSError as error:
             raise UserError(
-                f"--log tensorboard: {error.filename}: {error.strerror}; make room, or leave it out"
+                f"`log=tensorboard`: {error.filename}: {error.strerror}; make room, or leave it out"
             ) from error
 
     def write(self, record: Mapping[str, Any]) -> str:
@@ -141,7 +141,7 @@ class WandB:
                 config=config.to_json(),
             )
         except Exception as error:  # many types: no login, no network, no disk
-            raise UserError(f"--log wandb: {_one_line(error)}; set WANDB_MODE=offline, or leave it out") from error
+            raise UserError(f"`log=wandb`: {_one_line(error)}; set WANDB_MODE=offline, or leave it out") from error
 
     def write(self, record: Mapping[str, Any]) -> str:
         try:
