@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+import resist
 from resist.cli import COMMANDS, main
-from resist.cli.options import options_of
+from resist.cli.options import as_typed, options_of
+from resist.cli.parse import RENAMED
 from resist.runs.config import TrainConfig
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -173,3 +175,24 @@ def test_mistakes_end_in_one_line(capsys, monkeypatch, tmp_path: Path) -> None:
         lines += [f"$ resist {mistake}".rstrip(), err.removesuffix("\n")]
     assert list(tmp_path.iterdir()) == []
     check("errors.txt", "\n".join([*lines, ""]))
+
+
+def test_options_are_written_as_the_user_types_them() -> None:
+    text = "`timeout_s=0` must be above 0; give `processes`, `scale='big'` or `sampling`; `forward_stem`, `resist=1`"
+    typed = "--timeout-s 0 must be above 0; give --processes, method.scale='big' or method.sampling; `forward_stem`, "
+    assert as_typed(text) == typed + "resist=1"
+    assert as_typed("`scale=keep`", COMMANDS["export"][0]) == "--scale keep"
+    assert as_typed("`run` is in `runs`", COMMANDS["evaluate"][0]) == "`run` is in `runs`"
+
+
+SOURCE = Path(resist.__file__).parent
+# The page of a report shows the command that repeats the run.
+ROOMS = [file for file in SOURCE.rglob("*.py") if file.parent.name != "cli" and file.name != "tables.py"]
+
+
+@pytest.mark.parametrize("file", ROOMS, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_only_this_room_writes_options_with_dashes(file: Path) -> None:
+    """The others name the argument, `timeout_s=0`, as their users in Python write it; docstrings too."""
+    flags = {flag for record, _ in COMMANDS.values() for option in options_of(record).values() for flag in option.flags}
+    flags |= set(RENAMED) | {"--resume", "--outer", "--scale"}
+    assert set(re.findall(r"--[a-z][a-z-]+", file.read_text(encoding="utf-8"))) & flags == set()

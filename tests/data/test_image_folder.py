@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, damage: str, file: st
     path = folder / "train/ant" / file
     make_bad, reason = UNREADABLE[damage]
     make_bad(path)
-    with pytest.raises(UserError, match=rf"^{path}: {reason}; fix or delete it, or give --skip-bad-files$"):
+    with pytest.raises(UserError, match=rf"^{path}: {reason}; fix or delete it, or give `skip_bad_files`$"):
         read(path)
     loader = opened(folder)[0].loader(batch_size=24, seed=0, worker=0, workers=1)
     with pytest.raises(UserError, match=rf"^{path}: "):
@@ -197,16 +197,16 @@ def test_all_of_a_class_may_be_bad_but_not_all_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: shutil.rmtree(d), "/train: No such file or directory; --data-dir has to contain train/CLASS/* and"),
-        (lambda d: shutil.rmtree(d / "train"), "/train: No such file or directory; --data-dir has to contain"),
-        (lambda d: shutil.rmtree(d / "val"), "/val: No such file or directory; --data-dir has to contain"),
+        (lambda d: shutil.rmtree(d), "/train: No such file or directory; `data_dir` has to contain train/CLASS/* and"),
+        (lambda d: shutil.rmtree(d / "train"), "/train: No such file or directory; `data_dir` has to contain"),
+        (lambda d: shutil.rmtree(d / "val"), "/val: No such file or directory; `data_dir` has to contain"),
         (
             lambda d: [shutil.rmtree(p) for p in (d / "train").iterdir()],
-            "/train: contains no class folders; --data",
+            "/train: contains no class folders; `data",
         ),
         (lambda d: [shutil.rmtree(p) for p in (d / "val").iterdir()], "/val: contains no images in class folders"),
-        (lambda d: (d / "train/dog").mkdir(), "/train/dog: contains no images; fix or delete it, or give --skip"),
-        (lambda d: (d / "val/dog").mkdir(), "/val/dog: is not a class of train/; fix or delete it, or give --skip"),
+        (lambda d: (d / "train/dog").mkdir(), "/train/dog: contains no images; fix or delete it, or give `skip"),
+        (lambda d: (d / "val/dog").mkdir(), "/val/dog: is not a class of train/; fix or delete it, or give `skip"),
         (lambda d: shutil.rmtree(d / "train/bee"), "/val/bee: is not a class of train/; fix or delete it"),
     ],
 )
@@ -219,7 +219,7 @@ def test_folders_that_are_wrong_are_named(folder: Path, change: Callable[[Path],
 
 
 def test_imagenet_has_a_thousand_classes(folder: Path) -> None:
-    with pytest.raises(UserError, match=rf"^{folder / 'train'}: has 3 class folders, ImageNet 1,000; give --data fold"):
+    with pytest.raises(UserError, match=rf"^{folder / 'train'}: has 3 class folders, ImageNet 1,000; give `data=fold"):
         load("imagenet", folder)
 
 

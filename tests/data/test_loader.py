@@ -106,7 +106,7 @@ def test_every_item_comes_once_an_epoch(sampling: str) -> None:
 def test_a_reading_process_that_is_killed_is_one_line() -> None:
     one = stream(num_data_workers=1)
     os.kill(int(one.batch(0)[2][0]), signal.SIGKILL)
-    with pytest.raises(UserError, match=r"^a process that reads data was lost: .*; give fewer --data-workers, or 0$"):
+    with pytest.raises(UserError, match=r"^a process that reads data was lost: .*; give fewer `data_workers`, or 0$"):
         _ = [one.batch(step) for step in range(1, 9)]
 
 

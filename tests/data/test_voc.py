@@ -154,7 +154,7 @@ def test_a_bad_annotation_is_named_and_can_be_skipped(kit, problem: str) -> None
     message = str(raised.value)
     assert message.startswith(f"{file}: ")
     assert complaint in message
-    assert message.endswith("--skip-bad-files")
+    assert message.endswith("`skip_bad_files`")
     assert "\n" not in message
     train, test = load_voc("voc2007", kit, image_size=36, skip_bad_files=True)
     assert len(train) == len(test) == 3
@@ -246,11 +246,11 @@ def test_sets_are_chosen_by_name(kit) -> None:
     train, test = load_voc("voc2007", kit, splits=("small", "trainval"))
     assert (len(train), len(test)) == (2, 4)
     assert (train.augment, test.augment) == (True, False)
-    with pytest.raises(UserError, match=r"unknown\.txt: not found; give network.splits two of small, test, trainval"):
+    with pytest.raises(UserError, match=r"unknown\.txt: not found; give `splits` two of small, test, trainval"):
         load_voc("voc2007", kit, splits=("small", "unknown"))
-    with pytest.raises(UserError, match=r"network\.splits: small; give two names"):
+    with pytest.raises(UserError, match="`splits=small`; give two names"):
         load_voc("voc2007", kit, splits=("small",))
-    with pytest.raises(UserError, match="--image-size 5 is too small"):
+    with pytest.raises(UserError, match="`image_size=5` is too small"):
         load_voc("voc2007", kit, image_size=5)
 
 

@@ -165,7 +165,7 @@ def test_folding_is_exact(block: Callable[[], nn.Module], into: tuple[str, ...],
 )
 def test_what_cannot_be_folded_is_refused_with_the_reason(block: Callable[[], nn.Module], why: str) -> None:
     scaled = network(block, 0.3)
-    with pytest.raises(UserError, match=rf"block 2.0 \({block.__name__}\) cannot be folded .*{why}.*--scale keep"):
+    with pytest.raises(UserError, match=rf"block 2.0 \({block.__name__}\) cannot be folded .*{why}.*`scale=keep`"):
         fold_scale(scaled, noise(2, 3, 8, 8))
     assert len(scales_of(scaled)) == 4
 

@@ -90,15 +90,15 @@ WRONG: dict[str, tuple[object, str]] = {
     "a class": ({"model": Path("x")}, r"not a weight file, or damaged"),
     "too few": (
         {"stem.conv.weight": torch.zeros(2, 3, 7, 7)},
-        r"does not fit --model: stages\.0\.b",
+        r"does not fit the network: stages\.0\.b",
     ),
     "too large": (
         {**weights(), "stages.2.blocks.3.conv1.weight": torch.zeros(8, 32, 1, 1)},
-        r"does not fit --model: stages\.2\.blocks\.3\.conv1\.weight is not in the network",
+        r"does not fit the network: stages\.2\.blocks\.3\.conv1\.weight is not in the network",
     ),
     "another shape": (
         {**weights(), "norm.bias": torch.zeros(3)},
-        r"does not fit --model: norm\.bias has the shape \(3,\) in the file and \(64,\) in the network",
+        r"does not fit the network: norm\.bias has the shape \(3,\) in the file and \(64,\) in the network",
     ),
 }
 
@@ -137,5 +137,5 @@ def test_a_source_that_is_not_known(source: str) -> None:
 
 
 def test_other_networks_have_no_such_weights() -> None:
-    with pytest.raises(UserError, match=r"^--init-from timm:w\.pth has no effect with this network; give --model"):
+    with pytest.raises(UserError, match=r"^`init_from=timm:w\.pth` has no effect with this network; give `model="):
         start_from(build("preact_small", num_classes=10), "timm:w.pth")

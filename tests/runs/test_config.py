@@ -41,29 +41,29 @@ def refused(**parts: object) -> str:
 @pytest.mark.parametrize(
     ("part", "name", "value", "text"),
     [
-        ("optimization", "batch_size", 0, "--batch-size 0 is too small; give at least 1"),
-        ("optimization", "lr", -1.0, "--lr -1.0 is too small"),
-        ("optimization", "lr", float("nan"), "--lr nan is not a finite number"),
-        ("optimization", "epochs", 0.0, "--epochs 0.0 must be above 0"),
-        ("optimization", "grad_accum_steps", 3, "is not a multiple of --grad-accum-steps 3"),
-        ("optimization", "lr_schedule", "linear", "--lr-schedule 'linear' is not one of step, cosine, constant"),
+        ("optimization", "batch_size", 0, "`batch_size=0` is too small; give at least 1"),
+        ("optimization", "lr", -1.0, "`lr=-1.0` is too small"),
+        ("optimization", "lr", float("nan"), "`lr=nan` is not a finite number"),
+        ("optimization", "epochs", 0.0, "`epochs=0.0` must be above 0"),
+        ("optimization", "grad_accum_steps", 3, "is not a multiple of `grad_accum_steps=3`"),
+        ("optimization", "lr_schedule", "linear", "`lr_schedule='linear'` is not one of step, cosine, constant"),
         ("method", "workers", 0, "workers=0"),
         ("method", "local_steps", 0, "local_steps=0"),
         ("method", "capacities", (1, 2), "2 capacities for 4 workers"),
-        ("method", "scale", "big", "--scale 'big'"),
-        ("method", "scale", "-1", "--scale '-1'"),
-        ("method", "warmup_rounds", -1, "--warmup-rounds -1"),
-        ("optimization", "label_smoothing", -0.1, "--label-smoothing -0.1 is too small"),
-        ("optimization", "label_smoothing", 1.0, "--label-smoothing 1.0; must be less than 1"),
-        ("network", "image_size", 224, "--image-size has no effect with --data digits, only with folder, imagenet"),
-        ("network", "data_workers", 2, "--data-workers has no effect with --data digits"),
-        ("network", "data_workers", -1, "--data-workers -1 is too small"),
-        ("network", "skip_bad_files", True, "--skip-bad-files has no effect with --data digits"),
-        ("machine", "processes", 5, "--processes 5 exceeds --workers 4"),
-        ("machine", "timeout_s", 0.0, "--timeout-s 0.0"),
-        ("run", "num_evals", 0, "--num-evals 0"),
-        ("run", "until", ("hours=1",), "--until 'hours=1'"),
-        ("run", "until", ("seconds=",), "--until 'seconds='"),
+        ("method", "scale", "big", "`scale='big'`"),
+        ("method", "scale", "-1", "`scale='-1'`"),
+        ("method", "warmup_rounds", -1, "`warmup_rounds=-1`"),
+        ("optimization", "label_smoothing", -0.1, "`label_smoothing=-0.1` is too small"),
+        ("optimization", "label_smoothing", 1.0, "`label_smoothing=1.0`; must be less than 1"),
+        ("network", "image_size", 224, "`image_size` has no effect with `data=digits`, only with folder, imagenet"),
+        ("network", "data_workers", 2, "`data_workers` has no effect with `data=digits`"),
+        ("network", "data_workers", -1, "`data_workers=-1` is too small"),
+        ("network", "skip_bad_files", True, "`skip_bad_files` has no effect with `data=digits`"),
+        ("machine", "processes", 5, "`processes=5` exceeds `workers=4`"),
+        ("machine", "timeout_s", 0.0, "`timeout_s=0.0`"),
+        ("run", "num_evals", 0, "`num_evals=0`"),
+        ("run", "until", ("hours=1",), "`until='hours=1'`"),
+        ("run", "until", ("seconds=",), "`until='seconds='`"),
         ("run", "until", ("accuracy=95",), "an accuracy is at most 1"),
     ],
 )
@@ -73,10 +73,10 @@ def test_values_outside_their_bounds_are_named(part: str, name: str, value: obje
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:
-    assert "--capacities" in refused(method=MethodConfig(strategy="local_sgd", capacities=(1, 1, 1, 1)))
-    assert "--min-depth" in refused(method=MethodConfig(strategy="local_sgd", min_depth=0))
+    assert "`capacities`" in refused(method=MethodConfig(strategy="local_sgd", capacities=(1, 1, 1, 1)))
+    assert "`min_depth`" in refused(method=MethodConfig(strategy="local_sgd", min_depth=0))
     assert "min_depth=2" in refused(method=MethodConfig(min_depth=2, capacities=(4, 4, 4, 4)))
-    assert "--nesterov" in refused(optimization=OptimizationConfig(nesterov=True, momentum=0.0))
+    assert "`nesterov`" in refused(optimization=OptimizationConfig(nesterov=True, momentum=0.0))
 
 
 def test_the_digest_leaves_out_what_hosts_may_differ_in() -> None:

@@ -311,7 +311,7 @@ def test_the_loss_of_a_worker_ends_the_others(pool: Pool, how: str, at: str, pro
         assert outcome.error is None, outcome.error
         text, seconds = outcome.value
         assert text.startswith(f"process {rank if rank == 0 else rank + 1} (worker ")
-        assert text.endswith("process 1 (worker 1) did not come in time: it hangs, or needs a longer --timeout-s") or (
+        assert text.endswith("process 1 (worker 1) did not come in time: it hangs, or needs a longer `timeout_s`") or (
             how != "stall" and text.endswith("no answer from process 1 (worker 1)")
         )
         assert "lost contact while" in text

@@ -131,5 +131,5 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch) -> Non
 
     monkeypatch.setattr(wandb, "init", refuse)
     run = make_run(tmp_path / "run", rounds=1)
-    with pytest.raises(UserError, match="--log wandb: no API key configured; set WANDB_MODE=offline"):
+    with pytest.raises(UserError, match="`log=wandb`: no API key configured; set WANDB_MODE=offline"):
         open_loggers(TrainConfig(machine=MachineConfig(log=("wandb",))), run, [])

@@ -107,7 +107,7 @@ def test_the_data_digest_sees_a_single_label() -> None:
 
 def test_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="--device 'tpu' is not one of"):
+    with pytest.raises(UserError, match="`device='tpu'` is not one of"):
         pick_device("tpu")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="finds no CUDA device"):

@@ -78,7 +78,7 @@ def start(out: Path, workers: int, warmup_rounds: int = 0, images: float = 2.5) 
 def go_on(out: Path, workers: int) -> int:
     """As `resist train --resume OUT --workers N` in a process that was started for it."""
     asked = TrainConfig(run=RunConfig(resume=out), method=MethodConfig(workers=workers))
-    return train(resumed(asked, ["--resume", str(out), "--workers", str(workers)]))
+    return train(resumed(asked, frozenset({"resume", "workers"})))
 
 
 def everywhere(pool: Pool, processes: int, function: Callable[..., int], *arguments: object) -> None:
@@ -187,11 +187,11 @@ def test_checkpoints_of_an_earlier_version_are_refused_in_one_line(
     assert capsys.readouterr() == ("", "")
 
 
-def test_damaged_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoints" / "round-000040").mkdir(parents=True)
     with pytest.raises(UserError, match="no undamaged checkpoint in"):
         find_resume_point(TrainConfig(run=RunConfig(resume=tmp_path)), Local(4), True)
-    assert "round-000040 is damaged: No such file or directory\n" in capsys.readouterr().err
+    assert "round-000040 is damaged: No such file or directory\n" in caplog.text
 
 
 def test_replicas_after_the_newest_checkpoint_are_taken(tmp_path: Path) -> None:

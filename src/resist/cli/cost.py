@@ -99,4 +99,6 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         print(json.dumps(report.to_json()))
     else:
         print_table(report, Console(highlight=False, soft_wrap=True))
+        if link is None:
+            print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
     return 0

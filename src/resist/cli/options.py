@@ -7,6 +7,7 @@ below its field. Fields that only a configuration file can set (`resist.runs.con
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -54,7 +55,12 @@ class Option:
     @property
     def flag(self) -> str:
         """The option as on the command line, `--local-steps`; the name in capitals for a positional argument."""
-        return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
+        return self.name.upper() if self.positional else _flag(self.name)
+
+    @property
+    def flags(self) -> list[str]:
+        """The option, and for one without a value also the form that overrides the configuration file."""
+        return [self.flag, "--no-" + self.flag[2:]] if self.hint is bool else [self.flag]
 
 
 def options_of(
@@ -81,14 +87,14 @@ def options_of(
             default = f.default
             if f.name in in_file and f.name in known and known[f.name][0] == hint:
                 default = known[f.name][1]
-            options[f.name] = Option(f.name, hint, settings, default, texts[f.name])
+            options[f.name] = Option(f.name, hint, settings, default, as_typed(texts[f.name]))
             continue
         inner_texts, inner_hints = _descriptions(hint), get_type_hints(hint)
         for inner in fields(hint):
             if is_option(inner) and inner.name not in hidden:
                 value = getattr(getattr(config, f.name), inner.name)
                 group = f.name if f.name != "network" else "data" if inner.name in DATA_FIELDS else "model"
-                text = inner_texts[inner.name]
+                text = as_typed(inner_texts[inner.name])
                 options[inner.name] = Option(inner.name, inner_hints[inner.name], (), value, text, group)
     if keys := config_keys(record):
         text = f"{CONFIG} Keys that are not options: {', '.join(keys)}."
@@ -100,6 +106,28 @@ def config_keys(record: type) -> list[str]:
     """List the fields in the parts of a record that only a configuration file can set, as in method.sampling."""
     parts = {name: hint for name, hint in get_type_hints(record).items() if _is_part(hint)}
     return [f"{name}.{f.name}" for name, part in parts.items() for f in fields(part) if not is_option(f)]
+
+
+def as_typed(text: str, record: type = TrainConfig) -> str:
+    """Write the options that a message names as the user types them.
+
+    Args:
+        text: A message of the other rooms, which name an option as in `timeout_s` or `timeout_s=0`, in backticks.
+        record: The record class of the command.
+
+    Returns:
+        The text with `--timeout-s` or `--timeout-s 0` in their place; a key that is not an option is written as in
+        `method.sampling`.
+    """
+    names = _names(TrainConfig) | _names(record)
+
+    def typed(match: re.Match[str]) -> str:
+        name, value = names.get(match[1]), match[2]
+        if name is None:  # a word of the program's text
+            return match[0] if value is None else match[0][1:-1]
+        return name if value is None else f"{name} {value}" if name.startswith("--") else f"{name}={value}"
+
+    return re.sub(r"`(\w+)(?:=([^`]*))?`", typed, text)
 
 
 def view(record: type, options: Mapping[str, Option]) -> type:
@@ -169,6 +197,22 @@ def _form(hint: Any) -> str:
     if inner:  # an optional value
         return _form(inner[0])
     return hint.__name__.upper()
+
+
+def _names(record: type) -> dict[str, str]:
+    """Return how the user types each field of a record: `--local-steps`, or `method.sampling` for a key of a file."""
+    names: dict[str, str] = {}
+    for name, hint in get_type_hints(record, include_extras=True).items():
+        bare, settings = _bare(hint)
+        if _is_part(bare):
+            names |= {f.name: _flag(f.name) if is_option(f) else f"{name}.{f.name}" for f in fields(bare)}
+        elif tyro.conf.Positional not in settings:
+            names[name] = _flag(name)
+    return names
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _is_part(hint: Any) -> bool:

@@ -65,7 +65,7 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> tuple[Any, 
     record, config, in_file = commands[command], TrainConfig(), frozenset[str]()
     options = options_of(record)
     _check_options(command, record, options, rest)
-    given = {name for name, option in options.items() if option.flag in map(_option, rest)}
+    given = {name for name, option in options.items() if set(option.flags) & set(map(_option, rest))}
     if "config" in given and (files := _values("--config", rest)):
         config, in_file = read_config_file(Path(files[0]))
         config, in_file = replace(config, run=replace(config.run, out=None, resume=None)), in_file - {"out", "resume"}
@@ -102,8 +102,7 @@ def _check_command(commands: Mapping[str, type], command: str) -> None:
 
 def _check_options(command: str, record: type, options: Mapping[str, Option], arguments: Sequence[str]) -> None:
     """Raise UserError, with what to give instead, for a word that looks like an option and is not one."""
-    known = [option.flag for option in options.values()]
-    known += ["--no-" + option.flag[2:] for option in options.values() if option.default is True]
+    known = [flag for option in options.values() for flag in option.flags]
     keys = {"--" + key.partition(".")[2].replace("_", "-"): key.split(".") for key in config_keys(record)}
     elsewhere = {"--" + name: text for name, text in getattr(record, "NOT_OPTIONS", {}).items()}
     for word in arguments:

@@ -42,7 +42,7 @@ def resumed(config: TrainConfig, given: frozenset[str]) -> TrainConfig:
         return config
     before = read_config(config.run.resume)
     for name in sorted(given.difference(*MAY_CHANGE.values())):
-        raise UserError(f"--{name.replace('_', '-')} cannot change in a resumed run; remove it")
+        raise UserError(f"`{name}` cannot change in a resumed run; remove it")
     parts: dict[str, Any] = {}
     for part, names in MAY_CHANGE.items():
         changed = {name: getattr(getattr(config, part), name) for name in names & given}

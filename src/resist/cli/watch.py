@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from resist.cli.options import as_typed
 from resist.errors import UserError
 from resist.runs.directory import title_of
 from resist.runs.follower import Follower, gone, rounds_of
@@ -86,7 +87,7 @@ def end_of(config: WatchConfig, state: dict[str, Any], display: Display) -> tupl
         case "interrupted":
             return 0, f"interrupted after round {done}; to continue: resist train --resume {run}"
         case "failed":
-            error = " ".join(str(state.get("error")).split())
+            error = as_typed(" ".join(str(state.get("error")).split()))
             return 1, f"resist: the run failed after round {done}: {error}"
     if gone(state) and silent > GONE_S:
         return 1, (

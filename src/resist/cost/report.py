@@ -149,7 +149,6 @@ def print_table(report: Report, console: Console) -> None:
     console.print(f"\nTraffic of a round of {report.local_steps} steps, GB (1e9 bytes), mean of {report.rounds} rounds")
     console.print(_sent(report))
     if not report._timed:
-        console.print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
         return
     console.print(f"\nTime of a round of {report.local_steps} steps, seconds")
     console.print(_timed(report))

@@ -80,7 +80,7 @@ def check_imagenet(data_dir: Path) -> None:
     """Raise UserError if `data_dir` does not have the 1,000 classes of ImageNet."""
     num_classes = len(class_names(data_dir))
     if num_classes != 1000:
-        raise UserError(f"{data_dir / 'train'}: has {num_classes} class folders, ImageNet 1,000; give --data folder")
+        raise UserError(f"{data_dir / 'train'}: has {num_classes} class folders, ImageNet 1,000; give `data=folder`")
 
 
 def image_size_of(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Photographs in one folder for each class: `--data folder`, `--data imagenet`.
+"""Photographs in one folder for each class: the data sets "folder" and "imagenet".
 
     DIR/train/CLASS/*    DIR/val/CLASS/*        also in subfolders, as in train/CLASS/images/*
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # its import takes seconds, which only users of photographs s
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-LAYOUT = "--data-dir has to contain train/CLASS/* and val/CLASS/*"
+LAYOUT = "`data_dir` has to contain train/CLASS/* and val/CLASS/*"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def list_split(root: Path, classes: list[str], *, skip_bad: bool) -> Listing:
     left_out: list[str] = []
     for names, problem in ((unknown, "is not a class of train/"), (empty, "contains no images")):
         if names and not skip_bad:
-            raise UserError(f"{root / names[0]}: {problem}; fix or delete it, or give --skip-bad-files")
+            raise UserError(f"{root / names[0]}: {problem}; fix or delete it, or give `skip_bad_files`")
         if names:
             plural = "s" * (len(names) > 1)
             left_out.append(f"{root}: left out {len(names)} folder{plural}, first {names[0]}: {problem}")
@@ -344,7 +344,7 @@ def read(path: Path) -> Image.Image:
 
 
 def _bad(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: {reason}; fix or delete it, or give --skip-bad-files")
+    return UserError(f"{path}: {reason}; fix or delete it, or give `skip_bad_files`")
 
 
 def load_folder(

@@ -271,7 +271,7 @@ def _take(batches: Iterator[Any], has_processes: bool) -> Any:
         if not has_processes or str(error).startswith("Caught"):
             raise
         reason = first_line(error).rstrip(".")
-        raise UserError(f"a process that reads data was lost: {reason}; give fewer --data-workers, or 0") from error
+        raise UserError(f"a process that reads data was lost: {reason}; give fewer `data_workers`, or 0") from error
     if isinstance(batch, _Failure):
         raise UserError(batch.message)
     return batch

@@ -28,7 +28,7 @@ VOC = {"voc2007": ("2007", ("trainval", "test")), "voc2012": ("2012", ("train", 
 # Upper bound of the longer side of a resized photograph, relative to `image_size`, as in Faster R-CNN.
 LONGER = 5 / 3
 IMAGE_SIZE = 600
-REMEDY = "fix or delete it, or leave it out with --skip-bad-files"
+REMEDY = "fix or delete it, or leave it out with `skip_bad_files`"
 
 Item = tuple[Tensor, Tensor, Tensor, Tensor, int]
 
@@ -145,9 +145,9 @@ def load_voc(
     year, default_splits = VOC[name]
     image_size = IMAGE_SIZE if image_size is None else image_size
     if image_size < 32:
-        raise UserError(f"--image-size {image_size} is too small for photographs; give at least 32")
+        raise UserError(f"`image_size={image_size}` is too small for photographs; give at least 32")
     if splits and len(splits) != 2:
-        raise UserError(f"network.splits: {' '.join(splits)}; give two names of sets, as in trainval test")
+        raise UserError(f"`splits={' '.join(splits)}`; give two names of sets, as in trainval test")
     root = data_dir / "VOCdevkit" / f"VOC{year}"
     names = [_names(root, year, split, data_dir, download) for split in splits or default_splits]
     train, test = (_open(root, *file_and_names, skip_bad_files) for file_and_names in names)
@@ -191,7 +191,7 @@ def _names(root: Path, year: str, split: str, data_dir: Path, download: bool) ->
         if not name.replace("_", "").replace("-", "").isalnum():  # nothing that could lead out of the directory
             raise UserError(f"{file}: name {number} is {name[:60]!r}, not that of a photograph; give a list of names")
     if not names:
-        raise UserError(f"{file}: lists no photograph; restore it, or name another set with network.splits")
+        raise UserError(f"{file}: lists no photograph; restore it, or name another set with `splits`")
     return file, names
 
 
@@ -201,7 +201,7 @@ def _fetch(file: Path, year: str, split: str, data_dir: Path, download: bool) ->
     published = ("train", "val", "trainval", *(("test",) if year == "2007" else ()))
     if split not in published:
         available = sorted(p.stem for p in file.parent.glob("*.txt") if "_" not in p.stem) or published
-        raise UserError(f"{file}: not found; give network.splits two of {', '.join(available)}")
+        raise UserError(f"{file}: not found; give `splits` two of {', '.join(available)}")
     try:
         if not download:
             raise RuntimeError("downloading is off")

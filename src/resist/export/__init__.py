@@ -3,7 +3,6 @@
     from resist.export import fold_scale
     ordinary = fold_scale(job.full_model(batches), images)          # no hooks: torch.save, torch.export, timm, ...
 
-    resist export RUN --to timm                                     # the same for a run directory: `export_run`
 
 | `to` | file |
 | --- | --- |

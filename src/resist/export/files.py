@@ -93,7 +93,7 @@ def write_program(path: Path, model: nn.Module, images: Tensor, metadata: Mappin
         program = torch.export.export(detached(model), (images,), dynamic_shapes=({0: batch},))
     except Exception as error:  # any error of the tracer or of the network's code
         raise UserError(
-            f"torch.export cannot trace this network ({first_line(error)}); give --to safetensors"
+            f"torch.export cannot trace this network ({first_line(error)}); give `to=safetensors`"
         ) from error
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(dict(metadata))})

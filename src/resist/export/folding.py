@@ -94,7 +94,7 @@ def fold(model: nn.Module, inputs: object, *, approximate: bool = False) -> tupl
     if scales and not approximate:
         error = difference(model, folded, inputs)
         if not error <= TOLERANCE:
-            raise UserError(f"the folded network's outputs differ by {error:.1e} of the largest; give --scale keep")
+            raise UserError(f"the folded network's outputs differ by {error:.1e} of the largest; give `scale=keep`")
     order = list(scales)
     return folded, sorted(folds, key=lambda record: order.index(record.block))
 
@@ -239,8 +239,8 @@ def _refusal(name: str, block: nn.Module, error: float, before_relu: bool) -> st
     )
     return (
         f"the scale of block {name} ({type(block).__name__}) cannot be folded into its weights: {reason} (smallest "
-        f"error {error:.1e} of the branch); give --scale keep"
-        + (", or --scale approximate and look at the difference" if before_relu else "")
+        f"error {error:.1e} of the branch); give `scale=keep`"
+        + (", or `scale=approximate` and look at the difference" if before_relu else "")
     )
 
 

@@ -142,7 +142,7 @@ def check_loads(recipe: Recipe, state: Mapping[str, Tensor], expected: nn.Module
         if not error <= TOLERANCE:
             raise UserError(
                 f"{sized.code} does not compute the same as the network of this run (error {error:.1e} of the largest "
-                "logit); give --to program"
+                "logit); give `to=program`"
             )
         return sized
-    raise UserError(f"{recipe.code} does not take the weights of this run ({reasons[0]}); give --to program")
+    raise UserError(f"{recipe.code} does not take the weights of this run ({reasons[0]}); give `to=program`")

@@ -84,7 +84,7 @@ def export_run(
     """
     for name, value, allowed in (("to", to, TARGETS), ("scale", scale, SCALES)):
         if value not in allowed:
-            raise UserError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
+            raise UserError(f"`{name}={value!r}` is not one of {', '.join(allowed)}")
     path = out if out is not None else run / default_name(to)
     config = read_config(run)
     data_dir = data_dir or config.network.data_dir
@@ -164,8 +164,8 @@ def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
     if to in ("timm", "torchvision") and to != library:
         alternative = f"{library} or " if library != "resist" else ""
         raise UserError(
-            f"--to {to} is for runs of --model {to}:NAME{' or preact_resnet..._imagenet' if to == 'timm' else ''}, not "
-            f"of {config.model}; give --to {alternative}safetensors, torch or program"
+            f"`to={to}` is for runs of `model={to}:NAME`{' or preact_resnet..._imagenet' if to == 'timm' else ''}, not "
+            f"of {config.model}; give `to={alternative}safetensors`, torch or program"
         )
     return Recipe(library, name, options)
 
@@ -194,11 +194,11 @@ def scaled_network(
     has_batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if without_statistics and has_batchnorm and not calibrate:
         raise UserError(
-            f"{run} was trained with --batchnorm batch and has no running statistics, which an ordinary network needs; "
-            "give --calibrate to estimate them on its training images"
+            f"{run} was trained with `batchnorm=batch` and has no running statistics, which an ordinary network needs; "
+            "give `calibrate` to estimate them on its training images"
         )
     if calibrate and not has_batchnorm:
-        raise UserError(f"--calibrate has no effect with {config.network.model}, which has no BatchNorm; remove it")
+        raise UserError(f"`calibrate` has no effect with {config.network.model}, which has no BatchNorm; remove it")
     if without_statistics:
         use_batch_statistics(model)
     load_full(model, choose_chains(model, config.network.chain), run / FILE)

@@ -1,6 +1,6 @@
 """Networks by name: pre-activation ResNets, and networks of other libraries.
 
-`build(name, ...)` is what `resist train --model NAME` trains.
+`build(name, ...)` builds the network that `resist train` trains.
 """
 
 from collections.abc import Sequence
@@ -109,7 +109,7 @@ def read_model_args(name: str, texts: Sequence[str]) -> dict[str, Any]:
     """
     if texts and is_third_party(name):
         raise UserError(
-            f"--model-args {' '.join(texts)} has no effect with --model {name}, whose library defines its shape; "
+            f"`model_args={' '.join(texts)}` has no effect with `model={name}`, whose library defines its shape; "
             "remove it"
         )
     readers = {"depths": _numbers, "width": int, "final_norm": _truth}
@@ -121,11 +121,11 @@ def read_model_args(name: str, texts: Sequence[str]) -> dict[str, Any]:
         key, _, value = text.partition("=")
         if key not in readers or key in arguments:
             problem = "is given twice" if key in arguments else f"is not an argument of {name}"
-            raise UserError(f"--model-args {text}: {key!r} {problem}; allowed are {', '.join(readers)}, each once")
+            raise UserError(f"`model_args={text}`: {key!r} {problem}; allowed are {', '.join(readers)}, each once")
         try:
             arguments[key] = readers[key](value)
         except ValueError:
-            raise UserError(f"--model-args {text}: {value!r} is not {forms[key]}") from None
+            raise UserError(f"`model_args={text}`: {value!r} is not {forms[key]}") from None
     return arguments
 
 

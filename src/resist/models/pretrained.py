@@ -47,12 +47,12 @@ def start_from(model: nn.Module, source: str) -> str:
     library, _, file_name = source.partition(":")
     if library != "timm" or not file_name:
         raise UserError(
-            f"--init-from {source!r} is not of the form timm:FILE; give the weight file of a resnetv2 of timm "
+            f"`init_from={source!r}` is not of the form timm:FILE; give the weight file of a resnetv2 of timm "
             "(the directory of a run is for detection)"
         )
     if not isinstance(model, PreActResNetImageNet):
         raise UserError(
-            f"--init-from {source} has no effect with this network; give --model preact_resnet50_imagenet, "
+            f"`init_from={source}` has no effect with this network; give `model=preact_resnet50_imagenet`, "
             "preact_resnet101_imagenet or preact_resnet152_imagenet, or remove it"
         )
     path, current = Path(file_name), model.state_dict()
@@ -73,7 +73,9 @@ def start_from(model: nn.Module, source: str) -> str:
             reason = f"has the shape {in_file} in the file and {in_network} in the network"
             if in_file is None or in_network is None:
                 reason = f"is not in the {'file' if in_file is None else 'network'}"
-            raise UserError(f"{path}: does not fit --model: {timm_name(n)} {reason}; give the options of that network")
+            raise UserError(
+                f"{path}: does not fit the network: {timm_name(n)} {reason}; give the options of that network"
+            )
     if not any(tensor.is_meta for tensor in current.values()):
         model.load_state_dict(weights)
     return note

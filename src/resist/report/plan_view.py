@@ -31,7 +31,7 @@ def print_plan(description: dict[str, Any], console: Console) -> None:
     table.add_row("a worker's share of the network", share)
     if description["other_chains"]:
         others = " ".join(description["other_chains"])
-        table.add_row("not partitioned, could be", f"{others}  (name chains with --chain)")
+        table.add_row("not partitioned, could be", others)
     console.print(table)
     for chain in description["chains"]:
         if chain["caveat"]:

@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from resist.report.aggregate import all_reduced, holdings, traffic
@@ -86,12 +85,11 @@ def repeat(history: History) -> list[str]:
 
 def options(history: History) -> Rows:
     """Every option of the run, by name."""
-    known = {f.name for part in fields(history.config) for f in fields(getattr(history.config, part.name))}
     rows: Rows = []
-    for values in history.given.values():
+    for part, values in history.given.items():
         for name, value in values.items():
             shown = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-            rows.append(("--" + name.replace("_", "-") if name in known else name, shown))
+            rows.append((f"{part}.{name}", shown))
     return rows
 
 

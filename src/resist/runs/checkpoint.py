@@ -148,7 +148,7 @@ class Checkpoints:
     def _complaint(self, reason: str) -> str:
         return (
             f"a checkpoint in {self.folder} could not be written: {reason}; make room there, then continue with "
-            "--resume; older checkpoints are as they were"
+            "`resume`; older checkpoints are as they were"
         )
 
 

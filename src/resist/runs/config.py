@@ -1,8 +1,8 @@
 """Options of a training run: plain records that the command line fills in, and their JSON.
 
-The docstring of each field is its help text. A field whose value is `config_key(default)` is not an option of the
-command line, only a key of the file that `--config` names. `TrainConfig.check` needs no data, devices or other
-processes, and no torch.
+The docstring of each field is its help text; a name in backticks is another option. A field whose value is
+`config_key(default)` is not an option of the command line, only a key of a configuration file. `TrainConfig.check`
+needs no data, devices or other processes, and no torch.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class NetworkConfig:
 
     data: str = "digits"
     """Data set: digits (comes with scikit-learn), cifar10, cifar100, synthetic; folder or imagenet (1,000 classes):
-    photographs in train/CLASS/* and val/CLASS/* under --data-dir; voc2007 or voc2012: detection of objects."""
+    photographs in train/CLASS/* and val/CLASS/* under `data_dir`; voc2007 or voc2012: detection of objects."""
     data_dir: Path = Path("data")
     """Directory of the data sets; missing ones that can be downloaded are stored there."""
     image_size: int | None = None
@@ -89,7 +89,7 @@ class MethodConfig:
     """Minimum number of chain blocks of each worker, so that several workers may hold a block. Default: 4, or all
     blocks of a shorter chain."""
     capacities: tuple[int, ...] = ()
-    """Chain blocks of each worker, for workers of unequal speed or memory: --capacities 8 6 4 4."""
+    """Chain blocks of each worker, for workers of unequal speed or memory, as in 8 6 4 4."""
     warmup_rounds: int = 0
     """Rounds of local SGD before the first round of ResIST."""
     batchnorm: Literal["recalibrate", "average", "batch"] = "recalibrate"
@@ -105,7 +105,7 @@ class MethodConfig:
     """What to do when a worker's loss or weights become NaN or inf. stop: end the run and save the weights for
     inspection. drop: exclude the worker's round from the averages; blocks that only it holds keep their old weights."""
     replicate: bool = False
-    """Keep a replica of every block, so that losing one worker costs at most the current round; see --resume."""
+    """Keep a replica of every block, so that losing one worker costs at most the current round; see `resume`."""
     scale: str = config_key("inclusion")
     """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number."""
     sampling: Literal["all", "shard"] = config_key("all")
@@ -136,7 +136,7 @@ class OptimizationConfig:
     """Learning rate over the run. step: divided by 10 after 50 % and again after 75 %. cosine: to 0. constant: no
     change."""
     lr_warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly to --lr."""
+    """Steps over which the learning rate rises linearly to `lr`."""
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,13 @@ class RunConfig:
     """Number of times to assemble and test the full network, spread evenly; the last is at the end."""
     resume: Path | None = None
     """Directory of a run to continue from its newest checkpoint, or from newer replicas. Only machine options and
-    --workers, --data-dir, --data-workers, --lr, --replicate and --on-nonfinite may change; all others are those of the
+    `workers`, `data_dir`, `data_workers`, `lr`, `replicate` and `on_nonfinite` may change; all others are those of the
     run."""
     checkpoint_rounds: int = 10
     """Rounds between checkpoints; one is always written at the end, and on SIGTERM or SIGINT."""
     until: tuple[str, ...] = ()
     """Stop after the round in which one of these is reached: rounds=20, seconds=300 (without evaluations), gb=2 (sent
-    by all workers), accuracy=0.95 (of the full network, when tested). The learning rate still follows --epochs."""
+    by all workers), accuracy=0.95 (of the full network, when tested). The learning rate still follows `epochs`."""
 
 
 @dataclass(frozen=True)
@@ -199,35 +199,34 @@ class TrainConfig:
         for part in (getattr(self, f.name) for f in dataclasses.fields(self)):
             for f in dataclasses.fields(part):
                 value = getattr(part, f.name)
-                flag = "--" + f.name.replace("_", "-")
                 choices = _choices(f.type)
                 for item in value if isinstance(value, tuple) and choices else (value,) if choices else ():
                     if item not in choices:
-                        raise UserError(f"{flag} {item!r} is not one of {', '.join(choices)}")
+                        raise UserError(f"`{f.name}={item!r}` is not one of {', '.join(choices)}")
                 if isinstance(value, float) and not math.isfinite(value):
-                    raise UserError(f"{flag} {value} is not a finite number")
+                    raise UserError(f"`{f.name}={value}` is not a finite number")
         least: dict[str, tuple[float | None, float]] = {
-            "--batch-size": (self.optimization.batch_size, 1),
-            "--grad-accum-steps": (self.optimization.grad_accum_steps, 1),
-            "--lr": (self.optimization.lr, 0),
-            "--momentum": (self.optimization.momentum, 0),
-            "--weight-decay": (self.optimization.weight_decay, 0),
-            "--lr-warmup-steps": (self.optimization.lr_warmup_steps, 0),
-            "--warmup-rounds": (self.method.warmup_rounds, 0),
-            "--label-smoothing": (self.optimization.label_smoothing, 0),
-            "--image-size": (self.network.image_size, 32),
-            "--data-workers": (self.network.data_workers, 0),
-            "--processes": (self.machine.processes, 1),
-            "--num-evals": (self.run.num_evals, 1),
-            "--checkpoint-rounds": (self.run.checkpoint_rounds, 1),
-            "--restarts": (self.machine.restarts, 0),
+            "batch_size": (self.optimization.batch_size, 1),
+            "grad_accum_steps": (self.optimization.grad_accum_steps, 1),
+            "lr": (self.optimization.lr, 0),
+            "momentum": (self.optimization.momentum, 0),
+            "weight_decay": (self.optimization.weight_decay, 0),
+            "lr_warmup_steps": (self.optimization.lr_warmup_steps, 0),
+            "warmup_rounds": (self.method.warmup_rounds, 0),
+            "label_smoothing": (self.optimization.label_smoothing, 0),
+            "image_size": (self.network.image_size, 32),
+            "data_workers": (self.network.data_workers, 0),
+            "processes": (self.machine.processes, 1),
+            "num_evals": (self.run.num_evals, 1),
+            "checkpoint_rounds": (self.run.checkpoint_rounds, 1),
+            "restarts": (self.machine.restarts, 0),
         }
-        for flag, (value, bound) in least.items():
+        for name, (value, bound) in least.items():
             if value is not None and value < bound:
-                raise UserError(f"{flag} {value} is too small; give at least {bound}")
-        for flag, value in (("--epochs", self.optimization.epochs), ("--timeout-s", self.machine.timeout_s)):
+                raise UserError(f"`{name}={value}` is too small; give at least {bound}")
+        for name, value in (("epochs", self.optimization.epochs), ("timeout_s", self.machine.timeout_s)):
             if value <= 0:
-                raise UserError(f"{flag} {value} must be above 0")
+                raise UserError(f"`{name}={value}` must be above 0")
         self._check_pairs()
 
     def _check_pairs(self) -> None:
@@ -235,42 +234,42 @@ class TrainConfig:
         o, method, network = self.optimization, self.method, self.network
         if o.batch_size % o.grad_accum_steps:
             raise UserError(
-                f"--batch-size {o.batch_size} is not a multiple of --grad-accum-steps {o.grad_accum_steps}; "
+                f"`batch_size={o.batch_size}` is not a multiple of `grad_accum_steps={o.grad_accum_steps}`; "
                 "change one of the two"
             )
         if self.network.task == "detection" and self.machine.compile:
-            raise UserError("--compile does not support detection, whose tensor shapes vary by image; remove it")
+            raise UserError("`compile` does not support detection, whose tensor shapes vary by image; remove it")
         if o.nesterov and o.momentum == 0:
-            raise UserError("--nesterov needs --momentum above 0; give one, or remove --nesterov")
+            raise UserError("`nesterov` needs `momentum` above 0; give one, or remove `nesterov`")
         if o.label_smoothing >= 1:
-            raise UserError(f"--label-smoothing {o.label_smoothing}; must be less than 1")
-        for flag, given in (
-            ("--image-size", network.image_size is not None),
-            ("--data-workers", network.data_workers != NetworkConfig.data_workers),
-            ("--skip-bad-files", network.skip_bad_files),
+            raise UserError(f"`label_smoothing={o.label_smoothing}`; must be less than 1")
+        for name, given in (
+            ("image_size", network.image_size is not None),
+            ("data_workers", network.data_workers != NetworkConfig.data_workers),
+            ("skip_bad_files", network.skip_bad_files),
         ):
             if given and network.data not in STREAMED:
                 raise UserError(
-                    f"{flag} has no effect with --data {network.data}, only with {', '.join(STREAMED)}; remove it"
+                    f"`{name}` has no effect with `data={network.data}`, only with {', '.join(STREAMED)}; remove it"
                 )
         processes = self.machine.processes
         if processes is not None and processes > method.workers:
             raise UserError(
-                f"--processes {processes} exceeds --workers {method.workers}; give at most one process per worker"
+                f"`processes={processes}` exceeds `workers={method.workers}`; give at most one process per worker"
             )
         if method.strategy != "resist":
-            for flag, given in (
-                ("--warmup-rounds", method.warmup_rounds > 0),
-                ("--capacities", bool(method.capacities)),
-                ("--min-depth", method.min_depth is not None),
-                ("--outer", method.strategy == "ddp" and method.outer is not None),
-                ("--replicate", method.strategy == "ddp" and method.replicate),
-                ("--on-nonfinite drop", method.strategy == "ddp" and method.on_nonfinite == "drop"),
+            for name, given in (
+                ("warmup_rounds", method.warmup_rounds > 0),
+                ("capacities", bool(method.capacities)),
+                ("min_depth", method.min_depth is not None),
+                ("outer", method.strategy == "ddp" and method.outer is not None),
+                ("replicate", method.strategy == "ddp" and method.replicate),
+                ("on_nonfinite=drop", method.strategy == "ddp" and method.on_nonfinite == "drop"),
             ):
                 if given:
-                    raise UserError(f"{flag} has no effect with --strategy {method.strategy}; remove it")
+                    raise UserError(f"`{name}` has no effect with `strategy={method.strategy}`; remove it")
         if method.replicate and method.workers < 2:
-            raise UserError("--replicate needs a second worker to hold the replicas; give --workers 2 or more")
+            raise UserError("`replicate` needs a second worker to hold the replicas; give `workers=2` or more")
         self.strategy()
         self.scale()
         self.budgets()
@@ -279,7 +278,7 @@ class TrainConfig:
         """Build the strategy that these options describe."""
         m = self.method
         if m.outer is not None and len(m.outer) != 2:
-            raise UserError(f"--outer {' '.join(map(str, m.outer))}; give two numbers, learning rate and momentum")
+            raise UserError(f"`outer={' '.join(map(str, m.outer))}`; give two numbers, learning rate and momentum")
         outer = None if m.outer is None else OuterSGD(*m.outer)
         if m.strategy == "ddp":
             return ddp(m.workers, m.local_steps)
@@ -308,11 +307,11 @@ class TrainConfig:
         except ValueError:
             number = math.nan
         if not 0 < number < math.inf:
-            raise UserError(f"--scale {text!r} is not inclusion, 1/S, or a number above 0")
+            raise UserError(f"`scale={text!r}` is not inclusion, 1/S, or a number above 0")
         return number
 
     def budgets(self) -> dict[str, float]:
-        """Return the limits of `--until` by "rounds", "seconds", "gb" or "accuracy". Raises UserError for others."""
+        """Return the limits of `run.until` by "rounds", "seconds", "gb" or "accuracy". Raises UserError for others."""
         limits: dict[str, float] = {}
         for text in self.run.until:
             name, _, value = text.partition("=")
@@ -321,9 +320,9 @@ class TrainConfig:
             except ValueError:
                 number = math.nan
             if name not in ("rounds", "seconds", "gb", "accuracy") or not 0 < number < math.inf:
-                raise UserError(f"--until {text!r} is not rounds=N, seconds=N, gb=N or accuracy=N with N above 0")
+                raise UserError(f"`until={text!r}` is not rounds=N, seconds=N, gb=N or accuracy=N with N above 0")
             if name == "accuracy" and number > 1:
-                raise UserError(f"--until {text!r}: an accuracy is at most 1; give 0.95 for 95 %")
+                raise UserError(f"`until={text!r}`: an accuracy is at most 1; give 0.95 for 95 %")
             limits[name] = number
         return limits
 
@@ -342,7 +341,7 @@ class TrainConfig:
         }
         local |= {"no_progress", "log"}
         flat = {name: value for part in self.to_json().values() for name, value in part.items()}
-        return {f"--{name.replace('_', '-')}": value for name, value in flat.items() if name not in local}
+        return {name: value for name, value in flat.items() if name not in local}
 
     def to_json(self) -> dict[str, dict[str, object]]:
         """Return the fields of each part as JSON data."""
@@ -363,37 +362,40 @@ def from_json(data: object) -> TrainConfig:
 
 def _record(record: Any, data: object, where: str) -> Any:
     if not isinstance(data, Mapping):
-        raise UserError(f"configuration {where or 'file'} is not a table of names and values")
+        raise UserError(f"{where or 'the configuration'} is not a table of names and values")
     hints, values = get_type_hints(record), {}
     for name, value in data.items():
         full = f"{where}.{name}".lstrip(".")
         if name not in hints:
-            raise UserError(f"configuration has the unknown entry {full!r}; it comes from another version of resist")
+            raise UserError(f"unknown entry {full!r}; it comes from another version of resist")
         nested = dataclasses.is_dataclass(hints[name])
         values[name] = _record(hints[name], value, full) if nested else _value(hints[name], value, full)
     return record(**values)
 
 
-def _value(hint: Any, value: object, where: str) -> object:
+def _value(hint: Any, value: object, where: str) -> Any:
     """Convert a value read from JSON to the type `hint`."""
-    options = get_args(hint)
+    inner = get_args(hint)
+    if type(None) in inner:  # an optional value
+        return None if value is None else _value(inner[0], value, where)
+    if get_origin(hint) is tuple and isinstance(value, list) and (inner[-1] is Ellipsis or len(value) == len(inner)):
+        return tuple(_value(inner[0], item, where) for item in value)
+    if get_origin(hint) is Literal and value in inner:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and (isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)):  # else too large
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise UserError(f"{where} has the value {str(value)[:80]!r}, which is not {_form(hint)}")
+
+
+def _form(hint: Any) -> str:
+    """Describe the JSON values of a type."""
+    inner = get_args(hint)
     if get_origin(hint) is Literal:
-        fits = value in options
-    elif get_origin(hint) is tuple:
-        choices = get_args(options[0])  # of a tuple of literals
-        fits = isinstance(value, list) and all(
-            item in choices if choices else type(item) is options[0] for item in value
-        )
-        value = tuple(value) if isinstance(value, list) else value
-    elif type(None) in options:  # an optional value
-        return None if value is None else _value(options[0], value, where)
-    elif hint is Path:
-        fits = isinstance(value, str)
-        value = Path(value) if isinstance(value, str) else value
-    elif hint is float:
-        fits = isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)  # else no float can hold it
-    else:
-        fits = type(value) is hint
-    if not fits:
-        raise UserError(f"configuration entry {where} has the value {value!r}, which is not a {hint}")
-    return float(value) if hint is float else value  # type: ignore[arg-type]
+        return f"one of {', '.join(inner)}"
+    if get_origin(hint) is tuple:
+        return f"a list, each entry {_form(inner[0])}" if inner[-1] is Ellipsis else f"a list of {len(inner)} numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")

@@ -6,7 +6,7 @@ environment.json   versions, commit, hardware, start; "resumed": those of the la
 metrics.jsonl      one line for each round (see `Run.append`)
 state.json         the state of the run (see `Run.state`)
 checkpoints/       the states to resume from, see `resist.runs.checkpoint`
-evaluation.json    the full network read in several ways, by `resist evaluate --readings`
+evaluation.json    the full network read in several ways, by `resist.training.evaluate`
 model.safetensors  the full network at the end, see `resist.runs.model_file`
 
 `resist.runs.history` reads these files.
@@ -51,10 +51,10 @@ def title_of(config: TrainConfig) -> str:
 def check_free(path: Path) -> None:
     """Raise UserError where a new run directory cannot be created at `path`."""
     if path.exists():
-        raise UserError(f"--out {path} exists already and is never overwritten; give another directory, or remove it")
+        raise UserError(f"`out={path}` exists already and is never overwritten; give another directory, or remove it")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out {path} cannot be made: {parent} is not a directory that you may write to")
+        raise UserError(f"`out={path}` cannot be made: {parent} is not a directory that you may write to")
 
 
 def mark(path: Path) -> str:
@@ -112,7 +112,7 @@ class Run:
             write_atomically(path / "metrics.jsonl", b"".join(lines))
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--out {path} cannot be written: {error.strerror}; give another directory") from error
+            raise UserError(f"`out={path}` cannot be written: {error.strerror}; give another directory") from error
 
     def append(self, record: Mapping[str, object]) -> None:
         """Add a line to metrics.jsonl, which other processes can read at once.

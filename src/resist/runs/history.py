@@ -1,6 +1,6 @@
 """Reader of run directories: the configuration, the record of each round, the environment, how the run ended.
 
-All JSON files of a run are parsed here, for reports, the live display, `--resume`, evaluation and export. A run
+All JSON files of a run are parsed here, for reports, the live display, resuming, evaluation and export. A run
 may be unfinished, cut off within a line, resumed, or written by another version: a missing entry gets a default, and
 `History.notes` names what was left out.
 
@@ -230,22 +230,18 @@ def read_config_file(file: Path) -> tuple[TrainConfig, frozenset[str]]:
     try:
         data = json.loads(file.read_bytes())
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; give --config a JSON file like the config.json of a run") from error
+        raise UserError(f"{file}: {error.strerror}; give a JSON file like the config.json of a run") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not JSON: {first_line(error)}; give --config a file like a run's config.json"
-        ) from error
+        raise UserError(f"{file} is not JSON: {first_line(error)}; give a file like a run's config.json") from error
     if not isinstance(data, dict):
-        raise UserError(f"{file}: not a table of names and values; give --config a file like the config.json of a run")
+        raise UserError(f"{file}: not a table of names and values; give a file like the config.json of a run")
     for name in _unknown_entries(data):
         if name in EARLIER:
-            raise UserError(
-                f"{file}: {name!r} is of an earlier version of resist; see resist train --help for the options"
-            )
+            raise UserError(f"{file}: {name!r} is of an earlier version of resist; train again, or use the new names")
         near = get_close_matches(
             name, [name for part, values in TrainConfig().to_json().items() for name in (part, *values)], 1
         )
-        hint = f"did you mean {near[0]}?" if near else "resist train --help lists the options and the other keys"
+        hint = f"did you mean {near[0]}?" if near else "the config.json of a run has all entries"
         raise UserError(f"{file}: unknown entry {name!r}; {hint}")
     try:
         config = from_json(data)

@@ -1,6 +1,7 @@
 """Records of metrics.jsonl: one line for each round, its checked form, and what in it counts as training.
 
-The reader, the live display, `--until`, the loggers and the reports all use these functions, so that they agree.
+The reader, the live display, the limits of `RunConfig.until`, the loggers and the reports all use these functions, so
+that they agree.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Replicas and diverged weights: tensor files that each process writes for itself when a run cannot continue.
 
-    RUN/replicas/round-000012/process-3.safetensors    weights as they were synchronized, by global name (`--replicate`)
+    RUN/replicas/round-000012/process-3.safetensors    weights as they were synchronized, by global name (`replicate`)
     RUN/diverged/round-000012/process-3.safetensors    weights as they were when training diverged, to look at
 
 No process waits for another here: one of them may be lost. The metadata of each file has the entries of a checkpoint's

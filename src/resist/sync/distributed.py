@@ -268,7 +268,7 @@ class Distributed:
         if missing:
             return f"no answer from {self._named(missing)}"
         if working:
-            return f"{self._named(working)} did not come in time: it hangs, or needs a longer --timeout-s"
+            return f"{self._named(working)} did not come in time: it hangs, or needs a longer `timeout_s`"
         return "all processes are alive but blocked; check the network between them"
 
     def _named(self, ranks: Sequence[int]) -> str:

@@ -58,7 +58,7 @@ class Local:
         if self.num_workers > 1:
             raise UserError(
                 f"ddp runs one worker in each process, and this one hosts {self.num_workers}; "
-                f"start {self.num_workers} processes (--processes {self.num_workers}, or torchrun)"
+                f"start {self.num_workers} processes (`processes={self.num_workers}`, or torchrun)"
             )
         return model
 

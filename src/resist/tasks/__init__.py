@@ -31,7 +31,7 @@ def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: 
     check(config)
     if config.task == "detection":
         if label_smoothing:
-            raise UserError(f"optimization.label_smoothing has no effect with --data {config.data}; remove it")
+            raise UserError(f"`label_smoothing` has no effect with `data={config.data}`; remove it")
         from resist.tasks.detection import Detection  # with torchvision's detector, slow to import
 
         return Detection.open(config, download=download)
@@ -79,10 +79,10 @@ def check(config: NetworkConfig) -> None:
     """Raise UserError for options that the task does not support."""
     if config.task == "detection" and is_third_party(config.model):
         raise UserError(
-            f"--data {config.data} needs a pre-activation ResNet as the detector's backbone, not --model "
-            f"{config.model}; give for example --model preact_resnet50_imagenet"
+            f"`data={config.data}` needs a pre-activation ResNet as the detector's backbone, not "
+            f"`model={config.model}`; give for example `model=preact_resnet50_imagenet`"
         )
     if config.task != "detection" and config.splits:
-        raise UserError(f"network.splits has no effect with --data {config.data}; remove it")
+        raise UserError(f"`splits` has no effect with `data={config.data}`; remove it")
     if config.task == "detection" and "final_norm" in read_model_args(config.model, config.model_args):
-        raise UserError(f"--model-args final_norm has no effect with --data {config.data}; remove it")
+        raise UserError(f"`model_args=final_norm` has no effect with `data={config.data}`; remove it")

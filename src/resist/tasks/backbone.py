@@ -41,7 +41,7 @@ class BackboneInit:
         network = read_config(run).network
         if network.task != "classification":
             raise UserError(
-                f"--init-from {run}: a run with --data {network.data}, of detection; give a classification run"
+                f"`init_from={run}`: a run with `data={network.data}`, of detection; give a classification run"
             )
         tensors, scales = read_full(run / FILE)
         named = {_name(name): tensor for name, tensor in tensors.items() if not name.startswith("head.")}
@@ -54,15 +54,15 @@ class BackboneInit:
         differ = [
             name
             for name in sorted(expected.keys() | shapes.keys())
-            # A run with --batchnorm batch has no statistics.
+            # A run with batchnorm="batch" has no statistics.
             if expected.get(name) != shapes.get(name) and not (name not in shapes and name.endswith(STATISTICS))
         ]
         if differ:
             n = self.network
             shape = [text for text in n.model_args if not text.startswith("final_norm")]
-            options = " ".join(("--model", n.model, *(("--model-args", *shape) if shape else ())))
+            options = f"`model={n.model}`" + (f" `model_args={' '.join(shape)}`" if shape else "")
             raise UserError(
-                f"--init-from {self.run}: {differ[0].removeprefix(BODY)} differs; give the options of that run, "
+                f"`init_from={self.run}`: {differ[0].removeprefix(BODY)} differs; give the options of that run, "
                 f"{options}, and no other model options"
             )
 

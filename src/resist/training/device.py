@@ -19,11 +19,11 @@ def pick_device(name: str) -> torch.device:
         UserError: For another name, and for "cuda" where there is no GPU.
     """
     if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {name!r} is not one of auto, cpu, cuda")
+        raise UserError(f"`device={name!r}` is not one of auto, cpu, cuda")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device on this machine; give --device cpu")
+        raise UserError("`device=cuda`: torch finds no CUDA device on this machine; give `device=cpu`")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 

@@ -31,7 +31,7 @@ def check_loggers(config: TrainConfig) -> None:
     """Raise UserError where the package of a requested logger is missing."""
     for name in config.machine.log:  # also the name of the package
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--log {name} needs the package {name}; pip install 'resist[{name}]', or leave it out")
+            raise UserError(f"`log={name}` needs the package {name}; pip install 'resist[{name}]', or leave it out")
 
 
 def open_loggers(config: TrainConfig, path: Path, past: Sequence[Mapping[str, Any]]) -> list[Logger]:
@@ -89,7 +89,7 @@ class TensorBoard:
             self._writer = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
         except OSError as error:
             raise UserError(
-                f"--log tensorboard: {error.filename}: {error.strerror}; make room, or leave it out"
+                f"`log=tensorboard`: {error.filename}: {error.strerror}; make room, or leave it out"
             ) from error
 
     def write(self, record: Mapping[str, Any]) -> str:
@@ -139,7 +139,7 @@ class WandB:
                 config=config.to_json(),
             )
         except Exception as error:  # many types: no login, no network, no disk
-            raise UserError(f"--log wandb: {_one_line(error)}; set WANDB_MODE=offline, or leave it out") from error
+            raise UserError(f"`log=wandb`: {_one_line(error)}; set WANDB_MODE=offline, or leave it out") from error
 
     def write(self, record: Mapping[str, Any]) -> str:
         try:

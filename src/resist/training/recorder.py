@@ -1,5 +1,6 @@
 """The records of a run, in the main process: written to the run directory, to loggers and to the display."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,8 @@ from resist.runs.directory import Run, title_of
 from resist.runs.records import TRAINING_PHASES
 from resist.training.loggers import Logger
 from resist.training.progress import Display, Summary
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -105,8 +108,8 @@ class Recorder:
         self._state = "interrupted"
         if self.run is not None:
             self.display.stop()
-            then = f"to continue: resist train --resume {self.run.path}" if saved else "nothing was saved"
-            print(f"interrupted after round {self.summary.done}; {then}")
+            then = f"to continue: resist train `resume={self.run.path}`" if saved else "nothing was saved"
+            log.info("interrupted after round %d; %s", self.summary.done, then)
 
     def finish(self, job: Job) -> None:
         """Print the totals of the run."""
@@ -122,13 +125,12 @@ class Recorder:
         )
         phases = ", ".join(f"{name} {summary.seconds.get(name, 0.0):.1f}" for name in TRAINING_PHASES)
         evaluation_s = summary.seconds.get("evaluate", 0.0)
-        print(
+        log.info(
             f"test {summary.score:<10} {100 * (summary.accuracy or 0):.2f} % of the full network\n"
             f"time            {summary.training_s:.1f} s: {phases}; evaluation {evaluation_s:.1f} s (not included)\n"
             f"largest worker  {largest / full:.0%} of the network's {full:,} weights\n"
             f"sent            {amount(summary.bytes)} by all workers; local SGD: {amount(local_sgd)} of weights\n"
-            f"saved to        {self.run.path}; report: resist report {self.run.path}",
-            flush=True,
+            f"saved to        {self.run.path}; report: resist report {self.run.path}"
         )
 
     def _print(self, text: str) -> None:

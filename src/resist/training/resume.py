@@ -1,7 +1,7 @@
 """The point from which a run resumes: a checkpoint or replicas, with their round and step."""
 
 import json
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from resist.runs.replicas import newest_replicas, restore_replicas
 from resist.runs.tensor_file import FormatError
 from resist.sync.agreement import run_everywhere
 from resist.sync.transport import Transport
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ResumePoint:
 def find_resume_point(config: TrainConfig, transport: Transport, is_main: bool) -> ResumePoint:
     """Find the newest undamaged checkpoint, or replicas that survivors of a loss wrote after it.
 
-    The main process searches, and prints which files are damaged. With another number of workers the step is the one
+    The main process searches, and reports which files are damaged. With another number of workers the step is the one
     at which all of them together have seen as many images.
 
     Args:
@@ -57,18 +59,18 @@ def find_resume_point(config: TrainConfig, transport: Transport, is_main: bool) 
     source: dict[str, Any] = json.loads(texts[0])
     if not source:
         if is_main:
-            print(f"resist: no checkpoint in {checkpoints} yet; the run begins at its first step")
+            log.info(f"resist: no checkpoint in {checkpoints} yet; the run begins at its first step")
         return ResumePoint()
     before, now = source["workers"], config.method.workers
     step = source["step"] * before // now
     if is_main and before != now:
-        print(
+        log.info(
             f"resist: resuming with {now} workers instead of {before}: new partition, step {source['step']} -> {step} "
             "(same number of images), momentum reset"
         )
     if "checkpoint" not in source:
         if is_main:
-            print(f"resist: resuming from the replicas of round {source['round']}; momentum reset")
+            log.info(f"resist: resuming from the replicas of round {source['round']}; momentum reset")
         return ResumePoint(source["round"], step, lambda job, _: restore_replicas(job, replicas, source))
     path = checkpoints / source["checkpoint"]
     run_everywhere(transport, lambda: _check_visible(path))
@@ -93,7 +95,7 @@ def _search(checkpoints: Path, replicas: Path) -> dict[str, Any]:
     if not source and errors and isinstance(errors[0], FormatError):
         raise errors[0]
     for error in errors + replica_errors:
-        print(f"resist: skipped: {error}", file=sys.stderr)
+        log.warning("skipped: %s", error)
     if not source and errors:
         raise UserError(f"no undamaged checkpoint in {checkpoints}; train again, or copy one there")
     return source

@@ -1,5 +1,6 @@
 """`train`: open the data, join the processes, make the job and the run directory, and run the loop."""
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,13 @@ from resist.training.loop import Trainer, Training
 from resist.training.lr_schedule import num_steps
 from resist.training.resume import find_resume_point
 
+log = logging.getLogger(__name__)
+
 
 def train(config: TrainConfig) -> int:
     """Train as one process of the job, with all the workers that it hosts.
 
-    The main process (that of worker 0) writes the run directory and prints.
+    The main process (that of worker 0) writes the run directory and reports.
 
     Args:
         config: The options, checked, equal in all processes.
@@ -48,7 +51,7 @@ def train(config: TrainConfig) -> int:
         is_main = 0 in transport.hosted
         images_per_epoch = run_everywhere(transport, lambda: _images_per_epoch(config, task))
         for note in task.notes if is_main else ():
-            print(f"resist: {note}", flush=True)
+            log.info("resist: %s", note)
         run_everywhere(transport, lambda: try_network(config.network) if is_main else None)
         resume_point = find_resume_point(config, transport, is_main)
         job = Job(
@@ -68,9 +71,9 @@ def train(config: TrainConfig) -> int:
         if is_main:
             for chain in job.chains:
                 capacities = " ".join(map(str, job.plans[chain.name].capacities))
-                print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {capacities}", flush=True)
+                log.info("chain %s: %d blocks, the workers hold %s", chain.name, chain.num_blocks, capacities)
                 if chain.caveat:
-                    print(f"note: {chain.caveat}", flush=True)
+                    log.info("note: %s", chain.caveat)
         trainers = [Trainer(config, worker, task) for worker in job.workers]
         steps = num_steps(config.optimization, images_per_epoch)
         if job.step_index >= steps:
@@ -98,14 +101,13 @@ def train(config: TrainConfig) -> int:
 
 
 def _seen_by_all(out: Path, attempt: str, transport: Transport) -> bool:
-    """Find out whether all processes see the run directory of this attempt; the main process prints which do not."""
+    """Find out whether all processes see the run directory of this attempt; the main process reports which do not."""
     seen = seen_after_a_while(out, attempt)
     blind = [str(process) for process, text in enumerate(transport.all_gather_text(str(seen))) if text != "True"]
     if blind and 0 in transport.hosted:
-        print(
-            f"note: no checkpoints: process {', '.join(blind)} does not see {out} as process 0 does; give --out in a "
-            "directory that all machines share",
-            flush=True,
+        log.info(
+            f"note: no checkpoints: process {', '.join(blind)} does not see {out} as process 0 does; give `out` in a "
+            "directory that all machines share"
         )
     return not blind
 
@@ -118,7 +120,7 @@ def _all_done(path: Path, steps: int, is_main: bool) -> int:
             f"{path / 'checkpoints'} to another place to continue from the previous checkpoint"
         )
     if is_main:
-        print(f"the run has done all its {steps} steps; its network is {path / FILE}")
+        log.info("the run has done all its %d steps; its network is %s", steps, path / FILE)
     return 0
 
 
@@ -133,14 +135,14 @@ def _surviving(out: Path, attempt: str, training: Training, steps: int) -> int:
             write_replicas(out / "replicas", job, attempt)
             kept = f"; replicas of round {job.replicas[-1].round} are in {out / 'replicas'}"
         raise WorkerLostError(
-            f"round {training.round_number}: {lost}{kept}; continue with resist train --resume {out}"
+            f"round {training.round_number}: {lost}{kept}; continue with resist train `resume={out}`"
         ) from lost
     except DivergedError as error:
         write_diverged(out / "diverged", job)
         if job.replicas:
             write_replicas(out / "replicas", job, attempt)
         where = f"the weights are in {out / 'diverged'}"
-        remedy = f"to continue from the last checkpoint: resist train --resume {out} --lr ..."
+        remedy = f"to continue from the last checkpoint: resist train `resume={out}` `lr=...`"
         raise DivergedError(f"{error}; {where}; {remedy}") from error
 
 
