@@ -20,13 +20,13 @@ from torch.distributed.run import get_args_parser
 
 from resist import cli
 from resist.cli.compare import CompareConfig
-from resist.cli.options import config_keys, options_of
+from resist.cli.options import as_typed, config_keys, options_of
 from resist.runs.config import TrainConfig
 from test_imports import ALLOWED
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *sorted(DOCS.glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # Commands that are neither run nor parsed here, by their beginning, with the reason.
@@ -267,6 +267,10 @@ def test_the_imports_of_the_architecture_page_are_the_rule() -> None:
 def templates() -> tuple[list[str], ...]:
     """Return every text of the source as its literal parts, without the values that are filled in."""
     found: list[list[str]] = []
+
+    def typed(parts: list[str]) -> list[str]:  # options as the command line writes them
+        return as_typed("\0".join(parts)).replace("`", "").split("\0")
+
     for file in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
@@ -276,9 +280,9 @@ def templates() -> tuple[list[str], ...]:
                         parts[-1] += str(value.value)
                     else:
                         parts.append("")
-                found.append(parts)
+                found.append(typed(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append([node.value])
+                found.append(typed([node.value]))
     return tuple(parts for parts in found if sum(map(len, parts)) >= 12)
 
 

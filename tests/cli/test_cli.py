@@ -174,7 +174,9 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
         (["--workers", "9"], "workers=9 exceeds the 8 blocks"),
         (["--workers", "0"], "workers=0; must be at least 1"),
         (["--model-args", "depths=1,1,1,1"], "the model has no chain"),
-        (["--strategies", "magic"], "magic"),
+        (["--strategies", "magic"], "strategy 'magic' is not one of resist, local_sgd, diloco, ddp"),
+        (["--strategies", "ddp", "--min-depth", "2"], "--min-depth has no effect without strategy resist"),
+        (["--workers", "2", "--capacities", "3", "3", "3"], "3 capacities for 2 workers"),
     ],
 )
 def test_cost_refuses_in_one_line(capsys, arguments: list[str], text: str) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from resist.cli.train import start
 from resist.errors import UserError
+from resist.planning.strategy import BASELINE, DEFAULT, METHODS
 from resist.report.compare import compare
 from resist.runs.config import (
     MachineConfig,
@@ -34,8 +35,8 @@ class CompareConfig:
         "resume": "is for one run; give it to resist train",
     }
 
-    strategies: tuple[str, ...] = ("resist", "local_sgd")
-    """Strategies to compare: resist, local_sgd, diloco, ddp."""
+    strategies: tuple[str, ...] = (DEFAULT, BASELINE)
+    """Strategies to compare; see --strategy of resist train."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; each strategy is trained once with each."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -45,7 +46,7 @@ class CompareConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def runs(self, out: Path) -> list[TrainConfig]:
-        """The runs to train, in order. Options that only ResIST has are left out for the others.
+        """The runs to train, in order. Options that have no effect with a strategy are left out of its runs.
 
         Args:
             out: The directory that the run directories are created in.
@@ -53,10 +54,8 @@ class CompareConfig:
         runs: list[TrainConfig] = []
         for name in self.strategies:
             method = replace(self.method, strategy=name)  # type: ignore[arg-type]  # checked with the rest
-            if name != "resist":
-                method = replace(method, capacities=(), min_depth=None, warmup_rounds=0)
-            if name == "ddp":
-                method = replace(method, outer=None)
+            if name in METHODS:
+                method = replace(method, **method.without_effect())
             for seed in self.seeds:
                 run = replace(self.run, out=out / f"{name}-seed{seed}", seed=seed)
                 runs.append(TrainConfig(self.network, method, self.optimization, self.machine, run))
@@ -109,7 +108,9 @@ def print_comparison(comparison: dict[str, Any], console: Console) -> None:
             _or_dash(row["bytes_to_equal_accuracy"], 1e-6), _or_dash(row["speed_up"]["time"], digits=2),
         )  # fmt: skip
     console.print(table)
-    console.print("speed-up: time of a step of local_sgd divided by that of the row; times do not include evaluations")
+    console.print(
+        f"speed-up: time of a step of {BASELINE} divided by that of the row; times do not include evaluations"
+    )
 
 
 def _or_dash(value: float | None, factor: float = 1.0, digits: int = 1) -> str:

@@ -31,7 +31,9 @@ def check_loggers(config: TrainConfig) -> None:
     """Raise UserError where the package of a requested logger is missing."""
     for name in config.machine.log:  # also the name of the package
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"`log={name}` needs the package {name}; pip install 'resist[{name}]', or leave it out")
+            raise UserError(
+                f"`log={name}` needs the package {name}; pip install 'torch-resist[{name}]', or leave it out"
+            )
 
 
 def open_loggers(config: TrainConfig, path: Path, past: Sequence[Mapping[str, Any]]) -> list[Logger]:
