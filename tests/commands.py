@@ -128,8 +128,15 @@ class Commands:
             self._server = subprocess.Popen(server, stdin=pipe, stdout=pipe, env=environment, text=True, bufsize=1)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        return json.loads(self._server.stdout.readline())
+        try:
+            self._server.stdin.write(json.dumps(request) + "\n")
+            return json.loads(self._server.stdout.readline())
+        except BaseException:  # such as the timeout of a test: the next answer would be that to this request
+            self._server.kill()
+            self._server.communicate()
+            self._server = None
+            self._started.clear()
+            raise
 
 
 def serve() -> None:

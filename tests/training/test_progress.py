@@ -216,7 +216,7 @@ def test_a_terminal_shows_a_run_and_ctrl_c_ends_it_in_order(capsys, tmp_path: Pa
         env={**environment, "TERM": "xterm", "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
-    seen, signaled, deadline = b"", False, time.monotonic() + 90
+    seen, signaled, deadline = b"", False, time.monotonic() + 200
     while time.monotonic() < deadline:
         try:
             part = os.read(ours, 65536)
@@ -228,7 +228,7 @@ def test_a_terminal_shows_a_run_and_ctrl_c_ends_it_in_order(capsys, tmp_path: Pa
         if not signaled and seen.count(b"loss") > 3:
             signaled = True
             running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=20) == 75
+    assert running.wait() == 75
     os.close(ours)
     text = seen.decode().replace("\u00a0", " ")
     assert "digits, preact_small, resist, 4 workers" in text
