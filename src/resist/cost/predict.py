@@ -1,6 +1,6 @@
 """Prediction: one row for each strategy and number of workers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -11,7 +11,6 @@ from resist.cost.report import Report, Row
 from resist.cost.timing import Link, Seconds, Speed, ddp_step_s, exchange_s
 from resist.cost.traffic import Sizes, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
-from resist.planning.plan import Plan
 from resist.planning.strategy import Strategy, local_sgd, resist
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.subnet.chains import choose_chains, find_chains
@@ -150,7 +149,8 @@ class _Prediction:
 
     def _averaging(self, name: str, workers: int) -> Row:
         """Row of a strategy that averages weights once in a round."""
-        plans = self._plans(self._strategy(name, workers))
+        strategy = self._strategy(name, workers)
+        plans = [strategy.plan(self.sizes.chains, seed=self.seed, round=round) for round in range(self.rounds + 1)]
         run = [
             round_traffic(
                 self.sizes,
@@ -163,10 +163,7 @@ class _Prediction:
             )
             for plan, next_plan in pairwise(plans)
         ]
-        networks = tuple(
-            self.network(tuple(plans[0][chain.name].capacities[worker] for chain in self.sizes.chains))
-            for worker in range(workers)
-        )
+        networks = tuple(self.network(plans[0].capacities(worker)) for worker in range(workers))
         if name == "diloco":
             networks = tuple(_with_outer(network) for network in networks)
         if self.replicate and workers > 1:
@@ -177,7 +174,7 @@ class _Prediction:
             compute = self.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
             exchange = sum(exchange_s(traffic, self.link, workers) for traffic in run) / len(run)
             seconds = self._seconds(workers, compute, exchange, 0.0)
-        traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers))
+        traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers=workers))
         return Row(name, workers, networks, traffic, seconds)
 
     def _ddp(self, workers: int) -> Row:
@@ -202,13 +199,6 @@ class _Prediction:
         if name in ("local_sgd", "diloco"):
             return local_sgd(workers, self.local_steps)
         return resist(workers, self.local_steps, min_depth=self.min_depth, capacities=self.capacities)
-
-    def _plans(self, strategy: Strategy) -> list[Mapping[str, Plan]]:
-        chains = self.sizes.chains
-        return [
-            {chain.name: strategy.assign(chain.num_blocks, chain.name, self.seed, number) for chain in chains}
-            for number in range(self.rounds + 1)
-        ]
 
     def _step_s(self, worker: int, network: Network) -> float:
         speed = self.speeds[worker % len(self.speeds)]

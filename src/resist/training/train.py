@@ -68,8 +68,8 @@ def train(config: TrainConfig) -> int:
             resume_at=(resume_point.round, resume_point.step),
         )
         if is_main:
-            for chain in job.chains:
-                capacities = " ".join(map(str, job.plans[chain.name].capacities))
+            for chain, plan in zip(job.chains, job.plan.plans, strict=True):
+                capacities = " ".join(map(str, plan.capacities))
                 print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {capacities}", flush=True)
                 if chain.caveat:
                     print(f"note: {chain.caveat}", flush=True)
