@@ -1,11 +1,14 @@
 # make demo: install, train on handwritten digits with four real processes, see what it saves
 # make test: install, run the tests            make check: tests, lint and types
+# make test-fast: the tests without slow ones  make test-nightly: with the longest sweeps; JOBS=4: four at once
 # make docs: the documents as a site, in site/
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint types check docs clean
+.PHONY: demo test test-fast test-nightly lint types check docs clean
 
 demo: .venv/installed
 	@echo "Training a 32-layer residual network on handwritten digits: 4 workers, 4 processes."
@@ -22,7 +25,13 @@ demo: .venv/installed
 	@echo "  resist train --help"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: .venv/installed
+	$(PYTEST) -m "not slow and not nightly"
+
+test-nightly: .venv/installed
+	$(PYTEST) -m ""
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What asynchronous checkpoints cost: rounds with one every K rounds against rounds without, alternated in one run.
+"""Measure the cost of asynchronous checkpoints: rounds with one every K rounds, and without, alternated in one run.
 
     python benchmarks/checkpoints.py --repetitions 8
 
@@ -56,76 +56,96 @@ def main() -> None:
     print(json.dumps(record, indent=1))
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    job = Job(
-        lambda: build(options.model, num_classes=CLASSES, width=options.width, final_norm=True),
-        resist(options.workers, options.local_steps, min_depth=0), batchnorm="average",
-    )  # fmt: skip
-    optimizers = tuple(torch.optim.SGD(worker.model.parameters(), lr=0.01, momentum=0.9) for worker in job.workers)
-    checkpoints = Checkpoints(folder, job.transport)
-    images = torch.randn(options.batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(CLASSES, (options.batch_size,), generator=torch.Generator().manual_seed(1))
+class Training:
+    """A job that trains on one batch of random images, and its checkpoints.
 
-    def round_s() -> float:
+    Args:
+        options: The options of the command line.
+        folder: Where checkpoints are written.
+    """
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.rounds = options.checkpoint_rounds
+        self.job = Job(
+            lambda: build(options.model, num_classes=CLASSES, width=options.width, final_norm=True),
+            resist(options.workers, options.local_steps, min_depth=0),
+            batchnorm="average",
+        )
+        self.optimizers = tuple(
+            torch.optim.SGD(worker.model.parameters(), lr=0.01, momentum=0.9) for worker in self.job.workers
+        )
+        self.checkpoints = Checkpoints(folder, self.job.transport)
+        self.images = torch.randn(options.batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        self.labels = torch.randint(CLASSES, (options.batch_size,), generator=torch.Generator().manual_seed(1))
+
+    def round_s(self) -> float:
+        """Train for a round. Returns its seconds."""
         begin = time.perf_counter()
         while True:
-            for worker, optimizer in zip(job.workers, optimizers, strict=True):
-                step(worker.model, optimizer, images, labels)
-            if job.step(*optimizers):
+            for worker, optimizer in zip(self.job.workers, self.optimizers, strict=True):
+                step(worker.model, optimizer, self.images, self.labels)
+            if self.job.step(*self.optimizers):
                 return time.perf_counter() - begin
 
-    def span(*, saves: bool) -> dict[str, float]:
-        """One span: seconds in all, of which the training loop stood still, and processor seconds."""
+    def span(self, *, saves: bool) -> dict[str, float]:
+        """Train for `checkpoint_rounds` rounds, with or without a checkpoint begun before the first.
+
+        Returns:
+            Seconds, of which training waited while the state was copied (`stood_s`) and for the end of the checkpoint
+            (`waited_s`); processor seconds; the median of the rounds.
+        """
         cpu, begin, stood = time.process_time(), time.perf_counter(), 0.0
-        rounds = []
-        for number in range(options.checkpoint_rounds):
-            if saves and number == 0:
-                at = time.perf_counter()
-                checkpoints.begin(job, optimizers, {})
-                stood = time.perf_counter() - at
-            rounds.append(round_s())
+        if saves:
+            self.checkpoints.begin(self.job, self.optimizers, {})
+            stood = time.perf_counter() - begin
+        rounds = [self.round_s() for _ in range(self.rounds)]
         at = time.perf_counter()
-        checkpoints.finish()
+        self.checkpoints.finish()
         return {
             "s": time.perf_counter() - begin, "stood_s": stood, "waited_s": time.perf_counter() - at,
             "cpu_s": time.process_time() - cpu, "round_s": statistics.median(rounds),
         }  # fmt: skip
 
-    def alone() -> dict[str, float]:
-        """A checkpoint without training at the same time."""
+    def alone(self) -> dict[str, float]:
+        """Write a checkpoint without training at the same time. Returns its seconds and processor seconds."""
         cpu, begin = time.process_time(), time.perf_counter()
-        checkpoints.begin(job, optimizers, {})
-        checkpoints.finish()
+        self.checkpoints.begin(self.job, self.optimizers, {})
+        self.checkpoints.finish()
         return {"s": time.perf_counter() - begin, "cpu_s": time.process_time() - cpu}
 
-    span(saves=True)  # warm
-    saves = [alone() for _ in range(options.repetitions)]
-    pairs = []
-    for number in range(options.repetitions):
-        order = (True, False) if number % 2 else (False, True)
-        busy, begin = others_s(), time.perf_counter()
-        found = {saves: span(saves=saves) for saves in order}
-        passed = time.perf_counter() - begin
-        own = sum(one["cpu_s"] for one in found.values())
-        others = (others_s() - busy - own) / (passed * (os.cpu_count() or 1))
-        pairs.append({"with": found[True], "without": found[False], "others": round(others, 3)})
-        print(json.dumps({key: pairs[-1][key]["s"] for key in ("with", "without")} | {"others": others}), flush=True)
-    wall = [100 * (pair["with"]["s"] / pair["without"]["s"] - 1) for pair in pairs]
-    cpu = [100 * (pair["with"]["cpu_s"] / pair["without"]["cpu_s"] - 1) for pair in pairs]
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure checkpoints alone, then pairs of spans, and summarize them."""
+    training = Training(options, folder)
+    training.span(saves=True)  # warm
+    saves = [training.alone() for _ in range(options.repetitions)]
+    pairs = [pair(training, number) for number in range(options.repetitions)]
     last = max(folder.iterdir())
     return {
         "n": len(pairs),
-        "percent_wall": summary(wall),
-        "percent_cpu": summary(cpu),
-        "save_s": summary([one["s"] for one in saves]),
-        "save_cpu_s": summary([one["cpu_s"] for one in saves]),
+        "percent_wall": summary([100 * (pair["with"]["s"] / pair["without"]["s"] - 1) for pair in pairs]),
+        "percent_cpu": summary([100 * (pair["with"]["cpu_s"] / pair["without"]["cpu_s"] - 1) for pair in pairs]),
+        "save_s": summary([save["s"] for save in saves]),
+        "save_cpu_s": summary([save["cpu_s"] for save in saves]),
         "round_cpu_s": summary([pair["without"]["cpu_s"] / options.checkpoint_rounds for pair in pairs]),
         "stood_s": summary([pair["with"]["stood_s"] for pair in pairs]),
         "round_s": summary([pair["without"]["round_s"] for pair in pairs]),
         "others_share": summary([pair["others"] for pair in pairs]),
         "checkpoint_bytes": sum(file.stat().st_size for file in last.iterdir()),
-        "parameters": sum(parameter.numel() for parameter in job.full_model().parameters()),  # type: ignore[union-attr]
+        "parameters": sum(parameter.numel() for parameter in training.job.full_model().parameters()),  # type: ignore[union-attr]
     }
+
+
+def pair(training: Training, number: int) -> dict[str, Any]:
+    """Measure a span with a checkpoint and one without; every second pair begins with the former."""
+    order = (True, False) if number % 2 else (False, True)
+    busy, begin = others_s(), time.perf_counter()
+    spans = {saves: training.span(saves=saves) for saves in order}
+    passed = time.perf_counter() - begin
+    cpu = sum(span["cpu_s"] for span in spans.values())
+    others = round((others_s() - busy - cpu) / (passed * (os.cpu_count() or 1)), 3)
+    print(json.dumps({"with": spans[True]["s"], "without": spans[False]["s"], "others": others}), flush=True)
+    return {"with": spans[True], "without": spans[False], "others": others}
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -135,13 +155,13 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tenso
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 4) for name, value in found.items()}
+    """Return median, minimum and maximum."""
+    values_of = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, 4) for name, value in values_of.items()}
 
 
 def others_s() -> float:
-    """Seconds that all processors together have worked so far; 0 where the system does not count them."""
+    """Return the seconds that all processors together have worked; 0 where the system does not count them."""
     try:
         user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     except OSError:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import resist
 from provenance import provenance
-from resist.data import Images, Loader, load
+from resist.data import Images, Sampler, load
 from resist.job import Job
 from resist.models import build
 from resist.subnet.batchnorm import recalibrate, use_batch_statistics
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, train: Images, test: Images) -> dict[str, obje
     )
     optimizers = [optimizer_of(job, worker.index, args.chain_lr) for worker in job.workers]
     loaders = [
-        Loader(train, batch_size=64, seed=args.seed, worker=worker.index, workers=args.workers)
+        train.loader(Sampler(len(train), batch_size=64, seed=args.seed, worker=worker.index, workers=args.workers))
         for worker in job.workers
     ]
     steps, train_s, curve = args.rounds * args.local_steps, 0.0, {}

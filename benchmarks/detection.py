@@ -8,8 +8,8 @@ from fresh weights and is far too short for a good detector. Both run `resist tr
 photographs of 128 pixels, which two cores can train. `--run RUN` reads an existing run with the same options, instead
 of training.
 
-One line of JSON with the run's provenance is appended to benchmarks/results/detection.jsonl. `section` writes the section
-of docs/results.md.
+One line of JSON with the run's provenance is appended to benchmarks/results/detection.jsonl. `section` writes the
+section of docs/results.md.
 """
 
 import argparse
@@ -17,16 +17,14 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+from page_parts import Record, fill, provenance, reached, table
 from resist.cli.plan import PlanConfig, describe_plan
 from resist.planning.schedule import allreduce_bytes
 from resist.runs.history import read_history
 
-Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
 TARGET = 0.6  # AP50 of `overfit`
 PHOTOGRAPHS = 16
@@ -115,43 +113,27 @@ def summary(run: Path) -> Record:
     }
 
 
-def section(records: list[Record], table: Callable[..., str], provenance: Callable[..., str]) -> str:
+def section(records: list[Record]) -> str:
     """Write the section of docs/results.md."""
-    names = {"overfit": f"{PHOTOGRAPHS} photographs, tested on the same", "train": "trainval, tested on test"}
-    names = {r["setting"]: f"{names[r['setting']]}, batch {r['batch_size']}" for r in records}
-    scores = list(records[0]["curve"][-1][2])
-    rows, curves = [], []
+    first, target = records[0], ""
+    scores = list(first["curve"][-1][2])
+    cells, curves = [], []
     for r in records:
-        name, last = names[r["setting"]], r["curve"][-1][2]
+        name, last = fill(f"detection-{r['setting']}", **r, photographs=PHOTOGRAPHS), r["curve"][-1][2]
         sent = [sum(r["bytes"].values()), r["local_sgd_bytes"]]
-        rows.append([
+        cells.append([
             name, r["rounds"], r["steps"], f"{r['last_loss']:.3f}", *(f"{100 * last[score]:.2f}" for score in scores),
             f"{max(r['held_by_worker']) / r['parameters']:.0%}", *(f"{num_bytes / 1e6:.1f}" for num_bytes in sent),
         ])  # fmt: skip
-        curve = [f"{100 * values[scores[0]]:.1f} % after {at} rounds" for at, _, values in r["curve"]]
+        curve = [fill("detection-curve", percent=100 * values[scores[0]], rounds=at) for at, _, values in r["curve"]]
         curves.append(f"{name}: {', '.join(curve)}")
-    first, verdict = records[0], ""
-    for r in records:
         if r["setting"] == "overfit":
-            reached = "reached" if r["curve"][-1][2][scores[0]] > TARGET else "**missed**"
-            verdict = f" Target of the {PHOTOGRAPHS} photographs: above {TARGET:.0%}: {reached}."
-    blocks = " ".join(map(str, first["sections"]))
-    setting = (
-        f"Faster R-CNN with a feature pyramid over {first['model']}, sections {blocks}, width {first['width']}; "
-        f"S = {first['workers']}, l = {first['local_steps']}, photographs of {first['image_size']} pixels, "
-        "from fresh weights."
-    )
-    return "\n\n".join(
-        [
-            f"## Detection on PascalVOC\n\n{setting} AP50 of the full, scaled network, in percent, by the measures of "
-            "VOC 2007 (11 points) and of later years (area). `held` is a worker's share of the weights; in so small a network "
-            "most weights are in neck and heads, which are shared. `sent`: by all workers, with momentum. `local SGD`: the "
-            f"bytes that local SGD sends, weights only.{verdict}",
-            table(["", "rounds", "steps", "last loss", *scores, "held", "sent, MB", "local SGD, MB"], rows),
-            f"{scores[0]} during training: {'; '.join(curves)}.",
-            provenance(*records, n=lambda r: f"n = 1 run ({r['setting']})"),
-        ]
-    )
+            verdict = reached(last[scores[0]] > TARGET)
+            target = fill("detection-target", photographs=PHOTOGRAPHS, target=TARGET, reached=verdict)
+    head = ["", "rounds", "steps", "last loss", *scores, "held", "sent, MB", "local SGD, MB"]
+    sections = " ".join(map(str, first["sections"]))
+    values = first | {"sections": sections, "target": target, "table": table(head, cells), "score": scores[0]}
+    return fill("detection", **values, curves="; ".join(curves), provenance=provenance(*records, n="n-detection"))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from provenance import provenance
-from resist.data import Photographs, load
+from resist.data import Photographs, Sampler, load
 from resist.models import build
 
 RESULTS = Path(__file__).parent / "results" / "imagenet.jsonl"
@@ -122,7 +122,7 @@ def pipeline(data_dir: Path) -> dict[str, object]:
     for data_workers in (0, 1, 2):
         data, _ = load("folder", data_dir, image_size=SIZE, data_workers=data_workers)
         assert isinstance(data, Photographs)
-        loader = data.loader(batch_size=BATCH, seed=0, worker=0, workers=1)
+        loader = data.loader(Sampler(len(data), batch_size=BATCH, seed=0, worker=0, workers=1))
         for step in range(5):
             loader.batch(step)
         start, steps = time.perf_counter(), 60
@@ -143,7 +143,7 @@ def pipeline(data_dir: Path) -> dict[str, object]:
         return steps * BATCH / (time.perf_counter() - start)
 
     data, _ = load("folder", data_dir, image_size=SIZE, data_workers=1)
-    loader = data.loader(batch_size=BATCH, seed=0, worker=0, workers=1)
+    loader = data.loader(Sampler(len(data), batch_size=BATCH, seed=0, worker=0, workers=1))
     ready = loader.batch(0)
     trained(ready, 3)
     alone = trained(ready, 40)

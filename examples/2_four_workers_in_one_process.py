@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import resist
-from resist.data import load
+from resist.data import Sampler, load
 from resist.models import build
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -27,7 +27,8 @@ job = resist.Job(
     resist.resist(workers=4, local_steps=options.local_steps, min_depth=0),
 )
 optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.05, momentum=0.9) for worker in job.workers]
-loaders = [train.loader(batch_size=32, seed=0, worker=worker.index, workers=4) for worker in job.workers]
+samplers = [Sampler(len(train), batch_size=32, seed=0, worker=worker.index, workers=4) for worker in job.workers]
+loaders = [train.loader(sampler) for sampler in samplers]
 
 (chain,) = job.chains
 whole = sum(p.numel() for p in build("preact_small", num_classes=10).parameters())

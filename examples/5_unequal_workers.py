@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import resist
-from resist.data import load
+from resist.data import Sampler, load
 from resist.models import build
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -32,7 +32,8 @@ def train_with(capacities: list[int]) -> list[float]:
     """Seconds of one step of each worker on its machine: its fastest step, divided by the speed."""
     job = resist.Job(network, resist.resist(workers, options.local_steps, capacities=capacities))
     optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.05, momentum=0.9) for worker in job.workers]
-    loaders = [train.loader(batch_size=32, seed=0, worker=index, workers=workers) for index in range(workers)]
+    samplers = [Sampler(len(train), batch_size=32, seed=0, worker=index, workers=workers) for index in range(workers)]
+    loaders = [train.loader(sampler) for sampler in samplers]
     seconds = [float("inf")] * workers
     for step in range(options.rounds * options.local_steps):
         for index, (worker, optimizer) in enumerate(zip(job.workers, optimizers)):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import resist
-from resist.data import load
+from resist.data import Sampler, load
 from resist.models import build
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -45,7 +45,8 @@ def run(strategy: resist.Strategy) -> tuple[float, float, float]:
     """Return accuracy of the full network, compute seconds of all workers, and MB sent with optimizer state."""
     job = resist.Job(lambda: build("preact_small", num_classes=10, width=8), strategy)
     optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.1, momentum=0.9) for worker in job.workers]
-    loaders = [train.loader(batch_size=32, seed=0, worker=index, workers=S) for index in range(S)]
+    samplers = [Sampler(len(train), batch_size=32, seed=0, worker=index, workers=S) for index in range(S)]
+    loaders = [train.loader(sampler) for sampler in samplers]
     seconds = 0.0
     for step in range(options.rounds * steps):
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One thread everywhere, and a pool of processes that the tests share."""
+"""One thread everywhere, processes that the tests share, and the order of the tests under pytest-xdist."""
 
 import os
 
@@ -10,11 +10,13 @@ if os.path.exists("/proc/cpuinfo"):
             os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
+from commands import Commands
 from pool import Pool
 
 torch.set_num_threads(1)
@@ -32,8 +34,46 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("resist")
 
 
+# Under pytest-xdist a process runs whole files, whose tests share fixtures. Those of ALONE measure time, or list the
+# network namespaces of this machine: one process runs them, one after another. The long ones come first, so that no
+# process waits for the other one in the end.
+ALONE = ("test_wire.py", "test_report_browser.py")
+FIRST = (*ALONE, "test_faults.py", "test_cli.py", "test_export.py", "test_third_party.py", "test_resume.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        order = {name: number for number, name in enumerate(FIRST)}
+        items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "alone" if file.endswith(ALONE) else file
+
+    return Files(config, log)
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Processes that are joined by gloo for each call: `pool.run(2, function, argument)`."""
     with Pool() as processes:
         yield processes
+
+
+@pytest.fixture(scope="session")
+def _commands() -> Iterator[Commands]:
+    with Commands() as commands:
+        yield commands
+
+
+@pytest.fixture
+def commands(_commands: Commands) -> Iterator[Commands]:
+    """`resist` in processes of its own, forked from one that has imported torch; none outlives the test."""
+    yield _commands
+    _commands.end_all()

@@ -12,7 +12,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import detection  # noqa: E402
-import tables  # noqa: E402
 
 RECORD = {
     "setting": "overfit", "model": "m", "sections": [1], "width": 8, "workers": 2,
@@ -28,7 +27,7 @@ RECORD = {
 @pytest.mark.parametrize(("score", "verdict"), [(0.7, "reached"), (0.5, "**missed**")])
 def test_the_page_says_what_the_runs_say(score: float, verdict: str) -> None:
     record = {**RECORD, "curve": [RECORD["curve"][0], [2, 0.5, {"a": score, "b": 0.8}]]}
-    text = detection.section([record, {**record, "setting": "train"}], tables.table, tables.provenance)
+    text = detection.section([record, {**record, "setting": "train"}])
     assert f"16 photographs: above 60%: {verdict}" in text
     figures = f"| 2 | 40 | 0.500 | {100 * score:.2f} | 80.00 | 75% | 2.5 | 4.0 |"
     assert [line.split("|", 2)[2] for line in text.splitlines() if "0.500" in line] == [figures[1:]] * 2

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from resist.cost import predict
+from resist.cost import Link, Speed, predict
+from resist.planning.strategy import ddp
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import accuracy  # noqa: E402
+import paper_tables  # noqa: E402
 import tables  # noqa: E402
 
 SMALL = {"model": "preact_small", "width": 4, "num_classes": 10}
@@ -67,7 +70,7 @@ def test_of_each_setting_the_latest_line_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [{"seed": 1}, {"min_depth": 3}, {"local_sgd_first": 2}, {"local_steps": 6}])
 def test_no_run_of_another_setting_takes_the_place_of_one(tmp_path: Path, other: dict[str, int]) -> None:
     write(tmp_path / "runs.jsonl", run(40.0), run(50.0, **other))
-    curves, _ = tables.accuracy_sections(tmp_path / "runs.jsonl")
+    curves = accuracy.curves(tables.latest(tmp_path / "runs.jsonl", *tables.RUN_SETTINGS))
     names = [line.split("|")[1] for line in curves.splitlines() if line.startswith("| ResIST")]
     assert len(set(names)) == 2
 
@@ -75,17 +78,15 @@ def test_no_run_of_another_setting_takes_the_place_of_one(tmp_path: Path, other:
 @pytest.mark.parametrize("state", ["reset", "travel", "average"])
 @pytest.mark.parametrize("name", ["resist", "local_sgd"])
 def test_the_formula_is_that_of_resist_cost(name: str, state: str) -> None:
-    build = tables.builder(SMALL)
-    report = predict(
-        build, strategies=[name], workers=[4], optimizer_state=state, batchnorm="batch", batch_size=2, rounds=3
-    )
-    assert tables.formula(build, tables.strategy_of(name, 4, state), 3).mean == report.rows[0].traffic
+    build, strategy = paper_tables.builder(SMALL), paper_tables.strategy_of(name, 4, state)
+    report = predict(build, [strategy], batchnorm="batch", batch_size=2, rounds=3)
+    assert paper_tables.formula(build, strategy, 3).mean == report.rows[0].traffic
 
 
 @pytest.mark.parametrize("name", ["resist", "local_sgd"])
 def test_the_byte_count_of_a_job_is_the_formula(name: str) -> None:
-    build, strategy = tables.builder(SMALL), tables.strategy_of(name, 4, "reset")
-    assert tables.count_bytes(build, strategy, 4) == tables.formula(build, strategy, 4).rounds
+    build, strategy = paper_tables.builder(SMALL), paper_tables.strategy_of(name, 4, "reset")
+    assert paper_tables.count_bytes(build, strategy, 4) == paper_tables.formula(build, strategy, 4).rounds
 
 
 def test_losses_and_ties_are_named() -> None:
@@ -107,8 +108,10 @@ def test_a_missed_target_is_called_missed() -> None:
     assert "**missed** by 1mbit, ddp" in near
     assert "**missed** by 1mbit, ddp (-100.0 %)" in far
     assert "reached by all, at most 0.0 % off" in exact
-    assert "**missed**" in tables.on_wire([wire(method("resist", 1.0, 1.0, ledger_bytes=990))])
-    assert "reached, at most 0.50 % apart" in tables.on_wire([wire(method("resist", 1.0, 1.0, ledger_bytes=1000))])
+    assert "**missed**" in paper_tables.on_wire([wire(method("resist", 1.0, 1.0, ledger_bytes=990))])
+    assert "reached, at most 0.50 % apart" in paper_tables.on_wire(
+        [wire(method("resist", 1.0, 1.0, ledger_bytes=1000))]
+    )
 
 
 def test_the_cost_of_recording_is_judged_by_its_dearest_part() -> None:
@@ -125,8 +128,8 @@ def test_the_cost_of_recording_is_judged_by_its_dearest_part() -> None:
 
 def predicted_exchange_s() -> float:
     report = predict(
-        tables.builder(SMALL), strategies=["ddp"], workers=[4], batchnorm="batch", batch_size=2, local_steps=2,
-        link=tables.Link(1e-3), speed=tables.Speed(1.0),
+        paper_tables.builder(SMALL), [ddp(4, 2)], batchnorm="batch", batch_size=2,
+        link=Link(1e-3), speed=Speed(1.0),
     )  # fmt: skip
     assert report.rows[0].seconds is not None
     return report.rows[0].seconds.exchange
@@ -136,7 +139,8 @@ def test_first_runs_are_not_taken_for_runs_with_augmented_statistics(tmp_path: P
     new = run(50.0, strategy="local_sgd")
     new["readings"] |= {"recalibrate, not augmented, scale inclusion": {"of_5000": 30.0, "of_10000": 31.5}}
     write(tmp_path / "runs.jsonl", run(40.0), new)
-    curves, readings = tables.accuracy_sections(tmp_path / "runs.jsonl")
+    runs = tables.latest(tmp_path / "runs.jsonl", *tables.RUN_SETTINGS)
+    curves, readings = accuracy.curves(runs), accuracy.readings(runs)
     assert "| plain | 1.25 | 40.00 | 40.00 | 41.00 | 42.00 | 10 |" in curves
     assert "| augmented | 1.25 | 50.00 | 50.00 | 51.00 | 52.00 | 10 |" in curves
     assert "is 10.00 points behind the best local SGD run" in curves
@@ -145,24 +149,22 @@ def test_first_runs_are_not_taken_for_runs_with_augmented_statistics(tmp_path: P
     assert "in 2 of 2 runs" in readings
 
 
-def test_photographs_say_what_was_measured(tmp_path: Path) -> None:
+def test_photographs_say_what_was_measured() -> None:
     trained = {"part": "train", "loss_by_epoch": [3.9, 3.5], "accuracy": 0.15, "top5": 0.4, "rounds": 9, "gb_sent": 0.1}
     resumed = {"part": "resume", "status": 75, "interrupted_after": 4, "rounds": 9, "greatest_difference": 0.0}
     read = {"read_images_s": {"0": 50.0, "1": 90.0}, "trained_images_s": 30.0, "both_images_s": 29.0}
-    write(
-        tmp_path / "i.jsonl",
+    records = [
         {**trained, "warmup_epochs": 0.0, "warmup_rounds": 0, **ORIGIN},
         {**trained, "warmup_epochs": 2.0, "warmup_rounds": 4, **ORIGIN},
         {**resumed, "same_accuracy": False, **ORIGIN},
         {"part": "input", **read, "waited_share": 0.015, "load": 2.0, **ORIGIN},
-    )
-    (page,) = tables.photographs(tmp_path / "i.jsonl")
+    ]
+    page = accuracy.photographs(records)
     assert "| 0 epochs (0 of 9 rounds) | 3.900 | 3.500 | 15.00 | 40.00 | 0.100 |" in page
     assert "| 2 epochs (4 of 9 rounds) |" in page
     assert "at most 0; the test accuracy **differs**." in page
     assert "(with 1 process 3.0 times the training speed on one thread, 30 images/s)" in page
     assert "1.5% of the time" in page
-    assert tables.photographs(tmp_path / "none.jsonl") == []
 
 
 def faults(*problems: str) -> dict[str, Any]:

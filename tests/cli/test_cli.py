@@ -2,25 +2,24 @@
 
 import json
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from commands import Commands
 from resist.cli import main
 
 SMALL = [
     "--workers", "4", "--min-depth", "0", "--sections", "1", "1", "5", "1", "--width", "4", "--batch-size", "32",
     "--local-steps", "3", "--epochs", "0.2", "--num-evals", "2", "--device", "cpu",
 ]  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+FAST = [*SMALL, "--batchnorm", "average"]  # nothing is estimated again for a test
 HOST = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # one process on each of two hosts
 
 
@@ -31,16 +30,16 @@ def resist(capsys, *arguments: str) -> tuple[int, str, str]:
     return int(ended.value.code or 0), out, err
 
 
-def run(*command: str, timeout: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=timeout, check=False
-    )
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def accuracies(path: Path) -> list[float | None]:
     return [json.loads(line)["accuracy"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_train_then_evaluate_in_one_process(capsys, tmp_path) -> None:
     out = tmp_path / "run"
     status, text, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--out", str(out))
@@ -62,12 +61,12 @@ def test_train_then_evaluate_in_one_process(capsys, tmp_path) -> None:
 @pytest.mark.slow
 def test_processes_and_torchrun_give_the_same_run(capsys, tmp_path) -> None:
     """One process, four started by resist, two started by torchrun: the same losses up to summation order."""
-    status, _, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--out", str(tmp_path / "one"))
+    status, _, _ = resist(capsys, "train", *FAST, "--processes", "1", "--out", str(tmp_path / "one"))
     assert status == 0
-    own = run(sys.executable, "-m", "resist", "train", *SMALL, "--out", str(tmp_path / "four"))
+    own = run(sys.executable, "-m", "resist", "train", *FAST, "--out", str(tmp_path / "four"))
     assert (own.returncode, own.stderr) == (0, "")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = run(*torchrun, "-m", "resist", "train", *SMALL, "--out", str(tmp_path / "two"))
+    two = run(*torchrun, "-m", "resist", "train", *FAST, "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     losses = {}
     for name in ("one", "two", "four"):
@@ -77,11 +76,12 @@ def test_processes_and_torchrun_give_the_same_run(capsys, tmp_path) -> None:
     assert losses["four"] == pytest.approx(losses["one"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_ends_early_when_its_budget_is_used_up(capsys, tmp_path) -> None:
     budgets = {"gb=0.0000001": 2, "seconds=0.000001": 1, "accuracy=0.0001": 3, "rounds=2": 2, "gb=9": 3}
     for budget, rounds in budgets.items():
         out = tmp_path / budget
-        status, _, _ = resist(capsys, "train", *SMALL, "--processes", "1", "--until", budget, "--out", str(out))
+        status, _, _ = resist(capsys, "train", *FAST, "--processes", "1", "--until", budget, "--out", str(out))
         assert status == 0
         found = accuracies(out)
         assert len(found) == rounds
@@ -140,6 +140,7 @@ def test_bad_input_ends_in_one_line_and_status_2(capsys, tmp_path, arguments: li
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_cost_prints_the_papers_first_table(capsys) -> None:
     network = ["--model", "preact_resnet101", "--num-classes", "100", "--image-size", "32"]
     arguments = ["cost", *network, "--batch-size", "2"]
@@ -165,7 +166,9 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
         (["--workers", "9"], "workers=9 exceeds the 8 blocks"),
         (["--workers", "0"], "workers=0; must be at least 1"),
         (["--sections", "1", "1", "1", "1"], "the model has no chain"),
-        (["--strategies", "magic"], "magic"),
+        (["--strategies", "magic"], "strategy 'magic' is not one of resist, local_sgd, diloco, ddp"),
+        (["--strategies", "ddp", "--min-depth", "2"], "--min-depth has no effect without strategy resist"),
+        (["--workers", "2", "--capacities", "3", "3", "3"], "3 capacities for 2 workers"),
     ],
 )
 def test_cost_refuses_in_one_line(capsys, arguments: list[str], text: str) -> None:
@@ -174,9 +177,10 @@ def test_cost_refuses_in_one_line(capsys, arguments: list[str], text: str) -> No
     assert text in err
 
 
+@pytest.mark.slow
 def test_compare_trains_each_strategy_and_draws(capsys, tmp_path) -> None:
     out = tmp_path / "both"
-    arguments = ["compare", *SMALL, "--processes", "1", "--seeds", "0", "1", "--out", str(out)]
+    arguments = ["compare", *FAST, "--processes", "1", "--seeds", "0", "1", "--out", str(out)]
     status, text, _ = resist(capsys, *arguments)
     assert status == 0
     assert sorted(p.name for p in out.iterdir()) == [
@@ -238,89 +242,122 @@ def test_evaluate_refuses_what_is_no_run(capsys, tmp_path) -> None:
 
 
 def test_training_that_diverges_says_so(capsys, tmp_path) -> None:
-    status, _, err = resist(capsys, "train", *SMALL, "--processes", "1", "--lr", "1e20", "--out", str(tmp_path / "run"))
+    status, _, err = resist(capsys, "train", *FAST, "--processes", "1", "--lr", "1e20", "--out", str(tmp_path / "run"))
     assert (status, err.count("\n")) == (2, 1)
     assert "lower the learning rate" in err
 
 
-@pytest.mark.slow
-def test_hosts_with_different_arguments_are_told_apart(tmp_path) -> None:
-    """Two processes started by hand, as on two hosts: they name the difference at once instead of hanging."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_hosts_with_different_arguments_are_told_apart(commands: Commands, tmp_path) -> None:
+    """Two processes started by hand, as on two hosts: they name the difference at once instead of hanging."""
     for different in (["--lr", "0.5"], ["--workers", "1", "--min-depth", "5"]):
-        processes = []
-        for rank in range(2):
-            extra = different if rank else []
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "resist", "train", *SMALL, *extra, "--out", str(tmp_path / "run")],
-                    env={**ENVIRONMENT, **HOST, "RANK": str(rank), "MASTER_PORT": port},
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        errors = [process.communicate(timeout=60)[1] for process in processes]
+        port = free_port()
+        processes = [
+            commands.start("train", *FAST, *extra, "--out", tmp_path / "run",
+                           env={**HOST, "RANK": str(rank), "MASTER_PORT": port})
+            for rank, extra in enumerate(([], different))
+        ]  # fmt: skip
+        errors = [process.communicate()[1] for process in processes]
         assert [process.returncode for process in processes] == [2, 2]
         assert different[0].strip("-").replace("-", "_") in errors[0].replace("-", "_")
         assert errors[0].count("\n") == 1
 
 
 @pytest.mark.slow
-def test_a_port_in_use_is_named() -> None:
+def test_a_port_in_use_is_named(commands: Commands) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = run(sys.executable, "-m", "resist", "train", *SMALL, **HOST, RANK="0", MASTER_PORT=port)
+        done = commands.run("train", *FAST, env={**HOST, "RANK": "0", "MASTER_PORT": port})
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert port in done.stderr
 
 
-def started(out: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """A training in the background, four processes of its own, that has come through its third round."""
-    command = [sys.executable, "-m", "resist", "train", *LONG, *arguments, "--out", str(out)]
-    running = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or len(accuracies(out)) < 3:
-        assert running.poll() is None, running.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return running
+LONG = [*FAST[:-6], "--epochs", "0.4", "--num-evals", "1", "--checkpoint-rounds", "2", *FAST[-4:]]
+ROUNDS = 6
 
 
-LONG = [*SMALL[:-4], "--epochs", "3", "--num-evals", "1", "--checkpoint-rounds", "2", "--device", "cpu"]
+def interrupt() -> None:
+    """Send SIGTERM to the launcher after the record of round 3, and go on when it has come back from there."""
+    import os
+    import signal
+    import time
+
+    from resist.runs.directory import Run
+
+    append, received = Run.append, []
+
+    def appended(run, record):
+        append(run, record)
+        if record["round"] == 3:
+            handler = signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda *arguments: (received.append(1), handler(*arguments)))
+            os.kill(os.getppid(), signal.SIGTERM)
+            while not received:
+                time.sleep(0.01)
+
+    Run.append = appended
+
+
+def lose() -> None:
+    """Kill process 2 as it begins the synchronization of round 4, in the first attempt."""
+    import os
+    import signal
+    import sys
+
+    import resist.job
+
+    synchronize = resist.job.Job.synchronize
+
+    def lost(job, *arguments):
+        if job.round == 3 and os.environ["RANK"] == "2" and "--resume" not in sys.argv:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return synchronize(job, *arguments)
+
+    resist.job.Job.synchronize = lost
+
+
+@pytest.fixture(scope="module")
+def interrupted(_commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four processes that SIGTERM ended after its fourth round."""
+    out = tmp_path_factory.mktemp("interrupted") / "run"
+    done = _commands.run("train", *LONG, "--out", out, prelude=interrupt)
+    assert (done.returncode, done.stderr) == (75, "")
+    assert "resist train --resume" in done.stdout
+    assert len(accuracies(out)) == 4
+    return out
 
 
 @pytest.mark.slow
-def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(capsys, tmp_path) -> None:
+def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(
+    capsys, commands: Commands, interrupted: Path, tmp_path
+) -> None:
     """SIGTERM and then --resume; a killed worker and --restarts: bit for bit the undisturbed run."""
-    undisturbed = run(sys.executable, "-m", "resist", "train", *LONG, "--out", str(tmp_path / "a"))
-    assert undisturbed.returncode == 0, undisturbed.stderr
+    undisturbed = commands.run("train", *LONG, "--out", tmp_path / "a")
+    assert (undisturbed.returncode, undisturbed.stderr) == (0, "")
 
-    told = started(tmp_path / "b")
-    told.send_signal(signal.SIGTERM)
-    text = told.communicate(timeout=60)[0]
-    assert told.returncode == 75
-    assert "resist train --resume" in text
-    again = run(sys.executable, "-m", "resist", "train", "--resume", str(tmp_path / "b"))
+    shutil.copytree(interrupted, tmp_path / "b")
+    again = commands.run("train", "--resume", tmp_path / "b")
     assert (again.returncode, again.stderr) == (0, "")
 
-    robbed = started(tmp_path / "c", "--restarts", "1")
-    worker = next(p for p in psutil.Process(robbed.pid).children() if "resist" in p.cmdline())
-    worker.kill()
-    _, errors = robbed.communicate(timeout=100)
-    assert robbed.returncode == 0, errors
-    assert "restart 1 of 1" in errors
+    robbed = commands.run("train", *LONG, "--restarts", "1", "--out", tmp_path / "c", prelude=lose)
+    assert robbed.returncode == 0, robbed.stderr
+    assert "restart 1 of 1" in robbed.stderr
 
     expected = load_file(tmp_path / "a" / "model.safetensors")
     for name in ("b", "c"):
         found = load_file(tmp_path / name / "model.safetensors")
         assert all(torch.equal(found[key], value) for key, value in expected.items())
         rounds = [json.loads(line)["round"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        assert rounds == list(range(1, len(rounds) + 1))
+        assert rounds == list(range(1, ROUNDS + 1))
 
     again = ("train", "--resume", str(tmp_path / "b"), "--processes", "1")
     status, text, err = resist(capsys, *again)
@@ -334,10 +371,8 @@ def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_fewer_workers(capsys, tmp_path) -> None:
-    told = started(tmp_path / "a")
-    told.send_signal(signal.SIGTERM)
-    told.communicate(timeout=60)
+def test_a_run_goes_on_with_fewer_workers(capsys, interrupted: Path, tmp_path) -> None:
+    shutil.copytree(interrupted, tmp_path / "a")
     done = len(accuracies(tmp_path / "a"))
     status, text, _ = resist(capsys, "train", "--resume", str(tmp_path / "a"), "--workers", "2", "--processes", "1")
     assert status == 0
@@ -345,28 +380,18 @@ def test_a_run_goes_on_with_fewer_workers(capsys, tmp_path) -> None:
     records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     images = sum(record["images"] for record in records)
     assert len(records) > done
-    assert images == pytest.approx(4 * 3 * 1437, rel=0.02)  # as many as all four together would have seen
+    assert images == pytest.approx(4 * 0.4 * 1437, rel=0.02)  # as many as all four together would have seen
     assert len(records[-1]["workers"]) == 2
 
 
 @pytest.mark.slow
-def test_hosts_without_a_shared_file_system_train_without_checkpoints(tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
+def test_hosts_without_a_shared_file_system_train_without_checkpoints(commands: Commands, tmp_path) -> None:
+    port, processes = free_port(), []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "resist", "train", *SMALL, "--out", "run"],
-                env={**ENVIRONMENT, **HOST, "RANK": str(rank), "MASTER_PORT": port},
-                cwd=tmp_path / str(rank),
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-    texts = [process.communicate(timeout=100)[0] for process in processes]
+        environment = {**HOST, "RANK": str(rank), "MASTER_PORT": port}
+        processes.append(commands.start("train", *FAST, "--out", "run", cwd=tmp_path / str(rank), env=environment))
+    texts = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert "no checkpoints: process 1 does not see run" in texts[0]
     assert (tmp_path / "0" / "run" / "model.safetensors").exists()

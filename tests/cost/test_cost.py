@@ -25,7 +25,7 @@ from resist.cost.traffic import ddp_traffic, round_traffic
 from resist.errors import UserError
 from resist.job import Job
 from resist.models import PreActResNet, build
-from resist.planning.strategy import diloco, local_sgd, resist
+from resist.planning.strategy import METHODS, Strategy, build_strategy, ddp, diloco, local_sgd, resist
 from resist.subnet.chains import choose_chains
 from resist.sync.averaging import VELOCITY
 from resist.sync.optimizer_state import OPTIMIZER_STATES
@@ -44,7 +44,12 @@ def resnet101() -> nn.Module:
 @pytest.fixture(scope="module")
 def paper() -> Report:
     """The paper's network: its figures do not depend on the batch."""
-    return predict(resnet101, batch_size=2)
+    return predict(resnet101, all_of((2, 4, 8)), batch_size=2)
+
+
+def all_of(workers: Iterable[int], names: Iterable[str] = tuple(METHODS), local_steps: int = 50) -> list[Strategy]:
+    """A strategy of each method for each number of workers."""
+    return [build_strategy(name, number, local_steps) for number in workers for name in names]
 
 
 def row(report: Report, strategy: str, workers: int) -> Row:
@@ -137,9 +142,9 @@ def test_bytes_of_local_sgd_are_those_of_the_ledger(policy: str) -> None:
 @pytest.mark.parametrize("policy", OPTIMIZER_STATES)
 @pytest.mark.parametrize("name", ["resist", "local_sgd", "diloco"])
 def test_a_report_is_the_mean_of_what_the_ledger_books(name: str, policy: str) -> None:
-    report = predict(tiny, workers=[3], strategies=[name], local_steps=1, optimizer_state=policy, **SMALL)
-    state = {} if name == "diloco" else {"optimizer_state": policy}  # DiLoCo's inner optimizers keep theirs
-    job, optimizers = make({"resist": resist, "local_sgd": local_sgd, "diloco": diloco}[name](3, 1, **state))
+    strategy = build_strategy(name, 3, 1, optimizer_state=policy)
+    report = predict(tiny, [strategy], **SMALL)
+    job, optimizers = make(strategy)
     job.transport.take()
     for _ in range(report.rounds):
         local_step(job, optimizers)
@@ -150,7 +155,7 @@ def test_a_report_is_the_mean_of_what_the_ledger_books(name: str, policy: str) -
 
 
 def test_ddp_sends_all_gradients_in_every_step() -> None:
-    report = predict(tiny, workers=[4], strategies=["ddp"], local_steps=5, **SMALL)
+    report = predict(tiny, [ddp(4, 5)], **SMALL)
     traffic, model = report.rows[0].traffic, tiny()
     gradients = sum(p.numel() * 8 for p in model.parameters())
     buffers = sum(b.numel() * 8 for b in model.buffers() if b.is_floating_point())
@@ -241,18 +246,18 @@ def test_live_bytes_follow_storages() -> None:
 
 def test_what_ddp_and_diloco_hold_besides() -> None:
     """DDP sends from a second copy of the gradients; DiLoCo keeps the round's first weights, and a velocity."""
-    report = predict(tiny, workers=[2], strategies=["local_sgd", "ddp", "diloco"], **SMALL)
-    plain, ddp, outer = (one.networks[0].memory for one in report.rows)
+    report = predict(tiny, [local_sgd(2), ddp(2), diloco(2)], **SMALL)
+    plain, with_ddp, outer = (one.networks[0].memory for one in report.rows)
     job, optimizers = make(diloco(2, 1))
     local_step(job, optimizers)
     job.step(*optimizers)
     start = job.workers[0].anchor
     assert start is not None
     kept = start.nbytes + job.workers[0].state[VELOCITY].nbytes
-    assert ddp.peak - plain.peak == ddp.buckets == plain.gradients
+    assert with_ddp.peak - plain.peak == with_ddp.buckets == plain.gradients
     assert outer.peak - plain.peak == outer.outer == pytest.approx(kept, rel=0.01)
     in_json = {one["strategy"]: one["networks"][0]["memory_bytes"] for one in report.to_json()["strategies"]}
-    assert (in_json["ddp"]["buckets"], in_json["diloco"]["outer"]) == (ddp.buckets, outer.outer)
+    assert (in_json["ddp"]["buckets"], in_json["diloco"]["outer"]) == (with_ddp.buckets, outer.outer)
 
 
 # Seconds.
@@ -260,13 +265,14 @@ def test_what_ddp_and_diloco_hold_besides() -> None:
 MEGABYTE_S = 8e6 / 1e9 / PAYLOAD  # the line rate in Gbit/s that carries 1e6 bytes of payload a second
 
 
-def timed(strategies: Sequence[str], link: Link, speed: Speed | Sequence[Speed], **options: object) -> Report:
-    given: dict[str, object] = {"workers": [2], "local_steps": 10, **SMALL, **options}
-    return predict(tiny, strategies=strategies, link=link, speed=speed, **given)  # type: ignore[arg-type]
+def timed(
+    strategies: Sequence[Strategy], link: Link, speed: Speed | Sequence[Speed], batchnorm: str = "recalibrate"
+) -> Report:
+    return predict(tiny, strategies, link=link, speed=speed, batchnorm=batchnorm, **SMALL)
 
 
 def test_seconds_of_local_sgd_by_hand() -> None:
-    report = timed(["local_sgd"], Link(MEGABYTE_S, 100), Speed(80))
+    report = timed([local_sgd(2, 10)], Link(MEGABYTE_S, 100), Speed(80))
     numel = sum(t.numel() for t in tiny().state_dict().values() if t.is_floating_point())
     seconds = report.rows[0].seconds
     assert seconds is not None
@@ -280,7 +286,7 @@ def test_seconds_of_ddp_by_hand() -> None:
     """A third of a step is forward. A quick exchange hides in the rest; a slow one takes the place of it."""
     numel = sum(p.numel() for p in tiny().parameters())
     for images_s in (1e-3, 1e6):
-        report = timed(["ddp"], Link(MEGABYTE_S), Speed(images_s), batchnorm="batch")
+        report = timed([ddp(2, 10)], Link(MEGABYTE_S), Speed(images_s), batchnorm="batch")
         seconds, step_s, full = report.rows[0].seconds, 4 / images_s, report.full
         backward = step_s * (1 - full.forward_flops / full.training_flops)
         assert seconds is not None
@@ -290,13 +296,13 @@ def test_seconds_of_ddp_by_hand() -> None:
 
 def test_the_slowest_worker_decides() -> None:
     """The worker with half the speed holds two of six blocks, and is still the last."""
-    options = {"capacities": (6, 2)}
-    report = timed(["resist"], Link(1), [Speed(80), Speed(10)], **options)
+    strategies = [resist(2, 10, capacities=(6, 2))]
+    report = timed(strategies, Link(1), [Speed(80), Speed(10)])
     seconds, (large, little) = report.rows[0].seconds, report.rows[0].networks
     assert seconds is not None
     assert (large.blocks, little.blocks) == ((6,), (2,))
     assert seconds.compute == pytest.approx(10 * 4 / 10 * little.training_flops / large.training_flops)
-    fixed = timed(["resist"], Link(1), [Speed(80, 0.5), Speed(10, 0.5)], **options).rows[0].seconds
+    fixed = timed(strategies, Link(1), [Speed(80, 0.5), Speed(10, 0.5)]).rows[0].seconds
     assert fixed is not None
     assert fixed.compute == pytest.approx((seconds.compute + 10 * 4 / 10) / 2)
 
@@ -315,15 +321,18 @@ def test_a_better_link_is_never_slower(rate: float, factor: float, latency: floa
 
 
 def test_the_verdict_names_the_fastest() -> None:
-    everything = ["resist", "local_sgd", "ddp"]
-    weights_only = {"optimizer_state": "reset", "min_depth": 0}
-    slow = timed(everything, Link(0.01), Speed(1000), workers=[2, 3], local_steps=50, **weights_only).verdict()
+    weights_only = [
+        build_strategy(name, workers, 50, optimizer_state="reset", min_depth=0)
+        for workers in (2, 3)
+        for name in ("resist", "local_sgd", "ddp")
+    ]
+    slow = timed(weights_only, Link(0.01), Speed(1000)).verdict()
     assert [sentence.split(" is ")[0] for sentence in slow[:2]] == ["2 workers: resist", "3 workers: resist"]
     assert "one machine" in slow[0]
     assert slow[2].startswith("Of all these, resist with ")
-    hopeless = timed(everything, Link(1e-6), Speed(1000)).verdict()
+    hopeless = timed([resist(2, 10), local_sgd(2, 10), ddp(2, 10)], Link(1e-6), Speed(1000)).verdict()
     assert hopeless[-1].startswith("None of them is faster than one machine")
-    free = timed(["local_sgd", "ddp"], Link(1e6), Speed(10)).verdict()
+    free = timed([local_sgd(2, 10), ddp(2, 10)], Link(1e6), Speed(10)).verdict()
     assert "equal to " in free[0]
 
 
@@ -361,7 +370,7 @@ def test_calibration_tells_what_does_not_follow_flops(block_s: float, head_s: fl
 
 
 def test_json_is_plain_and_complete() -> None:
-    report = timed(["resist", "local_sgd", "ddp"], Link(1, 0.1), Speed(100), workers=[2, 3])
+    report = timed(all_of((2, 3), ("resist", "local_sgd", "ddp"), 10), Link(1, 0.1), Speed(100))
     data = report.to_json()
     assert json.loads(json.dumps(data)) == data
     assert [(one["strategy"], one["workers"]) for one in data["strategies"]] == [
@@ -372,13 +381,13 @@ def test_json_is_plain_and_complete() -> None:
         assert one["bytes"]["total"] == pytest.approx(is_row.traffic.total_bytes)
         assert set(one["seconds"]["speedup_over"]) == {"resist", "local_sgd", "ddp", "one machine"} - {one["strategy"]}
     assert data["assumptions"]
-    assert predict(tiny, workers=[2], **SMALL).to_json()["strategies"][0]["seconds"] is None
+    assert predict(tiny, [resist(2)], **SMALL).to_json()["strategies"][0]["seconds"] is None
 
 
 @pytest.mark.parametrize("with_seconds", [True, False])
 def test_tables_have_a_line_for_every_row(with_seconds: bool) -> None:
     options = {"link": Link(1, 0.1), "speed": Speed(100)} if with_seconds else {}
-    report = predict(tiny, workers=[2, 3], **SMALL, **options)  # type: ignore[arg-type]
+    report = predict(tiny, all_of((2, 3)), **SMALL, **options)  # type: ignore[arg-type]
     out = io.StringIO()
     print_table(report, Console(file=out, width=100))
     lines = [line.split()[:2] for line in out.getvalue().splitlines()]
@@ -388,7 +397,7 @@ def test_tables_have_a_line_for_every_row(with_seconds: bool) -> None:
 
 
 def test_unequal_workers_are_shown_apart() -> None:
-    report = predict(tiny, workers=[3], strategies=["resist"], capacities=(6, 1, 1), **SMALL)
+    report = predict(tiny, [resist(3, capacities=(6, 1, 1))], **SMALL)
     networks = report.to_json()["strategies"][0]["networks"]
     assert [(one["workers"], one["blocks"]) for one in networks] == [([0], [6]), ([1, 2], [1])]
 
@@ -406,8 +415,8 @@ class ReadsItself(PreActResNet):
 
 def test_a_model_that_reads_its_weights_is_predicted_too() -> None:
     before = torch.get_rng_state()
-    plain = predict(lambda: PreActResNet((1, 1, 4, 1), 5, width=4), workers=[2], **SMALL)
-    other = predict(ReadsItself, workers=[2], **SMALL)
+    plain = predict(lambda: PreActResNet((1, 1, 4, 1), 5, width=4), all_of([2]), **SMALL)
+    other = predict(ReadsItself, all_of([2]), **SMALL)
     assert [one.traffic for one in other.rows] == [one.traffic for one in plain.rows]
     assert other.full.forward_flops == plain.full.forward_flops
     assert torch.equal(torch.get_rng_state(), before)
@@ -418,7 +427,7 @@ def test_several_chains_and_batch_statistics() -> None:
         return PreActResNet((1, 4, 4, 1), 5, width=4)
 
     chains = ("layer2:1-3", "layer3:1-3")
-    report = predict(two, workers=[3], chains=chains, min_depth=2, batchnorm="batch", **SMALL)
+    report = predict(two, [resist(3, min_depth=2)], chains=chains, batchnorm="batch", **SMALL)
     one = row(report, "resist", 3)
     model = two()
     blocks = [sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("layer2.1", "layer3.1")]
@@ -432,36 +441,33 @@ def test_a_model_without_a_chain_can_be_trained_whole() -> None:
     def plain() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
 
-    report = predict(plain, workers=[2], strategies=["local_sgd", "ddp"], **SMALL)
+    report = predict(plain, [local_sgd(2), ddp(2)], **SMALL)
     assert report.rows[0].traffic.paper_bytes == 4 * 2 * 2 * report.full.parameters
     with pytest.raises(UserError, match="no chain"):
-        predict(plain, workers=[2], **SMALL)
+        predict(plain, [local_sgd(2), resist(2)], **SMALL)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": [7]}, "workers=7 exceeds the 6 blocks"),
-        ({"workers": [0]}, "workers=0"),
-        ({"workers": []}, "workers="),
+        ({"strategies": [resist(7)]}, "workers=7 exceeds the 6 blocks"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"local_steps": -1}, "local_steps=-1"),
         ({"rounds": 0}, "rounds=0"),
         ({"image_shape": (3, 0, 8)}, "image_shape=3,0,8"),
         ({"image_shape": (4, 8, 8)}, "does not train on images of shape (4, 8, 8)"),
-        ({"strategies": ["sgd"]}, "'sgd' is not one of resist, local_sgd, diloco, ddp"),
         ({"strategies": []}, "no strategy"),
-        ({"strategies": ["ddp"], "min_depth": 2}, "min_depth"),
-        ({"min_depth": 7}, "min_depth=7 exceeds the 6 blocks"),
-        ({"capacities": (3, 3, 3)}, "3 capacities for 2 workers"),
+        ({"strategies": [resist(2, min_depth=7)]}, "min_depth=7 exceeds the 6 blocks"),
+        ({"strategies": [resist(2, warmup_rounds=3)]}, "the strategy switches at round 3"),
+        ({"strategies": [resist(2, 5), local_sgd(2, 50)]}, "strategies with 5 and 50 local steps"),
         ({"speed": [Speed(1)] * 3}, "3 speeds for 2 workers"),
-        ({"optimizer_state": "lost"}, "'lost' is not one of"),
+        ({"strategies": [resist(2), resist(3)], "speed": [Speed(1)] * 3}, "3 speeds for 2 or 3 workers"),
+        ({"strategies": [resist(2, optimizer_state="lost")]}, "'lost' is not one of"),
         ({"chains": ("layer9",)}, "layer9"),
     ],
 )
 def test_bad_requests_end_in_one_line(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        predict(tiny, **{"workers": [2], **SMALL, **options})  # type: ignore[arg-type]
+        predict(tiny, **{"strategies": [resist(2)], **SMALL, **options})  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -483,7 +489,7 @@ def test_other_bounds() -> None:
     with pytest.raises(UserError, match="steps=0"):
         calibrate(tiny, batch_size=2, image_shape=(3, 8, 8), steps=0)
     with pytest.raises(UserError, match="no convolution"):
-        predict(Norms, workers=[2], **SMALL)
+        predict(Norms, [resist(2)], **SMALL)
 
 
 class Norms(nn.Module):
@@ -507,15 +513,15 @@ class Residual(nn.Module):
 
 
 def test_reports_are_values() -> None:
-    report = predict(tiny, workers=[2], **SMALL)
-    assert report == predict(tiny, workers=[2], **SMALL)
+    report = predict(tiny, all_of([2]), **SMALL)
+    assert report == predict(tiny, all_of([2]), **SMALL)
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.rounds = 3  # type: ignore[misc]
 
 
 def test_what_a_safe_copy_holds_and_sends() -> None:
     """As the transport counts it, and as large as the job's largest copies."""
-    report = predict(tiny, workers=[3], strategies=["resist", "local_sgd"], replicate=True, min_depth=0, **SMALL)
+    report = predict(tiny, [resist(3, 1, min_depth=0), local_sgd(3, 1)], replicate=True, **SMALL)
     ours, everything = report.rows
     job, optimizers = make(resist(3, 1, min_depth=0), replicate=True)
     sent = 0

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resist.data import Images, Loader, load
+from resist.data import Images, Loader, Sampler, load
 from resist.data.datasets import num_classes_of
 from resist.data.in_memory import mirror, shift
 from resist.errors import UserError
@@ -24,9 +24,13 @@ def numbered(num: int, pad: int = 0, flip: bool = False) -> Images:
     return Images(images, torch.arange(num) % 10, 10, (0.0,) * 3, (1 / 255,) * 3, pad, flip)
 
 
-def loader(num: int = 23, **options: object) -> Loader:
+def sampler(num: int = 23, **options: object) -> Sampler:
     settings = {"batch_size": 5, "seed": 0, "worker": 0, "workers": 3, **options}
-    return Loader(numbered(num, pad=1, flip=True), **settings)  # type: ignore[arg-type]
+    return Sampler(num, **settings)  # type: ignore[arg-type]
+
+
+def loader(*, augment: bool = True, **options: object) -> Loader:
+    return Loader(numbered(23, pad=1, flip=True), sampler(**options), augment=augment)  # type: ignore[arg-type]
 
 
 def test_batches_depend_on_seed_worker_and_step_alone() -> None:
@@ -50,10 +54,10 @@ def test_every_image_comes_once_an_epoch(num: int, size: int, worker: int, sampl
     own = len(range(worker % workers, num, workers)) if sampling == "shard" else num
     if not 1 <= size <= own:
         return
-    data = loader(num, batch_size=size, worker=worker % workers, workers=workers, sampling=sampling)
-    assert data.images_per_epoch == own
-    drawn = torch.cat([data.order.indices(step) for step in range(3 * own // size + 1)])
-    assert all(len(data.order.indices(step)) == size for step in range(3))
+    images = sampler(num, batch_size=size, worker=worker % workers, workers=workers, sampling=sampling)
+    assert images.images_per_epoch == own
+    drawn = torch.cat([images.indices(step) for step in range(3 * own // size + 1)])
+    assert all(len(images.indices(step)) == size for step in range(3))
     for epoch in range(3):
         seen = Counter(drawn[epoch * own : (epoch + 1) * own].tolist())
         assert set(seen.values()) == {1}
@@ -64,9 +68,9 @@ def test_every_image_comes_once_an_epoch(num: int, size: int, worker: int, sampl
 def test_shards_are_disjoint_complete_and_even(num: int, workers: int, seed: int) -> None:
     shards = [
         set(
-            Loader(
-                numbered(num), batch_size=num // workers, seed=seed, worker=w, workers=workers, sampling="shard"
-            ).order.pool.tolist()
+            sampler(
+                num, batch_size=num // workers, seed=seed, worker=w, workers=workers, sampling="shard"
+            ).pool.tolist()
         )
         for w in range(workers)
     ]
@@ -89,9 +93,9 @@ def test_images_and_labels_stay_together() -> None:
         ({"sampling": "some"}, r"sampling='some' is not one of all, shard"),
     ],
 )
-def test_what_a_loader_refuses(options: dict[str, object], message: str) -> None:
+def test_what_a_sampler_refuses(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        loader(**options)  # type: ignore[arg-type]
+        sampler(**options)
 
 
 def test_shift_by_hand() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from photographs import COLORS, make_folder, write
-from resist.data import Photographs, image_size_of, load, num_classes_of
-from resist.data.image_folder import MEAN, STD, class_names, list_split, read
+from resist.data import Photographs, Sampler, image_size_of, load, num_classes_of
+from resist.data.image_folder import MEAN, STD, read
+from resist.data.listing import class_names, list_split
 from resist.errors import UserError
 
 
@@ -79,8 +80,8 @@ def test_the_digest_follows_names_labels_and_sizes(folder: Path, change: Callabl
 
 def test_training_batches_keep_image_and_label_together(folder: Path) -> None:
     train = opened(folder)[0]
-    loader = train.loader(batch_size=12, seed=0, worker=0, workers=2)
-    assert loader.images_per_epoch == 24
+    loader = train.loader(Sampler(len(train), batch_size=12, seed=0, worker=0, workers=2))
+    assert len(train) == 24
     labels: list[int] = []
     for step in range(2):
         images, own = loader.batch(step)
@@ -93,9 +94,8 @@ def test_training_batches_keep_image_and_label_together(folder: Path) -> None:
 @pytest.mark.slow
 def test_batches_do_not_depend_on_the_reading_processes(folder: Path) -> None:
     def batches(data_workers: int, steps: list[int]) -> list[tuple[Tensor, Tensor]]:
-        loader = opened(folder, data_workers=data_workers)[0].loader(
-            batch_size=7, seed=3, worker=1, workers=2, sampling="shard"
-        )
+        sampler = Sampler(24, batch_size=7, seed=3, worker=1, workers=2, sampling="shard")
+        loader = opened(folder, data_workers=data_workers)[0].loader(sampler)
         return [loader.batch(step) for step in steps]
 
     expected = batches(0, list(range(6)))
@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, damage: str, file: st
     make_bad(path)
     with pytest.raises(UserError, match=rf"^{path}: {reason}; fix or delete it, or give --skip-bad-files$"):
         read(path)
-    loader = opened(folder)[0].loader(batch_size=24, seed=0, worker=0, workers=1)
+    loader = opened(folder)[0].loader(Sampler(24, batch_size=24, seed=0, worker=0, workers=1))
     with pytest.raises(UserError, match=rf"^{path}: "):
         loader.batch(0)
 
@@ -164,7 +164,7 @@ def test_bad_files_are_left_out_and_counted(folder: Path, caplog: pytest.LogCapt
         f"{folder / 'train'}: left out 2 files that cannot be read, first bee/bee_3.JPEG",
     )
     assert held_out.notes == (f"{folder / 'val'}: left out 1 folder, first elk: is not a class of train/",)
-    batches = train.loader(batch_size=11, seed=0, worker=0, workers=1)
+    batches = train.loader(Sampler(len(train), batch_size=11, seed=0, worker=0, workers=1))
     assert sum(len(batches.batch(step)[1]) for step in range(2)) == 22
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "reading all 24 files once to find those that cannot be read" in caplog.text

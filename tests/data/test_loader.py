@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resist.data.loader import Stream, in_order, seeded
+from resist.data.sampler import Sampler
 from resist.errors import UserError
 
 
@@ -35,9 +36,13 @@ class Numbers:
             return torch.tensor(index), torch.rand(3), os.getpid()
 
 
-def stream(num: int = 23, bad: int = -1, **options: object) -> Stream:
+def make_sampler(**options: object) -> Sampler:
     settings = {"batch_size": 5, "seed": 0, "worker": 0, "workers": 3, **options}
-    return Stream(Numbers(num, bad), **settings)  # type: ignore[arg-type]
+    return Sampler(23, **settings)  # type: ignore[arg-type]
+
+
+def stream(bad: int = -1, num_data_workers: int = 0, **options: object) -> Stream:
+    return Stream(Numbers(23, bad), make_sampler(**options), num_data_workers=num_data_workers)
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -93,12 +98,12 @@ def test_an_item_that_cannot_be_read_is_one_line(num_data_workers: int) -> None:
 def test_every_item_comes_once_an_epoch(sampling: str) -> None:
     own: list[int] = []
     for worker in range(3):
-        one = stream(worker=worker, sampling=sampling, batch_size=3)
-        drawn = torch.cat([one.batch(step)[0] for step in range(one.images_per_epoch)]).tolist()
+        options = {"worker": worker, "sampling": sampling, "batch_size": 3}
+        one, num = stream(**options), make_sampler(**options).images_per_epoch  # type: ignore[arg-type]
+        drawn = torch.cat([one.batch(step)[0] for step in range(num)]).tolist()
         for epoch in range(3):
-            seen = Counter(drawn[epoch * one.images_per_epoch : (epoch + 1) * one.images_per_epoch])
-            assert set(seen.values()) == {1}
-        own += drawn[: one.images_per_epoch]
+            assert set(Counter(drawn[epoch * num : (epoch + 1) * num]).values()) == {1}
+        own += drawn[:num]
     assert Counter(Counter(own).values()) == ({3: 23} if sampling == "all" else {1: 23})
 
 

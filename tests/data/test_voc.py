@@ -16,6 +16,7 @@ from torchvision.datasets import voc as torchvision_voc
 import vockit
 from resist.data.annotation import CLASSES, MAX_BYTES, read_annotation
 from resist.data.loader import Stream
+from resist.data.sampler import Sampler
 from resist.data.voc import LONGER, fitted, load_voc, longer, mirrored
 from resist.errors import UserError
 from resist.tasks.detection import collate
@@ -84,10 +85,8 @@ def test_boxes_stay_around_their_objects(tmp_path, size: int) -> None:
 
 def test_a_stream_of_photographs_does_not_depend_on_who_reads(kit) -> None:
     train, _ = load_voc("voc2007", kit, image_size=36, download=False)
-    streams = [
-        Stream(train, batch_size=3, seed=1, worker=0, workers=2, num_data_workers=loaders, collate=collate)
-        for loaders in (0, 1)
-    ]
+    sampler = Sampler(len(train), batch_size=3, seed=1, worker=0, workers=2)
+    streams = [Stream(train, sampler, num_data_workers=number, collate=collate) for number in (0, 1)]
     for step in (0, 1, 5):
         (images, targets, seeds), (same, too, also) = (stream.batch(step) for stream in streams)
         torch.testing.assert_close(images, same)

@@ -128,7 +128,7 @@ def test_a_library_that_is_not_there(library: str, monkeypatch: pytest.MonkeyPat
         return real(name, *arguments, **options)
 
     monkeypatch.setattr("importlib.import_module", without)
-    with pytest.raises(UserError, match=rf"{library} is not installed; pip install 'resist\[{library}\]'"):
+    with pytest.raises(UserError, match=rf"{library} is not installed; pip install 'torch-resist\[{library}\]'"):
         build(f"{library}:vit", num_classes=10)
 
 

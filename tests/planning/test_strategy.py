@@ -1,11 +1,14 @@
 """Strategies: records, switches, and refused arguments."""
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+import resist as package
 from resist.errors import UserError
-from resist.planning.strategy import Strategy, local_sgd, resist, switch
+from resist.planning.strategy import METHODS, Strategy, build_strategy, ddp, local_sgd, resist, switch
 
 
 def test_resist_gives_each_worker_its_share_and_four_blocks_at_least() -> None:
@@ -31,6 +34,34 @@ def test_a_switch_takes_over_at_its_round() -> None:
     assert first.at(99) is first
 
 
+def test_the_warm_up_of_resist_is_a_switch() -> None:
+    strategy = resist(2, 5, warmup_rounds=2)
+    assert [strategy.at(round).name for round in range(4)] == ["local_sgd", "local_sgd", "resist", "resist"]
+    assert [strategy.at(round).partitions for round in (0, 2)] == [False, True]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_built_by_its_name_from_the_options_that_it_takes(name: str) -> None:
+    options = {"min_depth": 3, "capacities": None, "optimizer_state": "reset", "outer": None, "warmup_rounds": 0}
+    strategy = build_strategy(name, 3, 7, **options)
+    assert (strategy.name, strategy.workers, strategy.local_steps) == (name, 3, 7)
+    assert strategy.optimizer_state == ("reset" if "optimizer_state" in METHODS[name].options else "keep")
+    assert strategy.partitions == ("min_depth" in METHODS[name].options)
+
+
+def test_only_the_table_spells_the_names_of_methods() -> None:
+    """All other files take them from `METHODS`. Those of the package itself are not counted, nor its public names."""
+    root = Path(package.__file__).parent
+    names = {*METHODS, switch.__name__} - {package.__name__}
+    spelled = {
+        str(file.relative_to(root))
+        for file in root.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert spelled == {"__init__.py"}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -48,6 +79,9 @@ def test_a_switch_takes_over_at_its_round() -> None:
             lambda: resist(2, capacities=(1, 2)).assign(22, chain="c", seed=0, round=0),
             r"hold 3 of the 22 blocks of chain c",
         ),
+        (lambda: resist(2, warmup_rounds=-1), r"warmup_rounds=-1; must be at least 0"),
+        (lambda: build_strategy("sgd", 2, 1), r"strategy 'sgd' is not one of resist, local_sgd, diloco, ddp"),
+        (lambda: switch(resist(2), ddp(2), at_round=1), r"ddp cannot be part of a switch"),
         (lambda: switch(resist(2), resist(3), at_round=1), r"from 2 to 3 workers; give both the same number"),
         (lambda: switch(resist(2), resist(2), at_round=-1), r"at_round=-1 is negative"),
         (

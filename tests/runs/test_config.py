@@ -76,6 +76,12 @@ def test_values_outside_their_bounds_are_named(part: str, name: str, value: obje
 def test_options_that_would_do_nothing_are_refused() -> None:
     assert "--capacities" in refused(method=MethodConfig(strategy="local_sgd", capacities=(1, 1, 1, 1)))
     assert "--min-depth" in refused(method=MethodConfig(strategy="local_sgd", min_depth=0))
+    for option in ({"optimizer_state": "reset"}, {"outer": (0.7, 0.9)}, {"replicate": True}, {"on_nonfinite": "drop"}):
+        flag = "--" + next(iter(option)).replace("_", "-")
+        text = f"{flag} has no effect with --strategy ddp; remove it"
+        assert refused(method=MethodConfig(strategy="ddp", **option)) == text  # type: ignore[arg-type]
+        for strategy in ("resist", "local_sgd", "diloco"):
+            TrainConfig(method=MethodConfig(strategy=strategy, **option)).check()  # type: ignore[arg-type]
     assert "min_depth=2" in refused(method=MethodConfig(min_depth=2, capacities=(4, 4, 4, 4)))
     assert "--nesterov" in refused(optimization=OptimizationConfig(nesterov=True, momentum=0.0))
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import vockit
 from resist.cli import main
+from resist.data.sampler import Sampler
 from resist.data.voc import load_voc
 from resist.errors import UserError
 from resist.job import Job, build_seeded
@@ -28,7 +29,7 @@ from resist.subnet.scaling import scale_branches
 from resist.sync.local import Local
 from resist.tasks import image_shape, network_builder, open_task
 from resist.tasks.backbone import BackboneInit
-from resist.tasks.detection import Detection
+from resist.tasks.detection import Detection, image_transform
 from resist.training.loop import Trainer
 
 SMALL = NetworkConfig(task="detection", data="voc2007", sections=(1, 1, 5, 1), width=4, image_size=36, data_workers=0)
@@ -123,7 +124,7 @@ def test_every_weight_is_trained(task) -> None:
 
 
 def test_a_batch_in_parts_is_the_batch(task) -> None:
-    batch = task.batches(batch_size=4, seed=0, worker=0, workers=1, sampling="all").batch(0)
+    batch = task.batches(Sampler(task.num_images, batch_size=4, seed=0, worker=0, workers=1)).batch(0)
     for parts in (1, 2, 4):
         split = task.split(batch, parts)
         assert [len(images) for images, _, _ in split] == [4 // parts] * parts
@@ -177,7 +178,7 @@ def test_statistics_are_estimated_on_what_the_network_sees_in_training(task) -> 
     model = build_seeded(task.network, 0)
     seen: list[torch.Tensor] = []
     model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    stream = task.batches(batch_size=4, seed=5, worker=-1, workers=1, sampling="all")
+    stream = task.batches(Sampler(task.num_images, batch_size=4, seed=5, worker=-1, workers=1))
     task.loss(model, stream.batch(0))
     torch.testing.assert_close(next(iter(task.calibration(5))), seen[0])
 
@@ -404,9 +405,9 @@ def test_a_backbone_for_photographs_gives_the_usual_levels(task) -> None:
 
 def test_a_network_without_our_sections_is_refused() -> None:
     with pytest.raises(UserError, match=r"layer1 \.\. layer4.*Sequential has no forward_stem"):
-        build_detector(nn.Sequential(nn.Conv2d(3, 4, 1)), 20, 36, 60)
+        build_detector(nn.Sequential(nn.Conv2d(3, 4, 1)), 20, image_transform(36))
     with pytest.raises(UserError, match="num_classes=0"):
-        build_detector(build("preact_small", num_classes=1), 0, 36, 60)
+        build_detector(build("preact_small", num_classes=1), 0, image_transform(36))
 
 
 def test_everyone_holds_everything_is_local_sgd(task) -> None:

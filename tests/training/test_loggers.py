@@ -84,7 +84,7 @@ def test_a_missing_package_is_named_before_anything_is_written(capsys, tmp_path:
             main(["train", *SMALL, f"--{option}", "--out", str(tmp_path / "run")])
         err = capsys.readouterr().err
         assert (ended.value.code, err.count("\n")) == (2, 1)
-        assert f"--{option} needs the package {option}; pip install 'resist[{option}]'" in err
+        assert f"--{option} needs the package {option}; pip install 'torch-resist[{option}]'" in err
         assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,6 @@
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,8 +125,23 @@ def test_a_run_directory_brings_its_configuration_back_and_is_never_overwritten(
     with pytest.raises(UserError, match="never overwritten"):
         Run(run.path, config)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="not a directory that you may write to"):
-        check_free(tmp_path / "file" / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    for out, message in (
+        (tmp_path / "file" / "run", r"file is not a directory that you may write to"),
+        (tmp_path / ("x" * 300) / "run", r"cannot be made: File name too long"),
+        (tmp_path / "link", r"exists already and is never overwritten"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_free(out)
+    check_free(tmp_path / "b" / "c" / "d")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="needs a file system that refuses new folders")
+def test_an_out_below_a_missing_folder_where_none_can_be_made_is_found_by_the_check() -> None:
+    with pytest.raises(UserError, match=r"cannot be made: /proc is not a directory that you may write to \(.*\)"):
+        check_free(Path("/proc/none/run"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"network": 3}', '{"network": {"data": 3}}', '{"more": {}}', "\x00"])

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from resist.cli.train import run_train
 from resist.errors import UserError
+from resist.planning.strategy import BASELINE, DEFAULT, METHODS
 from resist.report.compare import compare
 from resist.runs.config import (
     MachineConfig,
@@ -28,8 +29,8 @@ from resist.runs.history import History, read_history
 class CompareConfig:
     """Train a network on the same data by several strategies, one after another; a table and a picture."""
 
-    strategies: tuple[str, ...] = ("resist", "local_sgd")
-    """Strategies to compare: resist, local_sgd, diloco, ddp."""
+    strategies: tuple[str, ...] = (DEFAULT, BASELINE)
+    """Strategies to compare; see --strategy of resist train."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; each strategy is trained once with each."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -39,7 +40,7 @@ class CompareConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def runs(self, out: Path) -> list[TrainConfig]:
-        """The runs to train, in order. Options that only ResIST has are left out for the others.
+        """The runs to train, in order. Options that have no effect with a strategy are left out of its runs.
 
         Args:
             out: The directory that the run directories are created in.
@@ -47,10 +48,8 @@ class CompareConfig:
         runs: list[TrainConfig] = []
         for name in self.strategies:
             method = replace(self.method, strategy=name)  # type: ignore[arg-type]  # checked with the rest
-            if name != "resist":
-                method = replace(method, capacities=(), min_depth=None, warmup_rounds=0, warmup_epochs=0.0)
-            if name == "ddp":
-                method = replace(method, outer=None)
+            if name in METHODS:
+                method = replace(method, **method.without_effect())
             for seed in self.seeds:
                 run = replace(self.run, out=out / f"{name}-seed{seed}", seed=seed)
                 runs.append(TrainConfig(self.network, method, self.optimization, self.machine, run))
@@ -106,7 +105,9 @@ def print_comparison(comparison: dict[str, Any], console: Console) -> None:
             _or_dash(row["bytes_to_equal_accuracy"], 1e-6), _or_dash(row["speed_up"]["time"], digits=2),
         )  # fmt: skip
     console.print(table)
-    console.print("speed-up: time of a step of local_sgd divided by that of the row; times do not include evaluations")
+    console.print(
+        f"speed-up: time of a step of {BASELINE} divided by that of the row; times do not include evaluations"
+    )
 
 
 def _or_dash(value: float | None, factor: float = 1.0, digits: int = 1) -> str:

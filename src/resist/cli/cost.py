@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from resist.errors import UserError
+from resist.planning.strategy import METHODS, Strategy, build_strategy
 from resist.runs.config import NetworkConfig
 
 
@@ -17,7 +18,7 @@ class CostConfig:
     """Classes of the head. Default: those of --data."""
     workers: tuple[int, ...] = (2, 4, 8)
     """Numbers of workers to predict."""
-    strategies: tuple[str, ...] = ("resist", "local_sgd", "diloco", "ddp")
+    strategies: tuple[str, ...] = tuple(METHODS)
     """Strategies to predict."""
     local_steps: int = 50
     """Optimizer steps from one synchronization to the next."""
@@ -55,6 +56,7 @@ def run_cost(config: CostConfig, arguments: list[str]) -> int:
     from resist.tasks import image_shape, network_builder
     from resist.training.device import pick_device
 
+    strategies = _strategies(config)
     network, shape = config.network, image_shape(config.network)
     loss = mean_square
     if network.task == "detection":
@@ -81,17 +83,12 @@ def run_cost(config: CostConfig, arguments: list[str]) -> int:
         raise UserError("seconds need both --link-gbit-s and a speed (--images-s or --calibrate); give both or none")
     report = predict(
         build_model,
-        workers=config.workers,
-        strategies=config.strategies,
+        strategies,
         chains=network.chain,
         batch_size=config.batch_size,
         image_shape=shape,
         loss=loss,
-        local_steps=config.local_steps,
-        optimizer_state=config.optimizer_state,
         replicate=config.replicate,
-        min_depth=config.min_depth,
-        capacities=config.capacities or None,
         link=link,
         speed=speeds or None,
     )
@@ -100,3 +97,19 @@ def run_cost(config: CostConfig, arguments: list[str]) -> int:
     else:
         print_table(report, Console(highlight=False, soft_wrap=True))
     return 0
+
+
+def _strategies(config: CostConfig) -> list[Strategy]:
+    """Build the strategies to predict, by number of workers. Raises UserError where one of the options is invalid."""
+    options = {"min_depth": config.min_depth, "capacities": config.capacities or None}
+    for name, value in options.items():
+        if value is not None and not any(name in METHODS[s].options for s in config.strategies if s in METHODS):
+            methods = ", ".join(key for key, method in METHODS.items() if name in method.options)
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect without strategy {methods}; add it, or remove the option"
+            )
+    return [
+        build_strategy(name, workers, config.local_steps, optimizer_state=config.optimizer_state, **options)
+        for workers in config.workers
+        for name in config.strategies
+    ]

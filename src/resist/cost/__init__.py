@@ -1,6 +1,7 @@
 """Cost: predict traffic, memory and time of strategies without training.
 
-    report = predict(build_model, workers=(2, 4, 8), link=Link(gbit_s=1, latency_ms=0.2), speed=Speed(images_s=2000))
+    strategies = [resist.resist(workers=4), resist.local_sgd(workers=4)]
+    report = predict(build_model, strategies, link=Link(gbit_s=1, latency_ms=0.2), speed=Speed(images_s=2000))
     print_table(report, Console())
     report.to_json()
 
@@ -9,12 +10,12 @@ and FLOPs, timing.py seconds; predict.py combines them.
 """
 
 from resist.cost.footprint import Memory, Network
-from resist.cost.predict import STRATEGIES, predict
+from resist.cost.predict import predict
 from resist.cost.report import Report, Row, print_table
 from resist.cost.timing import Link, Seconds, Speed, calibrate
 from resist.cost.traffic import Traffic
 
 __all__ = [
-    "STRATEGIES", "Link", "Memory", "Network", "Report", "Row", "Seconds", "Speed", "Traffic",
+    "Link", "Memory", "Network", "Report", "Row", "Seconds", "Speed", "Traffic",
     "calibrate", "predict", "print_table",
 ]  # fmt: skip

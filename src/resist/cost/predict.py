@@ -9,30 +9,23 @@ from torch import nn
 from resist.cost.footprint import BuildOptimizer, Loss, Network, build_on_meta, mean_square, measure, sgd, sizes_of
 from resist.cost.report import Report, Row
 from resist.cost.timing import Link, Seconds, Speed, ddp_step_s, exchange_s
-from resist.cost.traffic import Sizes, ddp_traffic, mean_traffic, paper_bytes, round_traffic
+from resist.cost.traffic import RoundTraffic, Sizes, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
-from resist.planning.strategy import Strategy, local_sgd, resist
+from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.subnet.chains import choose_chains, find_chains
 from resist.sync.optimizer_state import OPTIMIZER_STATES
 
-STRATEGIES = ("resist", "local_sgd", "diloco", "ddp")
-
 
 def predict(
     build_model: Callable[[], nn.Module],
+    strategies: Sequence[Strategy],
     *,
-    workers: Sequence[int] = (2, 4, 8),
-    strategies: Sequence[str] = STRATEGIES,
     chains: Sequence[str] = (),
     batch_size: int = 128,
     image_shape: Sequence[int] = (3, 32, 32),
-    local_steps: int = 50,
-    optimizer_state: str = "travel",
     replicate: bool = False,
     batchnorm: str = "recalibrate",
-    min_depth: int | None = None,
-    capacities: Sequence[int] | None = None,
     link: Link | None = None,
     speed: Speed | Sequence[Speed] | None = None,
     rounds: int = 50,
@@ -44,18 +37,12 @@ def predict(
 
     Args:
         build_model: Builds the full network.
-        workers: Numbers of workers to predict.
-        strategies: Some of `STRATEGIES`. The workers' optimizers keep their state with "diloco", so that only weights
-            are sent.
+        strategies: The strategies to compare, with the same number of local steps, and without switches.
         chains: Names of the chains, as in `Job`.
         batch_size: Images in a worker's step.
         image_shape: (channels, height, width) of an image.
-        local_steps: Optimizer steps in a round.
-        optimizer_state: As in `Job`.
         replicate: As in `Job`.
         batchnorm: As in `Job`.
-        min_depth: As in `resist.resist`.
-        capacities: As in `resist.resist`, for one number of workers.
         link: Connection of each worker. Seconds are predicted if `link` and `speed` are given.
         speed: Speed of the devices, one for all workers or one for each.
         rounds: Number of rounds over whose plans the traffic is averaged.
@@ -63,29 +50,24 @@ def predict(
         build_optimizer: Makes the optimizer from the parameters.
         loss: `loss(model, images)` returns the scalar from which backward starts.
 
+    Returns:
+        A report with one row for each strategy.
+
     Raises:
         UserError: `Job` would refuse an argument, a value is out of bounds, or the model does not run on the meta
             device.
     """
-    counts = {
-        "workers": workers,
-        "batch_size": [batch_size],
-        "image_shape": image_shape,
-        "local_steps": [local_steps],
-        "rounds": [rounds],
-    }
-    for name, values in counts.items():
+    for name, values in (("batch_size", [batch_size]), ("image_shape", image_shape), ("rounds", [rounds])):
         if min(values, default=0) < 1:
             raise UserError(f"{name}={','.join(map(str, values))}; must be at least 1")
-    _check_methods(strategies, optimizer_state, min_depth, capacities)
     speeds = () if speed is None else (speed,) if isinstance(speed, Speed) else tuple(speed)
-    _check_one_each("capacities", len(capacities or ()), workers)
-    _check_one_each("speeds", len(speeds) if len(speeds) > 1 else 0, workers)
+    _check_strategies(strategies, speeds)
     template = build_on_meta(build_model)
     if batchnorm == "batch":
         use_batch_statistics(template)
     # Strategies that train the full network need no chain.
-    chosen = choose_chains(template, tuple(chains)) if "resist" in strategies or chains else find_chains(template)[:1]
+    needs_chain = bool(chains) or any(strategy.partitions for strategy in strategies)
+    chosen = choose_chains(template, tuple(chains)) if needs_chain else find_chains(template)[:1]
 
     def footprint(blocks: tuple[int, ...]) -> Network:
         return measure(
@@ -99,37 +81,29 @@ def predict(
         )
 
     prediction = _Prediction(
-        sizes_of(template, chosen),
-        footprint,
-        local_steps,
-        optimizer_state,
-        replicate,
-        min_depth,
-        capacities,
-        rounds,
-        seed,
-        batch_size,
-        link,
-        speeds,
+        sizes=sizes_of(template, chosen),
+        footprint=footprint,
+        batch_size=batch_size,
+        replicate=replicate,
+        rounds=rounds,
+        seed=seed,
+        link=link,
+        speeds=speeds,
     )
-    rows = tuple(prediction.row(name, number) for number in workers for name in strategies)
-    return Report(prediction.full, rows, batch_size, local_steps, rounds, link, speeds)
+    rows = tuple(prediction.row(strategy) for strategy in strategies)
+    return Report(prediction.full, rows, batch_size, strategies[0].local_steps, rounds, link, speeds)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Prediction:
     """Arguments that all rows of a report share; `known` keeps the footprints that were measured."""
 
     sizes: Sizes
     footprint: Callable[[tuple[int, ...]], Network]
-    local_steps: int
-    optimizer_state: str
+    batch_size: int
     replicate: bool
-    min_depth: int | None
-    capacities: Sequence[int] | None
     rounds: int
     seed: int
-    batch_size: int
     link: Link | None
     speeds: tuple[Speed, ...]
     known: dict[tuple[int, ...], Network] = field(default_factory=dict)
@@ -144,42 +118,43 @@ class _Prediction:
             self.known[blocks] = self.footprint(blocks)
         return self.known[blocks]
 
-    def row(self, name: str, workers: int) -> Row:
-        return self._ddp(workers) if name == "ddp" else self._averaging(name, workers)
+    def row(self, strategy: Strategy) -> Row:
+        return self._every_step(strategy) if strategy.every_step else self._every_round(strategy)
 
-    def _averaging(self, name: str, workers: int) -> Row:
+    def _every_round(self, strategy: Strategy) -> Row:
         """Row of a strategy that averages weights once in a round."""
-        strategy = self._strategy(name, workers)
+        workers = strategy.workers
         plans = [strategy.plan(self.sizes.chains, seed=self.seed, round=round) for round in range(self.rounds + 1)]
+        replicate = self.replicate and workers > 1
         run = [
             round_traffic(
                 self.sizes,
                 plan,
                 next_plan,
                 workers=workers,
-                optimizer_state="keep" if name == "diloco" else self.optimizer_state,
+                optimizer_state=strategy.optimizer_state,
                 num_states=self.full.num_states,
-                replicate=self.replicate and workers > 1,
+                replicate=replicate,
             )
             for plan, next_plan in pairwise(plans)
         ]
-        networks = tuple(self.network(plans[0].capacities(worker)) for worker in range(workers))
-        if name == "diloco":
-            networks = tuple(_with_outer(network) for network in networks)
-        if self.replicate and workers > 1:
-            replica_bytes = [max(traffic.replica_bytes.get(w, 0) for traffic in run) for w in range(workers)]
-            networks = tuple(_with_replicas(n, size, name) for n, size in zip(networks, replica_bytes, strict=True))
+        networks: list[Network] = []
+        for worker in range(workers):
+            network = self.network(plans[0].capacities(worker))
+            network = network if strategy.outer is None else _with_outer(network)
+            networks.append(_with_replicas(network, run, worker) if replicate else network)
         seconds = None
         if self.link is not None and self.speeds:
-            compute = self.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
+            compute = strategy.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
             exchange = sum(exchange_s(traffic, self.link, workers) for traffic in run) / len(run)
-            seconds = self._seconds(workers, compute, exchange, 0.0)
+            seconds = self._seconds(strategy, compute, exchange, 0.0)
         traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers=workers))
-        return Row(name, workers, networks, traffic, seconds)
+        return Row(strategy.name, workers, tuple(networks), traffic, seconds)
 
-    def _ddp(self, workers: int) -> Row:
+    def _every_step(self, strategy: Strategy) -> Row:
         """Row of torch's DistributedDataParallel: an exchange in every step, overlapped with backward."""
-        traffic = ddp_traffic(self.sizes, workers=workers, local_steps=self.local_steps)
+        workers, local_steps = strategy.workers, strategy.local_steps
+        traffic = ddp_traffic(self.sizes, workers=workers, local_steps=local_steps)
         whole = self.sizes.whole()
         buckets = whole.trainable * self.sizes.itemsize
         memory = replace(self.full.memory, buckets=buckets, peak=self.full.memory.peak + buckets)
@@ -187,25 +162,18 @@ class _Prediction:
         if self.link is not None and self.speeds:
             step_s = max(self._step_s(worker, self.full) for worker in range(workers))
             share = self.full.forward_flops / self.full.training_flops
-            exposed, hidden = ddp_step_s(traffic, self.link, workers, self.local_steps, step_s, share)
-            seconds = self._seconds(
-                workers, self.local_steps * step_s, self.local_steps * exposed, self.local_steps * hidden
-            )
-        paper = self.local_steps * 2 * workers * whole.parameters * self.sizes.itemsize
+            exposed, hidden = ddp_step_s(traffic, self.link, workers, local_steps, step_s, share)
+            seconds = self._seconds(strategy, local_steps * step_s, local_steps * exposed, local_steps * hidden)
+        paper = local_steps * 2 * workers * whole.parameters * self.sizes.itemsize
         networks = (replace(self.full, memory=memory),) * workers
-        return Row("ddp", workers, networks, mean_traffic([traffic], workers, paper), seconds)
-
-    def _strategy(self, name: str, workers: int) -> Strategy:
-        if name in ("local_sgd", "diloco"):
-            return local_sgd(workers, self.local_steps)
-        return resist(workers, self.local_steps, min_depth=self.min_depth, capacities=self.capacities)
+        return Row(strategy.name, workers, networks, mean_traffic([traffic], workers, paper), seconds)
 
     def _step_s(self, worker: int, network: Network) -> float:
         speed = self.speeds[worker % len(self.speeds)]
         return speed.step_s(self.batch_size, network.training_flops / self.full.training_flops)
 
-    def _seconds(self, workers: int, compute: float, exchange: float, hidden: float) -> Seconds:
-        images = workers * self.batch_size * self.local_steps
+    def _seconds(self, strategy: Strategy, compute: float, exchange: float, hidden: float) -> Seconds:
+        images = strategy.workers * self.batch_size * strategy.local_steps
         return Seconds(compute, exchange, hidden, images / (compute + exchange))
 
 
@@ -215,29 +183,27 @@ def _with_outer(network: Network) -> Network:
     return replace(network, memory=replace(memory, outer=outer, peak=memory.peak + outer))
 
 
-def _with_replicas(network: Network, replica_bytes: int, name: str) -> Network:
+def _with_replicas(network: Network, run: Sequence[RoundTraffic], worker: int) -> Network:
     """The network with replicas of blocks and the round's first weights (which an outer optimizer keeps anyway)."""
     memory = network.memory
-    replicas = replica_bytes + (0 if name == "diloco" else memory.weights)
+    blocks = max(traffic.replica_bytes.get(worker, 0) for traffic in run)
+    replicas = blocks + (0 if memory.outer else memory.weights)
     return replace(network, memory=replace(memory, replicas=replicas, peak=memory.peak + replicas))
 
 
-def _check_methods(
-    strategies: Sequence[str], optimizer_state: str, min_depth: int | None, capacities: Sequence[int] | None
-) -> None:
-    for name in strategies:
-        if name not in STRATEGIES:
-            raise UserError(f"strategy {name!r} is not one of {', '.join(STRATEGIES)}")
+def _check_strategies(strategies: Sequence[Strategy], speeds: Sequence[Speed]) -> None:
     if not strategies:
-        raise UserError(f"no strategy given; give some of {', '.join(STRATEGIES)}")
-    if optimizer_state not in OPTIMIZER_STATES:
-        raise UserError(f"optimizer_state={optimizer_state!r} is not one of {', '.join(OPTIMIZER_STATES)}")
-    for option, value in (("min_depth", min_depth), ("capacities", capacities)):
-        if value is not None and "resist" not in strategies:
-            raise UserError(f"{option} has no effect without strategy resist; add resist, or remove {option}")
-
-
-def _check_one_each(noun: str, num: int, workers: Sequence[int]) -> None:
-    """Raise UserError if `num` capacities or speeds (0: none were given) are not one for each worker."""
-    if num and set(workers) != {num}:
-        raise UserError(f"{num} {noun} for {' or '.join(map(str, workers))} workers; give one for each worker")
+        raise UserError("no strategy given; give at least one, as in resist.resist(workers=4)")
+    for strategy in strategies:
+        if strategy.optimizer_state not in OPTIMIZER_STATES:
+            raise UserError(f"optimizer_state={strategy.optimizer_state!r} is not one of {', '.join(OPTIMIZER_STATES)}")
+        if strategy.then is not None:
+            raise UserError(f"the strategy switches at round {strategy.at_round}; give its parts as two strategies")
+    lengths = {strategy.local_steps for strategy in strategies}
+    if len(lengths) > 1:
+        text = " and ".join(map(str, sorted(lengths)))
+        raise UserError(f"strategies with {text} local steps; give all of them the same number, to compare rounds")
+    numbers = {strategy.workers for strategy in strategies}
+    if len(speeds) > 1 and numbers != {len(speeds)}:
+        text = " or ".join(map(str, sorted(numbers)))
+        raise UserError(f"{len(speeds)} speeds for {text} workers; give one for each worker")

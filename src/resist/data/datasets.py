@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from resist.data.image_folder import IMAGE_SIZE, MEAN, STD, Photographs, class_names, load_folder
+from resist.data.image_folder import IMAGE_SIZE, MEAN, STD, Photographs, load_folder
 from resist.data.in_memory import Images
+from resist.data.listing import class_names
 from resist.errors import UserError, first_line
 
 # Data sets of photographs, which are streamed from files; the others are small enough to stay in memory.

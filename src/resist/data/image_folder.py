@@ -1,10 +1,6 @@
 """Photographs in one folder for each class: `--data folder`, `--data imagenet`.
 
-    DIR/train/CLASS/*    DIR/val/CLASS/*        also in subfolders, as in train/CLASS/images/*
-
-Classes are the folders below train/. Classes, and the files of a class, are sorted by the bytes of their names, so that
-all machines number them in the same way. Hidden files, and files without an image suffix, are ignored. Listing reads
-only names, sizes and times; it opens no image.
+    DIR/train/CLASS/*    DIR/val/CLASS/*        see `resist.data.listing`
 
 Training: a random crop (8 to 100 % of the area), resized, and mirrored with probability 0.5. Testing: the shorter side
 resized to 8/7 of the image size, then a center crop. Images are transferred as bytes; the device normalizes batches.
@@ -27,156 +23,15 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from resist.data.in_memory import normalize
+from resist.data.listing import Listing, class_names, list_split
 from resist.data.loader import Stream, in_order, seeded
+from resist.data.sampler import Sampler
 from resist.errors import UserError
 
 if TYPE_CHECKING:  # its import takes seconds, which only users of photographs should wait for
     from torchvision.transforms import v2
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-LAYOUT = "--data-dir has to contain train/CLASS/* and val/CLASS/*"
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Files of a split with their labels.
-
-    The columns are arrays and not lists of strings, so that reading processes share their memory.
-
-    Attributes:
-        root: Folder that the names are relative to.
-        names: (num,) bytes: paths of the files.
-        labels: (num,) int64: class numbers.
-        sizes: (num,) int64: file sizes in bytes.
-        times: (num,) int64: times of modification in ns.
-        left_out: A line for each group of files or folders that were left out.
-    """
-
-    root: Path
-    names: np.ndarray
-    labels: np.ndarray
-    sizes: np.ndarray
-    times: np.ndarray
-    left_out: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> Path:
-        """Return the path of a file."""
-        return self.root / os.fsdecode(bytes(self.names[index]))
-
-    def digest(self, *, times: bool = False) -> str:
-        """Return a hash of names, labels, sizes and, on request, times."""
-        key = blake2b(digest_size=8)
-        for part in (self.names, self.labels, self.sizes, *((self.times,) if times else ())):
-            key.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
-        return key.hexdigest()
-
-    def without(self, bad: np.ndarray, reason: str) -> "Listing":
-        """Return a listing without some files.
-
-        Args:
-            bad: (num_bad,) int64: indices of the files to leave out.
-            reason: A verb phrase for the line in `left_out`, such as "cannot be read".
-        """
-        if not len(bad):
-            return self
-        keep = np.ones(len(self), bool)
-        keep[bad] = False
-        line = f"{self.root}: left out {len(bad)} {'files that' if len(bad) > 1 else 'file that'} {reason}, first "
-        return Listing(
-            self.root,
-            self.names[keep],
-            self.labels[keep],
-            self.sizes[keep],
-            self.times[keep],
-            (*self.left_out, line + str(self.path(int(bad[0])).relative_to(self.root))),
-        )
-
-
-def class_names(data_dir: Path) -> list[str]:
-    """Return the names of the class folders below train/, sorted.
-
-    Raises:
-        UserError: There are none, or train/ cannot be read.
-    """
-    train = data_dir / "train"
-    try:
-        names = _folders(train)
-    except OSError as error:
-        raise UserError(f"{train}: {error.strerror}; {LAYOUT}") from error
-    if not names:
-        raise UserError(f"{train}: contains no class folders; {LAYOUT}")
-    return names
-
-
-def _folders(root: Path) -> list[str]:
-    """Names of the folders in `root` that are not hidden, sorted by their bytes."""
-    with os.scandir(root) as entries:
-        return sorted((e.name for e in entries if e.is_dir() and not e.name.startswith(".")), key=os.fsencode)
-
-
-def list_split(root: Path, classes: list[str], *, skip_bad: bool) -> Listing:
-    """List the images of a split.
-
-    Args:
-        root: DIR/train or DIR/val.
-        classes: Names of the classes, in the order of their numbers. A class need not have a folder.
-        skip_bad: Leave out empty class folders, and folders that are not a class, instead of raising an error.
-
-    Raises:
-        UserError: The folder cannot be read or contains no images; without `skip_bad` also for an empty class folder or
-            one that is not a class.
-    """
-    rows: list[tuple[bytes, int, int, int]] = []
-    empty: list[str] = []
-    unknown: list[str] = []
-    try:
-        numbers = {name: number for number, name in enumerate(classes)}
-        for name in _folders(root):
-            if name not in numbers:
-                unknown.append(name)
-                continue
-            files = sorted(_images(os.fsencode(root / name), os.fsencode(name)))
-            rows += [(path, numbers[name], size, time) for path, size, time in files]
-            empty += [] if files else [name]
-    except OSError as error:
-        raise UserError(f"{os.fsdecode(error.filename or root)}: {error.strerror}; {LAYOUT}") from error
-    left_out: list[str] = []
-    for names, problem in ((unknown, "is not a class of train/"), (empty, "contains no images")):
-        if names and not skip_bad:
-            raise UserError(f"{root / names[0]}: {problem}; fix or delete it, or give --skip-bad-files")
-        if names:
-            plural = "s" * (len(names) > 1)
-            left_out.append(f"{root}: left out {len(names)} folder{plural}, first {names[0]}: {problem}")
-    if not rows:
-        raise UserError(f"{root}: contains no images in class folders; {LAYOUT}")
-    names, labels, sizes, times = zip(*rows, strict=True)
-    return Listing(
-        root,
-        np.array(names),
-        np.array(labels, np.int64),
-        np.array(sizes, np.int64),
-        np.array(times, np.int64),
-        tuple(left_out),
-    )
-
-
-def _images(folder: bytes, name: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(path relative to the root, bytes, ns) of each image in a folder and its subfolders."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            if entry.is_dir():
-                yield from _images(entry.path, name + b"/" + entry.name)
-            elif os.fsdecode(entry.name).lower().endswith(SUFFIXES):
-                stat = entry.stat()
-                yield name + b"/" + entry.name, stat.st_size, stat.st_mtime_ns
-
 
 # Mean and standard deviation of each channel over ImageNet, for pixels in 0..1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -208,31 +63,16 @@ class Photographs:
         """Return the same photographs with batches on `device`."""
         return replace(self, device=torch.device(device))
 
-    def loader(
-        self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str = "all"
-    ) -> "PhotographLoader":
+    def loader(self, sampler: Sampler) -> "PhotographLoader":
         """Return the augmented training batches of one worker.
 
         Batches are a pure function of (seed, worker, step): a loader that starts at step t, also in another process or
-        with another number of `data_workers`, returns the batches of an uninterrupted one. `seed` and `worker` decide
-        the order of the images, and together with the step and the position in the batch the crop and the mirroring
-        of each. With `sampling="shard"`, `seed` alone decides which images belong to which worker.
-
-        Args:
-            batch_size: Images in a batch.
-            seed: Seed of the run, the same for all workers.
-            worker: Number of the worker. Any integer that is not a worker's number, such as -1, gives batches that
-                are independent of all workers'.
-            workers: Number of workers that the images are divided among, for `sampling="shard"`.
-            sampling: "all" or "shard", see `Order`.
+        with another number of `data_workers`, returns the batches of an uninterrupted one. The sampler's seed and
+        worker, the step, and the position in the batch decide the crop and the mirroring of each image.
         """
         stream = Stream(
             Reader(self.listing, augmentation(self.size)),
-            batch_size=batch_size,
-            seed=seed,
-            worker=worker,
-            workers=workers,
-            sampling=sampling,
+            sampler,
             num_data_workers=self.data_workers,
             pin_memory=self._pinned,
         )
@@ -277,11 +117,6 @@ class PhotographLoader:
 
     data: Photographs
     stream: Stream
-
-    @property
-    def images_per_epoch(self) -> int:
-        """Images in one pass through the images that the worker draws from."""
-        return self.stream.images_per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return a step's images (batch_size, 3, size, size) and labels (batch_size,)."""

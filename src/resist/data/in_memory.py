@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resist.data.sampler import Order, generator
+from resist.data.sampler import Sampler, generator
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Images:
             self.images.to(device), self.labels.to(device), self.num_classes, self.mean, self.std, self.pad, self.flip
         )
 
-    def loader(self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str = "all") -> "Loader":
+    def loader(self, sampler: Sampler) -> "Loader":
         """Return the training batches of one worker; see `Loader`."""
-        return Loader(self, batch_size=batch_size, seed=seed, worker=worker, workers=workers, sampling=sampling)
+        return Loader(self, sampler)
 
     def digest(self) -> str:
         """Return a hash of images and labels."""
@@ -86,34 +86,12 @@ class Loader:
 
     Args:
         data: The images.
-        batch_size: Images in a batch.
-        seed: Seed of the order, the shift and the mirroring; the same for all workers.
-        worker: Number of the worker; any other integer, such as -1, gives batches independent of all workers'.
-        workers: Number of workers that the images are divided among, for `sampling="shard"`.
-        sampling: "all" or "shard", see `Order`.
+        sampler: The images of each batch, and the key of their augmentation.
         augment: Shift and mirror the images at random.
     """
 
-    def __init__(
-        self,
-        data: Images,
-        *,
-        batch_size: int,
-        seed: int,
-        worker: int,
-        workers: int,
-        sampling: str = "all",
-        augment: bool = True,
-    ) -> None:
-        self.data, self.seed, self.worker, self.augment = data, seed, worker, augment
-        self.order = Order(
-            len(data), batch_size=batch_size, seed=seed, worker=worker, workers=workers, sampling=sampling
-        )
-
-    @property
-    def images_per_epoch(self) -> int:
-        """Images in one pass through the images that the worker draws from."""
-        return self.order.images_per_epoch
+    def __init__(self, data: Images, sampler: Sampler, *, augment: bool = True) -> None:
+        self.data, self.sampler, self.augment = data, sampler, augment
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the batch of a step, on the device of the images.
@@ -121,10 +99,10 @@ class Loader:
         Returns:
             Images (batch_size, channels, height, width) float32 and labels (batch_size,) int64.
         """
-        index = self.order.indices(step).to(self.data.labels.device)
+        index = self.sampler.indices(step).to(self.data.labels.device)
         images, labels = self.data.images[index], self.data.labels[index]
         if self.augment:
-            random = generator("augment", self.seed, self.worker, step)
+            random = generator("augment", self.sampler.seed, self.sampler.worker, step)
             images = shift(images, self.data.pad, random) if self.data.pad else images
             images = mirror(images, random) if self.data.flip else images
         return self.data.normalize(images), labels

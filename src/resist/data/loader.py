@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from resist.data.sampler import Order
+from resist.data.sampler import Sampler
 from resist.errors import UserError, first_line
 from resist.planning.plan import keyed_int
 
@@ -56,50 +56,33 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Stream:
-    """Training batches of one worker in CPU memory, sorted by `Order`.
+    """Training batches of one worker in CPU memory.
 
     Args:
         dataset: The items.
-        batch_size: Items in a batch.
-        seed: Seed of the order and of the items' augmentation; the same for all workers.
-        worker: Number of the worker; any other integer, such as -1, gives batches independent of all workers'.
-        workers: Number of workers that the items are divided among, for `sampling="shard"`.
-        sampling: "all" or "shard", see `Order`.
+        sampler: The items of each batch, and the key of their augmentation.
         num_data_workers: Processes that read; 0: this process reads, when a batch is requested.
         collate: Makes a batch from a list of items.
         pin_memory: Return batches in pinned memory, from which a GPU copies them while it computes.
 
     Attributes:
-        order: The order of the items.
         wait_s: Seconds that `batch` has waited for data.
     """
 
     def __init__(
         self,
         dataset: Items,
+        sampler: Sampler,
         *,
-        batch_size: int,
-        seed: int,
-        worker: int,
-        workers: int,
-        sampling: str = "all",
         num_data_workers: int = 0,
         collate: Collate = default_collate,
         pin_memory: bool = False,
     ) -> None:
-        self.order = Order(
-            len(dataset), batch_size=batch_size, seed=seed, worker=worker, workers=workers, sampling=sampling
-        )
         self.wait_s = 0.0
-        self._steps = _Steps(self.order)
+        self._steps = _Steps(sampler)
         self._loader = _loader(dataset, self._steps, num_data_workers, collate, pin_memory, stay=True)
         self._batches: Iterator[Any] | None = None
         self._next = 0
-
-    @property
-    def images_per_epoch(self) -> int:
-        """Images in one pass through the images that the worker draws from."""
-        return self.order.images_per_epoch
 
     def batch(self, step: int) -> Any:
         """Return the batch of a step.
@@ -161,13 +144,13 @@ def in_order(
 class _Steps:
     """Endless batch sampler from step `start` on; an item is (index, seed of the augmentation)."""
 
-    def __init__(self, order: Order) -> None:
-        self.order, self.start = order, 0
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler, self.start = sampler, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in itertools.count(self.start):
-            key = ("item", self.order.seed, self.order.worker, step)
-            yield [(index, keyed_int(*key, place)) for place, index in enumerate(self.order.indices(step).tolist())]
+            key = ("item", self.sampler.seed, self.sampler.worker, step)
+            yield [(index, keyed_int(*key, place)) for place, index in enumerate(self.sampler.indices(step).tolist())]
 
 
 @dataclass(frozen=True)

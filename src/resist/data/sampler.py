@@ -1,4 +1,4 @@
-"""Order of a worker's images: a pure function of (seed, worker, step)."""
+"""Sampler: the images of a worker's batches, a pure function of (seed, worker, step)."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,10 @@ from resist.planning.plan import keyed_int
 SAMPLINGS = ("all", "shard")
 
 
-class Order:
+class Sampler:
     """Images of one worker, in a new random order each epoch.
+
+    It also has the key of all other random draws for a batch: loaders augment images by (seed, worker, step).
 
     All batches have `batch_size` images: the last one of an epoch is filled from the next epoch, so that every image
     comes exactly once in an epoch and shapes do not change.
@@ -19,13 +21,17 @@ class Order:
         num: Number of images in the data set.
         batch_size: Images in a batch.
         seed: Seed of the run, the same for all workers.
-        worker: Number of the worker.
+        worker: Number of the worker. Any integer that is not a worker's number, such as -1, gives batches that are
+            independent of all workers'.
         workers: Number of workers.
         sampling: "all": every worker draws from the whole set, each in its own order. "shard": a worker draws from a
             part of the set that is the same in every epoch and that no other worker sees. An epoch is one pass
             through the images that the worker draws from.
 
     Attributes:
+        batch_size: Images in a batch.
+        seed: Seed of the run.
+        worker: Number of the worker.
         pool: (images_per_epoch,) int64: indices of the images that the worker draws from.
 
     Raises:

@@ -21,7 +21,7 @@ must take the same number of steps. Lightning validates and saves the sub-networ
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError("resist.integrations.lightning needs Lightning: pip install 'resist[lightning]'") from error
+    raise ImportError("resist.integrations.lightning needs Lightning: pip install 'torch-resist[lightning]'") from error
 
 from resist.errors import UserError
 from resist.job import Job

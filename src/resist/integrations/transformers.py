@@ -24,7 +24,7 @@ try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(
-        "resist.integrations.transformers needs transformers: pip install 'resist[transformers]'"
+        "resist.integrations.transformers needs transformers: pip install 'torch-resist[transformers]'"
     ) from error
 
 from resist.errors import UserError

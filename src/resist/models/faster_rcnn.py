@@ -33,8 +33,6 @@ from resist.errors import UserError
 
 SECTIONS = ("layer1", "layer2", "layer3", "layer4")
 MIN_STRIDE = 4
-# Mean and standard deviation of each channel over ImageNet, for pixels in 0..1.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Side of the square regions that are pooled from a level, and regions per image for the heads in training: as many as
 # Fast R-CNN, since the 512 that are usual with pyramids take more time than a small backbone.
 REGION, NUM_REGIONS = 7, 128
@@ -112,15 +110,14 @@ class Predictor(FastRCNNPredictor):
         return scores.float(), deltas.float()
 
 
-def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size: int) -> Detector:
+def build_detector(body: nn.Module, num_classes: int, transform: GeneralizedRCNNTransform) -> Detector:
     """Build a detector on a classification network.
 
     Args:
         body: A network with sections `layer1` .. `layer4`, and `forward_stem`, which returns the input of the first.
             Its head is removed.
         num_classes: Classes of objects; background is class 0 in addition.
-        image_size: Length in pixels to which the shorter side of images is resized, see `image_transform`.
-        max_size: Upper bound in pixels for the longer side.
+        transform: Transform of the input: normalize, resize, pad with zeros.
 
     Raises:
         UserError: `body` has no such sections, or `num_classes` is below 1.
@@ -132,12 +129,8 @@ def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size:
     # Two anchor sizes for each level, half an octave apart; the larger, 8 strides, is torchvision's only one.
     sizes = tuple((round(4 * 2**0.5 * stride), 8 * stride) for stride in backbone.strides)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    return Detector(
+    detector = Detector(
         backbone,
-        min_size=image_size,
-        max_size=max_size,
-        image_mean=MEAN,
-        image_std=STD,
         rpn_anchor_generator=anchors,
         rpn_head=ProposalHead(width, anchors.num_anchors_per_location()[0]),
         box_roi_pool=MultiScaleRoIAlign(list(backbone.norms), REGION, sampling_ratio=2),
@@ -145,16 +138,8 @@ def build_detector(body: nn.Module, num_classes: int, image_size: int, max_size:
         box_predictor=Predictor(4 * width, num_classes + 1),
         box_batch_size_per_image=NUM_REGIONS,
     )
-
-
-def image_transform(image_size: int, max_size: int) -> GeneralizedRCNNTransform:
-    """Transform of a detector's input: normalize, resize, pad with zeros.
-
-    Args:
-        image_size: Length in pixels to which the shorter side is resized.
-        max_size: Upper bound in pixels for the longer side.
-    """
-    return GeneralizedRCNNTransform(image_size, max_size, list(MEAN), list(STD))
+    detector.transform = transform
+    return detector
 
 
 def headless(body: nn.Module) -> nn.Module:

@@ -1,9 +1,9 @@
 """Networks of other libraries by name, with fresh weights, never downloaded.
 
 - `torchvision:resnet101`: `torchvision.models.resnet101`, or any other classification network of torchvision.
-- `timm:vit_small_patch16_224`: `timm.create_model`; needs `pip install resist[timm]`.
+- `timm:vit_small_patch16_224`: `timm.create_model`; needs `pip install torch-resist[timm]`.
 - `transformers:vit`: the image classifier of this model type, in the default size of its configuration.
-  `transformers:my.json` reads the configuration from a file. Needs `pip install resist[transformers]`.
+  `transformers:my.json` reads the configuration from a file. Needs `pip install torch-resist[transformers]`.
 
 Networks that are built for one image size, like most vision transformers, are built for that of the data set.
 """
@@ -160,7 +160,9 @@ def _library(name: str) -> Any:
     try:
         library = importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{name} is not installed; pip install 'resist[{name}]', or pip install {name}") from error
+        raise UserError(
+            f"{name} is not installed; pip install 'torch-resist[{name}]', or pip install {name}"
+        ) from error
     logging.getLogger(name).setLevel(logging.ERROR)  # it logs about weights that we do not load
     return library
 

@@ -1,10 +1,12 @@
 """Strategies: records of the plans, length and averaging of rounds.
 
-A new training method is one more function that returns a `Strategy`.
+A new training method is one more function that returns a `Strategy`, and a line in the table `METHODS`.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from resist.errors import UserError
 from resist.planning.plan import Assign, ChainLike, Plan, RoundPlan, check_capacities, equal_capacities, partition
@@ -50,6 +52,7 @@ class Strategy:
         outer: Outer optimizer for the mean change of a round; None applies the mean as it is.
         every_step: Average the gradients over the workers in every step. Weights then never differ, and a round ends
             without an exchange.
+        partitions: The workers hold some of the blocks, so that the network needs a chain.
         then: Strategy that takes over at round `at_round`, or None.
         at_round: First round of `then`, counted from 0: the number of rounds before it.
 
@@ -64,6 +67,7 @@ class Strategy:
     optimizer_state: str = "travel"
     outer: OuterSGD | None = None
     every_step: bool = False
+    partitions: bool = False
     then: "Strategy | None" = None
     at_round: int = 0
 
@@ -118,6 +122,7 @@ def resist(
     capacities: Sequence[int] | None = None,
     optimizer_state: str = "travel",
     outer: OuterSGD | None = None,
+    warmup_rounds: int = 0,
 ) -> Strategy:
     """ResIST (Dun et al., 2022): each worker trains some of the blocks.
 
@@ -132,6 +137,7 @@ def resist(
             ceil(num_blocks / workers) and `min_depth`.
         optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.optimizer_state`.
         outer: Outer optimizer, whose momentum moves with its block; see `diloco`.
+        warmup_rounds: Rounds of local SGD before the first round of ResIST (the paper's warm-up); see `switch`.
 
     Returns:
         The strategy.
@@ -153,7 +159,13 @@ def resist(
             chain_capacities = check_capacities(num_blocks, capacities, chain=chain)
         return partition(num_blocks, chain_capacities, seed=seed, round=round, chain=chain)
 
-    return Strategy("resist", workers, local_steps, assign, optimizer_state, outer)
+    strategy = Strategy(resist.__name__, workers, local_steps, assign, optimizer_state, outer, partitions=True)
+    if warmup_rounds < 0:
+        raise UserError(f"warmup_rounds={warmup_rounds}; must be at least 0")
+    if warmup_rounds == 0:
+        return strategy
+    warmup = local_sgd(workers, local_steps, optimizer_state=optimizer_state, outer=outer)
+    return switch(warmup, strategy, at_round=warmup_rounds)
 
 
 def local_sgd(
@@ -173,7 +185,7 @@ def local_sgd(
     Raises:
         UserError: If an argument is out of range.
     """
-    return Strategy("local_sgd", workers, local_steps, _all_blocks(workers), optimizer_state, outer)
+    return Strategy(local_sgd.__name__, workers, local_steps, _all_blocks(workers), optimizer_state, outer)
 
 
 def diloco(
@@ -195,7 +207,8 @@ def diloco(
     Raises:
         UserError: If an argument is out of range.
     """
-    return Strategy("diloco", workers, local_steps, _all_blocks(workers), optimizer_state, outer or OuterSGD())
+    outer = OuterSGD() if outer is None else outer
+    return Strategy(diloco.__name__, workers, local_steps, _all_blocks(workers), optimizer_state, outer)
 
 
 def ddp(workers: int, local_steps: int = 50) -> Strategy:
@@ -211,7 +224,7 @@ def ddp(workers: int, local_steps: int = 50) -> Strategy:
     Raises:
         UserError: If an argument is out of range.
     """
-    return Strategy("ddp", workers, local_steps, _all_blocks(workers), "keep", every_step=True)
+    return Strategy(ddp.__name__, workers, local_steps, _all_blocks(workers), "keep", every_step=True)
 
 
 def _all_blocks(workers: int) -> Assign:
@@ -226,8 +239,8 @@ def _all_blocks(workers: int) -> Assign:
 def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
     """Combine two strategies: `first` before round `at_round`, `then` from there.
 
-    The paper's warm-up is `switch(local_sgd(4), resist(4), at_round=...)`. `first` may itself be a switch at an
-    earlier round.
+    The paper's warm-up, `resist(4, warmup_rounds=9)`, is `switch(local_sgd(4), resist(4), at_round=9)`. `first` may
+    itself be a switch at an earlier round.
 
     Args:
         first: Strategy of the rounds before `at_round`.
@@ -243,7 +256,9 @@ def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
     if first.workers != then.workers:
         raise UserError(f"a switch from {first.workers} to {then.workers} workers; give both the same number")
     if first.every_step or then.every_step:
-        raise UserError("ddp cannot be part of a switch: its gradients go through a wrapper; use local_sgd")
+        raise UserError(
+            f"{ddp.__name__} cannot be part of a switch: its gradients go through a wrapper; use {local_sgd.__name__}"
+        )
     if at_round < 0:
         raise UserError(f"at_round={at_round} is negative; give the first round of the second strategy")
     if first.then is not None:
@@ -251,3 +266,63 @@ def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
             raise UserError(f"at_round={at_round} comes before the switch at round {first.at_round}; order them")
         return replace(first, then=switch(first.then, then, at_round=at_round))
     return replace(first, then=then, at_round=at_round)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Entry of `METHODS`: a constructor of strategies, and its appearance in reports.
+
+    Attributes:
+        build: The constructor, called with the numbers of workers and of local steps, and options.
+        label: Name in sentences.
+        marker: Marker of its points in figures, as in matplotlib.
+    """
+
+    build: Callable[..., Strategy]
+    label: str
+    marker: str
+
+    @property
+    def name(self) -> str:
+        """Name on the command line and in files: that of the constructor."""
+        return self.build.__name__
+
+    @cached_property
+    def options(self) -> frozenset[str]:
+        """Names of the constructor's arguments. All other options of strategies have no effect with this one."""
+        return frozenset(inspect.signature(self.build).parameters)
+
+
+# All methods by name; `switch` combines their strategies. Their order is that of the colors in reports.
+METHODS = {
+    method.name: method
+    for method in (
+        Method(resist, "ResIST", "o"),
+        Method(local_sgd, "local SGD", "s"),
+        Method(diloco, "DiLoCo", "^"),
+        Method(ddp, "DDP", "D"),
+    )
+}
+# The default method, and the one that speed-ups are relative to.
+DEFAULT, BASELINE = resist.__name__, local_sgd.__name__
+
+
+def build_strategy(name: str, workers: int, local_steps: int, **options: object) -> Strategy:
+    """Build the strategy of a method by its name.
+
+    Args:
+        name: A key of `METHODS`.
+        workers: Number of workers.
+        local_steps: Optimizer steps between two synchronizations.
+        **options: Arguments of the constructors. Those that this method's does not take are left out.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        UserError: If the name is unknown or an argument is out of range.
+    """
+    if name not in METHODS:
+        raise UserError(f"strategy {name!r} is not one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    return method.build(workers, local_steps, **{key: options[key] for key in options.keys() & method.options})

@@ -2,10 +2,11 @@
 
 import colorsys
 
+from resist.planning.strategy import METHODS
+
 # Eight hues that color-blind readers can distinguish, on light and dark backgrounds.
 COLORS = ("#3b7dd8", "#e08214", "#2a9d6f", "#c94f7c", "#8467c2", "#b8a11f", "#3ba7b5", "#8a6a4f")
-STRATEGIES = {"resist": COLORS[0], "local_sgd": COLORS[1], "diloco": COLORS[2], "ddp": COLORS[3]}
-MARKERS = {"resist": "o", "local_sgd": "s", "diloco": "^", "ddp": "D"}  # of matplotlib, by strategy
+STRATEGIES = dict(zip(METHODS, COLORS, strict=False))
 PHASES = {"compute": "#3b7dd8", "wait": "#b8a11f", "sync": "#c94f7c", "checkpoint": "#8467c2", "evaluate": "#8d949e"}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from resist.planning.strategy import BASELINE
 from resist.report.colors import STRATEGIES, color_of
 from resist.runs.history import History
 
@@ -29,7 +30,7 @@ def compare(histories: Sequence[History]) -> dict[str, Any]:
         groups.setdefault(label, []).append(history)
     rows = [{"label": label, **_row(group, target)} for label, group in groups.items()]
     for row in rows:
-        base = next((r for r in rows if (r["strategy"], r["workers"]) == ("local_sgd", row["workers"])), None)
+        base = next((r for r in rows if (r["strategy"], r["workers"]) == (BASELINE, row["workers"])), None)
         row["speed_up"] = {
             part: None if base is None or row[f"{part}_s_per_step"] == 0
             else base[f"{part}_s_per_step"] / row[f"{part}_s_per_step"]

@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from resist.planning.strategy import METHODS
 from resist.report.aggregate import Holdings, holdings, map_rows, traffic
-from resist.report.colors import MARKERS, PHASES, color_of
+from resist.report.colors import PHASES, color_of
 from resist.report.compare import labels
 from resist.report.figures import COLUMNS, NUMBERED, Curves, block_ticks, curves_of, round_ticks
 from resist.report.tables import phases_of
@@ -44,7 +45,7 @@ def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None
     """
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     steps, time, sent = figure.subplots(1, 3, sharey=True)
-    markers = [MARKERS.get(history.config.method.strategy, ".") for history in histories]
+    markers = [METHODS[history.config.method.strategy].marker for history in histories]
     _draw_curves(figure, (steps, time, sent), curves_of(histories, labels(histories))[:3], markers)
     steps.set_xlim(left=0)
     time.set_xlim(left=0)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from resist.planning.strategy import METHODS
 from resist.report.aggregate import all_reduced, holdings, traffic
 from resist.report.colors import PHASES
 from resist.report.units import amount, duration
 from resist.runs.history import History
 
 Rows = list[tuple[str, str]]
-NAMES = {"resist": "ResIST", "local_sgd": "local SGD", "diloco": "DiLoCo", "ddp": "DDP"}
 ENDS = {
     "finished": "finished",
     "interrupted": "interrupted; can be resumed",
@@ -30,7 +30,7 @@ def sentence(history: History) -> str:
     c, rounds = history.config, history.rounds[-1]["round"]
     each = f"{c.method.local_steps} local steps" if c.method.local_steps != 1 else "one local step"
     return (
-        f"{c.network.model} on {c.network.data}, trained by {NAMES.get(c.method.strategy, c.method.strategy)} with "
+        f"{c.network.model} on {c.network.data}, trained by {METHODS[c.method.strategy].label} with "
         f"{c.method.workers} worker{'s' if c.method.workers > 1 else ''} and {each} a round: {rounds:,} rounds, "
         f"{history.steps[-1]:,} steps of each worker."
     )

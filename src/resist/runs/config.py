@@ -10,10 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from resist.errors import UserError
-from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
+from resist.planning.strategy import DEFAULT, METHODS, OuterSGD, Strategy, build_strategy
+
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[tuple(METHODS)]
 
 # Data sets of photographs, which are read from files during training.
 STREAMED = ("folder", "imagenet", "voc2007", "voc2012")
@@ -67,8 +72,8 @@ class NetworkConfig:
 class MethodConfig:
     """The distributed algorithm: which worker holds what, and what a synchronization does."""
 
-    strategy: Literal["resist", "local_sgd", "diloco", "ddp"] = "resist"
-    """resist: a sub-network for each worker. local_sgd, diloco, ddp: the full network for each worker."""
+    strategy: StrategyName = DEFAULT
+    """resist: a sub-network for each worker. All others: the full network for each worker."""
     workers: int = 4
     """Number of workers, S. It changes the result; the number of processes does not."""
     local_steps: int = 50
@@ -100,6 +105,20 @@ class MethodConfig:
     """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number."""
     sampling: Literal["all", "shard"] = "all"
     """all: each worker draws from the whole training set. shard: each worker draws from its own part of it."""
+
+    def without_effect(self) -> dict[str, Any]:
+        """Return the options that were changed and have no effect with the strategy, with their defaults."""
+        method = METHODS[self.strategy]
+        unused = {name for other in METHODS.values() for name in other.options} - method.options
+        if "warmup_rounds" in unused:
+            unused.add("warmup_epochs")  # another unit of the same
+        if method.build(1).every_step:  # nothing is exchanged at the end of a round
+            unused |= {"replicate", "on_nonfinite"}
+        return {
+            f.name: f.default
+            for f in dataclasses.fields(self)
+            if f.name in unused and getattr(self, f.name) != f.default
+        }
 
 
 @dataclass(frozen=True)
@@ -251,18 +270,9 @@ class TrainConfig:
             raise UserError(
                 f"--processes {processes} exceeds --workers {method.workers}; give at most one process per worker"
             )
-        if method.strategy != "resist":
-            for flag, given in (
-                ("--warmup-rounds", method.warmup_rounds > 0),
-                ("--warmup-epochs", method.warmup_epochs > 0),
-                ("--capacities", bool(method.capacities)),
-                ("--min-depth", method.min_depth is not None),
-                ("--outer", method.strategy == "ddp" and method.outer is not None),
-                ("--replicate", method.strategy == "ddp" and method.replicate),
-                ("--on-nonfinite drop", method.strategy == "ddp" and method.on_nonfinite == "drop"),
-            ):
-                if given:
-                    raise UserError(f"{flag} has no effect with --strategy {method.strategy}; remove it")
+        for name in method.without_effect():
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} has no effect with --strategy {method.strategy}; remove it")
         if method.replicate and method.workers < 2:
             raise UserError("--replicate needs a second worker to hold the replicas; give --workers 2 or more")
         self.strategy()
@@ -275,22 +285,16 @@ class TrainConfig:
         if m.outer is not None and len(m.outer) != 2:
             raise UserError(f"--outer {' '.join(map(str, m.outer))}; give two numbers, learning rate and momentum")
         outer = None if m.outer is None else OuterSGD(*m.outer)
-        if m.strategy == "ddp":
-            return ddp(m.workers, m.local_steps)
-        if m.strategy == "diloco":
-            return diloco(m.workers, m.local_steps, optimizer_state=m.optimizer_state, outer=outer)
-        full = local_sgd(m.workers, m.local_steps, optimizer_state=m.optimizer_state, outer=outer)
-        if m.strategy == "local_sgd":
-            return full
-        partitioned = resist(
+        return build_strategy(
+            m.strategy,
             m.workers,
             m.local_steps,
             min_depth=m.min_depth,
             capacities=m.capacities or None,
             optimizer_state=m.optimizer_state,
             outer=outer,
+            warmup_rounds=m.warmup_rounds,
         )
-        return switch(full, partitioned, at_round=m.warmup_rounds) if m.warmup_rounds else partitioned
 
     def with_warmup_rounds(self, images_per_epoch: int) -> "TrainConfig":
         """Return this configuration with `warmup_epochs` converted to rounds."""

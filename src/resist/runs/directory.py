@@ -19,6 +19,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -48,11 +49,19 @@ def title_of(config: TrainConfig) -> str:
 
 def check_free(path: Path) -> None:
     """Raise UserError where a new run directory cannot be created at `path`."""
-    if path.exists():
+    try:
+        exists = path.exists() or path.is_symlink()
+        parent = next(p for p in path.absolute().parents if p.exists())
+    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+        raise UserError(f"--out {path} cannot be made: {error.strerror}; give another directory") from error
+    if exists:
         raise UserError(f"--out {path} exists already and is never overwritten; give another directory, or remove it")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out {path} cannot be made: {parent} is not a directory that you may write to")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent))  # only a trial shows it: file systems refuse even those who may write
+    except OSError as error:
+        raise UserError(
+            f"--out {path} cannot be made: {parent} is not a directory that you may write to ({error.strerror})"
+        ) from error
 
 
 def mark(path: Path) -> str:
@@ -175,12 +184,16 @@ def environment() -> dict[str, object]:
 
 def _commit() -> str | None:
     """The git commit of this package's source, or None where it is not a checkout."""
-    command = ["git", "describe", "--always", "--dirty"]
+    tracked = ["git", "ls-files", "--error-unmatch", __file__]  # not where it is installed inside another repository
+    describe = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        for command in (tracked, describe):
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+            if done.returncode != 0:
+                return None
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip()
 
 
 def processor() -> str:

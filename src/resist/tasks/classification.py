@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resist.data import Images, Photographs, image_size_of, load
+from resist.data import Images, Photographs, Sampler, image_size_of, load
 from resist.models import build
 from resist.models.pretrained import start_from
 from resist.models.third_party import is_third_party
@@ -61,14 +61,18 @@ class Classification:
                 notes += (start_from(build_model(), config.pretrained),)
         return Classification(build_model, train, held_out, label_smoothing, notes)
 
+    @property
+    def num_images(self) -> int:
+        return len(self.train)
+
     def network(self) -> nn.Module:
         return self.build()
 
     def to(self, device: torch.device | str) -> "Classification":
         return replace(self, train=self.train.to(device), held_out=self.held_out.to(device))
 
-    def batches(self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str) -> Batches:
-        return self.train.loader(batch_size=batch_size, seed=seed, worker=worker, workers=workers, sampling=sampling)
+    def batches(self, sampler: Sampler) -> Batches:
+        return self.train.loader(sampler)
 
     def split(self, batch: tuple[Tensor, Tensor], parts: int) -> list[tuple[Tensor, Tensor]]:
         images, labels = batch
@@ -84,7 +88,8 @@ class Classification:
         if isinstance(self.train, Photographs):  # no image twice, since reading is slow
             max_size, num_images = CALIBRATION_PHOTOGRAPHS, min(num_images, len(self.train))
         size = min(max_size, len(self.train))
-        loader = self.train.loader(batch_size=size, seed=seed, worker=-1, workers=1)  # -1: batches of no worker
+        sampler = Sampler(len(self.train), batch_size=size, seed=seed, worker=-1, workers=1)  # -1: of no worker
+        loader = self.train.loader(sampler)
         for step in range(-(-num_images // size)):
             yield loader.batch(step)[0]
 

@@ -7,11 +7,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from resist.data.annotation import Objects
+from resist.data.image_folder import MEAN, STD
 from resist.data.loader import Stream, in_order
+from resist.data.sampler import Sampler
 from resist.data.voc import CLASSES, IMAGE_SIZE, Item, VocSet, fitted, load_voc, longer
-from resist.models.faster_rcnn import build_detector, image_transform
+from resist.models.faster_rcnn import build_detector
 from resist.models.pretrained import start_from
 from resist.planning.plan import keyed_int
 from resist.runs.config import NetworkConfig
@@ -76,6 +79,10 @@ class Detection:
                 notes += (start_from(classification.builder(config, 1)(), config.pretrained),)
         return Detection(build, train, held_out, scores, start, config.data_workers, notes)
 
+    @property
+    def num_images(self) -> int:
+        return len(self.train)
+
     def network(self) -> nn.Module:
         model = self.build()
         if self.start is not None:
@@ -85,14 +92,10 @@ class Detection:
     def to(self, device: torch.device | str) -> "Detection":
         return replace(self, device=torch.device(device))
 
-    def batches(self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str) -> Batches:
+    def batches(self, sampler: Sampler) -> Batches:
         stream = Stream(
             self.train,
-            batch_size=batch_size,
-            seed=seed,
-            worker=worker,
-            workers=workers,
-            sampling=sampling,
+            sampler,
             num_data_workers=self.data_workers,
             collate=collate,
             pin_memory=self.device.type == "cuda",
@@ -119,16 +122,9 @@ class Detection:
     def calibration(self, seed: int) -> Iterator[Tensor]:
         """Iterate over augmented, transformed photographs, (batch, 3, height, width)."""
         size = min(CALIBRATION_BATCH, len(self.train))
-        stream = Stream(
-            self.train,
-            batch_size=size,
-            seed=seed,
-            worker=-1,
-            workers=1,
-            num_data_workers=self.data_workers,
-            collate=collate,
-        )
-        transform = image_transform(self.train.image_size, longer(self.train.image_size))
+        sampler = Sampler(len(self.train), batch_size=size, seed=seed, worker=-1, workers=1)  # -1: of no worker
+        stream = Stream(self.train, sampler, num_data_workers=self.data_workers, collate=collate)
+        transform = image_transform(self.train.image_size)
         for step in range(-(-min(CALIBRATION_IMAGES, len(self.train)) // size)):
             yield transform(floats(stream.batch(step)[0]))[0].tensors.to(self.device)
 
@@ -158,11 +154,6 @@ class OnDevice:
     def __init__(self, stream: Stream, device: torch.device) -> None:
         self.stream, self.device = stream, device
 
-    @property
-    def images_per_epoch(self) -> int:
-        """Images in one pass through the images that the worker draws from."""
-        return self.stream.images_per_epoch
-
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, images and targets on the device."""
         images, targets, seeds = self.stream.batch(step)
@@ -179,7 +170,12 @@ def builder(config: NetworkConfig, num_classes: int) -> Callable[[], nn.Module]:
         num_classes: Number of classes of objects, without background.
     """
     body, size = classification.builder(config, 1), image_size(config)  # its head, of one class, is removed
-    return lambda: build_detector(body(), num_classes, size, longer(size))
+    return lambda: build_detector(body(), num_classes, image_transform(size))
+
+
+def image_transform(size: int) -> GeneralizedRCNNTransform:
+    """Return the transform of a detector's input: normalize, resize to a shorter side of `size` pixels, pad."""
+    return GeneralizedRCNNTransform(size, longer(size), list(MEAN), list(STD))
 
 
 def image_size(config: NetworkConfig) -> int:

@@ -9,14 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from resist.data.sampler import Sampler
+
 
 class Batches(Protocol):
     """Training batches of a worker, a function of (seed, worker, step)."""
-
-    @property
-    def images_per_epoch(self) -> int:
-        """Images in one pass through the images that the worker draws from."""
-        ...
 
     def batch(self, step: int) -> Any:
         """Return a step's batch on the device; consecutive steps are fastest."""
@@ -31,6 +28,11 @@ class Task(Protocol):
         """Lines for the user before training, such as files left out."""
         ...
 
+    @property
+    def num_images(self) -> int:
+        """Number of training images."""
+        ...
+
     def network(self) -> nn.Module:
         """Build the full network with its initial weights."""
         ...
@@ -39,16 +41,8 @@ class Task(Protocol):
         """Return the same task with batches on `device`."""
         ...
 
-    def batches(self, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str) -> Batches:
-        """Return the training batches of one worker.
-
-        Args:
-            batch_size: Images in a batch.
-            seed: Seed of the run, the same for all workers.
-            worker: Number of the worker.
-            workers: Number of workers.
-            sampling: "all" or "shard", see `resist.data.sampler.Order`.
-        """
+    def batches(self, sampler: Sampler) -> Batches:
+        """Return the training batches of one worker, with the images that its sampler draws."""
         ...
 
     def split(self, batch: Any, parts: int) -> Sequence[Any]:

@@ -33,7 +33,9 @@ def check_loggers(config: TrainConfig) -> None:
     """Raise UserError where the package of a requested logger is missing."""
     for option, package in PACKAGES.items():
         if getattr(config.machine, option) and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{option} needs the package {package}; pip install 'resist[{option}]', or leave it out")
+            raise UserError(
+                f"--{option} needs the package {package}; pip install 'torch-resist[{option}]', or leave it out"
+            )
 
 
 def open_loggers(config: TrainConfig, path: Path, past: Sequence[Mapping[str, Any]]) -> list[Logger]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import resist
+from resist.data import Sampler
 from resist.errors import AgreedError, UserError
 from resist.job import Job
 from resist.planning.plan import RoundPlan
@@ -31,6 +32,27 @@ from resist.training.recorder import Recorder
 NOT_SAVED = 130  # exit status: stopped by a signal, with nowhere to save to
 
 
+def make_sampler(config: TrainConfig, num_images: int, worker: int) -> Sampler:
+    """Make the sampler of a worker.
+
+    Args:
+        config: The options of the run.
+        num_images: Number of training images.
+        worker: Number of the worker.
+
+    Raises:
+        UserError: If the worker draws from fewer images than a batch has.
+    """
+    return Sampler(
+        num_images,
+        batch_size=config.optimization.batch_size,
+        seed=config.run.seed,
+        worker=worker,
+        workers=config.method.workers,
+        sampling=config.method.sampling,
+    )
+
+
 class Trainer:
     """Takes the optimizer steps of one worker.
 
@@ -46,13 +68,8 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             worker.model.parameters(), lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay
         )
-        self.batches = task.batches(
-            batch_size=o.batch_size,
-            seed=config.run.seed,
-            worker=worker.index,
-            workers=config.method.workers,
-            sampling=config.method.sampling,
-        )
+        self.sampler = make_sampler(config, task.num_images, worker.index)
+        self._batches = task.batches(self.sampler)
         self._model = torch.compile(worker.model) if config.machine.compile else worker.model
         self._parts, self._bf16 = o.grad_accum_steps, config.machine.precision == "bf16"
         self._device = worker.subnet.device
@@ -68,7 +85,7 @@ class Trainer:
             Its mean loss, a scalar on the device.
         """
         total = torch.zeros((), device=self._device)
-        for part in self._task.split(self.batches.batch(step), self._parts):
+        for part in self._task.split(self._batches.batch(step), self._parts):
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
                 loss = self._task.loss(self._model, part) / self._parts
             loss.backward()
@@ -211,7 +228,7 @@ class Training:
         if (job.round in self.tested or last) and not report.interrupted:
             scores = self._evaluate(last=last)
         seconds["evaluate"] = lap()
-        epoch = job.step_index * batch_size / self.trainers[0].batches.images_per_epoch
+        epoch = job.step_index * batch_size / self.trainers[0].sampler.images_per_epoch
         recorder.round(
             {
                 **{"round": job.round, "step": job.step_index, "epoch": round(epoch, 4), "lr": lr},

@@ -19,7 +19,7 @@ from resist.tasks import Task, open_task
 from resist.tasks.preflight import try_network
 from resist.training.device import pick_device
 from resist.training.loggers import open_loggers
-from resist.training.loop import Trainer, Training
+from resist.training.loop import Trainer, Training, make_sampler
 from resist.training.lr_schedule import num_steps
 from resist.training.resume import find_resume_point
 
@@ -47,7 +47,9 @@ def train(config: TrainConfig) -> int:
         check_agreement(transport, {**config.digest(), "resist": resist.__version__, "data set": task.digest()})
         task = task.to(device)
         is_main = 0 in transport.hosted
-        images_per_epoch = run_everywhere(transport, lambda: _images_per_epoch(config, task))
+        # Of worker 0, for all processes: shards may differ by one image, the number of rounds must not.
+        first = run_everywhere(transport, lambda: make_sampler(config, task.num_images, worker=0))
+        images_per_epoch = first.images_per_epoch
         config = config.with_warmup_rounds(images_per_epoch)
         for note in task.notes if is_main else ():
             print(f"resist: {note}", flush=True)
@@ -156,15 +158,3 @@ def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
         return run_everywhere(transport, lambda: open_task(network, download=False, label_smoothing=smoothing))
     run_everywhere(transport, lambda: None)  # the part of this process in the others' call
     return task
-
-
-def _images_per_epoch(config: TrainConfig, task: Task) -> int:
-    """Images of worker 0, for all processes: shards may differ by one image, the number of rounds must not."""
-    batches = task.batches(
-        batch_size=config.optimization.batch_size,
-        seed=config.run.seed,
-        worker=0,
-        workers=config.method.workers,
-        sampling=config.method.sampling,
-    )
-    return batches.images_per_epoch
