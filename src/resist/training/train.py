@@ -132,8 +132,8 @@ def _make_job(config: TrainConfig, task: Task, transport: Transport, device: tor
 
 
 def _log_chains(job: Job) -> None:
-    for chain in job.chains:
-        capacities = " ".join(map(str, job.plans[chain.name].capacities))
+    for chain, plan in zip(job.chains, job.plan.plans, strict=True):
+        capacities = " ".join(map(str, plan.capacities))
         log.info("chain %s: %d blocks, the workers hold %s", chain.name, chain.num_blocks, capacities)
         if chain.caveat:
             log.info("note: %s", chain.caveat)
