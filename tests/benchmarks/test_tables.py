@@ -229,7 +229,7 @@ def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
         return known[key]
 
     monkeypatch.setattr(footprints, "measure", measured)
-    monkeypatch.setattr(tables, "count_bytes", lambda *setting: tables.formula(*setting).rounds)
+    monkeypatch.setattr(paper_tables, "count_bytes", lambda *setting: paper_tables.formula(*setting).rounds)
     assert tables.page(tables.HERE / "results") == tables.PAGE.read_text(encoding="utf-8")
 
 
