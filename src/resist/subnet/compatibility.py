@@ -185,10 +185,12 @@ def _compare(first: nn.Module, second: nn.Module) -> str:
 
 def _short(value: object) -> str:
     """A value as text of at most 60 characters."""
-    items = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
-    is_tensor = bool(items) and isinstance(items[0], tuple)  # its shape comes first
-    shown = items[0] if is_tensor else value.__name__ if isinstance(value, type) else value
-    text = shown if isinstance(shown, str) else repr(shown)
+    items: Sequence[object] = cast(Sequence[object], value) if isinstance(value, tuple) else []
+    if items and isinstance(items[0], tuple):  # a tensor: its shape
+        value = cast(object, items[0])
+    if isinstance(value, type):
+        value = value.__name__
+    text = value if isinstance(value, str) else repr(cast(object, value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
