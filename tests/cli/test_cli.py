@@ -312,13 +312,16 @@ def lose() -> None:
     import os
     import signal
     import sys
+    from pathlib import Path
 
     import resist.job
 
     synchronize = resist.job.Job.synchronize
 
     def lost(job, *arguments):
-        if job.round == 3 and os.environ["RANK"] == "2" and "--resume" not in sys.argv:
+        lost_once = Path(sys.argv[-1], "lost-once")  # the run directory is the last argument
+        if job.round == 3 and os.environ["RANK"] == "2" and not lost_once.exists():
+            lost_once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return synchronize(job, *arguments)
 
