@@ -91,8 +91,7 @@ def check(specs: Sequence[str], build: Build, workers: int, local_steps: int) ->
             strategy = _strategy(name, workers, local_steps, kwargs)
             if strategy.optimizer_state not in OPTIMIZER_STATES:
                 raise ValueError(f"method {spec!r}: optimizer_state is not one of {', '.join(OPTIMIZER_STATES)}")
-            for chain in chains:
-                strategy.assign(chain.num_blocks, chain.name, SEED, 0)
+            strategy.plan(chains, seed=SEED, round=0)
 
 
 def _parse(spec: str) -> tuple[str, dict[str, str]]:
@@ -126,10 +125,10 @@ class Own:
         self.model = self.job.model
         self.optimizer = momentum_sgd(self.model)
         self._steps = strategy.local_steps
-        self._before = self.job.plans_of(0)
+        self._before = self.job.plan_of(0)
 
     def synchronize(self) -> None:
-        self._before = self.job.plans_of(self.job.round)
+        self._before = self.job.plan_of(self.job.round)
         if not self.optimizer.state and self.job.strategy.optimizer_state != "reset":
             raise AssertionError("the optimizer has no state to send")
         for _ in range(self._steps):
@@ -150,16 +149,15 @@ class Own:
         workers, subnet = self.job.strategy.workers, self.job.workers[0].subnet
         state = self.job.strategy.optimizer_state
         moved, averaged = 1 + (state in ("travel", "average")), 1 + (state == "average")
-        plans, next_plans = self._before, self.job.plans
+        plan, next_plan = self._before, self.job.plan
         texts = workers * (workers - 1) * PACKET_BYTES  # one text between each pair, to agree on the round
-        if all(plan.held_by_all for plan in plans.values()):
+        if plan.held_by_all:
             return averaged * 2 * (workers - 1) * subnet.flat.nbytes + texts
         total = averaged * 2 * (workers - 1) * subnet.shared.nbytes + texts
-        for chain, layout in zip(subnet.chains, subnet.block_layouts, strict=True):
-            for block in range(chain.num_blocks):
-                holders, targets = set(plans[chain.name].holders(block)), set(next_plans[chain.name].holders(block))
-                messages = len(holders) - 1 + len(targets) - bool(holders & targets)
-                total += moved * messages * layout.numel * subnet.dtype.itemsize
+        for chain, block in plan.blocks:
+            holders, targets = set(plan.holders(chain, block)), set(next_plan.holders(chain, block))
+            messages = len(holders) - 1 + len(targets) - bool(holders & targets)
+            total += moved * messages * subnet.block_layouts[chain].numel * subnet.dtype.itemsize
         return total
 
 
@@ -294,7 +292,7 @@ class Published(_Full):
         return list(self.model.get_submodule(chain.block_name(block)).parameters())
 
     def _plan(self, chain: Chain, round: int) -> Plan:
-        return self.strategy.assign(chain.num_blocks, chain.name, SEED, round)
+        return self.strategy.assign(chain.num_blocks, chain=chain.name, seed=SEED, round=round)
 
 
 def momentum_sgd(model: nn.Module) -> SGD:

@@ -112,8 +112,7 @@ def count(case: Case) -> Record:
     counts = tuple(chain.num_blocks for chain in chains)
     record["full_flops"] = footprint(case, template, chains, counts).forward_flops
     try:
-        assign = resist.resist(WORKERS, 1).assign
-        held = tuple(assign(chain.num_blocks, chain.name, 0, 0).capacities[0] for chain in chains)
+        held = resist.resist(WORKERS, 1).plan(chains, seed=0, round=0).capacities(0)
     except UserError as error:  # the chain is shorter than the number of workers
         return {**record, "too_short": str(error)}
     small = footprint(case, template, chains, held)

@@ -69,17 +69,14 @@ def formula(build: Build, strategy: resist.Strategy, rounds: int, *, statistics:
         use_batch_statistics(template)
     chains = choose_chains(template)
     sizes = sizes_of(template, chains)
-    plans = [
-        {chain.name: strategy.assign(chain.num_blocks, chain.name, SEED, number) for chain in chains}
-        for number in range(rounds + 1)
-    ]
+    plans = [strategy.plan(chains, seed=SEED, round=number) for number in range(rounds + 1)]
     run = [
         round_traffic(
             sizes, now, then, workers=strategy.workers, optimizer_state=strategy.optimizer_state, num_states=1
         )
         for now, then in pairwise(plans)
     ]
-    paper = paper_bytes(sizes, plans[0], strategy.workers)
+    paper = paper_bytes(sizes, plans[0], workers=strategy.workers)
     return Formula(mean_traffic(run, strategy.workers, paper), [sum(round_.bytes.values()) for round_ in run])
 
 

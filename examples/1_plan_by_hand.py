@@ -5,7 +5,7 @@ python examples/1_plan_by_hand.py --workers 4 --blocks 22 --capacity 6
 
 import argparse
 
-from resist import allreduce_bytes, partition, schedule
+from resist import RoundPlan, allreduce_bytes, partition, schedule
 
 # The paper's ResNet101 for 100 classes: float32 weights of one block of section 3, and of the shared part.
 BLOCK_BYTES = 4 * 1_180_672
@@ -26,7 +26,7 @@ for round, plan in enumerate(plans):
         print(f"  worker {worker}  " + "".join("#" if block in held else "." for block in range(options.blocks)))
 
 # From one plan to the next: the holders of a block send it to its owner, which averages it and hands it over.
-steps = schedule({"layer3": plans[0]}, {"layer3": plans[1]}, {"layer3": BLOCK_BYTES})
+steps = schedule(RoundPlan((plans[0],)), RoundPlan((plans[1],)), [BLOCK_BYTES])  # of one chain
 print(f"\nFrom round 1 to round 2: {len(steps.average)} messages to average, {len(steps.hand_over)} to hand over.")
 for message in steps.messages[:6]:
     print(f"  {message.phase:<9}  block {message.block:>2}  worker {message.source} -> {message.target}")

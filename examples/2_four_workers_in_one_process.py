@@ -33,7 +33,7 @@ loaders = [train.loader(sampler) for sampler in samplers]
 (chain,) = job.chains
 whole = sum(p.numel() for p in build("preact_small", num_classes=10).parameters())
 for worker in job.workers:
-    held = job.plans[chain.name].blocks[worker.index]
+    (held,) = job.plan.held(worker.index)  # of its only chain
     size = sum(p.numel() for p in worker.model.parameters())
     print(f"worker {worker.index} begins with blocks {held} of {chain.name}: {size / whole:.0%} of all weights")
 
@@ -59,7 +59,7 @@ for step in range(options.steps):
         losses.append(loss.item())
     synchronized = job.step(*optimizers)
     if synchronized and job.round % 4 == 0:
-        held = job.plans[chain.name].blocks
+        held = job.plan.plans[0].blocks
         share = f"{accuracy(job.full_model(calibration())):6.1%}"
         print(f"round {job.round:>2}  loss {sum(losses) / 4:.3f}  full network {share} correct  next plan {held}")
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from resist.planning.plan import partition
+from resist.planning.plan import RoundPlan, partition
 from resist.planning.schedule import allreduce_bytes, schedule
 from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
 
@@ -23,17 +23,17 @@ def make_run(
     config = TrainConfig(NetworkConfig(data="cifar10", model="preact_resnet101"), method, run=RunConfig(path, seed))
     capacities = (capacity if strategy == "resist" else blocks,) * workers
     drawn = min(rounds, distinct)
-    plans = [{CHAIN: partition(blocks, capacities, seed=seed, round=i, chain=CHAIN)} for i in range(drawn + 1)]
+    plans = [RoundPlan((partition(blocks, capacities, seed=seed, round=i, chain=CHAIN),)) for i in range(drawn + 1)]
     sent: list[dict[tuple[int, int], int]] = []
     for now, then in pairwise(plans):
         pairs: dict[tuple[int, int], int] = {}
-        for message in schedule(now, then, {CHAIN: BLOCK_BYTES}).messages if strategy == "resist" else ():
+        for message in schedule(now, then, [BLOCK_BYTES]).messages:
             key = (message.source, message.target)
             pairs[key] = pairs.get(key, 0) + message.num_bytes
         sent.append(pairs)
     lines: list[str] = []
     for i in range(rounds):
-        held = plans[i % len(sent)][CHAIN].blocks
+        held = plans[i % len(sent)].plans[0].blocks
         lines.append(json.dumps(record(i, rounds, held, sent[i % len(sent)], capacity / blocks, num_evals)))
     (path / "config.json").write_text(json.dumps(config.to_json()))
     (path / "environment.json").write_text(json.dumps({

@@ -86,11 +86,8 @@ def by_name(job: Job, worker: Worker, value: Callable[[nn.Parameter], Tensor | N
     """`value(parameter)` of the worker's parameters by global dotted name, cloned; left out where it is None."""
     named: dict[str, Tensor] = {}
     for parameter, place in worker.subnet.parameter_places():
-        name, tensor = place.name, value(parameter)
-        if place.chain is not None:
-            chain = job.chains[place.chain]
-            name = f"{chain.block_name(job.plans[chain.name].blocks[worker.index][place.slot])}.{name}"
-        if tensor is not None:
+        name = worker.subnet.layout.full_name(place, job.plan.held(worker.index))
+        if (tensor := value(parameter)) is not None:
             named[name] = tensor.detach().clone()
     return named
 

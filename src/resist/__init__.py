@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from resist import sync as sync
     from resist.errors import UserError, WorkerLostError
     from resist.job import Job
-    from resist.planning.plan import Plan, partition
+    from resist.planning.plan import Plan, RoundPlan, partition
     from resist.planning.schedule import Message, Schedule, allreduce_bytes, schedule
     from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
     from resist.subnet.chains import Chain, find_chains
@@ -28,6 +28,7 @@ __all__ = [
     "Message",
     "OuterSGD",
     "Plan",
+    "RoundPlan",
     "Schedule",
     "Strategy",
     "UserError",
@@ -50,6 +51,7 @@ _HOME = {  # the module of each public name
     "Message": "resist.planning.schedule",
     "OuterSGD": "resist.planning.strategy",
     "Plan": "resist.planning.plan",
+    "RoundPlan": "resist.planning.plan",
     "Schedule": "resist.planning.schedule",
     "Strategy": "resist.planning.strategy",
     "UserError": "resist.errors",

@@ -15,27 +15,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from resist.errors import DivergedError, UserError
-from resist.planning.plan import Plan
+from resist.errors import UserError
+from resist.planning.plan import Key, RoundPlan
 from resist.planning.strategy import Strategy
-from resist.subnet.batchnorm import BATCHNORMS, has_running_statistics, recalibrate, use_batch_statistics
+from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of
-from resist.subnet.scaling import scale_branches
+from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
-from resist.sync.agreement import agree_on_round, check_agreement, job_values
+from resist.sync.agreement import agree_on_round, check_agreement, diverged, job_values
 from resist.sync.assembly import assemble
-from resist.sync.averaging import VELOCITY, all_finite
 from resist.sync.distributed import connect
 from resist.sync.exchange import Exchange
-from resist.sync.optimizer_state import OPTIMIZER_STATES, optimizers_of
-from resist.sync.payload import collect_payloads
+from resist.sync.options import check_options
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
-from resist.sync.worker import Worker
-
-NONFINITE = ("stop", "drop")
+from resist.sync.worker import Worker, assign_optimizers
 
 
 class Job:
@@ -96,7 +92,7 @@ class Job:
         workers: The hosted workers, ascending.
         strategy: The strategy.
         chains: The chains that are partitioned.
-        plans: Chain name -> plan of the present round.
+        plan: Plan of the present round, with the chains in the order of `chains`.
         round: The round that the next step belongs to, counted from 0.
         step_index: Steps done.
         transport: The transport, which counts bytes and messages; see `take` there.
@@ -127,7 +123,7 @@ class Job:
         replicate: bool = False,
         resume_at: tuple[int, int] = (0, 0),
     ) -> None:
-        _check_options(strategy, batchnorm, on_nonfinite, replicate)
+        check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate)
         self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
         self.on_nonfinite, self.replicate = on_nonfinite, replicate
         self.replicas: list[Replica] = []
@@ -139,7 +135,7 @@ class Job:
         if batchnorm == "batch":
             use_batch_statistics(full)
         self.chains = choose_chains(full, (chains,) if isinstance(chains, str) else tuple(chains))
-        self.plans = self.plans_of(self.round)
+        self.plan = self.plan_of(self.round)
         _ = self.scales  # an invalid scale is an error now, not at the end
         self.transport = CountingTransport(
             transport if transport is not None else connect(strategy.workers, device, timeout_s)
@@ -151,19 +147,19 @@ class Job:
         # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite}
-        check_agreement(self.transport, job_values(_in_order(strategy), seed, self.chains, full, options))
-        tensors = tensors_of(full)
-        self.workers: list[Worker] = []
-        for index in self.transport.hosted:
-            held = [self.plans[chain.name].blocks[index] for chain in self.chains]
-            capacities = [len(blocks) for blocks in held]
-            subnet = Subnet(full, self.chains, capacities, device=device, channels_last=channels_last)
-            subnet.load(tensors, held)
-            self.workers.append(Worker(index, subnet))
+        values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
+        check_agreement(self.transport, values)
+        self.workers = [self._host(index, full, device, channels_last) for index in self.transport.hosted]
         self.mark_anchors()
-        if strategy.every_step:
-            for worker in self.workers:
-                worker.model = self.transport.average_gradients(worker.subnet.model)
+
+    def _host(self, index: int, full: nn.Module, device: torch.device | str, channels_last: bool) -> Worker:
+        """Line 1 of the algorithm: give a worker the sub-network of the present plan."""
+        subnet = Subnet(full, self.chains, self.plan.capacities(index), device=device, channels_last=channels_last)
+        subnet.load(tensors_of(full), self.plan.held(index))
+        worker = Worker(index, subnet)
+        if self.strategy.every_step:
+            worker.model = self.transport.average_gradients(subnet.model)
+        return worker
 
     @property
     def model(self) -> nn.Module:
@@ -184,28 +180,16 @@ class Job:
         """Calls of `step` until the next synchronization, including the one that synchronizes."""
         return self.strategy.at(self.round).local_steps - self._steps_in_round
 
-    def plans_of(self, round: int) -> dict[str, Plan]:
-        """Draw the plans of one round.
+    def plan_of(self, round: int) -> RoundPlan:
+        """Draw the plan of one round.
 
         Args:
             round: Number of the round, from 0.
 
         Returns:
-            Chain name -> plan.
+            The plan, with the chains in the order of `chains`.
         """
-        strategy = self.strategy.at(round)
-        return {c.name: strategy.assign(c.num_blocks, c.name, self.seed, round) for c in self.chains}
-
-    def held_by(self, worker: Worker) -> list[tuple[int, ...]]:
-        """Return the blocks that a hosted worker holds.
-
-        Args:
-            worker: The worker.
-
-        Returns:
-            Blocks of each chain: block `held[chain][slot]` is in that slot.
-        """
-        return [self.plans[chain.name].blocks[worker.index] for chain in self.chains]
+        return self.strategy.plan(self.chains, seed=self.seed, round=round)
 
     def step(self, *optimizers: Optimizer, nonfinite: Mapping[int, str] | None = None) -> bool:
         """Count a step, and synchronize after `local_steps` of them.
@@ -232,23 +216,14 @@ class Job:
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
-            self._adopt(optimizers)
+            assign_optimizers(self.workers, optimizers)
+            self._optimizers = optimizers
         self.step_index += 1
         self._steps_in_round += 1
         if self.steps_left > 0:
             return False
         self.synchronize(nonfinite)
         return True
-
-    def _adopt(self, optimizers: tuple[Optimizer, ...]) -> None:
-        """Assign new optimizers to the workers, and report mistakes before a round of work is lost."""
-        subnets = [worker.subnet for worker in self.workers]
-        for worker in self.workers:
-            worker.subnet.check_attached()
-            worker.forget_state()
-        for worker, assigned in zip(self.workers, optimizers_of(subnets, optimizers), strict=True):
-            worker.optimizers = assigned
-        self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
         """Exchange averages of the weights over time with their blocks.
@@ -272,13 +247,7 @@ class Job:
         if len(averages) != len(self.workers):
             raise UserError(f"{len(averages)} averages for {len(self.workers)} hosted workers; pass one for each")
         for worker, average in zip(self.workers, averages, strict=True):
-            try:
-                worker.average = worker.subnet.twin(average.module)
-            except (AttributeError, ValueError) as error:
-                raise UserError(
-                    f"{type(average).__name__} holds no copy of the network of worker {worker.index}; make it with "
-                    "torch.optim.swa_utils.AveragedModel(model)"
-                ) from error
+            worker.follow(average)
 
     def synchronize(self, nonfinite: Mapping[int, str] | None = None) -> None:
         """End the round now: average, hand over, take the next plan.
@@ -299,34 +268,28 @@ class Job:
             worker.subnet.check_attached()
         for worker in self.workers:
             worker.collect_state(strategy.optimizer_state)
-        payloads = collect_payloads(self.workers, strategy, self._agree_on_round(nonfinite or {}))
-        next_plans = self.plans_of(self.round + 1)  # line 6: draw new sub-networks
-        kept: Mapping[tuple[int, int], Tensor] = {}
+        # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
+        agreed = agree_on_round(self.transport, self.workers, nonfinite=nonfinite or {})
+        self.dropped = agreed.nonfinite
+        if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
+            raise diverged(self.dropped, round=self.round, step=self.step_index)
+        next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
+        kept: dict[Key, Tensor] = {}
         if not strategy.every_step:
-            exchange = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
+            kept = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
                 self.transport,
-                {worker.index: worker.subnet for worker in self.workers},
-                payloads=payloads,
-                plans=self.plans,
-                next_plans=next_plans,
-                outer=strategy.outer,
-                anchors={worker.index: worker.anchor for worker in self.workers if worker.anchor is not None},
+                workers=self.workers,
+                strategy=strategy,
+                state_names=agreed.state_names,
+                plan=self.plan,
+                next_plan=next_plan,
                 dropped=self.dropped.keys(),
                 replicate=self.replicate,
-            )
-            exchange.finish()
-            kept = exchange.replicas
-        self.plans = next_plans
-        for worker in self.workers:
-            held = self.held_by(worker)
-            flats = {payload.name: payload.flats[worker.index] for payload in payloads}
-            worker.finish_round(flats, [len(blocks) for blocks in held], held)
-        self.round += 1
-        self._steps_in_round = 0
+            ).finish()
+        self.plan, self.round, self._steps_in_round = next_plan, self.round + 1, 0
         self.mark_anchors()
         if self.replicate:
-            held_by_each = [self.held_by(worker) for worker in self.workers]
-            replica = collect_replica(self.workers, held_by_each, kept, round=self.round, step=self.step_index)
+            replica = collect_replica(self.workers, plan=next_plan, blocks=kept, round=self.round, step=self.step_index)
             keep_newest(self.transport, self.replicas, replica)
 
     def finish(self) -> None:
@@ -366,7 +329,7 @@ class Job:
             if (subnet := worker.average if averaged else worker.subnet) is None:
                 raise UserError("averaged=True, and there are no averages; give them to job.follow before training")
             subnets[worker.index] = subnet
-        full = assemble(self.transport, subnets, self.plans, on)
+        full = assemble(self.transport, subnets, plan=self.plan, on=on)
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
@@ -389,71 +352,10 @@ class Job:
                 outer=self.strategy.at(self.round).outer is not None,
             )
 
-    def _agree_on_round(self, nonfinite: Mapping[int, str]) -> list[str]:
-        """Agree on the names of the states to exchange; sets `dropped`. Waits for all processes, and for the device.
-
-        Raises DivergedError if a worker has diverged, unless it may be left out.
-        """
-        detected = {w.index: "weights that are not finite" for w in self.workers if not all_finite(w.subnet.flat)}
-        agreed = agree_on_round(
-            self.transport,
-            averages=any(worker.average for worker in self.workers),
-            state_names={name for worker in self.workers for name in worker.state} - {VELOCITY},
-            nonfinite={**detected, **nonfinite},
-        )
-        self.dropped = agreed.nonfinite
-        if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
-            worker, reason = min(self.dropped.items())
-            raise DivergedError(
-                f"worker {worker} has {reason} at the end of round {self.round + 1} (step {self.step_index}): training "
-                "diverged; lower the learning rate or let it rise slowly"
-            )
-        return agreed.state_names
-
     @property
     def scales(self) -> list[float]:
         """Scale of each chain for the present weights.
 
         The present weights are those of the round that ended last.
         """
-        plans = self.plans_of(max(self.round - 1, 0))
-        if isinstance(self.scale, str) and self.scale not in ("inclusion", "1/S"):
-            raise UserError(f"scale={self.scale!r} is not one of inclusion, 1/S, or a number")
-        scales: list[float] = []
-        for chain in self.chains:
-            plan = plans[chain.name]
-            if not isinstance(self.scale, str):
-                scales.append(float(self.scale))
-            elif plan.held_by_all or self.scale == "inclusion":
-                scales.append(sum(plan.capacities) / plan.workers / plan.num_blocks)
-            else:
-                scales.append(1 / plan.workers)
-        return scales
-
-
-def _check_options(strategy: Strategy, batchnorm: str, on_nonfinite: str, replicate: bool) -> None:
-    if not isinstance(strategy, Strategy):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UserError(f"strategy={strategy!r} is not a Strategy; give one, as in resist.resist(workers=4)")
-    _check_choice("batchnorm", batchnorm, BATCHNORMS)
-    for part in _in_order(strategy):
-        _check_choice("optimizer_state", part.optimizer_state, OPTIMIZER_STATES)
-    _check_choice("on_nonfinite", on_nonfinite, NONFINITE)
-    if strategy.every_step and (replicate or on_nonfinite == "drop"):
-        raise UserError(
-            "ddp averages gradients in every step, and every worker holds all weights; leave out replicate and "
-            "on_nonfinite='drop'"
-        )
-    if replicate and strategy.workers < 2:
-        raise UserError(
-            "replicate needs a second worker to hold the replicas; give at least 2 workers, or leave it out"
-        )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}")
-
-
-def _in_order(strategy: Strategy) -> list[Strategy]:
-    """The strategy and those that it switches to, in their order."""
-    return [strategy, *(_in_order(strategy.then) if strategy.then is not None else [])]
+        return chain_scales(self.scale, self.plan_of(max(self.round - 1, 0)))

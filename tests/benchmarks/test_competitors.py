@@ -56,5 +56,5 @@ def weights_after_rounds(spec: str, rank: int) -> dict[str, Tensor]:
 def global_weights(method: competitors.Method) -> dict[str, Tensor]:
     if isinstance(method, competitors.Own):
         worker, job = method.job.workers[0], method.job
-        return worker.subnet.state([job.plans[chain.name].blocks[worker.index] for chain in job.chains])
+        return worker.subnet.state(job.plan.held(worker.index))
     return {name: parameter.detach() for name, parameter in method.model.named_parameters()}

@@ -117,7 +117,7 @@ def follow(job: Job, optimizers: Sequence[Optimizer], num_states: int, rounds: i
     job.transport.take()
     for number in range(rounds):
         expected = round_traffic(
-            SIZES, job.plans_of(number), job.plans_of(number + 1),
+            SIZES, job.plan_of(number), job.plan_of(number + 1),
             workers=workers, optimizer_state=strategy.optimizer_state, num_states=num_states,
         )  # fmt: skip
         while True:
@@ -336,7 +336,7 @@ def test_the_slowest_worker_decides() -> None:
 @settings(max_examples=50)
 def test_a_better_link_is_never_slower(rate: float, factor: float, latency: float, more: float, workers: int) -> None:
     better, worse = Link(rate * factor, latency), Link(rate, latency + more)
-    plans = [{CHAIN.name: resist(workers).assign(BLOCKS, CHAIN.name, 0, number)} for number in (0, 1)]
+    plans = [resist(workers).plan([CHAIN], seed=0, round=number) for number in (0, 1)]
     apart = round_traffic(SIZES, plans[0], plans[1], workers=workers, optimizer_state="average", num_states=1)
     assert exchange_s(apart, better, workers) <= exchange_s(apart, worse, workers) * (1 + 1e-9)
     every_step = ddp_traffic(SIZES, workers=workers, local_steps=5)

@@ -61,7 +61,7 @@ def by_hand(
     job = Job(build, strategy, batchnorm="average")
     plain = Plain(build_seeded(build, 0), optimizer, step, decay)
     for round in range(rounds):
-        (plan,), steps = job.plans_of(round).values(), strategy.at(round).local_steps
+        (plan,), steps = job.plan_of(round).plans, strategy.at(round).local_steps
         plain.round(plan.blocks, range(round * steps, (round + 1) * steps))
     return plain
 

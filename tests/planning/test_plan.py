@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resist.errors import UserError
-from resist.planning.plan import Plan, check_capacities, equal_capacities, keyed_int, partition, shuffled
+from resist.planning.plan import Plan, RoundPlan, check_capacities, equal_capacities, keyed_int, partition, shuffled
 
 
 @st.composite
@@ -161,3 +161,18 @@ def test_impossible_capacities(sizes: tuple[int, ...], message: str) -> None:
 def test_shuffled_is_a_permutation(num: int, key: str) -> None:
     assert sorted(shuffled(num, key)) == list(range(num))
     assert 0 <= keyed_int(key, num) < 2**63
+
+
+def test_the_plan_of_a_round_is_the_plans_of_its_chains() -> None:
+    first, second = partition(4, (3, 2), seed=0, round=1, chain="a"), partition(3, (3, 3), seed=0, round=1, chain="b")
+    plan = RoundPlan((first, second))
+    assert plan.workers == 2
+    assert plan.blocks == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]
+    assert plan.held(1) == (first.blocks[1], (0, 1, 2))
+    assert (plan.capacities(0), plan.capacities(1)) == ((3, 3), (2, 3))
+    for chain, block in plan.blocks:
+        assert plan.holders(chain, block) == (first, second)[chain].holders(block)
+        for worker in plan.holders(chain, block):
+            assert plan.held(worker)[chain][plan.slot(chain, block, worker)] == block
+    assert not plan.held_by_all
+    assert RoundPlan((second,)).held_by_all

@@ -12,15 +12,15 @@ from resist.planning.strategy import METHODS, Strategy, build_strategy, ddp, loc
 
 
 def test_resist_gives_each_worker_its_share_and_four_blocks_at_least() -> None:
-    assert [resist(s).assign(22, "c", 0, 0).capacities[0] for s in (1, 2, 4, 8)] == [22, 11, 6, 4]
-    assert resist(8, min_depth=0).assign(22, "c", 0, 0).capacities == (3,) * 8
-    assert resist(2, min_depth=15).assign(22, "c", 0, 0).capacities == (15, 15)
-    assert resist(3).assign(3, "c", 0, 0).held_by_all  # four blocks at least, of three
-    assert resist(2, capacities=(20, 2)).assign(22, "c", 0, 0).capacities == (20, 2)
+    assert [resist(s).assign(22, chain="c", seed=0, round=0).capacities[0] for s in (1, 2, 4, 8)] == [22, 11, 6, 4]
+    assert resist(8, min_depth=0).assign(22, chain="c", seed=0, round=0).capacities == (3,) * 8
+    assert resist(2, min_depth=15).assign(22, chain="c", seed=0, round=0).capacities == (15, 15)
+    assert resist(3).assign(3, chain="c", seed=0, round=0).held_by_all  # four blocks at least, of three
+    assert resist(2, capacities=(20, 2)).assign(22, chain="c", seed=0, round=0).capacities == (20, 2)
 
 
 def test_local_sgd_gives_every_worker_all_blocks() -> None:
-    plan = local_sgd(3).assign(5, "c", 0, 7)
+    plan = local_sgd(3).assign(5, chain="c", seed=0, round=7)
     assert (plan.held_by_all, plan.workers) == (True, 3)
 
 
@@ -70,9 +70,15 @@ def test_only_the_table_spells_the_names_of_methods() -> None:
         (lambda: resist(2, 0), r"local_steps=0; must be at least 1"),
         (lambda: resist(3, capacities=(1, 2)), r"2 capacities for 3 workers; give one for each worker"),
         (lambda: resist(2, capacities=(1, 2), min_depth=1), r"min_depth=1 has no effect with explicit capacities"),
-        (lambda: resist(23).assign(22, "c", 0, 0), r"workers=23 exceeds the 22 blocks of chain c"),
-        (lambda: resist(2, min_depth=30).assign(22, "c", 0, 0), r"min_depth=30 exceeds the 22 blocks of chain c"),
-        (lambda: resist(2, capacities=(1, 2)).assign(22, "c", 0, 0), r"hold 3 of the 22 blocks of chain c"),
+        (lambda: resist(23).assign(22, chain="c", seed=0, round=0), r"workers=23 exceeds the 22 blocks of chain c"),
+        (
+            lambda: resist(2, min_depth=30).assign(22, chain="c", seed=0, round=0),
+            r"min_depth=30 exceeds the 22 blocks of chain c",
+        ),
+        (
+            lambda: resist(2, capacities=(1, 2)).assign(22, chain="c", seed=0, round=0),
+            r"hold 3 of the 22 blocks of chain c",
+        ),
         (lambda: resist(2, warmup_rounds=-1), r"warmup_rounds=-1; must be at least 0"),
         (lambda: build_strategy("sgd", 2, 1), r"strategy 'sgd' is not one of resist, local_sgd, diloco, ddp"),
         (lambda: switch(resist(2), ddp(2), at_round=1), r"ddp cannot be part of a switch"),

@@ -16,8 +16,8 @@ from torch import Tensor
 from pool import Pool
 from resist.errors import DivergedError, UserError, WorkerLostError
 from resist.job import Job
-from resist.planning.plan import partition
-from resist.planning.schedule import place_replicas, schedule
+from resist.planning.plan import RoundPlan, partition
+from resist.planning.schedule import schedule
 from resist.planning.strategy import OuterSGD, Strategy, ddp, local_sgd, resist, switch
 from resist.runs.replicas import (
     REPLICAS,
@@ -41,17 +41,18 @@ def test_every_block_lies_with_two_workers_after_any_synchronization(data: st.Da
     own = -(-blocks // workers)
     capacities = [data.draw(st.integers(own, blocks)) for _ in range(workers)]
     now, then = (partition(blocks, capacities, seed=0, round=data.draw(st.integers(0, 50))) for _ in range(2))
-    plan = schedule({"c": now}, {"c": then}, {"c": 10})
-    kept = place_replicas(plan, {"c": then}, {"c": 10})
+    made = schedule(RoundPlan((now,)), RoundPlan((then,)), [10], replicate=True)
+    sent = {message.block: message for message in made.replicas}
     where = {block: set(then.holders(block)) for block in range(blocks)}
-    for (_, block), keeper in kept.kept.items():
-        assert keeper in now.holders(block)  # no message is needed
+    for (_, block), keeper in made.keepers.items():
+        if block in sent:
+            assert (sent[block].source, sent[block].target) == (made.owners[0, block], keeper)
+        else:
+            assert keeper in now.holders(block)  # no message is needed
         where[block].add(keeper)
-    for message in kept.messages:
-        assert plan.owners["c", message.block] == message.source
-        where[message.block].add(message.target)
     assert all(len(found) >= 2 for found in where.values())
-    assert len(kept.kept) + len(kept.messages) == sum(len(then.holders(b)) == 1 for b in range(blocks))
+    assert len(made.keepers) == sum(len(then.holders(b)) == 1 for b in range(blocks))
+    assert sent.keys() <= {block for _, block in made.keepers}
 
 
 STRATEGIES = {
@@ -222,7 +223,7 @@ def test_diverged_weights_are_kept_for_each_worker(tmp_path: Path) -> None:
     write_diverged(tmp_path, job)
     tensors = load_file(tmp_path / "round-000001" / "process-0.safetensors")
     for worker in job.workers:
-        for name, view in worker.subnet.state(job.held_by(worker)).items():
+        for name, view in worker.subnet.state(job.plan.held(worker.index)).items():
             assert torch.equal(tensors.pop(f"workers.{worker.index}.weights.{name}").nan_to_num(), view.nan_to_num())
     assert not tensors
 
@@ -260,11 +261,11 @@ def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int,
     strategy: Strategy = resist(3, 2, capacities=capacities, optimizer_state=policy)
     job, optimizers = make(strategy, on_nonfinite="drop")
     train(job, optimizers, 2)
-    begun, plan = weights(job), job.plans[job.chains[0].name]
+    begun, plan = weights(job), job.plan
     local_step(job, optimizers)
     job.step(*optimizers)
     local_step(job, optimizers)
-    states = [dict(worker.subnet.state(job.held_by(worker))) for worker in job.workers]
+    states = [dict(worker.subnet.state(job.plan.held(worker.index))) for worker in job.workers]
     expected: dict[str, Tensor] = {}
     for name, value in begun.items():
         good = [state[name].clone() for state in (states[0], states[2]) if name in state]
@@ -275,7 +276,7 @@ def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int,
     found = weights(job)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
-    only = [b for b in range(plan.num_blocks) if plan.holders(b) == (1,)]
+    only = [key for key in plan.blocks if plan.holders(*key) == (1,)]
     assert bool(only) == (capacities != (6, 6, 6))
     train(job, optimizers, 4)
     assert not job.dropped

@@ -45,7 +45,7 @@ def gated(model: nn.Module) -> list[Gated]:
 
 
 def held(job: Job, index: int) -> tuple[int, ...]:
-    return job.plans[job.chains[0].name].blocks[index]
+    return job.plan.held(index)[0]
 
 
 STRATEGIES = [

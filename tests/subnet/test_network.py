@@ -58,7 +58,7 @@ def partitions(draw: st.DrawFn) -> tuple[tuple[str, ...], Strategy]:
     names = draw(st.lists(st.sampled_from(sorted(ZOO_CHAINS)), min_size=1, unique=True))
     workers = draw(st.integers(1, 4))
 
-    def assign(num_blocks: int, chain: str, seed: int, round: int) -> Plan:
+    def assign(num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
         drawn = rounds[round % len(rounds)][chain]
         capacities = (max(drawn[0], num_blocks - sum(drawn[1:])), *drawn[1:])
         return partition(num_blocks, capacities, seed=seed, round=round, chain=chain)
@@ -110,8 +110,7 @@ def test_a_subnetwork_computes_what_the_full_network_does_without_the_others(
     for worker in job.workers:
         full = zoo()
         full.load_state_dict(job_full(1), strict=False)
-        for chain in job.chains:
-            held = job.plans[chain.name].blocks[worker.index]
+        for chain, held in zip(job.chains, job.plan.held(worker.index), strict=True):
             for block in set(range(chain.num_blocks)) - set(held):
                 full.get_submodule(chain.container)._modules[chain.keys[chain.first + block]] = nn.Identity()
         torch.testing.assert_close(worker.model.eval()(images), full.eval()(images), rtol=1e-5, atol=1e-5)
@@ -188,7 +187,7 @@ def test_names_are_those_of_the_full_network() -> None:
     full = floats(tiny())
     seen: set[str] = set()
     for worker in job.workers:
-        held = [job.plans[chain.name].blocks[worker.index] for chain in job.chains]
+        held = job.plan.held(worker.index)
         state = worker.subnet.state(held)
         assert set(state) <= set(full)
         assert {name.split(".")[1] for name in state if name.startswith("layer3.")} == {

@@ -48,11 +48,10 @@ def test_a_round_is_one_batch_per_phase(policy: str, means: list[str]) -> None:
 def block_messages(job: Job, round: int) -> int:
     """The number of messages from the plans of `round` to the next ones, counted from the plans alone."""
     total = 0
-    for name, plan in job.plans_of(round).items():
-        after = job.plans_of(round + 1)[name]
-        for block in range(plan.num_blocks):
-            holders, targets = set(plan.holders(block)), set(after.holders(block))
-            total += len(holders) - 1 + len(targets) - bool(holders & targets)
+    plan, after = job.plan_of(round), job.plan_of(round + 1)
+    for key in plan.blocks:
+        holders, targets = set(plan.holders(*key)), set(after.holders(*key))
+        total += len(holders) - 1 + len(targets) - bool(holders & targets)
     return total
 
 
@@ -83,7 +82,7 @@ def test_ledger(policy: str, optimizer, num_states: int, capacities: tuple[int, 
             sent[move.source, move.target] += move.num_bytes
         assert taken["pairs"] == [[source, target, n] for (source, target), n in sorted(sent.items())]
         assert not any(taken["wire_bytes"].values())  # type: ignore[union-attr]
-    plan = job.plans[job.chains[0].name]
+    (plan,) = job.plan.plans
     job.full_model(on=1)
     assert job.transport.take()["bytes"] == {"evaluate": (plan.num_blocks - len(plan.blocks[1])) * block}
 

@@ -51,7 +51,7 @@ def test_diloco_is_torchs_nesterov_on_the_mean_change(workers: int) -> None:
 
 
 def held(job: Job, worker: int) -> list[tuple[int, ...]]:
-    return [job.plans[chain.name].blocks[worker] for chain in job.chains]
+    return job.plan.held(worker)
 
 
 def test_the_outer_momentum_travels_with_its_block() -> None:

@@ -1,12 +1,12 @@
 """`resist plan`: show the chains and the plans of a run without training."""
 
 import json
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resist.errors import UserError
-from resist.planning.plan import Plan
 from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -91,19 +91,12 @@ def describe(model: "nn.Module", config: TrainConfig, rounds: int) -> dict[str, 
     from resist.subnet.chains import choose_chains, find_chains
 
     chains, strategy = choose_chains(model, config.network.chain), config.strategy()
-    block = {chain.name: _numel(model.get_submodule(chain.block_name(0))) for chain in chains}
+    blocks = [_numel(model.get_submodule(chain.block_name(0))) for chain in chains]
     total = _numel(model)
-    shared = total - sum(chain.num_blocks * block[chain.name] for chain in chains)
-    plans: list[dict[str, Plan]] = []
-    for number in range(rounds):
-        assign = strategy.at(number).assign
-        plans.append({c.name: assign(c.num_blocks, c.name, config.run.seed, number) for c in chains})
-    last = strategy.at(max(rounds, config.method.warmup_rounds))
-    capacities = {c.name: last.assign(c.num_blocks, c.name, config.run.seed, rounds).capacities for c in chains}
-    held = [
-        shared + sum(capacities[chain.name][worker] * block[chain.name] for chain in chains)
-        for worker in range(strategy.workers)
-    ]
+    shared = total - sum(chain.num_blocks * block for chain, block in zip(chains, blocks, strict=True))
+    plans = [strategy.plan(chains, seed=config.run.seed, round=number) for number in range(rounds)]
+    last = strategy.plan(chains, seed=config.run.seed, round=max(rounds, config.method.warmup_rounds))
+    held = [shared + sum(map(operator.mul, last.capacities(worker), blocks)) for worker in range(strategy.workers)]
     return {
         "parameters": total,
         "shared": shared,
@@ -112,17 +105,17 @@ def describe(model: "nn.Module", config: TrainConfig, rounds: int) -> dict[str, 
             {
                 "name": chain.name,
                 "blocks": chain.num_blocks,
-                "parameters_of_a_block": block[chain.name],
-                "capacities": capacities[chain.name],
+                "parameters_of_a_block": block,
+                "capacities": plan.capacities,
                 "attributes_that_differ": [f"{entry.module}.{entry.name}".lstrip(".") for entry in chain.varying],
                 "caveat": chain.caveat,
             }
-            for chain in chains
+            for chain, block, plan in zip(chains, blocks, last.plans, strict=True)
         ],
-        "other_chains": [run.name for run in find_chains(model) if run.name not in block],
+        "other_chains": [run.name for run in find_chains(model) if run not in chains],
         "rounds": [
-            {"round": number, "plan": {name: plan.blocks for name, plan in of_round.items()}}
-            for number, of_round in enumerate(plans, start=1)
+            {"round": number, "plan": {c.name: p.blocks for c, p in zip(chains, plan.plans, strict=True)}}
+            for number, plan in enumerate(plans, start=1)
         ],
     }
 

@@ -1,6 +1,6 @@
 """Prediction: one row for each strategy and number of workers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -11,7 +11,6 @@ from resist.cost.report import Report, Row
 from resist.cost.timing import Link, Seconds, Speed, ddp_step_s, exchange_s
 from resist.cost.traffic import RoundTraffic, Sizes, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
-from resist.planning.plan import Plan
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.subnet.chains import choose_chains, find_chains
@@ -124,7 +123,8 @@ class _Prediction:
 
     def _every_round(self, strategy: Strategy) -> Row:
         """Row of a strategy that averages weights once in a round."""
-        workers, plans = strategy.workers, self._plans(strategy)
+        workers = strategy.workers
+        plans = [strategy.plan(self.sizes.chains, seed=self.seed, round=round) for round in range(self.rounds + 1)]
         replicate = self.replicate and workers > 1
         run = [
             round_traffic(
@@ -140,7 +140,7 @@ class _Prediction:
         ]
         networks: list[Network] = []
         for worker in range(workers):
-            network = self.network(tuple(plans[0][chain.name].capacities[worker] for chain in self.sizes.chains))
+            network = self.network(plans[0].capacities(worker))
             network = network if strategy.outer is None else _with_outer(network)
             networks.append(_with_replicas(network, run, worker) if replicate else network)
         seconds = None
@@ -148,7 +148,7 @@ class _Prediction:
             compute = strategy.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
             exchange = sum(exchange_s(traffic, self.link, workers) for traffic in run) / len(run)
             seconds = self._seconds(strategy, compute, exchange, 0.0)
-        traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers))
+        traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers=workers))
         return Row(strategy.name, workers, tuple(networks), traffic, seconds)
 
     def _every_step(self, strategy: Strategy) -> Row:
@@ -167,13 +167,6 @@ class _Prediction:
         paper = local_steps * 2 * workers * whole.parameters * self.sizes.itemsize
         networks = (replace(self.full, memory=memory),) * workers
         return Row(strategy.name, workers, networks, mean_traffic([traffic], workers, paper), seconds)
-
-    def _plans(self, strategy: Strategy) -> list[Mapping[str, Plan]]:
-        chains = self.sizes.chains
-        return [
-            {chain.name: strategy.assign(chain.num_blocks, chain.name, self.seed, number) for chain in chains}
-            for number in range(self.rounds + 1)
-        ]
 
     def _step_s(self, worker: int, network: Network) -> float:
         speed = self.speeds[worker % len(self.speeds)]

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from resist.planning.plan import Plan
-from resist.planning.schedule import Message, Schedule, allreduce_bytes, place_replicas, schedule
+from resist.planning.plan import RoundPlan
+from resist.planning.schedule import Message, allreduce_bytes, schedule
 from resist.subnet.chains import Chain
 
 Way = tuple[str, int]  # ("out" or "in", worker): one direction of a worker's link to the network
@@ -45,6 +45,11 @@ class Sizes:
     shared: Part
     chains: tuple[Chain, ...]
     blocks: tuple[Part, ...]
+
+    @property
+    def block_bytes(self) -> tuple[int, ...]:
+        """Bytes of one block of each chain."""
+        return tuple(block.numel * self.itemsize for block in self.blocks)
 
     def whole(self) -> Part:
         """Return the full network as one part."""
@@ -109,7 +114,7 @@ class Traffic:
         return sum(self.bytes.values())
 
 
-def paper_bytes(sizes: Sizes, plans: Mapping[str, Plan], workers: int) -> int:
+def paper_bytes(sizes: Sizes, plan: RoundPlan, *, workers: int) -> int:
     """Count the bytes of a round as the paper does.
 
     Every worker sends the parameters that it holds to a server and receives as many, without buffers:
@@ -117,19 +122,19 @@ def paper_bytes(sizes: Sizes, plans: Mapping[str, Plan], workers: int) -> int:
 
     Args:
         sizes: Parts of the network.
-        plans: Plan of each chain by its name.
+        plan: Plan of the round.
         workers: Number of workers.
     """
     held = workers * sizes.shared.parameters
-    for chain, block in zip(sizes.chains, sizes.blocks, strict=True):
-        held += sum(plans[chain.name].capacities) * block.parameters
+    for chain, block in zip(plan.plans, sizes.blocks, strict=True):
+        held += sum(chain.capacities) * block.parameters
     return sizes.itemsize * 2 * held
 
 
 def round_traffic(
     sizes: Sizes,
-    plans: Mapping[str, Plan],
-    next_plans: Mapping[str, Plan],
+    plan: RoundPlan,
+    next_plan: RoundPlan,
     *,
     workers: int,
     optimizer_state: str,
@@ -140,41 +145,36 @@ def round_traffic(
 
     Args:
         sizes: Parts of the network.
-        plans: Plan of each chain in the round that ends, by the chain's name.
-        next_plans: Plan of each chain in the next round.
+        plan: Plan of the round that ends.
+        next_plan: Plan of the next round.
         workers: Number of workers.
         optimizer_state: Policy for the optimizer's state, see `resist.sync.averaging`.
         num_states: Values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
         replicate: Keep a replica of every block, and send those that no other worker receives anyway.
     """
+    block_bytes = sizes.block_bytes
+    messages = schedule(plan, next_plan, block_bytes, replicate=replicate)
     # Where every worker holds every block, blocks are averaged in the all-reduce of the shared part.
-    common = all(plan.held_by_all for plan in (*plans.values(), *next_plans.values()))
-    ring = allreduce_bytes((sizes.whole() if common else sizes.shared).numel * sizes.itemsize, workers)
-    messages = Schedule((), (), {})
-    block_bytes = {c.name: b.numel * sizes.itemsize for c, b in zip(sizes.chains, sizes.blocks, strict=True)}
-    if not common:
-        messages = schedule(plans, next_plans, block_bytes)
+    common = sizes.whole() if messages.held_by_all else sizes.shared
+    ring = allreduce_bytes(common.numel * sizes.itemsize, workers)
     moving = num_states if optimizer_state in ("travel", "average") else 0
     averaged = num_states if optimizer_state == "average" else 0
-    # A replica is a block that a worker has received anyway, or it is sent for this purpose.
-    replicas = place_replicas(messages, next_plans, block_bytes) if replicate else None
-    replica_bytes, replica_messages = Counter[int](), replicas.messages if replicas else ()
-    for (chain, _), keeper in (replicas.kept if replicas else {}).items():
-        replica_bytes[keeper] += block_bytes[chain]
-    for message in replica_messages:
-        replica_bytes[message.target] += message.num_bytes
+    blocks = sum(message.num_bytes for message in messages.average + messages.hand_over)
     num_bytes = {
         "shared": workers * ring,
-        "blocks": messages.num_bytes,
-        "state": workers * ring * averaged + messages.num_bytes * moving,
-        **({"replica": sum(message.num_bytes for message in replica_messages)} if replicate else {}),
+        "blocks": blocks,
+        "state": workers * ring * averaged + blocks * moving,
+        **({"replica": sum(message.num_bytes for message in messages.replicas)} if replicate else {}),
     }
+    replica_bytes = Counter[int]()
+    for (chain, _), keeper in messages.keepers.items():
+        replica_bytes[keeper] += block_bytes[chain]
     return RoundTraffic(
         num_bytes,
         ring * (1 + averaged),
         1 + averaged if workers > 1 else 0,
         _links(messages.average, 1 + moving),
-        Counter(_links(messages.hand_over, 1 + moving)) + Counter(_links(replica_messages, 1)),
+        Counter(_links(messages.hand_over, 1 + moving)) + Counter(_links(messages.replicas, 1)),
         replica_bytes,
     )
 

@@ -1,9 +1,9 @@
-"""Plans: which worker holds which blocks of a chain in one round.
+"""Plans: which worker holds which blocks in one round.
 
-A plan is a pure function of (seed, round, chain, capacities). Every worker computes it for itself, so no message is
-needed to agree on it. The shuffles are sorts by a keyed hash, and not `random.shuffle`, because Python does not promise
-to keep the sequence of its generator from one version to the next: two machines with different versions of Python draw
-the same plan.
+A `Plan` is about one chain, a `RoundPlan` about all of them. A plan is a pure function of (seed, round, chain,
+capacities). Every worker computes it for itself, so no message is needed to agree on it. The shuffles are sorts by a
+keyed hash, and not `random.shuffle`, because Python does not promise to keep the sequence of its generator from one
+version to the next: two machines with different versions of Python draw the same plan.
 
     >>> partition(5, (3, 2), seed=0, round=0).capacities
     (3, 2)
@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import Protocol
 
 from resist.errors import UserError
+
+Key = tuple[int, int]  # (chain number, block)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,116 @@ class Plan:
             ValueError: If the worker does not hold the block.
         """
         return self.blocks[worker].index(block)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Assignment of the blocks of all chains to workers for one round.
+
+    A chain is identified by its number: its position in the order of the job's chains.
+
+    Attributes:
+        plans: Plan of each chain, for the same workers.
+    """
+
+    plans: tuple[Plan, ...]
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return self.plans[0].workers
+
+    @property
+    def held_by_all(self) -> bool:
+        """True if every worker holds every block of every chain, as in local SGD."""
+        return all(plan.held_by_all for plan in self.plans)
+
+    @property
+    def blocks(self) -> list[Key]:
+        """Every block as (chain, block), ascending."""
+        return [(chain, block) for chain, plan in enumerate(self.plans) for block in range(plan.num_blocks)]
+
+    def held(self, worker: int) -> tuple[tuple[int, ...], ...]:
+        """Return the blocks that a worker holds.
+
+        Args:
+            worker: Number of the worker.
+
+        Returns:
+            Blocks of each chain: block `held[chain][slot]` is in that slot.
+        """
+        return tuple(plan.blocks[worker] for plan in self.plans)
+
+    def capacities(self, worker: int) -> tuple[int, ...]:
+        """Return the number of blocks of each chain that a worker holds.
+
+        Args:
+            worker: Number of the worker.
+
+        Returns:
+            Capacity for each chain.
+        """
+        return tuple(len(blocks) for blocks in self.held(worker))
+
+    def holders(self, chain: int, block: int) -> tuple[int, ...]:
+        """Return the workers that hold a block; see `Plan.holders`.
+
+        Args:
+            chain: Number of the chain.
+            block: Number of the block.
+
+        Returns:
+            The workers, ascending.
+        """
+        return self.plans[chain].holders(block)
+
+    def slot(self, chain: int, block: int, worker: int) -> int:
+        """Find the slot in which a worker holds a block; see `Plan.slot`.
+
+        Args:
+            chain: Number of the chain.
+            block: Number of the block.
+            worker: Number of the worker.
+
+        Returns:
+            The slot.
+
+        Raises:
+            ValueError: If the worker does not hold the block.
+        """
+        return self.plans[chain].slot(worker, block)
+
+
+class Assign(Protocol):
+    """Function that draws the plan of one chain for one round."""
+
+    def __call__(self, num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
+        """Draw the plan.
+
+        Args:
+            num_blocks: Number of blocks in the chain.
+            chain: Name of the chain.
+            seed: Seed of the run.
+            round: Number of the round.
+
+        Returns:
+            The plan, which depends on the arguments alone.
+        """
+        ...
+
+
+class ChainLike(Protocol):
+    """The two properties of a chain that its plans depend on; see `resist.subnet.chains.Chain`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the chain."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks in the chain."""
+        ...
 
 
 def equal_capacities(num_blocks: int, workers: int, min_depth: int = 0, *, chain: str = "") -> tuple[int, ...]:

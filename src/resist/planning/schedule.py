@@ -1,17 +1,18 @@
-"""Schedules: the messages between two plans, as data.
+"""Schedules: the messages of one synchronization, as data.
 
 A synchronization has two phases. In the first, every holder of a block sends it to the block's owner, which averages
 them. In the second, the owner sends the average to the block's next holders. A worker that is the only holder of a
-block, before and after, sends nothing. The transport runs the messages of a schedule, the cost model counts them, and
-the report draws them.
+block, before and after, sends nothing. Where every worker holds every block, before and after, blocks need no messages:
+they are averaged over all workers, together with the shared part. The transport runs the messages of a schedule, the
+cost model counts them, and the report draws them.
 """
 
 import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from resist.planning.plan import Plan
+from resist.planning.plan import Key, RoundPlan
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Message:
     Attributes:
         phase: "average" (holder to owner), "hand_over" (owner to next holder) or "replica" (owner to the worker that
             keeps a replica).
-        chain: Name of the chain.
+        chain: Number of the chain.
         block: Number of the block in its chain.
         source: Worker that sends.
         target: Worker that receives.
@@ -29,7 +30,7 @@ class Message:
     """
 
     phase: str
-    chain: str
+    chain: int
     block: int
     source: int
     target: int
@@ -43,17 +44,25 @@ class Schedule:
     Attributes:
         average: Messages of the first phase, in the order in which every worker issues them.
         hand_over: Messages of the second phase, in the same sense.
-        owners: Owner of each block: (chain, block) -> the worker that averages it.
+        owners: Owner of each block: (chain number, block) -> the worker that averages it. Empty if `held_by_all`.
+        held_by_all: True if every worker holds every block, before and after. Blocks are then part of the mean over all
+            workers.
+        keepers: (chain number, block) -> the worker that keeps a replica, for each block with a single next holder. An
+            owner that hands its block over keeps the weights without a message. Empty without `replicate`.
+        replicas: Messages of the other replicas, sent with the second phase.
     """
 
-    average: tuple[Message, ...]
-    hand_over: tuple[Message, ...]
-    owners: Mapping[tuple[str, int], int]
+    average: tuple[Message, ...] = ()
+    hand_over: tuple[Message, ...] = ()
+    owners: Mapping[Key, int] = field(default_factory=dict[Key, int])
+    held_by_all: bool = False
+    keepers: Mapping[Key, int] = field(default_factory=dict[Key, int])
+    replicas: tuple[Message, ...] = ()
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """Messages of both phases, in their order."""
-        return self.average + self.hand_over
+        """All messages, in their order."""
+        return self.average + self.hand_over + self.replicas
 
     @property
     def num_bytes(self) -> int:
@@ -61,41 +70,80 @@ class Schedule:
         return sum(message.num_bytes for message in self.messages)
 
 
-def schedule(plans: Mapping[str, Plan], next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]) -> Schedule:
-    """List the messages that lead from `plans` to `next_plans`.
+def schedule(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int], *, replicate: bool = False) -> Schedule:
+    """List the messages that lead from one plan to the next.
 
     An owner that also holds its block in the next round saves a message, so only such holders are candidates, if there
     are any. Among them the owner is the one that keeps the busiest link least busy. The time is linear in the number
     of blocks held.
 
+    With `replicate`, any single worker can be lost afterwards. Blocks with several next holders need no replica. A
+    replica that has to be sent goes to the worker that receives the fewest bytes so far.
+
     Args:
-        plans: Plan of the present round for each chain.
-        next_plans: Plan of the next round for each chain.
+        plan: Plan of the present round.
+        next_plan: Plan of the next round, for the same chains and workers.
         block_bytes: Size of one block of each chain in bytes.
+        replicate: Place replicas; needs at least two workers.
 
     Returns:
-        The schedule, with the messages in the order of chains and blocks.
+        The schedule, with the messages of each phase in the order of chains and blocks.
     """
-    links = _Links(max((plan.workers for plan in (*plans.values(), *next_plans.values())), default=0))
-    owners: dict[tuple[str, int], int] = {}
-    blocks = [(chain, block) for chain, plan in plans.items() for block in range(plan.num_blocks)]
-    # Choose the owners. Blocks with few holders leave little choice: they are placed first, so that the others can
-    # avoid the links that they use.
-    for chain, block in sorted(blocks, key=lambda key: len(plans[key[0]].holders(key[1]))):
-        holders, targets = plans[chain].holders(block), next_plans[chain].holders(block)
-        owners[chain, block] = links.place(block, holders, targets, block_bytes[chain], plans[chain].workers)
-    # List the messages. All workers issue them in this one order, so that every send meets its receive.
+    if plan.held_by_all and next_plan.held_by_all:
+        return Schedule(held_by_all=True)
+    owners = _choose_owners(plan, next_plan, block_bytes)
+    # All workers issue the messages in this one order, so that every send meets its receive.
     average: list[Message] = []
     hand_over: list[Message] = []
-    for chain, block in blocks:
+    for chain, block in plan.blocks:
         owner, num_bytes = owners[chain, block], block_bytes[chain]
-        for holder in plans[chain].holders(block):
+        for holder in plan.holders(chain, block):
             if holder != owner:
                 average.append(Message("average", chain, block, holder, owner, num_bytes))
-        for target in next_plans[chain].holders(block):
+        for target in next_plan.holders(chain, block):
             if target != owner:
                 hand_over.append(Message("hand_over", chain, block, owner, target, num_bytes))
-    return Schedule(tuple(average), tuple(hand_over), owners)
+    keepers: dict[Key, int] = {}
+    replicas: list[Message] = []
+    if replicate:
+        received = Counter(dict.fromkeys(range(plan.workers), 0))
+        for message in (*average, *hand_over):
+            received[message.target] += message.num_bytes
+        keepers, replicas = _place_replicas(owners, next_plan, block_bytes, received)
+    return Schedule(tuple(average), tuple(hand_over), owners, keepers=keepers, replicas=tuple(replicas))
+
+
+def _choose_owners(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int]) -> dict[Key, int]:
+    """Choose the owner of each block among its holders."""
+    links = _Links(plan.workers)
+    owners: dict[Key, int] = {}
+    # Blocks with few holders leave little choice: they are placed first, so that the others can avoid the links that
+    # they use.
+    for chain, block in sorted(plan.blocks, key=lambda key: len(plan.holders(*key))):
+        holders, targets = plan.holders(chain, block), next_plan.holders(chain, block)
+        owners[chain, block] = links.place(block, holders, targets, block_bytes[chain])
+    return owners
+
+
+def _place_replicas(
+    owners: Mapping[Key, int], next_plan: RoundPlan, block_bytes: Sequence[int], received: Counter[int]
+) -> tuple[dict[Key, int], list[Message]]:
+    """Choose the keeper of each replica, and list the messages; adds their bytes to `received`, by worker."""
+    keepers: dict[Key, int] = {}
+    replicas: list[Message] = []
+    for chain, block in next_plan.blocks:
+        owner, holders = owners[chain, block], next_plan.holders(chain, block)
+        if len(holders) > 1:
+            continue
+        if owner not in holders:
+            # The owner hands the block over, and so has its weights already.
+            keepers[chain, block] = owner
+            continue
+        keeper = min((w for w in received if w != owner), key=lambda worker: (received[worker], worker))
+        received[keeper] += block_bytes[chain]
+        keepers[chain, block] = keeper
+        replicas.append(Message("replica", chain, block, owner, keeper, block_bytes[chain]))
+    return keepers, replicas
 
 
 class _Links:
@@ -107,13 +155,11 @@ class _Links:
         self.largest: int = 0  # of both lists
         self.squares = 0  # sum over both lists
 
-    def place(
-        self, block: int, holders: Sequence[int], targets: Sequence[int], num_bytes: int, num_workers: int
-    ) -> int:
+    def place(self, block: int, holders: Sequence[int], targets: Sequence[int], num_bytes: int) -> int:
         """Choose the owner of a block and add the block's messages.
 
         Takes O(holders + targets). The best owner has the least (largest load, sum of squares of the loads, (owner -
-        block) mod num_workers). The last term rotates equal candidates from block to block.
+        block) mod workers). The last term rotates equal candidates from block to block.
         """
         # Suppose first that the owner is an additional worker: every holder sends once, every target receives once.
         next_holders = set(targets)
@@ -138,7 +184,7 @@ class _Links:
             cost = (
                 max(self.largest, new_outgoing, new_incoming, *others),
                 new_squares,
-                (owner - block) % num_workers,
+                (owner - block) % len(self.outgoing),
             )
             if best is None or cost < best:
                 best, chosen, outgoing, incoming = cost, owner, new_outgoing, new_incoming
@@ -156,55 +202,6 @@ class _Links:
 def _two_largest(loads: Mapping[int, int]) -> list[tuple[int, int]]:
     """The two items with the largest values."""
     return heapq.nlargest(2, loads.items(), key=lambda item: item[1])
-
-
-@dataclass(frozen=True)
-class ReplicaPlacement:
-    """Replicas of the blocks with a single holder after a synchronization.
-
-    Attributes:
-        kept: (chain, block) -> the worker that keeps the weights after it hands the block over. Needs no message.
-        messages: Messages with phase "replica", for blocks that stay with their only holder: the owner sends its block
-            to a worker that has none.
-    """
-
-    kept: Mapping[tuple[str, int], int]
-    messages: tuple[Message, ...]
-
-
-def place_replicas(
-    current: Schedule, next_plans: Mapping[str, Plan], block_bytes: Mapping[str, int]
-) -> ReplicaPlacement:
-    """Place replicas, so that any single worker can be lost.
-
-    Blocks with several next holders need no replica. A replica that has to be sent goes to the worker that receives
-    the fewest bytes so far.
-
-    Args:
-        current: Schedule of the synchronization.
-        next_plans: Plan of the next round for each chain, for at least two workers.
-        block_bytes: Size of one block of each chain in bytes.
-
-    Returns:
-        The worker that keeps each replica, and the messages for it.
-    """
-    kept: dict[tuple[str, int], int] = {}
-    replicas: list[Message] = []
-    received = Counter({worker: 0 for plan in next_plans.values() for worker in range(plan.workers)})
-    for message in current.messages:
-        received[message.target] += message.num_bytes
-    for (chain, block), owner in sorted(current.owners.items()):
-        holders = next_plans[chain].holders(block)
-        if len(holders) > 1:
-            continue
-        if owner not in holders:
-            # The owner hands the block over, and so has its weights already.
-            kept[chain, block] = owner
-            continue
-        keeper = min((w for w in received if w != owner), key=lambda worker: (received[worker], worker))
-        received[keeper] += block_bytes[chain]
-        replicas.append(Message("replica", chain, block, owner, keeper, block_bytes[chain]))
-    return ReplicaPlacement(kept, tuple(replicas))
 
 
 def allreduce_bytes(num_bytes: int, workers: int) -> int:

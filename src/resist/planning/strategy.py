@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from resist.errors import UserError
-from resist.planning.plan import Plan, check_capacities, equal_capacities, partition
+from resist.planning.plan import Assign, ChainLike, Plan, RoundPlan, check_capacities, equal_capacities, partition
 
 # Default lower bound of a worker's capacity: the depth that the paper's Table 1 implies at S = 8.
 MIN_DEPTH = 4
@@ -47,7 +47,7 @@ class Strategy:
         name: Name of the method, as in the command line and in reports.
         workers: Number of workers (the paper's S).
         local_steps: Optimizer steps between two synchronizations (the paper's l).
-        assign: Function `(num_blocks, chain name, seed, round) -> Plan` that draws the plan of one chain.
+        assign: Function that draws the plan of one chain; see `resist.planning.plan.Assign`.
         optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.optimizer_state`.
         outer: Outer optimizer for the mean change of a round; None applies the mean as it is.
         every_step: Average the gradients over the workers in every step. Weights then never differ, and a round ends
@@ -63,7 +63,7 @@ class Strategy:
     name: str
     workers: int
     local_steps: int
-    assign: Callable[[int, str, int, int], Plan]
+    assign: Assign
     optimizer_state: str = "travel"
     outer: OuterSGD | None = None
     every_step: bool = False
@@ -90,6 +90,28 @@ class Strategy:
             The strategy, without those before it.
         """
         return self.then.at(round) if self.then is not None and round >= self.at_round else self
+
+    @property
+    def stages(self) -> "tuple[Strategy, ...]":
+        """This strategy and those that it switches to, in their order."""
+        return (self, *(self.then.stages if self.then is not None else ()))
+
+    def plan(self, chains: Sequence[ChainLike], *, seed: int, round: int) -> RoundPlan:
+        """Draw the plan of a round, through all switches.
+
+        Args:
+            chains: The chains that are partitioned.
+            seed: Seed of the run.
+            round: Number of the round, from 0.
+
+        Returns:
+            The plan, with the chains in the order given.
+
+        Raises:
+            UserError: If the capacities do not fit a chain.
+        """
+        assign = self.at(round).assign
+        return RoundPlan(tuple(assign(c.num_blocks, chain=c.name, seed=seed, round=round) for c in chains))
 
 
 def resist(
@@ -129,7 +151,7 @@ def resist(
     if capacities is not None and min_depth is not None:
         raise UserError(f"min_depth={min_depth} has no effect with explicit capacities; remove one of the two")
 
-    def assign(num_blocks: int, chain: str, seed: int, round: int) -> Plan:
+    def assign(num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
         if capacities is None:
             depth = min(MIN_DEPTH, num_blocks) if min_depth is None else min_depth
             chain_capacities = equal_capacities(num_blocks, workers, depth, chain=chain)
@@ -205,10 +227,10 @@ def ddp(workers: int, local_steps: int = 50) -> Strategy:
     return Strategy(ddp.__name__, workers, local_steps, _all_blocks(workers), "keep", every_step=True)
 
 
-def _all_blocks(workers: int) -> Callable[[int, str, int, int], Plan]:
+def _all_blocks(workers: int) -> Assign:
     """`assign` of a strategy in which every worker holds every block."""
 
-    def assign(num_blocks: int, chain: str, seed: int, round: int) -> Plan:
+    def assign(num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
         return Plan(num_blocks, (tuple(range(num_blocks)),) * workers)
 
     return assign

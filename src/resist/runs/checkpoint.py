@@ -306,7 +306,7 @@ def restore(job: Job, optimizers: Sequence[Optimizer], path: Path, *, same_worke
     Raises:
         UserError: The checkpoint cannot be read, or belongs to another network.
     """
-    weights = {name for worker in job.workers for name in worker.subnet.state(job.held_by(worker))}
+    weights = {name for worker in job.workers for name in worker.subnet.state(job.plan.held(worker.index))}
     prefixes = tuple(worker_prefix(worker.index) for worker in job.workers) if same_workers else ()
     tensors: dict[str, Tensor] = {}
     for name in read_job(path)["files"]:

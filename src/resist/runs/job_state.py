@@ -37,9 +37,9 @@ def owned_state(job: Job, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str
         Name and tensor: views, not copies.
     """
     for worker, optimizer in zip(job.workers, optimizers, strict=True):
-        prefix, held = worker_prefix(worker.index), job.held_by(worker)
+        prefix, held = worker_prefix(worker.index), job.plan.held(worker.index)
         is_first_holder = {
-            f"{chain.block_name(block)}.": job.plans[chain.name].holders(block)[0] == worker.index
+            f"{chain.block_name(block)}.": job.plan.holders(number, block)[0] == worker.index
             for number, chain in enumerate(job.chains)
             for block in held[number]
         }
@@ -81,7 +81,7 @@ def restore_state(
     pairs: list[tuple[Tensor, Tensor]] = []
     workers_own: list[dict[str, Tensor]] = []
     for worker in job.workers:
-        prefix, held = worker_prefix(worker.index), job.held_by(worker)
+        prefix, held = worker_prefix(worker.index), job.plan.held(worker.index)
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         workers_own.append(own)
         pairs += _matched("", worker.subnet.state(held), tensors, source)
@@ -136,14 +136,9 @@ def _split(key: str, parameters: Mapping[str, object]) -> tuple[str, str | None]
 
 def _parameters(job: Job, worker: Worker) -> dict[str, torch.nn.Parameter]:
     """The worker's parameters by global dotted name."""
-    held = job.held_by(worker)
-    named: dict[str, torch.nn.Parameter] = {}
-    for parameter, place in worker.subnet.parameter_places():
-        name = place.name
-        if place.chain is not None:
-            name = f"{job.chains[place.chain].block_name(held[place.chain][place.slot])}.{name}"
-        named[name] = parameter
-    return named
+    held = job.plan.held(worker.index)
+    layout = worker.subnet.layout
+    return {layout.full_name(place, held): parameter for parameter, place in worker.subnet.parameter_places()}
 
 
 def _counters(worker: Worker) -> dict[str, Tensor]:

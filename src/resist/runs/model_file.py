@@ -1,9 +1,10 @@
 """The full network on disk: `model.safetensors`, its tensors under the names that the network itself gives them.
 
-The metadata holds the scale of each chain's branches.
+The metadata holds, for each chain, its container, first and last block, and the scale of its branches.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,24 @@ from resist.subnet.chains import Chain
 from resist.subnet.scaling import scale_branches
 
 FILE = "model.safetensors"
-FORMAT = "resist full network 2"
+FORMAT = "resist full network 3"
+
+
+@dataclass(frozen=True)
+class ChainScale:
+    """Scale of the branches of one chain.
+
+    Attributes:
+        container: As in `Chain`.
+        first: As in `Chain`.
+        last: As in `Chain`.
+        scale: Factor of the branch of each of its blocks.
+    """
+
+    container: str
+    first: int
+    last: int
+    scale: float
 
 
 def save_full(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float], path: Path) -> None:
@@ -30,8 +48,8 @@ def save_full(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float]
     Raises:
         UserError: The file cannot be written.
     """
-    named = {chain.name: scale for chain, scale in zip(chains, scales, strict=True)}
-    write_tensors(path, model.state_dict(), FORMAT, {"scales": named})
+    scaled = [ChainScale(c.container, c.first, c.last, scale) for c, scale in zip(chains, scales, strict=True)]
+    write_tensors(path, model.state_dict(), FORMAT, {"chains": [asdict(chain) for chain in scaled]})
 
 
 def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Module:
@@ -54,15 +72,17 @@ def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Modul
     wrong += [n for n in tensors if n not in expected]
     if wrong:
         raise UserError(f"{path} holds another network than config.json describes: {wrong[0]!r} differs")
-    missing = [chain.name for chain in chains if chain.name not in scales]
+    scale_of = {(c.container, c.first, c.last): c.scale for c in scales}
+    found = [scale_of.get((chain.container, chain.first, chain.last)) for chain in chains]
+    missing = [chain.name for chain, scale in zip(chains, found, strict=True) if scale is None]
     if missing:
         raise UserError(f"{path} has no scale for chain {', '.join(missing)}; it is damaged")
     model.load_state_dict(tensors, assign=True)
-    scale_branches(model, chains, [scales[chain.name] for chain in chains])
+    scale_branches(model, chains, [scale for scale in found if scale is not None])
     return model
 
 
-def read_full(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def read_full(path: Path) -> tuple[dict[str, torch.Tensor], list[ChainScale]]:
     """Read the tensors of a full network by name, and the scale of each chain's branches.
 
     Raises:
@@ -73,6 +93,9 @@ def read_full(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     metadata = verify_tensors(path, FORMAT).metadata
     tensors = read_tensors(path, FORMAT)
     try:
-        return tensors, {chain: float(scale) for chain, scale in metadata["scales"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return tensors, [
+            ChainScale(str(c["container"]), int(c["first"]), int(c["last"]), float(c["scale"]))
+            for c in metadata["chains"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} has no scales; it is damaged") from error

@@ -62,7 +62,7 @@ def write_diverged(folder: Path, job: Job) -> None:
     tensors = {
         f"{worker_prefix(worker.index)}{WEIGHTS}.{name}": view
         for worker in job.workers
-        for name, view in worker.subnet.state(job.held_by(worker)).items()
+        for name, view in worker.subnet.state(job.plan.held(worker.index)).items()
     }
     number = job.round + 1  # of the round that could not be completed
     metadata = {"round": number, "step": job.step_index, "workers": job.strategy.workers, "dropped": job.dropped}
@@ -105,7 +105,7 @@ def restore_replicas(job: Job, folder: Path, metadata: Mapping[str, Any]) -> Non
         UserError: The files do not have all weights of this network.
     """
     path = folder / round_name(metadata["round"])
-    missing = {name for worker in job.workers for name in worker.subnet.state(job.held_by(worker))}
+    missing = {name for worker in job.workers for name in worker.subnet.state(job.plan.held(worker.index))}
     tensors: dict[str, Tensor] = {}
     reason = ""
     for file in sorted(path.glob(process_file("*"))):

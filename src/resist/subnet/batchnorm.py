@@ -5,13 +5,15 @@
 - `batch`: no running statistics, as in the authors' code. Every batch is normalized by its own, at test time too.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from resist.errors import UserError
+from resist.subnet.modules import BatchNorm
 
 BATCHNORMS = ("recalibrate", "average", "batch")
 
@@ -23,7 +25,7 @@ def use_batch_statistics(model: nn.Module) -> None:
         model: Network to change in place.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
 
@@ -51,11 +53,10 @@ def _images(batches: Iterable[object]) -> Iterator[Tensor]:
     """Images of each batch; UserError without any, which would erase the statistics."""
     batch = None
     for batch in batches:
-        images = batch[0] if isinstance(batch, list | tuple) else batch
+        type_name = type(batch).__name__
+        images: object = cast(Sequence[object], batch)[0] if isinstance(batch, list | tuple) else batch
         if not isinstance(images, Tensor):
-            raise UserError(
-                f"full_model got batches of type {type(batch).__name__}; give tensors, or tuples that begin with one"
-            )
+            raise UserError(f"full_model got batches of type {type_name}; give tensors, or tuples that begin with one")
         yield images
     if batch is None:
         raise UserError("full_model got no batches (an iterator that is used up?); give some training batches")

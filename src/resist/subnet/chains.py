@@ -19,6 +19,7 @@ from torch import nn
 from resist.errors import UserError
 from resist.subnet import compatibility, residual
 from resist.subnet.compatibility import Varying
+from resist.subnet.modules import children_of, named_modules
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -149,7 +150,7 @@ def _runs(model: nn.Module) -> tuple[Chain, ...]:
     """All runs, those without a skip connection last; see `find_chains`."""
     candidates: list[tuple[tuple[int, int, int], Chain]] = []
     uses = _uses(model)
-    for container, module in model.named_modules():
+    for container, module in named_modules(model):
         if not isinstance(module, nn.Sequential | nn.ModuleList):
             continue
         blocks = list(module)
@@ -160,7 +161,7 @@ def _runs(model: nn.Module) -> tuple[Chain, ...]:
                 continue
             if end - start >= 2:
                 for run in _split_by_skip_type(
-                    Chain(container, start, end - 1, tuple(module._modules)), blocks[start:end]
+                    Chain(container, start, end - 1, tuple(children_of(module))), blocks[start:end]
                 ):
                     weights = sum(p.numel() for block in blocks[run.first : run.last + 1] for p in block.parameters())
                     preference = residual.PREFERENCE[run.skip_type]
@@ -253,7 +254,8 @@ def _is_block(module: nn.Module, uses: Counter[int]) -> bool:
     A container that only calls its children one after another has no skip connection, so it is not a block; a subclass
     with its own `forward` may be one. `uses` counts the names of each parameter in the whole model, by id.
     """
-    bare = any(type(module).forward is container.forward for container in _CONTAINERS)
+    own_forward: object = type(module).forward
+    bare = any(own_forward is container.forward for container in _CONTAINERS)  # pyright: ignore[reportUnknownMemberType]
     composite = next(module.children(), None) is not None and not bare
     within = _uses(module)
     return composite and bool(within) and all(uses[parameter] == number for parameter, number in within.items())

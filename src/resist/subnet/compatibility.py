@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
 
 _SCALARS = (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 Key = tuple[str, str]  # dotted name of a module within the block, name of its attribute
@@ -54,17 +56,17 @@ def fixed(block: nn.Module) -> dict[str, object]:
         Classes, shapes and types of weights, and other attributes that are not scalars, by a readable name.
     """
     properties: dict[str, object] = {}
-    for prefix, module in block.named_modules(remove_duplicate=False):
+    for prefix, module in named_modules(block, remove_duplicate=False):
         properties[f"the class of {prefix or 'the block'}"] = type(module)
         dot = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():
+        for name, parameter in parameters_of(module).items():
             if parameter is not None:
                 properties[f"parameter {dot}{name}"] = (
                     tuple(parameter.shape),
                     parameter.dtype,
                     parameter.requires_grad,
                 )
-        for name, buffer in module._buffers.items():
+        for name, buffer in buffers_of(module).items():
             if buffer is not None:
                 properties[f"buffer {dot}{name}"] = (tuple(buffer.shape), buffer.dtype, _digest(name, buffer))
         for name, value in vars(module).items():
@@ -84,7 +86,7 @@ def scalars(block: nn.Module) -> dict[Key, Any]:
     """
     return {
         (prefix, name): value
-        for prefix, module in block.named_modules(remove_duplicate=False)
+        for prefix, module in named_modules(block, remove_duplicate=False)
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training" and _is_scalar(value)
     }
@@ -138,7 +140,7 @@ def nearest_miss(model: nn.Module) -> str:
         A part of a sentence, "" if no two neighbors have the same class.
     """
     best = (0, "")
-    for container, module in model.named_modules():
+    for container, module in named_modules(model):
         children, start = _children(module), 0
         for end in range(1, len(children) + 1):
             if end < len(children) and type(children[end]) is type(children[start]):
@@ -166,7 +168,7 @@ def _reason(model: nn.Module, container: str, first: int, last: int) -> str:
 
 def _children(module: nn.Module) -> list[nn.Module]:
     """All children; one that is registered twice appears twice."""
-    return [child for child in module._modules.values() if child is not None]
+    return [child for child in children_of(module).values() if child is not None]
 
 
 def _compare(first: nn.Module, second: nn.Module) -> str:
@@ -183,10 +185,10 @@ def _compare(first: nn.Module, second: nn.Module) -> str:
 
 def _short(value: object) -> str:
     """A value as text of at most 60 characters."""
-    value = value.__name__ if isinstance(value, type) else value
-    if isinstance(value, tuple) and value and isinstance(value[0], tuple):  # a tensor
-        value = value[0]
-    text = repr(value) if not isinstance(value, str) else value
+    items = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
+    is_tensor = bool(items) and isinstance(items[0], tuple)  # its shape comes first
+    shown = items[0] if is_tensor else value.__name__ if isinstance(value, type) else value
+    text = shown if isinstance(shown, str) else repr(shown)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -210,7 +212,8 @@ def _described(value: object) -> object:
 
 def _is_scalar(value: object) -> bool:
     if isinstance(value, tuple | list):
-        return all(_is_scalar(item) for item in value)
+        return all(map(_is_scalar, cast(Sequence[object], value)))
     if isinstance(value, dict):
-        return all(_is_scalar(item) for pair in value.items() for item in pair)
+        entries = cast(dict[object, object], value)
+        return all(map(_is_scalar, (*entries.keys(), *entries.values())))
     return isinstance(value, _SCALARS)

@@ -78,22 +78,22 @@ class Layout:
 
 @dataclass(frozen=True)
 class Place:
-    """Part that a tensor belongs to, and its name there.
+    """Part that a tensor belongs to, and its piece of that part.
 
     Attributes:
         chain: Number of the chain; None for the shared part.
         slot: Slot in the chain; 0 for the shared part.
-        name: Global dotted name for the shared part, else the dotted name within the block.
+        piece: Key of the tensor in the `Layout.pieces` of its part. `SubnetLayout.full_name` gives the global name.
     """
 
     chain: int | None
     slot: int
-    name: str
+    piece: str
 
     @property
     def key(self) -> tuple[int | None, str]:
-        """(chain, name), equal for the corresponding tensors of all slots."""
-        return self.chain, self.name
+        """(chain, piece), equal for the corresponding tensors of all slots."""
+        return self.chain, self.piece
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ class SubnetLayout:
         """
         places = [(self.place(name), tensor) for name, tensor in tensors.items()]
         blocks = (
-            Layout({p.name: t for p, t in places if (p.chain, p.slot) == (number, 0)}, channels_last)
+            Layout({p.piece: t for p, t in places if (p.chain, p.slot) == (number, 0)}, channels_last)
             for number in range(len(self.chains))
         )
-        shared = Layout({p.name: t for p, t in places if p.chain is None}, channels_last)
+        shared = Layout({p.piece: t for p, t in places if p.chain is None}, channels_last)
         return replace(self, shared=shared, blocks=tuple(blocks))
 
     def with_capacities(self, capacities: Sequence[int]) -> "SubnetLayout":
@@ -173,19 +173,30 @@ class SubnetLayout:
         before = zip(self.capacities[:chain], self.blocks[:chain], strict=True)
         return self.shared.numel + sum(capacity * block.numel for capacity, block in before)
 
-    def slot(self, chain: int, slot: int, flat: Tensor) -> Tensor:
-        """Return one slot of a flat tensor.
+    def part(self, chain: int | None) -> Layout:
+        """Return the layout of one block of a chain, or of the shared part.
 
         Args:
-            chain: Number of the chain.
-            slot: Slot in the chain.
+            chain: Number of the chain; None for the shared part.
+
+        Returns:
+            The layout.
+        """
+        return self.shared if chain is None else self.blocks[chain]
+
+    def slot(self, chain: int | None, slot: int, flat: Tensor) -> Tensor:
+        """Return one slot of a flat tensor, or its shared part.
+
+        Args:
+            chain: Number of the chain; None for the shared part.
+            slot: Slot in the chain; 0 for the shared part.
             flat: Flat tensor, (numel,), with this layout.
 
         Returns:
-            A view of `flat`, (blocks[chain].numel,).
+            A view of `flat`, (part(chain).numel,).
         """
-        size = self.blocks[chain].numel
-        start = self._start(chain) + slot * size
+        size = self.part(chain).numel
+        start = 0 if chain is None else self._start(chain) + slot * size
         return flat[start : start + size]
 
     def view(self, place: Place, flat: Tensor) -> Tensor:
@@ -198,9 +209,21 @@ class SubnetLayout:
         Returns:
             A view of `flat` in the shape of the tensor.
         """
+        return self.part(place.chain).pieces[place.piece].view(self.slot(place.chain, place.slot, flat))
+
+    def full_name(self, place: Place, held: Sequence[Sequence[int]]) -> str:
+        """Return the global dotted name of a tensor: its name in the full network.
+
+        Args:
+            place: Place of the tensor.
+            held: Blocks of each chain: block `held[chain][slot]` is in that slot.
+
+        Returns:
+            The name, `layer3.5.conv1.weight` for example.
+        """
         if place.chain is None:
-            return self.shared.pieces[place.name].view(flat[: self.shared.numel])
-        return self.blocks[place.chain].pieces[place.name].view(self.slot(place.chain, place.slot, flat))
+            return place.piece
+        return f"{self.chains[place.chain].block_name(held[place.chain][place.slot])}.{place.piece}"
 
     @cached_property
     def containers(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from resist.errors import UserError
 from resist.subnet.chains import Chain
 from resist.subnet.layout import Layout, Place, SubnetLayout, common_buffers
+from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
 
 
 class Subnet:
@@ -82,6 +83,11 @@ class Subnet:
         return self.layout.blocks
 
     @property
+    def block_bytes(self) -> tuple[int, ...]:
+        """Bytes of one block of each chain."""
+        return tuple(layout.numel * self.dtype.itemsize for layout in self.block_layouts)
+
+    @property
     def shared(self) -> Tensor:
         """Shared part of the flat tensor, (shared_layout.numel,)."""
         return self.flat[: self.shared_layout.numel]
@@ -108,17 +114,17 @@ class Subnet:
         """
         return torch.empty(self.numel(capacities), dtype=self.dtype, device=self.device)
 
-    def slot(self, chain: int, slot: int, flat: Tensor, capacities: Sequence[int] | None = None) -> Tensor:
-        """Return the part of a flat tensor that is one slot.
+    def slot(self, chain: int | None, slot: int, flat: Tensor, *, capacities: Sequence[int] | None = None) -> Tensor:
+        """Return one slot of a flat tensor, or its shared part.
 
         Args:
-            chain: Number of the chain.
-            slot: Slot in the chain.
+            chain: Number of the chain; None for the shared part.
+            slot: Slot in the chain; 0 for the shared part.
             flat: Flat tensor, (numel,): the weights, or an optimizer state with the same layout.
             capacities: Capacities that `flat` is laid out for. Default: the present ones.
 
         Returns:
-            A view of `flat`, (block_layouts[chain].numel,).
+            A view of `flat`, (block_layouts[chain].numel,) or (shared_layout.numel,).
         """
         layout = self.layout if capacities is None else self.layout.with_capacities(capacities)
         return layout.slot(chain, slot, flat)
@@ -168,7 +174,7 @@ class Subnet:
         layout = self.layout.with_capacities(capacities)
         for container in layout.containers:
             module = self.model.get_submodule(container)
-            children = cast(dict[str, nn.Module], module._modules)
+            children = cast(dict[str, nn.Module], children_of(module))
             # Identify the present children by their index in the full network, which no capacity changes.
             present = {
                 child.index: child_module
@@ -198,8 +204,9 @@ class Subnet:
         # By id of the old tensor, so that tied tensors stay tied.
         parameters: dict[int, nn.Parameter] = {}
         buffers: dict[int, Tensor] = {}
-        for prefix, module in self.model.named_modules():
-            for key, old in module._parameters.items():
+        for prefix, module in named_modules(self.model):
+            own_parameters, own_buffers = parameters_of(module), buffers_of(module)
+            for key, old in own_parameters.items():
                 if old is None:
                     continue
                 if id(old) not in parameters:
@@ -210,23 +217,23 @@ class Subnet:
                     else:
                         # A parameter that remains: the optimizer refers to it, so only its data changes.
                         old.data, parameters[id(old)] = view, old
-                module._parameters[key] = parameters[id(old)]
-            for key, old in module._buffers.items():
+                own_parameters[key] = parameters[id(old)]
+            for key, old in own_buffers.items():
                 if old is None:
                     continue
                 place = self.place(f"{prefix}.{key}".lstrip("."))
                 if place.key in self._common:
                     # One tensor for all blocks, outside of the flat tensor.
-                    module._buffers[key] = self._common[place.key]
+                    own_buffers[key] = self._common[place.key]
                 elif old.is_floating_point():
                     # Statistics: averaged and sent with their block, so they are in the flat tensor too.
                     if id(old) not in buffers:
                         buffers[id(old)] = self.view(place, self.flat).data
-                    module._buffers[key] = buffers[id(old)]
+                    own_buffers[key] = buffers[id(old)]
                 else:
                     # Counters and indices stay with the module. Those of a new block begin at zero.
                     new = torch.zeros_like(old, device=self.device) if old.is_meta else old.to(self.device)
-                    module._buffers[key] = new
+                    own_buffers[key] = new
 
     def twin(self, model: nn.Module) -> "Subnet":
         """Build a sub-network of the same blocks around another model.
@@ -260,12 +267,12 @@ class Subnet:
         Raises:
             UserError: If one is not: `model.to(...)`, `model.half()` and the like move the parameters.
         """
-        for parameter, place in self.parameter_places():
-            layout = self.shared_layout if place.chain is None else self.block_layouts[place.chain]
-            known = place.name in layout.pieces
+        for name, parameter in self.model.named_parameters():
+            place = self.place(name)
+            known = place.piece in self.layout.part(place.chain).pieces
             if not known or parameter.data_ptr() != self.view(place, self.flat).data_ptr():
                 raise UserError(
-                    f"parameter {place.name!r} was moved out of the sub-network's flat tensor (by .to(), .cuda() or "
+                    f"parameter {name!r} was moved out of the sub-network's flat tensor (by .to(), .cuda() or "
                     ".half(), or replaced?); give Job the device, and use autocast for lower precision; change layers "
                     "in build_model"
                 )
@@ -308,13 +315,10 @@ class Subnet:
             Views into the flat tensor, not copies.
         """
         flat = self.flat if flat is None else flat
-        shared = flat[: self.shared_layout.numel]
-        named = {name: piece.view(shared) for name, piece in self.shared_layout.pieces.items()}
-        for number, (chain, layout) in enumerate(zip(self.chains, self.block_layouts, strict=True)):
-            for slot, block in enumerate(held[number]):
-                part = self.slot(number, slot, flat)
-                named |= {f"{chain.block_name(block)}.{name}": p.view(part) for name, p in layout.pieces.items()}
-        return named
+        slots = [(chain, slot) for chain, blocks in enumerate(held) for slot in range(len(blocks))]
+        places = [Place(None, 0, piece) for piece in self.shared_layout.pieces]
+        places += [Place(chain, slot, piece) for chain, slot in slots for piece in self.block_layouts[chain].pieces]
+        return {self.layout.full_name(place, held): self.view(place, flat) for place in places}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -14,10 +14,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from resist.subnet.modules import BatchNorm, fork_rng
 
 PLAIN, RELU, NORM, NONE, SHAPE, UNKNOWN = "plain", "relu", "norm", "none", "shape", "unknown"
 RESIDUAL = (PLAIN, RELU, NORM)
@@ -79,7 +81,7 @@ def hidden_out(output: object) -> Tensor | None:
         The output, or the first item of a tuple or list. None if that is not a tensor.
     """
     if isinstance(output, tuple | list) and output:
-        output = output[0]
+        output = cast(Sequence[object], output)[0]
     return output if isinstance(output, Tensor) else None
 
 
@@ -93,10 +95,11 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     Returns:
         An output of the same form.
     """
-    if isinstance(output, tuple | list):
-        rest = [hidden, *output[1:]]
-        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
-    return hidden
+    form = cast(Callable[..., Any], type(output))
+    if not isinstance(output, tuple | list):
+        return hidden
+    items = [hidden, *cast(Sequence[object], output)[1:]]
+    return form(*items) if hasattr(form, "_fields") else form(items)
 
 
 def skip_of(block: nn.Module, call: Call | None = None) -> str:
@@ -110,7 +113,7 @@ def skip_of(block: nn.Module, call: Call | None = None) -> str:
         One of `PLAIN`, `RELU`, `NORM`, `NONE`, `SHAPE`; `UNKNOWN` if the block accepts none of the inputs.
     """
     # Run on the CPU, even if the caller has set another default device such as meta.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+    with torch.device("cpu"), fork_rng(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trial = _copy_on_cpu(block)
@@ -184,7 +187,7 @@ def _copy_on_cpu(block: nn.Module) -> nn.Module:
             buffer.zero_()
     trial.cpu().eval()
     for module in trial.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             module.train()
     return trial
 
@@ -204,8 +207,9 @@ def _guesses(block: nn.Module) -> Iterator[Call]:
     sizes: dict[int, None] = {}
     for module in block.modules():
         for name in ("in_channels", "num_features", "normalized_shape", "num_channels", "in_features"):
-            size = getattr(module, name, None)
-            size = size[-1] if isinstance(size, tuple | list) and size else size
+            size: object = getattr(module, name, None)
+            if isinstance(size, tuple | list) and size:
+                size = cast(Sequence[object], size)[-1]
             if isinstance(size, int) and size > 0:
                 sizes.setdefault(size)
     for parameter in parameters:

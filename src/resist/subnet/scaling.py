@@ -5,13 +5,15 @@ named blocks, `scales_of` reads them and `unhook` removes one.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from resist.errors import UserError
+from resist.planning.plan import RoundPlan
 from resist.subnet.chains import Chain
+from resist.subnet.modules import children_of, hook_tables, named_modules
 from resist.subnet.residual import hidden_in, hidden_out, with_hidden
 
 
@@ -45,6 +47,32 @@ class ScaleBranch:
         return with_hidden(output, torch.lerp(x.to(y.dtype), y, self.scale))
 
 
+def chain_scales(scale: str | float, plan: RoundPlan) -> list[float]:
+    """Compute the factor of each chain's branches in the full network.
+
+    Args:
+        scale: "inclusion": the probability that a worker holds a block, mean capacity / num_blocks. "1/S": one over the
+            number of workers, unless every worker holds every block of the chain. Or a number.
+        plan: Plan of the round whose weights are scaled.
+
+    Returns:
+        Factor of each chain.
+
+    Raises:
+        UserError: If `scale` is another text.
+    """
+    if not isinstance(scale, str):
+        return [float(scale)] * len(plan.plans)
+    if scale not in ("inclusion", "1/S"):
+        raise UserError(f"scale={scale!r} is not one of inclusion, 1/S, or a number")
+    return [
+        sum(chain.capacities) / chain.workers / chain.num_blocks
+        if chain.held_by_all or scale == "inclusion"
+        else 1 / chain.workers
+        for chain in plan.plans
+    ]
+
+
 def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float]) -> None:
     """Scale the branch of every chain block of a full network.
 
@@ -70,8 +98,8 @@ def scales_of(model: nn.Module) -> dict[str, float]:
     """
     return {
         name: hook.scale
-        for name, module in model.named_modules()
-        for hook in module._forward_hooks.values()
+        for name, module in named_modules(model)
+        for hook in hook_tables(module)[0].values()
         if isinstance(hook, ScaleBranch)
     }
 
@@ -92,7 +120,7 @@ def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
     for name, scale in scales.items():
         container, _, key = name.rpartition(".")
         try:
-            keys = tuple(model.get_submodule(container)._modules)
+            keys = tuple(children_of(model.get_submodule(container)))
             index = keys.index(key)
         except (AttributeError, ValueError) as error:
             raise UserError(f"the model has no block {name!r} to scale; build the network that was exported") from error
@@ -106,6 +134,7 @@ def unhook(block: nn.Module) -> None:
     Args:
         block: The block, changed in place.
     """
-    for key in [key for key, hook in block._forward_hooks.items() if isinstance(hook, ScaleBranch)]:
-        for table in (block._forward_hooks, block._forward_hooks_with_kwargs, block._forward_hooks_always_called):
-            cast(dict[int, object], table).pop(key, None)
+    tables = hook_tables(block)
+    for key in [key for key, hook in tables[0].items() if isinstance(hook, ScaleBranch)]:
+        for table in tables:
+            table.pop(key, None)

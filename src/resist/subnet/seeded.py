@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from resist.errors import UserError
+from resist.subnet.modules import fork_rng
 from resist.subnet.network import tensors_of
 
 
@@ -31,10 +32,10 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
             f"Job was given a {type(build_model).__name__}; give it the function that builds one, as in "
             "Job(lambda: Net(), ...), so that all processes begin with the same weights"
         )
-    with torch.random.fork_rng(devices=[]):
+    with fork_rng():
         torch.default_generator.manual_seed(seed)
         model = build_model()
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UserError(f"build_model() returned a {type(model).__name__}; it has to return the network, an nn.Module")
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:

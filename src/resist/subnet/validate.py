@@ -13,7 +13,7 @@ The model has to satisfy four laws:
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,8 +191,9 @@ def tensors_in(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
-        value = list(value.values())
-    return [t for item in value for t in tensors_in(item)] if isinstance(value, tuple | list) else []
+        value = list(cast(dict[object, object], value).values())
+    items = cast(Sequence[object], value) if isinstance(value, tuple | list) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]
 
 
 def _line(error: Exception) -> str:

@@ -1,17 +1,19 @@
 """Agreement: values that all processes of a job must share, and actions that succeed or fail in all of them."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
 
-from resist.errors import AgreedError, UserError
+from resist.errors import AgreedError, DivergedError, UserError
 from resist.planning.strategy import Strategy
 from resist.subnet.chains import Chain
 from resist.subnet.seeded import fingerprint
+from resist.sync.averaging import VELOCITY, all_finite
 from resist.sync.transport import Transport
+from resist.sync.worker import Worker
 
 T = TypeVar("T")
 
@@ -66,7 +68,7 @@ def run_everywhere(transport: Transport, action: Callable[[], T]) -> T:
 
 
 def job_values(
-    strategies: Sequence[Strategy], seed: int, chains: Sequence[Chain], model: nn.Module, options: Mapping[str, object]
+    strategy: Strategy, *, seed: int, chains: Sequence[Chain], model: nn.Module, options: Mapping[str, object]
 ) -> dict[str, object]:
     """Collect the values that must be equal in all processes.
 
@@ -74,7 +76,7 @@ def job_values(
     that is reported: another strategy also has other capacities, and another seed other initial weights.
 
     Args:
-        strategies: The strategy, and those that it switches to, in their order.
+        strategy: The strategy.
         seed: The seed of plans and initial weights.
         chains: The chains that are partitioned.
         model: The full network; its tensors are compared by digests of their shapes and of their values.
@@ -85,14 +87,14 @@ def job_values(
     """
     network = fingerprint(model)
     return {
-        "workers": strategies[0].workers,
-        "strategy": [(s.name, s.local_steps, s.optimizer_state, s.at_round) for s in strategies],
+        "workers": strategy.workers,
+        "strategy": [(s.name, s.local_steps, s.optimizer_state, s.at_round) for s in strategy.stages],
         "seed": seed,
         **options,
         "model": network["structure"],
         "chains": [chain.name for chain in chains],
         "capacities": [
-            s.assign(chain.num_blocks, chain.name, seed, 0).capacities for s in strategies for chain in chains
+            chain.capacities for stage in strategy.stages for chain in stage.plan(chains, seed=seed, round=0).plans
         ],
         "initial weights": network["weights"],
     }
@@ -111,19 +113,16 @@ class RoundAgreement:
     nonfinite: dict[int, str]
 
 
-def agree_on_round(
-    transport: Transport, *, averages: bool, state_names: Iterable[str], nonfinite: Mapping[int, str]
-) -> RoundAgreement:
+def agree_on_round(transport: Transport, workers: Sequence[Worker], *, nonfinite: Mapping[int, str]) -> RoundAgreement:
     """Agree on the payloads of the exchange at a round's end.
 
-    Waits for all processes. A worker has no optimizer state yet if a GradScaler has skipped all its steps. The list of
-    payloads has to be the same in all processes, so it has the states that any worker has.
+    Waits for all processes, and for the device. A worker has no optimizer state yet if a GradScaler has skipped all its
+    steps. The list of payloads has to be the same in all processes, so it has the states that any worker has.
 
     Args:
         transport: Connects the processes.
-        averages: True if the hosted workers have averages of their weights over time.
-        state_names: Names of the optimizer states of the hosted workers.
-        nonfinite: Hosted workers with NaN or inf, each with the reason.
+        workers: The hosted workers, after `Worker.collect_state`. Weights with NaN or inf are found here.
+        nonfinite: Hosted workers with NaN or inf elsewhere, each with the reason.
 
     Returns:
         The states and the workers with NaN or inf of all processes.
@@ -131,11 +130,34 @@ def agree_on_round(
     Raises:
         AgreedError: If only some processes have averages.
     """
-    values = {"averages": averages, "state": sorted(state_names), "nonfinite": dict(nonfinite)}
+    detected = {w.index: "weights that are not finite" for w in workers if not all_finite(w.subnet.flat)}
+    values = {
+        "averages": any(worker.average for worker in workers),
+        "state": sorted({name for worker in workers for name in worker.state} - {VELOCITY}),
+        "nonfinite": {**detected, **nonfinite},
+    }
     processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values))]
     if len({process["averages"] for process in processes}) > 1:
         raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
     return RoundAgreement(
         state_names=sorted({name for process in processes for name in process["state"]}),
         nonfinite={int(worker): reason for process in processes for worker, reason in process["nonfinite"].items()},
+    )
+
+
+def diverged(nonfinite: Mapping[int, str], *, round: int, step: int) -> DivergedError:
+    """Make the error for workers that have diverged.
+
+    Args:
+        nonfinite: The workers, each with the reason. The first one is named.
+        round: Number of the round that cannot be completed, from 0.
+        step: Optimizer steps done.
+
+    Returns:
+        The error.
+    """
+    worker, reason = min(nonfinite.items())
+    return DivergedError(
+        f"worker {worker} has {reason} at the end of round {round + 1} (step {step}): training diverged; lower the "
+        "learning rate or let it rise slowly"
     )

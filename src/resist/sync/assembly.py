@@ -1,14 +1,16 @@
 """Assembly: bring all blocks to one worker, to form the complete network."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from resist.planning.plan import Plan
+from resist.planning.plan import RoundPlan
 from resist.subnet.network import Subnet
 from resist.sync.transport import Move, Transport
 
 
-def assemble(transport: Transport, subnets: dict[int, Subnet], plans: dict[str, Plan], on: int) -> Subnet | None:
+def assemble(transport: Transport, subnets: Mapping[int, Subnet], *, plan: RoundPlan, on: int) -> Subnet | None:
     """Assemble the complete network, between two rounds.
 
     Every process has to call it.
@@ -16,7 +18,7 @@ def assemble(transport: Transport, subnets: dict[int, Subnet], plans: dict[str, 
     Args:
         transport: Connects the workers.
         subnets: Worker -> sub-network, for the hosted workers.
-        plans: Chain name -> present plan.
+        plan: The present plan.
         on: The worker whose process assembles it. It needs memory for the complete network.
 
     Returns:
@@ -28,23 +30,20 @@ def assemble(transport: Transport, subnets: dict[int, Subnet], plans: dict[str, 
     full = _empty_full(subnets[on]) if on in subnets else None
     moves: list[Move] = []
     template = next(iter(subnets.values()))
-    for number, chain in enumerate(template.chains):
-        num_bytes = template.block_layouts[number].numel * template.dtype.itemsize
-        for block in range(chain.num_blocks):
-            # From `on` itself, else from a holder in the same process, else from the holders in turn, which spreads
-            # the load. All processes choose the same source.
-            holders = plans[chain.name].holders(block)
-            near = [worker for worker in holders if transport.process_of(worker) == transport.process_of(on)]
-            source = on if on in holders else (near or holders)[block % len(near or holders)]
-            incoming = None if full is None else full.slot(number, block, full.flat)
-            outgoing: Tensor | None = None
-            if source in subnets:
-                slot = plans[chain.name].slot(source, block)
-                outgoing = subnets[source].slot(number, slot, subnets[source].flat)
-            if source != on:
-                moves.append(Move("evaluate", source, on, num_bytes, outgoing, incoming))
-            elif incoming is not None and outgoing is not None:
-                incoming.copy_(outgoing)
+    for chain, block in plan.blocks:
+        # From `on` itself, else from a holder in the same process, else from the holders in turn, which spreads the
+        # load. All processes choose the same source.
+        holders = plan.holders(chain, block)
+        near = [worker for worker in holders if transport.process_of(worker) == transport.process_of(on)]
+        source = on if on in holders else (near or holders)[block % len(near or holders)]
+        incoming = None if full is None else full.slot(chain, block, full.flat)
+        outgoing: Tensor | None = None
+        if source in subnets:
+            outgoing = subnets[source].slot(chain, plan.slot(chain, block, source), subnets[source].flat)
+        if source != on:
+            moves.append(Move("evaluate", source, on, template.block_bytes[chain], outgoing, incoming))
+        elif incoming is not None and outgoing is not None:
+            incoming.copy_(outgoing)
     transport.transfer(moves).finish()
     return full
 

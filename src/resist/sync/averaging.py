@@ -1,6 +1,7 @@
 """Averaging: each weight becomes its mean over its holders, followed by the optional outer step."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ def all_finite(flat: Tensor) -> bool:
     Returns:
         True if it has neither.
     """
-    return flat.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(flat, ord=torch.inf)))
+    if flat.numel() == 0:
+        return True
+    norm = cast(Tensor, torch.linalg.vector_norm(flat, ord=torch.inf))  # pyright: ignore[reportUnknownMemberType]
+    return bool(torch.isfinite(norm))
 
 
 @torch.no_grad()

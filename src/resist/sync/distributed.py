@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import _get_default_store  # pyright: ignore[reportPrivateUsage]
+from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 from torch.nn.parallel import DistributedDataParallel
 
 from resist.errors import AgreedError, UserError, WorkerLostError
@@ -86,7 +86,7 @@ def loopback_store(listener: socket.socket) -> object:
         The store, which serves as long as this object exists.
     """
     port = listener.getsockname()[1]
-    options = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+    options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
     return dist.TCPStore("127.0.0.1", port, **options)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -178,7 +178,7 @@ class Distributed:
             operations.append(dist.P2POp(dist.irecv, wire, source, self._peers, tag))
         # One batch: sends and receives progress together, so no order of the processes can lead to a deadlock. It
         # returns at once; `finish` waits for the processes at the other ends.
-        works = self._run("sending blocks", lambda: dist.batch_isend_irecv(operations) if operations else [])
+        works = self.run("sending blocks", lambda: dist.batch_isend_irecv(operations) if operations else [])
         return _Pending(self, "exchanging blocks", works, arrived, operations, copies)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ class Distributed:
             first.mul_(len(self.hosted) * self.num_processes / self.num_workers)
         # 3. Between processes: one all-reduce, in the background. `finish` waits for all processes, divides, and copies
         #    the mean to the other hosted workers.
-        work = self._run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
+        work = self.run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
         return _Mean(self, work, tensors, self.num_processes)
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
@@ -216,7 +216,7 @@ class Distributed:
             count(bucket.buffer().numel() * bucket.buffer().element_size())
             return allreduce_hook(self._collective, bucket)
 
-        wrapped.register_comm_hook(None, average)
+        wrapped.register_comm_hook(None, average)  # pyright: ignore[reportUnknownMemberType]
         return wrapped
 
     def all_gather_text(self, text: str) -> list[str]:
@@ -237,7 +237,7 @@ class Distributed:
         """The contents of all processes, cut or padded to `size` bytes."""
         packet = torch.frombuffer(bytearray(content.ljust(size, b"\0")[:size]), dtype=torch.uint8)
         packets = [torch.empty_like(packet) for _ in range(self.num_processes)]
-        self._run("comparing", lambda: dist.all_gather(packets, packet, group=self._control_group))
+        self.run("comparing", lambda: dist.all_gather(packets, packet, group=self._control_group))
         return [gathered.numpy().tobytes() for gathered in packets]
 
     def close(self) -> None:
@@ -246,7 +246,7 @@ class Distributed:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _run(self, doing: str, action: Any) -> Any:
+    def run(self, doing: str, action: Any) -> Any:
         self._liveness.report_state(WAITING)
         try:
             return action()
@@ -293,7 +293,7 @@ class _Pending:
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
         for work in self._works:
-            self._transport._run(self._doing, work.wait)
+            self._transport.run(self._doing, work.wait)
         for wire, final in self._copies:
             final.copy_(wire)
         return self._arrived
@@ -307,7 +307,7 @@ class _Mean:
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
-        self._transport._run("averaging the shared part", self._work.wait)
+        self._transport.run("averaging the shared part", self._work.wait)
         first = self._tensors[0].div_(self._processes)
         for tensor in self._tensors[1:]:
             tensor.copy_(first)

@@ -8,19 +8,18 @@
 The two are separate so that something else can be computed between them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
 
-from resist.planning.plan import Plan
-from resist.planning.schedule import Message, ReplicaPlacement, Schedule, place_replicas, schedule
-from resist.planning.strategy import OuterSGD
-from resist.subnet.chains import Chain
-from resist.subnet.network import Subnet
+from resist.planning.plan import Key, RoundPlan
+from resist.planning.schedule import Message, schedule
+from resist.planning.strategy import Strategy
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
-from resist.sync.payload import Key, Payload
+from resist.sync.payload import Payload, collect_payloads
 from resist.sync.transport import Handle, Move, Transport
+from resist.sync.worker import Worker
 
 
 class Exchange:
@@ -30,17 +29,17 @@ class Exchange:
 
     Args:
         transport: Connects the workers.
-        subnets: Worker -> sub-network, for the hosted workers.
-        payloads: The values to exchange, the weights first; the same list in every process.
-        plans: Chain name -> plan of the round that ends.
-        next_plans: Chain name -> plan of the next round.
-        outer: The outer optimizer, or None to use the mean as it is.
-        anchors: Worker -> the weights at the beginning of the round. Needed with `outer` or `dropped`.
+        workers: The hosted workers. With an outer optimizer, or workers that are dropped, they have anchors.
+        strategy: Strategy of the round that ends: its policy for the optimizer's state, and its outer optimizer.
+        state_names: Names of the optimizer states that any worker has, equal in all processes.
+        plan: Plan of the round that ends.
+        next_plan: Plan of the next round.
         dropped: Workers that are left out of every mean. Blocks that only they held return to their anchors.
         replicate: Keep, or send, a replica of each block that would have only one holder.
 
     Attributes:
-        replicas: After `finish`: (chain number, block) -> flat tensor (numel,) of the replicas in this process.
+        schedule: The messages, which every process lists in the same order.
+        payloads: The values that are exchanged, the weights first.
 
     Raises:
         WorkerLostError: If another process is lost; also by `finish`.
@@ -49,48 +48,46 @@ class Exchange:
     def __init__(
         self,
         transport: Transport,
-        subnets: dict[int, Subnet],
         *,
-        payloads: Sequence[Payload],
-        plans: dict[str, Plan],
-        next_plans: dict[str, Plan],
-        outer: OuterSGD | None = None,
-        anchors: Mapping[int, Tensor] | None = None,
+        workers: Sequence[Worker],
+        strategy: Strategy,
+        state_names: Sequence[str],
+        plan: RoundPlan,
+        next_plan: RoundPlan,
         dropped: Set[int] = frozenset(),
         replicate: bool = False,
     ) -> None:
-        self.transport, self.subnets, self.payloads = transport, subnets, payloads
-        self.plans, self.next_plans = plans, next_plans
-        self.outer, self.anchors, self.dropped = outer, anchors or {}, dropped
-        any_subnet = next(iter(subnets.values()))
-        self.chains: tuple[Chain, ...] = any_subnet.chains
-        self.numbers = {chain.name: number for number, chain in enumerate(self.chains)}
-        self.numel = [layout.numel for layout in any_subnet.block_layouts]
-        self.replicas: dict[Key, Tensor] = {}
+        self.transport = transport
+        self.workers = {worker.index: worker for worker in workers}
+        self.plan, self.next_plan = plan, next_plan
+        self.outer, self.dropped = strategy.outer, dropped
+        self.payloads = collect_payloads(workers, strategy, state_names)
         # 1. List the messages. Every process computes the same list, so no message says which block goes where.
-        self.held_by_all = all(plan.held_by_all for plan in (*plans.values(), *next_plans.values()))
-        self._plan_messages(any_subnet.dtype.itemsize, replicate)
+        self.schedule = schedule(plan, next_plan, workers[0].subnet.block_bytes, replicate=replicate)
         # 2. Undo the round of dropped workers, before anything of it is sent.
-        for worker in self.dropped & subnets.keys():
+        for worker in self.dropped & self.workers.keys():
             self._discard(worker)
         # 3. Begin the mean of the shared part: one collective for each payload, in place. It runs while blocks are
         #    exchanged, and nothing reads the shared part until `finish` has waited for all workers.
         self.means: list[tuple[Handle, list[Tensor]]] = []
-        for payload in payloads:
+        for payload in self.payloads:
             if payload.average_shared and transport.num_workers > 1:
-                self._begin_mean(payload, any_subnet.shared_layout.numel)
+                self._begin_mean(payload)
         # 4. Send the blocks with several holders to their owners: one batch for all payloads. The owners need memory
         #    for each block they receive; the slots are only read. No process waits before `finish`.
-        self.moving = [payload for payload in payloads if payload.moves]
+        self.moving = [payload for payload in self.payloads if payload.moves]
         self.averaged = [payload for payload in self.moving if payload.average_blocks]
         self.averaging = transport.transfer(
             [self._average_move(payload, m) for payload in self.averaged for m in self.schedule.average]
         )
 
-    def finish(self) -> None:
+    def finish(self) -> dict[Key, Tensor]:
         """Wait until everything has arrived.
 
-        Afterwards the flat tensors of the payloads are those of the next plan.
+        Afterwards the workers have the sub-networks of the next plan.
+
+        Returns:
+            (chain number, block) -> flat tensor (numel,) of each replica that this process keeps.
 
         Raises:
             WorkerLostError: If another process is lost.
@@ -101,15 +98,17 @@ class Exchange:
             self._average(payload, arrived[number * size : (number + 1) * size])
         # 2. Owners take the outer step on their blocks, before they hand them over: its momentum goes along.
         for (chain, block), owner in self.schedule.owners.items():
-            if owner in self.subnets:
-                self._outer_step(owner, self.numbers[chain], self.plans[chain].slot(owner, block))
+            if owner in self.workers:
+                self._outer_step(owner, chain, self.plan.slot(chain, block, owner))
         # 3. Send the blocks from the slots of their owners to their next holders, and replicas along with them, as one
         #    batch. Slots keep their blocks until the batch is complete, since they are being read; so blocks arrive in
         #    tensors of their own. Each process waits for the owners that send to it, and for those that it sends to.
         for payload in self.payloads:
             self._prepare(payload)
         moves = [self._hand_over_move(payload, m) for payload in self.moving for m in self.schedule.hand_over]
-        self.transport.transfer(moves + self._replica_moves()).finish()
+        replicas = self._make_replicas()
+        moves += [self._replica_move(m, replicas) for m in self.schedule.replicas]
+        self.transport.transfer(moves).finish()
         # 4. Wait for all workers: the mean of the shared part. Dropped workers have contributed zeros to a sum that was
         #    divided by the number of all workers.
         for mean, parts in self.means:
@@ -118,83 +117,96 @@ class Exchange:
                 part.mul_(self.transport.num_workers / (self.transport.num_workers - len(self.dropped)))
         # 5. The outer step on the shared part: every worker takes it for itself, from equal values. If all workers hold
         #    all blocks, these were part of the same mean.
-        for worker, subnet in self.subnets.items():
+        for worker in self.workers:
             self._outer_step(worker, None, 0)
-            for number, capacity in enumerate(subnet.capacities if self.held_by_all else ()):
-                for slot in range(capacity):
-                    self._outer_step(worker, number, slot)
-        # 6. Put the blocks that have arrived into their slots.
+            for chain, block in self.plan.blocks if self.schedule.held_by_all else ():
+                self._outer_step(worker, chain, self.plan.slot(chain, block, worker))
+        # 6. Put the blocks that have arrived into their slots, and resize the networks where capacities change.
         for payload in self.payloads:
             self._settle(payload)
-
-    def _plan_messages(self, itemsize: int, replicate: bool) -> None:
-        block_bytes = {c.name: n * itemsize for c, n in zip(self.chains, self.numel, strict=True)}
-        self.schedule, self.placement = Schedule((), (), {}), ReplicaPlacement({}, ())
-        if not self.held_by_all:  # otherwise blocks are part of the mean over all workers
-            self.schedule = schedule(self.plans, self.next_plans, block_bytes)
-        if replicate:
-            self.placement = place_replicas(self.schedule, self.next_plans, block_bytes)
+        for index, worker in self.workers.items():
+            flats = {payload.name: payload.flats[index] for payload in self.payloads}
+            worker.finish_round(flats, self.next_plan.held(index))
+        return replicas
 
     @torch.no_grad()
     def _discard(self, worker: int) -> None:
         """Undo the round of a dropped worker: weights as at its beginning, optimizer state zero."""
         for payload in self.payloads:
             if payload.name in (WEIGHTS, AVERAGE):
-                payload.flats[worker].copy_(self.anchors[worker])
+                payload.flats[worker].copy_(self._anchor(worker))
             elif payload.name != VELOCITY:
                 payload.flats[worker].zero_()
 
-    def _begin_mean(self, payload: Payload, shared_numel: int) -> None:
+    def _anchor(self, worker: int) -> Tensor:
+        anchor = self.workers[worker].anchor
+        assert anchor is not None, "`Job.mark_anchors` copies them where an option needs them"
+        return anchor
+
+    def _begin_mean(self, payload: Payload) -> None:
         """Begin the mean over all workers: of the shared part, or of everything if all workers hold all blocks."""
-        parts = [flat if self.held_by_all else flat[:shared_numel] for flat in payload.flats.values()]
-        for worker, part in zip(payload.flats, parts, strict=True):
+        parts: list[Tensor] = []
+        for worker, flat in payload.flats.items():
+            shared = self.workers[worker].subnet.slot(None, 0, flat)
+            parts.append(flat if self.schedule.held_by_all else shared)
             if worker in self.dropped:
-                part.zero_()
+                parts[-1].zero_()
         self.means.append((self.transport.mean(parts, payload.traffic_kind("shared")), parts))
 
-    def _slot(self, payload: Payload, worker: int, chain: str, block: int) -> Tensor:
+    def _slot(self, payload: Payload, chain: int, block: int, worker: int) -> Tensor:
         """The slot in which `worker` holds `block` before the synchronization."""
-        slot = self.plans[chain].slot(worker, block)
-        return self.subnets[worker].slot(self.numbers[chain], slot, payload.flats[worker])
+        slot = self.plan.slot(chain, block, worker)
+        return self.workers[worker].subnet.slot(chain, slot, payload.flats[worker])
+
+    def _move(self, payload: Payload, m: Message, incoming: Tensor | None, traffic_kind: str) -> Move:
+        """Send the slot of the source, if it is hosted here; receive in `incoming`."""
+        outgoing = self._slot(payload, m.chain, m.block, m.source) if m.source in self.workers else None
+        return Move(traffic_kind, m.source, m.target, m.num_bytes, outgoing, incoming)
+
+    def _new_block(self, chain: int) -> Tensor:
+        subnet = next(iter(self.workers.values())).subnet
+        return subnet.flat.new_empty(subnet.block_layouts[chain].numel)
 
     def _average_move(self, payload: Payload, m: Message) -> Move:
-        outgoing = self._slot(payload, m.source, m.chain, m.block) if m.source in payload.flats else None
-        incoming = None
-        if m.target in payload.flats and outgoing is None:
-            incoming = torch.empty_like(self._slot(payload, m.target, m.chain, m.block))
-        return Move(payload.traffic_kind("blocks"), m.source, m.target, m.num_bytes, outgoing, incoming)
+        # Between two workers of this process, the owner reads the slot itself.
+        received = m.target in self.workers and m.source not in self.workers
+        return self._move(payload, m, self._new_block(m.chain) if received else None, payload.traffic_kind("blocks"))
 
     @torch.no_grad()
     def _average(self, payload: Payload, arrived: Sequence[Tensor | None]) -> None:
         """Average the blocks whose owners are hosted here, in the slots of the owners."""
-        received: dict[tuple[int, str, int], list[Tensor]] = {}
+        received: dict[Key, list[Tensor]] = {}
         for message, tensor in zip(self.schedule.average, arrived, strict=True):
-            if message.target in payload.flats and message.source not in self.dropped:
+            if message.target in self.workers and message.source not in self.dropped:
                 assert tensor is not None
-                received.setdefault((message.target, message.chain, message.block), []).append(tensor)
-        for (owner, chain, block), tensors in received.items():
-            slot = self._slot(payload, owner, chain, block)
+                received.setdefault((message.chain, message.block), []).append(tensor)
+        for (chain, block), tensors in received.items():
+            owner = self.schedule.owners[chain, block]
+            slot = self._slot(payload, chain, block, owner)
             if owner in self.dropped:
                 slot.copy_(tensors.pop(0))
             mean_into(slot, tensors)
 
+    def _hand_over_move(self, payload: Payload, m: Message) -> Move:
+        slot = self.next_plan.slot(m.chain, m.block, m.target)
+        incoming = payload.arriving.get((m.target, m.chain, slot))
+        return self._move(payload, m, incoming, payload.traffic_kind("blocks"))
+
     @torch.no_grad()
-    def _replica_moves(self) -> list[Move]:
-        """Keep a copy of blocks that are handed over from here, and list the replicas that have to be sent."""
-        weights = self.payloads[0]
-        for (chain, block), keeper in self.placement.kept.items():
-            if keeper in self.subnets:
-                self.replicas[self.numbers[chain], block] = self._slot(weights, keeper, chain, block).clone()
-        moves: list[Move] = []
-        for m in self.placement.messages:
-            outgoing = self._slot(weights, m.source, m.chain, m.block) if m.source in self.subnets else None
-            incoming = None
-            if m.target in self.subnets:
-                template = next(iter(weights.flats.values()))
-                incoming = template.new_empty(self.numel[self.numbers[m.chain]])
-                self.replicas[self.numbers[m.chain], m.block] = incoming
-            moves.append(Move("replica", m.source, m.target, m.num_bytes, outgoing, incoming))
-        return moves
+    def _make_replicas(self) -> dict[Key, Tensor]:
+        """Copy the blocks that their keepers hand over, and make room for replicas that arrive."""
+        replicas: dict[Key, Tensor] = {}
+        for (chain, block), keeper in self.schedule.keepers.items():
+            if keeper in self.workers:
+                if keeper == self.schedule.owners[chain, block]:
+                    replicas[chain, block] = self._slot(self.payloads[0], chain, block, keeper).clone()
+                else:
+                    replicas[chain, block] = self._new_block(chain)
+        return replicas
+
+    def _replica_move(self, m: Message, replicas: dict[Key, Tensor]) -> Move:
+        incoming = replicas[m.chain, m.block] if m.target in self.workers else None
+        return self._move(self.payloads[0], m, incoming, "replica")
 
     @torch.no_grad()
     def _prepare(self, payload: Payload) -> None:
@@ -203,53 +215,48 @@ class Exchange:
         Memory: one block for each block that arrives or changes its slot; a second flat tensor for each worker whose
         capacities change. `_settle` frees the former; `Worker.finish_round` frees the old flat tensors.
         """
-        if self.held_by_all:
+        if self.schedule.held_by_all:
             return
-        for worker, subnet in self.subnets.items():
-            flat = payload.flats[worker]
-            capacities = [self.next_plans[chain.name].capacities[worker] for chain in self.chains]
-            resized = subnet.empty(capacities) if tuple(capacities) != subnet.capacities else None
+        for index, worker in self.workers.items():
+            subnet, capacities = worker.subnet, self.next_plan.capacities(index)
+            resized = subnet.empty(capacities) if capacities != subnet.capacities else None
             if resized is not None:
-                payload.resized[worker] = resized
-            for chain, number, slot, block in self._next_slots(worker):
-                before = self.plans[chain].blocks[worker]
-                same_slot = slot < len(before) and before[slot] == block
-                # Values that do not move are used as they are; of those that do, only the owner has the mean.
-                valid = self.schedule.owners[chain, block] == worker or not payload.moves
-                # A valid block stays in its slot without a copy, unless the whole flat tensor is replaced.
-                if resized is None and same_slot and valid:
-                    continue
-                # Everything else goes to a tensor of its own, since the slot may still have to be read: for a message,
-                # or for another slot of this worker. In a new flat tensor, its final place is free already.
-                if resized is not None:
-                    arriving = subnet.slot(number, slot, resized, capacities)
-                else:
-                    arriving = torch.empty_like(subnet.slot(number, slot, flat))
-                payload.arriving[worker, (number, slot)] = arriving
-                # From another slot of this worker, or zero for a state that does not move. Otherwise the owner sends.
-                if block in before and valid:
-                    arriving.copy_(self._slot(payload, worker, chain, block))
-                elif not payload.moves:
-                    arriving.zero_()
+                payload.resized[index] = resized
+            for chain, (before, after) in enumerate(
+                zip(self.plan.held(index), self.next_plan.held(index), strict=True)
+            ):
+                for slot, block in enumerate(after):
+                    # Values that do not move are used as they are; of those that do, only the owner has the mean.
+                    valid = self.schedule.owners[chain, block] == index or not payload.moves
+                    # A valid block stays in its slot without a copy, unless the whole flat tensor is replaced.
+                    if resized is None and valid and before[slot] == block:
+                        continue
+                    # Everything else goes to a tensor of its own, since the slot may still have to be read: for a
+                    # message, or for another slot of this worker. In a new flat tensor, its place is free already.
+                    if resized is None:
+                        arriving = self._new_block(chain)
+                    else:
+                        arriving = subnet.slot(chain, slot, resized, capacities=capacities)
+                    payload.arriving[index, chain, slot] = arriving
+                    # From another slot of this worker, or zero for a state that does not move. Otherwise the owner
+                    # sends it.
+                    if valid and block in before:
+                        arriving.copy_(self._slot(payload, chain, block, index))
+                    elif not payload.moves:
+                        arriving.zero_()
 
     def _outer_step(self, worker: int, chain: int | None, slot: int) -> None:
         """Take the outer step, if there is one, on the mean in a slot, or in the shared part (`chain` is None)."""
         if self.outer is None:
             return
-        subnet = self.subnets[worker]
-        layout = subnet.shared_layout if chain is None else subnet.block_layouts[chain]
+        subnet = self.workers[worker].subnet
+        num_trained = subnet.layout.part(chain).num_trained
         velocities = next(payload.flats for payload in self.payloads if payload.name == VELOCITY)
         weights, anchor, velocity = (
-            (flat if chain is None else subnet.slot(chain, slot, flat))[: layout.num_trained]
-            for flat in (self.payloads[0].flats[worker], self.anchors[worker], velocities[worker])
+            subnet.slot(chain, slot, flat)[:num_trained]
+            for flat in (self.payloads[0].flats[worker], self._anchor(worker), velocities[worker])
         )
         outer_step(weights, anchor, velocity, self.outer)
-
-    def _hand_over_move(self, payload: Payload, m: Message) -> Move:
-        outgoing = self._slot(payload, m.source, m.chain, m.block) if m.source in payload.flats else None
-        slot = self.next_plans[m.chain].slot(m.target, m.block)
-        incoming = payload.arriving.get((m.target, (self.numbers[m.chain], slot)))
-        return Move(payload.traffic_kind("blocks"), m.source, m.target, m.num_bytes, outgoing, incoming)
 
     @torch.no_grad()
     def _settle(self, payload: Payload) -> None:
@@ -257,17 +264,11 @@ class Exchange:
         # Where capacities change, the blocks are in the new flat tensor already, and only the shared part is missing:
         # it is copied last, since its mean was complete only now. The old tensor is freed when the network is resized.
         for worker, resized in payload.resized.items():
-            size = self.subnets[worker].shared_layout.numel
-            resized[:size].copy_(payload.flats[worker][:size])
+            subnet = self.workers[worker].subnet
+            subnet.slot(None, 0, resized).copy_(subnet.slot(None, 0, payload.flats[worker]))
             payload.flats[worker] = resized
         # Elsewhere the flat tensor stays, with the parameters on it, and blocks are copied from where they arrived.
-        for (worker, (number, slot)), arriving in payload.arriving.items():
+        for (worker, chain, slot), arriving in payload.arriving.items():
             if worker not in payload.resized:
-                self.subnets[worker].slot(number, slot, payload.flats[worker]).copy_(arriving)
+                self.workers[worker].subnet.slot(chain, slot, payload.flats[worker]).copy_(arriving)
         payload.arriving.clear()
-
-    def _next_slots(self, worker: int) -> Iterable[tuple[str, int, int, int]]:
-        """(chain name, chain number, slot, block) of the next plan."""
-        for number, chain in enumerate(self.chains):
-            for slot, block in enumerate(self.next_plans[chain.name].blocks[worker]):
-                yield chain.name, number, slot, block

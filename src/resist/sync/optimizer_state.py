@@ -104,21 +104,20 @@ def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopte
     """
     places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
     # 1. Remove parameters that are gone from their groups, and drop their state, which also frees its memory. Note the
-    #    group of each remaining one: all slots of a chain have the same tensors, named by (chain, name in the block).
+    #    group of each remaining one: all slots of a chain have the same tensors, with equal `Place.key`s.
     group_of: dict[tuple[int | None, str], int] = {}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) in places:
-                place = places[id(parameter)][1]
-                group_of[place.chain, place.name] = number
+                group_of[places[id(parameter)][1].key] = number
             elif id(parameter) in before:
                 optimizer.state.pop(parameter, None)
         group["params"] = [p for p in group["params"] if id(p) in places or id(p) not in before]
     for key, (parameter, place) in places.items():
         # 2. A new parameter joins the group of its counterparts in other slots. It starts with a copy of the state of
         #    slot 0, for the values that are not laid out as weights (Adam's step count).
-        if key not in before and (place.chain, place.name) in group_of:
-            optimizer.param_groups[group_of[place.chain, place.name]]["params"].append(parameter)
+        if key not in before and place.key in group_of:
+            optimizer.param_groups[group_of[place.key]]["params"].append(parameter)
             state = optimizer.state.get(_in_first_slot(places, place), {})
             optimizer.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
         # 3. State that is laid out as the weights becomes a view of the new flat tensors, for old and new parameters:

@@ -10,8 +10,6 @@ from resist.planning.strategy import Strategy
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.worker import Worker
 
-Key = tuple[int, int]  # (chain number, block), or (chain number, slot)
-
 
 @dataclass
 class Payload:
@@ -26,7 +24,7 @@ class Payload:
             blocks that arrive.
         average_shared: True if the shared part becomes its mean over all workers.
         average_blocks: True if a block becomes its mean over its holders. Otherwise the value of its owner is kept.
-        arriving: (worker, (chain number, slot)) -> tensor that receives the next block of the slot.
+        arriving: (worker, chain number, slot) -> tensor that receives the next block of the slot.
         resized: Worker -> flat tensor of the next plan, where its capacities change.
     """
 
@@ -35,8 +33,8 @@ class Payload:
     moves: bool
     average_shared: bool
     average_blocks: bool = True
-    arriving: dict[tuple[int, Key], Tensor] = field(default_factory=dict)
-    resized: dict[int, Tensor] = field(default_factory=dict)
+    arriving: dict[tuple[int, int, int], Tensor] = field(default_factory=dict[tuple[int, int, int], Tensor])
+    resized: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     def traffic_kind(self, part: str) -> str:
         """Return the account on which the transport books a part.

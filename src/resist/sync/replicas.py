@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from resist.planning.plan import Key, RoundPlan
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker
 
@@ -30,12 +31,7 @@ class Replica:
 
 @torch.no_grad()
 def collect_replica(
-    workers: Sequence[Worker],
-    held: Sequence[Sequence[Sequence[int]]],
-    blocks: Mapping[tuple[int, int], Tensor],
-    *,
-    round: int,
-    step: int,
+    workers: Sequence[Worker], *, plan: RoundPlan, blocks: Mapping[Key, Tensor], round: int, step: int
 ) -> Replica:
     """Collect the weights that one process keeps.
 
@@ -43,7 +39,7 @@ def collect_replica(
 
     Args:
         workers: The hosted workers; their anchors are the weights as they were synchronized.
-        held: For each of them, the blocks of each chain in the order of its slots.
+        plan: Plan of the round that begins.
         blocks: Blocks kept for other workers: (chain number, block) -> flat tensor (numel,).
         round: Rounds done.
         step: Optimizer steps done.
@@ -52,12 +48,12 @@ def collect_replica(
         The replica.
     """
     tensors: dict[str, Tensor] = {}
-    for worker, blocks_held in zip(workers, held, strict=True):
-        tensors |= worker.subnet.state(blocks_held, worker.anchor)
+    for worker in workers:
+        tensors |= worker.subnet.state(plan.held(worker.index), worker.anchor)
     chains, layouts = workers[0].subnet.chains, workers[0].subnet.block_layouts
-    for (number, block), flat in blocks.items():
-        name = chains[number].block_name(block)
-        tensors |= {f"{name}.{key}": piece.view(flat) for key, piece in layouts[number].pieces.items()}
+    for (chain, block), flat in blocks.items():
+        name = chains[chain].block_name(block)
+        tensors |= {f"{name}.{key}": piece.view(flat) for key, piece in layouts[chain].pieces.items()}
     return Replica(round, step, tensors)
 
 

@@ -54,7 +54,7 @@ class CountingTransport:
         Returns:
             The attributes of this class by name, as values for JSON.
         """
-        taken = {
+        taken: dict[str, object] = {
             "bytes": dict(self.bytes),
             "messages": dict(self.messages),
             "wire_bytes": dict(self.wire_bytes),

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
+from resist.errors import UserError
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.optimizer_state import adopt_state, follow_resize
+from resist.sync.optimizer_state import adopt_state, follow_resize, optimizers_of
 
 
 class Worker:
@@ -70,18 +72,33 @@ class Worker:
         """Drop the optimizer state from `state`. That of an outer optimizer stays."""
         self.state = {name: flat for name, flat in self.state.items() if name == VELOCITY}
 
-    def finish_round(
-        self, flats: Mapping[str, Tensor], capacities: Sequence[int], held: Sequence[Sequence[int]]
-    ) -> None:
+    def follow(self, average: AveragedModel) -> None:
+        """Exchange an average of the weights over time with their blocks; see `Job.follow`.
+
+        Args:
+            average: An average of `model`. Its parameters stay, in a new flat tensor.
+
+        Raises:
+            UserError: If it is not an average of `model`.
+        """
+        try:
+            self.average = self.subnet.twin(average.module)
+        except (AttributeError, ValueError) as error:
+            raise UserError(
+                f"{type(average).__name__} holds no copy of the network of worker {self.index}; make it with "
+                "torch.optim.swa_utils.AveragedModel(model)"
+            ) from error
+
+    def finish_round(self, flats: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
         """Take over the result of a synchronization, for the next plan.
 
         Args:
-            flats: Payload name -> flat tensor, laid out for `capacities`.
-            capacities: Blocks of each chain in the next round.
-            held: Numbers of these blocks, in the order of the slots.
+            flats: Payload name -> flat tensor, laid out for the next plan.
+            held: Blocks of each chain in the next round, in the order of the slots.
         """
+        capacities = tuple(len(blocks) for blocks in held)
         self.state = {name: flat for name, flat in flats.items() if name not in (WEIGHTS, AVERAGE)}
-        if tuple(capacities) != self.subnet.capacities:
+        if capacities != self.subnet.capacities:
             # The flat tensors are new ones. Parameters that remain are the same objects, on other memory.
             before = {id(parameter) for parameter in self.model.parameters()}
             self.subnet.resize(capacities, flats[WEIGHTS])
@@ -91,3 +108,21 @@ class Worker:
                 self.average.resize(capacities, flats[AVERAGE])
         for subnet in filter(None, (self.subnet, self.average)):
             subnet.hold(held)
+
+
+def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer]) -> None:
+    """Assign optimizers to the hosted workers whose parameters they train.
+
+    Args:
+        workers: The hosted workers. They forget the state of their previous optimizers.
+        optimizers: The optimizers of all of them, in any order.
+
+    Raises:
+        UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if a parameter was
+            moved out of the flat tensor.
+    """
+    for worker in workers:
+        worker.subnet.check_attached()
+        worker.forget_state()
+    for worker, assigned in zip(workers, optimizers_of([w.subnet for w in workers], optimizers), strict=True):
+        worker.optimizers = assigned

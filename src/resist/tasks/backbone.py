@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from resist.errors import UserError
 from resist.runs.config import NetworkConfig
 from resist.runs.history import read_config
-from resist.runs.model_file import FILE, read_full
+from resist.runs.model_file import FILE, ChainScale, read_full
 
 BODY, LAST_NORM = "backbone.body.", "backbone.norms.layer4."
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -23,13 +23,13 @@ class BackboneInit:
         run: Run directory.
         network: Options of the run's network.
         tensors: Its weights by their names in a detector, without the head.
-        scales: By chain, the factor of its blocks' branches in the run's full network.
+        chains: The chains, with the scale of their blocks' branches in the run's full network.
     """
 
     run: Path
     network: NetworkConfig
     tensors: dict[str, Tensor]
-    scales: dict[str, float]
+    chains: list[ChainScale]
 
     @staticmethod
     def read(run: Path) -> "BackboneInit":
@@ -43,9 +43,9 @@ class BackboneInit:
             raise UserError(
                 f"--init-from {run}: a run with --data {network.data}, of detection; give a classification run"
             )
-        tensors, scales = read_full(run / FILE)
+        tensors, chains = read_full(run / FILE)
         named = {_name(name): tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-        return BackboneInit(run, network, named, scales)
+        return BackboneInit(run, network, named, chains)
 
     def check(self, model: nn.Module) -> None:
         """Raise UserError if a detector's backbone differs from the run's network."""
@@ -80,14 +80,13 @@ class BackboneInit:
         self.check(model)
         model.load_state_dict(self.tensors, strict=False)
         with torch.no_grad():
-            for chain, scale in self.scales.items():
-                container, _, span = chain.partition(":")
-                first, last = map(int, span.split("-"))
-                for block in list(model.get_submodule(BODY + container).children())[first : last + 1]:
+            for chain in self.chains:
+                container = model.get_submodule(BODY + chain.container)
+                for block in list(container.children())[chain.first : chain.last + 1]:
                     convolution = [module for module in block.modules() if isinstance(module, nn.Conv2d)][-1]
-                    convolution.weight *= scale
+                    convolution.weight *= chain.scale
                     if convolution.bias is not None:
-                        convolution.bias *= scale
+                        convolution.bias *= chain.scale
 
 
 def _name(name: str) -> str:

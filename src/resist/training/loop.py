@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 import resist
 from resist.errors import AgreedError, UserError
 from resist.job import Job
-from resist.planning.plan import Plan
+from resist.planning.plan import RoundPlan
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run
@@ -152,7 +152,7 @@ class Training:
         values = torch.stack(list(losses)).cpu()
         nonfinite = self._nonfinite(values)
         report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
-        last, plans = report.stop or last, job.plans
+        last, plan = report.stop or last, job.plan
         seconds = {"compute": report.compute_s, "wait": max(0.0, lap() - report.compute_s + compute_s)}
         if not job.step(*self.optimizers, nonfinite=nonfinite):
             job.synchronize(nonfinite)  # the last round may be short
@@ -170,7 +170,7 @@ class Training:
                 **({"scores": scores} if len(scores) > 1 else {}),
                 "images": len(losses) * batch_size * len(report.workers),
                 "seconds": {activity: round(value, 6) for activity, value in seconds.items()},
-                **_record(job, report, plans),
+                **_record(job, report, plan),
             }
         )
         if last or report.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
@@ -237,15 +237,16 @@ class Training:
             return {}
 
 
-def _record(job: Job, report: RoundReport, plans: Mapping[str, Plan]) -> dict[str, object]:
+def _record(job: Job, report: RoundReport, plan: RoundPlan) -> dict[str, object]:
     """The entries of a round in metrics.jsonl that the job knows: losses, bytes, capacities and plans."""
+    plans = {chain.name: chain_plan for chain, chain_plan in zip(job.chains, plan.plans, strict=True)}
     losses = [worker["loss"] for worker in report.workers if worker["loss"] is not None]
     return {
         "loss": sum(losses) / len(losses),
         **({"dropped": job.dropped} if job.dropped else {}),
         **job.transport.take(),
-        "capacity": {name: plan.capacities for name, plan in plans.items()},
-        "plan": {name: plan.blocks for name, plan in plans.items()},
+        "capacity": {name: chain_plan.capacities for name, chain_plan in plans.items()},
+        "plan": {name: chain_plan.blocks for name, chain_plan in plans.items()},
         "workers": report.workers,
     }
 

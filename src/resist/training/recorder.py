@@ -116,10 +116,7 @@ class Recorder:
         summary, workers, subnet = self.summary, job.strategy.workers, job.workers[0].subnet
         full = subnet.numel([chain.num_blocks for chain in job.chains])
         local_sgd = workers * allreduce_bytes(full * subnet.dtype.itemsize, workers) * summary.done
-        largest = max(
-            subnet.numel([job.plans[chain.name].capacities[worker] for chain in job.chains])
-            for worker in range(workers)
-        )
+        largest = max(subnet.numel(job.plan.capacities(worker)) for worker in range(workers))
         phases = ", ".join(f"{name} {summary.seconds.get(name, 0.0):.1f}" for name in TRAINING_PHASES)
         evaluation_s = summary.seconds.get("evaluate", 0.0)
         print(

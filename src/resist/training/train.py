@@ -129,8 +129,8 @@ def _make_job(config: TrainConfig, task: Task, transport: Transport, device: tor
 
 
 def _print_chains(job: Job) -> None:
-    for chain in job.chains:
-        capacities = " ".join(map(str, job.plans[chain.name].capacities))
+    for chain, plan in zip(job.chains, job.plan.plans, strict=True):
+        capacities = " ".join(map(str, plan.capacities))
         print(f"chain {chain.name}: {chain.num_blocks} blocks, the workers hold {capacities}", flush=True)
         if chain.caveat:
             print(f"note: {chain.caveat}", flush=True)

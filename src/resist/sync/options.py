@@ -1,0 +1,42 @@
+"""Options of a job: the values that they may have, and combinations that are refused."""
+
+from resist.errors import UserError
+from resist.planning.strategy import Strategy
+from resist.subnet.batchnorm import BATCHNORMS
+from resist.sync.optimizer_state import OPTIMIZER_STATES
+
+NONFINITE = ("stop", "drop")
+
+
+def check_options(strategy: Strategy, *, batchnorm: str, on_nonfinite: str, replicate: bool) -> None:
+    """Check options of `Job`.
+
+    Args:
+        strategy: As in `Job`, with all strategies that it switches to.
+        batchnorm: As in `Job`.
+        on_nonfinite: As in `Job`.
+        replicate: As in `Job`.
+
+    Raises:
+        UserError: If an option has no such value, or two options contradict each other.
+    """
+    if not isinstance(strategy, Strategy):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"strategy={strategy!r} is not a Strategy; give one, as in resist.resist(workers=4)")
+    _check_choice("batchnorm", batchnorm, BATCHNORMS)
+    for stage in strategy.stages:
+        _check_choice("optimizer_state", stage.optimizer_state, OPTIMIZER_STATES)
+    _check_choice("on_nonfinite", on_nonfinite, NONFINITE)
+    if strategy.every_step and (replicate or on_nonfinite == "drop"):
+        raise UserError(
+            "ddp averages gradients in every step, and every worker holds all weights; leave out replicate and "
+            "on_nonfinite='drop'"
+        )
+    if replicate and strategy.workers < 2:
+        raise UserError(
+            "replicate needs a second worker to hold the replicas; give at least 2 workers, or leave it out"
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}")
