@@ -63,7 +63,10 @@ def test_train_and_evaluate(capsys: pytest.CaptureFixture[str], folder: Path, tm
         "--precision",
         "bf16",
     )
-    assert (status, err) == (0, "")
+    assert status == 0
+    reading = "reading all {} files once to find those that cannot be read"
+    expected = [f"resist: {folder / 'train'}: {reading.format(48)}", f"resist: {folder / 'val'}: {reading.format(9)}"]
+    assert err.splitlines() == expected
     assert f"resist: {folder / 'train'}: left out 1 file that cannot be read, first bee/bee_0.png\n" in text
     records = rounds_of(out)
     assert [max(held) for held in (r["capacity"]["layer3:1-4"] for r in records)] == [4] * 3 + [2] * 3
