@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,18 @@ from pathlib import Path
 from typing import Any
 
 POLL_S = 0.02
+
+# Ports below those that systems give out by themselves, a range for each process of pytest-xdist.
+_PORTS = iter(range(15000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 15000, 32000))
+
+
+def free_port() -> str:
+    """A port of this machine that no test gets twice, and that no other program takes by chance."""
+    for port in _PORTS:
+        with socket.socket() as attempt, contextlib.suppress(OSError):
+            attempt.bind(("127.0.0.1", port))
+            return str(port)
+    raise OSError("no free port")
 
 
 class Command:
@@ -83,7 +96,12 @@ class Commands:
     def __exit__(self, *exception: object) -> None:
         if self._server is not None:
             self.end_all()
-            self._server.communicate()
+        if self._server is not None:
+            try:
+                self._server.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._server.kill()
+                self._server.communicate()
         self._folder.cleanup()
 
     def start(
@@ -116,14 +134,18 @@ class Commands:
         return self.call(left=[command.pid for command in self._started if command.returncode is None])
 
     def end_all(self) -> None:
+        """Kill all commands, and all processes that they have left behind."""
         for command in self._started:
             command.kill()
+        if self._started:
+            self.call(kill=[])
         self._started.clear()
 
     def call(self, **request: Any) -> Any:
         if self._server is None:
             server = [sys.executable, __file__]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+            environment.pop("RESIST_FORK", None)
             pipe = subprocess.PIPE
             self._server = subprocess.Popen(server, stdin=pipe, stdout=pipe, env=environment, text=True, bufsize=1)
         assert self._server.stdin is not None
@@ -135,6 +157,11 @@ class Commands:
             self._server.kill()
             self._server.communicate()
             self._server = None
+            for command in self._started:
+                if command.returncode is None:
+                    command.returncode = -signal.SIGKILL
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(command.pid, signal.SIGKILL)
             self._started.clear()
             raise
 
@@ -150,6 +177,8 @@ def serve() -> None:
             answer = poll(request["poll"])
         elif "left" in request:
             answer = len(children() - set(request["left"]))
+        elif "kill" in request:
+            answer = kill_children()
         else:
             answer = os.fork()
             if answer == 0:
@@ -160,8 +189,23 @@ def serve() -> None:
 
 
 def poll(pid: int) -> int | None:
-    ended, status = os.waitpid(pid, os.WNOHANG)
+    try:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:  # an answer that did not arrive, because the timeout of a test came first
+        return -1
     return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def kill_children() -> None:
+    """Kill what ended commands have left behind, so that no later test counts it, and wait for all."""
+    while True:
+        for pid in children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
 
 
 def children() -> set[int]:
@@ -193,11 +237,13 @@ def _run(
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
 
 
 if __name__ == "__main__":

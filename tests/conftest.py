@@ -9,21 +9,24 @@ if os.path.exists("/proc/cpuinfo"):
             # The 1x1 convolutions that oneDNN 3.12 (torch 2.14) has for AVX2 write past the end of a weight's gradient.
             os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
 import torch
+from hypothesis.internal.conjecture import providers
 
 from commands import Commands
-from pool import Pool
+from pool import Pool, seed_everything
 
 torch.set_num_threads(1)
 
 # A loaded machine is slow at times, and that is no failure. Derandomized: a run of the tests is the same everywhere.
+# hypothesis also draws constants from the modules that are imported at that moment, which under pytest-xdist depend on
+# the tests that ran before: none, then.
+if hasattr(providers, "_get_local_constants"):
+    providers._get_local_constants = lambda: providers._local_constants
 hypothesis.settings.register_profile(
     "resist",
     deadline=None,
@@ -36,9 +39,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("resist")
 
 
-# Under pytest-xdist a process runs whole files, whose tests share fixtures. Those of ALONE measure time, or list the
-# network namespaces of this machine: one process runs them, one after another. The long ones come first, so that no
-# process waits for the other one in the end.
+# Under pytest-xdist a process runs whole files, whose tests share fixtures. One process runs those of ALONE, which
+# measure time or list the network namespaces of this machine. The long ones come first: no process waits in the end.
 ALONE = ("test_wire.py", "test_report_browser.py")
 FIRST = (*ALONE, "test_faults.py", "test_cli.py", "test_export.py", "test_third_party.py", "test_resume.py")
 
@@ -62,10 +64,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 
 def pytest_runtest_setup() -> None:
-    """Every test draws the same random numbers, whatever ran before it in its process."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    seed_everything()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ connections close. It is replaced at the next call. A call that takes longer tha
 import multiprocessing
 import os
 import pickle
+import random
 import sys
 import tempfile
 import time
@@ -59,7 +60,7 @@ class Pool:
         return [outcome.value for outcome in outcomes]
 
     def outcomes(
-        self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 60
+        self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 120
     ) -> list[Outcome]:
         """Return the outcome of `function(*arguments)`, which must be importable, in each of `processes` processes."""
         self._fill(processes)
@@ -74,7 +75,7 @@ class Pool:
             waiting = {self._members[r][1]: r for r in range(processes) if r not in ended}
             ready = wait(list(waiting), max(deadline - time.monotonic(), 0))
             if not ready:
-                for rank in waiting.values():
+                for rank in range(processes):
                     self._end(rank)
                 raise TimeoutError(f"processes {list(waiting.values())} did not answer within {timeout_s} s")
             for connection in ready:
@@ -105,6 +106,16 @@ class Pool:
         process.join()
 
 
+def seed_everything() -> None:
+    """Seed the global generators: every test and every call draws the same numbers, whatever ran before it."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 def _serve(connection: Connection) -> None:
     import torch
     import torch.distributed as dist
@@ -120,6 +131,7 @@ def _serve(connection: Connection) -> None:
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=timedelta(seconds=50)
             )
             function, arguments = pickle.loads(work)
+            seed_everything()
             answer = pickle.dumps(Outcome(value=function(*arguments)))
             if dist.is_initialized():
                 dist.barrier()  # a process must not leave while another one still needs it

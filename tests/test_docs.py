@@ -5,7 +5,6 @@ import importlib
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tomllib
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+from commands import free_port
 from resist import cli
 from resist.cli.compare import CompareConfig
 from resist.cli.options import as_typed, config_keys, options_of
@@ -411,9 +411,7 @@ def test_ssh_script_starts_torchrun_on_each_host(tmp_path: Path) -> None:
 def test_ssh_script(tmp_path: Path) -> None:
     """Run on this machine in the role of two hosts, with real processes and a space in the folder's name."""
     out = tmp_path / "a run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     environment = stage(tmp_path, {"ssh": FAKE["ssh"]}) | {
         "HOSTS": "localhost 127.0.0.1", "PORT": port, "INTERFACE": "lo", "OMP_NUM_THREADS": "1",
         "DIRECTORY": str(tmp_path),

@@ -104,7 +104,7 @@ def test_your_own_network(pool: Pool, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.mark.slow
 def test_unequal_workers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(monkeypatch, capsys, "5", "--rounds", 1, "--local-steps", 2, "--speeds", 1, 0.1)
+    output = run(monkeypatch, capsys, "5", "--rounds", 1, "--local-steps", 4, "--speeds", 1, 0.1)
     held = [int(number) for number in re.findall(r"(\d+) blocks ", output)]
     assert held[:2] == [8, 8]
     assert sum(held[2:]) == 16

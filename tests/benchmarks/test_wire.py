@@ -44,12 +44,14 @@ def running(allowed: None) -> Iterator[subprocess.Popen[bytes]]:
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
-    while len(inside(process.pid)) < 2:
-        assert process.poll() is None
-        time.sleep(0.1)
-    yield process
-    process.kill()
-    process.wait()
+    try:
+        while len(inside(process.pid)) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow

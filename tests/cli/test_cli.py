@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from commands import Commands
+from commands import Commands, free_port
 from resist.cli import main
 
 SMALL = [
@@ -253,12 +253,6 @@ def test_training_that_diverges_says_so(capsys, tmp_path) -> None:
     status, _, err = resist(capsys, "train", *FAST, "--processes", "1", "--lr", "1e20", "--out", str(tmp_path / "run"))
     assert (status, err.count("\n")) == (2, 1)
     assert "lower the learning rate" in err
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.mark.slow

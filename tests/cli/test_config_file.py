@@ -118,6 +118,7 @@ def test_a_file_that_cannot_be_used_ends_in_one_line_with_its_name(capsys, tmp_p
     assert text in err
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_configuration(capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path / "more.json", {"method": {"sampling": "shard"}, "optimization": {"label_smoothing": 0.1}})
@@ -132,6 +133,7 @@ def test_a_run_is_repeated_from_its_configuration(capsys, tmp_path: Path, monkey
     assert all((again[name] == tensor).all() for name, tensor in weights.items())
 
 
+@pytest.mark.slow
 def test_processes_that_are_started_get_the_configuration_as_it_is(tmp_path: Path) -> None:
     """For a new run all of it; for one that resumes what may change, because the rest is that of the run."""
     config = TrainConfig(

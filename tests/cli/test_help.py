@@ -163,6 +163,7 @@ report none -o x.doc
 """.splitlines()[1:]
 
 
+@pytest.mark.slow
 def test_mistakes_end_in_one_line(capsys, monkeypatch, tmp_path: Path) -> None:
     """For every width of the terminal: status 2, nothing on stdout, and one line on stderr, as in the snapshot."""
     monkeypatch.chdir(tmp_path)
@@ -188,11 +189,11 @@ def test_options_are_written_as_the_user_types_them() -> None:
 SOURCE = Path(resist.__file__).parent
 # The page of a report shows the command that repeats the run.
 ROOMS = [file for file in SOURCE.rglob("*.py") if file.parent.name != "cli" and file.name != "tables.py"]
+FLAGS = {flag for record, _ in COMMANDS.values() for option in options_of(record).values() for flag in option.flags}
 
 
 @pytest.mark.parametrize("file", ROOMS, ids=lambda file: str(file.relative_to(SOURCE)))
 def test_only_this_room_writes_options_with_dashes(file: Path) -> None:
     """The others name the argument, `timeout_s=0`, as their users in Python write it; docstrings too."""
-    flags = {flag for record, _ in COMMANDS.values() for option in options_of(record).values() for flag in option.flags}
-    flags |= set(RENAMED) | {"--resume", "--outer", "--scale"}
+    flags = FLAGS | set(RENAMED) | {"--resume", "--outer", "--scale"}
     assert set(re.findall(r"--[a-z][a-z-]+", file.read_text(encoding="utf-8"))) & flags == set()

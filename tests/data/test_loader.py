@@ -131,7 +131,6 @@ class LockHolder(Numbers):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the readers have torch's own event")
 def test_a_reading_process_that_is_killed_while_it_looks_whether_to_end() -> None:
     with pytest.raises(UserError, match=r"^a process that reads data was lost: "):

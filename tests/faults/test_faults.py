@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,7 +13,7 @@ import torch
 from injection import FIRST_ONLY, HERE, KINDS, POINTS, Fault, draw, environment
 from safetensors.torch import load_file
 
-from commands import Commands
+from commands import Commands, free_port
 
 # Each kind, and each place that the design names: at the start, before and during the exchange, between the shared part
 # and the blocks, during a save, during an evaluation.
@@ -106,19 +105,19 @@ def check(out: Path, undisturbed: dict[str, torch.Tensor]) -> None:
 def test_a_job_that_is_started_again_as_torchrun_does_goes_on_from_its_last_checkpoint(
     commands: Commands, undisturbed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
+    out, saved = tmp_path / "run", False
     for attempt, statuses in ((0, [1, -signal.SIGKILL]), (1, [0, 0])):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = free_port()
         group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         group["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
         processes = [
             commands.start(*ARGUMENTS, "--out", out, env=group | {"RANK": rank, "LOCAL_RANK": rank}, prelude=die)
             for rank in "01"
         ]
-        errors = [process.communicate()[1] for process in processes]
+        output, errors = zip(*(process.communicate() for process in processes), strict=True)
         assert [process.returncode for process in processes] == statuses, errors
+        assert ("no checkpoint in" in output[0]) == (attempt == 1 and not saved)
+        saved = any(out.glob("checkpoints/*/job.json"))
         assert ("no answer from process 1 (worker 1)" in errors[0]) == (attempt == 0)
     check(out, undisturbed)
 

@@ -107,10 +107,8 @@ CASES = [
 ]
 
 
-MARKED = [pytest.param(case, marks=() if number == 2 else pytest.mark.slow) for number, case in enumerate(CASES)]
-
-
-@pytest.mark.parametrize("case", MARKED, ids=repr)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=repr)
 def test_the_number_of_processes_does_not_matter(pool: Pool, case: Case) -> None:
     """1, 2 and 4 processes that host 4 workers: equal weights, statistics and momentum, to 1e-10 in double precision.
 

@@ -67,6 +67,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[subprocess
     return use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STATUSES)
 def test_it_ends_with_the_status_of_the_failure_and_reports_what_no_process_can(
     scripted: Callable[[str], list[subprocess.Popen[bytes]]], capfd: pytest.CaptureFixture[str], case: str
@@ -80,6 +81,7 @@ def test_it_ends_with_the_status_of_the_failure_and_reports_what_no_process_can(
     assert all(process.returncode is not None for process in started)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_before_it_is_connected_is_named(
     scripted: Callable[[str], list[subprocess.Popen[bytes]]], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,12 +109,14 @@ def test_a_signal_is_passed_on_to_all(
     monkeypatch.chdir(tmp_path)
     started = scripted(script)
 
+    ready = tmp_path / "ready"
+
     def send() -> None:
-        while not Path("ready").exists() or len(Path("ready").read_text()) < 3:
+        while not ready.exists() or len(ready.read_text()) < 3:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=send).start()
+    threading.Thread(target=send, daemon=True).start()
     assert launch([], 3, 1.0 if "SIG_IGN" in script else 60.0, 3) == status
     assert all(process.returncode is not None for process in started)
 
