@@ -52,7 +52,8 @@ class Strategy:
         outer: Outer optimizer for the mean change of a round; None applies the mean as it is.
         every_step: Average the gradients over the workers in every step. Weights then never differ, and a round ends
             without an exchange.
-        partitions: The workers hold some of the blocks, so that the network needs a chain.
+        partitions: The workers hold some of the blocks, so that the network needs a chain. True or false of the rounds
+            before `at_round` only: `then` has a value of its own; see `stages`.
         then: Strategy that takes over at round `at_round`, or None.
         at_round: First round of `then`, counted from 0: the number of rounds before it.
 
