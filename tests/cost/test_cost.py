@@ -498,13 +498,13 @@ def test_a_model_without_a_chain_can_be_trained_whole() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategies": [resist(7)]}, "workers=7 exceeds the 6 blocks"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"strategies": [resist(7)]}, "`workers=7` exceeds the 6 blocks"),
+        ({"batch_size": 0}, "`batch_size=0`; must be at least 1"),
         ({"rounds": 0}, "rounds=0"),
         ({"image_shape": (3, 0, 8)}, "image_shape=3,0,8"),
         ({"image_shape": (4, 8, 8)}, "does not train on images of shape (4, 8, 8)"),
         ({"strategies": []}, "no strategy"),
-        ({"strategies": [resist(2, min_depth=7)]}, "min_depth=7 exceeds the 6 blocks"),
+        ({"strategies": [resist(2, min_depth=7)]}, "`min_depth=7` exceeds the 6 blocks"),
         ({"strategies": [resist(2, warmup_rounds=3)]}, "the strategy switches at round 3"),
         ({"strategies": [resist(2, 5), local_sgd(2, 50)]}, "strategies with 5 and 50 local steps"),
         ({"speed": [Speed(1)] * 3}, "3 speeds for 2 workers"),
@@ -525,9 +525,9 @@ def test_bad_requests_end_in_one_line(options: dict[str, object], message: str) 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
 def test_rates_are_above_zero(rate: float) -> None:
-    with pytest.raises(UserError, match="link_gbit_s="):
+    with pytest.raises(UserError, match="`link_gbit_s="):
         Link(rate)
-    with pytest.raises(UserError, match="images_s="):
+    with pytest.raises(UserError, match="`images_s="):
         Speed(rate)
     if rate != 0:
         with pytest.raises(UserError, match="latency_ms="):

@@ -129,10 +129,10 @@ def test_equal_capacities(num_blocks: int, workers: int, min_depth: int, expecte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((22, 0, 0), r"workers=0; must be at least 1"),
-        ((22, 23, 0), r"workers=23 exceeds the 22 blocks of chain layer3:1-22; use at most 22 workers"),
-        ((22, 4, -1), r"min_depth=-1 is negative; give 0 to 22"),
-        ((22, 4, 30), r"min_depth=30 exceeds the 22 blocks of chain layer3:1-22; lower it or add chains"),
+        ((22, 0, 0), r"`workers=0`; must be at least 1"),
+        ((22, 23, 0), r"`workers=23` exceeds the 22 blocks of chain layer3:1-22; use at most 22 workers"),
+        ((22, 4, -1), r"`min_depth=-1` is negative; give 0 to 22"),
+        ((22, 4, 30), r"`min_depth=30` exceeds the 22 blocks of chain layer3:1-22; lower it or add chains"),
     ],
 )
 def test_impossible_equal_capacities(arguments: tuple[int, int, int], message: str) -> None:
@@ -144,10 +144,10 @@ def test_impossible_equal_capacities(arguments: tuple[int, int, int], message: s
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((6, 0, 6), r"capacity 0 of worker 1 is outside 1 to 6, the blocks of the chain"),
+        ((6, 0, 6), r"`capacities=6 0 6`: capacity 0 of worker 1 is outside 1 to 6, the blocks of the chain"),
         ((6, 7), r"capacity 7 of worker 1 is outside 1 to 6"),
-        ((2, 3), r"capacities \(2, 3\) hold 5 of the 6 blocks of the chain; raise them until every block has a worker"),
-        ((), r"capacities \(\) hold 0 of the 6"),
+        ((2, 3), r"`capacities=2 3` hold 5 of the 6 blocks of the chain; raise them until every block has a worker"),
+        ((), r"`capacities=` hold 0 of the 6"),
     ],
 )
 def test_impossible_capacities(sizes: tuple[int, ...], message: str) -> None:

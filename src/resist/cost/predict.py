@@ -61,7 +61,7 @@ def predict(
     """
     for name, values in (("batch_size", [batch_size]), ("image_shape", image_shape), ("rounds", [rounds])):
         if min(values, default=0) < 1:
-            raise UserError(f"{name}={','.join(map(str, values))}; must be at least 1")
+            raise UserError(f"`{name}={','.join(map(str, values))}`; must be at least 1")
     speeds = () if speed is None else (speed,) if isinstance(speed, Speed) else tuple(speed)
     _check_strategies(strategies, speeds, batchnorm)
     template = build_on_meta(build_model)

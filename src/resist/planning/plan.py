@@ -210,16 +210,16 @@ def equal_capacities(num_blocks: int, workers: int, min_depth: int = 0, *, chain
     """
     where = f"chain {chain}" if chain else "the chain"
     if workers < 1:
-        raise UserError(f"workers={workers}; must be at least 1")
+        raise UserError(f"`workers={workers}`; must be at least 1")
     if workers > num_blocks:
         raise UserError(
-            f"workers={workers} exceeds the {num_blocks} blocks of {where}; use at most {num_blocks} workers, "
-            "a deeper network, or explicit capacities"
+            f"`workers={workers}` exceeds the {num_blocks} blocks of {where}; use at most {num_blocks} workers, "
+            "a deeper network, or explicit `capacities`"
         )
     if min_depth < 0:
-        raise UserError(f"min_depth={min_depth} is negative; give 0 to {num_blocks}")
+        raise UserError(f"`min_depth={min_depth}` is negative; give 0 to {num_blocks}")
     if min_depth > num_blocks:
-        raise UserError(f"min_depth={min_depth} exceeds the {num_blocks} blocks of {where}; lower it or add chains")
+        raise UserError(f"`min_depth={min_depth}` exceeds the {num_blocks} blocks of {where}; lower it or add chains")
     return (max(-(-num_blocks // workers), min_depth),) * workers
 
 
@@ -238,15 +238,17 @@ def check_capacities(num_blocks: int, capacities: Sequence[int], *, chain: str =
         UserError: If a capacity is outside 1 to `num_blocks`, or their sum is less than `num_blocks`.
     """
     where = f"chain {chain}" if chain else "the chain"
+    given = f"`capacities={' '.join(map(str, capacities))}`"
     for worker, capacity in enumerate(capacities):
         if not 1 <= capacity <= num_blocks:
             raise UserError(
-                f"capacity {capacity} of worker {worker} is outside 1 to {num_blocks}, the blocks of {where}; change it"
+                f"{given}: capacity {capacity} of worker {worker} is outside 1 to {num_blocks}, the blocks of {where}; "
+                "change it"
             )
     if sum(capacities) < num_blocks:
         raise UserError(
-            f"capacities {tuple(capacities)} hold {sum(capacities)} of the {num_blocks} blocks of {where}; "
-            "raise them until every block has a worker"
+            f"{given} hold {sum(capacities)} of the {num_blocks} blocks of {where}; raise them until every block has "
+            "a worker"
         )
     return tuple(capacities)
 

@@ -4,6 +4,7 @@ A new training method is one more function that returns a `Strategy`, and a line
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ class OuterSGD:
     The defaults are those of DiLoCo (Douillard et al., 2023). `lr=1` with `momentum=0` is the plain mean.
 
     Attributes:
-        lr: Outer learning rate, more than 0.
+        lr: Outer learning rate, more than 0 and finite.
         momentum: Outer momentum, from 0 to less than 1.
 
     Raises:
@@ -33,10 +34,14 @@ class OuterSGD:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"outer lr={self.lr}; must be more than 0")
+        if not 0 < self.lr < math.inf:
+            raise UserError(
+                f"`outer={self.lr} {self.momentum}`: learning rate {self.lr}; must be more than 0 and finite"
+            )
         if not 0 <= self.momentum < 1:
-            raise UserError(f"outer momentum={self.momentum}; must be at least 0 and less than 1")
+            raise UserError(
+                f"`outer={self.lr} {self.momentum}`: momentum {self.momentum}; must be at least 0 and less than 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,11 @@ class Strategy:
     def __post_init__(self) -> None:
         for name, value in (("workers", self.workers), ("local_steps", self.local_steps)):
             if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise UserError(f"{name}={value!r} is not a whole number; give one")
+                raise UserError(f"`{name}={value!r}` is not a whole number; give one")
         if self.workers < 1:
-            raise UserError(f"workers={self.workers}; must be at least 1")
+            raise UserError(f"`workers={self.workers}`; must be at least 1")
         if self.local_steps < 1:
-            raise UserError(f"local_steps={self.local_steps}; must be at least 1")
+            raise UserError(f"`local_steps={self.local_steps}`; must be at least 1")
 
     def at(self, round: int) -> "Strategy":
         """Return the strategy of a round, through all switches.
@@ -148,9 +153,12 @@ def resist(
             and capacities that do not fit a chain are reported when its first plan is drawn.
     """
     if capacities is not None and len(capacities) != workers:
-        raise UserError(f"{len(capacities)} capacities for {workers} workers; give one for each worker")
+        raise UserError(
+            f"`capacities={' '.join(map(str, capacities))}` has {len(capacities)} values for `workers={workers}`; give "
+            "one for each worker"
+        )
     if capacities is not None and min_depth is not None:
-        raise UserError(f"min_depth={min_depth} has no effect with explicit capacities; remove one of the two")
+        raise UserError(f"`min_depth={min_depth}` has no effect with `capacities`; remove one of the two")
 
     def assign(num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
         if capacities is None:
@@ -162,7 +170,7 @@ def resist(
 
     strategy = Strategy(resist.__name__, workers, local_steps, assign, optimizer_state, outer, partitions=True)
     if warmup_rounds < 0:
-        raise UserError(f"warmup_rounds={warmup_rounds}; must be at least 0")
+        raise UserError(f"`warmup_rounds={warmup_rounds}`; must be at least 0")
     if warmup_rounds == 0:
         return strategy
     warmup = local_sgd(workers, local_steps, optimizer_state=optimizer_state, outer=outer)
