@@ -38,7 +38,7 @@ def test_a_plan_is_complete_exact_and_balanced(case: tuple[int, tuple[int, ...]]
     for block in range(num_blocks):
         assert len(plan.holders(block)) == counts[block]
         for worker in plan.holders(block):
-            assert plan.blocks[worker][plan.slot(worker, block)] == block
+            assert plan.blocks[worker][plan.slot(block, worker=worker)] == block
 
 
 def test_a_block_that_does_not_exist_has_no_holders() -> None:
@@ -167,12 +167,12 @@ def test_the_plan_of_a_round_is_the_plans_of_its_chains() -> None:
     first, second = partition(4, (3, 2), seed=0, round=1, chain="a"), partition(3, (3, 3), seed=0, round=1, chain="b")
     plan = RoundPlan((first, second))
     assert plan.workers == 2
-    assert plan.blocks == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]
+    assert plan.keys == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]
     assert plan.held(1) == (first.blocks[1], (0, 1, 2))
     assert (plan.capacities(0), plan.capacities(1)) == ((3, 3), (2, 3))
-    for chain, block in plan.blocks:
+    for chain, block in plan.keys:
         assert plan.holders(chain, block) == (first, second)[chain].holders(block)
         for worker in plan.holders(chain, block):
-            assert plan.held(worker)[chain][plan.slot(chain, block, worker)] == block
+            assert plan.held(worker)[chain][plan.slot(chain, block, worker=worker)] == block
     assert not plan.held_by_all
     assert RoundPlan((second,)).held_by_all

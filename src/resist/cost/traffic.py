@@ -86,7 +86,7 @@ class RoundTraffic:
     replica_bytes: Mapping[int, int] = field(default_factory=dict)
 
     def links(self, workers: int) -> dict[Way, int]:
-        """Return the bytes over each direction of every worker's link, all-reduces included."""
+        """Return the bytes over each direction of every worker's link, with all-reduces."""
         keys = [(way, worker) for way in ("out", "in") for worker in range(workers)]
         return {key: self.ring_bytes + self.average.get(key, 0) + self.hand_over.get(key, 0) for key in keys}
 
@@ -125,6 +125,9 @@ def paper_bytes(sizes: Sizes, plan: RoundPlan, *, workers: int) -> int:
         sizes: Parts of the network.
         plan: Plan of the round.
         workers: Number of workers.
+
+    Returns:
+        Bytes that all workers send and receive.
     """
     held = workers * sizes.shared.parameters
     for chain, block in zip(plan.plans, sizes.blocks, strict=True):
@@ -197,6 +200,9 @@ def ddp_traffic(sizes: Sizes, *, workers: int, local_steps: int) -> RoundTraffic
         sizes: Parts of the network.
         workers: Number of workers.
         local_steps: Steps in a round.
+
+    Returns:
+        The traffic, of the kinds "gradients" and "buffers".
     """
     whole = sizes.whole()
     gradients = whole.trainable * sizes.itemsize
@@ -221,6 +227,9 @@ def mean_traffic(rounds: Sequence[RoundTraffic], workers: int, paper: int) -> Tr
         rounds: Traffic of each round.
         workers: Number of workers.
         paper: Bytes of a round as the paper counts them.
+
+    Returns:
+        The mean over rounds, and the ratio of the busiest link over the whole run.
     """
     over_run: Counter[Way] = Counter()
     worst = 0

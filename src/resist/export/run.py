@@ -19,6 +19,7 @@ from resist.runs.history import read_config
 from resist.runs.model_file import FILE, load_full
 from resist.subnet.batchnorm import recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
+from resist.subnet.modules import BatchNorm
 from resist.subnet.scaling import scale_blocks, scales_of
 from resist.subnet.seeded import build_seeded
 from resist.tasks import network_builder, open_task
@@ -191,7 +192,7 @@ def scaled_network(
     without_statistics = config.method.batchnorm == "batch"
     build = network_builder(config.network)
     model = build_seeded(build, config.run.seed)  # seeded for buffers that are not saved, such as position tables
-    has_batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    has_batchnorm = any(isinstance(module, BatchNorm) for module in model.modules())
     if without_statistics and has_batchnorm and not calibrate:
         raise UserError(
             f"{run} was trained with `batchnorm=batch` and has no running statistics, which an ordinary network needs; "

@@ -67,12 +67,12 @@ class Plan:
         """
         return self._holders[block] if 0 <= block < self.num_blocks else ()
 
-    def slot(self, worker: int, block: int) -> int:
+    def slot(self, block: int, *, worker: int) -> int:
         """Find the slot in which a worker holds a block.
 
         Args:
-            worker: Number of the worker.
             block: Number of the block.
+            worker: Number of the worker.
 
         Returns:
             The slot.
@@ -106,8 +106,8 @@ class RoundPlan:
         return all(plan.held_by_all for plan in self.plans)
 
     @property
-    def blocks(self) -> list[Key]:
-        """Every block as (chain, block), ascending."""
+    def keys(self) -> list[Key]:
+        """Every block as (chain number, block), ascending."""
         return [(chain, block) for chain, plan in enumerate(self.plans) for block in range(plan.num_blocks)]
 
     def held(self, worker: int) -> tuple[tuple[int, ...], ...]:
@@ -122,7 +122,7 @@ class RoundPlan:
         return tuple(plan.blocks[worker] for plan in self.plans)
 
     def capacities(self, worker: int) -> tuple[int, ...]:
-        """Return the number of blocks of each chain that a worker holds.
+        """Return a worker's capacity in each chain.
 
         Args:
             worker: Number of the worker.
@@ -144,7 +144,7 @@ class RoundPlan:
         """
         return self.plans[chain].holders(block)
 
-    def slot(self, chain: int, block: int, worker: int) -> int:
+    def slot(self, chain: int, block: int, *, worker: int) -> int:
         """Find the slot in which a worker holds a block; see `Plan.slot`.
 
         Args:
@@ -158,7 +158,7 @@ class RoundPlan:
         Raises:
             ValueError: If the worker does not hold the block.
         """
-        return self.plans[chain].slot(worker, block)
+        return self.plans[chain].slot(block, worker=worker)
 
 
 class Assign(Protocol):

@@ -279,7 +279,7 @@ def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
 
 @dataclass(frozen=True)
 class Method:
-    """Entry of `METHODS`: a constructor of strategies, and its appearance in reports.
+    """Entry of `METHODS`: constructor and appearance in reports.
 
     Attributes:
         build: The constructor, called with the numbers of workers and of local steps, and options.
@@ -298,7 +298,7 @@ class Method:
 
     @cached_property
     def options(self) -> frozenset[str]:
-        """Names of the constructor's arguments. All other options of strategies have no effect with this one."""
+        """Names of the constructor's arguments; other options have no effect."""
         return frozenset(inspect.signature(self.build).parameters)
 
 
@@ -323,7 +323,7 @@ def build_strategy(name: str, workers: int, local_steps: int, **options: object)
         name: A key of `METHODS`.
         workers: Number of workers.
         local_steps: Optimizer steps between two synchronizations.
-        **options: Arguments of the constructors. Those that this method's does not take are left out.
+        **options: Arguments of the constructors. Those that this constructor does not take are left out.
 
     Returns:
         The strategy.
