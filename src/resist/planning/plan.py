@@ -102,7 +102,7 @@ class RoundPlan:
 
     @property
     def held_by_all(self) -> bool:
-        """True if every worker holds every block of every chain, as in local SGD."""
+        """True if every worker holds all blocks, as in local SGD."""
         return all(plan.held_by_all for plan in self.plans)
 
     @property
@@ -180,7 +180,10 @@ class Assign(Protocol):
 
 
 class ChainLike(Protocol):
-    """The two properties of a chain that its plans depend on; see `resist.subnet.chains.Chain`."""
+    """Properties of a chain that its plans depend on.
+
+    See `resist.subnet.chains.Chain`.
+    """
 
     @property
     def name(self) -> str:
