@@ -154,7 +154,7 @@ class Own:
         if plan.held_by_all:
             return averaged * 2 * (workers - 1) * subnet.flat.nbytes + texts
         total = averaged * 2 * (workers - 1) * subnet.shared.nbytes + texts
-        for chain, block in plan.blocks:
+        for chain, block in plan.keys:
             holders, targets = set(plan.holders(chain, block)), set(next_plan.holders(chain, block))
             messages = len(holders) - 1 + len(targets) - bool(holders & targets)
             total += moved * messages * subnet.block_layouts[chain].numel * subnet.dtype.itemsize

@@ -70,12 +70,7 @@ def formula(build: Build, strategy: resist.Strategy, rounds: int, *, statistics:
     chains = choose_chains(template)
     sizes = sizes_of(template, chains)
     plans = [strategy.plan(chains, seed=SEED, round=number) for number in range(rounds + 1)]
-    run = [
-        round_traffic(
-            sizes, now, then, workers=strategy.workers, optimizer_state=strategy.optimizer_state, num_states=1
-        )
-        for now, then in pairwise(plans)
-    ]
+    run = [round_traffic(sizes, now, then, strategy=strategy, num_states=1) for now, then in pairwise(plans)]
     paper = paper_bytes(sizes, plans[0], workers=strategy.workers)
     return Formula(mean_traffic(run, strategy.workers, paper), [sum(round_.bytes.values()) for round_ in run])
 

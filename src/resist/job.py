@@ -146,7 +146,7 @@ class Job:
             )
         # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
-        options |= {"replicate": replicate, "on_nonfinite": on_nonfinite}
+        options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
         values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
         check_agreement(self.transport, values)
         self.workers = [self._host(index, full, device, channels_last) for index in self.transport.hosted]

@@ -27,7 +27,7 @@ from resist.cost.traffic import ddp_traffic, round_traffic
 from resist.errors import UserError
 from resist.job import Job
 from resist.models import PreActResNet, build
-from resist.planning.strategy import METHODS, Strategy, build_strategy, ddp, diloco, local_sgd, resist
+from resist.planning.strategy import METHODS, OuterSGD, Strategy, build_strategy, ddp, diloco, local_sgd, resist
 from resist.subnet.chains import Chain, choose_chains
 from resist.subnet.network import tensors_of
 from resist.sync.averaging import VELOCITY
@@ -118,7 +118,7 @@ def follow(job: Job, optimizers: Sequence[Optimizer], num_states: int, rounds: i
     for number in range(rounds):
         expected = round_traffic(
             SIZES, job.plan_of(number), job.plan_of(number + 1),
-            workers=workers, optimizer_state=strategy.optimizer_state, num_states=num_states,
+            strategy=strategy, num_states=num_states,
         )  # fmt: skip
         while True:
             local_step(job, optimizers)
@@ -148,10 +148,10 @@ def shares(draw: st.DrawFn) -> list[int]:
     return capacities
 
 
-@given(shares(), st.sampled_from(OPTIMIZER_STATES), st.booleans())
+@given(shares(), st.sampled_from(OPTIMIZER_STATES), st.booleans(), st.sampled_from([None, OuterSGD()]))
 @settings(max_examples=20)
-def test_bytes_are_those_of_the_ledger(capacities: list[int], policy: str, adam: bool) -> None:
-    strategy = resist(len(capacities), 1, capacities=capacities, optimizer_state=policy)
+def test_bytes_are_those_of_the_ledger(capacities: list[int], policy: str, adam: bool, outer: OuterSGD | None) -> None:
+    strategy = resist(len(capacities), 1, capacities=capacities, optimizer_state=policy, outer=outer)
     job, optimizers = make(strategy, adamw if adam else sgd)
     follow(job, optimizers, 2 if adam else 1, rounds=2)
 
@@ -163,11 +163,17 @@ def test_bytes_of_local_sgd_are_those_of_the_ledger(policy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"),
-    [*(("resist", policy) for policy in OPTIMIZER_STATES), ("local_sgd", "average"), ("diloco", "travel")],
+    ("name", "policy", "outer"),
+    [
+        *(("resist", policy, None) for policy in OPTIMIZER_STATES),
+        *(("resist", policy, OuterSGD()) for policy in OPTIMIZER_STATES),
+        ("local_sgd", "average", None),
+        ("local_sgd", "travel", OuterSGD()),
+        ("diloco", "travel", None),
+    ],
 )
-def test_a_report_is_the_mean_of_what_the_ledger_books(name: str, policy: str) -> None:
-    strategy = build_strategy(name, 3, 1, optimizer_state=policy)
+def test_a_report_is_the_mean_of_what_the_ledger_books(name: str, policy: str, outer: OuterSGD | None) -> None:
+    strategy = build_strategy(name, 3, 1, optimizer_state=policy, outer=outer)
     report = predict(tiny, [strategy], **SMALL)
     job, optimizers = make(strategy)
     job.transport.take()
@@ -336,8 +342,9 @@ def test_the_slowest_worker_decides() -> None:
 @settings(max_examples=50)
 def test_a_better_link_is_never_slower(rate: float, factor: float, latency: float, more: float, workers: int) -> None:
     better, worse = Link(rate * factor, latency), Link(rate, latency + more)
-    plans = [resist(workers).plan([CHAIN], seed=0, round=number) for number in (0, 1)]
-    apart = round_traffic(SIZES, plans[0], plans[1], workers=workers, optimizer_state="average", num_states=1)
+    strategy = resist(workers, optimizer_state="average")
+    plans = [strategy.plan([CHAIN], seed=0, round=number) for number in (0, 1)]
+    apart = round_traffic(SIZES, plans[0], plans[1], strategy=strategy, num_states=1)
     assert exchange_s(apart, better, workers) <= exchange_s(apart, worse, workers) * (1 + 1e-9)
     every_step = ddp_traffic(SIZES, workers=workers, local_steps=5)
     quick, slow = (sum(ddp_step_s(every_step, link, workers, 5, 0.1, 0.3)) for link in (better, worse))
@@ -491,18 +498,21 @@ def test_a_model_without_a_chain_can_be_trained_whole() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategies": [resist(7)]}, "workers=7 exceeds the 6 blocks"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"strategies": [resist(7)]}, "`workers=7` exceeds the 6 blocks"),
+        ({"batch_size": 0}, "`batch_size=0`; must be at least 1"),
         ({"rounds": 0}, "rounds=0"),
         ({"image_shape": (3, 0, 8)}, "image_shape=3,0,8"),
         ({"image_shape": (4, 8, 8)}, "does not train on images of shape (4, 8, 8)"),
         ({"strategies": []}, "no strategy"),
-        ({"strategies": [resist(2, min_depth=7)]}, "min_depth=7 exceeds the 6 blocks"),
+        ({"strategies": [resist(2, min_depth=7)]}, "`min_depth=7` exceeds the 6 blocks"),
         ({"strategies": [resist(2, warmup_rounds=3)]}, "the strategy switches at round 3"),
         ({"strategies": [resist(2, 5), local_sgd(2, 50)]}, "strategies with 5 and 50 local steps"),
         ({"speed": [Speed(1)] * 3}, "3 speeds for 2 workers"),
         ({"strategies": [resist(2), resist(3)], "speed": [Speed(1)] * 3}, "3 speeds for 2 or 3 workers"),
         ({"strategies": [resist(2, optimizer_state="lost")]}, "'lost' is not one of"),
+        ({"strategies": ["resist"]}, "strategy='resist' is not a Strategy"),
+        ({"strategies": [resist(2), local_sgd(2), resist(2, min_depth=2)]}, "resist with 2 workers is given 2 times"),
+        ({"batchnorm": "avg"}, "batchnorm='avg' is not one of recalibrate, average, batch"),
         ({"chains": ("layer9",)}, "layer9"),
     ],
 )
@@ -515,9 +525,9 @@ def test_bad_requests_end_in_one_line(options: dict[str, object], message: str) 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
 def test_rates_are_above_zero(rate: float) -> None:
-    with pytest.raises(UserError, match="link_gbit_s="):
+    with pytest.raises(UserError, match="`link_gbit_s="):
         Link(rate)
-    with pytest.raises(UserError, match="images_s="):
+    with pytest.raises(UserError, match="`images_s="):
         Speed(rate)
     if rate != 0:
         with pytest.raises(UserError, match="latency_ms="):

@@ -87,9 +87,9 @@ def test_images_and_labels_stay_together() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, r"batch_size=0 is outside 1 to 23, the images that a worker draws from"),
-        ({"batch_size": 24}, r"batch_size=24 is outside 1 to 23"),
-        ({"batch_size": 9, "sampling": "shard"}, r"batch_size=9 is outside 1 to 8"),
+        ({"batch_size": 0}, r"`batch_size=0` is outside 1 to 23, the images that a worker draws from"),
+        ({"batch_size": 24}, r"`batch_size=24` is outside 1 to 23"),
+        ({"batch_size": 9, "sampling": "shard"}, r"`batch_size=9` is outside 1 to 8"),
         ({"sampling": "some"}, r"sampling='some' is not one of all, shard"),
     ],
 )
@@ -150,7 +150,9 @@ def test_synthetic_images_bear_their_class() -> None:
 
 def test_unknown_names() -> None:
     for function in (load, num_classes_of):
-        with pytest.raises(UserError, match=r"data='mnist' is not known; choose one of digits, cifar10"):
+        with pytest.raises(
+            UserError, match=r"`data=mnist` is not known; choose one of digits, cifar10.*voc2007 or voc2012"
+        ):
             function("mnist")
 
 

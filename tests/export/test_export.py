@@ -318,7 +318,7 @@ def trained(recipe: Recipe) -> nn.Module:
 def test_a_recipe_says_what_is_missing() -> None:
     with pytest.raises(UserError, match="torchvision cannot build 'resnet9'"):
         Recipe("torchvision", "resnet9").build()
-    with pytest.raises(UserError, match="model='resnet9' is not known"):
+    with pytest.raises(UserError, match="`model=resnet9` is not known"):
         Recipe("resist", "resnet9", {"num_classes": 2}).build()
     recipe = Recipe("resist", "preact_small", {"num_classes": 2, "depths": (1, 1, 2, 1), "width": 2})
     with pytest.raises(UserError, match="does not take the weights of this run"):

@@ -287,8 +287,11 @@ def test_rounds_do_not_recompile() -> None:
             lambda: make(switch(resist(2), resist(2, optimizer_state="lose"), at_round=1)),
             r"optimizer_state='lose' is not one of",
         ),
-        (lambda: make(resist(7)), r"workers=7 exceeds the 6 blocks of chain layer3:1-6"),
-        (lambda: make(switch(local_sgd(7), resist(7), at_round=4)), r"workers=7 exceeds the 6 blocks of chain layer3"),
+        (lambda: make(resist(7)), r"`workers=7` exceeds the 6 blocks of chain layer3:1-6"),
+        (
+            lambda: make(switch(local_sgd(7), resist(7), at_round=4)),
+            r"`workers=7` exceeds the 6 blocks of chain layer3",
+        ),
         (lambda: make(resist(2), chains=("layer9",)), r"'layer9' has no run"),
         (lambda: make(resist(2), transport=Local(3)), r"a transport for 3 workers, a strategy for 2; match them"),
         (lambda: make(resist(2))[0].step(), r"0 optimizers for 2 hosted workers; pass one for each"),

@@ -41,8 +41,8 @@ def put(model: nn.Module, name: str) -> None:
             r"parameter '0.weight' has no shape yet; run a batch through the network in build_model",
         ),
         (lambda: Job(tiny, resist.resist), r"is not a Strategy; give one, as in resist.resist\(workers=4\)"),  # type: ignore[arg-type]
-        (lambda: resist.resist("4"), r"workers='4' is not a whole number"),  # type: ignore[arg-type]
-        (lambda: resist.local_sgd(2, 2.5), r"local_steps=2.5 is not a whole number"),  # type: ignore[arg-type]
+        (lambda: resist.resist("4"), r"`workers='4'` is not a whole number"),  # type: ignore[arg-type]
+        (lambda: resist.local_sgd(2, 2.5), r"`local_steps=2.5` is not a whole number"),  # type: ignore[arg-type]
         (lambda: Job(tiny, TWO, chains="layer9"), r"chain 'layer9': 'layer9' has no run .*; found: layer3:1-6"),
         (lambda: make(TWO)[0].step(*map(sgd, (tiny(), tiny()))), r"optimizer 0 has no parameter of the job's network"),
         (lambda: one().step(sgd(tiny())), r"make it from the parameters of job.model"),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from resist.errors import UserError
-from resist.models import PreActResNet, build
+from resist.models import PreActResNet, build, read_model_args
 from resist.models.preact_cifar import PreActBlock
 from resist.subnet.chains import choose_chains
 
@@ -60,14 +60,31 @@ def test_the_small_one() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet"}, r"model='resnet' is not known; choose one of .*preact_resnet101"),
-        ({"depths": (1, 2, 3)}, r"depths=1,2,3; give four numbers of blocks, each at least 1"),
-        ({"depths": (1, 2, 0, 1)}, r"depths=1,2,0,1; give"),
-        ({"width": 0}, r"width=0"),
-        ({"num_classes": 0}, r"num_classes=0"),
+        ({"name": "resnet"}, r"`model=resnet` is not known; choose one of .*preact_resnet101"),
+        ({"depths": (1, 2, 3)}, r"`model_args=depths=1,2,3`; give four numbers of blocks, each 1 to 10000"),
+        ({"depths": (1, 2, 0, 1)}, r"`model_args=depths=1,2,0,1`; give"),
+        ({"depths": (1, 1, 99999999999, 1)}, r"`model_args=depths=1,1,99999999999,1`; give"),
+        ({"width": 0}, r"^`model_args=width=0`; must be 1 to 10000$"),
+        ({"width": 10**20}, r"^`model_args=width=10+`; must be 1 to 10000$"),
+        ({"num_classes": 0}, r"^num_classes=0; must be at least 1$"),
+        ({"name": "preact_resnet50_imagenet", "final_norm": False}, r"final_norm=False is not possible with"),
     ],
 )
 def test_refusals(arguments: dict[str, object], message: str) -> None:
     options = {"name": "preact_resnet101", "num_classes": 10, **arguments}
     with pytest.raises(UserError, match=message):
         build(options.pop("name"), **options)  # type: ignore[arg-type]
+
+
+def test_the_final_norm_can_be_removed() -> None:
+    arguments = read_model_args("preact_small", ("final_norm=false",))
+    with torch.device("meta"):
+        assert build("preact_small", num_classes=10, **arguments).norm is None
+        assert build("preact_small", num_classes=10).norm is not None
+
+
+def test_arguments_of_an_unknown_network() -> None:
+    with pytest.raises(UserError, match="`model=resnet9` is not known"):
+        read_model_args("resnet9", ("deep=3",))
+    with pytest.raises(UserError, match=r"'8\.5' is not a whole number"):
+        read_model_args("preact_small", ("width=8.5",))

@@ -114,7 +114,7 @@ def test_unknown_names(name: str, message: str) -> None:
 @pytest.mark.parametrize("option", [{"depths": (1, 1, 1, 1)}, {"width": 8}, {"final_norm": True}])
 def test_options_of_our_networks_say_nothing(option: dict[str, Any]) -> None:
     name = next(iter(option))
-    with pytest.raises(UserError, match=rf"{name} has no effect with model='torchvision:resnet18', .*; remove it"):
+    with pytest.raises(UserError, match=rf"{name} has no effect with `model=torchvision:resnet18`, .*; remove it"):
         build("torchvision:resnet18", num_classes=10, **option)
 
 

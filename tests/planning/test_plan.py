@@ -38,7 +38,7 @@ def test_a_plan_is_complete_exact_and_balanced(case: tuple[int, tuple[int, ...]]
     for block in range(num_blocks):
         assert len(plan.holders(block)) == counts[block]
         for worker in plan.holders(block):
-            assert plan.blocks[worker][plan.slot(worker, block)] == block
+            assert plan.blocks[worker][plan.slot(block, worker=worker)] == block
 
 
 def test_a_block_that_does_not_exist_has_no_holders() -> None:
@@ -129,10 +129,10 @@ def test_equal_capacities(num_blocks: int, workers: int, min_depth: int, expecte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((22, 0, 0), r"workers=0; must be at least 1"),
-        ((22, 23, 0), r"workers=23 exceeds the 22 blocks of chain layer3:1-22; use at most 22 workers"),
-        ((22, 4, -1), r"min_depth=-1 is negative; give 0 to 22"),
-        ((22, 4, 30), r"min_depth=30 exceeds the 22 blocks of chain layer3:1-22; lower it or add chains"),
+        ((22, 0, 0), r"`workers=0`; must be at least 1"),
+        ((22, 23, 0), r"`workers=23` exceeds the 22 blocks of chain layer3:1-22; use at most 22 workers"),
+        ((22, 4, -1), r"`min_depth=-1` is negative; give 0 to 22"),
+        ((22, 4, 30), r"`min_depth=30` exceeds the 22 blocks of chain layer3:1-22; lower it or add chains"),
     ],
 )
 def test_impossible_equal_capacities(arguments: tuple[int, int, int], message: str) -> None:
@@ -144,10 +144,10 @@ def test_impossible_equal_capacities(arguments: tuple[int, int, int], message: s
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((6, 0, 6), r"capacity 0 of worker 1 is outside 1 to 6, the blocks of the chain"),
+        ((6, 0, 6), r"`capacities=6 0 6`: capacity 0 of worker 1 is outside 1 to 6, the blocks of the chain"),
         ((6, 7), r"capacity 7 of worker 1 is outside 1 to 6"),
-        ((2, 3), r"capacities \(2, 3\) hold 5 of the 6 blocks of the chain; raise them until every block has a worker"),
-        ((), r"capacities \(\) hold 0 of the 6"),
+        ((2, 3), r"`capacities=2 3` hold 5 of the 6 blocks of the chain; raise them until every block has a worker"),
+        ((), r"`capacities=` hold 0 of the 6"),
     ],
 )
 def test_impossible_capacities(sizes: tuple[int, ...], message: str) -> None:
@@ -167,12 +167,12 @@ def test_the_plan_of_a_round_is_the_plans_of_its_chains() -> None:
     first, second = partition(4, (3, 2), seed=0, round=1, chain="a"), partition(3, (3, 3), seed=0, round=1, chain="b")
     plan = RoundPlan((first, second))
     assert plan.workers == 2
-    assert plan.blocks == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]
+    assert plan.keys == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]
     assert plan.held(1) == (first.blocks[1], (0, 1, 2))
     assert (plan.capacities(0), plan.capacities(1)) == ((3, 3), (2, 3))
-    for chain, block in plan.blocks:
+    for chain, block in plan.keys:
         assert plan.holders(chain, block) == (first, second)[chain].holders(block)
         for worker in plan.holders(chain, block):
-            assert plan.held(worker)[chain][plan.slot(chain, block, worker)] == block
+            assert plan.held(worker)[chain][plan.slot(chain, block, worker=worker)] == block
     assert not plan.held_by_all
     assert RoundPlan((second,)).held_by_all

@@ -32,7 +32,7 @@ def changes(draw: st.DrawFn) -> tuple[RoundPlan, RoundPlan]:
 def test_replaying_a_schedule_gives_the_next_plan(case: tuple[RoundPlan, RoundPlan]) -> None:
     """A copy is the set of workers whose weights are averaged in it. At the end every next holder has all of them."""
     plan, next_plan = case
-    copies = {(*key, worker): {worker} for key in plan.blocks for worker in plan.holders(*key)}
+    copies = {(*key, worker): {worker} for key in plan.keys for worker in plan.holders(*key)}
     made = schedule(plan, next_plan, BLOCK_BYTES)
     for message in made.average:
         assert message.phase == "average"
@@ -42,7 +42,7 @@ def test_replaying_a_schedule_gives_the_next_plan(case: tuple[RoundPlan, RoundPl
     for message in made.hand_over:
         assert message.phase == "hand_over"
         kept[message.chain, message.block, message.target] = kept[message.chain, message.block, message.source]
-    for key in next_plan.blocks:
+    for key in next_plan.keys:
         for worker in next_plan.holders(*key):
             assert kept[*key, worker] == set(plan.holders(*key))
     for phase in (made.average, made.hand_over):
@@ -66,7 +66,7 @@ def test_no_block_goes_twice_to_a_worker_and_no_byte_is_wasted(case: tuple[Round
 def least_bytes(plan: RoundPlan, next_plan: RoundPlan) -> int:
     """All other copies go to the owner, and the average to all next holders other than the owner."""
     total = 0
-    for chain, block in plan.blocks:
+    for chain, block in plan.keys:
         holders, targets = set(plan.holders(chain, block)), set(next_plan.holders(chain, block))
         total += (len(holders) - 1 + len(targets) - bool(holders & targets)) * BLOCK_BYTES[chain]
     return total
@@ -95,7 +95,7 @@ def exhaustive(plan: RoundPlan, next_plan: RoundPlan, block_bytes: tuple[int, ..
     load: Counter[tuple[str, int]] = Counter()
     owners: dict[tuple[int, int], int] = {}
     chosen: dict[tuple[int, int], list[Message]] = {}
-    for chain, block in sorted(plan.blocks, key=lambda key: len(plan.holders(*key))):
+    for chain, block in sorted(plan.keys, key=lambda key: len(plan.holders(*key))):
         holders, targets = plan.holders(chain, block), next_plan.holders(chain, block)
         ranked: list[tuple[tuple[int, int, int], int, list[Message], Counter[tuple[str, int]]]] = []
         for owner in [worker for worker in holders if worker in targets] or holders:
@@ -110,7 +110,7 @@ def exhaustive(plan: RoundPlan, next_plan: RoundPlan, block_bytes: tuple[int, ..
             rank = (max(after.values(), default=0), squares, (owner - block) % plan.workers)
             ranked.append((rank, owner, messages, after))
         _, owners[chain, block], chosen[chain, block], load = min(ranked, key=lambda item: item[0])
-    messages = [message for key in plan.blocks for message in chosen[key]]
+    messages = [message for key in plan.keys for message in chosen[key]]
     average = tuple(message for message in messages if message.phase == "average")
     hand_over = tuple(message for message in messages if message.phase == "hand_over")
     return Schedule(average, hand_over, owners)

@@ -8,7 +8,7 @@ import pytest
 
 import resist as package
 from resist.errors import UserError
-from resist.planning.strategy import METHODS, Strategy, build_strategy, ddp, local_sgd, resist, switch
+from resist.planning.strategy import METHODS, OuterSGD, Strategy, build_strategy, ddp, local_sgd, resist, switch
 
 
 def test_resist_gives_each_worker_its_share_and_four_blocks_at_least() -> None:
@@ -65,21 +65,27 @@ def test_only_the_table_spells_the_names_of_methods() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: resist(0), r"workers=0; must be at least 1"),
-        (lambda: local_sgd(-1), r"workers=-1"),
-        (lambda: resist(2, 0), r"local_steps=0; must be at least 1"),
-        (lambda: resist(3, capacities=(1, 2)), r"2 capacities for 3 workers; give one for each worker"),
-        (lambda: resist(2, capacities=(1, 2), min_depth=1), r"min_depth=1 has no effect with explicit capacities"),
-        (lambda: resist(23).assign(22, chain="c", seed=0, round=0), r"workers=23 exceeds the 22 blocks of chain c"),
+        (lambda: resist(0), r"`workers=0`; must be at least 1"),
+        (lambda: local_sgd(-1), r"`workers=-1`"),
+        (lambda: resist(2, 0), r"`local_steps=0`; must be at least 1"),
+        (lambda: OuterSGD(lr=float("inf")), r"`outer=inf 0.9`: learning rate inf; must be more than 0 and finite"),
+        (lambda: OuterSGD(lr=0), r"`outer=0 0.9`: learning rate 0"),
+        (lambda: OuterSGD(momentum=float("nan")), r"`outer=0.7 nan`: momentum nan; must be at least 0 and less than 1"),
+        (
+            lambda: resist(3, capacities=(1, 2)),
+            r"`capacities=1 2` has 2 values for `workers=3`; give one for each worker",
+        ),
+        (lambda: resist(2, capacities=(1, 2), min_depth=1), r"`min_depth=1` has no effect with `capacities`"),
+        (lambda: resist(23).assign(22, chain="c", seed=0, round=0), r"`workers=23` exceeds the 22 blocks of chain c"),
         (
             lambda: resist(2, min_depth=30).assign(22, chain="c", seed=0, round=0),
-            r"min_depth=30 exceeds the 22 blocks of chain c",
+            r"`min_depth=30` exceeds the 22 blocks of chain c",
         ),
         (
             lambda: resist(2, capacities=(1, 2)).assign(22, chain="c", seed=0, round=0),
             r"hold 3 of the 22 blocks of chain c",
         ),
-        (lambda: resist(2, warmup_rounds=-1), r"warmup_rounds=-1; must be at least 0"),
+        (lambda: resist(2, warmup_rounds=-1), r"`warmup_rounds=-1`; must be at least 0"),
         (lambda: build_strategy("sgd", 2, 1), r"strategy 'sgd' is not one of resist, local_sgd, diloco, ddp"),
         (lambda: switch(resist(2), ddp(2), at_round=1), r"ddp cannot be part of a switch"),
         (lambda: switch(resist(2), resist(3), at_round=1), r"from 2 to 3 workers; give both the same number"),

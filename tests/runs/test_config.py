@@ -49,7 +49,7 @@ def refused(**parts: object) -> str:
         ("optimization", "lr_schedule", "linear", "`lr_schedule='linear'` is not one of step, cosine, constant"),
         ("method", "workers", 0, "workers=0"),
         ("method", "local_steps", 0, "local_steps=0"),
-        ("method", "capacities", (1, 2), "2 capacities for 4 workers"),
+        ("method", "capacities", (1, 2), "`capacities=1 2` has 2 values for `workers=4`"),
         ("method", "scale", "big", "`scale='big'`"),
         ("method", "scale", "-1", "`scale='-1'`"),
         ("method", "warmup_rounds", -1, "`warmup_rounds=-1`"),

@@ -276,7 +276,7 @@ def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int,
     found = weights(job)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
-    only = [key for key in plan.blocks if plan.holders(*key) == (1,)]
+    only = [key for key in plan.keys if plan.holders(*key) == (1,)]
     assert bool(only) == (capacities != (6, 6, 6))
     train(job, optimizers, 4)
     assert not job.dropped

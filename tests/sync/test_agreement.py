@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from resist.errors import AgreedError, UserError
+from resist.job import Job
+from resist.planning.strategy import OuterSGD, resist
 from resist.sync.agreement import agree_on_round, check_agreement, run_everywhere
 from resist.sync.averaging import VELOCITY
 from resist.sync.local import Local
+from support import tiny
 
 
 class Two(Local):
@@ -38,6 +41,29 @@ def test_the_first_difference_is_reported() -> None:
         AgreedError, match=r"process 1 was started with capacities=\[2, 4\], process 0 with capacities="
     ):
         check_agreement(Two(json.dumps({**values, "weights": "b", "capacities": [2, 4]})), values)
+
+
+@pytest.mark.parametrize(
+    ("outer", "resume_at", "message"),
+    [
+        (OuterSGD(), (0, 0), r"process 1 was started with strategy=.*OuterSGD.*, process 0 with strategy=.*None"),
+        (None, (1, 50), r"process 1 was started with resume_at=\[1, 50\], process 0 with resume_at=\[0, 0\]"),
+    ],
+)
+def test_jobs_agree_on_the_outer_optimizer_and_the_round(
+    monkeypatch: pytest.MonkeyPatch, outer: OuterSGD | None, resume_at: tuple[int, int], message: str
+) -> None:
+    sent: list[str] = []
+
+    def record(text: str) -> list[str]:
+        sent.append(text)
+        return [text, text]
+
+    transport = Two("")
+    monkeypatch.setattr(transport, "all_gather_text", record)
+    Job(tiny, resist(2, outer=outer), transport=transport, resume_at=resume_at)
+    with pytest.raises(AgreedError, match=message):
+        Job(tiny, resist(2), transport=Two(sent[0]))
 
 
 def test_an_action_fails_everywhere_or_nowhere() -> None:

@@ -49,7 +49,7 @@ def block_messages(job: Job, round: int) -> int:
     """The number of messages from the plans of `round` to the next ones, counted from the plans alone."""
     total = 0
     plan, after = job.plan_of(round), job.plan_of(round + 1)
-    for key in plan.blocks:
+    for key in plan.keys:
         holders, targets = set(plan.holders(*key)), set(after.holders(*key))
         total += len(holders) - 1 + len(targets) - bool(holders & targets)
     return total

@@ -93,7 +93,7 @@ def test_a_switch_to_and_from_an_outer_optimizer() -> None:
 def test_bounds() -> None:
     for wrong in ({"lr": 0.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"momentum": -0.1}):
         bound = "more than 0" if "lr" in wrong else "at least 0 and less than 1"
-        with pytest.raises(UserError, match=f"outer .*=.*; must be {bound}"):
+        with pytest.raises(UserError, match=f"`outer=.*; must be {bound}"):
             OuterSGD(**wrong)
     with pytest.raises(UserError, match="ddp cannot be part of a switch"):
         switch(ddp(2), resist(2), at_round=1)

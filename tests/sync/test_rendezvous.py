@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from resist.sync.liveness import WAITING, Liveness
+from resist.sync.liveness import COMPUTING, POLL_S, STATE, WAITING, Liveness
 from resist.sync.rendezvous import NAME, agree_on_attempt
 
 
@@ -53,3 +53,14 @@ def test_processes_are_missing_or_computing(store: dist.HashStore) -> None:
     while threading.active_count() > before and time.monotonic() < end:
         time.sleep(0.05)
     assert threading.active_count() <= before, "the threads end with their objects"
+
+
+def test_one_slow_response_of_two_processes_is_waited_for(store: dist.HashStore) -> None:
+    caller = Liveness(store, 0, 2)
+    response = threading.Timer(2 * POLL_S, store.set, (f"{STATE}1", COMPUTING))  # process 1 polls, and then stalls
+    response.start()
+    try:
+        assert caller.call() == ([], [1])
+    finally:
+        response.join()
+    caller.close()

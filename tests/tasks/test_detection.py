@@ -320,7 +320,7 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--data", "coco"], "data='coco' is not known; choose one of"),
+        (["--data", "coco"], "--data coco is not known; choose one of"),
         (
             ["--data", "voc2007", "--model", "timm:resnet50"],
             "--data voc2007 needs a pre-activation ResNet as the detector's",
@@ -333,10 +333,10 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
         ([*ARGUMENTS, "--init-from", "timm:x"], "--init-from timm:x has no effect with this network; give --model"),
         ([*ARGUMENTS, "--compile"], "--compile does not support detection"),
         ([*ARGUMENTS, "--init-from", "/nonexistent"], "/nonexistent is not a run directory"),
-        ([*ARGUMENTS, "--batch-size", "5"], "batch_size=5 is outside 1 to 4"),
+        ([*ARGUMENTS, "--batch-size", "5"], "--batch-size 5 is outside 1 to 4"),
         ([*ARGUMENTS, "--image-size", "4"], "--image-size 4 is too small; give at least 32"),
         ([*ARGUMENTS, "--config", "splits.json"], "other.txt: not found; give network.splits two of test, trainval"),
-        ([*ARGUMENTS, "--workers", "5"], "workers=5 exceeds the 4 blocks of chain backbone.body.layer3:1-4"),
+        ([*ARGUMENTS, "--workers", "5"], "--workers 5 exceeds the 4 blocks of chain backbone.body.layer3:1-4"),
     ],
 )
 def test_what_does_not_go_together_ends_in_one_line(

@@ -1,5 +1,6 @@
 """Prediction: one row for each strategy and number of workers."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ from resist.errors import UserError
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.subnet.chains import choose_chains, find_chains
-from resist.sync.optimizer_state import OPTIMIZER_STATES
+from resist.sync.options import check_options
 
 
 def predict(
@@ -37,7 +38,8 @@ def predict(
 
     Args:
         build_model: Builds the full network.
-        strategies: The strategies to compare, with the same number of local steps, and without switches.
+        strategies: The strategies to compare, with the same number of local steps, and without switches. Two of the
+            same name have different numbers of workers.
         chains: Names of the chains, as in `Job`.
         batch_size: Images in a worker's step.
         image_shape: (channels, height, width) of an image.
@@ -54,19 +56,19 @@ def predict(
         A report with one row for each strategy.
 
     Raises:
-        UserError: `Job` would refuse an argument, a value is out of bounds, or the model does not run on the meta
-            device.
+        UserError: An argument has an invalid type or value, a strategy does not fit the others or the model's chains,
+            the number of speeds is wrong, or the model does not run on the meta device.
     """
     for name, values in (("batch_size", [batch_size]), ("image_shape", image_shape), ("rounds", [rounds])):
         if min(values, default=0) < 1:
-            raise UserError(f"{name}={','.join(map(str, values))}; must be at least 1")
+            raise UserError(f"`{name}={','.join(map(str, values))}`; must be at least 1")
     speeds = () if speed is None else (speed,) if isinstance(speed, Speed) else tuple(speed)
-    _check_strategies(strategies, speeds)
+    _check_strategies(strategies, speeds, batchnorm)
     template = build_on_meta(build_model)
     if batchnorm == "batch":
         use_batch_statistics(template)
     # Strategies that train the full network need no chain.
-    needs_chain = bool(chains) or any(strategy.partitions for strategy in strategies)
+    needs_chain = bool(chains) or any(stage.partitions for s in strategies for stage in s.stages)
     chosen = choose_chains(template, tuple(chains)) if needs_chain else find_chains(template)[:1]
 
     def footprint(blocks: tuple[int, ...]) -> Network:
@@ -131,8 +133,7 @@ class _Prediction:
                 self.sizes,
                 plan,
                 next_plan,
-                workers=workers,
-                optimizer_state=strategy.optimizer_state,
+                strategy=strategy,
                 num_states=self.full.num_states,
                 replicate=replicate,
             )
@@ -191,14 +192,17 @@ def _with_replicas(network: Network, run: Sequence[RoundTraffic], worker: int) -
     return replace(network, memory=replace(memory, replicas=replicas, peak=memory.peak + replicas))
 
 
-def _check_strategies(strategies: Sequence[Strategy], speeds: Sequence[Speed]) -> None:
+def _check_strategies(strategies: Sequence[Strategy], speeds: Sequence[Speed], batchnorm: str) -> None:
     if not strategies:
         raise UserError("no strategy given; give at least one, as in resist.resist(workers=4)")
     for strategy in strategies:
-        if strategy.optimizer_state not in OPTIMIZER_STATES:
-            raise UserError(f"optimizer_state={strategy.optimizer_state!r} is not one of {', '.join(OPTIMIZER_STATES)}")
+        check_options(strategy, batchnorm=batchnorm, on_nonfinite="stop", replicate=False)
         if strategy.then is not None:
             raise UserError(f"the strategy switches at round {strategy.at_round}; give its parts as two strategies")
+    # Rows are identified, and compared, by name and number of workers.
+    for (name, workers), count in Counter((strategy.name, strategy.workers) for strategy in strategies).items():
+        if count > 1:
+            raise UserError(f"strategy {name} with {workers} workers is given {count} times; give it once")
     lengths = {strategy.local_steps for strategy in strategies}
     if len(lengths) > 1:
         text = " and ".join(map(str, sorted(lengths)))

@@ -36,7 +36,7 @@ class Report:
 
     Attributes:
         full: Footprint of the full network, trained on one machine.
-        rows: Predictions, sorted by number of workers, then by strategy.
+        rows: Predictions, in the order of the strategies given.
         batch_size: Images in a worker's step.
         local_steps: Optimizer steps in a round.
         rounds: Number of rounds that the traffic is averaged over.

@@ -52,9 +52,9 @@ class Link:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gbit_s) and self.gbit_s > 0):
-            raise UserError(f"link_gbit_s={self.gbit_s:g}; must be above 0 Gbit/s and finite")
+            raise UserError(f"`link_gbit_s={self.gbit_s:g}`; must be above 0 Gbit/s and finite")
         if not (math.isfinite(self.latency_ms) and self.latency_ms >= 0):
-            raise UserError(f"latency_ms={self.latency_ms:g}; must be at least 0 ms and finite")
+            raise UserError(f"`latency_ms={self.latency_ms:g}`; must be at least 0 ms and finite")
 
     @property
     def bytes_s(self) -> float:
@@ -85,7 +85,7 @@ class Speed:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.images_s) and self.images_s > 0):
-            raise UserError(f"images_s={self.images_s:g}; must be above 0 images per second and finite")
+            raise UserError(f"`images_s={self.images_s:g}`; must be above 0 images per second and finite")
         if not 0 <= self.fixed < 1:
             raise UserError(f"fixed={self.fixed:g}; must be at least 0 and below 1")
 

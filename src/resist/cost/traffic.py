@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from resist.planning.plan import RoundPlan
 from resist.planning.schedule import Message, allreduce_bytes, schedule
+from resist.planning.strategy import Strategy
 from resist.subnet.chains import Chain
 
 Way = tuple[str, int]  # ("out" or "in", worker): one direction of a worker's link to the network
@@ -85,7 +86,7 @@ class RoundTraffic:
     replica_bytes: Mapping[int, int] = field(default_factory=dict)
 
     def links(self, workers: int) -> dict[Way, int]:
-        """Return the bytes over each direction of every worker's link, all-reduces included."""
+        """Return the bytes over each direction of every worker's link, with all-reduces."""
         keys = [(way, worker) for way in ("out", "in") for worker in range(workers)]
         return {key: self.ring_bytes + self.average.get(key, 0) + self.hand_over.get(key, 0) for key in keys}
 
@@ -124,6 +125,9 @@ def paper_bytes(sizes: Sizes, plan: RoundPlan, *, workers: int) -> int:
         sizes: Parts of the network.
         plan: Plan of the round.
         workers: Number of workers.
+
+    Returns:
+        Bytes that all workers send and receive.
     """
     held = workers * sizes.shared.parameters
     for chain, block in zip(plan.plans, sizes.blocks, strict=True):
@@ -136,8 +140,7 @@ def round_traffic(
     plan: RoundPlan,
     next_plan: RoundPlan,
     *,
-    workers: int,
-    optimizer_state: str,
+    strategy: Strategy,
     num_states: int,
     replicate: bool = False,
 ) -> RoundTraffic:
@@ -147,23 +150,31 @@ def round_traffic(
         sizes: Parts of the network.
         plan: Plan of the round that ends.
         next_plan: Plan of the next round.
-        workers: Number of workers.
-        optimizer_state: Policy for the optimizer's state, see `resist.sync.averaging`.
+        strategy: Strategy of the round that ends: its workers, its policy for the optimizer's state (see
+            `resist.sync.optimizer_state`), and its outer optimizer, whose momentum is handed over with each block.
         num_states: Values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
-        replicate: Keep a replica of every block, and send those that no other worker receives anyway.
+        replicate: Keep a replica of each block with a single next holder, as in `Job`.
+
+    Returns:
+        The traffic. The momentum of the outer optimizer is part of "state".
     """
+    workers, policy = strategy.workers, strategy.optimizer_state
     block_bytes = sizes.block_bytes
     messages = schedule(plan, next_plan, block_bytes, replicate=replicate)
     # Where every worker holds every block, blocks are averaged in the all-reduce of the shared part.
     common = sizes.whole() if messages.held_by_all else sizes.shared
     ring = allreduce_bytes(common.numel * sizes.itemsize, workers)
-    moving = num_states if optimizer_state in ("travel", "average") else 0
-    averaged = num_states if optimizer_state == "average" else 0
-    blocks = sum(message.num_bytes for message in messages.average + messages.hand_over)
+    moving = num_states if policy in ("travel", "average") else 0
+    averaged = num_states if policy == "average" else 0
+    # All holders of a block have the same outer momentum, so it is handed over, but not averaged.
+    velocities = 1 if strategy.outer is not None else 0
+    average_bytes = sum(message.num_bytes for message in messages.average)
+    hand_over_bytes = sum(message.num_bytes for message in messages.hand_over)
+    blocks = average_bytes + hand_over_bytes
     num_bytes = {
         "shared": workers * ring,
         "blocks": blocks,
-        "state": workers * ring * averaged + blocks * moving,
+        "state": workers * ring * averaged + blocks * moving + hand_over_bytes * velocities,
         **({"replica": sum(message.num_bytes for message in messages.replicas)} if replicate else {}),
     }
     replica_bytes = Counter[int]()
@@ -174,7 +185,7 @@ def round_traffic(
         ring * (1 + averaged),
         1 + averaged if workers > 1 else 0,
         _links(messages.average, 1 + moving),
-        Counter(_links(messages.hand_over, 1 + moving)) + Counter(_links(messages.replicas, 1)),
+        Counter(_links(messages.hand_over, 1 + moving + velocities)) + Counter(_links(messages.replicas, 1)),
         replica_bytes,
     )
 
@@ -189,6 +200,9 @@ def ddp_traffic(sizes: Sizes, *, workers: int, local_steps: int) -> RoundTraffic
         sizes: Parts of the network.
         workers: Number of workers.
         local_steps: Steps in a round.
+
+    Returns:
+        The traffic, of the kinds "gradients" and "buffers".
     """
     whole = sizes.whole()
     gradients = whole.trainable * sizes.itemsize
@@ -213,6 +227,9 @@ def mean_traffic(rounds: Sequence[RoundTraffic], workers: int, paper: int) -> Tr
         rounds: Traffic of each round.
         workers: Number of workers.
         paper: Bytes of a round as the paper counts them.
+
+    Returns:
+        The mean over rounds, and the ratio of the busiest link over the whole run.
     """
     over_run: Counter[Way] = Counter()
     worst = 0

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from resist.data.image_folder import IMAGE_SIZE, MEAN, STD, Photographs, load_folder
 from resist.data.in_memory import Images
 from resist.data.listing import class_names
+from resist.data.voc import VOC
 from resist.errors import UserError, first_line
 
 # Data sets of photographs, which are streamed from files; the others are small enough to stay in memory.
@@ -74,7 +75,8 @@ def load(
 def check_name(name: str) -> None:
     """Raise UserError if `name` is not one of `DATASETS`."""
     if name not in DATASETS:
-        raise UserError(f"data={name!r} is not known; choose one of {', '.join(DATASETS)}")
+        detection = f", or for detection {' or '.join(VOC)}" if name not in VOC else "; it is for detection"
+        raise UserError(f"`data={name}` is not known; choose one of {', '.join(DATASETS)}{detection}")
 
 
 def check_imagenet(data_dir: Path) -> None:

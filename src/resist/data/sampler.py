@@ -49,7 +49,7 @@ class Sampler:
             self.pool = torch.randperm(num, generator=generator("shard", seed))[worker::workers]
         if batch_size < 1 or batch_size > len(self.pool):
             raise UserError(
-                f"batch_size={batch_size} is outside 1 to {len(self.pool)}, the images that a worker draws from"
+                f"`batch_size={batch_size}` is outside 1 to {len(self.pool)}, the images that a worker draws from"
             )
         self._orders: dict[int, Tensor] = {}
 

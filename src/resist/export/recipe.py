@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
 from resist.export.folding import TOLERANCE, difference
 from resist.models.preact_imagenet import IMAGENET_DEPTHS
 from resist.models.pretrained import timm_name, to_timm
+from resist.subnet.modules import fork_rng
 from resist.subnet.scaling import scale_blocks, scales_of
 
 # Library -> module and function that build a network by name, and the import statement for users.
@@ -63,7 +63,7 @@ class Recipe:
         except ImportError as error:
             raise UserError(f"{self.library} is not installed; pip install {self.library}") from error
         try:
-            with torch.random.fork_rng(devices=[]):
+            with fork_rng():
                 return builder(self.name, **self.options)
         except UserError:
             raise

@@ -19,6 +19,7 @@ from resist.runs.history import read_config
 from resist.runs.model_file import FILE, load_full
 from resist.subnet.batchnorm import recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
+from resist.subnet.modules import BatchNorm
 from resist.subnet.scaling import scale_blocks, scales_of
 from resist.subnet.seeded import build_seeded
 from resist.tasks import network_builder, open_task
@@ -154,7 +155,7 @@ def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
     arguments = read_model_args(config.model, config.model_args)
     if library not in ("timm", "torchvision"):
         library, name = "resist", config.model
-        options |= {key: value for key, value in arguments.items() if value}
+        options |= {key: value for key, value in arguments.items() if value is not None}
         if ":" in name:  # transformers:TYPE, which resist.models.build builds for an image size
             options["image_size"] = data.images.shape[-1]
     if to == "timm" and library == "resist":
@@ -191,7 +192,7 @@ def scaled_network(
     without_statistics = config.method.batchnorm == "batch"
     build = network_builder(config.network)
     model = build_seeded(build, config.run.seed)  # seeded for buffers that are not saved, such as position tables
-    has_batchnorm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    has_batchnorm = any(isinstance(module, BatchNorm) for module in model.modules())
     if without_statistics and has_batchnorm and not calibrate:
         raise UserError(
             f"{run} was trained with `batchnorm=batch` and has no running statistics, which an ordinary network needs; "

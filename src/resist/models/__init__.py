@@ -41,6 +41,9 @@ MODELS = {
     **{name: Shape(depths, final_norm=True, photographs=True) for name, depths in IMAGENET_DEPTHS.items()},
 }
 
+# Largest number of blocks in a section, and of channels of the stem.
+MOST = 10_000
+
 
 def build(
     name: str,
@@ -49,7 +52,7 @@ def build(
     in_channels: int = 3,
     depths: Sequence[int] = (),
     width: int | None = None,
-    final_norm: bool = False,
+    final_norm: bool | None = None,
     image_size: int | None = None,
 ) -> nn.Module:
     """Build a network with fresh weights.
@@ -58,9 +61,11 @@ def build(
         name: A key of `MODELS`, or `LIBRARY:NAME` (see `resist.models.third_party`).
         num_classes: Number of logits.
         in_channels: Channels of the images.
-        depths: Number of blocks in each of the four sections; default: those of the named network.
-        width: Channels of the stem; default: that of the named network.
-        final_norm: Add a norm and a ReLU before the last pooling where the named network has none.
+        depths: Number of blocks in each of the four sections, each at most `MOST`; default: those of the named
+            network.
+        width: Channels of the stem, at most `MOST`; default: that of the named network.
+        final_norm: Apply a norm and a ReLU before the last pooling; default: as the named network. Those for ImageNet
+            always do.
         image_size: Height and width of the images in pixels, for networks of other libraries that are built for one
             size.
 
@@ -71,29 +76,29 @@ def build(
         UserError: The name is unknown, a value is out of bounds, or an option has no effect with this network.
     """
     if is_third_party(name):
-        for option, given in (("depths", depths), ("width", width is not None), ("final_norm", final_norm)):
+        for option, given in (("depths", depths), ("width", width is not None), ("final_norm", final_norm is not None)):
             if given:
                 raise UserError(
-                    f"{option} has no effect with model={name!r}, whose library defines its shape; remove it"
+                    f"{option} has no effect with `model={name}`, whose library defines its shape; remove it"
                 )
         return build_third_party(name, num_classes=num_classes, image_size=image_size)
-    if name not in MODELS:
-        raise UserError(
-            f"model={name!r} is not known; choose one of {', '.join(MODELS)}, or torchvision:NAME, timm:NAME, "
-            "transformers:TYPE"
-        )
+    _check_known(name)
     shape = MODELS[name]
-    if depths and (len(depths) != 4 or min(depths) < 1):
-        raise UserError(f"depths={','.join(map(str, depths))}; give four numbers of blocks, each at least 1")
+    if depths and (len(depths) != 4 or min(depths) < 1 or max(depths) > MOST):
+        text = ",".join(map(str, depths))
+        raise UserError(f"`model_args=depths={text}`; give four numbers of blocks, each 1 to {MOST}")
     width = shape.width if width is None else width
-    if width < 1 or num_classes < 1:
-        raise UserError(f"width={width}, num_classes={num_classes}; both must be at least 1")
+    if not 1 <= width <= MOST:
+        raise UserError(f"`model_args=width={width}`; must be 1 to {MOST}")
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes}; must be at least 1")
     depths = tuple(depths) or shape.depths
+    final_norm = shape.final_norm if final_norm is None else final_norm
     if shape.photographs:
+        if not final_norm:
+            raise UserError(f"final_norm=False is not possible with `model={name}`, which always has it; remove it")
         return PreActResNetImageNet(depths, num_classes, width=width, in_channels=in_channels)
-    return PreActResNet(
-        depths, num_classes, width=width, in_channels=in_channels, final_norm=final_norm or shape.final_norm
-    )
+    return PreActResNet(depths, num_classes, width=width, in_channels=in_channels, final_norm=final_norm)
 
 
 def read_model_args(name: str, texts: Sequence[str]) -> dict[str, Any]:
@@ -104,18 +109,24 @@ def read_model_args(name: str, texts: Sequence[str]) -> dict[str, Any]:
         texts: For example `("depths=3,4,23,3", "width=8", "final_norm=true")`.
 
     Raises:
-        UserError: A key is not an argument of this network, is given twice, or has an invalid value. `build` checks the
-            bounds.
+        UserError: The network is unknown, or a key is not an argument of it, is given twice, or has an invalid value.
+            `build` checks the bounds.
     """
     if texts and is_third_party(name):
         raise UserError(
             f"`model_args={' '.join(texts)}` has no effect with `model={name}`, whose library defines its shape; "
             "remove it"
         )
+    if not is_third_party(name):
+        _check_known(name)
     readers = {"depths": _numbers, "width": int, "final_norm": _truth}
     if name in MODELS and MODELS[name].photographs:
         del readers["final_norm"]  # these networks always have it
-    forms = {"depths": "four numbers, as in depths=3,4,23,3", "width": "a number", "final_norm": "true or false"}
+    forms = {
+        "depths": "four whole numbers, as in depths=3,4,23,3",
+        "width": "a whole number",
+        "final_norm": "true or false",
+    }
     arguments: dict[str, Any] = {}
     for text in texts:
         key, _, value = text.partition("=")
@@ -127,6 +138,14 @@ def read_model_args(name: str, texts: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"`model_args={text}`: {value!r} is not {forms[key]}") from None
     return arguments
+
+
+def _check_known(name: str) -> None:
+    if name not in MODELS:
+        raise UserError(
+            f"`model={name}` is not known; choose one of {', '.join(MODELS)}, or torchvision:NAME, timm:NAME, "
+            "transformers:TYPE"
+        )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

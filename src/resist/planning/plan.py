@@ -67,12 +67,12 @@ class Plan:
         """
         return self._holders[block] if 0 <= block < self.num_blocks else ()
 
-    def slot(self, worker: int, block: int) -> int:
+    def slot(self, block: int, *, worker: int) -> int:
         """Find the slot in which a worker holds a block.
 
         Args:
-            worker: Number of the worker.
             block: Number of the block.
+            worker: Number of the worker.
 
         Returns:
             The slot.
@@ -102,12 +102,12 @@ class RoundPlan:
 
     @property
     def held_by_all(self) -> bool:
-        """True if every worker holds every block of every chain, as in local SGD."""
+        """True if every worker holds all blocks, as in local SGD."""
         return all(plan.held_by_all for plan in self.plans)
 
     @property
-    def blocks(self) -> list[Key]:
-        """Every block as (chain, block), ascending."""
+    def keys(self) -> list[Key]:
+        """Every block as (chain number, block), ascending."""
         return [(chain, block) for chain, plan in enumerate(self.plans) for block in range(plan.num_blocks)]
 
     def held(self, worker: int) -> tuple[tuple[int, ...], ...]:
@@ -122,7 +122,7 @@ class RoundPlan:
         return tuple(plan.blocks[worker] for plan in self.plans)
 
     def capacities(self, worker: int) -> tuple[int, ...]:
-        """Return the number of blocks of each chain that a worker holds.
+        """Return a worker's capacity in each chain.
 
         Args:
             worker: Number of the worker.
@@ -144,7 +144,7 @@ class RoundPlan:
         """
         return self.plans[chain].holders(block)
 
-    def slot(self, chain: int, block: int, worker: int) -> int:
+    def slot(self, chain: int, block: int, *, worker: int) -> int:
         """Find the slot in which a worker holds a block; see `Plan.slot`.
 
         Args:
@@ -158,7 +158,7 @@ class RoundPlan:
         Raises:
             ValueError: If the worker does not hold the block.
         """
-        return self.plans[chain].slot(worker, block)
+        return self.plans[chain].slot(block, worker=worker)
 
 
 class Assign(Protocol):
@@ -180,7 +180,10 @@ class Assign(Protocol):
 
 
 class ChainLike(Protocol):
-    """The two properties of a chain that its plans depend on; see `resist.subnet.chains.Chain`."""
+    """Properties of a chain that its plans depend on.
+
+    See `resist.subnet.chains.Chain`.
+    """
 
     @property
     def name(self) -> str:
@@ -210,16 +213,16 @@ def equal_capacities(num_blocks: int, workers: int, min_depth: int = 0, *, chain
     """
     where = f"chain {chain}" if chain else "the chain"
     if workers < 1:
-        raise UserError(f"workers={workers}; must be at least 1")
+        raise UserError(f"`workers={workers}`; must be at least 1")
     if workers > num_blocks:
         raise UserError(
-            f"workers={workers} exceeds the {num_blocks} blocks of {where}; use at most {num_blocks} workers, "
-            "a deeper network, or explicit capacities"
+            f"`workers={workers}` exceeds the {num_blocks} blocks of {where}; use at most {num_blocks} workers, "
+            "a deeper network, or explicit `capacities`"
         )
     if min_depth < 0:
-        raise UserError(f"min_depth={min_depth} is negative; give 0 to {num_blocks}")
+        raise UserError(f"`min_depth={min_depth}` is negative; give 0 to {num_blocks}")
     if min_depth > num_blocks:
-        raise UserError(f"min_depth={min_depth} exceeds the {num_blocks} blocks of {where}; lower it or add chains")
+        raise UserError(f"`min_depth={min_depth}` exceeds the {num_blocks} blocks of {where}; lower it or add chains")
     return (max(-(-num_blocks // workers), min_depth),) * workers
 
 
@@ -238,15 +241,17 @@ def check_capacities(num_blocks: int, capacities: Sequence[int], *, chain: str =
         UserError: If a capacity is outside 1 to `num_blocks`, or their sum is less than `num_blocks`.
     """
     where = f"chain {chain}" if chain else "the chain"
+    given = f"`capacities={' '.join(map(str, capacities))}`"
     for worker, capacity in enumerate(capacities):
         if not 1 <= capacity <= num_blocks:
             raise UserError(
-                f"capacity {capacity} of worker {worker} is outside 1 to {num_blocks}, the blocks of {where}; change it"
+                f"{given}: capacity {capacity} of worker {worker} is outside 1 to {num_blocks}, the blocks of {where}; "
+                "change it"
             )
     if sum(capacities) < num_blocks:
         raise UserError(
-            f"capacities {tuple(capacities)} hold {sum(capacities)} of the {num_blocks} blocks of {where}; "
-            "raise them until every block has a worker"
+            f"{given} hold {sum(capacities)} of the {num_blocks} blocks of {where}; raise them until every block has "
+            "a worker"
         )
     return tuple(capacities)
 

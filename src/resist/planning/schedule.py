@@ -95,7 +95,7 @@ def schedule(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int], 
     # All workers issue the messages in this one order, so that every send meets its receive.
     average: list[Message] = []
     hand_over: list[Message] = []
-    for chain, block in plan.blocks:
+    for chain, block in plan.keys:
         owner, num_bytes = owners[chain, block], block_bytes[chain]
         for holder in plan.holders(chain, block):
             if holder != owner:
@@ -119,7 +119,7 @@ def _choose_owners(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[
     owners: dict[Key, int] = {}
     # Blocks with few holders leave little choice: they are placed first, so that the others can avoid the links that
     # they use.
-    for chain, block in sorted(plan.blocks, key=lambda key: len(plan.holders(*key))):
+    for chain, block in sorted(plan.keys, key=lambda key: len(plan.holders(*key))):
         holders, targets = plan.holders(chain, block), next_plan.holders(chain, block)
         owners[chain, block] = links.place(block, holders, targets, block_bytes[chain])
     return owners
@@ -131,7 +131,7 @@ def _place_replicas(
     """Choose the keeper of each replica, and list the messages; adds their bytes to `received`, by worker."""
     keepers: dict[Key, int] = {}
     replicas: list[Message] = []
-    for chain, block in next_plan.blocks:
+    for chain, block in next_plan.keys:
         owner, holders = owners[chain, block], next_plan.holders(chain, block)
         if len(holders) > 1:
             continue

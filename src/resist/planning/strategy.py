@@ -4,6 +4,7 @@ A new training method is one more function that returns a `Strategy`, and a line
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ class OuterSGD:
     The defaults are those of DiLoCo (Douillard et al., 2023). `lr=1` with `momentum=0` is the plain mean.
 
     Attributes:
-        lr: Outer learning rate, more than 0.
+        lr: Outer learning rate, more than 0 and finite.
         momentum: Outer momentum, from 0 to less than 1.
 
     Raises:
@@ -33,10 +34,14 @@ class OuterSGD:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"outer lr={self.lr}; must be more than 0")
+        if not 0 < self.lr < math.inf:
+            raise UserError(
+                f"`outer={self.lr} {self.momentum}`: learning rate {self.lr}; must be more than 0 and finite"
+            )
         if not 0 <= self.momentum < 1:
-            raise UserError(f"outer momentum={self.momentum}; must be at least 0 and less than 1")
+            raise UserError(
+                f"`outer={self.lr} {self.momentum}`: momentum {self.momentum}; must be at least 0 and less than 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Strategy:
         outer: Outer optimizer for the mean change of a round; None applies the mean as it is.
         every_step: Average the gradients over the workers in every step. Weights then never differ, and a round ends
             without an exchange.
-        partitions: The workers hold some of the blocks, so that the network needs a chain.
+        partitions: The workers hold some of the blocks, so that the network needs a chain. True or false of the rounds
+            before `at_round` only: `then` has a value of its own; see `stages`.
         then: Strategy that takes over at round `at_round`, or None.
         at_round: First round of `then`, counted from 0: the number of rounds before it.
 
@@ -74,11 +80,11 @@ class Strategy:
     def __post_init__(self) -> None:
         for name, value in (("workers", self.workers), ("local_steps", self.local_steps)):
             if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise UserError(f"{name}={value!r} is not a whole number; give one")
+                raise UserError(f"`{name}={value!r}` is not a whole number; give one")
         if self.workers < 1:
-            raise UserError(f"workers={self.workers}; must be at least 1")
+            raise UserError(f"`workers={self.workers}`; must be at least 1")
         if self.local_steps < 1:
-            raise UserError(f"local_steps={self.local_steps}; must be at least 1")
+            raise UserError(f"`local_steps={self.local_steps}`; must be at least 1")
 
     def at(self, round: int) -> "Strategy":
         """Return the strategy of a round, through all switches.
@@ -147,9 +153,12 @@ def resist(
             and capacities that do not fit a chain are reported when its first plan is drawn.
     """
     if capacities is not None and len(capacities) != workers:
-        raise UserError(f"{len(capacities)} capacities for {workers} workers; give one for each worker")
+        raise UserError(
+            f"`capacities={' '.join(map(str, capacities))}` has {len(capacities)} values for `workers={workers}`; give "
+            "one for each worker"
+        )
     if capacities is not None and min_depth is not None:
-        raise UserError(f"min_depth={min_depth} has no effect with explicit capacities; remove one of the two")
+        raise UserError(f"`min_depth={min_depth}` has no effect with `capacities`; remove one of the two")
 
     def assign(num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
         if capacities is None:
@@ -161,7 +170,7 @@ def resist(
 
     strategy = Strategy(resist.__name__, workers, local_steps, assign, optimizer_state, outer, partitions=True)
     if warmup_rounds < 0:
-        raise UserError(f"warmup_rounds={warmup_rounds}; must be at least 0")
+        raise UserError(f"`warmup_rounds={warmup_rounds}`; must be at least 0")
     if warmup_rounds == 0:
         return strategy
     warmup = local_sgd(workers, local_steps, optimizer_state=optimizer_state, outer=outer)
@@ -270,7 +279,7 @@ def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
 
 @dataclass(frozen=True)
 class Method:
-    """Entry of `METHODS`: a constructor of strategies, and its appearance in reports.
+    """Entry of `METHODS`: constructor and appearance in reports.
 
     Attributes:
         build: The constructor, called with the numbers of workers and of local steps, and options.
@@ -289,7 +298,7 @@ class Method:
 
     @cached_property
     def options(self) -> frozenset[str]:
-        """Names of the constructor's arguments. All other options of strategies have no effect with this one."""
+        """Names of the constructor's arguments; other options have no effect."""
         return frozenset(inspect.signature(self.build).parameters)
 
 
@@ -314,7 +323,7 @@ def build_strategy(name: str, workers: int, local_steps: int, **options: object)
         name: A key of `METHODS`.
         workers: Number of workers.
         local_steps: Optimizer steps between two synchronizations.
-        **options: Arguments of the constructors. Those that this method's does not take are left out.
+        **options: Arguments of the constructors. Those that this constructor does not take are left out.
 
     Returns:
         The strategy.

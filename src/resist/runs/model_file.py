@@ -37,7 +37,9 @@ class ChainScale:
 
 
 def save_full(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float], path: Path) -> None:
-    """Write the weights of a full network. `path` appears complete or not at all.
+    """Write the weights of a full network.
+
+    `path` appears complete or not at all.
 
     Args:
         model: The full network, on any device.
@@ -53,7 +55,7 @@ def save_full(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float]
 
 
 def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Module:
-    """Load a full network into `model` and scale its branches as they were when it was saved.
+    """Load a full network, and scale its branches as saved.
 
     Args:
         model: The network that config.json describes; it may be on the meta device.
@@ -73,17 +75,24 @@ def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Modul
     if wrong:
         raise UserError(f"{path} holds another network than config.json describes: {wrong[0]!r} differs")
     scale_of = {(c.container, c.first, c.last): c.scale for c in scales}
-    found = [scale_of.get((chain.container, chain.first, chain.last)) for chain in chains]
-    missing = [chain.name for chain, scale in zip(chains, found, strict=True) if scale is None]
-    if missing:
-        raise UserError(f"{path} has no scale for chain {', '.join(missing)}; it is damaged")
+    try:
+        scale_of_chains = [scale_of[chain.container, chain.first, chain.last] for chain in chains]
+    except KeyError as error:
+        container, first, last = error.args[0]
+        raise UserError(f"{path} has no scale for chain {container}:{first}-{last}; it is damaged") from None
     model.load_state_dict(tensors, assign=True)
-    scale_branches(model, chains, [scale for scale in found if scale is not None])
+    scale_branches(model, chains, scale_of_chains)
     return model
 
 
 def read_full(path: Path) -> tuple[dict[str, torch.Tensor], list[ChainScale]]:
-    """Read the tensors of a full network by name, and the scale of each chain's branches.
+    """Read the file of a full network.
+
+    Args:
+        path: File to read.
+
+    Returns:
+        The tensors by name, and the scale of each chain's branches.
 
     Raises:
         UserError: The file is missing, damaged, or of another version.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
 
 _SCALARS = (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
-Key = tuple[str, str]  # dotted name of a module within the block, name of its attribute
+AttributeKey = tuple[str, str]  # dotted name of a module within the block, name of its attribute
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def fixed(block: nn.Module) -> dict[str, object]:
     return properties
 
 
-def scalars(block: nn.Module) -> dict[Key, Any]:
+def scalars(block: nn.Module) -> dict[AttributeKey, Any]:
     """Collect the attributes that may differ between blocks of a slot.
 
     Args:
@@ -92,7 +92,7 @@ def scalars(block: nn.Module) -> dict[Key, Any]:
     }
 
 
-def varying(attributes: Sequence[dict[Key, Any]]) -> tuple[Varying, ...]:
+def varying(attributes: Sequence[dict[AttributeKey, Any]]) -> tuple[Varying, ...]:
     """Select the attributes that differ among blocks.
 
     Args:

@@ -174,7 +174,7 @@ class SubnetLayout:
         return self.shared.numel + sum(capacity * block.numel for capacity, block in before)
 
     def part(self, chain: int | None) -> Layout:
-        """Return the layout of one block of a chain, or of the shared part.
+        """Return the layout of a block, or of the shared part.
 
         Args:
             chain: Number of the chain; None for the shared part.
@@ -212,7 +212,7 @@ class SubnetLayout:
         return self.part(place.chain).pieces[place.piece].view(self.slot(place.chain, place.slot, flat))
 
     def full_name(self, place: Place, held: Sequence[Sequence[int]]) -> str:
-        """Return the global dotted name of a tensor: its name in the full network.
+        """Return the dotted name of a tensor in the full network.
 
         Args:
             place: Place of the tensor.

@@ -19,26 +19,32 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Children by name, those included that are registered twice. The dict is the module's own."""
+    """Return the module's own table of children.
+
+    It includes children that are registered twice.
+    """
     return module._modules
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The module's own parameters by name, without those of its children. The dict is the module's own."""
+    """Return the module's own table of parameters, without those of children."""
     return module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own buffers by name, without those of its children. The dict is the module's own."""
+    """Return the module's own table of buffers, without those of children."""
     return module._buffers
 
 
 def hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
-    """Forward hooks by number, followed by the tables of their options. The dicts are the module's own."""
+    """Return the module's own tables of forward hooks, by number.
+
+    The hooks come first, followed by the tables of their options.
+    """
     tables = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
     return cast(tuple[dict[int, object], ...], tables)
 
 
 def fork_rng() -> AbstractContextManager[None]:
-    """Restore the state of torch's CPU generator at the end of a `with` block."""
+    """Make a context that restores torch's CPU generator at its end."""
     return torch.random.fork_rng(devices=[])

@@ -88,7 +88,7 @@ def job_values(
     network = fingerprint(model)
     return {
         "workers": strategy.workers,
-        "strategy": [(s.name, s.local_steps, s.optimizer_state, s.at_round) for s in strategy.stages],
+        "strategy": [(s.name, s.local_steps, s.optimizer_state, s.outer, s.at_round) for s in strategy.stages],
         "seed": seed,
         **options,
         "model": network["structure"],

@@ -30,7 +30,7 @@ def assemble(transport: Transport, subnets: Mapping[int, Subnet], *, plan: Round
     full = _empty_full(subnets[on]) if on in subnets else None
     moves: list[Move] = []
     template = next(iter(subnets.values()))
-    for chain, block in plan.blocks:
+    for chain, block in plan.keys:
         # From `on` itself, else from a holder in the same process, else from the holders in turn, which spreads the
         # load. All processes choose the same source.
         holders = plan.holders(chain, block)
@@ -39,7 +39,7 @@ def assemble(transport: Transport, subnets: Mapping[int, Subnet], *, plan: Round
         incoming = None if full is None else full.slot(chain, block, full.flat)
         outgoing: Tensor | None = None
         if source in subnets:
-            outgoing = subnets[source].slot(chain, plan.slot(chain, block, source), subnets[source].flat)
+            outgoing = subnets[source].slot(chain, plan.slot(chain, block, worker=source), subnets[source].flat)
         if source != on:
             moves.append(Move("evaluate", source, on, template.block_bytes[chain], outgoing, incoming))
         elif incoming is not None and outgoing is not None:

@@ -247,6 +247,18 @@ class Distributed:
             dist.destroy_process_group()
 
     def run(self, doing: str, action: Any) -> Any:
+        """Run an action that may wait for other processes.
+
+        Args:
+            doing: Description of the action, for the error message.
+            action: Function without arguments.
+
+        Returns:
+            The result of `action`.
+
+        Raises:
+            WorkerLostError: If contact with another process is lost, or one does not come in time.
+        """
         self._liveness.report_state(WAITING)
         try:
             return action()

@@ -99,7 +99,7 @@ class Exchange:
         # 2. Owners take the outer step on their blocks, before they hand them over: its momentum goes along.
         for (chain, block), owner in self.schedule.owners.items():
             if owner in self.workers:
-                self._outer_step(owner, chain, self.plan.slot(chain, block, owner))
+                self._outer_step(owner, chain, self.plan.slot(chain, block, worker=owner))
         # 3. Send the blocks from the slots of their owners to their next holders, and replicas along with them, as one
         #    batch. Slots keep their blocks until the batch is complete, since they are being read; so blocks arrive in
         #    tensors of their own. Each process waits for the owners that send to it, and for those that it sends to.
@@ -119,8 +119,8 @@ class Exchange:
         #    all blocks, these were part of the same mean.
         for worker in self.workers:
             self._outer_step(worker, None, 0)
-            for chain, block in self.plan.blocks if self.schedule.held_by_all else ():
-                self._outer_step(worker, chain, self.plan.slot(chain, block, worker))
+            for chain, block in self.plan.keys if self.schedule.held_by_all else ():
+                self._outer_step(worker, chain, self.plan.slot(chain, block, worker=worker))
         # 6. Put the blocks that have arrived into their slots, and resize the networks where capacities change.
         for payload in self.payloads:
             self._settle(payload)
@@ -147,15 +147,14 @@ class Exchange:
         """Begin the mean over all workers: of the shared part, or of everything if all workers hold all blocks."""
         parts: list[Tensor] = []
         for worker, flat in payload.flats.items():
-            shared = self.workers[worker].subnet.slot(None, 0, flat)
-            parts.append(flat if self.schedule.held_by_all else shared)
+            parts.append(flat if self.schedule.held_by_all else self.workers[worker].subnet.slot(None, 0, flat))
             if worker in self.dropped:
                 parts[-1].zero_()
         self.means.append((self.transport.mean(parts, payload.traffic_kind("shared")), parts))
 
     def _slot(self, payload: Payload, chain: int, block: int, worker: int) -> Tensor:
         """The slot in which `worker` holds `block` before the synchronization."""
-        slot = self.plan.slot(chain, block, worker)
+        slot = self.plan.slot(chain, block, worker=worker)
         return self.workers[worker].subnet.slot(chain, slot, payload.flats[worker])
 
     def _move(self, payload: Payload, m: Message, incoming: Tensor | None, traffic_kind: str) -> Move:
@@ -188,7 +187,7 @@ class Exchange:
             mean_into(slot, tensors)
 
     def _hand_over_move(self, payload: Payload, m: Message) -> Move:
-        slot = self.next_plan.slot(m.chain, m.block, m.target)
+        slot = self.next_plan.slot(m.chain, m.block, worker=m.target)
         incoming = payload.arriving.get((m.target, m.chain, slot))
         return self._move(payload, m, incoming, payload.traffic_kind("blocks"))
 

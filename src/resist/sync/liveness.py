@@ -15,6 +15,7 @@ REQUEST, STATE = "resist/liveness/request", "resist/liveness/state/"  # keys in 
 COMPUTING, WAITING = "computing", "waiting"
 POLL_S = 0.5  # seconds between two looks for a request
 RESPONSE_S = 5.0  # seconds that a response may take, on a busy machine
+LAST_S = 3 * POLL_S  # seconds to wait for the last process after the response of another one
 
 
 class Liveness:
@@ -47,23 +48,26 @@ class Liveness:
     def call(self) -> tuple[list[int], list[int]] | None:
         """Query all processes.
 
-        Takes about RESPONSE_S + POLL_S seconds at most, and less if only one of them is missing. At
-        least one process is expected to be missing or computing, since otherwise there is no reason to query.
+        Takes about RESPONSE_S + LAST_S seconds at most, and less if only one of them is missing. At least one process
+        is expected to be missing or computing, since otherwise there is no reason to query.
 
         Returns:
             The processes that do not respond, and those that are computing. None if the store does not respond.
         """
         self.report_state(WAITING)  # a process that queries the others is not the one that they wait for
         missing = [rank for rank in range(self._size) if rank != self._rank]
-        end = time.monotonic() + RESPONSE_S
+        latest_response = start = time.monotonic()
         try:
             self._store.set(REQUEST, "")
             self._store.set(f"{STATE}{self._rank}", WAITING)
-            while len(missing) > 1 and time.monotonic() < end:
+            # The last one is probably lost, so that it gets less time. It may still be about to respond.
+            while missing and time.monotonic() < max(
+                latest_response + LAST_S, start + RESPONSE_S if len(missing) > 1 else 0.0
+            ):
                 time.sleep(0.1)
-                missing = [rank for rank in missing if not self._store.check([f"{STATE}{rank}"])]
-            time.sleep(POLL_S)  # the last one may be about to respond
-            missing = [rank for rank in missing if not self._store.check([f"{STATE}{rank}"])]
+                silent = [rank for rank in missing if not self._store.check([f"{STATE}{rank}"])]
+                if silent != missing:
+                    missing, latest_response = silent, time.monotonic()
             states = {r: self._store.get(f"{STATE}{r}").decode() for r in range(self._size) if r not in missing}
         except RuntimeError:
             return None

@@ -28,8 +28,8 @@ def check_options(strategy: Strategy, *, batchnorm: str, on_nonfinite: str, repl
     _check_choice("on_nonfinite", on_nonfinite, NONFINITE)
     if strategy.every_step and (replicate or on_nonfinite == "drop"):
         raise UserError(
-            "ddp averages gradients in every step, and every worker holds all weights; leave out replicate and "
-            "on_nonfinite='drop'"
+            f"{strategy.name} averages gradients in every step, and every worker holds all weights; leave out "
+            "replicate and on_nonfinite='drop'"
         )
     if replicate and strategy.workers < 2:
         raise UserError(

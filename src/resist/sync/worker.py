@@ -69,11 +69,13 @@ class Worker:
             self.forget_state()
 
     def forget_state(self) -> None:
-        """Drop the optimizer state from `state`. That of an outer optimizer stays."""
+        """Drop the state of all optimizers but the outer one."""
         self.state = {name: flat for name, flat in self.state.items() if name == VELOCITY}
 
     def follow(self, average: AveragedModel) -> None:
-        """Exchange an average of the weights over time with their blocks; see `Job.follow`.
+        """Exchange an average of the weights with their blocks.
+
+        See `Job.follow`.
 
         Args:
             average: An average of `model`. Its parameters stay, in a new flat tensor.
