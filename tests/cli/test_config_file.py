@@ -86,7 +86,8 @@ def test_other_commands_take_what_they_have(tmp_path: Path) -> None:
     cost, _ = parsed("cost", "--config", file, "--workers", "4")
     assert (cost.network.data, cost.local_steps, cost.workers) == ("cifar10", 7, (4,))
     compare, _ = parsed("compare", "--config", file)
-    assert [run.run.seed for run in compare.runs(tmp_path)] == [0, 0]
+    assert [run.run.seed for run in compare.runs(tmp_path)] == [5, 5]
+    assert parsed("cost", "--config", file)[0].workers == (2,)
     assert {run.method.local_steps for run in compare.runs(tmp_path)} == {7}
 
 
@@ -98,8 +99,13 @@ def test_other_commands_take_what_they_have(tmp_path: Path) -> None:
         ([], "not a table of names and values"),
         ({"methods": {}}, "unknown entry 'methods'; did you mean method?"),
         ({"method": {"samplin": 1}}, "unknown entry 'samplin'; did you mean sampling?"),
+        ({"optimization": {"workers": 1}}, "unknown entry 'optimization.workers'; it belongs to 'method'"),
+        ({"network": {"task": "detection"}}, "'task', an entry of an earlier version of resist, follows from data"),
         ({"method": {"zzz": 1}}, "unknown entry 'zzz'"),
-        ({"network": {"sections": [1]}}, "'sections' is of an earlier version of resist"),
+        (
+            {"network": {"sections": [1]}},
+            "'sections', an entry of an earlier version of resist, is now model_args",
+        ),
         ({"method": {"workers": "two"}}, "method.workers has the value 'two', which is not a whole number"),
         ({"method": {"workers": True}}, "method.workers has the value 'True', which is not a whole number"),
         ({"method": {"sampling": "some"}}, "method.sampling has the value 'some', which is not one of all, shard"),
