@@ -174,3 +174,18 @@ def test_what_a_resumed_run_cannot_change_is_refused_also_in_a_file(tmp_path: Pa
 def test_a_file_is_read_without_its_values_being_checked(tmp_path: Path) -> None:
     config, _ = read_config_file(write(tmp_path / "a.json", {"method": {"workers": 0}}))
     assert config.method.workers == 0
+
+
+def test_a_flag_may_repeat_what_the_file_sets(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "a.json", {"machine": {"compile": True}}))
+    config, _ = parsed("train", "--compile", "--config", file)
+    assert config.machine.compile
+
+
+def test_a_resumed_run_takes_equal_values_and_its_errors_name_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "config.json", TrainConfig().to_json())
+    arguments = ("train", "--resume", str(tmp_path), "--batch-size", "128")
+    assert resumed(*parsed(*arguments, "--config", str(file))) == TrainConfig(run=RunConfig(resume=tmp_path))
+    write(file, {"optimization": {"lr": -1}})
+    with pytest.raises(UserError, match=r"config\.json: `lr=-1\.0` is too small"):
+        resumed(*parsed("train", "--resume", str(tmp_path)))
