@@ -2,7 +2,7 @@
 
     python benchmarks/cifar10.py --data-dir DIR --strategy resist --optimizer-state travel
 
-Setting (as in the first prototypes, so that figures can be compared): S = 4, sections 3,4,23,3, width 8, final
+Setting (as in the first prototypes, so that figures can be compared): S = 4, depths 3,4,23,3, width 8, final
 norm, batch 64 per worker, 25 local steps, 120 rounds, SGD with lr 0.05 (divided by 10 after 50 % and 75 %), momentum
 0.9, weight decay 5e-4, crop and flip, every worker draws from the whole set, one thread, one process for all workers.
 

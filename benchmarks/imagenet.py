@@ -4,7 +4,7 @@
 
 DIR holds train/CLASS/* and val/CLASS/*; the recorded figures are of the first 50 classes of Tiny ImageNet (5,000
 training and 1,250 test images of 64x64). Setting: S = 2 in two processes, bottleneck network with ImageNet stem,
-sections 2,2,9,2, width 8, images cut to 64, batch 32 per worker, 25 local steps, 6 epochs, SGD with lr 0.05 (cosine),
+depths 2,2,9,2, width 8, images cut to 64, batch 32 per worker, 25 local steps, 6 epochs, SGD with lr 0.05 (cosine),
 momentum 0.9, weight decay 5e-4, label smoothing 0.1, one reading process for each worker, min_depth 4 of 8 blocks.
 
 Parts (one line of JSON each, with the provenance, in benchmarks/results/imagenet.jsonl):

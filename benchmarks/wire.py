@@ -1,7 +1,7 @@
 """Measure seconds and bytes of a round over slow links: ResIST and its competitors on emulated hosts.
 
     python benchmarks/wire.py --rate 100mbit --workers 4 --compute-s 0.095 0.188
-    python benchmarks/wire.py --rate 1gbit --workers 2 --sections 1 1 9 1 --width 32 --local-steps 2     # takes seconds
+    python benchmarks/wire.py --rate 1gbit --workers 2 --depths 1 1 9 1 --width 32 --local-steps 2     # takes seconds
 
 Every worker is a process in its own network namespace (namespaces.py), started with the variables that torch's
 launchers set, and uses gloo. This needs Linux, root and iproute2. For the methods see competitors.py.
@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", default="100mbit", help="rate of each link in each direction: 100mbit, 1gbit, ...")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--model", default="preact_resnet101")
-    parser.add_argument("--sections", type=int, nargs=4, default=())
+    parser.add_argument("--depths", dest="sections", metavar="BLOCKS", type=int, nargs=4, default=())
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--num-classes", type=int, default=100)
     parser.add_argument("--batch", type=int, default=4, help="images per step, without --compute-s")

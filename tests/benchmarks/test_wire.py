@@ -18,7 +18,7 @@ import namespaces  # noqa: E402
 import wire  # noqa: E402
 
 # Blocks of 1.2 MB: small enough for seconds, large enough for headers and barriers to be less than 1 %.
-SMALL = ["--rate", "1gbit", "--sections", "1", "1", "9", "1", "--width", "32", "--local-steps", "2", "--rounds", "2"]
+SMALL = ["--rate", "1gbit", "--depths", "1", "1", "9", "1", "--width", "32", "--local-steps", "2", "--rounds", "2"]
 COMMAND = [sys.executable, str(BENCHMARKS / "wire.py"), *SMALL, "--batch", "1", "--no-record", "--json"]
 POLICIES = ["resist,min_depth=0,optimizer_state=reset", "resist,min_depth=5,optimizer_state=travel", "local_sgd"]
 UNEQUAL = {2: "resist,capacities=7/3,optimizer_state=average", 4: "resist,capacities=5/3/2/1,optimizer_state=average"}

@@ -86,7 +86,8 @@ def test_other_commands_take_what_they_have(tmp_path: Path) -> None:
     cost, _ = parsed("cost", "--config", file, "--workers", "4")
     assert (cost.network.data, cost.local_steps, cost.workers) == ("cifar10", 7, (4,))
     compare, _ = parsed("compare", "--config", file)
-    assert [run.run.seed for run in compare.runs(tmp_path)] == [0, 0]
+    assert [run.run.seed for run in compare.runs(tmp_path)] == [5, 5]
+    assert parsed("cost", "--config", file)[0].workers == (2,)
     assert {run.method.local_steps for run in compare.runs(tmp_path)} == {7}
 
 
@@ -98,8 +99,13 @@ def test_other_commands_take_what_they_have(tmp_path: Path) -> None:
         ([], "not a table of names and values"),
         ({"methods": {}}, "unknown entry 'methods'; did you mean method?"),
         ({"method": {"samplin": 1}}, "unknown entry 'samplin'; did you mean sampling?"),
+        ({"optimization": {"workers": 1}}, "unknown entry 'optimization.workers'; it belongs to 'method'"),
+        ({"network": {"task": "detection"}}, "'task', an entry of an earlier version of resist, follows from data"),
         ({"method": {"zzz": 1}}, "unknown entry 'zzz'"),
-        ({"network": {"sections": [1]}}, "'sections' is of an earlier version of resist"),
+        (
+            {"network": {"sections": [1]}},
+            "'sections', an entry of an earlier version of resist, is now model_args",
+        ),
         ({"method": {"workers": "two"}}, "method.workers has the value 'two', which is not a whole number"),
         ({"method": {"workers": True}}, "method.workers has the value 'True', which is not a whole number"),
         ({"method": {"sampling": "some"}}, "method.sampling has the value 'some', which is not one of all, shard"),
@@ -170,3 +176,18 @@ def test_what_a_resumed_run_cannot_change_is_refused_also_in_a_file(tmp_path: Pa
 def test_a_file_is_read_without_its_values_being_checked(tmp_path: Path) -> None:
     config, _ = read_config_file(write(tmp_path / "a.json", {"method": {"workers": 0}}))
     assert config.method.workers == 0
+
+
+def test_a_flag_may_repeat_what_the_file_sets(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "a.json", {"machine": {"compile": True}}))
+    config, _ = parsed("train", "--compile", "--config", file)
+    assert config.machine.compile
+
+
+def test_a_resumed_run_takes_equal_values_and_its_errors_name_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "config.json", TrainConfig().to_json())
+    arguments = ("train", "--resume", str(tmp_path), "--batch-size", "128")
+    assert resumed(*parsed(*arguments, "--config", str(file))) == TrainConfig(run=RunConfig(resume=tmp_path))
+    write(file, {"optimization": {"lr": -1}})
+    with pytest.raises(UserError, match=r"config\.json: `lr=-1\.0` is too small"):
+        resumed(*parsed("train", "--resume", str(tmp_path)))

@@ -152,6 +152,22 @@ cost --latency-ms 1
 cost --images-s 5
 compare --strategy resist
 compare --strategies magic
+compare --strategies
+compare --seeds
+compare --strategies ddp local_sgd --min-depth 3
+cost --workers
+cost --strategies
+cost --workers 100000000000000000000
+train --config=
+train --until
+train --log
+train --chain
+train --capacities
+train --seed 100000000000000000000
+train --epochs 1e308
+train --timeout-s 1e300
+train --out /
+--tyro-print-completion foo
 evaluate
 evaluate none
 evaluate none more
@@ -160,6 +176,8 @@ watch none
 report
 report none
 report none -o x.doc
+report none -o
+report none --format foo
 """.splitlines()[1:]
 
 

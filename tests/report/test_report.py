@@ -16,6 +16,7 @@ from PIL import Image
 
 from report_runs import CHAIN, make_run
 from resist.cli import main
+from resist.cli.report import ReportConfig, run_report
 from resist.errors import UserError
 from resist.planning.plan import partition
 from resist.report.aggregate import holdings, map_rows, traffic
@@ -23,6 +24,7 @@ from resist.report.compare import compare, labels
 from resist.report.page import page
 from resist.report.svg import png
 from resist.report.units import ends, log_ticks, means, sample, thin, ticks, whole_ticks
+from resist.runs.config import TrainConfig
 from resist.runs.history import read_history
 from resist.runs.records import clean
 
@@ -333,3 +335,13 @@ def test_fewer_points_keep_the_mean_the_ends_and_the_bound(values: list[float], 
     assert len(sample(len(values), num)) <= num
     assert thin(len(values), num)[-1] == len(values) - 1
     assert math.isnan(means([math.nan], 1)[0])
+
+
+def test_the_error_of_a_failed_run_names_options_as_they_are_typed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TrainConfig().to_json()))
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1, "step": 5, "loss": 1.0}\n')
+    (tmp_path / "state.json").write_text('{"state": "failed", "rounds": 2, "error": "give `lr=0.1`"}')
+    run_report(ReportConfig(runs=(tmp_path,)), frozenset())
+    text = (tmp_path / "report.html").read_text()
+    assert "give --lr 0.1" in text
+    assert "`lr" not in text

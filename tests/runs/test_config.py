@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,22 @@ def refused(**parts: object) -> str:
 def test_values_outside_their_bounds_are_named(part: str, name: str, value: object, text: str) -> None:
     changed = dataclasses.replace(getattr(TrainConfig(), part), **{name: value})
     assert text in refused(**{part: changed})
+
+
+NUMBERS = [
+    (part.name, f.name, getattr(getattr(TrainConfig(), part.name), f.name))
+    for part in dataclasses.fields(TrainConfig)
+    for f in dataclasses.fields(getattr(TrainConfig(), part.name))
+    if re.search(r"\b(int|float)\b", str(typing.get_type_hints(type(getattr(TrainConfig(), part.name)))[f.name]))
+]
+
+
+@pytest.mark.parametrize(("part", "name", "default"), NUMBERS, ids=[name for _, name, _ in NUMBERS])
+def test_huge_numbers_are_refused_in_one_short_line(part: str, name: str, default: object) -> None:
+    for huge in (10**23, -(10**23), 10**5000, 1e300, float("inf")):
+        value = (huge, 1) if isinstance(default, tuple) or name == "outer" else huge
+        changed = dataclasses.replace(getattr(TrainConfig(), part), **{name: value})
+        assert len(refused(**{part: changed})) < 120
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:

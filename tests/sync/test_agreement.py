@@ -38,7 +38,7 @@ def test_the_first_difference_is_reported() -> None:
     values = {"seed": 0, "capacities": [3, 3], "weights": "a"}
     check_agreement(Two(json.dumps(values)), values)
     with pytest.raises(
-        AgreedError, match=r"process 1 was started with capacities=\[2, 4\], process 0 with capacities="
+        AgreedError, match=r"process 1 was started with `capacities=\[2, 4\]`, process 0 with `capacities="
     ):
         check_agreement(Two(json.dumps({**values, "weights": "b", "capacities": [2, 4]})), values)
 

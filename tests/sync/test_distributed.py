@@ -213,7 +213,7 @@ def mixed_up(options: list[dict[str, Any]]) -> str:
 )
 def test_different_arguments_are_named(pool: Pool, options: dict[str, Any], key: str) -> None:
     for message in pool.run(2, mixed_up, [{}, options]):
-        assert message.startswith(f"process 1 was started with {key}, process 0 with ")
+        assert message.startswith(f"process 1 was started with `{key}`, process 0 with `")
         assert message.endswith("start all of them with the same arguments")
         assert "\n" not in message
 
@@ -238,7 +238,7 @@ def different_strategies(number: int) -> str:
 
 def test_different_strategies_are_named(pool: Pool) -> None:
     for number, key in enumerate(["strategy", "capacities", "strategy", "capacities", "strategy"]):
-        assert all(f"process 1 was started with {key}=" in text for text in pool.run(2, different_strategies, number))
+        assert all(f"process 1 was started with `{key}=" in text for text in pool.run(2, different_strategies, number))
 
 
 def gather(texts: list[str]) -> tuple[list[str], int, str]:
@@ -257,7 +257,7 @@ def test_texts_of_different_lengths(pool: Pool) -> None:
     for gathered, num_bytes, message in pool.run(2, gather, ["grüße", "x" * 3000]):
         assert gathered == ["grüße", "x" * 3000]
         assert num_bytes == 2 * (PACKET_BYTES + 3000) + 2 * PACKET_BYTES
-        assert message.startswith("process 1 was started with b=2, process 0 with b=None")
+        assert message.startswith("process 1 was started with `b=2`, process 0 with `b=None`")
 
 
 def more_processes_than_workers() -> str:

@@ -36,7 +36,8 @@ class CompareConfig:
     }
 
     strategies: tuple[str, ...] = (DEFAULT, BASELINE)
-    """Strategies to compare; see --strategy of resist train."""
+    """Strategies to compare. resist: a sub-network for each worker. local_sgd, diloco, ddp: the full network for each
+    worker."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; each strategy is trained once with each."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -44,6 +45,13 @@ class CompareConfig:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def check_options(self) -> None:
+        """Raise UserError for an option that has no effect with any of the strategies."""
+        methods = [replace(self.method, strategy=name) for name in self.strategies if name in METHODS]  # type: ignore[arg-type]
+        without = [set(method.without_effect()) for method in methods]
+        for name in sorted(set.intersection(*without)) if without else ():
+            raise UserError(f"`{name}` has no effect with `strategies={' '.join(self.strategies)}`; remove it")
 
     def runs(self, out: Path) -> list[TrainConfig]:
         """The runs to train, in order. Options that have no effect with a strategy are left out of its runs.
@@ -68,6 +76,7 @@ def run_compare(config: CompareConfig, given: frozenset[str]) -> int:
         raise UserError("--strategies and --seeds have to name each strategy and seed once")
     out = config.run.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.network.data}-compare"
     check_free(out)
+    config.check_options()
     runs = config.runs(out)
     for run in runs:
         run.check()

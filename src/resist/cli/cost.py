@@ -6,7 +6,7 @@ from typing import Literal
 
 from resist.errors import UserError
 from resist.planning.strategy import METHODS, Strategy, build_strategy
-from resist.runs.config import NetworkConfig
+from resist.runs.config import NetworkConfig, check_size
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,14 @@ class CostConfig:
     batch_size: int = 128
     """Images per worker and step."""
     min_depth: int | None = None
-    """As in resist train."""
+    """Minimum number of chain blocks of each worker. Default: 4, or all blocks of a shorter chain."""
     capacities: tuple[int, ...] = ()
-    """As in resist train; for one number of workers."""
+    """Chain blocks of each worker, as in 8 6 4 4; for one number of workers."""
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
-    """As in resist train."""
+    """Momentum at a synchronization. reset: set to zero. travel: moves with its block. average: as travel, and that of
+    the shared part is averaged too. keep: stays where it is."""
     replicate: bool = False
-    """As in resist train: count the memory and the bytes of replicas."""
+    """Count the memory and the bytes of a replica of every block."""
     link_gbit_s: float | None = None
     """Rate of each worker's link in Gbit/s, in each direction. With a speed of the devices, seconds are
     predicted."""
@@ -103,6 +104,10 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
 
 def _strategies(config: CostConfig) -> list[Strategy]:
     """Build the strategies to predict, by number of workers. Raises UserError where one of the options is invalid."""
+    for name in ("workers", "capacities", "local_steps", "batch_size", "min_depth", "num_classes"):
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            check_size(name, number)
     options = {"min_depth": config.min_depth, "capacities": config.capacities or None}
     for name, value in options.items():
         if value is not None and not any(name in METHODS[s].options for s in config.strategies if s in METHODS):

@@ -22,10 +22,9 @@ from resist.runs.config import TrainConfig, is_option
 DATA = "The data set."
 DATA_FIELDS = {"data", "data_dir", "image_size", "data_workers", "skip_bad_files"}
 MODEL = "The network, its initial weights, and the blocks to partition."
-CONFIG = (
-    "JSON file in the form of a run's config.json, whole or in part. Options of the command line override it; out and "
-    "resume are not taken from it."
-)
+# Options of several values, whose default is the value of the file for one run.
+SINGULAR = {"workers": "workers", "seeds": "seed"}
+CONFIG = "JSON file in the form of a run's config.json, whole or in part. Options of the command line override it."
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,8 @@ def options_of(
             default = f.default
             if f.name in in_file and f.name in known and known[f.name][0] == hint:
                 default = known[f.name][1]
+            elif SINGULAR.get(f.name) in in_file:
+                default = (known[SINGULAR[f.name]][1],)
             options[f.name] = Option(f.name, hint, settings, default, as_typed(texts[f.name]))
             continue
         inner_texts, inner_hints = _descriptions(hint), get_type_hints(hint)
@@ -97,7 +98,10 @@ def options_of(
                 text = as_typed(inner_texts[inner.name])
                 options[inner.name] = Option(inner.name, inner_hints[inner.name], (), value, text, group)
     if keys := config_keys(record):
-        text = f"{CONFIG} Keys that are not options: {', '.join(keys)}."
+        skipped = [name for name in ("out", "resume") if name in options]
+        skipped += ["strategy"] if "strategies" in options else []
+        without = f" Not taken from it: {', '.join(skipped)}." if skipped else ""
+        text = f"{CONFIG}{without} Keys that are not options: {', '.join(keys)}."
         options["config"] = Option("config", Path | None, (), None, text)
     return options
 

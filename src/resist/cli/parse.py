@@ -17,6 +17,7 @@ from resist.runs.config import TrainConfig
 from resist.runs.history import read_config_file
 
 DESCRIPTION = """Train a deep residual network with a different, shallower sub-network on each worker (ResIST).
+
 resist COMMAND --help lists the options of a command, resist --version prints the version."""
 HELP = ("-h", "--help")
 RENAMED = {  # options of earlier versions, and what to give instead
@@ -30,16 +31,14 @@ RENAMED = {  # options of earlier versions, and what to give instead
     "--safety": "--replicate",
     "--schedule": "--lr-schedule",
     "--sections": "--model-args depths=...",
-    "--task": "--data, which decides it (voc2007 and voc2012: detection)",
     "--tensorboard": "--log tensorboard",
     "--wandb": "--log wandb",
-    "--warmup-epochs": "--warmup-rounds",
+    "--warmup-epochs": "--warmup-rounds, which counts rounds",
     "--width": "--model-args width=...",
 }
-FORMS = {
-    "INT": "a whole number", "FLOAT": "a number", "FLOAT FLOAT": "two numbers",
-    "INT ...": "whole numbers", "FLOAT ...": "numbers",
-}  # fmt: skip
+REMOVED = {"--task": "follows from --data (voc2007, voc2012: detection); remove it"}
+FORMS = {"INT": "a whole number", "FLOAT": "a number", "INT ...": "whole numbers", "FLOAT ...": "numbers"}
+SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 
 def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> tuple[Any, frozenset[str]]:
@@ -60,16 +59,24 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> tuple[Any, 
     """
     command, rest = next(iter(arguments), ""), arguments[1:]
     if command not in commands:
-        _check_command(commands, command)
-        return _run(tyro.extras.subcommand_cli_from_dict, dict(commands), "resist", arguments), frozenset()
+        _check_command(commands, arguments)
+        views = {name: view(record, options_of(record)) for name, record in commands.items()}
+        return _run(tyro.extras.subcommand_cli_from_dict, views, "resist", arguments), frozenset()
     record, config, in_file = commands[command], TrainConfig(), frozenset[str]()
     options = options_of(record)
     _check_options(command, record, options, rest)
     given = {name for name, option in options.items() if set(option.flags) & set(map(_option, rest))}
-    if "config" in given and (files := _values("--config", rest)):
-        config, in_file = read_config_file(Path(files[0]))
+    for option in (options[name] for name in given):
+        if option.hint is not bool and option.flag in map(_option, rest) and not any(_values(option.flag, rest)):
+            raise UserError(f"{option.flag} needs a value; see resist {command} --help")
+    if "config" in given:
+        config, in_file = read_config_file(Path(_values("--config", rest)[0]))
         config, in_file = replace(config, run=replace(config.run, out=None, resume=None)), in_file - {"out", "resume"}
         options = options_of(record, config, in_file)
+        # tyro has only the form of a flag that changes its default; the other one repeats the file
+        flags = [option for option in options.values() if option.hint is bool]
+        repeated = {option.flags[0 if option.default else 1] for option in flags}
+        rest = [word for word in rest if _option(word) not in repeated]
     parsed = _run(tyro.cli, view(record, options), f"resist {command}", rest)
     return record_of(record, parsed, config), in_file | given - {"config"}
 
@@ -92,8 +99,11 @@ def _run(parser: Callable[..., Any], records: Any, program: str, arguments: Sequ
         raise UserError(f"{one_line(message.getvalue(), arguments)}; see {program} --help") from None
 
 
-def _check_command(commands: Mapping[str, type], command: str) -> None:
-    """Raise UserError, with a hint, for a word that is neither a command nor an option."""
+def _check_command(commands: Mapping[str, type], arguments: Sequence[str]) -> None:
+    """Raise UserError, with a hint, for a first word that is neither a command nor an option."""
+    command, shell = (*arguments, "", "")[:2]
+    if command.startswith("--tyro-") and command.endswith("-completion") and shell not in SHELLS:
+        raise UserError(f"{command} {shell!r} is not one of {', '.join(SHELLS)}")
     if command not in HELP and not command.startswith("--tyro-"):  # tyro's own: completions for shells
         near = get_close_matches(command, commands, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands)}"
@@ -117,6 +127,8 @@ def _check_options(command: str, record: type, options: Mapping[str, Option], ar
             raise UserError(
                 f'{option} is not an option but a key of the file for --config: {{"{part}": {{"{name}": ...}}}}'
             )
+        if option in REMOVED:
+            raise UserError(f"{option} {REMOVED[option]}; {see}")
         if RENAMED.get(option, "").split(" ")[0].rstrip(",") in known:
             raise UserError(f"{option} is now {RENAMED[option]}; {see}")
         near = get_close_matches(option, known, 1, cutoff=0.75)
@@ -145,10 +157,14 @@ def one_line(text: str, arguments: Sequence[str]) -> str:
         form = next((line[len(option) :] for line in below if line.startswith(option + " ")), "")
         form = re.sub(r"[{}]", "", form).strip()
         return f"{option} {' '.join(_values(option, arguments))!r} is not {FORMS.get(form, form)}" if form else first
-    if choice := re.match(r"invalid choice (.*?) for argument '(--[\w-]+)'. Expected one of \((.*?),?\)", first):
-        names = choice.group(3).replace("'", "")
-        return f"{choice.group(2)} {choice.group(1)} is not one of {names}"
-    if bare := re.match(r"Missing value for argument '(--[\w-]+)'", first):
+    if choice := re.match(
+        r"invalid choice (.*?) for argument '(?:-\w/)?(--[\w-]+)'. Expected one of \((.*?),?\)", first
+    ):
+        names = choice.group(3).replace("'", "").split(", ")
+        if "None" in names:  # an optional value, in tyro's order
+            names = sorted(set(names) - {"None"})
+        return f"{choice.group(2)} {choice.group(1)} is not one of {', '.join(names)}"
+    if bare := re.match(r"Missing value for argument '(?:-\w/)?(--[\w-]+)'", first):
         return f"{bare.group(1)} needs a value"
     if missing := re.match(r"Missing from .*?: (\S+) (.*?)(\. \(required\)|$)", first):
         return f"{missing.group(1)} is missing: {missing.group(2)}"

@@ -1,12 +1,13 @@
 """`resist report`: run directories as an HTML page, as Markdown with pictures, or as pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from resist.cli.options import as_typed
 from resist.errors import UserError
 from resist.report.compare import labels
 from resist.report.markdown import markdown
@@ -40,10 +41,17 @@ def run_report(config: ReportConfig, given: frozenset[str]) -> int:
         raise UserError(f"--out {config.out} does not end in .html, .md or .png; give --format")
     format = format or "html"
     out = config.out or (runs[0] if len(runs) == 1 else Path()) / f"report.{format}"
-    histories = [read_history(run) for run in runs]
+    histories = [_read(run) for run in runs]
     written = write(histories, out, format, config.force)
     print("wrote " + ", ".join(map(str, written)))
     return 0
+
+
+def _read(run: Path) -> History:
+    """Read a run, with the options that its error names as the user types them."""
+    history = read_history(run)
+    error = history.state.get("error")
+    return replace(history, state={**history.state, "error": as_typed(str(error))}) if error else history
 
 
 def run_directories(paths: Sequence[Path]) -> list[Path]:

@@ -44,7 +44,12 @@ def resumed(config: TrainConfig, given: frozenset[str]) -> TrainConfig:
     if config.run.resume is None:
         return config
     before = read_config(config.run.resume)
+    values, values_before = (
+        {name: value for f in fields(c) for name, value in vars(getattr(c, f.name)).items()} for c in (config, before)
+    )
     for name in sorted(given.difference(*MAY_CHANGE.values())):
+        if values[name] == values_before[name]:
+            continue
         raise UserError(f"`{name}` cannot change in a resumed run; remove it")
     parts: dict[str, Any] = {}
     for part, names in MAY_CHANGE.items():

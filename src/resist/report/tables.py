@@ -80,7 +80,7 @@ def repeat(history: History) -> list[str]:
     """The commands that reproduce the run."""
     commit = history.environment.get("commit")
     checkout = [f"git checkout {shlex.quote(str(commit).removesuffix('-dirty'))}"] if commit else []
-    return [*checkout, shlex.join(["resist", "train", "--config", str(history.path / "config.json")])]
+    return [*checkout, shlex.join(["resist", "train", "--config", str(history.path.absolute() / "config.json")])]
 
 
 def options(history: History) -> Rows:

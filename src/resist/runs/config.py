@@ -25,6 +25,8 @@ else:
 STREAMED = ("folder", "imagenet", "voc2007", "voc2012")
 # Those of them that have boxes around objects.
 DETECTION = ("voc2007", "voc2012")
+# Upper bounds of numbers; those of all others are 1e9.
+LARGEST = {"seed": 2**63 - 1, "lr": 10**20, "workers": 10**6, "capacities": 10**6}
 
 
 def config_key(default: Any) -> Any:
@@ -220,8 +222,11 @@ class TrainConfig:
                 for item in value if isinstance(value, tuple) and choices else (value,) if choices else ():
                     if item not in choices:
                         raise UserError(f"`{f.name}={item!r}` is not one of {', '.join(choices)}")
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise UserError(f"`{f.name}={value}` is not a finite number")
+                for number in value if isinstance(value, tuple) else (value,):
+                    if isinstance(number, float) and not math.isfinite(number):
+                        raise UserError(f"`{f.name}={number}` is not a finite number")
+                    if isinstance(number, int | float):
+                        check_size(f.name, number)
         least: dict[str, tuple[float | None, float]] = {
             "batch_size": (self.optimization.batch_size, 1),
             "grad_accum_steps": (self.optimization.grad_accum_steps, 1),
@@ -331,23 +336,30 @@ class TrainConfig:
     def digest(self) -> dict[str, object]:
         """Return the options that must be equal on all machines, without paths and machine options."""
         local = {
-            "data_dir",
-            "data_workers",
-            "init_from",
-            "out",
-            "resume",
-            "device",
-            "processes",
-            "compile",
-            "restarts",
-        }
-        local |= {"no_progress", "log"}
+            "data_dir", "data_workers", "init_from", "out", "resume", "device", "processes", "compile", "restarts",
+            "no_progress", "log",
+        }  # fmt: skip
         flat = {name: value for part in self.to_json().values() for name, value in part.items()}
         return {name: value for name, value in flat.items() if name not in local}
 
     def to_json(self) -> dict[str, dict[str, object]]:
         """Return the fields of each part as JSON data."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def check_size(name: str, number: float) -> None:
+    """Raise UserError for a number above its bound, or below the negative of it."""
+    bound = LARGEST.get(name, 10**9)
+    if abs(number) > bound:
+        raise UserError(f"`{name}={_shortened(number)}` is outside the range from -{bound} to {bound}; change it")
+
+
+def _shortened(number: float) -> str:
+    """Return a number for a message, in a few digits where it has many."""
+    if isinstance(number, float):
+        return str(number)
+    digits = number.bit_length() * math.log10(2)  # Python refuses to print very long ones
+    return str(number) if digits < 21 else f"{'-' * (number < 0)}about 1e{digits:.0f}"
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

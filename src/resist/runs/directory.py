@@ -52,12 +52,13 @@ def title_of(config: TrainConfig) -> str:
 def check_free(path: Path) -> None:
     """Raise UserError where a new run directory cannot be created at `path`."""
     try:
-        exists = path.exists() or path.is_symlink()
+        if path.exists() or path.is_symlink():
+            raise UserError(
+                f"`out={path}` exists already and is never overwritten; give another directory, or remove it"
+            )
         parent = next(p for p in path.absolute().parents if p.exists())
     except OSError as error:  # a name that is too long, or a folder that may not be looked into
         raise UserError(f"`out={path}` cannot be made: {error.strerror}; give another directory") from error
-    if exists:
-        raise UserError(f"`out={path}` exists already and is never overwritten; give another directory, or remove it")
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent))  # only a trial shows it: file systems refuse even those who may write
     except OSError as error:
@@ -195,8 +196,8 @@ def _commit() -> str | None:
     tracked = ["git", "ls-files", "--error-unmatch", __file__]  # not where it is installed inside another repository
     describe = ["git", "describe", "--always", "--dirty"]
     try:
-        for command in (tracked, describe):
-            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        for arguments in (tracked, describe):
+            done = subprocess.run(arguments, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
             if done.returncode != 0:
                 return None
     except (OSError, subprocess.TimeoutExpired):

@@ -19,11 +19,25 @@ from resist.errors import UserError, first_line
 from resist.runs.config import TrainConfig, from_json
 from resist.runs.records import Record, parse_record, training_bytes, training_seconds
 
-# Entries of config.json that an earlier version wrote and that have another name now.
+# Entries of config.json that an earlier version wrote, and what has replaced them.
 EARLIER = {
-    "optimisation", "accumulate", "evaluations", "loaders", "nonfinite", "safety", "schedule", "task", "sections",
-    "width", "final_norm", "pretrained", "backbone", "warmup_epochs", "tensorboard", "wandb",
-}  # fmt: skip
+    "accumulate": "is now grad_accum_steps",
+    "backbone": "is now init_from",
+    "evaluations": "is now num_evals",
+    "final_norm": 'is now model_args, as in ["final_norm=true"]',
+    "loaders": "is now data_workers",
+    "nonfinite": "is now on_nonfinite",
+    "optimisation": "is now optimization",
+    "pretrained": "is now init_from",
+    "safety": "is now replicate",
+    "schedule": "is now lr_schedule",
+    "sections": 'is now model_args, as in ["depths=3,4,23,3"]',
+    "task": "follows from data; remove it",
+    "tensorboard": 'is now log, as in ["tensorboard"]',
+    "wandb": 'is now log, as in ["wandb"]',
+    "warmup_epochs": "is now warmup_rounds, which counts rounds",
+    "width": 'is now model_args, as in ["width=64"]',
+}
 
 
 @dataclass(frozen=True)
@@ -210,11 +224,14 @@ def read_config(path: Path) -> TrainConfig:
     Raises:
         UserError: There is none, it is damaged, its values are invalid, or another version of resist wrote it.
     """
-    data = _read_config_file(path)
-    for name in _unknown_entries(data):
+    data = _read_config_of(path)
+    for _, name in _unknown_entries(data):
         raise UserError(_other_version(path, name))
-    config = from_json(data)
-    config.check()
+    try:
+        config = from_json(data)
+        config.check()
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from error
     return config
 
 
@@ -227,22 +244,13 @@ def read_config_file(file: Path) -> tuple[TrainConfig, frozenset[str]]:
     Raises:
         UserError: It cannot be read, or has an unknown entry or a value of the wrong type. The message names the file.
     """
+    remedy = "give a JSON file like the config.json of a run"
     try:
-        data = json.loads(file.read_bytes())
+        data = _read_json(file, f"{file} is not JSON", remedy)
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; give a JSON file like the config.json of a run") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {first_line(error)}; give a file like a run's config.json") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: not a table of names and values; give a file like the config.json of a run")
-    for name in _unknown_entries(data):
-        if name in EARLIER:
-            raise UserError(f"{file}: {name!r} is of an earlier version of resist; train again, or use the new names")
-        near = get_close_matches(
-            name, [name for part, values in TrainConfig().to_json().items() for name in (part, *values)], 1
-        )
-        hint = f"did you mean {near[0]}?" if near else "the config.json of a run has all entries"
-        raise UserError(f"{file}: unknown entry {name!r}; {hint}")
+        raise UserError(f"{file}: {error.strerror}; {remedy}") from error
+    for part, name in _unknown_entries(data):
+        raise UserError(f"{file}: {_unknown_entry(part, name)}")
     try:
         config = from_json(data)
     except UserError as error:
@@ -263,7 +271,7 @@ def read_options(path: Path, notes: list[str]) -> tuple[TrainConfig, dict[str, d
     Raises:
         UserError: There is none, it is damaged, or a whole part of it is unknown to this version.
     """
-    data = _read_config_file(path)
+    data = _read_config_of(path)
     known: dict[str, dict[str, Any]] = {f.name: {} for f in fields(TrainConfig)}
     for part in data:
         if part not in known:
@@ -285,25 +293,45 @@ def read_options(path: Path, notes: list[str]) -> tuple[TrainConfig, dict[str, d
     return config, given
 
 
-def _read_config_file(path: Path) -> dict[str, Any]:
+def _read_config_of(path: Path) -> dict[str, Any]:
+    """Read the config.json of a run."""
     file = path / "config.json"
     try:
-        data = json.loads(file.read_bytes())
+        return _read_json(file, f"{file} is damaged", "restore it, or train again")
     except OSError as error:
         raise UserError(f"{path} is not a run directory: config.json: {error.strerror}") from error
+
+
+def _read_json(file: Path, problem: str, remedy: str) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError, with the problem and the remedy, for other content."""
+    try:
+        data = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: {error}; restore it, or train again") from error
+        raise UserError(f"{problem}: {first_line(error)}; {remedy}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{file} is damaged: it is not a table of names and values; restore it, or train again")
+        raise UserError(f"{problem}: it is not a table of names and values; {remedy}")
     return data
 
 
-def _unknown_entries(data: Mapping[str, Any]) -> list[str]:
-    """Parts and options of a config.json that this version does not have, parts first."""
+def _unknown_entry(part: str, name: str) -> str:
+    """Describe an entry of a configuration file that this version does not have, and what to give instead."""
+    if name in EARLIER:
+        return f"{name!r}, an entry of an earlier version of resist, {EARLIER[name]}"
+    known = TrainConfig().to_json()
+    for home, values in known.items():
+        if name in values:
+            return f"unknown entry {f'{part}.{name}'.lstrip('.')!r}; it belongs to {home!r}"
+    near = get_close_matches(name, [name for part, values in known.items() for name in (part, *values)], 1)
+    hint = f"did you mean {near[0]}?" if near else "the config.json of a run has all entries"
+    return f"unknown entry {name!r}; {hint}"
+
+
+def _unknown_entries(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List what a config.json has and this version does not: ("", part), then (part, option)."""
     parts = {f.name: {option.name for option in fields(f.default_factory())} for f in fields(TrainConfig)}  # type: ignore[operator,arg-type]
-    inside = [(parts[part], values) for part, values in data.items() if part in parts and isinstance(values, Mapping)]
-    return [name for name in data if name not in parts] + [
-        name for options, values in inside for name in values if name not in options
+    inside = [(part, values) for part, values in data.items() if part in parts and isinstance(values, Mapping)]
+    return [("", name) for name in data if name not in parts] + [
+        (part, name) for part, values in inside for name in values if name not in parts[part]
     ]
 
 

@@ -34,9 +34,10 @@ def check_agreement(transport: Transport, values: Mapping[str, object]) -> None:
         compared = json.loads(text)
         for key in first | compared:
             if first.get(key) != compared.get(key):
+                quote = "`" * key.isidentifier()  # not around the names of what is not an option
                 raise AgreedError(
-                    f"process {process} was started with {key}={compared.get(key)}, process 0 with "
-                    f"{key}={first.get(key)}; start all of them with the same arguments"
+                    f"process {process} was started with {quote}{key}={compared.get(key)}{quote}, process 0 with "
+                    f"{quote}{key}={first.get(key)}{quote}; start all of them with the same arguments"
                 )
 
 

@@ -12,6 +12,7 @@ def num_steps(config: OptimizationConfig, images_per_epoch: int) -> int:
 
 def evaluation_rounds(rounds: int, evaluations: int) -> set[int]:
     """Rounds, counted from 1, after which the full network is tested: spread evenly, including the last."""
+    evaluations = min(evaluations, rounds)
     return {-(-rounds * number // evaluations) for number in range(1, evaluations + 1)}
 
 
