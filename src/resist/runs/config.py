@@ -351,7 +351,8 @@ def check_size(name: str, number: float) -> None:
     """Raise UserError for a number above its bound, or below the negative of it."""
     bound = LARGEST.get(name, 10**9)
     if abs(number) > bound:
-        raise UserError(f"`{name}={_shortened(number)}` is outside the range from -{bound} to {bound}; change it")
+        limit = f"large; give at most {bound}" if number > 0 else f"small; give at least {-bound}"
+        raise UserError(f"`{name}={_shortened(number)}` is too {limit}")
 
 
 def _shortened(number: float) -> str:
