@@ -46,8 +46,8 @@ def test_the_first_difference_is_reported() -> None:
 @pytest.mark.parametrize(
     ("outer", "resume_at", "message"),
     [
-        (OuterSGD(), (0, 0), r"process 1 was started with strategy=.*OuterSGD.*, process 0 with strategy=.*None"),
-        (None, (1, 50), r"process 1 was started with resume_at=\[1, 50\], process 0 with resume_at=\[0, 0\]"),
+        (OuterSGD(), (0, 0), r"process 1 was started with `strategy=.*OuterSGD.*, process 0 with `strategy=.*None"),
+        (None, (1, 50), r"process 1 was started with `resume_at=\[1, 50\]`, process 0 with `resume_at=\[0, 0\]`"),
     ],
 )
 def test_jobs_agree_on_the_outer_optimizer_and_the_round(
