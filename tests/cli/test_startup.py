@@ -65,6 +65,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert (ended.value.code, capsys.readouterr().out) == (0, f"resist {resist.__version__}\n")
 
 
+@pytest.mark.slow
 def test_old_names_of_options_lead_to_the_new_ones(capsys: pytest.CaptureFixture[str]) -> None:
     for old, new in RENAMED.items():
         with pytest.raises(SystemExit) as ended:

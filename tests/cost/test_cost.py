@@ -148,6 +148,7 @@ def shares(draw: st.DrawFn) -> list[int]:
     return capacities
 
 
+@pytest.mark.slow
 @given(shares(), st.sampled_from(OPTIMIZER_STATES), st.booleans(), st.sampled_from([None, OuterSGD()]))
 @settings(max_examples=20)
 def test_bytes_are_those_of_the_ledger(capacities: list[int], policy: str, adam: bool, outer: OuterSGD | None) -> None:

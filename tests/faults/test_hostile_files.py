@@ -219,6 +219,7 @@ def test_damaged_tensor_files(tmp_path_factory: pytest.TempPathFactory, damage: 
     one_line(lambda: read_tensors(path, "a format", lambda name: name == "c"))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from(["__metadata__", "a", "b"]), JSON | ODD, max_size=3), st.binary(max_size=40))
 def test_tensor_files_whose_headers_are_anything(

@@ -79,6 +79,7 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "strategy"),
     [(name, RESIZED) for name in OPTIMIZERS] + [("sgd", UNEQUAL), ("adamw", UNEQUAL)],

@@ -88,6 +88,7 @@ def test_a_moved_parameter_is_reported_before_any_state_is_lost() -> None:
     assert all(optimizer.state for optimizer in optimizers)
 
 
+@pytest.mark.slow
 def test_the_order_of_optimizers_does_not_matter() -> None:
     job, optimizers = make(resist.resist(3, 1))
     other, others = make(resist.resist(3, 1))

@@ -214,6 +214,7 @@ def test_everything_from_files_is_escaped(capsys, runs: Path, tmp_path: Path) ->
     assert "&lt;script&gt;" in text
 
 
+@pytest.mark.slow
 def test_unfinished_cut_and_old_runs_are_reported(capsys, runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs / "resist", run)

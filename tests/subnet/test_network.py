@@ -98,6 +98,7 @@ def job_full(seed: int) -> dict[str, Tensor]:
         return floats(zoo())
 
 
+@pytest.mark.slow
 @given(partitions(), st.booleans())
 @settings(max_examples=12)
 def test_a_subnetwork_computes_what_the_full_network_does_without_the_others(

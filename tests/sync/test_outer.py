@@ -14,6 +14,7 @@ from resist.sync.averaging import VELOCITY
 from support import floats, local_step, make, train, weights
 
 
+@pytest.mark.slow
 def test_outer_lr_1_without_momentum_is_the_plain_mean() -> None:
     plain, first = make(local_sgd(3, 2))
     outer, second = make(diloco(3, 2, optimizer_state="travel", outer=OuterSGD(1.0, 0.0)))

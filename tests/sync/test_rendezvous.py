@@ -25,6 +25,7 @@ def attempt(store: dist.Store, size: int, delays: list[float], timeout_s: float 
         return list(pool.map(agree, range(size)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delays", [[0, 0, 0], [0.3, 0, 0], [0, 0.3, 0.1]], ids=["together", "0 last", "0 first"])
 def test_every_attempt_has_a_name_of_its_own(store: dist.HashStore, delays: list[float]) -> None:
     names = [attempt(store, 3, delays) for _ in range(4)]
@@ -43,6 +44,7 @@ def test_an_interrupted_attempt_does_not_disturb_the_next(store: dist.HashStore)
     assert names[0] != old
 
 
+@pytest.mark.slow
 def test_processes_are_missing_or_computing(store: dist.HashStore) -> None:
     before = threading.active_count()
     processes = [Liveness(store, rank, 4) for rank in range(3)]  # number 3 is dead

@@ -352,6 +352,7 @@ def test_what_does_not_go_together_ends_in_one_line(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_bad_files_end_the_run_or_are_counted(capsys, tmp_path) -> None:
     vockit.draw(tmp_path)
     root = tmp_path / "VOCdevkit" / "VOC2007"

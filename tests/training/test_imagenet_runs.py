@@ -75,6 +75,7 @@ def test_train_and_evaluate(capsys: pytest.CaptureFixture[str], folder: Path, tm
     assert text == f"test accuracy {100 * records[-1]['accuracy']:.2f} %\n"
 
 
+@pytest.mark.slow
 def test_plan_and_cost_know_the_folder(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     model = ["--model", "preact_resnet200_imagenet", "--chain", "layer2", "layer3", "--json"]
     status, text, _ = resist(capsys, "plan", "--data", "folder", "--data-dir", str(folder), *model)
