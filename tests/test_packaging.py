@@ -165,14 +165,3 @@ def test_the_workflow_has_the_supported_versions() -> None:
     assert PROJECT["requires-python"] == f">={listed[0]}"
     (torch,) = (requirement for requirement in PROJECT["dependencies"] if requirement.startswith("torch>="))
     assert [entry["torch"] for entry in matrix["include"]] == [torch.removeprefix("torch>=")]
-
-
-def test_no_file_names_the_host_of_a_package_registry() -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("needs a checkout of the repository")
-    hosts = [f"{name}.{end}" for name, end in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"),
-             ("debian", "org"), ("anaconda", "org"), ("download.pytorch", "org"))]  # fmt: skip
-    files = call(["git", "-c", "safe.directory=*", "ls-files", "-z"], ROOT).split("\0")
-    for name in filter(None, files):
-        text = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
-        assert not [host for host in hosts if host.encode() in text], name

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 from torch import nn
@@ -70,21 +71,17 @@ def predict(
     # Strategies that train the full network need no chain.
     needs_chain = bool(chains) or any(stage.partitions for s in strategies for stage in s.stages)
     chosen = choose_chains(template, tuple(chains)) if needs_chain else find_chains(template)[:1]
-
-    def footprint(blocks: tuple[int, ...]) -> Network:
-        return measure(
+    prediction = _Prediction(
+        sizes=sizes_of(template, chosen),
+        footprint=partial(
+            measure,
             template,
             chosen,
-            blocks,
             batch_size=batch_size,
             image_shape=image_shape,
             build_optimizer=build_optimizer,
             loss=loss,
-        )
-
-    prediction = _Prediction(
-        sizes=sizes_of(template, chosen),
-        footprint=footprint,
+        ),
         batch_size=batch_size,
         replicate=replicate,
         rounds=rounds,
