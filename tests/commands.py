@@ -10,7 +10,6 @@ A `prelude` is a function that the command calls first; it imports what it needs
 package: what is to happen in the middle of a run then happens at its place, however busy the machine is.
 """
 
-import atexit
 import contextlib
 import ctypes
 import inspect
@@ -22,9 +21,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,32 +167,25 @@ class Commands:
 
 def serve() -> None:
     """Answer requests, each a line of JSON on stdin, until stdin is closed."""
+    from resist.training.launcher import Forked
+
     requests, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
     with contextlib.suppress(OSError, AttributeError):  # what a command leaves behind becomes a child of this process
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    commands: dict[int, Forked] = {}
     while line := requests.readline():
         request = json.loads(line)
         if "poll" in request:
-            answer = poll(request["poll"])
+            answer = commands[request["poll"]].poll()
         elif "left" in request:
             answer = len(children() - set(request["left"]))
         elif "kill" in request:
             answer = kill_children()
         else:
-            answer = os.fork()
-            if answer == 0:
-                answers.close()
-                requests.close()
-                _run(**request)
+            environment = request.pop("environment")
+            command = Forked(partial(run, **request), environment, [requests.fileno(), answers.fileno()])
+            commands[command.pid], answer = command, command.pid
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def poll(pid: int) -> int | None:
-    try:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:  # an answer that did not arrive, because the timeout of a test came first
-        return -1
-    return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def kill_children() -> None:
@@ -215,35 +207,16 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
 
 
-def _run(
-    arguments: list[str], environment: dict[str, str], folder: str, output: str, errors: str, prelude: str
-) -> None:
-    """Become an independent process, run the command and end."""
-    status = 1
-    try:
-        os.setsid()
-        for number, path in enumerate((os.devnull, output, errors)):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC * (number > 0), 0o644)
-            os.dup2(file, number)
-            os.close(file)
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(environment)
-        sys.argv = ["resist", *arguments]
-        exec(prelude, {})
-        main(arguments)
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-    finally:
-        try:
-            threading._shutdown()  # type: ignore[attr-defined]
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
+def run(arguments: list[str], folder: str, output: str, errors: str, prelude: str) -> None:
+    """Run the command in a fork of this process."""
+    for number, path in enumerate((os.devnull, output, errors)):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC * (number > 0), 0o644)
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    sys.argv = ["resist", *arguments]
+    exec(prelude, {})
+    main(arguments)
 
 
 if __name__ == "__main__":
