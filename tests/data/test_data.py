@@ -90,7 +90,7 @@ def test_images_and_labels_stay_together() -> None:
         ({"batch_size": 0}, r"`batch_size=0` is outside 1 to 23, the images that a worker draws from"),
         ({"batch_size": 24}, r"`batch_size=24` is outside 1 to 23"),
         ({"batch_size": 9, "sampling": "shard"}, r"`batch_size=9` is outside 1 to 8"),
-        ({"sampling": "some"}, r"sampling='some' is not one of all, shard"),
+        ({"sampling": "some"}, r"`sampling='some'` is not one of all, shard"),
     ],
 )
 def test_what_a_sampler_refuses(options: dict[str, object], message: str) -> None:
@@ -254,6 +254,6 @@ def test_cifar_that_is_not_to_be_had(
         with pytest.raises(UserError) as raised:
             load(name, where, download=download)
         assert str(raised.value) == (
-            f"data={name} is not complete below {where} and cannot be downloaded ({reason}); "
+            f"`data={name}` is not complete below {where} and cannot be downloaded ({reason}); "
             f"put the files of {file} into {where / folder}"
         )

@@ -280,12 +280,15 @@ def test_rounds_do_not_recompile() -> None:
 @pytest.mark.parametrize(
     ("make_job", "message"),
     [
-        (lambda: make(resist(2), scale="2/S"), r"scale='2/S' is not one of inclusion, 1/S, or a number"),
-        (lambda: make(resist(2), batchnorm="sync"), r"batchnorm='sync' is not one of recalibrate, average, batch"),
-        (lambda: make(resist(2, optimizer_state="lose")), r"optimizer_state='lose' is not one of reset, keep, travel"),
+        (lambda: make(resist(2), scale="2/S"), r"`scale='2/S'` is not one of inclusion, 1/S, or a number"),
+        (lambda: make(resist(2), batchnorm="sync"), r"`batchnorm='sync'` is not one of recalibrate, average, batch"),
+        (
+            lambda: make(resist(2, optimizer_state="lose")),
+            r"`optimizer_state='lose'` is not one of reset, keep, travel",
+        ),
         (
             lambda: make(switch(resist(2), resist(2, optimizer_state="lose"), at_round=1)),
-            r"optimizer_state='lose' is not one of",
+            r"`optimizer_state='lose'` is not one of",
         ),
         (lambda: make(resist(7)), r"`workers=7` exceeds the 6 blocks of chain layer3:1-6"),
         (

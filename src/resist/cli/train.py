@@ -58,11 +58,7 @@ def resumed(config: TrainConfig, given: frozenset[str]) -> TrainConfig:
     after = TrainConfig(**parts)
     # The same number of images in all.
     epochs = before.optimization.epochs * before.method.workers / max(1, after.method.workers)
-    return replace(
-        after,
-        optimization=replace(after.optimization, epochs=epochs),
-        run=replace(after.run, resume=config.run.resume),
-    )
+    return replace(after, optimization=replace(after.optimization, epochs=epochs))
 
 
 def run_train(config: TrainConfig, given: frozenset[str]) -> int:

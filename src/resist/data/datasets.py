@@ -145,7 +145,7 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
                 sets = [dataset_class(data_dir, train=train, download=True) for train in (True, False)]
             except Exception as error:  # any error of the connection or of the files
                 raise UserError(
-                    f"data={name} is not complete below {data_dir} and cannot be downloaded ({first_line(error)}); "
+                    f"`data={name}` is not complete below {data_dir} and cannot be downloaded ({first_line(error)}); "
                     f"put the files of {dataset_class.filename} into {data_dir / folder}"
                 ) from error
     mean, std = NORMALISATION[name]

@@ -42,7 +42,7 @@ class Sampler:
         self, num: int, *, batch_size: int, seed: int, worker: int, workers: int, sampling: str = "all"
     ) -> None:
         if sampling not in SAMPLINGS:
-            raise UserError(f"sampling={sampling!r} is not one of {', '.join(SAMPLINGS)}")
+            raise UserError(f"`sampling={sampling!r}` is not one of {', '.join(SAMPLINGS)}")
         self.batch_size, self.seed, self.worker = batch_size, seed, worker
         self.pool = torch.arange(num)
         if sampling == "shard":

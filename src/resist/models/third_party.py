@@ -52,19 +52,19 @@ def build_third_party(name: str, *, num_classes: int, image_size: int | None = N
     library, _, library_name = name.partition(":")
     builders = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
     if library not in builders:
-        raise UserError(f"model={name!r}: {library!r} is not one of {', '.join(LIBRARIES)}")
+        raise UserError(f"`model={name!r}`: {library!r} is not one of {', '.join(LIBRARIES)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries warn that the weights are not trained yet
         try:
             return builders[library](library_name, num_classes, image_size)
         except UserError as error:
-            raise UserError(f"model={name!r}: {error}") from error
+            raise UserError(f"`model={name!r}`: {error}") from error
         except (NotImplementedError, torch.OutOfMemoryError):
             raise  # the constructor reads its weights, so that the network cannot be built on the meta device
         except Exception as error:  # the library's own: anything may prevent a network for these images
             images = "" if image_size is None else f" for images of {image_size} x {image_size}"
             raise UserError(
-                f"model={name!r} cannot be built{images}: {first_line(error)}; choose another model, or larger images"
+                f"`model={name!r}` cannot be built{images}: {first_line(error)}; choose another model, or larger images"
             ) from error
 
 
@@ -86,14 +86,16 @@ def check_logits(model: nn.Module, name: str, image_size: int, num_classes: int)
             logits = model.eval()(images)
     except Exception as error:  # any error of the network's own code
         raise UserError(
-            f"model={name!r} does not accept images of {image_size} x {image_size}: {first_line(error)}; choose data "
+            f"`model={name!r}` does not accept images of {image_size} x {image_size}: {first_line(error)}; choose data "
             "with larger images, or another model"
         ) from error
     if not isinstance(logits, Tensor):
-        raise UserError(f"model={name!r} returns a {type(logits).__name__}, not logits; choose a classification model")
+        raise UserError(
+            f"`model={name!r}` returns a {type(logits).__name__}, not logits; choose a classification model"
+        )
     if logits.shape != (2, num_classes):
         raise UserError(
-            f"model={name!r} returns the shape {tuple(logits.shape)} for two images, not (2, {num_classes}); "
+            f"`model={name!r}` returns the shape {tuple(logits.shape)} for two images, not (2, {num_classes}); "
             "choose a classification model"
         )
 

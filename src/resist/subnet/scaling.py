@@ -64,7 +64,7 @@ def chain_scales(scale: str | float, plan: RoundPlan) -> list[float]:
     if not isinstance(scale, str):
         return [float(scale)] * len(plan.plans)
     if scale not in ("inclusion", "1/S"):
-        raise UserError(f"scale={scale!r} is not one of inclusion, 1/S, or a number")
+        raise UserError(f"`scale={scale!r}` is not one of inclusion, 1/S, or a number")
     return [
         sum(chain.capacities) / chain.workers / chain.num_blocks
         if chain.held_by_all or scale == "inclusion"

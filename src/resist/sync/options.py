@@ -39,4 +39,4 @@ def check_options(strategy: Strategy, *, batchnorm: str, on_nonfinite: str, repl
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}")
+        raise UserError(f"`{name}={value!r}` is not one of {', '.join(choices)}")
