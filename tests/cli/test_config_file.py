@@ -14,8 +14,8 @@ from resist.cli import COMMANDS, main, train
 from resist.cli.parse import parse
 from resist.cli.train import MAY_CHANGE, resumed
 from resist.errors import UserError
-from resist.runs.config import MethodConfig, OptimizationConfig, RunConfig, TrainConfig, from_json
-from resist.runs.history import read_config_file
+from resist.runs.config import MethodConfig, OptimizationConfig, RunConfig, TrainConfig
+from resist.runs.config_file import from_json, read_config_file
 
 RECORDS = {name: record for name, (record, _) in COMMANDS.items()}
 SMALL = [

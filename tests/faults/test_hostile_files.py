@@ -17,9 +17,10 @@ from torch import Tensor
 from resist.errors import UserError
 from resist.planning.strategy import resist
 from resist.runs.checkpoint import FORMAT, Checkpoints, _digest, complete, newest, read_job, restore, verify
-from resist.runs.config import NetworkConfig, RunConfig, TrainConfig, from_json
+from resist.runs.config import NetworkConfig, RunConfig, TrainConfig
+from resist.runs.config_file import from_json, read_config
 from resist.runs.directory import Run
-from resist.runs.history import read_config, read_history, read_past
+from resist.runs.history import read_history, read_past
 from resist.runs.tensor_file import read_description, read_tensors, verify_tensors, write_tensors
 from resist.subnet.chains import choose_chains
 from resist.training.progress import Summary

@@ -16,8 +16,8 @@ from resist.runs.config import (
     OptimizationConfig,
     RunConfig,
     TrainConfig,
-    from_json,
 )
+from resist.runs.config_file import from_json
 
 CHANGED = TrainConfig(
     network=NetworkConfig(data="cifar10", data_dir=Path("d"), model_args=("depths=1,2,3,4",), chain=("layer3:1-2",)),

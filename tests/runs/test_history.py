@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from resist.errors import UserError
 from resist.runs.config import TrainConfig
+from resist.runs.config_file import read_config, read_options
 from resist.runs.directory import Run
-from resist.runs.history import missing_rounds, read_config, read_history, read_options, read_past
+from resist.runs.history import missing_rounds, read_history, read_past
 from resist.training.progress import Summary
 
 

@@ -298,5 +298,5 @@ def test_what_cannot_be_kept_safe_is_refused() -> None:
         make(resist(1, 2), replicate=True)
     with pytest.raises(UserError, match="ddp averages"):
         make(ddp(1), on_nonfinite="drop")
-    with pytest.raises(UserError, match="on_nonfinite='ignore' is not one of stop, drop"):
+    with pytest.raises(UserError, match="`on_nonfinite='ignore'` is not one of stop, drop"):
         make(resist(2, 2), on_nonfinite="ignore")

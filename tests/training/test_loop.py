@@ -10,8 +10,8 @@ from resist.data import load
 from resist.errors import AgreedError, UserError
 from resist.models import build
 from resist.runs.config import NetworkConfig, OptimizationConfig, RunConfig, TrainConfig
+from resist.runs.config_file import read_config
 from resist.runs.directory import Run, check_free
-from resist.runs.history import read_config
 from resist.runs.model_file import load_full, save_full
 from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of

@@ -14,7 +14,7 @@ import tyro
 from resist.cli.options import Option, config_keys, options_of, record_of, view
 from resist.errors import UserError
 from resist.runs.config import TrainConfig
-from resist.runs.history import read_config_file
+from resist.runs.config_file import read_config_file
 
 DESCRIPTION = """Train a deep residual network with a different, shallower sub-network on each worker (ResIST).
 

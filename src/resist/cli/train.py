@@ -39,7 +39,7 @@ def resumed(config: TrainConfig, given: frozenset[str]) -> TrainConfig:
     Raises:
         UserError: For options that cannot change, and for a directory that is not that of a run.
     """
-    from resist.runs.history import read_config
+    from resist.runs.config_file import read_config
 
     if config.run.resume is None:
         return config

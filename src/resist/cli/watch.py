@@ -10,9 +10,9 @@ import tyro
 
 from resist.cli.options import as_typed
 from resist.errors import UserError
+from resist.runs.config_file import read_options
 from resist.runs.directory import title_of
 from resist.runs.follower import Follower, gone, rounds_of
-from resist.runs.history import read_options
 from resist.training.progress import Display, Summary
 
 POLL_S = 0.5

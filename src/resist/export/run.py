@@ -15,7 +15,7 @@ from resist.export.folding import Fold, difference, fold
 from resist.export.recipe import Recipe, check_loads, timm_counterpart
 from resist.models import read_model_args
 from resist.runs.config import NetworkConfig, TrainConfig
-from resist.runs.history import read_config
+from resist.runs.config_file import read_config
 from resist.runs.model_file import FILE, load_full
 from resist.subnet.batchnorm import recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains

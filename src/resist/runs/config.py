@@ -8,10 +8,9 @@ needs no data, devices or other processes, and no torch.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from resist.errors import UserError
 from resist.planning.strategy import DEFAULT, METHODS, OuterSGD, Strategy, build_strategy
@@ -368,49 +367,3 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     if get_origin(hint) is tuple:
         return _choices(get_args(hint)[0])
     return get_args(hint) if get_origin(hint) is Literal else ()
-
-
-def from_json(data: object) -> TrainConfig:
-    """Return the configuration whose `to_json` gave `data`. Raises UserError, naming the entry, for other data."""
-    return _record(TrainConfig, data, "")
-
-
-def _record(record: Any, data: object, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where or 'the configuration'} is not a table of names and values")
-    hints, values = get_type_hints(record), {}
-    for name, value in data.items():
-        full = f"{where}.{name}".lstrip(".")
-        if name not in hints:
-            raise UserError(f"unknown entry {full!r}; it comes from another version of resist")
-        nested = dataclasses.is_dataclass(hints[name])
-        values[name] = _record(hints[name], value, full) if nested else _value(hints[name], value, full)
-    return record(**values)
-
-
-def _value(hint: Any, value: object, where: str) -> Any:
-    """Convert a value read from JSON to the type `hint`."""
-    inner = get_args(hint)
-    if type(None) in inner:  # an optional value
-        return None if value is None else _value(inner[0], value, where)
-    if get_origin(hint) is tuple and isinstance(value, list) and (inner[-1] is Ellipsis or len(value) == len(inner)):
-        return tuple(_value(inner[0], item, where) for item in value)
-    if get_origin(hint) is Literal and value in inner:
-        return value
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and (isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)):  # else too large
-        return float(value)
-    if type(value) is hint:
-        return value
-    raise UserError(f"{where} has the value {str(value)[:80]!r}, which is not {_form(hint)}")
-
-
-def _form(hint: Any) -> str:
-    """Describe the JSON values of a type."""
-    inner = get_args(hint)
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(inner)}"
-    if get_origin(hint) is tuple:
-        return f"a list, each entry {_form(inner[0])}" if inner[-1] is Ellipsis else f"a list of {len(inner)} numbers"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from resist.errors import UserError
 from resist.runs.config import NetworkConfig
-from resist.runs.history import read_config
+from resist.runs.config_file import read_config
 from resist.runs.model_file import FILE, ChainScale, read_full
 
 BODY, LAST_NORM = "backbone.body.", "backbone.norms.layer4."

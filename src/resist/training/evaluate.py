@@ -10,7 +10,7 @@ from torch import nn
 from resist.errors import UserError
 from resist.runs.atomic import write_atomically
 from resist.runs.config import TrainConfig
-from resist.runs.history import read_config
+from resist.runs.config_file import read_config
 from resist.runs.model_file import FILE, load_full
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains

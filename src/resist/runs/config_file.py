@@ -1,0 +1,202 @@
+"""Reader of configuration files: the config.json of a run, and the file that a user gives, which has the same form."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from resist.errors import UserError, first_line
+from resist.runs.config import TrainConfig
+
+# Entries of config.json that an earlier version wrote, and what has replaced them.
+EARLIER = {
+    "accumulate": "is now grad_accum_steps",
+    "backbone": "is now init_from",
+    "evaluations": "is now num_evals",
+    "final_norm": 'is now model_args, as in ["final_norm=true"]',
+    "loaders": "is now data_workers",
+    "nonfinite": "is now on_nonfinite",
+    "optimisation": "is now optimization",
+    "pretrained": "is now init_from",
+    "safety": "is now replicate",
+    "schedule": "is now lr_schedule",
+    "sections": 'is now model_args, as in ["depths=3,4,23,3"]',
+    "task": "follows from data; remove it",
+    "tensorboard": 'is now log, as in ["tensorboard"]',
+    "wandb": 'is now log, as in ["wandb"]',
+    "warmup_epochs": "is now warmup_rounds, which counts rounds",
+    "width": 'is now model_args, as in ["width=64"]',
+}
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of a run that resumes, or whose network is used.
+
+    Raises:
+        UserError: There is none, it is damaged, its values are invalid, or another version of resist wrote it.
+    """
+    data = _read_config_of(path)
+    for _, name in _unknown_entries(data):
+        raise UserError(_other_version(path, name))
+    try:
+        config = from_json(data)
+        config.check()
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from error
+    return config
+
+
+def read_config_file(file: Path) -> tuple[TrainConfig, frozenset[str]]:
+    """A configuration file in the form of a run's config.json, whole or in part.
+
+    Returns:
+        The configuration, with defaults for all that the file leaves out, and the names of the fields in the file.
+
+    Raises:
+        UserError: It cannot be read, or has an unknown entry or a value of the wrong type. The message names the file.
+    """
+    remedy = "give a JSON file like the config.json of a run"
+    try:
+        data = _read_json(file, f"{file} is not JSON", remedy)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; {remedy}") from error
+    for part, name in _unknown_entries(data):
+        raise UserError(f"{file}: {_unknown_entry(part, name)}")
+    try:
+        config = from_json(data)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return config, frozenset(name for values in data.values() for name in values)
+
+
+def read_options(path: Path, notes: list[str]) -> tuple[TrainConfig, dict[str, dict[str, Any]]]:
+    """The configuration of a run that is only looked at: an unknown entry or value is left out with a note.
+
+    Args:
+        path: The run directory.
+        notes: A sentence is added to it where entries were left out.
+
+    Returns:
+        The configuration, and config.json as it is in the file.
+
+    Raises:
+        UserError: There is none, it is damaged, or a whole part of it is unknown to this version.
+    """
+    data = _read_config_of(path)
+    known: dict[str, dict[str, Any]] = {f.name: {} for f in fields(TrainConfig)}
+    for part in data:
+        if part not in known:
+            raise UserError(_other_version(path, part))
+    given = {str(part): dict(values) for part, values in data.items() if isinstance(values, Mapping)}
+    unknown: list[str] = []
+    for part, values in given.items():
+        for name, value in values.items():
+            try:
+                from_json({part: {name: value}})
+                known[part][name] = value
+            except (UserError, KeyError):
+                unknown.append(str(name))
+    if unknown:
+        notes.append(f"config.json is of another version; entries that are not understood: {', '.join(unknown)}.")
+    config = from_json(known)
+    if config.method.workers < 1:
+        raise UserError(f"{path / 'config.json'} is damaged: workers={config.method.workers}; restore it")
+    return config, given
+
+
+def _read_config_of(path: Path) -> dict[str, Any]:
+    """Read the config.json of a run."""
+    file = path / "config.json"
+    try:
+        return _read_json(file, f"{file} is damaged", "restore it, or train again")
+    except OSError as error:
+        raise UserError(f"{path} is not a run directory: config.json: {error.strerror}") from error
+
+
+def _read_json(file: Path, problem: str, remedy: str) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError, with the problem and the remedy, for other content."""
+    try:
+        data = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{problem}: {first_line(error)}; {remedy}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{problem}: it is not a table of names and values; {remedy}")
+    return data
+
+
+def _unknown_entry(part: str, name: str) -> str:
+    """Describe an entry of a configuration file that this version does not have, and what to give instead."""
+    if name in EARLIER:
+        return f"{name!r}, an entry of an earlier version of resist, {EARLIER[name]}"
+    known = TrainConfig().to_json()
+    for home, values in known.items():
+        if name in values:
+            return f"unknown entry {f'{part}.{name}'.lstrip('.')!r}; it belongs to {home!r}"
+    near = get_close_matches(name, [name for part, values in known.items() for name in (part, *values)], 1)
+    hint = f"did you mean {near[0]}?" if near else "the config.json of a run has all entries"
+    return f"unknown entry {name!r}; {hint}"
+
+
+def _unknown_entries(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List what a config.json has and this version does not: ("", part), then (part, option)."""
+    parts = {f.name: {option.name for option in fields(f.default_factory())} for f in fields(TrainConfig)}  # type: ignore[operator,arg-type]
+    inside = [(part, values) for part, values in data.items() if part in parts and isinstance(values, Mapping)]
+    return [("", name) for name in data if name not in parts] + [
+        (part, name) for part, values in inside for name in values if name not in parts[part]
+    ]
+
+
+def _other_version(path: Path, entry: str) -> str:
+    version = "an earlier" if entry in EARLIER else "another"
+    return (
+        f"{path} was written by {version} version of resist (its config.json has the entry {entry!r}); "
+        "train again, or use that version"
+    )
+
+
+def from_json(data: object) -> TrainConfig:
+    """Return the configuration whose `to_json` gave `data`. Raises UserError, naming the entry, for other data."""
+    return _record(TrainConfig, data, "")
+
+
+def _record(record: Any, data: object, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where or 'the configuration'} is not a table of names and values")
+    hints, values = get_type_hints(record), {}
+    for name, value in data.items():
+        full = f"{where}.{name}".lstrip(".")
+        if name not in hints:
+            raise UserError(f"unknown entry {full!r}; it comes from another version of resist")
+        nested = is_dataclass(hints[name])
+        values[name] = _record(hints[name], value, full) if nested else _value(hints[name], value, full)
+    return record(**values)
+
+
+def _value(hint: Any, value: object, where: str) -> Any:
+    """Convert a value read from JSON to the type `hint`."""
+    inner = get_args(hint)
+    if type(None) in inner:  # an optional value
+        return None if value is None else _value(inner[0], value, where)
+    if get_origin(hint) is tuple and isinstance(value, list) and (inner[-1] is Ellipsis or len(value) == len(inner)):
+        return tuple(_value(inner[0], item, where) for item in value)
+    if get_origin(hint) is Literal and value in inner:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and (isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)):  # else too large
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise UserError(f"{where} has the value {str(value)[:80]!r}, which is not {_form(hint)}")
+
+
+def _form(hint: Any) -> str:
+    """Describe the JSON values of a type."""
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(inner)}"
+    if get_origin(hint) is tuple:
+        return f"a list, each entry {_form(inner[0])}" if inner[-1] is Ellipsis else f"a list of {len(inner)} numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
