@@ -510,10 +510,10 @@ def test_a_model_without_a_chain_can_be_trained_whole() -> None:
         ({"strategies": [resist(2, 5), local_sgd(2, 50)]}, "strategies with 5 and 50 local steps"),
         ({"speed": [Speed(1)] * 3}, "3 speeds for 2 workers"),
         ({"strategies": [resist(2), resist(3)], "speed": [Speed(1)] * 3}, "3 speeds for 2 or 3 workers"),
-        ({"strategies": [resist(2, optimizer_state="lost")]}, "'lost' is not one of"),
+        ({"strategies": [resist(2, optimizer_state="lost")]}, "`optimizer_state='lost'` is not one of"),
         ({"strategies": ["resist"]}, "strategy='resist' is not a Strategy"),
         ({"strategies": [resist(2), local_sgd(2), resist(2, min_depth=2)]}, "resist with 2 workers is given 2 times"),
-        ({"batchnorm": "avg"}, "batchnorm='avg' is not one of recalibrate, average, batch"),
+        ({"batchnorm": "avg"}, "`batchnorm='avg'` is not one of recalibrate, average, batch"),
         ({"chains": ("layer9",)}, "layer9"),
     ],
 )
