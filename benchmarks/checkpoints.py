@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from provenance import provenance
+from provenance import busy_seconds, provenance
 from resist.job import Job
 from resist.models import build
 from resist.planning.strategy import resist
@@ -139,11 +139,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def pair(training: Training, number: int) -> dict[str, Any]:
     """Measure a span with a checkpoint and one without; every second pair begins with the former."""
     order = (True, False) if number % 2 else (False, True)
-    busy, begin = others_s(), time.perf_counter()
+    busy, begin = busy_seconds(), time.perf_counter()
     spans = {saves: training.span(saves=saves) for saves in order}
     passed = time.perf_counter() - begin
     cpu = sum(span["cpu_s"] for span in spans.values())
-    others = round((others_s() - busy - cpu) / (passed * (os.cpu_count() or 1)), 3)
+    others = round((busy_seconds() - busy - cpu) / (passed * (os.cpu_count() or 1)), 3)
     print(json.dumps({"with": spans[True]["s"], "without": spans[False]["s"], "others": others}), flush=True)
     return {"with": spans[True], "without": spans[False], "others": others}
 
@@ -158,15 +158,6 @@ def summary(values: list[float]) -> dict[str, float]:
     """Return median, minimum and maximum."""
     values_of = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: round(value, 4) for name, value in values_of.items()}
-
-
-def others_s() -> float:
-    """Return the seconds that all processors together have worked; 0 where the system does not count them."""
-    try:
-        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-    except OSError:
-        return 0.0
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

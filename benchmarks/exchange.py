@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from competitors import Method, make
-from provenance import provenance
+from provenance import busy_seconds, provenance
 from resist.models import build
 
 RESULTS = Path(__file__).parent / "results" / "exchange.jsonl"
@@ -129,15 +129,6 @@ def repeat(methods: list[Method]) -> Repetition:
     others = torch.tensor((busy_seconds() - busy - float(took)) / available, dtype=torch.float64)
     dist.broadcast(others, 0)
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "others": float(others)}
-
-
-def busy_seconds() -> float:
-    """Return the busy seconds of all processors, with time stolen by a hypervisor; 0 if unknown."""
-    try:
-        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-    except OSError:
-        return 0.0
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def summary(repetitions: list[Repetition], wanted: int) -> dict[str, object]:

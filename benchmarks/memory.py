@@ -40,6 +40,7 @@ import resist
 from competitors import momentum_sgd
 from provenance import provenance
 from resist.models import build
+from resist.planning.strategy import build_strategy
 from resist.sync.local import Local
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
@@ -118,15 +119,14 @@ def start(part: Mapping[str, object], processes: int = 1) -> list[dict[str, int]
     return [json.loads(output) for output in outputs]
 
 
-def strategy_of(name: str, workers: int, **kwargs: str) -> resist.Strategy:
-    return (resist.resist if name == "resist" else resist.local_sgd)(workers, 1, **kwargs)  # type: ignore[arg-type]
-
-
 def train(args: argparse.Namespace, strategy: str, batch: int) -> dict[str, int]:
     warm_up(args)
     baseline = begin(args.device)
     job = resist.Job(
-        lambda: network(args), strategy_of(strategy, args.workers), transport=Alone(args.workers), device=args.device
+        lambda: network(args),
+        build_strategy(strategy, args.workers, 1),
+        transport=Alone(args.workers),
+        device=args.device,
     )
     building = peak(args.device) - baseline
     held = begin(args.device) - baseline
@@ -158,7 +158,7 @@ def warm_up(args: argparse.Namespace) -> None:
 def exchange(args: argparse.Namespace, strategy: str, state: str, rank: int, folder: str) -> dict[str, int]:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.workers)
-    chosen = strategy_of(strategy, args.workers, optimizer_state=state)
+    chosen = build_strategy(strategy, args.workers, 1, optimizer_state=state)
     job = resist.Job(lambda: network(args), chosen, device=args.device)
     optimizer = momentum_sgd(job.model)
     if state == "reset":

@@ -13,6 +13,7 @@ from resist.cost import Traffic
 from resist.cost.footprint import build_on_meta, sizes_of
 from resist.cost.traffic import mean_traffic, paper_bytes, round_traffic
 from resist.models import build
+from resist.planning.strategy import build_strategy
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.sync.local import Local
@@ -39,7 +40,7 @@ def builder(record: Record) -> Build:
 
 
 def strategy_of(name: str, workers: int, state: str) -> resist.Strategy:
-    return (resist.resist if name == "resist" else resist.local_sgd)(workers, 1, optimizer_state=state)
+    return build_strategy(name, workers, 1, optimizer_state=state)
 
 
 @dataclass(frozen=True)

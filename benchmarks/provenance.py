@@ -1,4 +1,4 @@
-"""Provenance of a measurement: machine, versions, commit, date."""
+"""Circumstances of a measurement: machine, versions, commit, date, and what the processors do."""
 
 import os
 import platform
@@ -24,3 +24,12 @@ def provenance() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def busy_seconds() -> float:
+    """Return the busy seconds of all processors, with time stolen by a hypervisor; 0 if unknown."""
+    try:
+        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    except OSError:
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

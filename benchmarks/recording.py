@@ -32,7 +32,7 @@ from resist.training.recorder import Recorder
 from resist.training.train import train
 
 RESULTS = Path(__file__).parent / "results" / "recording.jsonl"
-WAYS = {"metrics.jsonl": {}, "display": {}, "tensorboard": {"tensorboard": True}, "wandb": {"wandb": True}}
+WAYS = {"metrics.jsonl": (), "display": (), "tensorboard": ("tensorboard",), "wandb": ("wandb",)}  # name: loggers
 LOCAL_STEPS = 10
 SHORT, LONG = 2, 8  # rounds of the two runs whose difference is the cost of a round
 DRAWING_S = 10.0
@@ -87,7 +87,7 @@ def small_round(folder: Path) -> tuple[float, list[dict[str, Any]]]:
 
 def per_round(path: Path, way: str, records: list[dict[str, Any]], rounds: int) -> float:
     """Return the processor seconds to record a round in one way, with metrics.jsonl, which is always written."""
-    config = TrainConfig(machine=MachineConfig(no_progress=True, **WAYS[way]))
+    config = TrainConfig(machine=MachineConfig(no_progress=True, log=WAYS[way]))
     run = Run(path, config)
     loggers = open_loggers(config, path, [])
     with Recorder(config, rounds, run, loggers, lambda: False) as recorder:

@@ -38,14 +38,16 @@ TORCH_DISTRIBUTED = {"sync/distributed.py"}
 
 
 def imports(file: str) -> set[str]:
-    """Dotted names of all that a file imports, wherever in it: `from a import b` counts as a and a.b."""
+    """Dotted names of all that a file imports, wherever in it: `from a import b` counts as a and a.b, as does `a.b`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.module, f"{file}: imports are absolute"
+            assert node.level == 0, f"{file}: imports are absolute"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add(f"{node.value.id}.{node.attr}")
     return found
 
 
@@ -57,6 +59,7 @@ def room(file: str) -> str:
 def rooms(file: str) -> set[str]:
     """The rooms of the package that a file imports from."""
     names = {name.split(".")[1] for name in imports(file) if name.startswith("resist.")}
+    names |= {getattr(resist, name).__module__.split(".")[1] for name in names & set(resist.__all__)}
     return names & {room(each) for each in FILES}
 
 

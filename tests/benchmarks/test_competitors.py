@@ -1,14 +1,9 @@
 """Tests of the competitors: they compute the same means as this package, with other messages."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import competitors
 from pool import Pool

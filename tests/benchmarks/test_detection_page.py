@@ -1,17 +1,12 @@
 """Tests of the detection benchmark: the data set that it makes, and its section of docs/results.md."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
+import detection
 import vockit
 from resist.data.voc import load_voc
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import detection  # noqa: E402
 
 RECORD = {
     "setting": "overfit", "model": "m", "sections": [1], "width": 8, "workers": 2,

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
+import model_page
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import model_page  # noqa: E402
-
 PAGE = BENCHMARKS.parent / "docs" / "models.md"
 
 

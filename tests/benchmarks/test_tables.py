@@ -11,16 +11,13 @@ from typing import Any
 import pytest
 from torch import nn
 
+import accuracy
+import paper_tables
+import tables
 from resist.cost import Link, Speed, predict
 from resist.planning.strategy import ddp
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import accuracy  # noqa: E402
-import paper_tables  # noqa: E402
-import tables  # noqa: E402
-
 footprints = importlib.import_module("resist.cost.predict")  # the package has a function of this name
 
 SMALL = {"model": "preact_small", "width": 4, "num_classes": 10}

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import namespaces
+import wire
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import namespaces  # noqa: E402
-import wire  # noqa: E402
-
 # Blocks of 1.2 MB: small enough for seconds, large enough for headers and barriers to be less than 1 %.
 SMALL = ["--rate", "1gbit", "--depths", "1", "1", "9", "1", "--width", "32", "--local-steps", "2", "--rounds", "2"]
 COMMAND = [sys.executable, str(BENCHMARKS / "wire.py"), *SMALL, "--batch", "1", "--no-record", "--json"]

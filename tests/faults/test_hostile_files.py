@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -59,6 +59,7 @@ PATHS = [(part, name) for part, values in TrainConfig().to_json().items() for na
 
 @settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(PATHS), ODD | JSON), min_size=1, max_size=3))
+@example([(("optimization", "lr"), 10**400)])  # JSON has no largest number
 def test_mutated_configurations(changes: list[tuple[tuple[str, str], Any]]) -> None:
     data: Any = TrainConfig(
         network=NetworkConfig(model_args=("width=8",)), run=RunConfig(until=("rounds=3",))
