@@ -27,7 +27,7 @@ from resist.sync.local import Local
 from resist.tasks import image_shape, network_builder, open_task
 from resist.tasks.backbone import BackboneInit
 from resist.tasks.detection import Detection, image_transform
-from resist.training.trainer import Trainer
+from resist.training.trainer import Trainer, make_sampler
 
 SMALL = NetworkConfig(data="voc2007", model_args=("depths=1,1,5,1", "width=4"), image_size=36, data_workers=0)
 ARGUMENTS = [
@@ -60,7 +60,9 @@ def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def trainers_of(task: Detection, job: Job, config: TrainConfig) -> list[Trainer]:
-    return [Trainer(config, worker, task) for worker in job.workers]
+    return [
+        Trainer(config, worker, task, make_sampler(config, task.num_images, worker.index)) for worker in job.workers
+    ]
 
 
 CONFIG = TrainConfig(network=SMALL, optimization=OptimizationConfig(batch_size=2, lr=0.01))

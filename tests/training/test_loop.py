@@ -22,7 +22,7 @@ from resist.sync.worker import Worker
 from resist.tasks import Classification, network_builder
 from resist.training.device import pick_device
 from resist.training.lr_schedule import evaluation_rounds, num_steps, rate
-from resist.training.trainer import Trainer
+from resist.training.trainer import Trainer, make_sampler
 
 
 def test_step_schedule_is_the_papers() -> None:
@@ -74,7 +74,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
         subnet = Subnet(model, (), ())
         subnet.load(tensors_of(model), ())
         config = TrainConfig(optimization=OptimizationConfig(batch_size=32, grad_accum_steps=parts))
-        trainer = Trainer(config, Worker(0, subnet), task)
+        trainer = Trainer(config, Worker(0, subnet), task, make_sampler(config, task.num_images, worker=0))
         loss = [float(trainer.step(step, 0.1)) for step in range(3)]
         weights.append((loss, subnet.flat.clone()))
     assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-5)
