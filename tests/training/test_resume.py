@@ -170,7 +170,7 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> N
     """Its config.json has other entries, its checkpoints another format."""
     (tmp_path / "config.json").write_text(json.dumps({"optimisation": {"epochs": 1.0}}))
     with pytest.raises(UserError, match=r"earlier version of resist .*'optimisation'") as caught:
-        resumed(TrainConfig(run=RunConfig(resume=tmp_path)), ["--resume", str(tmp_path)])
+        resumed(TrainConfig(run=RunConfig(resume=tmp_path)), frozenset({"resume"}))
     assert "\n" not in str(caught.value)
 
 

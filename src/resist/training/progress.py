@@ -115,7 +115,7 @@ class Summary:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03"""
+    """Format a duration, such as 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
