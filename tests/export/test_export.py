@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import noise, own
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from exported import noise, own
 from resist.cli import main
 from resist.export.recipe import Recipe
 from resist.models import build
