@@ -181,7 +181,7 @@ class Display:
     def restart(self, rounds: int | None) -> None:
         """Forget the records: the run started again."""
         with self._lock:
-            self.summary.__init__(rounds)
+            self.summary = Summary(rounds)
 
     def add(self, record: Mapping[str, Any], *, fresh: bool = True) -> None:
         """Add a round.

@@ -81,7 +81,7 @@ def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.
     steps = num_steps(config.optimization, samplers[0].images_per_epoch)
     out = resume or config.run.out or default_out(config)
     run_everywhere(transport, lambda: _check_before(config, task, out) if is_main else None)
-    point = find_resume_point(config, transport, is_main)
+    point = find_resume_point(config, transport)
     job = _make_job(config, task, transport, device, point)
     if is_main:
         _log_chains(job)
