@@ -1,7 +1,7 @@
-import json
+"""Detection: batches, losses, statistics and scores of a small detector."""
+
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,58 +9,27 @@ import torch
 from torch import nn
 
 import vockit
-from resist.cli import main
+from detectors import SMALL
 from resist.data.sampler import Sampler
 from resist.data.voc import load_voc
 from resist.errors import UserError
 from resist.job import Job, build_seeded
 from resist.models import build
-from resist.models.faster_rcnn import build_detector, dense_pass, sections
+from resist.models.faster_rcnn import build_detector, dense_pass
 from resist.planning.strategy import local_sgd, resist
-from resist.runs.config import MachineConfig, NetworkConfig, OptimizationConfig, TrainConfig
-from resist.runs.directory import Run
-from resist.runs.model_file import FILE, save_full
+from resist.runs.config import MachineConfig, OptimizationConfig, TrainConfig
 from resist.subnet.chains import choose_chains, find_chains
 from resist.subnet.network import tensors_of
-from resist.subnet.scaling import scale_branches
 from resist.sync.local import Local
 from resist.tasks import image_shape, network_builder, open_task
-from resist.tasks.backbone import BackboneInit
 from resist.tasks.detection import Detection, image_transform
-from resist.training.trainer import Trainer
-
-SMALL = NetworkConfig(data="voc2007", model_args=("depths=1,1,5,1", "width=4"), image_size=36, data_workers=0)
-ARGUMENTS = [
-    "--data", "voc2007", "--model-args", "depths=1,1,5,1", "width=4", "--image-size", "36",
-    "--workers", "2", "--min-depth", "0", "--batch-size", "2", "--local-steps", "2", "--device", "cpu",
-    "--data-workers", "0",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read only: a test that changes files draws its own."""
-    root = tmp_path_factory.mktemp("kit")
-    vockit.draw(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def task(kit: Path) -> Detection:
-    found = open_task(replace(SMALL, data_dir=kit), download=False)
-    assert isinstance(found, Detection)
-    return found
-
-
-def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
+from resist.training.trainer import Trainer, make_sampler
 
 
 def trainers_of(task: Detection, job: Job, config: TrainConfig) -> list[Trainer]:
-    return [Trainer(config, worker, task) for worker in job.workers]
+    return [
+        Trainer(config, worker, task, make_sampler(config, task.num_images, worker.index)) for worker in job.workers
+    ]
 
 
 CONFIG = TrainConfig(network=SMALL, optimization=OptimizationConfig(batch_size=2, lr=0.01))
@@ -210,190 +179,6 @@ def test_the_years_own_measure_comes_first(tmp_path) -> None:
     assert list(Detection.open(config).scores) == ["AP50 (area)", "AP50 (11 points)"]
 
 
-# A backbone that starts from a classification run
-
-
-def classification_run(path: Path, *, batchnorm: str = "average", **network: Any) -> Any:
-    """A finished run of ours with weights that are all different from fresh ones; its scaled full network."""
-    part = NetworkConfig(**{"model_args": ("depths=1,1,5,1", "width=4"), **network})
-    model = build_seeded(network_builder(part), 7).eval()
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
-    if batchnorm == "batch":
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean = module.running_var = module.num_batches_tracked = None
-    chains = choose_chains(model)
-    Run(path, TrainConfig(network=part)).close()
-    save_full(model, chains, [0.5], path / FILE)
-    scale_branches(model, chains, [0.5])
-    return model
-
-
-@pytest.mark.parametrize("model", ["preact_small", "preact_resnet50_imagenet"])
-def test_the_features_are_those_of_the_run(task, tmp_path, model: str) -> None:
-    """Its scale is in the weights: every section gives what it gave in the run's scaled full network."""
-    task = replace(task, build=network_builder(replace(SMALL, model=model)))
-    classifier = classification_run(tmp_path / "run", model=model)
-    started = replace(task, start=BackboneInit.read(tmp_path / "run"))
-    detector = build_seeded(started.network, 0).eval()
-    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for (name, ours), (_, expected) in zip(
-            sections(detector.backbone.body, images), sections(classifier, images), strict=True
-        ):
-            torch.testing.assert_close(ours, expected, msg=lambda text, n=name: f"{n}: {text}")
-    torch.testing.assert_close(detector.backbone.norms["layer4"].running_mean, classifier.norm.running_mean)
-    fresh = build_seeded(task.network, 0)
-    torch.testing.assert_close(detector.rpn.head.cls_logits.weight, fresh.rpn.head.cls_logits.weight)
-
-
-@pytest.mark.parametrize("more", [{"model": "preact_resnet101"}, {"batchnorm": "batch"}])
-def test_runs_without_a_last_norm_or_statistics_serve_too(task, tmp_path, more) -> None:
-    classification_run(tmp_path / "run", **more)
-    network = replace(SMALL, model=more.get("model", SMALL.model))
-    replace(task, build=network_builder(network), start=BackboneInit.read(tmp_path / "run")).network()
-
-
-@pytest.mark.parametrize(
-    ("network", "complaint"),
-    [
-        (
-            {"model_args": ("depths=1,1,5,1", "width=8")},
-            "conv1.weight differs; give the options of that run, --model preact_small --model-args depths=1,1,5,1 w",
-        ),
-        (
-            {"model_args": ("width=4", "depths=1,1,7,1", "final_norm=true")},
-            "options of that run, --model preact_small --model-args width=4 depths=1,1,7,1, and no",
-        ),
-        (
-            {"model_args": ("depths=1,1,3,1",)},
-            "options of that run, --model preact_small --model-args depths=1,1,3,1, and no",
-        ),
-    ],
-)
-def test_another_network_is_refused_in_one_line(capsys, kit, tmp_path, network, complaint: str) -> None:
-    classification_run(tmp_path / "run", **network)
-    out = tmp_path / "new"
-    status, _, err = cli(
-        capsys, "train", *ARGUMENTS, "--data-dir", str(kit), "--init-from", str(tmp_path / "run"), "--out", str(out)
-    )
-    assert (status, err.count("\n")) == (2, 1)
-    assert complaint in err
-    assert not out.exists()
-
-
-# The command line
-
-
-@pytest.mark.slow
-def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
-    """Also without the run that the backbone started from, which is not needed any more."""
-    vockit.draw(tmp_path)
-    classification_run(tmp_path / "start")
-    out = tmp_path / "run"
-    common = ["--data-dir", str(tmp_path), "--processes", "1", "--out", str(out), "--num-evals", "1"]
-    status, text, err = cli(
-        capsys, "train", *ARGUMENTS, *common, "--epochs", "4", "--until", "rounds=2",
-        "--init-from", str(tmp_path / "start"),
-    )  # fmt: skip
-    assert (status, err) == (0, "")
-    assert "chain backbone.body.layer3:1-4: 4 blocks, the workers hold 2 2" in text
-    assert "test AP50 (11 points)" in text
-    assert "accuracy" not in text
-    record = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert record["round"] == 2
-    assert list(record["scores"]) == ["AP50 (11 points)", "AP50 (area)"]
-    assert record["accuracy"] == record["scores"]["AP50 (11 points)"]
-    (tmp_path / "start").rename(tmp_path / "gone")
-    status, text, _ = cli(capsys, "evaluate", str(out), "--device", "cpu")
-    assert status == 0
-    values = record["scores"].values()
-    assert text == "".join(f"test {n} {100 * v:.2f} %\n" for n, v in zip(record["scores"], values, strict=True))
-    status, _, err = cli(capsys, "train", "--resume", str(out))
-    assert (status, err) == (0, "")
-    rounds = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert rounds == [1, 2, 3]  # the budget is used up again
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--data", "coco"], "--data coco is not known; choose one of"),
-        (
-            ["--data", "voc2007", "--model", "timm:resnet50"],
-            "--data voc2007 needs a pre-activation ResNet as the detector's",
-        ),
-        (["--config", "splits.json"], "network.splits has no effect with --data digits"),
-        (["--image-size", "64"], "--image-size has no effect with --data digits"),
-        (["--init-from", "x"], "--init-from 'x' is not of the form timm:FILE"),
-        ([*ARGUMENTS, "--model-args", "final_norm=true"], "--model-args final_norm has no effect with --data voc2007"),
-        ([*ARGUMENTS, "--config", "smoothing.json"], "optimization.label_smoothing has no effect with --data voc2007"),
-        ([*ARGUMENTS, "--init-from", "timm:x"], "--init-from timm:x has no effect with this network; give --model"),
-        ([*ARGUMENTS, "--compile"], "--compile does not support detection"),
-        ([*ARGUMENTS, "--init-from", "/nonexistent"], "/nonexistent is not a run directory"),
-        ([*ARGUMENTS, "--batch-size", "5"], "--batch-size 5 is outside 1 to 4"),
-        ([*ARGUMENTS, "--image-size", "4"], "--image-size 4 is too small; give at least 32"),
-        ([*ARGUMENTS, "--config", "splits.json"], "other.txt: not found; give network.splits two of test, trainval"),
-        ([*ARGUMENTS, "--workers", "5"], "--workers 5 exceeds the 4 blocks of chain backbone.body.layer3:1-4"),
-    ],
-)
-def test_what_does_not_go_together_ends_in_one_line(
-    capsys, kit, tmp_path, monkeypatch, arguments, complaint: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("splits.json").write_text('{"network": {"splits": ["trainval", "other"]}}')
-    Path("smoothing.json").write_text('{"optimization": {"label_smoothing": 0.1}}')
-    out = tmp_path / "run"
-    status, _, err = cli(capsys, "train", "--data-dir", str(kit), "--processes", "1", *arguments, "--out", str(out))
-    assert (status, err.count("\n")) == (2, 1)
-    assert complaint in err
-    assert not out.exists()
-
-
-@pytest.mark.slow
-def test_bad_files_end_the_run_or_are_counted(capsys, tmp_path) -> None:
-    vockit.draw(tmp_path)
-    root = tmp_path / "VOCdevkit" / "VOC2007"
-    photograph, text = root / "JPEGImages" / "000002.jpg", root / "Annotations" / "000003.xml"
-    whole = text.read_text()
-    common = [*ARGUMENTS, "--data-dir", str(tmp_path), "--processes", "1", "--epochs", "1", "--num-evals", "1"]
-    text.write_text(whole[:-30])
-    status, _, err = cli(capsys, "train", *common, "--out", str(tmp_path / "a"))
-    assert (status, err.count("\n")) == (2, 1)
-    assert err.startswith(f"resist: {text}: not complete XML")
-    photograph.write_bytes(photograph.read_bytes()[:-500])
-    status, text_out, err = cli(capsys, "train", *common, "--skip-bad-files", "--out", str(tmp_path / "b"))
-    assert (status, err) == (0, "")
-    for split in ("trainval", "test"):
-        listed = root / "ImageSets" / "Main" / f"{split}.txt"
-        assert f"resist: {listed}: left out 2 photographs, first {photograph}: cannot be read as a picture" in text_out
-    text.write_text(whole)  # what is only seen when it is decoded ends the run then
-    status, _, err = cli(capsys, "train", *common, "--out", str(tmp_path / "c"))
-    assert (status, err.count("\n")) == (2, 1)
-    assert err.startswith(f"resist: {photograph}: cannot be read as a picture")
-
-
-def test_training_that_diverges_says_so(capsys, kit, tmp_path) -> None:
-    status, _, err = cli(
-        capsys, "train", *ARGUMENTS, "--data-dir", str(kit), "--processes", "1", "--lr", "1e20", "--epochs", "4",
-        "--out", str(tmp_path / "run"),
-    )  # fmt: skip
-    assert (status, err.count("\n")) == (2, 1)
-    assert "training diverged" in err
-
-
-def test_plan_and_cost_know_detectors(capsys) -> None:
-    network = ["--data", "voc2007", "--image-size", "64", "--model-args", "depths=1,1,5,1"]
-    status, text, _ = cli(capsys, "plan", *network, "--workers", "2", "--min-depth", "0", "--json")
-    assert status == 0
-    assert json.loads(text)["chains"][0]["name"] == "backbone.body.layer3:1-4"
-    status, text, _ = cli(capsys, "cost", *network, "--workers", "2", "--batch-size", "2", "--json")
-    assert status == 0
-    assert {row["strategy"] for row in json.loads(text)["strategies"]} == {"resist", "local_sgd", "diloco", "ddp"}
-
-
 def test_costs_count_every_weight() -> None:
     """What is counted reaches all of them, and a photograph's tensor has the shape that is assumed."""
     model = build_seeded(network_builder(SMALL), 0)
@@ -435,32 +220,6 @@ def test_everyone_holds_everything_is_local_sgd(task) -> None:
         job.step(*(trainer.optimizer for trainer in trainers))
     assert all(0 < loss < 20 for loss in losses)
     assert torch.equal(job.workers[0].subnet.shared, job.workers[1].subnet.shared)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
-def test_two_workers_learn_four_photographs(commands, tmp_path, processes: int) -> None:
-    """They learn, which needs correct boxes, labels, averages, scale and evaluation."""
-    vockit.draw(tmp_path)
-    arguments = [
-        *ARGUMENTS,
-        "--data-dir",
-        str(tmp_path),
-        "--model-args",
-        "depths=1,1,5,1",
-        "width=8",
-        "--image-size",
-        "48",
-        "--local-steps",
-        "10",
-    ]
-    schedule = ["--epochs", "30", "--lr", "0.02", "--lr-schedule", "cosine", "--lr-warmup-steps", "10"]
-    arguments += ["--num-evals", "1", "--processes", str(processes), "--out", str(tmp_path / "run")]
-    done = commands.run("train", *arguments, *schedule)
-    assert (done.returncode, done.stderr) == (0, "")
-    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert record["accuracy"] > 0.6
-    assert record["capacity"] == {"backbone.body.layer3:1-4": [2, 2]}
 
 
 def test_photographs_of_a_set_are_those_of_the_command_line(kit) -> None:

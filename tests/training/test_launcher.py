@@ -121,6 +121,16 @@ def test_a_signal_is_passed_on_to_all(
     assert all(process.returncode is not None for process in started)
 
 
+def test_a_hangup_is_ignored_under_nohup(scripted: Callable[[str], list[subprocess.Popen[bytes]]]) -> None:
+    scripted("os.kill(os.getppid(), signal.SIGHUP); time.sleep(0.5)")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch([], 2, 60.0, 2) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_workers_do_not_outlive_the_launcher(tmp_path: Path) -> None:
     """A launcher that is killed closes its end of the pipe, and the workers get SIGTERM."""
     script = (

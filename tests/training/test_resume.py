@@ -170,7 +170,7 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> N
     """Its config.json has other entries, its checkpoints another format."""
     (tmp_path / "config.json").write_text(json.dumps({"optimisation": {"epochs": 1.0}}))
     with pytest.raises(UserError, match=r"earlier version of resist .*'optimisation'") as caught:
-        resumed(TrainConfig(run=RunConfig(resume=tmp_path)), ["--resume", str(tmp_path)])
+        resumed(TrainConfig(run=RunConfig(resume=tmp_path)), frozenset({"resume"}))
     assert "\n" not in str(caught.value)
 
 
@@ -182,7 +182,7 @@ def test_checkpoints_of_an_earlier_version_are_refused_in_one_line(
         path.mkdir(parents=True)
         (path / "job.json").write_text(json.dumps({"format": "resist checkpoint 2", "round": round}))
     with pytest.raises(UserError, match="round-000040 has the format 'resist checkpoint 2', not") as caught:
-        find_resume_point(TrainConfig(run=RunConfig(resume=tmp_path)), Local(4), True)
+        find_resume_point(TrainConfig(run=RunConfig(resume=tmp_path)), Local(4))
     assert "\n" not in str(caught.value)
     assert capsys.readouterr() == ("", "")
 
@@ -190,7 +190,7 @@ def test_checkpoints_of_an_earlier_version_are_refused_in_one_line(
 def test_damaged_checkpoints_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoints" / "round-000040").mkdir(parents=True)
     with pytest.raises(UserError, match="no undamaged checkpoint in"):
-        find_resume_point(TrainConfig(run=RunConfig(resume=tmp_path)), Local(4), True)
+        find_resume_point(TrainConfig(run=RunConfig(resume=tmp_path)), Local(4))
     assert "round-000040 is damaged: No such file or directory\n" in caplog.text
 
 
@@ -201,10 +201,10 @@ def test_replicas_after_the_newest_checkpoint_are_taken(tmp_path: Path) -> None:
     checkpoints.begin(job, optimizers, {})
     checkpoints.finish()
     options = TrainConfig(run=RunConfig(resume=tmp_path), method=MethodConfig(workers=2))
-    assert find_resume_point(options, Local(2), True).round == 1
+    assert find_resume_point(options, Local(2)).round == 1
     train_rounds(job, optimizers, 2)
     write_replicas(tmp_path / "replicas", job, "an attempt")
-    point = find_resume_point(options, Local(2), True)
+    point = find_resume_point(options, Local(2))
     assert (point.round, point.step) == (2, 4)
     again, others = make(resist(2, 2, min_depth=0), resume_at=(2, 4))
     point.restore(again, tuple(others))

@@ -27,7 +27,7 @@ from resist.errors import UserError, first_line
 FOLDERS = ("folder", "imagenet")
 DATASETS = ("digits", "cifar10", "cifar100", "synthetic", *FOLDERS)
 # Mean and standard deviation of each channel over the training set, for pixels in 0..1. Those of digits are computed.
-NORMALISATION = {
+NORMALIZATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "synthetic": ((0.44,) * 3, (0.25,) * 3),
@@ -109,7 +109,7 @@ def normalization_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if name == "digits":
         images = _digits()[0]
         return images.mean, images.std
-    return (MEAN, STD) if name in FOLDERS else NORMALISATION[name]
+    return NORMALIZATION[name]
 
 
 def _digits() -> tuple[Images, Images]:
@@ -148,7 +148,7 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
                     f"`data={name}` is not complete below {data_dir} and cannot be downloaded ({first_line(error)}); "
                     f"put the files of {dataset_class.filename} into {data_dir / folder}"
                 ) from error
-    mean, std = NORMALISATION[name]
+    mean, std = NORMALIZATION[name]
     train, test = (
         Images(
             torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),
@@ -170,4 +170,4 @@ def _synthetic(num: int, salt: int) -> Images:
     images = torch.randint(0, 224, (num, 3, 32, 32), generator=generator, dtype=torch.uint8)
     rows = 3 * labels[:, None] + torch.arange(2)
     images[torch.arange(num)[:, None], :, rows] += 31
-    return Images(images, labels, 10, *NORMALISATION["synthetic"], pad=4, flip=True)
+    return Images(images, labels, 10, *NORMALIZATION["synthetic"], pad=4, flip=True)

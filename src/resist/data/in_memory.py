@@ -5,7 +5,7 @@ code per image, and a run that is resumed at step t sees the batches of an unint
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import ClassVar
 
@@ -46,9 +46,7 @@ class Images:
 
     def to(self, device: torch.device | str) -> "Images":
         """Return the same images in the memory of `device`."""
-        return Images(
-            self.images.to(device), self.labels.to(device), self.num_classes, self.mean, self.std, self.pad, self.flip
-        )
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def loader(self, sampler: Sampler) -> "Loader":
         """Return the training batches of one worker; see `Loader`."""

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from resist.data.annotation import CLASSES, Objects, read_annotation
+from resist.data.annotation import Objects, read_annotation
 from resist.errors import UserError, first_line
 
 # Data set -> year, and the sets to train and to test on. The objects of the test set of 2012 are not published.
@@ -263,6 +263,3 @@ def _picture(file: Path, use: Callable[[Image.Image], Any]) -> Any:
             return use(picture)
     except Exception as error:  # it is not documented which exceptions the decoders raise
         raise UserError(f"{file}: cannot be read as a picture ({first_line(error)}); {REMEDY}") from error
-
-
-__all__ = ["CLASSES", "VOC", "Objects", "Photograph", "VocSet", "load_voc"]

@@ -3,7 +3,6 @@
     from resist.export import fold_scale
     ordinary = fold_scale(job.full_model(batches), images)          # no hooks: torch.save, torch.export, timm, ...
 
-
 | `to` | file |
 | --- | --- |
 | `safetensors` | state dict, and metadata: classes, normalization, the code that builds the network |

@@ -155,7 +155,7 @@ def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
     arguments = read_model_args(config.model, config.model_args)
     if library not in ("timm", "torchvision"):
         library, name = "resist", config.model
-        options |= {key: value for key, value in arguments.items() if value is not None}
+        options |= arguments
         if ":" in name:  # transformers:TYPE, which resist.models.build builds for an image size
             options["image_size"] = data.images.shape[-1]
     if to == "timm" and library == "resist":

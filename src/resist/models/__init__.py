@@ -3,7 +3,7 @@
 `build(name, ...)` builds the network that `resist train` trains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,31 +112,32 @@ def read_model_args(name: str, texts: Sequence[str]) -> dict[str, Any]:
         UserError: The network is unknown, or a key is not an argument of it, is given twice, or has an invalid value.
             `build` checks the bounds.
     """
-    if texts and is_third_party(name):
-        raise UserError(
-            f"`model_args={' '.join(texts)}` has no effect with `model={name}`, whose library defines its shape; "
-            "remove it"
-        )
-    if not is_third_party(name):
-        _check_known(name)
-    readers = {"depths": _numbers, "width": int, "final_norm": _truth}
-    if name in MODELS and MODELS[name].photographs:
-        del readers["final_norm"]  # these networks always have it
-    forms = {
-        "depths": "four whole numbers, as in depths=3,4,23,3",
-        "width": "a whole number",
-        "final_norm": "true or false",
+    if is_third_party(name):
+        if texts:
+            raise UserError(
+                f"`model_args={' '.join(texts)}` has no effect with `model={name}`, whose library defines its shape; "
+                "remove it"
+            )
+        return {}
+    _check_known(name)
+    readers: dict[str, tuple[Callable[[str], Any], str]] = {
+        "depths": (_numbers, "four whole numbers, as in depths=3,4,23,3"),
+        "width": (int, "a whole number"),
+        "final_norm": (_truth, "true or false"),
     }
+    if MODELS[name].photographs:
+        del readers["final_norm"]  # these networks always have it
     arguments: dict[str, Any] = {}
     for text in texts:
         key, _, value = text.partition("=")
         if key not in readers or key in arguments:
             problem = "is given twice" if key in arguments else f"is not an argument of {name}"
             raise UserError(f"`model_args={text}`: {key!r} {problem}; allowed are {', '.join(readers)}, each once")
+        read, form = readers[key]
         try:
-            arguments[key] = readers[key](value)
+            arguments[key] = read(value)
         except ValueError:
-            raise UserError(f"`model_args={text}`: {value!r} is not {forms[key]}") from None
+            raise UserError(f"`model_args={text}`: {value!r} is not {form}") from None
     return arguments
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
 
-LIBRARIES = ("torchvision", "timm", "transformers")
 # The argument that sets the image size of torchvision's networks, by the module that defines them.
 _TORCHVISION_SIZE: dict[str, Callable[[int], dict[str, object]]] = {
     "vision_transformer": lambda size: {"image_size": size},
@@ -52,7 +51,7 @@ def build_third_party(name: str, *, num_classes: int, image_size: int | None = N
     library, _, library_name = name.partition(":")
     builders = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
     if library not in builders:
-        raise UserError(f"`model={name!r}`: {library!r} is not one of {', '.join(LIBRARIES)}")
+        raise UserError(f"`model={name!r}`: {library!r} is not one of {', '.join(builders)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries warn that the weights are not trained yet
         try:
@@ -107,7 +106,7 @@ def _torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Modu
     if name not in known:
         raise UserError(f"torchvision has no classification network of that name{_similar(name, known)}")
     module = models.get_model_builder(name).__module__.rpartition(".")[2]
-    size = _TORCHVISION_SIZE.get(module) if image_size is not None else None
+    size = _TORCHVISION_SIZE.get(module)
     options: dict[str, Any] = size(image_size) if size is not None and image_size is not None else {}
     if module in ("googlenet", "inception"):  # otherwise they return auxiliary logits in training
         options |= {"aux_logits": False, "init_weights": False}

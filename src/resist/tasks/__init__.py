@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from resist.data import image_size_of, num_classes_of
-from resist.data.voc import CLASSES
+from resist.data.annotation import CLASSES
 from resist.errors import UserError
 from resist.models import read_model_args
 from resist.models.third_party import is_third_party

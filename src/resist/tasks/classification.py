@@ -109,19 +109,13 @@ def builder(config: NetworkConfig, num_classes: int, image_size: int | None = No
         num_classes: Number of logits.
         image_size: Height and width of the images in pixels; default: that of the data set.
     """
-
     arguments = read_model_args(config.model, config.model_args)
 
     def build_model() -> nn.Module:
         size = image_size or config.image_size
         if size is None and is_third_party(config.model):  # our own networks accept images of any size
             size = image_size_of(config.data)
-        model = build(
-            config.model,
-            num_classes=num_classes,
-            image_size=size,
-            **arguments,
-        )
+        model = build(config.model, num_classes=num_classes, image_size=size, **arguments)
         # On the meta device there are no weights to fill, and the file may be missing.
         if config.init_from is not None and not next(model.parameters()).is_meta:
             start_from(model, config.init_from)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from resist.data.annotation import Objects
+from resist.data.annotation import CLASSES, Objects
 from resist.data.image_folder import MEAN, STD
 from resist.data.loader import Stream, in_order
 from resist.data.sampler import Sampler
-from resist.data.voc import CLASSES, IMAGE_SIZE, Item, VocSet, fitted, load_voc, longer
+from resist.data.voc import IMAGE_SIZE, Item, VocSet, fitted, load_voc, longer
 from resist.models.faster_rcnn import build_detector
 from resist.models.pretrained import start_from
 from resist.planning.plan import keyed_int

@@ -46,8 +46,6 @@ class Child(Protocol):
 
     @property
     def pid(self) -> int: ...
-    @property
-    def returncode(self) -> int | None: ...
     def poll(self) -> int | None: ...
     def wait(self) -> int: ...
     def send_signal(self, sig: int, /) -> None: ...
@@ -100,7 +98,7 @@ def launch(
 
     The processes print for themselves. When one fails, the others get a moment to report it and are then killed. On
     SIGTERM, SIGINT or SIGHUP all of them get SIGTERM, and are killed if that takes longer than `timeout_s` (or at a
-    second SIGINT).
+    second SIGINT). SIGHUP stays ignored where it was, as under nohup.
 
     Args:
         arguments: The command line, without the program's name.
@@ -351,7 +349,8 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield received
         return
-    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in ENDING}
+    ours = [number for number in ENDING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in ours}
     before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how a fork ended
     try:
         yield received

@@ -139,7 +139,7 @@ class Training:
         return torch.full((len(self.trainers),), math.nan, device=self.device)
 
     def _end_round(
-        self, losses: Sequence[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
+        self, losses: list[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
     ) -> RoundReport:
         """Do the last step of a round: compare, synchronize, test, record, save.
 
@@ -149,7 +149,7 @@ class Training:
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimization.batch_size
         compute_s = lap()
         stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
-        values = torch.stack(list(losses)).cpu()
+        values = torch.stack(losses).cpu()
         nonfinite = self._nonfinite(values)
         report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
         last, plan = report.stop or last, job.plan

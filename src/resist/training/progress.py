@@ -115,7 +115,7 @@ class Summary:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03"""
+    """Format a duration, such as 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
@@ -181,7 +181,7 @@ class Display:
     def restart(self, rounds: int | None) -> None:
         """Forget the records: the run started again."""
         with self._lock:
-            self.summary.__init__(rounds)
+            self.summary = Summary(rounds)
 
     def add(self, record: Mapping[str, Any], *, fresh: bool = True) -> None:
         """Add a round.

@@ -36,7 +36,7 @@ class ResumePoint:
     restore: Callable[[Job, tuple[Optimizer, ...]], None] = lambda job, optimizers: None
 
 
-def find_resume_point(config: TrainConfig, transport: Transport, is_main: bool) -> ResumePoint:
+def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
     """Find the newest undamaged checkpoint, or replicas that survivors of a loss wrote after it.
 
     The main process searches, and reports which files are damaged. With another number of workers the step is the one
@@ -45,13 +45,13 @@ def find_resume_point(config: TrainConfig, transport: Transport, is_main: bool) 
     Args:
         config: The options; without `resume` the run begins at its first step.
         transport: Connects the processes, all of which have to call this.
-        is_main: Whether this is the process of worker 0.
 
     Raises:
         AgreedError: All checkpoints are damaged, have another format, or are not seen by one of the processes.
     """
     if config.run.resume is None:
         return ResumePoint()
+    is_main = 0 in transport.hosted
     checkpoints, replicas = config.run.resume / "checkpoints", config.run.resume / "replicas"
     texts = transport.all_gather_text(
         run_everywhere(transport, lambda: json.dumps(_search(checkpoints, replicas)) if is_main else "")

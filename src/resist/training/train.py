@@ -75,18 +75,19 @@ def open_data(config: TrainConfig, *, download: bool = True) -> Task:
 def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.device) -> int:
     """Make or resume the job and the run directory, and train. Returns the exit status."""
     is_main, resume = 0 in transport.hosted, config.run.resume
+    indices, num_images = {0, *transport.hosted}, task.num_images
+    samplers = run_everywhere(transport, lambda: {index: make_sampler(config, num_images, index) for index in indices})
     # Of worker 0, for all processes: shards may differ by one image, the number of rounds must not.
-    first = run_everywhere(transport, lambda: make_sampler(config, task.num_images, worker=0))
-    steps = num_steps(config.optimization, first.images_per_epoch)
+    steps = num_steps(config.optimization, samplers[0].images_per_epoch)
     out = resume or config.run.out or default_out(config)
     run_everywhere(transport, lambda: _check_before(config, task, out) if is_main else None)
-    point = find_resume_point(config, transport, is_main)
+    point = find_resume_point(config, transport)
     job = _make_job(config, task, transport, device, point)
     if is_main:
         _log_chains(job)
-    trainers = [Trainer(config, worker, task) for worker in job.workers]
     if job.step_index >= steps:
         return _all_done(resume or Path(), steps, is_main)
+    trainers = [Trainer(config, worker, task, samplers[worker.index]) for worker in job.workers]
     run_everywhere(transport, lambda: point.restore(job, tuple(trainer.optimizer for trainer in trainers)))
     run = run_everywhere(transport, lambda: Run(out, config, job.round if resume else None) if is_main else None)
     out = Path(transport.all_gather_text(str(out))[0])  # of the first process: the name may contain the time

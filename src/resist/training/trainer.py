@@ -1,4 +1,4 @@
-"""Optimizer steps of one worker, with the sampler of its images."""
+"""Optimizer steps of one worker, and the sampler of its images."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def make_sampler(config: TrainConfig, num_images: int, worker: int) -> Sampler:
         worker: Number of the worker.
 
     Raises:
-        UserError: If the worker draws from fewer images than a batch has.
+        UserError: The worker draws from fewer images than a batch has.
     """
     return Sampler(
         num_images,
@@ -37,16 +37,16 @@ class Trainer:
         config: The options of the run.
         worker: The worker, hosted by this process.
         task: Data and loss.
+        sampler: The images of each batch.
     """
 
-    def __init__(self, config: TrainConfig, worker: Worker, task: Task) -> None:
+    def __init__(self, config: TrainConfig, worker: Worker, task: Task, sampler: Sampler) -> None:
         o = config.optimization
-        self.index, self._task = worker.index, task
+        self.index, self.sampler, self._task = worker.index, sampler, task
         self.optimizer = torch.optim.SGD(
             worker.model.parameters(), lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay
         )
-        self.sampler = make_sampler(config, task.num_images, worker.index)
-        self._batches = task.batches(self.sampler)
+        self._batches = task.batches(sampler)
         self._model = torch.compile(worker.model) if config.machine.compile else worker.model
         self._parts, self._bf16 = o.grad_accum_steps, config.machine.precision == "bf16"
         self._device = worker.subnet.device
