@@ -344,7 +344,7 @@ class Job:
     def mark_anchors(self) -> None:
         """Copy the weights that begin this round.
 
-        Does nothing unless an option needs them at the end of the round.
+        Drops the copies of the last round if no option needs new ones at the end of this one.
         """
         for worker in self.workers:
             worker.begin_round(
