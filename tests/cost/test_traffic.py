@@ -12,6 +12,7 @@ from predictions import SIZES, SMALL
 from resist.cost import predict
 from resist.cost.traffic import round_traffic
 from resist.job import Job
+from resist.planning.schedule import schedule
 from resist.planning.strategy import OuterSGD, build_strategy, ddp, local_sgd, resist
 from resist.sync.optimizer_state import OPTIMIZER_STATES
 from support import BLOCKS, adamw, local_step, make, sgd, tiny
@@ -102,12 +103,16 @@ def test_ddp_sends_all_gradients_in_every_step() -> None:
 
 
 def test_replicas_are_predicted_as_they_are_sent_and_held() -> None:
-    """As the transport counts them; a worker also holds the weights that began the round."""
-    report = predict(tiny, [resist(3, 1, min_depth=0), local_sgd(3, 1)], replicate=True, **SMALL)
-    ours, everything = report.rows
+    """As the transport counts them. A worker also holds the weights that began the round, once."""
+    strategies = [resist(3, 1, min_depth=0), local_sgd(3, 1)]
+    ours, everything = predict(tiny, strategies, replicate=True, **SMALL).rows
+    (outer,) = predict(tiny, [resist(3, 1, min_depth=0, outer=OuterSGD())], replicate=True, **SMALL).rows
     job, optimizers = make(resist(3, 1, min_depth=0), replicate=True)
-    sent = 0
-    for _ in range(4):
+    sent, kept = 0, [0, 0, 0]
+    for number in range(4):
+        made = schedule(job.plan_of(number), job.plan_of(number + 1), SIZES.block_bytes, replicate=True)
+        blocks = Counter(made.keepers.values())
+        kept = [max(most, blocks[worker] * SIZES.block_bytes[0]) for worker, most in enumerate(kept)]
         local_step(job, optimizers)
         job.step(*optimizers)
         sent += job.transport.bytes["replica"]
@@ -115,7 +120,8 @@ def test_replicas_are_predicted_as_they_are_sent_and_held() -> None:
     assert 4 * ours.traffic.bytes["replica"] == pytest.approx(sent)
     start = job.workers[0].anchor
     assert start is not None
-    memory = ours.networks[0].memory
-    assert memory.replicas >= memory.weights == pytest.approx(start.nbytes, rel=0.01)
+    assert ours.networks[0].memory.weights == pytest.approx(start.nbytes, rel=0.01)
+    assert [network.memory.replicas - network.memory.weights for network in ours.networks] == kept
+    assert [network.memory.replicas for network in outer.networks] == kept
     assert everything.traffic.bytes["replica"] == 0
     assert everything.networks[0].memory.replicas == everything.networks[0].memory.weights
