@@ -72,7 +72,7 @@ class Job:
             "batch": no running statistics, as in the authors' code; the network uses the statistics of each batch, at
             test time too.
         scale: Factor of each chain block's branch in the full network. "inclusion": the probability that a worker holds
-            the block, mean capacity / num_blocks. "1/S": one over the number of workers. Or a number.
+            the block, mean capacity / num_blocks. "1/S": one over the number of workers. Or a number above 0.
         device: Device of the sub-networks.
         channels_last: Store 4-D weights in the memory format channels last.
         transport: Connects the workers. Default: torch.distributed if this process was started for it (by torchrun, or
@@ -201,14 +201,15 @@ class Job:
         Args:
             optimizers: The optimizers of all hosted workers, at least one for each.
             nonfinite: Hosted workers whose round must not count, each with the reason ("a loss of nan in step 7"),
-                treated according to `on_nonfinite`. Weights with NaN or inf are found without it.
+                treated according to `on_nonfinite`. Only the call that synchronizes reads it. Weights with NaN or inf
+                are found without it.
 
         Returns:
             True if it has synchronized.
 
         Raises:
             UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if a parameter
-                was moved out of the flat tensor.
+                was moved out of the flat tensor; if `nonfinite` has a worker that is not hosted here.
             AgreedError: If `follow` was called in some processes only.
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost.
@@ -258,7 +259,8 @@ class Job:
             nonfinite: Hosted workers whose round must not count, each with the reason; see `step`.
 
         Raises:
-            UserError: If a parameter was moved out of the flat tensor.
+            UserError: If a parameter was moved out of the flat tensor, or `nonfinite` has a worker that is not hosted
+                here.
             AgreedError: If `follow` was called in some processes only.
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost. The sub-networks may then be of neither round.
@@ -344,7 +346,7 @@ class Job:
     def mark_anchors(self) -> None:
         """Copy the weights that begin this round.
 
-        Does nothing unless an option needs them at the end of the round.
+        Drops the copies of the last round if no option needs new ones at the end of this one.
         """
         for worker in self.workers:
             worker.begin_round(

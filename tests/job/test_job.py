@@ -280,7 +280,13 @@ def test_rounds_do_not_recompile() -> None:
 @pytest.mark.parametrize(
     ("make_job", "message"),
     [
-        (lambda: make(resist(2), scale="2/S"), r"`scale='2/S'` is not one of inclusion, 1/S, or a number"),
+        (lambda: make(resist(2), scale="2/S"), r"`scale='2/S'` is not inclusion, 1/S, or a number above 0"),
+        (lambda: make(resist(2), scale=float("nan")), r"`scale=nan` is not inclusion, 1/S, or a number above 0"),
+        (lambda: make(resist(2), scale=-1), r"`scale=-1` is not inclusion"),
+        (
+            lambda: make(resist(2), on_nonfinite="drop")[0].synchronize({2: "a loss of nan"}),
+            r"nonfinite has worker 2, and this process hosts \[0, 1\]; name only those",
+        ),
         (lambda: make(resist(2), batchnorm="sync"), r"`batchnorm='sync'` is not one of recalibrate, average, batch"),
         (
             lambda: make(resist(2, optimizer_state="lose")),

@@ -57,6 +57,7 @@ def put(model: nn.Module, name: str) -> None:
         (lambda: step_with(lambda model: put(model, "extra")), r"'extra.weight' was moved .* change layers in build"),
         (lambda: Job(tiny, TWO).full_model(iter(())), r"full_model got no batches \(an iterator that is used up\?\)"),
         (lambda: Job(tiny, TWO).full_model([{"image": 0}]), r"full_model got batches of type dict; give tensors"),
+        (lambda: Job(tiny, TWO).full_model([()]), r"full_model got batches of type tuple; give tensors"),
     ],
 )
 def test_wrong_use_is_named_in_one_line(wrong: Callable[[], object], message: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from resist.errors import UserError
 from resist.job import Job
@@ -103,6 +104,19 @@ def test_conservation(net: str, chain: str) -> None:
             assert torch.equal(value, full.state_dict()[name]), name
         assert torch.equal(full(x), start(x))
         job.synchronize()
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_averages_are_conserved(net: str) -> None:
+    """As the weights are, tables of all blocks included."""
+    job = Job(NETS[net], STRATEGY, scale=1.0)
+    job.follow(*(AveragedModel(worker.model) for worker in job.workers))
+    start = build_seeded(NETS[net], 0).eval()
+    for _ in range(4):
+        job.synchronize()
+    full = job.full_model(averaged=True)
+    assert full is not None
+    assert all(torch.equal(value, full.state_dict()[name]) for name, value in start.state_dict().items())
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -124,6 +124,19 @@ def test_blocks_that_all_workers_hold_need_no_message() -> None:
     assert not schedule(some, everything, BLOCK_BYTES).held_by_all
 
 
+@given(changes())
+def test_a_replica_goes_to_the_worker_that_receives_least(case: tuple[RoundPlan, RoundPlan]) -> None:
+    plan, next_plan = case
+    made = schedule(plan, next_plan, BLOCK_BYTES, replicate=True)
+    received = [0] * plan.workers
+    for message in (*made.average, *made.hand_over):
+        received[message.target] += message.num_bytes
+    for message in made.replicas:
+        others = [worker for worker in range(plan.workers) if worker != message.source]
+        assert message.target == min(others, key=lambda worker: (received[worker], worker))
+        received[message.target] += message.num_bytes
+
+
 def test_the_work_is_proportional_to_the_messages() -> None:
     """256 workers with 16 of 1,000 blocks each: every message is made once, and no candidate's messages are."""
     plan, next_plan = (RoundPlan((partition(1000, (16,) * 256, seed=0, round=round),)) for round in (0, 1))

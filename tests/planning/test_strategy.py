@@ -8,7 +8,7 @@ import pytest
 
 import resist as package
 from resist.errors import UserError
-from resist.planning.strategy import METHODS, OuterSGD, Strategy, build_strategy, ddp, local_sgd, resist, switch
+from resist.planning.strategy import METHODS, OuterSGD, Strategy, build_strategy, ddp, diloco, local_sgd, resist, switch
 
 
 def test_resist_gives_each_worker_its_share_and_four_blocks_at_least() -> None:
@@ -68,6 +68,7 @@ def test_only_the_table_spells_the_names_of_methods() -> None:
         (lambda: resist(0), r"`workers=0`; must be at least 1"),
         (lambda: local_sgd(-1), r"`workers=-1`"),
         (lambda: resist(2, 0), r"`local_steps=0`; must be at least 1"),
+        (lambda: diloco(2, outer=(0.7, 0.9)), r"`outer=\(0.7, 0.9\)` is not an outer optimizer; give one"),  # type: ignore[arg-type]
         (lambda: OuterSGD(lr=float("inf")), r"`outer=inf 0.9`: learning rate inf; must be more than 0 and finite"),
         (lambda: OuterSGD(lr=0), r"`outer=0 0.9`: learning rate 0"),
         (lambda: OuterSGD(momentum=float("nan")), r"`outer=0.7 nan`: momentum nan; must be at least 0 and less than 1"),

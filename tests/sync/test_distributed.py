@@ -16,7 +16,7 @@ from resist.errors import UserError, WorkerLostError
 from resist.planning.schedule import allreduce_bytes
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
 from resist.sync.agreement import check_agreement
-from resist.sync.distributed import Distributed
+from resist.sync.distributed import Distributed, connect
 from resist.sync.local import Local
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import PACKET_BYTES
@@ -269,6 +269,16 @@ def more_processes_than_workers() -> str:
 def test_more_processes_than_workers(pool: Pool) -> None:
     expected = "2 processes for 1 workers; start at most one process for each worker"
     assert pool.run(2, more_processes_than_workers) == [expected] * 2
+
+
+def test_an_error_without_text_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("resist.sync.distributed.rendezvous", fail)
+    with pytest.raises(UserError, match=r"no process group at .*: TimeoutError; check that the port is free"):
+        connect(2)
 
 
 def lose(how: str, at: str, folder: Path) -> tuple[str, float]:

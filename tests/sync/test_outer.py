@@ -91,6 +91,14 @@ def test_a_switch_to_and_from_an_outer_optimizer() -> None:
     assert all(torch.isfinite(value).all() for value in weights(job).values())
 
 
+def test_an_outer_optimizer_leaves_nothing_behind() -> None:
+    job, optimizers = make(switch(diloco(2, 2), local_sgd(2, 2), at_round=1))
+    train(job, optimizers, 2)
+    assert all(worker.anchor is None for worker in job.workers)
+    train(job, optimizers, 2)
+    assert all(VELOCITY not in worker.state for worker in job.workers)
+
+
 def test_bounds() -> None:
     for wrong in ({"lr": 0.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"momentum": -0.1}):
         bound = "more than 0" if "lr" in wrong else "at least 0 and less than 1"

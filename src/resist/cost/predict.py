@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 
 from torch import nn
@@ -69,19 +69,25 @@ def predict(
     if batchnorm == "batch":
         use_batch_statistics(template)
     # Strategies that train the full network need no chain.
-    needs_chain = bool(chains) or any(stage.partitions for s in strategies for stage in s.stages)
+    needs_chain = bool(chains) or any(strategy.partitions for strategy in strategies)
     chosen = choose_chains(template, tuple(chains)) if needs_chain else find_chains(template)[:1]
-    prediction = _Prediction(
-        sizes=sizes_of(template, chosen),
-        footprint=partial(
-            measure,
+
+    @cache
+    def network(blocks: tuple[int, ...]) -> Network:
+        return measure(
             template,
             chosen,
+            blocks,
             batch_size=batch_size,
             image_shape=image_shape,
             build_optimizer=build_optimizer,
             loss=loss,
-        ),
+        )
+
+    prediction = _Prediction(
+        sizes=sizes_of(template, chosen),
+        network=network,
+        full=network(tuple(chain.num_blocks for chain in chosen)),
         batch_size=batch_size,
         replicate=replicate,
         rounds=rounds,
@@ -93,29 +99,19 @@ def predict(
     return Report(prediction.full, rows, batch_size, strategies[0].local_steps, rounds, link, speeds)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Prediction:
-    """Arguments that all rows of a report share; `known` keeps the footprints that were measured."""
+    """Values that all rows of a report share; `network` measures each sub-network once, by its blocks in each chain."""
 
     sizes: Sizes
-    footprint: Callable[[tuple[int, ...]], Network]
+    network: Callable[[tuple[int, ...]], Network]
+    full: Network
     batch_size: int
     replicate: bool
     rounds: int
     seed: int
     link: Link | None
     speeds: tuple[Speed, ...]
-    known: dict[tuple[int, ...], Network] = field(default_factory=dict)
-
-    @property
-    def full(self) -> Network:
-        return self.network(tuple(chain.num_blocks for chain in self.sizes.chains))
-
-    def network(self, blocks: tuple[int, ...]) -> Network:
-        """Footprint of the sub-network with `blocks` blocks in each chain, measured once."""
-        if blocks not in self.known:
-            self.known[blocks] = self.footprint(blocks)
-        return self.known[blocks]
 
     def row(self, strategy: Strategy) -> Row:
         return self._every_step(strategy) if strategy.every_step else self._every_round(strategy)

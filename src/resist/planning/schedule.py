@@ -8,7 +8,6 @@ cost model counts them, and the report draws them.
 """
 
 import heapq
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -74,8 +73,8 @@ def schedule(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int], 
     """List the messages that lead from one plan to the next.
 
     An owner that also holds its block in the next round saves a message, so only such holders are candidates, if there
-    are any. Among them the owner is the one that keeps the busiest link least busy. The time is linear in the number
-    of blocks held.
+    are any. Among them the owner is the one that keeps the busiest link least busy. Placing a block takes time in
+    proportion to its holders, and placing a replica to the number of workers.
 
     With `replicate`, any single worker can be lost afterwards. Blocks with several next holders need no replica. A
     replica that has to be sent goes to the worker that receives the fewest bytes so far.
@@ -91,7 +90,8 @@ def schedule(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int], 
     """
     if plan.held_by_all and next_plan.held_by_all:
         return Schedule(held_by_all=True)
-    owners = _choose_owners(plan, next_plan, block_bytes)
+    links = _Links(plan.workers)
+    owners = _choose_owners(links, plan, next_plan, block_bytes)
     # All workers issue the messages in this one order, so that every send meets its receive.
     average: list[Message] = []
     hand_over: list[Message] = []
@@ -106,16 +106,14 @@ def schedule(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int], 
     keepers: dict[Key, int] = {}
     replicas: list[Message] = []
     if replicate:
-        received = Counter(dict.fromkeys(range(plan.workers), 0))
-        for message in (*average, *hand_over):
-            received[message.target] += message.num_bytes
-        keepers, replicas = _place_replicas(owners, next_plan, block_bytes, received)
+        keepers, replicas = _place_replicas(links.incoming, owners, next_plan, block_bytes)
     return Schedule(tuple(average), tuple(hand_over), owners, keepers=keepers, replicas=tuple(replicas))
 
 
-def _choose_owners(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int]) -> dict[Key, int]:
-    """Choose the owner of each block among its holders."""
-    links = _Links(plan.workers)
+def _choose_owners(
+    links: "_Links", plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int]
+) -> dict[Key, int]:
+    """Choose the owner of each block among its holders; adds the messages to `links`."""
     owners: dict[Key, int] = {}
     # Blocks with few holders leave little choice: they are placed first, so that the others can avoid the links that
     # they use.
@@ -126,7 +124,7 @@ def _choose_owners(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[
 
 
 def _place_replicas(
-    owners: Mapping[Key, int], next_plan: RoundPlan, block_bytes: Sequence[int], received: Counter[int]
+    received: list[int], owners: Mapping[Key, int], next_plan: RoundPlan, block_bytes: Sequence[int]
 ) -> tuple[dict[Key, int], list[Message]]:
     """Choose the keeper of each replica, and list the messages; adds their bytes to `received`, by worker."""
     keepers: dict[Key, int] = {}
@@ -139,7 +137,7 @@ def _place_replicas(
             # The owner hands the block over, and so has its weights already.
             keepers[chain, block] = owner
             continue
-        keeper = min((w for w in received if w != owner), key=lambda worker: (received[worker], worker))
+        keeper = min((worker for worker in range(len(received)) if worker != owner), key=received.__getitem__)
         received[keeper] += block_bytes[chain]
         keepers[chain, block] = keeper
         replicas.append(Message("replica", chain, block, owner, keeper, block_bytes[chain]))

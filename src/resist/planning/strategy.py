@@ -63,7 +63,7 @@ class Strategy:
         at_round: First round of `then`, counted from 0: the number of rounds before it.
 
     Raises:
-        UserError: If `workers` or `local_steps` is not an integer of at least 1.
+        UserError: If `workers` or `local_steps` is not an integer of at least 1, or `outer` is not an `OuterSGD`.
     """
 
     name: str
@@ -85,6 +85,8 @@ class Strategy:
             raise UserError(f"`workers={self.workers}`; must be at least 1")
         if self.local_steps < 1:
             raise UserError(f"`local_steps={self.local_steps}`; must be at least 1")
+        if not isinstance(self.outer, OuterSGD | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UserError(f"`outer={self.outer!r}` is not an outer optimizer; give one, as in OuterSGD(0.7, 0.9)")
 
     def at(self, round: int) -> "Strategy":
         """Return the strategy of a round, through all switches.

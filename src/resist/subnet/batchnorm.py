@@ -54,7 +54,7 @@ def _images(batches: Iterable[object]) -> Iterator[Tensor]:
     batch = None
     for batch in batches:
         type_name = type(batch).__name__
-        images: object = cast(Sequence[object], batch)[0] if isinstance(batch, list | tuple) else batch
+        images: object = next(iter(cast(Sequence[object], batch)), None) if isinstance(batch, list | tuple) else batch
         if not isinstance(images, Tensor):
             raise UserError(f"full_model got batches of type {type_name}; give tensors, or tuples that begin with one")
         yield images

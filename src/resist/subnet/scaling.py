@@ -4,6 +4,7 @@ A block x + f(x) becomes x + scale * f(x). `scale_branches` sets the hooks of wh
 named blocks, `scales_of` reads them and `unhook` removes one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,19 +53,19 @@ def chain_scales(scale: str | float, plan: RoundPlan) -> list[float]:
 
     Args:
         scale: "inclusion": the probability that a worker holds a block, mean capacity / num_blocks. "1/S": one over the
-            number of workers, unless every worker holds every block of the chain. Or a number.
+            number of workers, unless every worker holds every block of the chain. Or a number above 0.
         plan: Plan of the round whose weights are scaled.
 
     Returns:
         Factor of each chain.
 
     Raises:
-        UserError: If `scale` is another text.
+        UserError: If `scale` is anything else.
     """
-    if not isinstance(scale, str):
+    if isinstance(scale, int | float) and 0 < scale < math.inf:
         return [float(scale)] * len(plan.plans)
     if scale not in ("inclusion", "1/S"):
-        raise UserError(f"`scale={scale!r}` is not one of inclusion, 1/S, or a number")
+        raise UserError(f"`scale={scale!r}` is not inclusion, 1/S, or a number above 0")
     return [
         sum(chain.capacities) / chain.workers / chain.num_blocks
         if chain.held_by_all or scale == "inclusion"

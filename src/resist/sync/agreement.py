@@ -129,8 +129,12 @@ def agree_on_round(transport: Transport, workers: Sequence[Worker], *, nonfinite
         The states and the workers with NaN or inf of all processes.
 
     Raises:
+        UserError: If `nonfinite` has a worker that is not hosted here.
         AgreedError: If only some processes have averages.
     """
+    hosted = [worker.index for worker in workers]
+    if others := nonfinite.keys() - set(hosted):
+        raise UserError(f"nonfinite has worker {min(others)}, and this process hosts {hosted}; name only those")
     detected = {w.index: "weights that are not finite" for w in workers if not all_finite(w.subnet.flat)}
     values = {
         "averages": any(worker.average for worker in workers),

@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import _get_default_store  # pyright: ig
 from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 from torch.nn.parallel import DistributedDataParallel
 
-from resist.errors import AgreedError, UserError, WorkerLostError
+from resist.errors import AgreedError, UserError, WorkerLostError, first_line
 from resist.sync.agreement import check_agreement
 from resist.sync.averaging import mean_into
 from resist.sync.liveness import COMPUTING, WAITING, Liveness
@@ -63,10 +63,9 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
             )
             dist.init_process_group("gloo", store=attempt, rank=rank, world_size=size, timeout=timeout)
         except (RuntimeError, ValueError, TimeoutError) as error:  # errors of torch are RuntimeErrors
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"no process group at {where}: {reason}; check that the port is free on the first machine and that all "
-                f"{os.environ['WORLD_SIZE']} processes were started"
+                f"no process group at {where}: {first_line(error)}; check that the port is free on the first machine "
+                f"and that all {os.environ['WORLD_SIZE']} processes were started"
             ) from error
     try:
         return Distributed(workers, device, timeout_s)
@@ -179,7 +178,7 @@ class Distributed:
         # One batch: sends and receives progress together, so no order of the processes can lead to a deadlock. It
         # returns at once; `finish` waits for the processes at the other ends.
         works = self.run("sending blocks", lambda: dist.batch_isend_irecv(operations) if operations else [])
-        return _Pending(self, "exchanging blocks", works, arrived, operations, copies)
+        return _Pending(self, works, arrived, operations, copies)
 
     @torch.no_grad()
     def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
@@ -197,7 +196,7 @@ class Distributed:
         # 3. Between processes: one all-reduce, in the background. `finish` waits for all processes, divides, and copies
         #    the mean to the other hosted workers.
         work = self.run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
-        return _Mean(self, work, tensors, self.num_processes)
+        return _Mean(self, work, tensors)
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
         """See `Transport.average_gradients`."""
@@ -293,19 +292,18 @@ class _Pending:
     def __init__(
         self,
         transport: Distributed,
-        doing: str,
         works: Any,
         arrived: list[Tensor | None],
         operations: Any,
         copies: list[tuple[Tensor, Tensor]],
     ) -> None:
-        self._transport, self._doing, self._works = transport, doing, works
+        self._transport, self._works = transport, works
         self._arrived, self._operations, self._copies = arrived, operations, copies
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
         for work in self._works:
-            self._transport.run(self._doing, work.wait)
+            self._transport.run("exchanging blocks", work.wait)
         for wire, final in self._copies:
             final.copy_(wire)
         return self._arrived
@@ -314,13 +312,13 @@ class _Pending:
 class _Mean:
     """An all-reduce in progress, whose sum becomes the mean in the tensors of all hosted workers."""
 
-    def __init__(self, transport: Distributed, work: Any, tensors: Sequence[Tensor], processes: int) -> None:
-        self._transport, self._work, self._tensors, self._processes = transport, work, tensors, processes
+    def __init__(self, transport: Distributed, work: Any, tensors: Sequence[Tensor]) -> None:
+        self._transport, self._work, self._tensors = transport, work, tensors
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
         self._transport.run("averaging the shared part", self._work.wait)
-        first = self._tensors[0].div_(self._processes)
+        first = self._tensors[0].div_(self._transport.num_processes)
         for tensor in self._tensors[1:]:
             tensor.copy_(first)
         return []
@@ -328,7 +326,7 @@ class _Mean:
 
 def _reason(error: Exception) -> str:
     """The message of gloo without the position in its source and without its advice."""
-    return re.sub(r"^\[/\S+\] ", "", str(error).splitlines()[0]).partition(" This is typically")[0].rstrip(".")
+    return re.sub(r"^\[/\S+\] ", "", first_line(error)).partition(" This is typically")[0].rstrip(".")
 
 
 def _group(timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:

@@ -120,7 +120,7 @@ class Exchange:
         for worker in self.workers:
             self._outer_step(worker, None, 0)
             for chain, block in self.plan.keys if self.schedule.held_by_all else ():
-                self._outer_step(worker, chain, self.plan.slot(chain, block, worker=worker))
+                self._outer_step(worker, chain, block)  # block i is in slot i
         # 6. Put the blocks that have arrived into their slots, and resize the networks where capacities change.
         for payload in self.payloads:
             self._settle(payload)

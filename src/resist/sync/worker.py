@@ -30,7 +30,7 @@ class Worker:
         state: Optimizer state by name, each in one flat tensor laid out as the weights; also that of an outer
             optimizer.
         optimizers: The optimizers that `Job.step` was given for this worker.
-        anchor: The weights at the beginning of the round, or None if no option needs them.
+        anchor: The weights at the beginning of the round, or None if no option needs them in this round.
         average: An average of the weights over time, or None; see `Job.follow`.
     """
 
@@ -43,14 +43,13 @@ class Worker:
         self.average: Subnet | None = None
 
     def begin_round(self, *, keep_anchor: bool, outer: bool) -> None:
-        """Copy the weights to `anchor` if an option needs them.
+        """Copy the weights to `anchor` if an option needs them, else drop the last copy.
 
         Args:
-            keep_anchor: Copy them, in any case.
+            keep_anchor: Copy them, with or without an outer optimizer.
             outer: Copy them for an outer optimizer, and create its momentum if there is none yet.
         """
-        if keep_anchor or outer:
-            self.anchor = self.subnet.flat.clone()
+        self.anchor = self.subnet.flat.clone() if keep_anchor or outer else None
         if outer:
             self.state.setdefault(VELOCITY, torch.zeros_like(self.subnet.flat))
 

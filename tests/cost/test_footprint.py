@@ -1,0 +1,115 @@
+"""Memory: what is predicted is what the allocator hands out."""
+
+import os
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
+
+from predictions import SMALL
+from resist.cost import predict
+from resist.cost.footprint import LiveBytes, build_on_meta, measure
+from resist.job import Job
+from resist.models import PreActResNet
+from resist.planning.strategy import ddp, diloco, local_sgd, resist
+from resist.subnet.chains import choose_chains
+from resist.sync.averaging import VELOCITY
+from support import local_step, make, tiny
+
+
+def measured_peak(blocks: int, batch: int, optimizer_of: Callable[[Iterable[nn.Parameter]], Optimizer]) -> int:
+    """Bytes at the peak of the third training step of a worker that holds `blocks` of 8 blocks, from the allocator's
+    record of what it handed out."""
+    job = Job(small, resist(8, 10, min_depth=blocks))
+    worker = job.workers[0]
+    optimizer = optimizer_of(worker.model.parameters())
+    images, labels = torch.randn(batch, 3, 16, 16), torch.zeros(batch, dtype=torch.int64)
+
+    def step() -> None:
+        F.cross_entropy(worker.model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    live = peak = sum(t.untyped_storage().nbytes() for t in (worker.subnet.flat, images, labels, *states))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def small() -> PreActResNet:
+    return PreActResNet((1, 1, 9, 1), 10, width=16)
+
+
+def momentum(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+def adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.Adam(parameters, lr=0.001)
+
+
+@pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="older kernels allocate memory internally")
+@pytest.mark.parametrize("build_optimizer", [momentum, adam])
+@pytest.mark.parametrize(("blocks", "batch"), [(1, 2), (3, 32), (8, 2), (8, 32)])
+def test_memory_is_what_the_allocator_hands_out(
+    blocks: int, batch: int, build_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+) -> None:
+    template = build_on_meta(small)
+    network = measure(
+        template, choose_chains(template), (blocks,),
+        batch_size=batch, image_shape=(3, 16, 16), build_optimizer=build_optimizer,
+    )  # fmt: skip
+    assert network.memory.peak == pytest.approx(measured_peak(blocks, batch, build_optimizer), rel=0.1)
+
+
+def test_memory_has_its_parts() -> None:
+    template = build_on_meta(small)
+    one, two = (
+        measure(template, choose_chains(template), (8,), batch_size=4, image_shape=(3, 8, 8), build_optimizer=build)
+        for build in (momentum, adam)
+    )
+    weights = sum(p.numel() * 4 for p in small().parameters())
+    assert one.memory.gradients == one.memory.optimizer == weights
+    assert (one.num_states, two.num_states) == (1, 2)
+    assert two.memory.optimizer == pytest.approx(2 * weights, rel=0.01)  # and Adam's counts of steps
+    assert one.memory.activations == two.memory.activations
+    assert one.memory.peak < one.memory.weights + 2 * weights + one.memory.activations + weights
+
+
+def test_live_bytes_follow_storages() -> None:
+    with LiveBytes() as tracker:
+        one = torch.zeros(1000)
+        view = one.view(10, 100)[2:]
+        two = one + 1
+        del one
+        assert (tracker.live, tracker.peak) == (8000, 8000)  # the view holds the first storage
+        del view, two
+    assert (tracker.live, tracker.peak) == (0, 8000)
+
+
+def test_what_ddp_and_diloco_hold_besides() -> None:
+    """DDP sends from a second copy of the gradients; DiLoCo keeps the round's first weights, and a velocity."""
+    report = predict(tiny, [local_sgd(2), ddp(2), diloco(2)], **SMALL)
+    plain, with_ddp, outer = (one.networks[0].memory for one in report.rows)
+    job, optimizers = make(diloco(2, 1))
+    local_step(job, optimizers)
+    job.step(*optimizers)
+    start = job.workers[0].anchor
+    assert start is not None
+    kept = start.nbytes + job.workers[0].state[VELOCITY].nbytes
+    assert with_ddp.peak - plain.peak == with_ddp.buckets == plain.gradients
+    assert outer.peak - plain.peak == outer.outer == pytest.approx(kept, rel=0.01)
+    in_json = {one["strategy"]: one["networks"][0]["memory_bytes"] for one in report.to_json()["strategies"]}
+    assert (in_json["ddp"]["buckets"], in_json["diloco"]["outer"]) == (with_ddp.buckets, outer.outer)

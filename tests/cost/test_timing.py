@@ -1,0 +1,132 @@
+"""Seconds: by hand, by calibration, and within bounds."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from predictions import CHAIN, SIZES, timed
+from resist.cost import Link, Speed, calibrate
+from resist.cost.timing import PAYLOAD, ddp_step_s, exchange_s
+from resist.cost.traffic import ddp_traffic, round_traffic
+from resist.errors import UserError
+from resist.planning.strategy import ddp, local_sgd, resist
+from support import tiny
+
+MEGABYTE_S = 8e6 / 1e9 / PAYLOAD  # the line rate in Gbit/s that carries 1e6 bytes of payload a second
+
+
+def test_seconds_of_local_sgd_by_hand() -> None:
+    report = timed([local_sgd(2, 10)], Link(MEGABYTE_S, 100), Speed(80))
+    numel = sum(t.numel() for t in tiny().state_dict().values() if t.is_floating_point())
+    seconds = report.rows[0].seconds
+    assert seconds is not None
+    assert seconds.compute == pytest.approx(10 * 4 / 80)
+    assert seconds.exchange == pytest.approx(numel * 8 / 1e6 + 2 * 0.1)  # a ring of two: all of it, in two hops
+    assert seconds.images_s == pytest.approx(2 * 4 * 10 / seconds.round)
+    assert report.speedups(report.rows[0]) == {"one machine": pytest.approx(seconds.images_s / 80)}
+
+
+def test_seconds_of_ddp_by_hand() -> None:
+    """A third of a step is forward. A quick exchange hides in the rest; a slow one takes the place of it."""
+    numel = sum(p.numel() for p in tiny().parameters())
+    for images_s in (1e-3, 1e6):
+        report = timed([ddp(2, 10)], Link(MEGABYTE_S), Speed(images_s), batchnorm="batch")
+        seconds, step_s, full = report.rows[0].seconds, 4 / images_s, report.full
+        backward = step_s * (1 - full.forward_flops / full.training_flops)
+        assert seconds is not None
+        assert seconds.round / 10 == pytest.approx(step_s - backward + max(backward, numel * 8 / 1e6))
+        assert seconds.hidden / 10 == pytest.approx(min(backward, numel * 8 / 1e6))
+
+
+def test_the_slowest_worker_decides() -> None:
+    """The worker with half the speed holds two of six blocks, and is still the last."""
+    strategies = [resist(2, 10, capacities=(6, 2))]
+    report = timed(strategies, Link(1), [Speed(80), Speed(10)])
+    seconds, (large, little) = report.rows[0].seconds, report.rows[0].networks
+    assert seconds is not None
+    assert (large.blocks, little.blocks) == ((6,), (2,))
+    assert seconds.compute == pytest.approx(10 * 4 / 10 * little.training_flops / large.training_flops)
+    fixed = timed(strategies, Link(1), [Speed(80, 0.5), Speed(10, 0.5)]).rows[0].seconds
+    assert fixed is not None
+    assert fixed.compute == pytest.approx((seconds.compute + 10 * 4 / 10) / 2)
+
+
+@given(st.floats(1e-3, 100), st.floats(1, 10), st.floats(0, 100), st.floats(0, 100), st.integers(1, 4))
+@settings(max_examples=50)
+def test_a_better_link_is_never_slower(rate: float, factor: float, latency: float, more: float, workers: int) -> None:
+    better, worse = Link(rate * factor, latency), Link(rate, latency + more)
+    strategy = resist(workers, optimizer_state="average")
+    plans = [strategy.plan([CHAIN], seed=0, round=number) for number in (0, 1)]
+    apart = round_traffic(SIZES, plans[0], plans[1], strategy=strategy, num_states=1)
+    assert exchange_s(apart, better, workers) <= exchange_s(apart, worse, workers) * (1 + 1e-9)
+    every_step = ddp_traffic(SIZES, workers=workers, local_steps=5)
+    quick, slow = (sum(ddp_step_s(every_step, link, workers, 5, 0.1, 0.3)) for link in (better, worse))
+    assert quick <= slow * (1 + 1e-9)
+    assert (slow == 0) == (workers == 1)
+
+
+class Clock:
+    """Time that passes only where a network takes its time, so that a busy machine changes nothing."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = Clock()
+
+
+class Sleepy(nn.Module):
+    """A chain whose blocks take `block_s`, and a head without FLOPs that takes `head_s`."""
+
+    def __init__(self, block_s: float, head_s: float) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(SleepyBlock(block_s) for _ in range(6)))
+        self.head_s = head_s
+
+    def forward(self, x: Tensor) -> Tensor:
+        CLOCK.sleep(self.head_s)
+        return self.blocks(x)
+
+
+class SleepyBlock(nn.Module):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.conv, self.seconds = nn.Conv2d(2, 2, 1), seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        CLOCK.sleep(self.seconds)
+        return x + self.conv(x)
+
+
+@pytest.mark.parametrize(("block_s", "head_s"), [(0.02, 0.0), (0.01, 0.06), (0.0, 0.1)])
+def test_calibration_tells_what_does_not_follow_flops(
+    monkeypatch: pytest.MonkeyPatch, block_s: float, head_s: float
+) -> None:
+    monkeypatch.setattr("resist.cost.timing.time", SimpleNamespace(perf_counter=lambda: CLOCK.now))
+    speed = calibrate(lambda: Sleepy(block_s, head_s), batch_size=3, image_shape=(2, 4, 4), steps=3)
+    assert 3 / speed.images_s == pytest.approx(6 * block_s + head_s)
+    assert speed.fixed == pytest.approx(head_s / (6 * block_s + head_s), abs=0.06)
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
+def test_rates_are_above_zero(rate: float) -> None:
+    with pytest.raises(UserError, match="`link_gbit_s="):
+        Link(rate)
+    with pytest.raises(UserError, match="`images_s="):
+        Speed(rate)
+    if rate != 0:
+        with pytest.raises(UserError, match="latency_ms="):
+            Link(1, rate)
+
+
+def test_other_bounds() -> None:
+    with pytest.raises(UserError, match="fixed=1"):
+        Speed(1, 1)
+    with pytest.raises(UserError, match="steps=0"):
+        calibrate(tiny, batch_size=2, image_shape=(3, 8, 8), steps=0)

@@ -1,0 +1,127 @@
+"""Bytes: what is predicted is what a job counts."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim import Optimizer
+
+from predictions import SIZES, SMALL
+from resist.cost import predict
+from resist.cost.traffic import round_traffic
+from resist.job import Job
+from resist.planning.schedule import schedule
+from resist.planning.strategy import OuterSGD, build_strategy, ddp, local_sgd, resist
+from resist.sync.optimizer_state import OPTIMIZER_STATES
+from support import BLOCKS, adamw, local_step, make, sgd, tiny
+
+
+def follow(job: Job, optimizers: Sequence[Optimizer], num_states: int, rounds: int) -> None:
+    """Train some rounds; compare the bytes of each with `round_traffic`, by traffic kind and by link."""
+    strategy, workers = job.strategy, job.strategy.workers
+    job.transport.take()
+    for number in range(rounds):
+        expected = round_traffic(
+            SIZES, job.plan_of(number), job.plan_of(number + 1),
+            strategy=strategy, num_states=num_states,
+        )  # fmt: skip
+        while True:
+            local_step(job, optimizers)
+            if job.step(*optimizers):
+                break
+        booked, by_way = +job.transport.bytes, Counter[tuple[str, int]]()
+        for (source, target), num_bytes in job.transport.pairs.items():
+            by_way["out", source] += num_bytes
+            by_way["in", target] += num_bytes
+        assert booked == +Counter(expected.bytes)
+        assert by_way == Counter(expected.average) + Counter(expected.hand_over)
+        means = sum(booked.values()) - sum(job.transport.pairs.values())
+        assert means == workers * expected.ring_bytes
+        job.transport.take()
+
+
+@st.composite
+def shares(draw: st.DrawFn) -> list[int]:
+    """Capacities that hold the chain of `tiny`, any number of workers, often unequal, often with blocks shared."""
+    capacities = draw(st.lists(st.integers(1, BLOCKS), min_size=1, max_size=4))
+    missing = BLOCKS - sum(capacities)
+    while missing > 0:
+        lowest = capacities.index(min(capacities))
+        added = min(missing, BLOCKS - capacities[lowest])
+        capacities[lowest] += added
+        missing -= added
+    return capacities
+
+
+@pytest.mark.slow
+@given(shares(), st.sampled_from(OPTIMIZER_STATES), st.booleans(), st.sampled_from([None, OuterSGD()]))
+@settings(max_examples=20)
+def test_bytes_are_those_of_the_ledger(capacities: list[int], policy: str, adam: bool, outer: OuterSGD | None) -> None:
+    strategy = resist(len(capacities), 1, capacities=capacities, optimizer_state=policy, outer=outer)
+    job, optimizers = make(strategy, adamw if adam else sgd)
+    follow(job, optimizers, 2 if adam else 1, rounds=2)
+
+
+@pytest.mark.parametrize("policy", OPTIMIZER_STATES)
+def test_bytes_of_local_sgd_are_those_of_the_ledger(policy: str) -> None:
+    job, optimizers = make(local_sgd(3, 2, optimizer_state=policy))
+    follow(job, optimizers, 1, rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "outer"),
+    [
+        *(("resist", policy, None) for policy in OPTIMIZER_STATES),
+        *(("resist", policy, OuterSGD()) for policy in OPTIMIZER_STATES),
+        ("local_sgd", "average", None),
+        ("local_sgd", "travel", OuterSGD()),
+        ("diloco", "travel", None),
+    ],
+)
+def test_a_report_is_the_mean_of_what_the_ledger_books(name: str, policy: str, outer: OuterSGD | None) -> None:
+    strategy = build_strategy(name, 3, 1, optimizer_state=policy, outer=outer)
+    report = predict(tiny, [strategy], **SMALL)
+    job, optimizers = make(strategy)
+    job.transport.take()
+    for _ in range(report.rounds):
+        local_step(job, optimizers)
+        job.step(*optimizers)
+    traffic = report.rows[0].traffic
+    predicted = {name: report.rounds * num_bytes for name, num_bytes in traffic.bytes.items() if num_bytes}
+    assert predicted == +job.transport.bytes
+
+
+def test_ddp_sends_all_gradients_in_every_step() -> None:
+    report = predict(tiny, [ddp(4, 5)], **SMALL)
+    traffic, model = report.rows[0].traffic, tiny()
+    gradients = sum(p.numel() * 8 for p in model.parameters())
+    buffers = sum(b.numel() * 8 for b in model.buffers() if b.is_floating_point())
+    assert traffic.bytes == {"gradients": 5 * 2 * 3 * gradients, "buffers": 5 * 3 * buffers}
+    assert traffic.paper_bytes == 5 * 2 * 4 * gradients
+
+
+def test_replicas_are_predicted_as_they_are_sent_and_held() -> None:
+    """As the transport counts them. A worker also holds the weights that began the round, once."""
+    strategies = [resist(3, 1, min_depth=0), local_sgd(3, 1)]
+    ours, everything = predict(tiny, strategies, replicate=True, **SMALL).rows
+    (outer,) = predict(tiny, [resist(3, 1, min_depth=0, outer=OuterSGD())], replicate=True, **SMALL).rows
+    job, optimizers = make(resist(3, 1, min_depth=0), replicate=True)
+    sent, kept = 0, [0, 0, 0]
+    for number in range(4):
+        made = schedule(job.plan_of(number), job.plan_of(number + 1), SIZES.block_bytes, replicate=True)
+        blocks = Counter(made.keepers.values())
+        kept = [max(most, blocks[worker] * SIZES.block_bytes[0]) for worker, most in enumerate(kept)]
+        local_step(job, optimizers)
+        job.step(*optimizers)
+        sent += job.transport.bytes["replica"]
+        job.transport.take()
+    assert 4 * ours.traffic.bytes["replica"] == pytest.approx(sent)
+    start = job.workers[0].anchor
+    assert start is not None
+    assert ours.networks[0].memory.weights == pytest.approx(start.nbytes, rel=0.01)
+    assert [network.memory.replicas - network.memory.weights for network in ours.networks] == kept
+    assert [network.memory.replicas for network in outer.networks] == kept
+    assert everything.traffic.bytes["replica"] == 0
+    assert everything.networks[0].memory.replicas == everything.networks[0].memory.weights
