@@ -6,10 +6,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from exported import hooks, noise
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from exported import hooks, noise
 from resist.errors import UserError
 from resist.export import difference, fold, fold_scale
 from resist.planning.strategy import resist

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from exported import hooks, noise
 from safetensors.torch import load_file
 from torch import nn
 
+from exported import hooks, noise
 from resist.errors import UserError
 from resist.export import difference, fold, fold_scale, load_scaled
 from resist.export.files import state_of, write_program, write_state
