@@ -329,6 +329,8 @@ class TrainConfig:
                 raise UserError(f"`until={text!r}` is not rounds=N, seconds=N, gb=N or accuracy=N with N above 0")
             if name == "accuracy" and number > 1:
                 raise UserError(f"`until={text!r}`: an accuracy is at most 1; give 0.95 for 95 %")
+            if name in limits:
+                raise UserError(f"`until={text!r}` is the second limit of {name}; give one")
             limits[name] = number
         return limits
 
