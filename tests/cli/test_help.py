@@ -148,6 +148,9 @@ train --strategy local_sgd --min-depth 2
 train --device tpu
 train --resume none
 plan --rounds 0
+plan --rounds 99999999999
+plan --num-classes 99999999999999999999
+train --compile --no-compile
 cost --latency-ms 1
 cost --images-s 5
 compare --strategy resist
