@@ -243,10 +243,12 @@ def test_an_out_that_cannot_be_written(capsys) -> None:
     assert "/proc/run" in err
 
 
-def test_evaluate_refuses_what_is_no_run(capsys, tmp_path) -> None:
-    status, _, err = resist(capsys, "evaluate", str(tmp_path))
+@pytest.mark.parametrize("name", ["run", "RUN"])  # the second is the name of the argument
+def test_evaluate_refuses_what_is_no_run(capsys, tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = resist(capsys, "evaluate", name)
     assert (status, err.count("\n")) == (2, 1)
-    assert "is not a run directory" in err
+    assert f"{name} is not a run directory" in err
 
 
 def test_training_that_diverges_says_so(capsys, tmp_path) -> None:

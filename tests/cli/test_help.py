@@ -17,8 +17,8 @@ import pytest
 import resist
 from resist.cli import COMMANDS, main
 from resist.cli.options import as_typed, options_of
-from resist.cli.parse import RENAMED
 from resist.runs.config import TrainConfig
+from resist.runs.config_file import EARLIER
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -148,6 +148,9 @@ train --strategy local_sgd --min-depth 2
 train --device tpu
 train --resume none
 plan --rounds 0
+plan --rounds 99999999999
+plan --num-classes 99999999999999999999
+train --compile --no-compile
 cost --latency-ms 1
 cost --images-s 5
 compare --strategy resist
@@ -213,5 +216,5 @@ FLAGS = {flag for record, _ in COMMANDS.values() for option in options_of(record
 @pytest.mark.parametrize("file", ROOMS, ids=lambda file: str(file.relative_to(SOURCE)))
 def test_only_this_room_writes_options_with_dashes(file: Path) -> None:
     """The others name the argument, `timeout_s=0`, as their users in Python write it; docstrings too."""
-    flags = FLAGS | set(RENAMED) | {"--resume", "--outer", "--scale"}
+    flags = FLAGS | {"--" + name.replace("_", "-") for name in EARLIER} | {"--resume", "--outer", "--scale"}
     assert set(re.findall(r"--[a-z][a-z-]+", file.read_text(encoding="utf-8"))) & flags == set()

@@ -11,7 +11,8 @@ import resist
 from commands import Commands
 from report_runs import make_run
 from resist.cli import COMMANDS, main
-from resist.cli.parse import RENAMED
+from resist.runs.config import TrainConfig
+from resist.runs.config_file import EARLIER
 
 LARGE = ("torch", "torchvision", "numpy", "sklearn", "scipy", "matplotlib", "PIL", "safetensors", "sympy")
 SCRIPT = """
@@ -67,11 +68,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_old_names_of_options_lead_to_the_new_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    for old, new in RENAMED.items():
+    for old, new in {"safety": "--replicate", "sections": "--model-args depths=3,4,23,3"}.items():
+        assert old in EARLIER
         with pytest.raises(SystemExit) as ended:
-            main(["train", old, "1"])
+            main(["train", f"--{old}", "1"])
         out, err = capsys.readouterr()
-        assert (ended.value.code, out, err) == (2, "", f"resist: {old} is now {new}; see resist train --help\n")
+        assert (ended.value.code, out, err) == (2, "", f"resist: --{old} is now {new}; see resist train --help\n")
+
+
+def test_old_names_lead_to_names_that_exist() -> None:
+    entries = {name for part, values in TrainConfig().to_json().items() for name in (part, *values)}
+    assert {new for new, _ in EARLIER.values()} <= entries
+    assert not EARLIER.keys() & entries
 
 
 @pytest.mark.slow

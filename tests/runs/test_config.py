@@ -67,6 +67,7 @@ def refused(**parts: object) -> str:
         ("run", "until", ("hours=1",), "`until='hours=1'`"),
         ("run", "until", ("seconds=",), "`until='seconds='`"),
         ("run", "until", ("accuracy=95",), "an accuracy is at most 1"),
+        ("run", "until", ("rounds=3", "gb=1", "rounds=4"), "`until='rounds=4'` is the second limit of rounds"),
     ],
 )
 def test_values_outside_their_bounds_are_named(part: str, name: str, value: object, text: str) -> None:

@@ -133,6 +133,14 @@ def test_runs_of_other_versions_are_refused_in_one_line(tmp_path: Path) -> None:
         assert name in notes[0]
 
 
+@pytest.mark.parametrize("method", [3, {"workers": 0}, {"workers": 10**30}])
+def test_a_configuration_that_no_run_can_have_is_damaged(tmp_path: Path, method: object) -> None:
+    """A report on it would show the values of no run, or never end."""
+    (tmp_path / "config.json").write_text(json.dumps({"method": method}))
+    with pytest.raises(UserError, match=r"config\.json is damaged: method.* is not a .*; restore it"):
+        read_options(tmp_path, [])
+
+
 def test_damage_after_the_last_kept_round_does_not_stop_a_resumption(tmp_path: Path) -> None:
     """Those rounds are done again; damage before it is refused, with a remedy that works."""
     path = run(tmp_path, [GOOD[0], "{broken\n", *GOOD[1:]])

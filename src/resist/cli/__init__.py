@@ -112,5 +112,9 @@ def guarded(action: Callable[[], int], record: type = TrainConfig) -> int:
 
 
 def _print_error(text: str) -> None:
-    """Print a line on stderr in one write, because several processes may print at the same time."""
-    print(f"resist: {text}\n", end="", file=sys.stderr, flush=True)
+    """Print a line on stderr in one write, because several processes may print at the same time.
+
+    Line breaks and control characters, which a value or a path may contain, are written as in `\\n`.
+    """
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print(f"resist: {line}\n", end="", file=sys.stderr, flush=True)

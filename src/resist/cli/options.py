@@ -58,7 +58,9 @@ class Option:
 
     @property
     def flags(self) -> list[str]:
-        """The option, and for one without a value also the form that overrides the configuration file."""
+        """The option, and for one without a value also the form that overrides the file; none if positional."""
+        if self.positional:
+            return []
         return [self.flag, "--no-" + self.flag[2:]] if self.hint is bool else [self.flag]
 
 

@@ -14,29 +14,12 @@ import tyro
 from resist.cli.options import Option, config_keys, options_of, record_of, view
 from resist.errors import UserError
 from resist.runs.config import TrainConfig
-from resist.runs.config_file import read_config_file
+from resist.runs.config_file import EARLIER, read_config_file
 
 DESCRIPTION = """Train a deep residual network with a different, shallower sub-network on each worker (ResIST).
 
 resist COMMAND --help lists the options of a command, resist --version prints the version."""
 HELP = ("-h", "--help")
-RENAMED = {  # options of earlier versions, and what to give instead
-    "--accumulate": "--grad-accum-steps",
-    "--backbone": "--init-from",
-    "--evaluations": "--num-evals",
-    "--final-norm": "--model-args final_norm=true",
-    "--loaders": "--data-workers",
-    "--nonfinite": "--on-nonfinite",
-    "--pretrained": "--init-from",
-    "--safety": "--replicate",
-    "--schedule": "--lr-schedule",
-    "--sections": "--model-args depths=...",
-    "--tensorboard": "--log tensorboard",
-    "--wandb": "--log wandb",
-    "--warmup-epochs": "--warmup-rounds, which counts rounds",
-    "--width": "--model-args width=...",
-}
-REMOVED = {"--task": "follows from --data (voc2007, voc2012: detection); remove it"}
 FORMS = {"INT": "a whole number", "FLOAT": "a number", "INT ...": "whole numbers", "FLOAT ...": "numbers"}
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 
@@ -65,9 +48,12 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> tuple[Any, 
     record, config, in_file = commands[command], TrainConfig(), frozenset[str]()
     options = options_of(record)
     _check_options(command, record, options, rest)
-    given = {name for name, option in options.items() if set(option.flags) & set(map(_option, rest))}
+    words = set(map(_option, rest))
+    given = {name for name, option in options.items() if words.intersection(option.flags)}
     for option in (options[name] for name in given):
-        if option.hint is not bool and option.flag in map(_option, rest) and not any(_values(option.flag, rest)):
+        if option.hint is bool and words.issuperset(option.flags):
+            raise UserError(f"{' and '.join(option.flags)} contradict each other; give one")
+        if option.hint is not bool and not any(_values(option.flag, rest)):
             raise UserError(f"{option.flag} needs a value; see resist {command} --help")
     if "config" in given:
         config, in_file = read_config_file(Path(_values("--config", rest)[0]))
@@ -127,10 +113,9 @@ def _check_options(command: str, record: type, options: Mapping[str, Option], ar
             raise UserError(
                 f'{option} is not an option but a key of the file for --config: {{"{part}": {{"{name}": ...}}}}'
             )
-        if option in REMOVED:
-            raise UserError(f"{option} {REMOVED[option]}; {see}")
-        if RENAMED.get(option, "").split(" ")[0].rstrip(",") in known:
-            raise UserError(f"{option} is now {RENAMED[option]}; {see}")
+        new, value = EARLIER.get(option[2:].replace("-", "_"), ("", ""))
+        if new in options:
+            raise UserError(f"{option} is now {f'{options[new].flag} {value}'.rstrip()}; {see}")
         near = get_close_matches(option, known, 1, cutoff=0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{option} is not an option of resist {command}{hint}; {see}")

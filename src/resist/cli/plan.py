@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resist.errors import UserError
-from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
+from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig, check_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +46,8 @@ def describe_plan(config: PlanConfig) -> dict[str, Any]:
     network = config.network
     if config.rounds < 1:
         raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
+    for name, number in (("rounds", config.rounds), ("num_classes", config.num_classes or 1)):
+        check_size(name, number)
     whole = TrainConfig(network=network, method=config.method, run=RunConfig(seed=config.seed))
     whole.check()
     return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds)

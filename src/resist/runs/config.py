@@ -25,7 +25,9 @@ STREAMED = ("folder", "imagenet", "voc2007", "voc2012")
 # Those of them that have boxes around objects.
 DETECTION = ("voc2007", "voc2012")
 # Upper bounds of numbers; those of all others are 1e9.
-LARGEST = {"seed": 2**63 - 1, "lr": 10**20, "workers": 10**6, "capacities": 10**6}
+LARGEST = {
+    "seed": 2**63 - 1, "lr": 10**20, "workers": 10**6, "capacities": 10**6, "num_classes": 10**6, "rounds": 10**4,
+}  # fmt: skip
 
 
 def config_key(default: Any) -> Any:
@@ -329,6 +331,8 @@ class TrainConfig:
                 raise UserError(f"`until={text!r}` is not rounds=N, seconds=N, gb=N or accuracy=N with N above 0")
             if name == "accuracy" and number > 1:
                 raise UserError(f"`until={text!r}`: an accuracy is at most 1; give 0.95 for 95 %")
+            if name in limits:
+                raise UserError(f"`until={text!r}` is the second limit of {name}; give one")
             limits[name] = number
         return limits
 

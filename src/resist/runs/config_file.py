@@ -10,25 +10,25 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from resist.errors import UserError, first_line
 from resist.runs.config import TrainConfig
 
-# Entries of config.json that an earlier version wrote, and what has replaced them.
+# Entries of config.json that an earlier version wrote: the entry in place of each, and a value of it or "". Most were
+# options, too.
 EARLIER = {
-    "accumulate": "is now grad_accum_steps",
-    "backbone": "is now init_from",
-    "evaluations": "is now num_evals",
-    "final_norm": 'is now model_args, as in ["final_norm=true"]',
-    "loaders": "is now data_workers",
-    "nonfinite": "is now on_nonfinite",
-    "optimisation": "is now optimization",
-    "pretrained": "is now init_from",
-    "safety": "is now replicate",
-    "schedule": "is now lr_schedule",
-    "sections": 'is now model_args, as in ["depths=3,4,23,3"]',
-    "task": "follows from data; remove it",
-    "tensorboard": 'is now log, as in ["tensorboard"]',
-    "wandb": 'is now log, as in ["wandb"]',
-    "warmup_epochs": "is now warmup_rounds, which counts rounds",
-    "width": 'is now model_args, as in ["width=64"]',
+    "accumulate": ("grad_accum_steps", ""),
+    "backbone": ("init_from", ""),
+    "evaluations": ("num_evals", ""),
+    "final_norm": ("model_args", "final_norm=true"),
+    "loaders": ("data_workers", ""),
+    "optimisation": ("optimization", ""),
+    "pretrained": ("init_from", ""),
+    "safety": ("replicate", ""),
+    "sections": ("model_args", "depths=3,4,23,3"),
+    "tensorboard": ("log", "tensorboard"),
+    "wandb": ("log", "wandb"),
+    "warmup_epochs": ("warmup_rounds", ""),
+    "width": ("model_args", "width=64"),
 }
+# A report has a table of bytes from each worker to each other one.
+MAX_WORKERS = 4096
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -59,7 +59,7 @@ def read_config_file(file: Path) -> tuple[TrainConfig, frozenset[str]]:
     """
     remedy = "give a JSON file like the config.json of a run"
     try:
-        data = _read_json(file, f"{file} is not JSON", remedy)
+        data = _read_json(file, f"{file} is not a configuration", remedy)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; {remedy}") from error
     for part, name in _unknown_entries(data):
@@ -89,20 +89,24 @@ def read_options(path: Path, notes: list[str]) -> tuple[TrainConfig, dict[str, d
     for part in data:
         if part not in known:
             raise UserError(_other_version(path, part))
-    given = {str(part): dict(values) for part, values in data.items() if isinstance(values, Mapping)}
+        if not isinstance(data[part], Mapping):
+            raise UserError(f"{path / 'config.json'} is damaged: {part} is not a table of names and values; restore it")
+    given = {part: dict(values) for part, values in data.items()}
     unknown: list[str] = []
     for part, values in given.items():
         for name, value in values.items():
             try:
                 from_json({part: {name: value}})
                 known[part][name] = value
-            except (UserError, KeyError):
-                unknown.append(str(name))
+            except UserError:
+                unknown.append(name)
     if unknown:
         notes.append(f"config.json is of another version; entries that are not understood: {', '.join(unknown)}.")
     config = from_json(known)
-    if config.method.workers < 1:
-        raise UserError(f"{path / 'config.json'} is damaged: workers={config.method.workers}; restore it")
+    if not 1 <= config.method.workers <= MAX_WORKERS:
+        raise UserError(
+            f"{path / 'config.json'} is damaged: method.workers is not a number from 1 to {MAX_WORKERS}; restore it"
+        )
     return config, given
 
 
@@ -118,7 +122,7 @@ def _read_config_of(path: Path) -> dict[str, Any]:
 def _read_json(file: Path, problem: str, remedy: str) -> dict[str, Any]:
     """Read a JSON object. Raises UserError, with the problem and the remedy, for other content."""
     try:
-        data = json.loads(file.read_bytes())
+        data = json.loads(file.read_bytes(), object_pairs_hook=_table)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{problem}: {first_line(error)}; {remedy}") from error
     if not isinstance(data, dict):
@@ -126,10 +130,21 @@ def _read_json(file: Path, problem: str, remedy: str) -> dict[str, Any]:
     return data
 
 
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a table of the entries of a JSON object. Raises ValueError where a name is there twice."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the entry {next(name for name in names if names.count(name) > 1)!r} twice")
+    return table
+
+
 def _unknown_entry(part: str, name: str) -> str:
     """Describe an entry of a configuration file that this version does not have, and what to give instead."""
     if name in EARLIER:
-        return f"{name!r}, an entry of an earlier version of resist, {EARLIER[name]}"
+        new, value = EARLIER[name]
+        example = f", as in [{json.dumps(value)}]" if value else ""
+        return f"{name!r}, an entry of an earlier version of resist, is now {new}{example}"
     known = TrainConfig().to_json()
     for home, values in known.items():
         if name in values:
@@ -189,7 +204,7 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return float(value)
     if type(value) is hint:
         return value
-    raise UserError(f"{where} has the value {str(value)[:80]!r}, which is not {_form(hint)}")
+    raise UserError(f"{where} has the value {json.dumps(value, ensure_ascii=False)[:80]}, which is not {_form(hint)}")
 
 
 def _form(hint: Any) -> str:
@@ -199,4 +214,4 @@ def _form(hint: Any) -> str:
         return f"one of {', '.join(inner)}"
     if get_origin(hint) is tuple:
         return f"a list, each entry {_form(inner[0])}" if inner[-1] is Ellipsis else f"a list of {len(inner)} numbers"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a string")
