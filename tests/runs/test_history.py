@@ -115,18 +115,16 @@ def test_a_damaged_line_on_resume_is_named_and_a_cut_last_one_left_out(tmp_path:
 
 def test_runs_of_other_versions_are_refused_in_one_line(tmp_path: Path) -> None:
     data = TrainConfig().to_json()
-    old = {("optimisation" if part == "optimization" else part): values for part, values in data.items()}
+    old = {("optimizer" if part == "optimization" else part): values for part, values in data.items()}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    refused = (
-        r"was written by an earlier version of resist \(its config.json has the entry 'optimisation'\); train again"
-    )
+    refused = r"was written by another version of resist \(its config.json has the entry 'optimizer'\); train again"
     with pytest.raises(UserError, match=refused):
         read_config(tmp_path)
     with pytest.raises(UserError, match=refused):  # the learning rate and the batch size would be those of no run
         read_options(tmp_path, [])
-    for name, version in (("loaders", "an earlier"), ("safety", "an earlier"), ("telepathy", "another")):
+    for name in ("loaders", "telepathy"):
         (tmp_path / "config.json").write_text(json.dumps(data | {"network": data["network"] | {name: 1}}))
-        with pytest.raises(UserError, match=f"was written by {version} version .*{name}"):
+        with pytest.raises(UserError, match=f"was written by another version .*{name}"):
             read_config(tmp_path)
         notes: list[str] = []
         read_options(tmp_path, notes)

@@ -168,8 +168,8 @@ def test_a_run_that_was_in_its_warm_up_ends_with_the_same_weights(
 
 def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
     """Its config.json has other entries, its checkpoints another format."""
-    (tmp_path / "config.json").write_text(json.dumps({"optimisation": {"epochs": 1.0}}))
-    with pytest.raises(UserError, match=r"earlier version of resist .*'optimisation'") as caught:
+    (tmp_path / "config.json").write_text(json.dumps({"optimizer": {"epochs": 1.0}}))
+    with pytest.raises(UserError, match=r"another version of resist .*'optimizer'") as caught:
         resumed(TrainConfig(run=RunConfig(resume=tmp_path)), frozenset({"resume"}))
     assert "\n" not in str(caught.value)
 

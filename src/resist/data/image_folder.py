@@ -26,7 +26,7 @@ from resist.data.in_memory import normalize
 from resist.data.listing import Listing, class_names, list_split
 from resist.data.loader import Stream, in_order, seeded
 from resist.data.sampler import Sampler
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 
 if TYPE_CHECKING:  # its import takes seconds, which only users of photographs should wait for
     from torchvision.transforms import v2
@@ -174,8 +174,7 @@ def read(path: Path) -> Image.Image:
         reason = "unknown image format" if path.stat().st_size else "the file is empty"
         raise _bad(path, reason) from error
     except Exception as error:  # it is not documented which exceptions the decoders raise
-        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise _bad(path, f"cannot be read ({text.splitlines()[0]})") from error
+        raise _bad(path, f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from error
 
 
 def _bad(path: Path, reason: str) -> UserError:

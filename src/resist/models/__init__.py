@@ -91,7 +91,7 @@ def build(
     if not 1 <= width <= MOST:
         raise UserError(f"`model_args=width={width}`; must be 1 to {MOST}")
     if num_classes < 1:
-        raise UserError(f"num_classes={num_classes}; must be at least 1")
+        raise UserError(f"`num_classes={num_classes}`; must be at least 1")
     depths = tuple(depths) or shape.depths
     final_norm = shape.final_norm if final_norm is None else final_norm
     if shape.photographs:

@@ -123,7 +123,7 @@ def build_detector(body: nn.Module, num_classes: int, transform: GeneralizedRCNN
         UserError: `body` has no such sections, or `num_classes` is below 1.
     """
     if num_classes < 1:
-        raise UserError(f"num_classes={num_classes}; must be at least 1")
+        raise UserError(f"`num_classes={num_classes}`; must be at least 1")
     backbone = Pyramid(headless(body))
     width = backbone.out_channels
     # Two anchor sizes for each level, half an octave apart; the larger, 8 strides, is torchvision's only one.

@@ -88,6 +88,24 @@ class Strategy:
         if not isinstance(self.outer, OuterSGD | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UserError(f"`outer={self.outer!r}` is not an outer optimizer; give one, as in OuterSGD(0.7, 0.9)")
 
+    def check_round_options(self, *, replicate: bool, on_nonfinite: str) -> None:
+        """Check the options of a synchronization, `ROUND_OPTIONS`.
+
+        Args:
+            replicate: As in `resist.Job`.
+            on_nonfinite: As in `resist.Job`.
+
+        Raises:
+            UserError: If one has no effect, because gradients are averaged in every step, or needs another worker.
+        """
+        if self.every_step and (replicate or on_nonfinite == "drop"):
+            raise UserError(
+                f"{self.name} averages gradients in every step, and every worker holds all weights; leave out "
+                "`replicate` and `on_nonfinite='drop'`"
+            )
+        if replicate and self.workers < 2:
+            raise UserError("`replicate` needs a second worker to hold the replicas; give `workers=2` or more")
+
     def at(self, round: int) -> "Strategy":
         """Return the strategy of a round, through all switches.
 
@@ -314,6 +332,8 @@ METHODS = {
         Method(ddp, "DDP", "D"),
     )
 }
+# Options of the synchronization at the end of a round, which strategies with `every_step` do not have.
+ROUND_OPTIONS = ("replicate", "on_nonfinite")
 # The default method, and the one that speed-ups are relative to.
 DEFAULT, BASELINE = resist.__name__, local_sgd.__name__
 

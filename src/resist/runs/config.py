@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from resist.errors import UserError
-from resist.planning.strategy import DEFAULT, METHODS, OuterSGD, Strategy, build_strategy
+from resist.planning.strategy import DEFAULT, METHODS, ROUND_OPTIONS, OuterSGD, Strategy, build_strategy
 
 if TYPE_CHECKING:
     StrategyName = str
@@ -26,7 +26,7 @@ STREAMED = ("folder", "imagenet", "voc2007", "voc2012")
 DETECTION = ("voc2007", "voc2012")
 # Upper bounds of numbers; those of all others are 1e9.
 LARGEST = {
-    "seed": 2**63 - 1, "lr": 10**20, "workers": 10**6, "capacities": 10**6, "num_classes": 10**6, "rounds": 10**4,
+    "seed": 2**63 - 1, "lr": 10**20, "workers": 4096, "capacities": 10**6, "num_classes": 10**6, "rounds": 10**4,
 }  # fmt: skip
 
 
@@ -115,7 +115,8 @@ class MethodConfig:
     replicate: bool = False
     """Keep a replica of every block, so that losing one worker costs at most the current round; see `resume`."""
     scale: str = config_key("inclusion")
-    """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number."""
+    """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number
+    above 0."""
     sampling: Literal["all", "shard"] = config_key("all")
     """all: each worker draws from the whole training set. shard: each worker draws from its own part of it."""
 
@@ -124,7 +125,7 @@ class MethodConfig:
         method = METHODS[self.strategy]
         unused = {name for other in METHODS.values() for name in other.options} - method.options
         if method.build(1).every_step:  # nothing is exchanged at the end of a round
-            unused |= {"replicate", "on_nonfinite"}
+            unused |= set(ROUND_OPTIONS)
         return {
             f.name: f.default
             for f in dataclasses.fields(self)
@@ -282,9 +283,7 @@ class TrainConfig:
             )
         for name in method.without_effect():
             raise UserError(f"`{name}` has no effect with `strategy={method.strategy}`; remove it")
-        if method.replicate and method.workers < 2:
-            raise UserError("`replicate` needs a second worker to hold the replicas; give `workers=2` or more")
-        self.strategy()
+        self.strategy().check_round_options(replicate=method.replicate, on_nonfinite=method.on_nonfinite)
         self.scale()
         self.budgets()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from resist.errors import UserError, first_line
-from resist.runs.config import TrainConfig
+from resist.runs.config import LARGEST, TrainConfig
 
 # Entries of config.json that an earlier version wrote: the entry in place of each, and a value of it or "". Most were
 # options, too.
@@ -18,7 +18,6 @@ EARLIER = {
     "evaluations": ("num_evals", ""),
     "final_norm": ("model_args", "final_norm=true"),
     "loaders": ("data_workers", ""),
-    "optimisation": ("optimization", ""),
     "pretrained": ("init_from", ""),
     "safety": ("replicate", ""),
     "sections": ("model_args", "depths=3,4,23,3"),
@@ -27,8 +26,6 @@ EARLIER = {
     "warmup_epochs": ("warmup_rounds", ""),
     "width": ("model_args", "width=64"),
 }
-# A report has a table of bytes from each worker to each other one.
-MAX_WORKERS = 4096
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -103,10 +100,9 @@ def read_options(path: Path, notes: list[str]) -> tuple[TrainConfig, dict[str, d
     if unknown:
         notes.append(f"config.json is of another version; entries that are not understood: {', '.join(unknown)}.")
     config = from_json(known)
-    if not 1 <= config.method.workers <= MAX_WORKERS:
-        raise UserError(
-            f"{path / 'config.json'} is damaged: method.workers is not a number from 1 to {MAX_WORKERS}; restore it"
-        )
+    if not 1 <= config.method.workers <= LARGEST["workers"]:
+        bounds = f"1 to {LARGEST['workers']}"
+        raise UserError(f"{path / 'config.json'} is damaged: method.workers is not a number from {bounds}; restore it")
     return config, given
 
 
@@ -164,9 +160,8 @@ def _unknown_entries(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _other_version(path: Path, entry: str) -> str:
-    version = "an earlier" if entry in EARLIER else "another"
     return (
-        f"{path} was written by {version} version of resist (its config.json has the entry {entry!r}); "
+        f"{path} was written by another version of resist (its config.json has the entry {entry!r}); "
         "train again, or use that version"
     )
 

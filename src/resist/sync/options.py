@@ -26,15 +26,7 @@ def check_options(strategy: Strategy, *, batchnorm: str, on_nonfinite: str, repl
     for stage in strategy.stages:
         _check_choice("optimizer_state", stage.optimizer_state, OPTIMIZER_STATES)
     _check_choice("on_nonfinite", on_nonfinite, NONFINITE)
-    if strategy.every_step and (replicate or on_nonfinite == "drop"):
-        raise UserError(
-            f"{strategy.name} averages gradients in every step, and every worker holds all weights; leave out "
-            "replicate and on_nonfinite='drop'"
-        )
-    if replicate and strategy.workers < 2:
-        raise UserError(
-            "replicate needs a second worker to hold the replicas; give at least 2 workers, or leave it out"
-        )
+    strategy.check_round_options(replicate=replicate, on_nonfinite=on_nonfinite)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
