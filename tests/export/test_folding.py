@@ -209,3 +209,12 @@ def test_a_trained_job_folds_into_an_ordinary_network(batchnorm: str) -> None:
         torch.testing.assert_close(plain(images), scaled(images), rtol=1e-12, atol=1e-12)
     program = torch.export.export(folded, (images,)).module()
     torch.testing.assert_close(program(images), scaled(images), rtol=1e-12, atol=1e-12)
+
+
+def test_a_network_whose_outputs_are_nan_is_refused() -> None:
+    scaled = network(Before, 0.3)
+    assert isinstance(scaled, nn.Sequential)
+    with torch.no_grad():
+        next(reversed(list(scaled.parameters()))).fill_(torch.nan)  # behind the chain, whose blocks fold exactly
+    with pytest.raises(UserError, match="outputs differ by inf"):
+        fold_scale(scaled, noise(2, 3, 8, 8))

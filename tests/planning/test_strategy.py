@@ -31,6 +31,8 @@ def test_a_switch_takes_over_at_its_round() -> None:
     nested = switch(first, switch(second, third, at_round=5), at_round=3)
     assert [nested.at(round).local_steps for round in range(7)] == [1, 1, 1, 2, 2, 3, 3]
     assert switch(first, second, at_round=0).at(0).local_steps == 2
+    skipped = switch(switch(first, second, at_round=3), third, at_round=3)
+    assert [skipped.at(round).local_steps for round in range(5)] == [1, 1, 1, 3, 3]
     assert first.at(99) is first
 
 

@@ -47,8 +47,11 @@ def test_a_cut_last_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Path) 
     assert len(read_history(run(tmp_path, [*GOOD, GOOD[0][:30]])).rounds) == 3
     with pytest.raises(UserError, match=r"line 2 of .* is damaged"):
         read_history(run(tmp_path, [GOOD[0], GOOD[1][:30] + "\n", GOOD[2]]))
-    with pytest.raises(UserError, match="holds no round"):
-        read_history(run(tmp_path, []))
+    with pytest.raises(UserError, match=r"line 2 of .* is damaged"):  # time does not run backward
+        read_history(run(tmp_path, [GOOD[0], GOOD[1].replace("0.25", "-0.25"), GOOD[2]]))
+    for lines in ([], ["damaged\n"]):
+        with pytest.raises(UserError, match=r"holds no complete round; .* or the file is damaged"):
+            read_history(run(tmp_path, lines))
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="cannot be read"):
         read_history(tmp_path)

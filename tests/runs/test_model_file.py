@@ -43,5 +43,9 @@ def test_damaged_and_foreign_weights_are_refused_in_one_line(tmp_path) -> None:
     file.write_bytes(whole)
     with pytest.raises(UserError, match="another network"):
         load_full(build("preact_small", num_classes=11, width=4), chains, file)
+    less = build("preact_small", num_classes=10, width=4)
+    less.head = nn.Linear(less.head.in_features, 10, bias=False)
+    with pytest.raises(UserError, match=r"another network.*'head.bias' differs"):
+        load_full(less, chains, file)
     with pytest.raises(UserError, match="the run has not finished"):
         load_full(model, chains, tmp_path / "none")

@@ -93,7 +93,7 @@ def fold(model: nn.Module, inputs: object, *, approximate: bool = False) -> tupl
         into = folds[-1].into  # the next block is probably of the same type: try these parameters first
     if scales and not approximate:
         error = difference(model, folded, inputs)
-        if not error <= TOLERANCE:
+        if error > TOLERANCE:
             raise UserError(f"the folded network's outputs differ by {error:.1e} of the largest; give `scale=keep`")
     order = list(scales)
     return folded, sorted(folds, key=lambda record: order.index(record.block))

@@ -50,7 +50,8 @@ def labels(histories: Sequence[History]) -> list[str]:
         name = history.config.method.strategy
         others = [o for h, o in zip(histories, all_options, strict=True) if h.config.method.strategy == name]
         differing = [key for key in options if any(other[key] != options[key] for other in others)]
-        texts.append(", ".join([name, *(f"{key.replace('_', ' ')} {options[key]}" for key in differing)]))
+        values = {key: "default" if options[key] is None else options[key] for key in differing}
+        texts.append(", ".join([name, *(f"{key.replace('_', ' ')} {value}" for key, value in values.items())]))
     return texts
 
 

@@ -97,7 +97,10 @@ def read_history(path: Path) -> History:
     config, given = read_options(path, notes)
     rounds = [record for _, record in _read_records(path / "metrics.jsonl", notes)]
     if not rounds:
-        raise UserError(f"{path / 'metrics.jsonl'} holds no round; the run did not complete its first one")
+        raise UserError(
+            f"{path / 'metrics.jsonl'} holds no complete round; the run ended before its first one did, or the file is "
+            "damaged; restore it, or train again"
+        )
     gaps = missing_rounds(record["round"] for record in rounds)
     if gaps:
         notes.append(f"metrics.jsonl has no record of {_range_text(gaps)}; totals do not include what is missing.")
