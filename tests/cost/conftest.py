@@ -3,8 +3,7 @@
 import sys
 
 import pytest
-
-from predictions import measure_once
+from cost_cases import measure_once
 
 
 @pytest.fixture(autouse=True)

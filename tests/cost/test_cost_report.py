@@ -4,9 +4,9 @@ import io
 import json
 
 import pytest
+from cost_cases import SMALL, all_of, timed
 from rich.console import Console
 
-from predictions import SMALL, all_of, timed
 from resist.cost import Link, Speed, predict, print_table
 from resist.planning.strategy import build_strategy, ddp, local_sgd, resist
 from support import tiny

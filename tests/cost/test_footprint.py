@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 import torch.nn.functional as F
+from cost_cases import SMALL
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from predictions import SMALL
 from resist.cost import predict
 from resist.cost.footprint import LiveBytes, build_on_meta, measure
 from resist.job import Job

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from cost_cases import SMALL, all_of, row
 from torch import Tensor, nn
 
-from predictions import SMALL, all_of, row
 from resist.cost import Report, Speed, predict
 from resist.errors import UserError
 from resist.models import PreActResNet, build

@@ -3,11 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from cost_cases import CHAIN, SIZES, timed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from predictions import CHAIN, SIZES, timed
 from resist.cost import Link, Speed, calibrate
 from resist.cost.timing import PAYLOAD, ddp_step_s, exchange_s
 from resist.cost.traffic import ddp_traffic, round_traffic

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
+from cost_cases import SIZES, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import Optimizer
 
-from predictions import SIZES, SMALL
 from resist.cost import predict
 from resist.cost.traffic import round_traffic
 from resist.job import Job
