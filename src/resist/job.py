@@ -23,7 +23,8 @@ from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
-from resist.sync.agreement import agree_on_round, check_agreement, diverged, job_values
+from resist.subnet.validate import choose_checked
+from resist.sync.agreement import agree_on_round, check_agreement, diverged, job_values, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
 from resist.sync.exchange import Exchange
@@ -87,6 +88,12 @@ class Job:
             so that losing any one worker costs at most the current round; see `replicas`. Needs memory for one more
             copy of the worker's weights, and for the replicas that it keeps.
         resume_at: (round, step) to continue an interrupted job at; see `resist.runs.checkpoint`.
+        example: One batch, from which the network is checked: a tensor; a tuple or list, whose items are the positional
+            arguments of the network, or if it does not take them the first item alone; a dict of keyword arguments; or
+            a function that calls a network, `lambda model: model(batch, steps=3)`. Blocks are tried with the arguments
+            that they get with it, and a network whose sub-networks would compute something else is refused, see
+            `resist.subnet.validate`. This runs on copies of the network, on the CPU; processes may have different
+            batches. Default: blocks are tried with guesses, and nothing else is checked.
 
     Attributes:
         workers: The hosted workers, ascending.
@@ -122,6 +129,7 @@ class Job:
         on_nonfinite: str = "stop",
         replicate: bool = False,
         resume_at: tuple[int, int] = (0, 0),
+        example: object = None,
     ) -> None:
         check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate)
         self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
@@ -134,9 +142,10 @@ class Job:
         full = build_seeded(build_model, seed)
         if batchnorm == "batch":
             use_batch_statistics(full)
-        self.chains = choose_chains(full, (chains,) if isinstance(chains, str) else tuple(chains))
-        self.plan = self.plan_of(self.round)
-        _ = self.scales  # an invalid scale is an error now, not at the end
+        names = (chains,) if isinstance(chains, str) else tuple(chains)
+        self.chains = choose_chains(full, names) if example is None else ()
+        if self.chains:  # chosen in every process alike, so this may fail before they wait for each other
+            self._draw_first()
         self.transport = CountingTransport(
             transport if transport is not None else connect(strategy.workers, device, timeout_s)
         )
@@ -144,6 +153,14 @@ class Job:
             raise UserError(
                 f"a transport for {self.transport.num_workers} workers, a strategy for {strategy.workers}; match them"
             )
+        if example is not None:  # each process may have another batch, and all fail if one does
+            try:
+                self.chains = run_everywhere(self.transport, lambda: choose_checked(full, names, example))
+                self._draw_first()
+            except BaseException:
+                if transport is None:
+                    self.transport.close()
+                raise
         # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
@@ -151,6 +168,11 @@ class Job:
         check_agreement(self.transport, values)
         self.workers = [self._host(index, full, device, channels_last) for index in self.transport.hosted]
         self.mark_anchors()
+
+    def _draw_first(self) -> None:
+        """Line 1 of the algorithm: draw sub-networks."""
+        self.plan = self.plan_of(self.round)
+        _ = self.scales  # an invalid scale is an error now, not at the end
 
     def _host(self, index: int, full: nn.Module, device: torch.device | str, channels_last: bool) -> Worker:
         """Line 1 of the algorithm: give a worker the sub-network of the present plan."""
