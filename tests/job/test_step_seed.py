@@ -76,7 +76,7 @@ def test_workers_and_steps_differ() -> None:
         job.step(*optimizers)
     assert len(seeds) == 12
     assert all(0 <= seed < 2**63 for seed in seeds)
-    with pytest.raises(UserError, match=r"step_seed\(worker=None\): this process hosts the workers \[0, 1, 2\]; give one"):
+    with pytest.raises(UserError, match=r"step_seed\(worker=None\): this process hosts the workers \[0, 1, 2\]"):
         job.step_seed()
     with pytest.raises(UserError, match=r"step_seed\(worker=3\)"):
         job.step_seed(3)
