@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from resist.errors import UserError
-from resist.planning.plan import Key, RoundPlan
+from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.validate import choose_checked
@@ -213,6 +214,31 @@ class Job:
         """
         return self.strategy.plan(self.chains, seed=self.seed, round=round)
 
+    def step_seed(self, worker: int | None = None) -> int:
+        """Return the seed of everything that a worker draws in the next step: of dropout and drop path, for example.
+
+        A function of the job's seed, the worker and the number of steps done. So workers draw different masks, equal
+        runs are equal, and a job that was loaded continues exactly:
+
+            torch.manual_seed(job.step_seed())
+            loss = F.cross_entropy(job.model(images), labels)
+
+        Args:
+            worker: Number of the worker. Default: the only hosted one.
+
+        Returns:
+            A 63-bit integer.
+
+        Raises:
+            UserError: If `worker` is missing where this process hosts several workers, or is not hosted here.
+        """
+        hosted = [worker.index for worker in self.workers]
+        if worker is None and len(hosted) == 1:
+            worker = hosted[0]
+        if worker not in hosted:
+            raise UserError(f"step_seed(worker={worker}): this process hosts the workers {hosted}; give one of them")
+        return step_seed(self.seed, worker, self.step_index)
+
     def step(self, *optimizers: Optimizer, nonfinite: Mapping[int, str] | None = None) -> bool:
         """Count a step, and synchronize after `local_steps` of them.
 
@@ -358,7 +384,9 @@ class Job:
             return None
         scale_branches(full.model, self.chains, self.scales)
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
-            recalibrate(full.model, batches, full.device)
+            # What the network and the batches draw here must not change the training that goes on.
+            with seeded_rng(keyed_int("full model", self.seed, self.round), full.device):
+                recalibrate(full.model, batches, full.device)
         return full.model.eval()
 
     def close(self) -> None:
