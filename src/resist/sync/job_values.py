@@ -29,16 +29,20 @@ def job_values(
     Returns:
         The values by name.
     """
-    network = fingerprint(model)
+    network, values = fingerprint(model), strategy_values(strategy)
+    rules = values.pop("assign", None)  # capacities say more clearly what is different about them
     return {
-        **strategy_values(strategy),
+        **values,
         "seed": seed,
         **options,
         "model": network["structure"],
         "chains": [chain.name for chain in chains],
         "capacities": [
-            chain.capacities for stage in strategy.stages for chain in stage.plan(chains, seed=seed, round=0).plans
+            chain.capacities
+            for round in strategy.change_rounds
+            for chain in strategy.plan(chains, seed=seed, round=round).plans
         ],
+        "rules of the capacities": rules,
         "initial weights": network["weights"],
     }
 
