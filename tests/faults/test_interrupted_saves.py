@@ -22,7 +22,8 @@ from torch import Tensor
 from resist.cli import main
 from resist.job import Job
 from resist.planning.strategy import Strategy, resist
-from resist.runs.checkpoint import Checkpoints, newest, restore, verify
+from resist.runs.checkpoint import Checkpoints, newest, verify
+from resist.runs.restore import restore
 from support import make, train, weights
 
 STEPS = 2
@@ -107,7 +108,7 @@ def restored(folder: Path, path: Path) -> dict[str, Tensor]:
     """The full network of a checkpoint."""
     at = verify(path)["round"]
     job, optimizers = make(strategy(), resume_at=(at, at * STEPS))
-    restore(job, tuple(optimizers), path, same_workers=True)
+    restore(job, tuple(optimizers), path)
     return weights(job)
 
 

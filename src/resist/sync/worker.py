@@ -32,6 +32,7 @@ class Worker:
         optimizers: The optimizers that `Job.step` was given for this worker.
         anchor: The weights at the beginning of the round, or None if no option needs them in this round.
         average: An average of the weights over time, or None; see `Job.follow`.
+        averaged: The user's object that computes `average`.
     """
 
     def __init__(self, index: int, subnet: Subnet) -> None:
@@ -41,6 +42,7 @@ class Worker:
         self.optimizers: list[Optimizer] = []
         self.anchor: Tensor | None = None
         self.average: Subnet | None = None
+        self.averaged: AveragedModel | None = None
 
     def begin_round(self, *, keep_anchor: bool, outer: bool) -> None:
         """Copy the weights to `anchor` if an option needs them, else drop the last copy.
@@ -83,7 +85,7 @@ class Worker:
             UserError: If it is not an average of `model`.
         """
         try:
-            self.average = self.subnet.twin(average.module)
+            self.average, self.averaged = self.subnet.twin(average.module), average
         except (AttributeError, ValueError) as error:
             raise UserError(
                 f"{type(average).__name__} holds no copy of the network of worker {self.index}; make it with "
