@@ -158,7 +158,10 @@ def test_a_save_that_is_killed_at_any_byte_leaves_the_older_checkpoint_or_the_wh
         assert all(torch.equal(found[name], value) for name, value in expected[rounds[-1]].items()), limit
         if number % 5 == 0:
             save(job, optimizers, folder)  # a run that goes on saves again, over what is left
-            assert newest(folder) == (folder / "round-000002", [])
+            path, skipped = newest(folder)
+            assert path is not None
+            assert path.name in ("round-000002", "round-000002-0001")  # beside a sound one of the same round
+            assert skipped == []
             assert not [p for p in folder.iterdir() if p.name.startswith(".")]
         shutil.rmtree(folder)
     assert set(rounds) == {1, 2}  # positions on both sides of the rename
