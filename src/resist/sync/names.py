@@ -23,10 +23,11 @@ def weight_places(subnet: Subnet, held: Held) -> Iterator[tuple[str, Place, torc
         Global dotted name, place and shape of each parameter and synchronized buffer.
     """
     slots = [(chain, slot) for chain, blocks in enumerate(held) for slot in range(len(blocks))]
-    for chain, slot in [(None, 0), *slots]:
-        for piece, position in subnet.layout.part(chain).pieces.items():
-            place = Place(chain, slot, piece)
-            yield subnet.layout.full_name(place, held), place, position.shape
+    for layout in subnet.layouts.values():
+        for chain, slot in [(None, 0), *slots]:
+            for piece, position in layout.part(chain).pieces.items():
+                place = Place(chain, slot, piece)
+                yield layout.full_name(place, held), place, position.shape
 
 
 def parameters_by_name(subnet: Subnet, held: Held) -> dict[str, nn.Parameter]:
@@ -48,7 +49,7 @@ def other_buffers(subnet: Subnet, model: nn.Module, held: Held) -> dict[str, tup
     found: dict[str, tuple[str, Tensor]] = {}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         place = subnet.place(name)
-        if place.piece not in subnet.layout.part(place.chain).pieces:
+        if not _in_flats(subnet, place):
             found[subnet.layout.full_name(place, held)] = (name, buffer)
     return found
 
@@ -58,7 +59,11 @@ def other_buffer_names(subnet: Subnet, model: nn.Module, held: Held) -> set[str]
     names: set[str] = set()
     for name, _ in model.named_buffers(remove_duplicate=False):
         place = subnet.place(name)
-        if place.piece not in subnet.layout.part(place.chain).pieces:
+        if not _in_flats(subnet, place):
             slots = range(1 if place.chain is None else len(held[place.chain]))
             names |= {subnet.layout.full_name(replace(place, slot=slot), held) for slot in slots}
     return names
+
+
+def _in_flats(subnet: Subnet, place: Place) -> bool:
+    return any(place.piece in layout.part(place.chain).pieces for layout in subnet.layouts.values())

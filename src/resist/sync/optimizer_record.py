@@ -107,18 +107,18 @@ def arrived_state(worker: Worker, held: Held, tensors: dict[str, Tensor], path: 
         Parameter, state name and key of each.
     """
     found: list[list[str]] = []
-    parameters = parameters_by_name(worker.subnet, held)
     states: dict[int, dict[str, Any]] = {}
     for optimizer in worker.optimizers:
         states |= {id(p): state for p, state in cast(dict[Any, Any], optimizer.state).items()}
-    for state_name in worker.state:
-        if state_name == VELOCITY:
-            continue
-        views = worker.subnet.state(held, worker.state[state_name])
-        for name, parameter in parameters.items():
-            if name in views and state_name not in states.get(id(parameter), {}) and bool(views[name].any()):
+    for parameter, place in worker.subnet.parameter_places():
+        name, dtype = worker.subnet.layout.full_name(place, held), worker.subnet.dtype_of(place)
+        for state_name, flats in worker.state.items():
+            if state_name == VELOCITY or dtype not in flats or state_name in states.get(id(parameter), {}):
+                continue
+            view = worker.subnet.view(place, flats)
+            if bool(view.any()):
                 key = join(*path, name, state_name)
-                tensors[key] = views[name]
+                tensors[key] = view
                 found.append([name, state_name, key])
     return found
 
@@ -258,11 +258,14 @@ def load_arrived(
     worker: Worker, saved: Sequence[Sequence[str]], tensors: Mapping[str, Tensor], held: Held
 ) -> Callable[[], None]:
     """Check what `arrived_state` has written, and return what puts it into the flat tensors."""
-    found = [(name, state_name, tensors[key]) for name, state_name, key in saved]
+    found = {(name, state_name): tensors[key] for name, state_name, key in saved}
 
     def apply() -> None:
-        for name, state_name, tensor in found:
-            flat = worker.state.setdefault(state_name, torch.zeros_like(worker.subnet.flat, dtype=tensor.dtype))
-            worker.subnet.state(held, flat)[name].copy_(tensor)
+        for _, place in worker.subnet.parameter_places():
+            name, dtype = worker.subnet.layout.full_name(place, held), worker.subnet.dtype_of(place)
+            for (own, state_name), tensor in found.items():
+                if own == name:
+                    worker.state_flat(state_name, dtype, tensor.dtype)
+                    worker.subnet.view(place, worker.state[state_name]).copy_(tensor)
 
     return apply
