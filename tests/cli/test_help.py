@@ -131,7 +131,7 @@ train --model-args width=8 width=4
 train --capacities a b
 train --strategy magic
 train --workers 1 2
-train --workers 9
+train --capacities 3 3 3
 train --workers 0
 train --min-depth 30
 train --capacities 1 1 1 1
@@ -146,6 +146,8 @@ train --model-args depths=1,1
 train --model-args depths=1,1,1,1
 train --chain layer9:1-2
 train --chain layer3:x
+train --chain all layer3
+train --capacities-by-round 3=4
 train --until soon
 train --until accuracy=95
 train --strategy local_sgd --min-depth 2

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from resist.errors import UserError
+from resist.planning.capacities import Capacities
 from resist.planning.strategy import DEFAULT, METHODS, ROUND_OPTIONS, OuterSGD, Strategy, build_strategy
+from resist.runs.capacity_keys import capacities_of
 from resist.runs.recipe import DETECTION, STREAMED, check_recipe
 
 if TYPE_CHECKING:
@@ -65,8 +67,8 @@ class NetworkConfig:
     section), and for small images final_norm=true (BatchNorm and ReLU before the last pooling, which the paper's
     networks do not have). Default: as the name of the network says."""
     chain: tuple[str, ...] = ()
-    """Blocks to partition, as in layer3:1-22, or layer2 layer3 for the longest run of each. Default: the longest run of
-    interchangeable blocks."""
+    """Blocks to partition, as in layer3:1-22, layer2 layer3 for the longest run of each, or all for all that can be
+    partitioned together. Default: the longest run of interchangeable blocks."""
     init_from: str | None = None
     """Initial weights: timm:FILE, the .safetensors or .pth of timm's resnetv2_50, 101 or 152; for detection also the
     directory of a resist run of classification, whose weights initialize the backbone. The head is initialized from
@@ -91,10 +93,15 @@ class MethodConfig:
     local_steps: int = 50
     """Optimizer steps from one synchronization to the next."""
     min_depth: int | None = None
-    """Minimum number of chain blocks of each worker, so that several workers may hold a block. Default: 4, or all
-    blocks of a shorter chain."""
+    """Minimum number of blocks of each worker in each chain, so that several workers may hold a block. Default: 4, or
+    all blocks of a shorter chain."""
     capacities: tuple[int, ...] = ()
-    """Chain blocks of each worker, for workers of unequal speed or memory, as in 8 6 4 4."""
+    """Blocks of each worker in each chain, for workers of unequal speed or memory, as in 8 6 4 4."""
+    capacities_by_chain: tuple[str, ...] = config_key(())
+    """Blocks of each worker in single chains: layer3=6 for all workers, layer3=8,6,4,4 for each; other chains follow
+    `capacities` or `min_depth`."""
+    capacities_by_round: tuple[str, ...] = config_key(())
+    """Blocks of each worker that change during the run: 13=11 after 13 rounds, or 13:layer3=8,6,4,4 in one chain."""
     warmup_rounds: int = 0
     """Rounds of local SGD before the first round of ResIST."""
     batchnorm: Literal["recalibrate", "average", "batch"] = "recalibrate"
@@ -117,10 +124,21 @@ class MethodConfig:
     sampling: Literal["all", "shard"] = config_key("all")
     """all: each worker draws from the whole training set. shard: each worker draws from its own part of it."""
 
+    def all_capacities(self) -> Capacities:
+        """Return the record of capacities, by worker, chain and round. Raises UserError for a text of another form."""
+        return capacities_of(
+            by_worker=self.capacities,
+            by_chain=self.capacities_by_chain,
+            by_round=self.capacities_by_round,
+            min_depth=self.min_depth,
+        )
+
     def without_effect(self) -> dict[str, Any]:
         """Return the options that were changed and have no effect with the strategy, with their defaults."""
         method = METHODS[self.strategy]
         unused = {name for other in METHODS.values() for name in other.options} - method.options
+        if "capacities" in unused:
+            unused |= {"capacities_by_chain", "capacities_by_round"}
         if method.build(1).every_step:  # nothing is exchanged at the end of a round
             unused |= set(ROUND_OPTIONS)
         return {
@@ -313,8 +331,7 @@ class TrainConfig:
             m.strategy,
             m.workers,
             m.local_steps,
-            min_depth=m.min_depth,
-            capacities=m.capacities or None,
+            capacities=m.all_capacities(),
             optimizer_state=m.optimizer_state,
             outer=outer,
             warmup_rounds=m.warmup_rounds,

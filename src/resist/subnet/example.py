@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from resist.errors import UserError
 from resist.subnet.modules import children_of, named_modules
 from resist.subnet.rehearsal import Forward, Rehearsal, snapshot, stand_in
-from resist.subnet.residual import Call
+from resist.subnet.streams import Call
 
 MOST_ITEMS = 4  # a larger batch is cut to so many items, where all its tensors have the same first dimension
 

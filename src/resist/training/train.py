@@ -140,9 +140,14 @@ def _make_job(config: TrainConfig, task: Task, transport: Transport, device: tor
 
 
 def _log_chains(job: Job) -> None:
-    for chain, plan in zip(job.chains, job.plan.plans, strict=True):
-        capacities = " ".join(map(str, plan.capacities))
-        log.info("chain %s: %d blocks, the workers hold %s", chain.name, chain.num_blocks, capacities)
+    changes = [(round, job.plan_of(round).plans) for round in job.strategy.change_rounds if round > job.round]
+    for number, (chain, plan) in enumerate(zip(job.chains, job.plan.plans, strict=True)):
+        text = " ".join(map(str, plan.capacities))
+        last = plan.capacities
+        for round, plans in changes:
+            if (later := plans[number].capacities) != last:
+                text, last = f"{text}; after {round} rounds {' '.join(map(str, later))}", later
+        log.info("chain %s: %d blocks, the workers hold %s", chain.name, chain.num_blocks, text)
         if chain.caveat:
             log.info("note: %s", chain.caveat)
 
