@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from resist.sync.averaging import VELOCITY
 from resist.sync.job_values import strategy_values
 from resist.sync.local import Local
 from resist.sync.loose import Rule
-from support import tiny
+from support import make, tiny
 
 
 class Two(Local):
@@ -44,14 +43,6 @@ def answering(**changes: Any) -> Two:
         return json.dumps({**own, **both})
 
     return Two(answer)
-
-
-def hosted(index: int, flat: torch.Tensor, state: object = MappingProxyType({}), average: object = None) -> Any:
-    """The part of a worker that its process looks at before an exchange."""
-    subnet = SimpleNamespace(flats={flat.dtype: flat}, device=flat.device, capacities=(), parameter_places=lambda: ())
-    return SimpleNamespace(
-        index=index, subnet=subnet, state=state, average=average, optimizers=[torch.optim.SGD([flat])]
-    )
 
 
 def test_the_first_difference_is_reported() -> None:
@@ -127,16 +118,23 @@ ROUND = {"rule": Rule("travel", held_by_all=False), "round": 2, "step": 8}
 
 
 def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
-    types, other = {"torch.float32": "torch.float32"}, torch.zeros(1, dtype=torch.float64)
-    state = {name: {torch.float32: other} for name in ("momentum", "exp_avg", VELOCITY)}
-    workers = [hosted(0, torch.zeros(2), state=state), hosted(1, torch.tensor([0.0, torch.nan]))]
-    transport = answering(state={"exp_avg": types, "step": types}, nonfinite={"3": "a loss of nan"})
-    agreed = agree_on_round(transport, workers, **ROUND, nonfinite={0: "inf"})
+    types = {"torch.float64": "torch.float64"}
+    job, _ = make(resist(2, 1))
+    first, second = job.workers
+    first.state = {
+        name: {torch.float64: torch.zeros(1, dtype=torch.float32)} for name in ("momentum", "exp_avg", VELOCITY)
+    }
+    with torch.no_grad():
+        second.model.get_parameter("head.weight")[0, 0] = torch.nan
+    transport = answering(state={"exp_avg": types, "step": types}, changed="1", nonfinite={"3": "a loss"})
+    agreed = agree_on_round(transport, job.workers, **ROUND, nonfinite={0: "inf"})
     assert list(agreed.states) == ["exp_avg", "momentum", "step"]
-    assert agreed.states["momentum"] == {torch.float32: torch.float64}
-    assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite", 3: "a loss of nan"}
+    assert agreed.states["momentum"] == {torch.float64: torch.float32}
+    assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite (head.weight)", 3: "a loss"}
+    assert len(first.subnet.changing) == 1, "what changed in the other process"
+    assert first.subnet.changing == second.subnet.changing
     assert transport.num_texts == 2  # the second time with the states of both
-    agree_on_round(transport := answering(), workers, **ROUND, nonfinite={})
+    agree_on_round(transport := answering(), job.workers, **ROUND, nonfinite={})
     assert transport.num_texts == 1
 
 
@@ -153,5 +151,7 @@ def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
     ],
 )
 def test_a_round_ends_for_all_processes_at_the_same_point(changes: dict[str, Any], message: str) -> None:
+    job, optimizers = make(resist(2, 1))
+    job.attach(*optimizers)
     with pytest.raises(AgreedError, match=message):
-        agree_on_round(answering(**changes), [hosted(0, torch.zeros(2))], **ROUND, nonfinite={})
+        agree_on_round(answering(**changes), job.workers, **ROUND, nonfinite={})

@@ -8,7 +8,10 @@ from typing import Any, TypeVar, cast
 import torch
 
 from resist.errors import AgreedError, DivergedError, UserError
-from resist.sync.averaging import VELOCITY, all_finite
+from resist.subnet.changes import PlaceKey
+from resist.subnet.changes import from_text as changes_from_text
+from resist.subnet.changes import to_text as changes_to_text
+from resist.sync.averaging import VELOCITY, first_nonfinite
 from resist.sync.loose import Described, LooseParts, Rule, collect_loose, to_text
 from resist.sync.optimizer_state import StateTypes, flat_states
 from resist.sync.transport import Transport
@@ -119,9 +122,12 @@ def agree_on_round(
     hosted = [worker.index for worker in workers]
     if others := nonfinite.keys() - set(hosted):
         raise UserError(f"nonfinite has worker {min(others)}, and this process hosts {hosted}; name only those")
-    detected = {
-        w.index: "weights that are not finite" for w in workers if not all(map(all_finite, w.subnet.flats.values()))
-    }
+    changed: set[PlaceKey] = set()
+    for worker in workers:
+        changed |= {key for watch in worker.watches for key in watch.changed()}
+        worker.subnet.changing |= changed  # before the check for NaN: those that changed are averaged too
+    names = {worker.index: first_nonfinite(worker.subnet) for worker in workers}
+    detected = {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
     failed = {**detected, **nonfinite}
     own = [flat_states(w.optimizers, {n: f for n, f in w.state.items() if n != VELOCITY}) for w in workers]
     states = _merged_states([_state_texts(types) for types in own])
@@ -133,6 +139,7 @@ def agree_on_round(
             "round": [round, step],
             "optimizers": _distinct([[type(optimizer).__name__ for optimizer in w.optimizers] for w in workers]),
             "averages": any(worker.average for worker in workers),
+            "changed": changes_to_text(changed, workers[0].subnet),
             "state": _state_texts(states),
             "nonfinite": failed,
             "loose": to_text(loose),
@@ -142,6 +149,11 @@ def agree_on_round(
         states = _merged_states([process["state"] for process in processes])
         if all(process["state"] == _state_texts(states) for process in processes):
             break  # all have described the same states; else all do so now
+    for worker in workers:
+        for process in processes:
+            worker.subnet.changing |= changes_from_text(process["changed"], worker.subnet)
+        if worker.average is not None:
+            worker.average.changing = worker.subnet.changing
     return RoundAgreement(
         states=states,
         nonfinite={int(worker): reason for process in processes for worker, reason in process["nonfinite"].items()},
@@ -166,8 +178,9 @@ def _check_progress(processes: Sequence[Mapping[str, Any]]) -> None:
                 "job.full_model too"
             )
         if len(process["optimizers"]) > 1 or process["optimizers"] != first["optimizers"]:
-            own, others = cast(list[list[str]], first["optimizers"])[0], cast(list[list[str]], process["optimizers"])
-            other = next((names for names in others if names != own), [])
+            others = cast(list[list[str]], process["optimizers"])
+            own = cast(list[list[str]], first["optimizers"])[0]
+            other = next((names for names in others if names != own), list[str]())
             raise AgreedError(
                 f"process {number} trains a worker with {', '.join(other) or 'no optimizer'}, process 0 with "
                 f"{', '.join(own) or 'no optimizer'}; give all workers the same optimizers"

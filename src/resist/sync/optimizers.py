@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from resist.errors import UserError
+from resist.planning.strategy import Strategy
 from resist.subnet.network import Flats, Subnet
 
 # Optimizers of torch.distributed that average gradients or weights, or shard state, over processes themselves.
@@ -51,6 +52,12 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
     for number, optimizer in enumerate(optimizers):
         if not hasattr(optimizer, "param_groups"):
             raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
+        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
+        if spanned > 1:  # an optimizer of accelerate, whose DistributedDataParallel averages gradients of other blocks
+            raise UserError(
+                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
+                "resist.integrations.alone()"
+            )
         parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = {subnet_of[parameter] for parameter in parameters & subnet_of.keys()}
         if len(trained) != 1:
@@ -69,18 +76,20 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
     return grouped
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], policies: Iterable[str]) -> None:
+def check_optimizers(optimizers: Iterable[Optimizer], strategy: Strategy) -> None:
     """Refuse optimizers whose state cannot go with a block.
 
     Args:
         optimizers: Optimizers as they were given to `Job.step`.
-        policies: The values of `optimizer_state` in all stages of the strategy.
+        strategy: The strategy. With one worker, or an average of the gradients in every step, no state has to move.
 
     Raises:
         UserError: If one communicates by itself, keeps one history over all parameters with another policy than
             "reset", or keeps tensors outside of its state.
     """
-    moving = [policy for policy in policies if policy != "reset"]
+    if strategy.workers == 1 or strategy.every_step:
+        return
+    moving = [stage.optimizer_state for stage in strategy.stages if stage.optimizer_state != "reset"]
     for optimizer in optimizers:
         inner, name = innermost(optimizer), type(optimizer).__name__
         if any(cls.__name__ in _COLLECTIVE for cls in type(inner).__mro__):
