@@ -276,6 +276,9 @@ class Job:
             self._optimizers = optimizers
         self.step_index += 1
         self._steps_in_round += 1
+        if self._steps_in_round == 1:
+            for worker in self.workers:
+                worker.note_modes()
         if self.steps_left > 0:
             return False
         self.synchronize(nonfinite)
@@ -391,11 +394,12 @@ class Job:
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
+        full.train_as_noted()
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
             # What the network and the batches draw here must not change the training that goes on.
             with seeded_rng(keyed_int("full model", self.seed, self.round), full.device):
                 recalibrate(full.model, batches, full.device)
-        return full.model.eval()
+        return full.own_storages().eval()
 
     def close(self) -> None:
         """Leave the process group, if there is one."""
