@@ -325,8 +325,8 @@ class Job:
         """
         strategy = self.strategy.at(self.round)
         for worker in self.workers:
+            worker.take_back()
             worker.subnet.check_attached()
-            worker.take_back_buffers()
         for worker in self.workers:
             worker.collect_state(strategy.optimizer_state)
         # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.

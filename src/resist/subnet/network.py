@@ -396,11 +396,19 @@ class Subnet:
             yield self.place(f"{name}.".lstrip(".")).key, module
 
     def take_back(self) -> None:
-        """Copy buffers that a forward pass has assigned into the flat tensors, as if it had written to them in place.
+        """Copy tensors that were assigned into the flat tensors, as if they had been written to in place.
 
-        A buffer that has another shape or dtype than in the beginning becomes a loose one; see `loose`.
+        These are buffers that a forward pass assigns, and new data of parameters, as in `target.data = 0.99 *
+        target.data + 0.01 * online.data`. A buffer that has another shape or dtype than in the beginning becomes a
+        loose one; see `loose`.
         """
         take_back(self.buffers)
+        with torch.no_grad():
+            for parameter, place in self.parameter_places():
+                view = self.view(place, self.flats) if place.key in self._dtype_of else parameter
+                if view.data_ptr() != parameter.data_ptr() and _form(view) == _form(parameter):
+                    view.copy_(parameter)
+                    parameter.data = view.data
 
     def loose(self) -> dict[tuple[int | None, int], dict[str, Tensor]]:
         """Collect the buffers whose values are not in the flat tensors.
@@ -514,6 +522,10 @@ class Subnet:
             for chain, slot in parts
             for place in (Place(chain, slot, piece) for piece in layout.part(chain).pieces)
         }
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:

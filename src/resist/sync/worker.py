@@ -78,8 +78,8 @@ class Worker:
         if self.average is not None:
             self.average.frozen_modules = self.subnet.frozen_modules
 
-    def take_back_buffers(self) -> None:
-        """Copy buffers that were assigned in a forward pass into the flat tensors; see `Subnet.take_back`."""
+    def take_back(self) -> None:
+        """Copy tensors that were assigned into the flat tensors; see `Subnet.take_back`."""
         for subnet in filter(None, (self.subnet, self.average)):
             subnet.take_back()
 
