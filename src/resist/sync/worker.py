@@ -38,6 +38,7 @@ class Worker:
         average: An average of the weights over time, or None; see `Job.follow`.
         average_anchor: The average at the beginning of the round, or None if no option needs it.
         watches: The state of `subnet` and `average` at the beginning of the round.
+        averaged: The user's object that computes `average`.
     """
 
     def __init__(self, index: int, subnet: Subnet) -> None:
@@ -50,6 +51,7 @@ class Worker:
         self.average_anchor: Flats | None = None
         self.watches: list[Watch] = []
         self._keep_average = False
+        self.averaged: AveragedModel | None = None
 
     def begin_round(self, *, keep_anchor: bool, outer: bool, keep_average: bool = False) -> None:
         """Copy the weights to `anchor` if an option needs them, else drop the last copy.
@@ -129,7 +131,7 @@ class Worker:
             UserError: If it is not an average of `model`.
         """
         try:
-            self.average = self.subnet.twin(average.module)
+            self.average, self.averaged = self.subnet.twin(average.module), average
             self._begin_average()
         except (AttributeError, ValueError) as error:
             raise UserError(
