@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 # Any BatchNorm layer.
 BatchNorm = nn.modules.batchnorm._BatchNorm
+# Any layer of torch with running statistics.
+Norm = nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -142,6 +142,7 @@ def agree_on_round(
             "changed": changes_to_text(changed, workers[0].subnet),
             "state": _state_texts(states),
             "nonfinite": failed,
+            "has_loose": any(worker.subnet.loose() for worker in workers),
             "loose": to_text(loose),
         }
         processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values, separators=(",", ":")))]
@@ -152,8 +153,9 @@ def agree_on_round(
     for worker in workers:
         for process in processes:
             worker.subnet.changing |= changes_from_text(process["changed"], worker.subnet)
+            worker.subnet.has_loose |= process["has_loose"]
         if worker.average is not None:
-            worker.average.changing = worker.subnet.changing
+            worker.average.changing, worker.average.has_loose = worker.subnet.changing, worker.subnet.has_loose
     return RoundAgreement(
         states=states,
         nonfinite={int(worker): reason for process in processes for worker, reason in process["nonfinite"].items()},
