@@ -23,6 +23,7 @@ from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
+from resist.subnet.wrappers import check_blocks
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, job_values
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
@@ -135,6 +136,7 @@ class Job:
         if batchnorm == "batch":
             use_batch_statistics(full)
         self.chains = choose_chains(full, (chains,) if isinstance(chains, str) else tuple(chains))
+        check_blocks(full, (chain.block_name(block) for chain in self.chains for block in range(chain.num_blocks)))
         self.plan = self.plan_of(self.round)
         _ = self.scales  # an invalid scale is an error now, not at the end
         self.transport = CountingTransport(

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError
+from resist.subnet.attributes import Placement
 from resist.subnet.chains import Chain
+from resist.subnet.copying import activations, copied_module, detached, outside, relink, tensors_by_name, to_meta
 from resist.subnet.layout import Layout, Place, SubnetLayout, common_buffers
 from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
 
@@ -56,6 +58,7 @@ class Subnet:
         self.chains = tuple(chains)
         self.device, self.channels_last = torch.device(device), channels_last
         self.model = skeleton(template)
+        self._placement = Placement()
         present = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
         lists = {c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList)}
         # Only the template of a sub-network is renumbered already.
@@ -187,7 +190,7 @@ class Subnet:
                 if child.index in present or child.chain is None:
                     wanted[child.key] = present[child.index]
                 else:
-                    wanted[child.key] = skeleton(present[self.chains[child.chain].first])
+                    wanted[child.key] = skeleton(present[self.chains[child.chain].first], self.model)
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
@@ -201,6 +204,7 @@ class Subnet:
         The views are set as `.data`, which gives each a version counter of its own. With a common counter, a forward
         pass that writes to a buffer would look to autograd as if it had overwritten the weights.
         """
+        before = tensors_by_name(self.model)
         # By id of the old tensor, so that tied tensors stay tied.
         parameters: dict[int, nn.Parameter] = {}
         buffers: dict[int, Tensor] = {}
@@ -234,6 +238,8 @@ class Subnet:
                     # Counters and indices stay with the module. Those of a new block begin at zero.
                     new = torch.zeros_like(old, device=self.device) if old.is_meta else old.to(self.device)
                     own_buffers[key] = new
+        after = tensors_by_name(self.model)
+        relink(self.model, {id(old): after[name] for name, old in before.items() if after[name] is not old})
 
     def twin(self, model: nn.Module) -> "Subnet":
         """Build a sub-network of the same blocks around another model.
@@ -253,6 +259,7 @@ class Subnet:
             raise ValueError("the two networks have different tensors")
         twin = copy.copy(self)
         twin.model, twin.flat = model, torch.empty_like(self.flat)
+        twin._placement = Placement()
         with torch.no_grad():
             for name, value in values.items():
                 place = self.place(name)
@@ -284,13 +291,13 @@ class Subnet:
             held: Blocks of each chain: block `held[chain][slot]` is in that slot.
         """
         for number, chain in enumerate(self.chains):
-            if not chain.varying:
-                continue
-            container = self.model.get_submodule(chain.container)
-            for child, module in zip(self.layout.children(chain.container), container.children(), strict=True):
-                if child.chain == number:
-                    for attribute in chain.varying:
-                        attribute.put(module, held[number][child.slot])
+            children = cast(dict[str, nn.Module], children_of(self.model.get_submodule(chain.container))).values()
+            slots = [
+                (module, held[number][child.slot])
+                for child, module in zip(self.layout.children(chain.container), children, strict=True)
+                if child.chain == number
+            ]
+            self._placement.put(slots, chain.varying, chain=chain.name, noted=chain.noted)
 
     def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
         """Copy the weights of blocks and shared part into the model.
@@ -333,22 +340,18 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(_floats(model))
 
 
-def skeleton(module: nn.Module) -> nn.Module:
+def skeleton(module: nn.Module, root: nn.Module | None = None) -> nn.Module:
     """Copy a module without its weights.
 
     Args:
         module: Module to copy. It is not changed.
+        root: Network that `module` is part of. The copy refers to the rest of it as `module` does.
 
     Returns:
-        The copy, with parameters and float buffers on the meta device.
+        The copy, with parameters and float buffers on the meta device. Results that modules keep have no history.
     """
-    memo: dict[int, object] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(module, memo)
+    rest = {} if root is None else outside(root, module)
+    return copied_module(module, rest | detached(activations(module)) | to_meta(module))
 
 
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

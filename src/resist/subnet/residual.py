@@ -9,7 +9,6 @@ The types of skip connections are `PLAIN`, `RELU` and `NORM` as above, `NONE`, `
 differ) and `UNKNOWN` (the block could not be run).
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from resist.subnet.copying import trial_copy
 from resist.subnet.modules import BatchNorm, fork_rng
 
 PLAIN, RELU, NORM, NONE, SHAPE, UNKNOWN = "plain", "relu", "norm", "none", "shape", "unknown"
@@ -180,7 +180,7 @@ def _close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> bool:
 
 def _copy_on_cpu(block: nn.Module) -> nn.Module:
     """A copy in evaluation mode, with BatchNorm in training mode."""
-    trial = copy.deepcopy(block)
+    trial = trial_copy(block)
     if any(tensor.is_meta for tensor in (*trial.parameters(), *trial.buffers())):
         trial.to_empty(device="cpu")
         for buffer in trial.buffers():
