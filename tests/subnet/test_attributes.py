@@ -45,7 +45,8 @@ def errors(name: str, strategy: str, rounds: int = 3) -> list[float]:
         if (full := job.full_model()) is not None:
             found.append(float((full(x) - expected).abs().max()))
             for worker in job.workers:  # it uses nothing of the sub-networks
-                worker.subnet.flat.fill_(7.0)
+                for flat in worker.subnet.flats.values():
+                    flat.fill_(7.0)
             found.append(float((full(x) - expected).abs().max()))
     job.close()
     return found

@@ -20,6 +20,7 @@ from resist.errors import UserError
 from resist.subnet import compatibility, residual
 from resist.subnet.compatibility import Varying
 from resist.subnet.modules import children_of, named_modules
+from resist.subnet.selection import ALL, all_chains
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -117,7 +118,8 @@ def choose_chains(model: nn.Module, names: Sequence[str] = ()) -> tuple[Chain, .
 
     Args:
         model: The full network.
-        names: Names of chains: `layer3:1-22`, or `layer3` for the longest run in it. Default: the longest of all.
+        names: Names of chains: `layer3:1-22`, or `layer3` for the longest run in it; or "all", for all chains that can
+            be partitioned together. Default: the longest of all.
 
     Returns:
         The chains, in the order of `names`.
@@ -127,24 +129,36 @@ def choose_chains(model: nn.Module, names: Sequence[str] = ()) -> tuple[Chain, .
             nn.ModuleList, or the model has no chain.
     """
     runs = _runs(model)
-    if not names:
+    if not names or tuple(names) == (ALL,):
         if runs and runs[0].skip_type in residual.RESIDUAL:
-            return runs[:1]
+            return every_chain(model)[0] if names else runs[:1]
         reason = _miss(model, runs)
         raise UserError(f"the model has no chain of residual blocks, so there is nothing to partition: {reason}")
     chosen = tuple(_parse(name, model, runs) for name in names)
     for i, first in enumerate(chosen):
         for second in chosen[i + 1 :]:
-            apart = first.container != second.container or first.last < second.first or second.last < first.first
-            if not apart or _inside(first, second) or _inside(second, first):
-                raise UserError(f"chains {first.name} and {second.name} overlap; name each block once")
-            for inner, outer in ((first, second), (second, first)):
-                if _behind(inner, outer, model):
-                    raise UserError(
-                        f"chain {inner.name} comes after {outer.name} in an nn.ModuleList, whose children are "
-                        "renumbered; name one of the two"
-                    )
+            if conflict := _conflict(first, second, model):
+                raise UserError(conflict)
     return chosen
+
+
+def every_chain(model: nn.Module) -> tuple[tuple[Chain, ...], tuple[str, ...]]:
+    """Choose all chains of a network that can be partitioned together; see `resist.subnet.selection.all_chains`."""
+    return all_chains(_runs(model), lambda first, second: _conflict(first, second, model))
+
+
+def _conflict(first: Chain, second: Chain, model: nn.Module) -> str:
+    """Reason why two chains cannot be partitioned together, or ""."""
+    apart = first.container != second.container or first.last < second.first or second.last < first.first
+    if not apart or _inside(first, second) or _inside(second, first):
+        return f"chains {first.name} and {second.name} overlap; name each block once"
+    for inner, outer in ((first, second), (second, first)):
+        if _behind(inner, outer, model):
+            return (
+                f"chain {inner.name} comes after {outer.name} in an nn.ModuleList, whose children are renumbered; name "
+                "one of the two"
+            )
+    return ""
 
 
 def _runs(model: nn.Module) -> tuple[Chain, ...]:

@@ -78,28 +78,6 @@ def copied_module(module: nn.Module, replacements: Mapping[int, object]) -> nn.M
     return clone
 
 
-def trial_copy(block: nn.Module) -> nn.Module:
-    """Copy a block for a trial of its layers.
-
-    Args:
-        block: A block. It is not changed.
-
-    Returns:
-        A copy whose weights can be set at will: parametrizations are replaced by the weights that they compute.
-    """
-    clone = copied_module(block, detached(activations(block)))
-    for module in list(clone.modules()):
-        if parametrize.is_parametrized(module):
-            names = list(cast(nn.ModuleDict, module.parametrizations))
-            with torch.no_grad():
-                weights = {name: nn.Parameter(getattr(module, name).clone()) for name in names}
-            object.__setattr__(module, "__class__", type(module).__bases__[0])
-            del module.parametrizations
-            for name, weight in weights.items():
-                module.register_parameter(name, weight)
-    return clone
-
-
 def relink(model: nn.Module, targets: Mapping[int, object], memo: dict[int, Any] | None = None) -> None:
     """Replace references to modules and tensors in the attributes and hooks of a network.
 
@@ -358,6 +336,6 @@ def to_meta(module: nn.Module) -> dict[int, object]:
     for parameter in module.parameters():
         weights[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
-        if buffer.is_floating_point():
+        if buffer.is_floating_point() or buffer.is_complex():
             weights[id(buffer)] = torch.empty_like(buffer, device="meta")
     return weights

@@ -10,9 +10,8 @@ The model has to satisfy four laws:
 4. The blocks are residual, tested as in `resist.subnet.residual` with the inputs that they get in the network.
 """
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -20,13 +19,13 @@ from torch import Tensor, nn
 
 from resist.errors import UserError
 from resist.subnet import residual
-from resist.subnet.chains import Chain
+from resist.subnet.chains import Chain, choose_chains
+from resist.subnet.example import as_forward
 from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.rehearsal import Forward, stand_in
 from resist.subnet.residual import Call, hidden_in, hidden_out, with_hidden
 
 ROUNDING = 1e-4  # relative difference that another order of summation can cause, after a hundred layers
-
-Forward = Callable[[nn.Module], object]
 
 
 def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> float:
@@ -46,7 +45,7 @@ def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -
     Raises:
         UserError: If the network breaks a law, with the chain and the reason.
     """
-    model = _randomized(model).eval()
+    model = _randomized(model).cpu().eval()
     with torch.no_grad():
         calls, expected = _record(model, chains, forward)
         for chain, block_calls in zip(chains, calls, strict=True):
@@ -60,9 +59,29 @@ def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -
     return difference
 
 
+def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> tuple[Chain, ...]:
+    """Choose the chains to partition, and check the network with an example.
+
+    Args:
+        model: The full network. It is not changed.
+        names: Names of chains; see `resist.subnet.chains.choose_chains`.
+        example: One batch, or a function that calls a network; see `resist.subnet.example.as_forward`.
+
+    Returns:
+        The chains.
+
+    Raises:
+        UserError: If there is no such chain, or if the network breaks a law; see `check_network`.
+    """
+    forward = as_forward(example)
+    chains = choose_chains(model, names)
+    check_network(model, chains, forward)
+    return chains
+
+
 def _randomized(model: nn.Module) -> nn.Module:
     """A copy with weights that keep the size of activations, gains around one."""
-    randomized = copy.deepcopy(model)
+    randomized = stand_in(model, own_weights=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in randomized.named_parameters():
