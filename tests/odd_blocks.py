@@ -399,6 +399,19 @@ class EqualHooks(Block):
         self.fc.register_forward_hook(lambda module, args, output: output + 0.1 * self.norm(output))
 
 
+@kind
+class HooksThatDiffer(Block):
+    """In number, values and references."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        a = value(number)
+        for _ in range(number % 3):
+            self.fc.register_forward_hook(lambda module, args, output: a * output + self.norm(args[0]))
+        if number > 3:
+            self.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs), with_kwargs=True)
+
+
 SHARED = Config(0.3)
 
 
@@ -510,6 +523,17 @@ class Pruned(Block):
     def __init__(self, number: int) -> None:
         super().__init__()
         prune.l1_unstructured(self.fc, "weight", amount=0.3)
+
+
+@kind
+class PrunedOverall(Block):
+    """Masks of their own, as of `prune.global_unstructured`, and pruned twice."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        prune.custom_from_mask(self.fc, "weight", torch.rand(WIDTH, WIDTH) > value(number))
+        if number % 2:
+            prune.random_unstructured(self.fc, "weight", amount=0.1)
 
 
 def build(name: str) -> Net:

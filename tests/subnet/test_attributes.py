@@ -1,6 +1,7 @@
 """Whatever the blocks of a chain differ in goes with its block, and what the user sets stays; see `odd_blocks`."""
 
 import functools
+import itertools
 import logging
 
 import pytest
@@ -12,6 +13,7 @@ from pool import Pool
 from resist.errors import UserError
 from resist.job import Job
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
+from resist.subnet.compiling import num_combinations
 
 STRATEGIES = {
     "all": local_sgd(1, 1),
@@ -178,8 +180,6 @@ class Hidden(Block):
             self.hidden = (n for n in range(number))  # type: ignore[assignment]
         elif what == "view":
             self.hidden = self.fc.weight.data[:2]  # type: ignore[assignment]
-        elif what == "hook":
-            self.fc.register_forward_hook(lambda module, args, output: output * value(number))
         elif what == "weight_norm":
             with pytest.warns(FutureWarning):
                 torch.nn.utils.weight_norm(self.fc)
@@ -205,7 +205,6 @@ class WithState(Block):
         ("parameter", "differ in hidden, which holds a parameter that is not registered in the network"),
         ("generator", r"differ in hidden, which cannot be copied \(TypeError\)"),
         ("view", "attribute hidden of blocks.0 is a view of a weight.*take the view in forward"),
-        ("hook", "differ in the hooks of fc"),
         ("weight_norm", "blocks.0.fc has the old form of weight_norm.*use torch.nn.utils.parametrizations.weight_norm"),
         ("spectral_norm", "old form of spectral_norm, a hook; use torch.nn.utils.parametrizations.spectral_norm"),
         ("meta", "'blocks.0.fc.weight' is on the meta device, without values; let build_model build"),
@@ -250,3 +249,49 @@ def test_a_scripted_network_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"a network of torch\.jit, whose blocks cannot be left out"):
         Job(lambda: torch.jit.trace(Small(), torch.zeros(1)), resist(2, 1))
+
+
+class Flagged(Block):
+    """A block of which every second one does something else, as the windows of Swin are shifted."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.shifted = number % 2 == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x.roll(1, -1) if self.shifted else x)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_whose_flags_alternate_stays_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    job = Job(lambda: Net(Flagged), resist(2, 1, min_depth=0), scale=1.0, chains="blocks")
+    worker, x = job.workers[0], torch.randn(2, WIDTH)
+    model = torch.compile(worker.model, backend=backend)
+    seen: set[tuple[bool, ...]] = set()
+    before = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+    torch._dynamo.config.recompile_limit = 2
+    try:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(12):
+                seen.add(tuple(block.shifted for block in worker.model.blocks))  # type: ignore[union-attr]
+                torch.testing.assert_close(model(x), worker.model(x))
+                assert len(graphs) == len(seen)
+                job.synchronize()
+    finally:
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = before
+        torch._dynamo.reset()
+    assert len(seen) > 4
+    assert len(caplog.messages) == 1
+    assert "torch.compile makes a graph for each combination that it meets in the slots, up to 8" in caplog.messages[0]
+
+
+def test_combinations_of_values_in_slots() -> None:
+    for values, capacity in (("0101", 2), ("0123", 2), ("0000", 3), ("00110101", 4), ("01", 0)):
+        assert num_combinations(values, capacity) == len(set(itertools.combinations(values, capacity)))

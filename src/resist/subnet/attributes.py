@@ -18,8 +18,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from resist.subnet.compiling import allow_graphs, num_combinations
 from resist.subnet.contents import (
     Comparison,
+    Hooks,
     Scope,
     attributes_of_module,
     is_importable,
@@ -33,7 +35,7 @@ from resist.subnet.modules import buffers_of, named_modules, parameters_of
 log = logging.getLogger(__name__)
 
 AttributeKey = tuple[str, str]  # dotted name of a module within the block, name of its attribute
-CLASS = "__class__"
+CLASS, HOOKS = "__class__", "hooks"  # names of what is no attribute in the table of a module
 
 
 class _Missing:
@@ -202,10 +204,17 @@ class Varying:
             number: Number of the chain's block whose value is set.
         """
         module, value = block.get_submodule(self.module), self.values[number]
-        if isinstance(value, Snapshot):
-            _set(module, self.name, copied(value.value, value.in_block(block)))
+        new = copied(value.value, value.in_block(block)) if isinstance(value, Snapshot) else copied(value, {})
+        if self.name == HOOKS:
+            (Hooks(module, frozenset()) if new is MISSING else new).put(module, self._numbers)
         else:
-            _set(module, self.name, copied(value, {}))
+            _set(module, self.name, new)
+
+    @property
+    def _numbers(self) -> frozenset[int]:
+        """Numbers of the hooks of all blocks."""
+        values = [value.value if isinstance(value, Snapshot) else value for value in self.values]
+        return frozenset[int]().union(*(value.numbers for value in values if isinstance(value, Hooks)))
 
     def is_put(self, block: nn.Module, number: int | None) -> bool:
         """Check that a block still has the value that was put there.
@@ -220,7 +229,9 @@ class Varying:
         if number is None:
             return True
         value = self.values[number]
-        present = _get(block.get_submodule(self.module), self.name)
+        module = block.get_submodule(self.module)
+        hooks = Hooks(module, self._numbers) or MISSING
+        present = hooks if self.name == HOOKS else _get(module, self.name)
         if is_leaf(value) and type(value) is type(present):
             return value == present or repr(value) == repr(present)
         expected = value.value if isinstance(value, Snapshot) else value
@@ -278,6 +289,8 @@ def attributes(block: nn.Module) -> dict[AttributeKey, Content]:
         for name, value in attributes_of_module(module).items():
             if not (isinstance(value, Tensor) and value.grad_fn is not None):  # a result that the module keeps
                 found[prefix, name] = Content(value, scope)
+        if hooks := Hooks(module):
+            found[prefix, HOOKS] = Content(hooks, scope)
         if not is_importable(type(module)) and not hasattr(module, "parametrizations"):
             found[prefix, CLASS] = Content(type(module), scope)
     return found
@@ -356,6 +369,7 @@ class Placement:
             for module, number in slots:
                 if last[id(module)] is None or (key not in self._left_alone and last[id(module)] != number):
                     attribute.put(module, number)
+        self._expect_graphs(varying, len(slots), chain, noted)
         known = {(attribute.module, attribute.name) for attribute in varying}
         for module, number in slots:
             plain = _plain(module)
@@ -364,6 +378,14 @@ class Placement:
                 if key not in known and key in before and (type(before[key]), before[key]) != (type(value), value):
                     self._say(module, key, chain, noted)
             self._last[id(module)] = weakref.ref(module), number, plain
+
+    def _expect_graphs(self, varying: Sequence[Varying], capacity: int, chain: str, noted: set[str]) -> None:
+        """Prepare torch.compile for all combinations; it guards on everything but floats."""
+        texts = [[_text(value) for value in attribute.values] for attribute in varying]
+        texts = [text for text, attribute in zip(texts, varying, strict=True) if type(attribute.values[0]) is not float]
+        if texts:
+            number = num_combinations(list(zip(*texts, strict=True)), capacity)
+            allow_graphs(number, chain, noted)
 
     def _number(self, module: nn.Module) -> int | None:
         reference, number, _ = self._last.get(id(module), (None, None, None))
@@ -393,6 +415,11 @@ def _plain(block: nn.Module) -> dict[AttributeKey, object]:
         for name, value in attributes_of_module(module).items()
         if is_leaf(value) and value == value
     }
+
+
+def _text(value: object) -> str:
+    """Text that is equal for equal numbers, and for the same object."""
+    return repr(value) if is_leaf(value) else repr(id(value))
 
 
 def _sets_itself(module: nn.Module, name: str) -> bool:

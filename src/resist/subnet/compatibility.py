@@ -1,6 +1,6 @@
 """Block compatibility: properties that must match within one slot.
 
-Classes, shapes, integer buffers and hooks must match. Attributes may differ if they can go with their block, see
+Classes, shapes and integer buffers must match. Attributes and hooks may differ if they can go with their block, see
 `resist.subnet.attributes`.
 """
 
@@ -17,8 +17,8 @@ from torch.jit import ScriptModule
 from torch.nn.utils import parametrize
 
 from resist.subnet.attributes import AttributeKey, Content, Varying, attributes, unequal, varying
-from resist.subnet.contents import Comparison, Scope, class_content, is_importable
-from resist.subnet.modules import buffers_of, children_of, hooks_of, named_modules, parameters_of
+from resist.subnet.contents import class_content, is_importable
+from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
 
 __all__ = ["Varying", "difference", "fixed", "nearest_miss", "scalars", "varying"]
 
@@ -32,11 +32,6 @@ class Attributes:
 
     def __init__(self, block: nn.Module) -> None:
         self.contents = attributes(block)
-        self.scope = Scope(block)
-        self.hooks = {
-            prefix: [list(table.values()) for table in hooks_of(module)]
-            for prefix, module in named_modules(block, remove_duplicate=False)
-        }
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Attributes) and not self.difference(other)
@@ -56,10 +51,6 @@ class Attributes:
             for content in sides:
                 if content is not None and (reason := content.obstacle()):
                     return f"{'.'.join(filter(None, key))}, which {reason}"
-        comparison = Comparison(self.scope, other.scope)
-        for prefix in self.hooks.keys() & other.hooks.keys():
-            if not comparison.same(self.hooks[prefix], other.hooks[prefix]):
-                return f"the hooks of {prefix or 'the block'}"
         return ""
 
 

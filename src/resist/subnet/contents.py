@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resist.subnet.modules import OF_MODULE, buffers_of, hooks_of, named_modules, parameters_of, tables_of
+from resist.subnet.modules import OF_MODULE, buffers_of, hook_tables_of, named_modules, parameters_of, tables_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), EllipsisType, NotImplementedType, range)
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -209,6 +209,53 @@ def slots_of(kind: type) -> dict[str, Any]:
     return slots
 
 
+class Hooks:
+    """The hooks of a module, which are compared without their numbers.
+
+    Args:
+        module: The module.
+        numbers: Take only the hooks with these numbers. Default: all.
+
+    Attributes:
+        tables: The hooks by the name of their table, each with its number.
+        full_backward: Flag that the module keeps with its backward hooks.
+    """
+
+    def __init__(self, module: nn.Module, numbers: frozenset[int] | None = None) -> None:
+        self.tables = {
+            name: [(key, hook) for key, hook in table.items() if numbers is None or key in numbers]
+            for name, table in hook_tables_of(module).items()
+        }
+        self.full_backward = vars(module).get("_is_full_backward_hook")
+
+    def __bool__(self) -> bool:
+        """True if there is a hook."""
+        return any(self.tables.values())
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Numbers of the hooks."""
+        return frozenset(key for table in self.tables.values() for key, _ in table)
+
+    def contents(self) -> list[list[Any]]:
+        """Return the hooks of each table."""
+        return [[hook for _, hook in self.tables[name]] for name in sorted(self.tables)]
+
+    def put(self, module: nn.Module, instead: frozenset[int]) -> None:
+        """Set the hooks of a module, before those that it has.
+
+        Args:
+            module: Module to change.
+            instead: Numbers of the hooks to remove.
+        """
+        for name, table in hook_tables_of(module).items():
+            rest = {key: hook for key, hook in table.items() if key not in instead}
+            table.clear()
+            table.update({**dict(self.tables.get(name, ())), **rest})
+        if self.full_backward is not None:
+            module.__dict__["_is_full_backward_hook"] = self.full_backward
+
+
 class Comparison:
     """Comparison of values of two blocks.
 
@@ -276,9 +323,8 @@ class Comparison:
             return self._same_class(left, right)
         if issubclass(kind, nn.Module):
             tables = [[list(table.items()) for table in tables_of(module).values()] for module in (left, right)]
-            hooks = [[list(table.values()) for table in hooks_of(module)] for module in (left, right)]
-            return self._same((tables[0], hooks[0], attributes_of_module(left)),
-                              (tables[1], hooks[1], attributes_of_module(right)))  # fmt: skip
+            values = zip(tables, (left, right), strict=True)
+            return self._same(*((own, Hooks(module), attributes_of_module(module)) for own, module in values))
         if issubclass(kind, FunctionType):
             code = left.__code__ == right.__code__ and left.__globals__ is right.__globals__
             return code and self._all(parts(left), parts(right))
@@ -286,6 +332,8 @@ class Comparison:
             return left.__name__ == right.__name__ and self._all(parts(left), parts(right))
         if issubclass(kind, CodeType):
             return left == right
+        if issubclass(kind, Hooks):
+            return self._same(left.contents(), right.contents())
         if issubclass(kind, weakref.ref):
             return left() is not None and self._all(parts(left), parts(right))
         if issubclass(kind, set | frozenset):

@@ -53,10 +53,10 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
     return cast(tuple[dict[int, object], ...], tables)
 
 
-def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
-    """Return all tables of hooks of a module, and those of their options, in a fixed order."""
+def hook_tables_of(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """Return the module's own tables of all kinds of hooks, and of their options, by name."""
     tables = vars(module)
-    return [tables[name] for name in sorted(OF_MODULE & tables.keys()) if name.endswith(_HOOKS)]
+    return {name: tables[name] for name in sorted(OF_MODULE & tables.keys()) if name.endswith(_HOOKS)}
 
 
 def pre_hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:

@@ -3,18 +3,18 @@
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import logging
+import sys
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.jit import ScriptModule
 from torch.optim.swa_utils import AveragedModel
 
 from resist.errors import UserError
 from resist.subnet.contents import is_leaf, touches
 from resist.subnet.copying import TABLES
-from resist.subnet.modules import children_of, hooks_of, named_modules
+from resist.subnet.modules import children_of, hook_tables_of, named_modules
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _unwrap(model: nn.Module, found: dict[str, None]) -> nn.Module:
-    while isinstance(model, (OptimizedModule, *_WRAPPERS)):
-        found["torch.compile" if isinstance(model, OptimizedModule) else type(model).__name__] = None
-        model = cast(nn.Module, getattr(model, "_orig_mod" if isinstance(model, OptimizedModule) else "module"))
+    while (compiled := _is_compiled(model)) or isinstance(model, _WRAPPERS):
+        found["torch.compile" if compiled else type(model).__name__] = None
+        model = cast(nn.Module, getattr(model, "_orig_mod" if compiled else "module"))
     if vars(model).get("_compiled_call_impl") is not None:  # by model.compile()
         found["torch.compile"] = None
         model.__dict__["_compiled_call_impl"] = None
     return model
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    dynamo: Any = sys.modules.get("torch._dynamo")  # which torch.compile imports, and which takes as long as torch
+    return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
 
 
 def check_layers(model: nn.Module) -> None:
@@ -76,7 +81,7 @@ def check_layers(model: nn.Module) -> None:
                     f"{name or 'the network'} is sharded by FSDP; a worker's sub-network is on one device: return the "
                     "plain network"
                 )
-        for hook in (hook for table in hooks_of(module) for hook in table.values()):
+        for hook in (hook for table in hook_tables_of(module).values() for hook in table.values()):
             _check_hook(name, hook)
         _check_views(name, module)
     for name, tensor in model.named_parameters():
