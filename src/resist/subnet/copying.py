@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -321,21 +320,3 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-
-
-def to_meta(module: nn.Module) -> dict[int, object]:
-    """Replace the weights of a module by ones without data.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        Parameters and float buffers on the meta device, by id of the tensor.
-    """
-    weights: dict[int, object] = {}
-    for parameter in module.parameters():
-        weights[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        if buffer.is_floating_point() or buffer.is_complex():
-            weights[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return weights
