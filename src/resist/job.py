@@ -22,7 +22,7 @@ from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.subnet.holdings import log_holdings
-from resist.subnet.network import Flats, Subnet, tensors_of
+from resist.subnet.network import Flats, Subnet, values_of
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
@@ -172,7 +172,9 @@ class Job:
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
         values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
         check_agreement(self.transport, values)
-        self.workers = [self._host(index, full, device, channels_last) for index in self.transport.hosted]
+        self.workers: list[Worker] = []
+        for index in self.transport.hosted:
+            self.workers.append(self._host(index, full, device, channels_last))
         self.mark_anchors()
         if 0 in self.transport.hosted:
             log_holdings(full, self.chains, strategy)
@@ -184,8 +186,10 @@ class Job:
 
     def _host(self, index: int, full: nn.Module, device: torch.device | str, channels_last: bool) -> Worker:
         """Line 1 of the algorithm: give a worker the sub-network of the present plan."""
-        subnet = Subnet(full, self.chains, self.plan.capacities(index), device=device, channels_last=channels_last)
-        subnet.load(tensors_of(full), self.plan.held(index))
+        like = self.workers[0].subnet if self.workers else None
+        capacities = self.plan.capacities(index)
+        subnet = Subnet(full, self.chains, capacities, device=device, channels_last=channels_last, like=like)
+        subnet.load(values_of(full), self.plan.held(index))
         worker = Worker(index, subnet)
         if self.strategy.every_step:
             worker.model = self.transport.average_gradients(subnet.model)
@@ -338,6 +342,7 @@ class Job:
         strategy = self.strategy.at(self.round)
         for worker in self.workers:
             worker.subnet.check_attached()
+            worker.take_back_buffers()
         for worker in self.workers:
             worker.collect_state(strategy.optimizer_state)
         # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
@@ -466,6 +471,7 @@ class Job:
         for worker in self.workers:
             worker.begin_round(
                 keep_anchor=self.replicate or self.on_nonfinite == "drop",
+                keep_average=self.on_nonfinite == "drop",
                 outer=self.strategy.at(self.round).outer is not None,
             )
 
