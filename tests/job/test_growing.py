@@ -15,7 +15,8 @@ from resist.errors import AgreedError, UserError
 from resist.job import Job
 from resist.models import PreActResNet
 from resist.planning.strategy import OuterSGD, Strategy, resist
-from resist.runs.checkpoint import Checkpoints, complete, restore
+from resist.runs.checkpoint import Checkpoints, complete
+from resist.runs.restore import restore
 from resist.subnet.scaling import scales_of
 from resist.sync.local import Local
 from support import BLOCKS, adamw, batch, full_of, local_step, make, sgd, states, tiny, train, weights
@@ -122,7 +123,8 @@ def test_two_processes_grow_as_one(pool: Pool) -> None:
 
 
 def everything(job: Job) -> list[Tensor]:
-    return [t for worker in job.workers for t in (worker.subnet.flat, *(v for _, v in sorted(worker.state.items())))]
+    states = {worker.index: [t for _, v in sorted(worker.state.items()) for t in v.values()] for worker in job.workers}
+    return [t for worker in job.workers for t in (worker.subnet.flat, *states[worker.index])]
 
 
 def continued(at: int, folder: Path, outer: OuterSGD | None = None) -> bool:
@@ -136,7 +138,7 @@ def continued(at: int, folder: Path, outer: OuterSGD | None = None) -> bool:
     job.transport.all_gather_text("")
     again, others = make(growing(4, outer=outer), resume_at=(at, at * STEPS))
     assert again.workers[0].subnet.capacities == (SIZES[at],)
-    restore(again, tuple(others), complete(folder)[0], same_workers=True)
+    restore(again, tuple(others), complete(folder)[0])
     train(again, others, (len(SIZES) - at) * STEPS)
     return all(torch.equal(a, b) for a, b in zip(everything(job), everything(again), strict=True))
 
