@@ -100,9 +100,8 @@ def job_values(
         "model": network["structure"],
         "chains": [chain.name for chain in chains],
         "capacities": [
-            chain.capacities
+            (round, [chain.capacities for chain in strategy.plan(chains, seed=seed, round=round).plans])
             for round in strategy.change_rounds
-            for chain in strategy.plan(chains, seed=seed, round=round).plans
         ],
         "initial weights": network["weights"],
     }
