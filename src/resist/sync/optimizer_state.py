@@ -76,6 +76,12 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
     for number, optimizer in enumerate(optimizers):
         if not hasattr(optimizer, "param_groups"):
             raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
+        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
+        if spanned > 1:  # an optimizer of accelerate, whose DistributedDataParallel averages gradients of other blocks
+            raise UserError(
+                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
+                "resist.integrations.alone()"
+            )
         parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = {subnet_of[parameter] for parameter in parameters & subnet_of.keys()}
         if len(trained) != 1:
