@@ -1,8 +1,6 @@
 """Agreement between processes, on plain data: differences are reported, and results are the same everywhere."""
 
 import json
-from types import MappingProxyType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from resist.planning.strategy import OuterSGD, resist
 from resist.sync.agreement import agree_on_round, check_agreement, run_everywhere
 from resist.sync.averaging import VELOCITY
 from resist.sync.local import Local
-from support import tiny
+from support import make, tiny
 
 
 class Two(Local):
@@ -27,11 +25,6 @@ class Two(Local):
 
     def all_gather_text(self, text: str) -> list[str]:
         return [text, self.text]
-
-
-def hosted(index: int, flat: torch.Tensor, state: object = MappingProxyType({}), average: object = None) -> Any:
-    """The part of a worker that its process looks at before an exchange."""
-    return SimpleNamespace(index=index, subnet=SimpleNamespace(flats={flat.dtype: flat}), state=state, average=average)
 
 
 def test_the_first_difference_is_reported() -> None:
@@ -78,15 +71,27 @@ def test_an_action_fails_everywhere_or_nowhere() -> None:
 
 
 def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
-    types, other = {"torch.float32": "torch.float32"}, torch.zeros(1, dtype=torch.float64)
-    text = json.dumps(
-        {"averages": False, "state": {"exp_avg": types, "step": types}, "nonfinite": {"3": "a loss of nan"}}
-    )
-    state = {name: {torch.float32: other} for name in ("momentum", "exp_avg", VELOCITY)}
-    workers = [hosted(0, torch.zeros(2), state=state), hosted(1, torch.tensor([0.0, torch.nan]))]
-    agreed = agree_on_round(Two(text), workers, nonfinite={0: "inf"})
+    types = {"torch.float64": "torch.float64"}
+    about = {
+        "averages": False,
+        "state": {"exp_avg": types, "step": types},
+        "changed": "1",
+        "nonfinite": {"3": "a loss"},
+    }
+    text = json.dumps(about)
+    job, _ = make(resist(2, 1))
+    first, second = job.workers
+    first.state = {
+        name: {torch.float64: torch.zeros(1, dtype=torch.float32)} for name in ("momentum", "exp_avg", VELOCITY)
+    }
+    with torch.no_grad():
+        second.model.get_parameter("head.weight")[0, 0] = torch.nan
+    agreed = agree_on_round(Two(text), job.workers, nonfinite={0: "inf"})
     assert list(agreed.states) == ["exp_avg", "momentum", "step"]
-    assert agreed.states["momentum"] == {torch.float32: torch.float64}
-    assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite", 3: "a loss of nan"}
+    assert agreed.states["momentum"] == {torch.float64: torch.float32}
+    assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite (head.weight)", 3: "a loss"}
+    assert len(first.subnet.changing) == 1, "what changed in the other process"
+    assert first.subnet.changing == second.subnet.changing
+    first.average = first.subnet
     with pytest.raises(AgreedError, match=r"job\.follow was called in some processes and not in others"):
-        agree_on_round(Two(text), [hosted(0, torch.zeros(2), average=object())], nonfinite={})
+        agree_on_round(Two(text), job.workers, nonfinite={})

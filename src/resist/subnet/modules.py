@@ -56,3 +56,16 @@ def pre_hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
 def fork_rng() -> AbstractContextManager[None]:
     """Make a context that restores torch's CPU generator at its end."""
     return torch.random.fork_rng(devices=[])
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Check for a real or complex floating-point dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def tables_of_hooks(module: nn.Module) -> list[dict[int, object]]:
+    """Return all of the module's own tables of hooks, by number: forward, backward, state dict."""
+    return [table for name, table in vars(module).items() if name.endswith("_hooks") and isinstance(table, dict)] + [
+        *hook_tables(module)[1:],
+        module._forward_pre_hooks_with_kwargs,
+    ]

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError
+from resist.subnet.buffers import Buffer, loose, put_loose, take_back
 from resist.subnet.chains import Chain
 from resist.subnet.layout import Place, SubnetLayout, common_buffers
-from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
+from resist.subnet.modules import buffers_of, children_of, is_float, named_modules, parameters_of
+from resist.subnet.skeleton import next_hook, skeleton
 
 # One flat tensor for each dtype of the weights, which is the key. The tensors of an optimizer state have the layouts of
 # the weights, and may have another dtype.
@@ -37,11 +39,16 @@ class Subnet:
         device: Device of the flat tensors.
         channels_last: Store 4-D weights with the channels innermost.
         template_capacities: Number of blocks of each chain in `template`. Default: all blocks.
+        like: Another sub-network of the same network, from which it takes the layouts.
 
     Attributes:
         model: The shallow network.
         flats: All its weights and float buffers, by dtype, (numel,) each. New ones are not initialized: see `load`.
         layouts: Position of each tensor in the flat tensor of its dtype.
+        buffers: Its buffers by place.
+        held: Blocks of each chain whose values are in the slots; see `hold`.
+        changing: `Place.key` of frozen parameters and buffers that are known to change in some worker.
+        hooks_before: Hooks with smaller numbers belong to the network, others are the user's.
 
     Raises:
         UserError: If `template` has no parameters and float buffers.
@@ -56,25 +63,75 @@ class Subnet:
         device: torch.device | str = "cpu",
         channels_last: bool = False,
         template_capacities: Sequence[int] | None = None,
+        like: "Subnet | None" = None,
     ) -> None:
         self.chains = tuple(chains)
         self.device, self.channels_last = torch.device(device), channels_last
-        self.model = skeleton(template)
         present = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
         lists = {c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList)}
         # Only the template of a sub-network is renumbered already.
         layout = SubnetLayout(self.chains, present, frozenset(lists if template_capacities else ()))
-        self._common = common_buffers(template, layout, self.device)
-        tensors = {name: t for name, t in _floats(self.model) if layout.place(name).key not in self._common}
+        if like is None:
+            self.hooks_before = next_hook()
+            self._common: dict[tuple[int | None, str], Tensor] = common_buffers(template, layout, self.device)
+            self._lay_out(template, layout, frozenset(lists))
+        else:
+            self.hooks_before = like.hooks_before
+            copies = {id(common): common.clone() for common in like._common.values()}
+            self._common = {key: copies[id(common)] for key, common in like._common.items()}
+            self._dtype_of = like._dtype_of
+            self.layouts = {dtype: own.with_capacities(present) for dtype, own in like.layouts.items()}
+        self.held: tuple[tuple[int, ...], ...] = tuple(tuple(range(capacity)) for capacity in capacities)
+        self.changing: set[tuple[int | None, str]] = set() if like is None else set(like.changing)
+        # Blocks without a slot are not copied: the work and the memory follow the sub-network, not the full one.
+        left_out: list[nn.Module] = []
+        for container in layout.containers:
+            children = template.get_submodule(container).children()
+            for child, module in zip(layout.children(container), children, strict=True):
+                if child.chain is not None and child.slot >= capacities[child.chain]:
+                    left_out.append(module)
+        self.model = skeleton(
+            template, without=left_out, keep=self._kept(template, layout), hooks_before=self.hooks_before
+        )
+        self.flats: Flats = {}
+        self.resize(capacities, self.empty(capacities))
+
+    def _lay_out(self, template: nn.Module, layout: SubnetLayout, renumbered: frozenset[str]) -> None:
+        """Find the dtype and the position of each tensor."""
+        tensors = {name: tensor for name, tensor in _floats(template) if layout.place(name).key not in self._common}
+        # Buffers that are not finite in the beginning are not averaged, in no block of their chain: they are loose.
+        infinite = {
+            layout.place(name).key
+            for name, buffer in template.named_buffers()
+            if name in tensors and not buffer.is_meta and not bool(buffer.isfinite().all())
+        }
+        tensors = {name: tensor for name, tensor in tensors.items() if layout.place(name).key not in infinite}
         if not tensors:
             raise UserError("the model has no parameters; there is nothing to train")
         self._dtype_of = {layout.place(name).key: tensor.dtype for name, tensor in tensors.items()}
         self.layouts: dict[torch.dtype, SubnetLayout] = {}
         for dtype in dict.fromkeys(self._dtype_of.values()):
             own = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
-            self.layouts[dtype] = replace(layout.with_tensors(own, channels_last), renumbered=frozenset(lists))
-        self.flats: Flats = {}
-        self.resize(capacities, self.empty(capacities))
+            with_tensors = layout.with_tensors(own, self.channels_last)
+            self.layouts[dtype] = replace(with_tensors, renumbered=renumbered)
+
+    def _kept(self, template: nn.Module, layout: SubnetLayout) -> set[int]:
+        """Ids of the float buffers of a module that are not in the flat tensors, and are copied with their values."""
+        return {
+            id(buffer)
+            for name, buffer in template.named_buffers()
+            if is_float(buffer) and not self._fits(layout.place(name), buffer)
+        }
+
+    def _fits(self, place: Place, tensor: Tensor) -> bool:
+        """True for a tensor that has a piece in the flat tensors, or is common, and still has its shape and dtype."""
+        if place.key in self._common:
+            like = self._common[place.key]
+            return (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+        dtype = self._dtype_of.get(place.key)
+        if dtype is None or dtype != tensor.dtype:
+            return False
+        return self.layouts[dtype].part(place.chain).pieces[place.piece].shape == tensor.shape
 
     @property
     def layout(self) -> SubnetLayout:
@@ -215,6 +272,7 @@ class Subnet:
             flats: Flat tensors laid out for `capacities`, by dtype.
         """
         layout = self.layout.with_capacities(capacities)
+        kept = self._kept(self.model, self.layout)
         for container in layout.containers:
             module = self.model.get_submodule(container)
             children = cast(dict[str, nn.Module], children_of(module))
@@ -230,7 +288,8 @@ class Subnet:
                 if child.index in present or child.chain is None:
                     wanted[child.key] = present[child.index]
                 else:
-                    wanted[child.key] = skeleton(present[self.chains[child.chain].first])
+                    first = present[self.chains[child.chain].first]
+                    wanted[child.key] = skeleton(first, keep=kept, hooks_before=self.hooks_before)
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
@@ -247,6 +306,7 @@ class Subnet:
         # By id of the old tensor, so that tied tensors stay tied.
         parameters: dict[int, nn.Parameter] = {}
         buffers: dict[int, Tensor] = {}
+        self.buffers: dict[Place, Buffer] = {}
         for prefix, module in named_modules(self.model):
             own_parameters, own_buffers = parameters_of(module), buffers_of(module)
             for key, old in own_parameters.items():
@@ -257,25 +317,30 @@ class Subnet:
                     if old.is_meta:
                         # A parameter of a new block. It cannot change its device, so it is made here.
                         parameters[id(old)] = nn.Parameter(view, requires_grad=old.requires_grad)
+                        vars(parameters[id(old)]).update(vars(old))
                     else:
                         # A parameter that remains: the optimizer refers to it, so only its data changes.
                         old.data, parameters[id(old)] = view, old
                 own_parameters[key] = parameters[id(old)]
             for key, old in own_buffers.items():
+                place = self.place(f"{prefix}.{key}".lstrip("."))
+                if old is not None and place.key in self._common:
+                    # One tensor for all blocks, outside of the flat tensors.
+                    if old.is_meta or self._fits(place, old):
+                        own_buffers[key] = self._common[place.key]
+                    continue
+                # Statistics are averaged and sent with their block, so they are in a flat tensor too. Loose buffers
+                # stay with the module.
+                view = None if old is None else buffers.get(id(old))
+                if view is None and place.key in self._dtype_of:
+                    view = self.view(place, self.flats).data
+                self.buffers[place] = Buffer(module, key, place, view)
                 if old is None:
                     continue
-                place = self.place(f"{prefix}.{key}".lstrip("."))
-                if place.key in self._common:
-                    # One tensor for all blocks, outside of the flat tensor.
-                    own_buffers[key] = self._common[place.key]
-                elif is_float(old):
-                    # Statistics: averaged and sent with their block, so they are in a flat tensor too.
-                    if id(old) not in buffers:
-                        buffers[id(old)] = self.view(place, self.flats).data
-                    own_buffers[key] = buffers[id(old)]
+                if view is not None and (view.shape, view.dtype) == (old.shape, old.dtype):
+                    own_buffers[key] = buffers[id(old)] = view
                 else:
-                    # Counters and indices stay with the module. Those of a new block begin at zero.
-                    new = torch.zeros_like(old, device=self.device) if old.is_meta else old.to(self.device)
+                    new = torch.zeros_like(old, device=self.device) if old.is_meta else old.detach().to(self.device)
                     own_buffers[key] = new
 
     def twin(self, model: nn.Module) -> "Subnet":
@@ -304,6 +369,34 @@ class Subnet:
         twin._attach()
         return twin
 
+    def take_back(self) -> None:
+        """Copy buffers that a forward pass has assigned into the flat tensors, as if it had written to them in place.
+
+        A buffer that has another shape or dtype than in the beginning becomes a loose one; see `loose`.
+        """
+        take_back(self.buffers)
+
+    def loose(self) -> dict[tuple[int | None, int], dict[str, Tensor]]:
+        """Collect the buffers whose values are not in the flat tensors.
+
+        These are buffers of integers, float buffers that were not finite in the beginning, and those that have another
+        shape or dtype than in the beginning. The count of a BatchNorm with a momentum is without effect, and left out.
+
+        Returns:
+            (chain, slot), or (None, 0) for the shared part -> name in the part -> the present tensor, not a copy.
+        """
+        return loose(self.buffers)
+
+    def put_loose(self, chain: int | None, slot: int, values: Mapping[str, Tensor]) -> None:
+        """Give a slot the loose buffers of the block whose weights are now in it.
+
+        Args:
+            chain: Number of the chain; None for the shared part.
+            slot: Slot in the chain; 0 for the shared part.
+            values: All loose buffers of the block, as `loose` names them. They are copied.
+        """
+        put_loose(self.buffers, (chain, slot), values)
+
     def check_attached(self) -> None:
         """Check that every parameter is still a view into the flat tensor of its dtype.
 
@@ -326,6 +419,7 @@ class Subnet:
         Args:
             held: Blocks of each chain: block `held[chain][slot]` is in that slot.
         """
+        self.held = tuple(map(tuple, held))
         for number, chain in enumerate(self.chains):
             if not chain.varying:
                 continue
@@ -339,13 +433,18 @@ class Subnet:
         """Copy the weights of blocks and shared part into the model.
 
         Args:
-            tensors: Weights and float buffers of the full network by global dotted name.
+            tensors: Weights and float buffers of the full network by global dotted name; loose buffers where it has
+                them.
             held: Blocks of each chain: block `held[chain][slot]` goes into that slot.
         """
         self.hold(held)
         with torch.no_grad():
             for name, view in self.state(held).items():
                 view.copy_(tensors[name])
+            for place, buffer in self.buffers.items():
+                name = self.layout.full_name(place, held)
+                if buffer.view is None and buffer.now is not None and name in tensors:
+                    buffer.now.copy_(tensors[name])
 
     def state(self, held: Sequence[Sequence[int]], flats: Flats | None = None) -> dict[str, Tensor]:
         """Return the weights and float buffers by global dotted name.
@@ -357,7 +456,9 @@ class Subnet:
         Returns:
             Views into the flat tensors, not copies.
         """
-        flats = self.flats if flats is None else flats
+        if flats is None:
+            self.take_back()
+            flats = self.flats
         slots = [(chain, slot) for chain, blocks in enumerate(held) for slot in range(len(blocks))]
         parts: list[tuple[int | None, int]] = [(None, 0), *slots]
         return {
@@ -366,6 +467,18 @@ class Subnet:
             for chain, slot in parts
             for place in (Place(chain, slot, piece) for piece in layout.part(chain).pieces)
         }
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """Collect all parameters and buffers, those of integers too.
+
+    Args:
+        model: Any network.
+
+    Returns:
+        Tensors by dotted name, tied ones once.
+    """
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -378,29 +491,6 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         Tensors by dotted name, tied ones once.
     """
     return dict(_floats(model))
-
-
-def skeleton(module: nn.Module) -> nn.Module:
-    """Copy a module without its weights.
-
-    Args:
-        module: Module to copy. It is not changed.
-
-    Returns:
-        The copy, with parameters and float buffers on the meta device.
-    """
-    memo: dict[int, object] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        if is_float(buffer):
-            memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(module, memo)
-
-
-def is_float(tensor: Tensor) -> bool:
-    """Check for a real or complex floating-point dtype."""
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,9 +11,10 @@ from torch import nn
 from resist.errors import AgreedError, DivergedError, UserError
 from resist.planning.strategy import Strategy
 from resist.subnet.chains import Chain
+from resist.subnet.changes import PlaceKey, from_text, to_text
 from resist.subnet.network import Flats
 from resist.subnet.seeded import fingerprint
-from resist.sync.averaging import VELOCITY, all_finite
+from resist.sync.averaging import VELOCITY, first_nonfinite
 from resist.sync.transport import Transport
 from resist.sync.worker import StateTypes, Worker
 
@@ -142,17 +143,26 @@ def agree_on_round(transport: Transport, workers: Sequence[Worker], *, nonfinite
     hosted = [worker.index for worker in workers]
     if others := nonfinite.keys() - set(hosted):
         raise UserError(f"nonfinite has worker {min(others)}, and this process hosts {hosted}; name only those")
-    detected = {
-        w.index: "weights that are not finite" for w in workers if not all(map(all_finite, w.subnet.flats.values()))
-    }
+    changed: set[PlaceKey] = set()
+    for worker in workers:
+        changed |= {key for watch in worker.watches for key in watch.changed()}
+        worker.subnet.changing |= changed  # before the check for NaN: those that changed are averaged too
+    names = {worker.index: first_nonfinite(worker.subnet) for worker in workers}
+    detected = {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
     values = {
         "averages": any(worker.average for worker in workers),
         "state": _types(_merged([w.state for w in workers])),
+        "changed": to_text(changed, workers[0].subnet),
         "nonfinite": {**detected, **nonfinite},
     }
     processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values))]
     if len({process["averages"] for process in processes}) > 1:
         raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
+    for worker in workers:
+        for process in processes:
+            worker.subnet.changing |= from_text(process["changed"], worker.subnet)
+        if worker.average is not None:
+            worker.average.changing = worker.subnet.changing
     return RoundAgreement(
         states={
             name: {_dtype(dtype): _dtype(own) for dtype, own in sorted(types.items())}

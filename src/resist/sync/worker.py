@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from resist.errors import UserError
+from resist.subnet.changes import Watch
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.optimizer_state import adopt_state, follow_resize, optimizers_of
@@ -35,6 +36,9 @@ class Worker:
         optimizers: The optimizers that `Job.step` was given for this worker.
         anchor: The weights at the beginning of the round, or None if no option needs them in this round.
         average: An average of the weights over time, or None; see `Job.follow`.
+        average_anchor: The average at the beginning of the round, or None if no option needs it.
+        watches: The state of `subnet` and `average` at the beginning of the round.
+        averaged: The user's object that computes `average`.
     """
 
     def __init__(self, index: int, subnet: Subnet) -> None:
@@ -44,18 +48,36 @@ class Worker:
         self.optimizers: list[Optimizer] = []
         self.anchor: Flats | None = None
         self.average: Subnet | None = None
+        self.average_anchor: Flats | None = None
+        self.watches: list[Watch] = []
+        self._keep_average = False
+        self.averaged: AveragedModel | None = None
 
-    def begin_round(self, *, keep_anchor: bool, outer: bool) -> None:
+    def begin_round(self, *, keep_anchor: bool, outer: bool, keep_average: bool = False) -> None:
         """Copy the weights to `anchor` if an option needs them, else drop the last copy.
 
         Args:
             keep_anchor: Copy them, with or without an outer optimizer.
             outer: Copy them for an outer optimizer, and create its momentum if there is none yet.
+            keep_average: Copy the average too, if there is one.
         """
+        self._keep_average = keep_average
+        self._begin_average()
         flats = self.subnet.flats
         self.anchor = {dtype: flat.clone() for dtype, flat in flats.items()} if keep_anchor or outer else None
         if outer:
             self.state.setdefault(VELOCITY, {dtype: torch.zeros_like(flat) for dtype, flat in flats.items()})
+
+    def _begin_average(self) -> None:
+        flats = None if self.average is None else self.average.flats
+        keep = self._keep_average and flats is not None
+        self.average_anchor = {dtype: flat.clone() for dtype, flat in flats.items()} if keep and flats else None
+        self.watches = [Watch(subnet) for subnet in (self.subnet, self.average) if subnet is not None]
+
+    def take_back_buffers(self) -> None:
+        """Copy buffers that were assigned in a forward pass into the flat tensors; see `Subnet.take_back`."""
+        for subnet in filter(None, (self.subnet, self.average)):
+            subnet.take_back()
 
     def state_flat(self, name: str, dtype: torch.dtype, own: torch.dtype | None = None) -> Tensor:
         """Return a flat tensor of a state, zeros if there is none yet.
@@ -103,7 +125,8 @@ class Worker:
             UserError: If it is not an average of `model`.
         """
         try:
-            self.average = self.subnet.twin(average.module)
+            self.average, self.averaged = self.subnet.twin(average.module), average
+            self._begin_average()
         except (AttributeError, ValueError) as error:
             raise UserError(
                 f"{type(average).__name__} holds no copy of the network of worker {self.index}; make it with "
