@@ -55,6 +55,20 @@ def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Flats])
                 optimizer.state[parameter][name] = view
 
 
+def check_alone(optimizers: Sequence[Optimizer]) -> None:
+    """Raise UserError for optimizers of an Accelerator over several processes, which averages gradients itself.
+
+    Its gradients would be means over different blocks.
+    """
+    for optimizer in optimizers:
+        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
+        if spanned > 1:
+            raise UserError(
+                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
+                "resist.integrations.alone()"
+            )
+
+
 def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> list[list[Optimizer]]:
     """Group optimizers by the sub-network whose parameters they train.
 
@@ -76,12 +90,6 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
     for number, optimizer in enumerate(optimizers):
         if not hasattr(optimizer, "param_groups"):
             raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
-        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
-        if spanned > 1:  # an optimizer of accelerate, whose DistributedDataParallel averages gradients of other blocks
-            raise UserError(
-                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
-                "resist.integrations.alone()"
-            )
         parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = {subnet_of[parameter] for parameter in parameters & subnet_of.keys()}
         if len(trained) != 1:
