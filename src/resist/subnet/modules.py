@@ -14,6 +14,9 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 # Attributes that nn.Module itself keeps.
 OF_MODULE = frozenset(vars(nn.Module())) | {"_is_full_backward_hook", "_compiled_call_impl"}
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+# Any layer of torch with running statistics.
+Norm = nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
