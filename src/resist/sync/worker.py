@@ -11,7 +11,7 @@ from resist.errors import UserError
 from resist.subnet.changes import Watch
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.optimizer_state import adopt_state, follow_resize, optimizers_of
+from resist.sync.optimizer_state import adopt_state, check_alone, follow_resize, optimizers_of
 
 # Dtype of the weights -> dtype of an optimizer state of theirs.
 StateTypes = dict[torch.dtype, torch.dtype]
@@ -74,8 +74,14 @@ class Worker:
         self.average_anchor = {dtype: flat.clone() for dtype, flat in flats.items()} if keep and flats else None
         self.watches = [Watch(subnet) for subnet in (self.subnet, self.average) if subnet is not None]
 
-    def take_back_buffers(self) -> None:
-        """Copy buffers that were assigned in a forward pass into the flat tensors; see `Subnet.take_back`."""
+    def note_modes(self) -> None:
+        """Note which modules the user keeps in eval mode; see `Subnet.note_modes`."""
+        self.subnet.note_modes()
+        if self.average is not None:
+            self.average.frozen_modules = self.subnet.frozen_modules
+
+    def take_back(self) -> None:
+        """Copy tensors that were assigned into the flat tensors; see `Subnet.take_back`."""
         for subnet in filter(None, (self.subnet, self.average)):
             subnet.take_back()
 
@@ -165,6 +171,7 @@ def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer]
         UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if a parameter was
             moved out of the flat tensor.
     """
+    check_alone(optimizers)
     for worker in workers:
         worker.subnet.check_attached()
         worker.forget_state()
