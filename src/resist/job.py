@@ -275,7 +275,7 @@ class Job:
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost.
         """
-        if optimizers != self._optimizers:
+        if optimizers != self._optimizers or not optimizers:
             self.attach(*optimizers)
         self.begun = True
         self.step_index += 1
