@@ -27,6 +27,7 @@ from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.validate import choose_checked
+from resist.subnet.wrappers import check_blocks
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, job_values, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
@@ -171,6 +172,7 @@ class Job:
         # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
+        check_blocks(full, (chain.block_name(block) for chain in self.chains for block in range(chain.num_blocks)))
         values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
         check_agreement(self.transport, values)
         self.workers: list[Worker] = []
@@ -279,6 +281,9 @@ class Job:
         self.begun = True
         self.step_index += 1
         self._steps_in_round += 1
+        if self._steps_in_round == 1:
+            for worker in self.workers:
+                worker.note_modes()
         if self.steps_left > 0:
             return False
         self.synchronize(nonfinite)
@@ -344,8 +349,8 @@ class Job:
         """
         strategy = self.strategy.at(self.round)
         for worker in self.workers:
+            worker.take_back()
             worker.subnet.check_attached()
-            worker.take_back_buffers()
         for worker in self.workers:
             worker.collect_state(strategy.optimizer_state)
         # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
@@ -413,11 +418,12 @@ class Job:
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
+        full.train_as_noted()
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
             # What the network and the batches draw here must not change the training that goes on.
             with seeded_rng(keyed_int("full model", self.seed, self.round), full.device):
                 recalibrate(full.model, batches, full.device)
-        return full.model.eval()
+        return full.own_storages().eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the job between two rounds, as far as this process has it.

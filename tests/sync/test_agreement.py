@@ -76,6 +76,7 @@ def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
         "averages": False,
         "state": {"exp_avg": types, "step": types},
         "changed": "1",
+        "loose": False,
         "nonfinite": {"3": "a loss"},
     }
     text = json.dumps(about)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError
+from resist.subnet.attributes import Placement
 from resist.subnet.buffers import Buffer, loose, put_loose, take_back
 from resist.subnet.chains import Chain
+from resist.subnet.copying import relink, tensors_by_name
 from resist.subnet.layout import Place, SubnetLayout, common_buffers
 from resist.subnet.modules import buffers_of, children_of, is_float, named_modules, parameters_of
 from resist.subnet.skeleton import next_hook, skeleton
@@ -49,6 +51,8 @@ class Subnet:
         held: Blocks of each chain whose values are in the slots; see `hold`.
         changing: `Place.key` of frozen parameters and buffers that are known to change in some worker.
         hooks_before: Hooks with smaller numbers belong to the network, others are the user's.
+        has_loose: True if some worker has loose buffers, from the first synchronization on.
+        frozen_modules: Modules that stay in eval mode while the network trains, as (chain, name); see `note_modes`.
 
     Raises:
         UserError: If `template` has no parameters and float buffers.
@@ -67,6 +71,7 @@ class Subnet:
     ) -> None:
         self.chains = tuple(chains)
         self.device, self.channels_last = torch.device(device), channels_last
+        self._placement = Placement()
         present = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
         lists = {c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList)}
         # Only the template of a sub-network is renumbered already.
@@ -95,6 +100,10 @@ class Subnet:
         )
         self.flats: Flats = {}
         self.resize(capacities, self.empty(capacities))
+        self.frozen_modules: set[tuple[int | None, str]] = set() if like is None else like.frozen_modules
+        if like is None and self.model.training:
+            self.note_modes()
+        self.has_loose = bool(self.loose()) if like is None else like.has_loose
 
     def _lay_out(self, template: nn.Module, layout: SubnetLayout, renumbered: frozenset[str]) -> None:
         """Find the dtype and the position of each tensor."""
@@ -289,7 +298,7 @@ class Subnet:
                     wanted[child.key] = present[child.index]
                 else:
                     first = present[self.chains[child.chain].first]
-                    wanted[child.key] = skeleton(first, keep=kept, hooks_before=self.hooks_before)
+                    wanted[child.key] = skeleton(first, keep=kept, hooks_before=self.hooks_before, root=self.model)
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
@@ -303,6 +312,7 @@ class Subnet:
         The views are set as `.data`, which gives each a version counter of its own. With a common counter, a forward
         pass that writes to a buffer would look to autograd as if it had overwritten the weights.
         """
+        before = tensors_by_name(self.model)
         # By id of the old tensor, so that tied tensors stay tied.
         parameters: dict[int, nn.Parameter] = {}
         buffers: dict[int, Tensor] = {}
@@ -342,6 +352,8 @@ class Subnet:
                 else:
                     new = torch.zeros_like(old, device=self.device) if old.is_meta else old.detach().to(self.device)
                     own_buffers[key] = new
+        after = tensors_by_name(self.model)
+        relink(self.model, {id(old): after[name] for name, old in before.items() if after[name] is not old})
 
     def twin(self, model: nn.Module) -> "Subnet":
         """Build a sub-network of the same blocks around another model.
@@ -361,6 +373,7 @@ class Subnet:
             raise ValueError("the two networks have different tensors")
         twin = copy.copy(self)
         twin.model, twin.flats = model, self.empty(self.capacities)
+        twin._placement = Placement()
         with torch.no_grad():
             for name, value in values.items():
                 place = self.place(name)
@@ -369,12 +382,40 @@ class Subnet:
         twin._attach()
         return twin
 
-    def take_back(self) -> None:
-        """Copy buffers that a forward pass has assigned into the flat tensors, as if it had written to them in place.
+    def note_modes(self) -> None:
+        """Note which modules are in eval mode now, in training: the user froze them.
 
-        A buffer that has another shape or dtype than in the beginning becomes a loose one; see `loose`.
+        A block counts as frozen where it is in all slots of its chain.
+        """
+        modes: dict[tuple[int | None, str], bool] = {}
+        for key, module in self._module_keys():
+            modes[key] = module.training or modes.get(key, False)
+        self.frozen_modules = {key for key, training in modes.items() if not training}
+
+    def train_as_noted(self) -> None:
+        """Put all modules into train mode but those that `note_modes` found in eval mode."""
+        for key, module in self._module_keys():
+            module.training = key not in self.frozen_modules
+        self.model.training = True
+
+    def _module_keys(self) -> Iterator[tuple[tuple[int | None, str], nn.Module]]:
+        for name, module in named_modules(self.model):
+            yield self.place(f"{name}.".lstrip(".")).key, module
+
+    def take_back(self) -> None:
+        """Copy tensors that were assigned into the flat tensors, as if they had been written to in place.
+
+        These are buffers that a forward pass assigns, and new data of parameters, as in `target.data = 0.99 *
+        target.data + 0.01 * online.data`. A buffer that has another shape or dtype than in the beginning becomes a
+        loose one; see `loose`.
         """
         take_back(self.buffers)
+        with torch.no_grad():
+            for parameter, place in self.parameter_places():
+                view = self.view(place, self.flats) if place.key in self._dtype_of else parameter
+                if view.data_ptr() != parameter.data_ptr() and _form(view) == _form(parameter):
+                    view.copy_(parameter)
+                    parameter.data = view.data
 
     def loose(self) -> dict[tuple[int | None, int], dict[str, Tensor]]:
         """Collect the buffers whose values are not in the flat tensors.
@@ -387,15 +428,36 @@ class Subnet:
         """
         return loose(self.buffers)
 
-    def put_loose(self, chain: int | None, slot: int, values: Mapping[str, Tensor]) -> None:
-        """Give a slot the loose buffers of the block whose weights are now in it.
+    def put_loose(self, part: tuple[int | None, int], values: Mapping[str, Tensor]) -> None:
+        """Give a part the loose buffers of the block whose weights are now in it.
+
+        Buffers that are not in `values` return to the flat tensors, or stay as they are if they have no place there.
 
         Args:
-            chain: Number of the chain; None for the shared part.
-            slot: Slot in the chain; 0 for the shared part.
+            part: (chain, slot), or (None, 0) for the shared part.
             values: All loose buffers of the block, as `loose` names them. They are copied.
         """
-        put_loose(self.buffers, (chain, slot), values)
+        put_loose(self.buffers, part, values)
+
+    def own_storages(self) -> nn.Module:
+        """Give every tensor of the model a storage of its own, so that it can be saved alone. Ends its use here.
+
+        Returns:
+            The model.
+        """
+        copies: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for _, module in named_modules(self.model):
+                for parameter in parameters_of(module).values():
+                    if parameter is not None and id(parameter) not in copies:
+                        parameter.data = copies[id(parameter)] = parameter.detach().clone()
+                own_buffers = buffers_of(module)
+                for key, buffer in own_buffers.items():
+                    if buffer is not None:
+                        own_buffers[key] = copied = copies.setdefault(id(buffer), buffer.detach().clone())
+                        copies[id(copied)] = copied  # a module may be visited again
+        self.flats, self.buffers = {}, {}
+        return self.model
 
     def check_attached(self) -> None:
         """Check that every parameter is still a view into the flat tensor of its dtype.
@@ -421,13 +483,13 @@ class Subnet:
         """
         self.held = tuple(map(tuple, held))
         for number, chain in enumerate(self.chains):
-            if not chain.varying:
-                continue
-            container = self.model.get_submodule(chain.container)
-            for child, module in zip(self.layout.children(chain.container), container.children(), strict=True):
-                if child.chain == number:
-                    for attribute in chain.varying:
-                        attribute.put(module, held[number][child.slot])
+            children = cast(dict[str, nn.Module], children_of(self.model.get_submodule(chain.container))).values()
+            slots = [
+                (module, held[number][child.slot])
+                for child, module in zip(self.layout.children(chain.container), children, strict=True)
+                if child.chain == number
+            ]
+            self._placement.put(slots, chain.varying, chain=chain.name, noted=chain.noted)
 
     def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
         """Copy the weights of blocks and shared part into the model.
@@ -467,6 +529,10 @@ class Subnet:
             for chain, slot in parts
             for place in (Place(chain, slot, piece) for piece in layout.part(chain).pieces)
         }
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:

@@ -100,9 +100,8 @@ def job_values(
         "model": network["structure"],
         "chains": [chain.name for chain in chains],
         "capacities": [
-            chain.capacities
+            (round, [chain.capacities for chain in strategy.plan(chains, seed=seed, round=round).plans])
             for round in strategy.change_rounds
-            for chain in strategy.plan(chains, seed=seed, round=round).plans
         ],
         "initial weights": network["weights"],
     }
@@ -153,6 +152,7 @@ def agree_on_round(transport: Transport, workers: Sequence[Worker], *, nonfinite
         "averages": any(worker.average for worker in workers),
         "state": _types(_merged([w.state for w in workers])),
         "changed": to_text(changed, workers[0].subnet),
+        "loose": any(worker.subnet.loose() for worker in workers),
         "nonfinite": {**detected, **nonfinite},
     }
     processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values))]
@@ -161,8 +161,9 @@ def agree_on_round(transport: Transport, workers: Sequence[Worker], *, nonfinite
     for worker in workers:
         for process in processes:
             worker.subnet.changing |= from_text(process["changed"], worker.subnet)
+            worker.subnet.has_loose |= process["loose"]
         if worker.average is not None:
-            worker.average.changing = worker.subnet.changing
+            worker.average.changing, worker.average.has_loose = worker.subnet.changing, worker.subnet.has_loose
     return RoundAgreement(
         states={
             name: {_dtype(dtype): _dtype(own) for dtype, own in sorted(types.items())}

@@ -21,7 +21,7 @@ from resist.sync.names import Held, other_buffer_names, other_buffers, weight_pl
 from resist.sync.optimizer_record import check_optimizers, load_arrived, load_groups, load_state
 from resist.sync.optimizer_state import follow_resize
 from resist.sync.saving import Record, SavedJob, held_by_all, network_state
-from resist.sync.values import decode
+from resist.sync.values import decode, keys_of
 from resist.sync.worker import Worker
 
 LEAST = {"round": 0, "step": 0, "workers": 1, "processes": 1}
@@ -168,6 +168,8 @@ def _from_record(
     whole: the record is that of this worker in the same plan; otherwise only settings are taken from it.
     """
     values, tensors = record.values, record.tensors
+    if unknown := tensors.keys() - keys_of(values) if whole else ():
+        raise UserError(f"{source} has a tensor {min(unknown)!r} that nothing refers to; it is damaged")
     optimizers: list[dict[str, Any]] = values["optimizers"] if with_optimizers else []
     if optimizers:
         check_optimizers(worker, held, optimizers, source, whole=whole)

@@ -74,8 +74,14 @@ class Worker:
         self.average_anchor = {dtype: flat.clone() for dtype, flat in flats.items()} if keep and flats else None
         self.watches = [Watch(subnet) for subnet in (self.subnet, self.average) if subnet is not None]
 
-    def take_back_buffers(self) -> None:
-        """Copy buffers that were assigned in a forward pass into the flat tensors; see `Subnet.take_back`."""
+    def note_modes(self) -> None:
+        """Note which modules the user keeps in eval mode; see `Subnet.note_modes`."""
+        self.subnet.note_modes()
+        if self.average is not None:
+            self.average.frozen_modules = self.subnet.frozen_modules
+
+    def take_back(self) -> None:
+        """Copy tensors that were assigned into the flat tensors; see `Subnet.take_back`."""
         for subnet in filter(None, (self.subnet, self.average)):
             subnet.take_back()
 
