@@ -38,6 +38,7 @@ from resist.sync.stateful import load_state_dict, state_dict_of
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
+from resist.sync.wrappers import check_unwrapped
 
 
 class Job:
@@ -302,6 +303,8 @@ class Job:
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
+            if self.transport.num_processes > 1 and not self.strategy.every_step:
+                check_unwrapped(worker.subnet.model for worker in self.workers)
             assign_optimizers(self.workers, optimizers)
             self._optimizers = optimizers
 
