@@ -27,6 +27,7 @@ from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.validate import choose_checked
+from resist.subnet.wrappers import check_blocks
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
@@ -40,6 +41,7 @@ from resist.sync.stateful import load_state_dict, state_dict_of
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
+from resist.sync.wrappers import check_unwrapped
 
 
 class Job:
@@ -173,6 +175,7 @@ class Job:
         # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
+        check_blocks(full, (chain.block_name(block) for chain in self.chains for block in range(chain.num_blocks)))
         values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
         check_agreement(self.transport, values)
         self.workers: list[Worker] = []
@@ -305,6 +308,8 @@ class Job:
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
+            if self.transport.num_processes > 1 and not self.strategy.every_step:
+                check_unwrapped(worker.subnet.model for worker in self.workers)
             assign_optimizers(self.workers, optimizers, self.strategy)
             self._optimizers = optimizers
 

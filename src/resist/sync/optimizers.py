@@ -1,11 +1,9 @@
 """Optimizers that a loop gives to `Job.step`: whose parameters they train, and whether their state can move."""
 
-import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from resist.errors import UserError
@@ -31,6 +29,20 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def check_alone(optimizers: Sequence[Optimizer]) -> None:
+    """Raise UserError for optimizers of an Accelerator over several processes, which averages gradients itself.
+
+    Its gradients would be means over different blocks.
+    """
+    for optimizer in optimizers:
+        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
+        if spanned > 1:
+            raise UserError(
+                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
+                "resist.integrations.alone()"
+            )
+
+
 def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> list[list[Optimizer]]:
     """Group optimizers by the sub-network whose parameters they train.
 
@@ -52,12 +64,6 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
     for number, optimizer in enumerate(optimizers):
         if not hasattr(optimizer, "param_groups"):
             raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
-        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
-        if spanned > 1:  # an optimizer of accelerate, whose DistributedDataParallel averages gradients of other blocks
-            raise UserError(
-                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
-                "resist.integrations.alone()"
-            )
         parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = {subnet_of[parameter] for parameter in parameters & subnet_of.keys()}
         if len(trained) != 1:
@@ -182,32 +188,3 @@ def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], flats_
         for name, flats in flats_of.items():
             if name in optimizer.state.get(parameter, {}) and parameter.dtype in flats:
                 optimizer.state[parameter][name] = subnet.view(place, flats)
-
-
-def refuse_wrappers(model: nn.Module) -> None:
-    """Refuse a sub-network in a wrapper of torch.distributed.
-
-    Args:
-        model: The sub-network of a worker.
-
-    Raises:
-        UserError: If its parameters are sharded, or its gradients averaged with those of other workers.
-    """
-    sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
-    flat = next((name for name, _ in model.named_parameters() if "_flat_param" in name), None)
-    if sharded or flat:
-        raise UserError(
-            f"parameter {sharded or flat!r} is sharded by FSDP or tensor parallelism, and a worker's sub-network has "
-            "to be whole in its process; leave it out, and use more workers for a larger network"
-        )
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    ours = {id(parameter) for parameter in model.parameters()}
-    for wrapper in gc.get_objects():  # nothing in a parameter tells that a wrapper averages its gradient
-        if not issubclass(type(wrapper), nn.parallel.DistributedDataParallel):
-            continue
-        if wrapper.process_group.size() > 1 and any(id(parameter) in ours for parameter in wrapper.parameters()):
-            raise UserError(
-                "DistributedDataParallel averages the gradients of workers that have different blocks; train job.model "
-                "itself: the job averages the weights, and resist.ddp is the strategy that averages gradients"
-            )
