@@ -46,7 +46,6 @@ class Net(nn.Module):
         return x
 
 
-RESIZED = switch(local_sgd(2, 2), resist(2, 2, capacities=(1, 4)), at_round=1)
 STRATEGIES: dict[str, Strategy] = {
     "alone": resist(3, 2, capacities=(2, 2, 1)),
     "keep": resist(3, 2, capacities=(2, 2, 1), optimizer_state="keep"),
@@ -90,7 +89,7 @@ def test_buffers_go_with_their_block(name: str) -> None:
     seen: dict[int, dict[str, Tensor]] = {}
     for (_, block), buffers in result["found"].items():
         assert buffers["table"].tolist() == [block] * 3
-        assert len(buffers["seen"]) == buffers["calls"] > 10
+        assert len(buffers["seen"]) == buffers["calls"] >= 10
         assert buffers["largest"].isfinite()
         for key, value in buffers.items():  # all holders agree, and the full network has what they have
             assert torch.equal(seen.setdefault(block, buffers)[key], value), (block, key)
