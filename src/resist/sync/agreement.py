@@ -8,11 +8,10 @@ from typing import Any, TypeVar, cast
 import torch
 
 from resist.errors import AgreedError, DivergedError, UserError
-from resist.subnet.changes import PlaceKey
-from resist.subnet.changes import from_text as changes_from_text
-from resist.subnet.changes import to_text as changes_to_text
+from resist.subnet.changes import PlaceKey, from_text, to_text
+from resist.sync import loose as loose_values
 from resist.sync.averaging import VELOCITY, first_nonfinite
-from resist.sync.loose import Described, LooseParts, Rule, collect_loose, to_text
+from resist.sync.loose import Described, LooseParts, Rule, collect_loose
 from resist.sync.optimizer_state import StateTypes, flat_states
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker
@@ -125,7 +124,8 @@ def agree_on_round(
     changed: set[PlaceKey] = set()
     for worker in workers:
         changed |= {key for watch in worker.watches for key in watch.changed()}
-        worker.subnet.changing |= changed  # before the check for NaN: those that changed are averaged too
+    for worker in workers:  # before the check for NaN: what changed is averaged too
+        worker.subnet.changing |= changed
     names = {worker.index: first_nonfinite(worker.subnet) for worker in workers}
     detected = {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
     failed = {**detected, **nonfinite}
@@ -139,11 +139,11 @@ def agree_on_round(
             "round": [round, step],
             "optimizers": _distinct([[type(optimizer).__name__ for optimizer in w.optimizers] for w in workers]),
             "averages": any(worker.average for worker in workers),
-            "changed": changes_to_text(changed, workers[0].subnet),
             "state": _state_texts(states),
             "nonfinite": failed,
+            "changed": to_text(changed, workers[0].subnet),
+            "loose": loose_values.to_text(loose),
             "has_loose": any(worker.subnet.loose() for worker in workers),
-            "loose": to_text(loose),
         }
         processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values, separators=(",", ":")))]
         _check_progress(processes)
@@ -152,7 +152,7 @@ def agree_on_round(
             break  # all have described the same states; else all do so now
     for worker in workers:
         for process in processes:
-            worker.subnet.changing |= changes_from_text(process["changed"], worker.subnet)
+            worker.subnet.changing |= from_text(process["changed"], worker.subnet)
             worker.subnet.has_loose |= process["has_loose"]
         if worker.average is not None:
             worker.average.changing, worker.average.has_loose = worker.subnet.changing, worker.subnet.has_loose
