@@ -18,7 +18,7 @@ from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.names import Held, other_buffer_names, put_buffers, weight_places
 from resist.sync.optimizer_record import check_optimizers, load_arrived, load_groups, load_state
-from resist.sync.optimizer_state import follow_resize
+from resist.sync.optimizers import follow_resize
 from resist.sync.saving import Record, SavedJob, held_by_all, network_state
 from resist.sync.values import decode, keys_of
 from resist.sync.worker import Worker
