@@ -93,8 +93,8 @@ def put_buffers(subnet: Subnet, model: nn.Module, held: Held, values: Mapping[st
         own = parts.setdefault((place.chain, place.slot), {})
         if name in values:
             own[place.piece] = values[name]
-    for (chain, slot), own in parts.items():
-        subnet.put_loose(chain, slot, own)
+    for part, own in parts.items():
+        subnet.put_loose(part, own)
     for name, buffer in other_buffers(subnet, model, held).items():  # common ones, which no part has for itself
         if name in values and values[name].shape == buffer.shape:
             buffer.copy_(values[name])
