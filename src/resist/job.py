@@ -32,6 +32,7 @@ from resist.sync.agreement import agree_on_round, check_agreement, diverged, job
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
 from resist.sync.exchange import Exchange
+from resist.sync.optimizer_state import check_alone
 from resist.sync.options import check_options
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.stateful import load_state_dict, state_dict_of
@@ -303,6 +304,7 @@ class Job:
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
+            check_alone(optimizers)
             if self.transport.num_processes > 1 and not self.strategy.every_step:
                 check_unwrapped(worker.subnet.model for worker in self.workers)
             assign_optimizers(self.workers, optimizers)

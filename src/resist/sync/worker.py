@@ -11,7 +11,7 @@ from resist.errors import UserError
 from resist.subnet.changes import Watch
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.optimizer_state import adopt_state, check_alone, follow_resize, optimizers_of
+from resist.sync.optimizer_state import adopt_state, follow_resize, optimizers_of
 
 # Dtype of the weights -> dtype of an optimizer state of theirs.
 StateTypes = dict[torch.dtype, torch.dtype]
@@ -171,7 +171,6 @@ def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer]
         UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if a parameter was
             moved out of the flat tensor.
     """
-    check_alone(optimizers)
     for worker in workers:
         worker.subnet.check_attached()
         worker.forget_state()
