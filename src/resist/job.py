@@ -28,18 +28,18 @@ from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.validate import choose_checked
 from resist.subnet.wrappers import check_blocks
-from resist.sync.agreement import agree_on_round, check_agreement, diverged, job_values, run_everywhere
+from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
 from resist.sync.exchange import Exchange
-from resist.sync.optimizer_state import check_alone
+from resist.sync.job_values import job_values
+from resist.sync.loose import LooseExchange, Rule
 from resist.sync.options import check_options
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.stateful import load_state_dict, state_dict_of
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
-from resist.sync.wrappers import check_unwrapped
 
 
 class Job:
@@ -277,7 +277,7 @@ class Job:
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost.
         """
-        if optimizers != self._optimizers:
+        if optimizers != self._optimizers or not optimizers:
             self.attach(*optimizers)
         self.begun = True
         self.step_index += 1
@@ -304,10 +304,7 @@ class Job:
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
-            check_alone(optimizers)
-            if self.transport.num_processes > 1 and not self.strategy.every_step:
-                check_unwrapped(worker.subnet.model for worker in self.workers)
-            assign_optimizers(self.workers, optimizers)
+            assign_optimizers(self.workers, optimizers, self.strategy)
             self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
@@ -353,17 +350,29 @@ class Job:
         for worker in self.workers:
             worker.take_back()
             worker.subnet.check_attached()
-        for worker in self.workers:
-            worker.collect_state(strategy.optimizer_state)
+        for worker in self.workers if strategy.optimizer_state == "reset" else ():
+            worker.reset_state()
+        next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
+        rule = Rule(strategy.optimizer_state, held_by_all=self.plan.held_by_all and next_plan.held_by_all)
         # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
-        agreed = agree_on_round(self.transport, self.workers, nonfinite=nonfinite or {})
+        agreed = agree_on_round(
+            self.transport,
+            self.workers,
+            rule=rule,
+            round=self.round,
+            step=self.step_index,
+            nonfinite=nonfinite or {},
+        )
         self.dropped = agreed.nonfinite
         if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
             raise diverged(self.dropped, round=self.round, step=self.step_index)
-        next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
+        for worker in self.workers:
+            if worker.index in self.dropped:
+                worker.reset_state()
+            worker.collect_state(agreed.states)
         kept: dict[Key, Flats] = {}
         if not strategy.every_step:
-            kept = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
+            exchange = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
                 self.transport,
                 workers=self.workers,
                 strategy=strategy,
@@ -372,7 +381,19 @@ class Job:
                 next_plan=next_plan,
                 dropped=self.dropped.keys(),
                 replicate=self.replicate,
-            ).finish()
+            )
+            kept = exchange.finish()
+            LooseExchange(
+                self.transport,
+                workers=self.workers,
+                loose=agreed.loose,
+                described=agreed.described,
+                rule=rule,
+                schedule=exchange.schedule,
+                plan=self.plan,
+                next_plan=next_plan,
+                dropped=self.dropped.keys(),
+            ).run()
         self.plan, self.round, self._steps_in_round = next_plan, self.round + 1, 0
         self.mark_anchors()
         if self.replicate:

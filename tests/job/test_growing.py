@@ -154,6 +154,22 @@ def test_the_outer_momentum_grows_and_is_resumed(tmp_path: Path) -> None:
     assert continued(3, tmp_path, OuterSGD())
 
 
+@pytest.mark.parametrize("capacities", [GROWING, Capacities(by_worker=(1, 5, 2), by_round={2: 4})])
+def test_a_new_job_takes_the_state_of_one_that_has_grown(capacities: Capacities) -> None:
+    """Its sub-networks have the size of round 0 until then."""
+    strategy = resist(3, STEPS, capacities=capacities)
+    job, optimizers = make(strategy)
+    train(job, optimizers, 3 * STEPS)
+    again, others = make(strategy)
+    again.attach(*others)
+    again.load_state_dict(job.state_dict())
+    assert (again.round, again.plan) == (3, job.plan)
+    assert [w.subnet.capacities for w in again.workers] == [w.subnet.capacities for w in job.workers]
+    for each, own in ((job, optimizers), (again, others)):
+        train(each, own, 2 * STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(everything(job), everything(again), strict=True))
+
+
 @pytest.mark.slow
 def test_processes_resume_after_growth(pool: Pool, tmp_path: Path) -> None:
     assert all(pool.run(2, continued, 2, tmp_path))

@@ -216,6 +216,25 @@ def test_what_cannot_go_with_a_block_is_refused_by_name(what: str, message: str)
         Job(lambda: Net(functools.partial(Hidden, what)), resist(2, 1, min_depth=0), chains="blocks:0-5")
 
 
+@pytest.mark.parametrize("what", ["list", "closure", "hook", "weight"])
+def test_references_to_blocks_are_refused_by_name(what: str) -> None:
+    """A list of the blocks beside their container would not change with them."""
+
+    def refer(net: Net) -> None:
+        blocks = list(net.blocks)
+        if what == "list":
+            net.aliases = blocks
+        elif what == "closure":
+            net.run = lambda x: blocks[0](x)
+        elif what == "hook":
+            net.head.register_forward_hook(lambda module, args, output: output + 0.0 * blocks[0].fc.weight.mean())
+        else:
+            net.head.weights = {"first": blocks[0].fc.weight}
+
+    with pytest.raises(UserError, match=r"of (the network|head) refers to blocks\.\d, which a sub-network"):
+        Job(lambda: Net(lambda number: Block(), refer), resist(2, 1, min_depth=0))
+
+
 def test_state_of_its_own_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"blocks\.0 has state of its own \(get_extra_state\).*keep it in buffers"):
         Job(lambda: Net(lambda number: WithState()), resist(2, 1, min_depth=0))

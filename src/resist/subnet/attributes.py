@@ -359,25 +359,27 @@ class Placement:
             chain: Name of the chain, for notes.
             noted: What has been said about the chain; more is added.
         """
-        last = {id(module): self._number(module) for module, _ in slots}
+        # A block of several children is given in a new list each time.
+        named = [(block, number, _identity(block)) for block, number in slots]
+        last = {id(block): self._number(identity) for block, _, identity in named}
         for attribute in varying:
             key = chain, (attribute.module, attribute.name)
-            changed = next((m for m, _ in slots if not attribute.is_put(m, last[id(m)])), None)
+            changed = next((block for block, _ in slots if not attribute.is_put(block, last[id(block)])), None)
             if changed is not None and key not in self._left_alone:
                 self._left_alone.add(key)
                 self._say(changed, key[1], chain, noted)
-            for module, number in slots:
-                if last[id(module)] is None or (key not in self._left_alone and last[id(module)] != number):
-                    attribute.put(module, number)
+            for block, number in slots:
+                if last[id(block)] is None or (key not in self._left_alone and last[id(block)] != number):
+                    attribute.put(block, number)
         self._expect_graphs(varying, len(slots), chain, noted)
         known = {(attribute.module, attribute.name) for attribute in varying}
-        for module, number in slots:
-            plain = _plain(module)
-            _, _, before = self._last.get(id(module), (None, None, plain))
+        for block, number, identity in named:
+            plain = _plain(block)
+            _, _, before = self._last.get(id(identity), (None, None, plain))
             for key, value in plain.items():
                 if key not in known and key in before and (type(before[key]), before[key]) != (type(value), value):
-                    self._say(module, key, chain, noted)
-            self._last[id(module)] = weakref.ref(module), number, plain
+                    self._say(block, key, chain, noted)
+            self._last[id(identity)] = weakref.ref(identity), number, plain
 
     def _expect_graphs(self, varying: Sequence[Varying], capacity: int, chain: str, noted: set[str]) -> None:
         """Prepare torch.compile for all combinations; it guards on everything but floats."""
@@ -404,6 +406,11 @@ class Placement:
             name,
             chain,
         )
+
+
+def _identity(block: nn.Module) -> nn.Module:
+    """The block, or the first member of one that is a list of several children, which is a new list each time."""
+    return next(block.children()) if type(block) is nn.ModuleList else block
 
 
 def _plain(block: nn.Module) -> dict[AttributeKey, object]:

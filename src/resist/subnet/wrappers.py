@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from resist.errors import UserError
 from resist.subnet.contents import is_leaf, touches
 from resist.subnet.copying import TABLES
-from resist.subnet.modules import children_of, hook_tables_of, named_modules
+from resist.subnet.modules import children_of, hook_tables_of, named_modules, tables_of
 
 log = logging.getLogger(__name__)
 
@@ -125,19 +125,37 @@ def _address(tensor: Tensor) -> int:
 
 
 def check_blocks(model: nn.Module, names: Iterable[str]) -> None:
-    """Check for state of blocks that is in no attribute.
+    """Check for state of blocks that is in no attribute, and for references to them.
 
     Args:
         model: The full network.
         names: Dotted names of the blocks of its chains.
 
     Raises:
-        UserError: If a layer of a block has `get_extra_state`.
+        UserError: If a layer of a block has `get_extra_state`; if an attribute elsewhere refers to a block, or to a
+            part of one, which a sub-network may not hold.
     """
+    block_of: dict[int, str] = {}
     for name in names:
         for part, module in named_modules(model.get_submodule(name)):
+            block_of[id(module)] = name
+            block_of |= {id(t): name for table in tables_of(module).values() for t in table.values() if t is not None}
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 raise UserError(
                     f"{'.'.join(filter(None, (name, part)))} has state of its own (get_extra_state), which does not go "
                     "with its block; keep it in buffers, or partition another chain"
+                )
+    for name, module in named_modules(model):
+        within, found = block_of.get(id(module)), list[str]()
+
+        def is_elsewhere(part: object, within: str | None = within, found: list[str] = found) -> bool:
+            if block_of.get(id(part), within) != within:
+                found.append(block_of[id(part)])
+            return bool(found)
+
+        for attribute, value in vars(module).items():
+            if attribute not in TABLES and not is_leaf(value) and touches(value, is_elsewhere):
+                raise UserError(
+                    f"{attribute} of {name or 'the network'} refers to {found[0]}, which a sub-network may not hold; "
+                    "refer to its container and take the block in forward, or partition another chain"
                 )

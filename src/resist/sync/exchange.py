@@ -18,10 +18,11 @@ from resist.planning.schedule import Message, schedule
 from resist.planning.strategy import Strategy
 from resist.subnet.network import Flats
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
+from resist.sync.optimizer_state import StateTypes
 from resist.sync.payload import Payload, collect_payloads
 from resist.sync.shared import SharedMean
 from resist.sync.transport import Move, Transport
-from resist.sync.worker import StateTypes, Worker
+from resist.sync.worker import Worker
 
 
 class Exchange:
