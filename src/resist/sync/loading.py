@@ -17,7 +17,7 @@ from resist.errors import UserError, first_line
 from resist.subnet.modules import buffers_of
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.names import Held, other_buffer_names, other_buffers, weight_places
+from resist.sync.names import Held, other_buffer_names, weight_places
 from resist.sync.optimizer_record import check_optimizers, load_arrived, load_groups, load_state
 from resist.sync.optimizers import follow_resize
 from resist.sync.saving import Record, SavedJob, held_by_all, network_state
@@ -203,7 +203,9 @@ def _buffers(
     """Check the buffers that are in no flat tensor, and return what puts them into `model`."""
     values = {name: decode(value, tensors) for name, value in saved.items()}
     expected = other_buffer_names(subnet, model, held)
-    if different := expected.symmetric_difference(values):
+    # Buffers that had grown when they were saved have places in the flat tensors here.
+    values_here = {name for name, _, _ in weight_places(subnet, held)} & values.keys()
+    if different := (expected - values_here).symmetric_difference(values.keys() - values_here):
         raise UserError(
             f"{source} and this network differ in the buffer {min(different)!r}; it belongs to another network"
         )
@@ -211,8 +213,8 @@ def _buffers(
 
 
 def _put_buffers(subnet: Subnet, model: nn.Module, held: Held, values: Mapping[str, Tensor]) -> None:
-    for name, (own_name, buffer) in other_buffers(subnet, model, held).items():
-        value = values.get(name)
+    for own_name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        value = values.get(subnet.layout.full_name(subnet.place(own_name), held))
         if value is None:
             continue
         if value.shape == buffer.shape and value.dtype == buffer.dtype:

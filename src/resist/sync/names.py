@@ -36,7 +36,7 @@ def parameters_by_name(subnet: Subnet, held: Held) -> dict[str, nn.Parameter]:
 
 
 def other_buffers(subnet: Subnet, model: nn.Module, held: Held) -> dict[str, tuple[str, Tensor]]:
-    """Return the buffers that are in no flat tensor: counters, indices, tables.
+    """Return the buffers that are in no flat tensor: counters, indices, tables, caches that have grown.
 
     Args:
         subnet: The sub-network.
@@ -49,7 +49,7 @@ def other_buffers(subnet: Subnet, model: nn.Module, held: Held) -> dict[str, tup
     found: dict[str, tuple[str, Tensor]] = {}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         place = subnet.place(name)
-        if not _in_flats(subnet, place):
+        if not is_in_flats(subnet, place, buffer):
             found[subnet.layout.full_name(place, held)] = (name, buffer)
     return found
 
@@ -57,13 +57,15 @@ def other_buffers(subnet: Subnet, model: nn.Module, held: Held) -> dict[str, tup
 def other_buffer_names(subnet: Subnet, model: nn.Module, held: Held) -> set[str]:
     """Return the names of `other_buffers` when the sub-network holds certain blocks, whatever it holds now."""
     names: set[str] = set()
-    for name, _ in model.named_buffers(remove_duplicate=False):
+    for name, buffer in model.named_buffers(remove_duplicate=False):
         place = subnet.place(name)
-        if not _in_flats(subnet, place):
+        if not is_in_flats(subnet, place, buffer):
             slots = range(1 if place.chain is None else len(held[place.chain]))
             names |= {subnet.layout.full_name(replace(place, slot=slot), held) for slot in slots}
     return names
 
 
-def _in_flats(subnet: Subnet, place: Place) -> bool:
-    return any(place.piece in layout.part(place.chain).pieces for layout in subnet.layouts.values())
+def is_in_flats(subnet: Subnet, place: Place, buffer: Tensor) -> bool:
+    """Check for a buffer that has a place in a flat tensor, and still its shape and dtype."""
+    pieces = [layout.part(place.chain).pieces for dtype, layout in subnet.layouts.items() if dtype == buffer.dtype]
+    return any(place.piece in part and part[place.piece].shape == buffer.shape for part in pieces)
