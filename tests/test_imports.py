@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "cost": {"planning", "subnet", "sync", "job", "runs", "tasks", "report"},
     "report": {"planning", "runs"},
     "export": {"planning", "subnet", "job", "runs", "models", "data", "tasks"},
-    "integrations": {"job"},
+    "integrations": {"subnet", "job", "export"},
     "training": {"planning", "subnet", "sync", "job", "runs", "models", "data", "tasks", "report"},
     "cli": {
         "planning", "subnet", "sync", "job", "runs", "models", "data", "tasks", "cost", "report", "export", "training",

@@ -27,6 +27,7 @@ from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.validate import choose_checked
+from resist.subnet.wrappers import check_blocks
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
@@ -172,6 +173,7 @@ class Job:
         # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
+        check_blocks(full, (chain.block_name(block) for chain in self.chains for block in range(chain.num_blocks)))
         values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
         check_agreement(self.transport, values)
         self.workers: list[Worker] = []
@@ -275,7 +277,7 @@ class Job:
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost.
         """
-        if optimizers != self._optimizers:
+        if optimizers != self._optimizers or not optimizers:
             self.attach(*optimizers)
         self.begun = True
         self.step_index += 1

@@ -15,7 +15,8 @@ from resist.errors import AgreedError, UserError
 from resist.job import Job
 from resist.models import PreActResNet
 from resist.planning.strategy import OuterSGD, Strategy, resist
-from resist.runs.checkpoint import Checkpoints, complete, restore
+from resist.runs.checkpoint import Checkpoints, complete
+from resist.runs.restore import restore
 from resist.subnet.scaling import scales_of
 from resist.sync.local import Local
 from support import BLOCKS, adamw, batch, full_of, local_step, make, sgd, states, tiny, train, weights
@@ -122,7 +123,8 @@ def test_two_processes_grow_as_one(pool: Pool) -> None:
 
 
 def everything(job: Job) -> list[Tensor]:
-    return [t for worker in job.workers for t in (worker.subnet.flat, *(v for _, v in sorted(worker.state.items())))]
+    states = {worker.index: [t for _, v in sorted(worker.state.items()) for t in v.values()] for worker in job.workers}
+    return [t for worker in job.workers for t in (worker.subnet.flat, *states[worker.index])]
 
 
 def continued(at: int, folder: Path, outer: OuterSGD | None = None) -> bool:
@@ -136,7 +138,7 @@ def continued(at: int, folder: Path, outer: OuterSGD | None = None) -> bool:
     job.transport.all_gather_text("")
     again, others = make(growing(4, outer=outer), resume_at=(at, at * STEPS))
     assert again.workers[0].subnet.capacities == (SIZES[at],)
-    restore(again, tuple(others), complete(folder)[0], same_workers=True)
+    restore(again, tuple(others), complete(folder)[0])
     train(again, others, (len(SIZES) - at) * STEPS)
     return all(torch.equal(a, b) for a, b in zip(everything(job), everything(again), strict=True))
 
@@ -150,6 +152,22 @@ def test_a_growing_job_is_resumed_bit_for_bit(at: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_outer_momentum_grows_and_is_resumed(tmp_path: Path) -> None:
     assert continued(3, tmp_path, OuterSGD())
+
+
+@pytest.mark.parametrize("capacities", [GROWING, Capacities(by_worker=(1, 5, 2), by_round={2: 4})])
+def test_a_new_job_takes_the_state_of_one_that_has_grown(capacities: Capacities) -> None:
+    """Its sub-networks have the size of round 0 until then."""
+    strategy = resist(3, STEPS, capacities=capacities)
+    job, optimizers = make(strategy)
+    train(job, optimizers, 3 * STEPS)
+    again, others = make(strategy)
+    again.attach(*others)
+    again.load_state_dict(job.state_dict())
+    assert (again.round, again.plan) == (3, job.plan)
+    assert [w.subnet.capacities for w in again.workers] == [w.subnet.capacities for w in job.workers]
+    for each, own in ((job, optimizers), (again, others)):
+        train(each, own, 2 * STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(everything(job), everything(again), strict=True))
 
 
 @pytest.mark.slow
@@ -187,20 +205,21 @@ def test_chains_have_their_own_capacities(capacities, sizes, scales: list[float]
     assert found["layer3.12"] == pytest.approx(scales[1])
 
 
-def differ(growth: dict[int, int]) -> str:
-    strategies = [resist(2, STEPS, capacities=Capacities(by_round=each)) for each in ({0: 3}, growth)]
+def differ(growth: dict[int, int], other: dict[int, int]) -> str:
+    own = (growth, other)[int(torch.distributed.get_rank())]
     try:
-        job, _ = make(strategies[int(torch.distributed.get_rank())])
+        make(resist(2, STEPS, capacities=Capacities(by_round=own)))
     except AgreedError as error:
         return str(error)
-    return str(job.strategy)
+    return ""
 
 
 @pytest.mark.slow
-def test_processes_agree_on_later_capacities(pool: Pool) -> None:
+@pytest.mark.parametrize("other", [{0: 3}, {0: 3, 5: 5}, {0: 3, 4: 6}])
+def test_processes_agree_on_later_capacities(pool: Pool, other: dict[int, int]) -> None:
     """They are equal in round 0."""
-    for text in pool.run(2, differ, {0: 3, 4: 5}):
-        assert "process 1 was started with" in text
+    for text in pool.run(2, differ, {0: 3, 4: 5}, other):
+        assert text.startswith("process 1 was started with `capacities=")
 
 
 def test_capacities_that_do_not_fit_a_later_round_are_refused_at_once() -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from pool import Pool
 from resist.errors import UserError
 from resist.planning.strategy import Strategy, diloco, resist, switch
-from saving import OPTIMIZERS, STEPS, Loop, equal, warmed_up
+from saving import OPTIMIZERS, STEPS, Loop, equal, network, warmed_up
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -233,3 +233,50 @@ def test_it_loads_with_other_workers_in_other_processes(pool: Pool, tmp_path: Pa
     for name, value in full.state_dict().items():
         if value.is_floating_point():
             assert torch.equal(value, found[name]), name
+
+
+class Grown(nn.Module):
+    """A block with a cache that grows, a causal mask, a buffer that is assigned, and one that comes later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.cache, self.mask = nn.Buffer(torch.zeros(0, 8)), nn.Buffer(torch.full((8,), float("-inf")))
+        self.mean, self.late = nn.Buffer(torch.zeros(8)), nn.Buffer(None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.cache = torch.cat([self.cache, x.detach().mean(0, keepdim=True)])[-6:]
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.late = torch.ones(3) if self.late is None else self.late + 1
+        return x + self.fc((x + self.mean + self.cache.sum(0)).relu())
+
+
+def growing() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Sequential(*[Grown() for _ in range(6)]), nn.Linear(8, 5))
+
+
+def test_buffers_of_any_kind_come_back() -> None:
+    first = Loop(warmed_up(), build=growing, scheduled=False).train(4)
+    loop = Loop(warmed_up(), build=growing, scheduled=False)
+    loop.attached().job.load_state_dict(first.job.state_dict())
+    assert equal(first.everything(), loop.everything())
+    assert equal(first.train(4).everything(), loop.train(4).everything())
+
+
+def frozen() -> nn.Module:
+    model = network()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name or "head" in name)
+    return model
+
+
+def test_what_is_frozen_stays_unsent_after_loading() -> None:
+    first = Loop(warmed_up(), build=frozen, scheduled=False).train(4)
+    loop = Loop(warmed_up(), build=frozen, scheduled=False)
+    loop.attached().job.load_state_dict(first.job.state_dict())
+    for one in (first, loop):
+        one.job.transport.take()
+        one.train(2)
+    assert first.job.transport.take()["bytes"] == loop.job.transport.take()["bytes"]
+    assert equal(first.everything(), loop.everything())

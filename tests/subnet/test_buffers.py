@@ -235,10 +235,10 @@ def test_loose_buffers_can_be_moved() -> None:
     block(torch.ones(1, TOKENS, WIDTH))
     values = {name: value.clone() for name, value in subnet.loose()[0, 0].items()}
     assert values["seen"].shape == (2,)
-    subnet.put_loose((0, 1), values)
+    subnet.put_loose(0, 1, values)
     assert torch.equal(subnet.model.get_buffer("blocks.1.seen"), values["seen"])
     assert subnet.model.get_buffer("blocks.1.seen") is not values["seen"]
-    subnet.put_loose((0, 0), {})
+    subnet.put_loose(0, 0, {})
     assert subnet.model.get_buffer("blocks.0.seen").shape == (1,)
     assert (0, 0) not in subnet.loose() or "seen" not in subnet.loose()[0, 0]
 

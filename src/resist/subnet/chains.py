@@ -36,6 +36,7 @@ class Chain:
         keys: Names of all children of the container, which can be any names in an `nn.Sequential`.
         skip_type: Type of the blocks' skip connections, one of the constants of `resist.subnet.residual`. Not compared.
         varying: Attributes that differ along the chain, with their value in each block. Not compared.
+        noted: Attributes whose change during training has been said. Not compared.
     """
 
     container: str
@@ -44,6 +45,7 @@ class Chain:
     keys: tuple[str, ...]
     skip_type: str = field(default=residual.UNKNOWN, compare=False)
     varying: tuple[Varying, ...] = field(default=(), compare=False)
+    noted: set[str] = field(default_factory=set[str], compare=False, repr=False)
 
     @property
     def num_blocks(self) -> int:
@@ -77,8 +79,7 @@ class Chain:
             The chain, with those attributes that differ among its blocks.
         """
         start, end = first - self.first, last - self.first + 1
-        cut = (Varying(attribute.module, attribute.name, attribute.values[start:end]) for attribute in self.varying)
-        varying = tuple(attribute for attribute in cut if any(v != attribute.values[0] for v in attribute.values))
+        varying = tuple(filter(None, (attribute.part(start, end) for attribute in self.varying)))
         return Chain(self.container, first, last, self.keys, self.skip_type, varying)
 
     @property

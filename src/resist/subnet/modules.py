@@ -4,13 +4,16 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 # Any BatchNorm layer.
 BatchNorm = nn.modules.batchnorm._BatchNorm
+# Attributes that nn.Module itself keeps.
+OF_MODULE = frozenset(vars(nn.Module())) | {"_is_full_backward_hook", "_compiled_call_impl"}
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 # Any layer of torch with running statistics.
 Norm = nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -39,6 +42,11 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def tables_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the module's own tables of parameters, buffers and children, without those of children."""
+    return {"parameters": module._parameters, "buffers": module._buffers, "children": module._modules}
+
+
 def hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
     """Return the module's own tables of forward hooks, by number.
 
@@ -46,6 +54,12 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
     """
     tables = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
     return cast(tuple[dict[int, object], ...], tables)
+
+
+def hook_tables_of(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """Return the module's own tables of all kinds of hooks, and of their options, by name."""
+    tables = vars(module)
+    return {name: tables[name] for name in sorted(OF_MODULE & tables.keys()) if name.endswith(_HOOKS)}
 
 
 def pre_hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError
+from resist.subnet.attributes import Placement
 from resist.subnet.buffers import Buffer, loose, put_loose, take_back
 from resist.subnet.chains import Chain
+from resist.subnet.copying import relink, tensors_by_name
 from resist.subnet.layout import Place, SubnetLayout, common_buffers
 from resist.subnet.modules import buffers_of, children_of, is_float, named_modules, parameters_of
 from resist.subnet.skeleton import next_hook, skeleton
@@ -69,6 +71,7 @@ class Subnet:
     ) -> None:
         self.chains = tuple(chains)
         self.device, self.channels_last = torch.device(device), channels_last
+        self._placement = Placement()
         present = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
         lists = {c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList)}
         # Only the template of a sub-network is renumbered already.
@@ -295,7 +298,7 @@ class Subnet:
                     wanted[child.key] = present[child.index]
                 else:
                     first = present[self.chains[child.chain].first]
-                    wanted[child.key] = skeleton(first, keep=kept, hooks_before=self.hooks_before)
+                    wanted[child.key] = skeleton(first, keep=kept, hooks_before=self.hooks_before, root=self.model)
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
@@ -309,6 +312,7 @@ class Subnet:
         The views are set as `.data`, which gives each a version counter of its own. With a common counter, a forward
         pass that writes to a buffer would look to autograd as if it had overwritten the weights.
         """
+        before = tensors_by_name(self.model)
         # By id of the old tensor, so that tied tensors stay tied.
         parameters: dict[int, nn.Parameter] = {}
         buffers: dict[int, Tensor] = {}
@@ -348,6 +352,8 @@ class Subnet:
                 else:
                     new = torch.zeros_like(old, device=self.device) if old.is_meta else old.detach().to(self.device)
                     own_buffers[key] = new
+        after = tensors_by_name(self.model)
+        relink(self.model, {id(old): after[name] for name, old in before.items() if after[name] is not old})
 
     def twin(self, model: nn.Module) -> "Subnet":
         """Build a sub-network of the same blocks around another model.
@@ -367,6 +373,7 @@ class Subnet:
             raise ValueError("the two networks have different tensors")
         twin = copy.copy(self)
         twin.model, twin.flats = model, self.empty(self.capacities)
+        twin._placement = Placement()
         with torch.no_grad():
             for name, value in values.items():
                 place = self.place(name)
@@ -421,16 +428,17 @@ class Subnet:
         """
         return loose(self.buffers)
 
-    def put_loose(self, part: tuple[int | None, int], values: Mapping[str, Tensor]) -> None:
+    def put_loose(self, chain: int | None, slot: int, values: Mapping[str, Tensor]) -> None:
         """Give a part the loose buffers of the block whose weights are now in it.
 
         Buffers that are not in `values` return to the flat tensors, or stay as they are if they have no place there.
 
         Args:
-            part: (chain, slot), or (None, 0) for the shared part.
+            chain: Number of the chain; None for the shared part.
+            slot: Slot in the chain; 0 for the shared part.
             values: All loose buffers of the block, as `loose` names them. They are copied.
         """
-        put_loose(self.buffers, part, values)
+        put_loose(self.buffers, (chain, slot), values)
 
     def own_storages(self) -> nn.Module:
         """Give every tensor of the model a storage of its own, so that it can be saved alone. Ends its use here.
@@ -476,13 +484,13 @@ class Subnet:
         """
         self.held = tuple(map(tuple, held))
         for number, chain in enumerate(self.chains):
-            if not chain.varying:
-                continue
-            container = self.model.get_submodule(chain.container)
-            for child, module in zip(self.layout.children(chain.container), container.children(), strict=True):
-                if child.chain == number:
-                    for attribute in chain.varying:
-                        attribute.put(module, held[number][child.slot])
+            children = cast(dict[str, nn.Module], children_of(self.model.get_submodule(chain.container))).values()
+            slots = [
+                (module, held[number][child.slot])
+                for child, module in zip(self.layout.children(chain.container), children, strict=True)
+                if child.chain == number
+            ]
+            self._placement.put(slots, chain.varying, chain=chain.name, noted=chain.noted)
 
     def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
         """Copy the weights of blocks and shared part into the model.

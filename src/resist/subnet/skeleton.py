@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from resist.subnet.copying import copied_module, outside
 from resist.subnet.modules import is_float, tables_of_hooks
 
 
@@ -26,6 +27,7 @@ def skeleton(
     without: Iterable[nn.Module] = (),
     keep: Set[int] = frozenset(),
     hooks_before: int | None = None,
+    root: nn.Module | None = None,
 ) -> nn.Module:
     """Copy a module without its weights.
 
@@ -37,11 +39,13 @@ def skeleton(
         without: Modules in it that are not copied. An `nn.Identity` stands in their places.
         keep: Ids of the buffers that are copied with their values.
         hooks_before: Copy only hooks with smaller numbers; see `next_hook`. Default: all.
+        root: Network that `module` is part of. The copy refers to the rest of it as `module` does.
 
     Returns:
         The copy, with parameters and float buffers on the meta device.
     """
-    memo: dict[int, Any] = {id(left_out): nn.Identity() for left_out in without}
+    memo: dict[int, Any] = {} if root is None else outside(root, module)
+    memo |= {id(left_out): nn.Identity() for left_out in without}
     skipped = {id(inner) for left_out in without for inner in left_out.modules()}
     copied = [inner for inner in module.modules() if id(inner) not in skipped]
     for inner in copied:
@@ -53,7 +57,7 @@ def skeleton(
     with _Detaching():
         if hooks_before is not None:
             _copy_hooks(copied, hooks_before, memo)
-        return copy.deepcopy(module, memo)
+        return copied_module(module, memo)
 
 
 def meta_parameter(parameter: nn.Parameter) -> nn.Parameter:

@@ -10,7 +10,6 @@ The model has to satisfy four laws:
 4. The blocks are residual, tested as in `resist.subnet.residual` with the inputs that they get in the network.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -23,7 +22,7 @@ from resist.subnet import residual
 from resist.subnet.chains import Chain, choose_chains
 from resist.subnet.example import as_forward
 from resist.subnet.network import Subnet, tensors_of
-from resist.subnet.rehearsal import Forward
+from resist.subnet.rehearsal import Forward, stand_in
 from resist.subnet.residual import Call, hidden_in, hidden_out, with_hidden
 
 ROUNDING = 1e-4  # relative difference that another order of summation can cause, after a hundred layers
@@ -82,7 +81,7 @@ def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> t
 
 def _randomized(model: nn.Module) -> nn.Module:
     """A copy with weights that keep the size of activations, gains around one."""
-    randomized = copy.deepcopy(model)
+    randomized = stand_in(model, own_weights=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in randomized.named_parameters():

@@ -38,9 +38,8 @@ def job_values(
         "model": network["structure"],
         "chains": [chain.name for chain in chains],
         "capacities": [
-            chain.capacities
+            (round, [chain.capacities for chain in strategy.plan(chains, seed=seed, round=round).plans])
             for round in strategy.change_rounds
-            for chain in strategy.plan(chains, seed=seed, round=round).plans
         ],
         "rules of the capacities": rules,
         "initial weights": network["weights"],

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
-from resist.subnet.modules import buffers_of
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.names import Held, other_buffer_names, weight_places
+from resist.sync.names import Held, other_buffer_names, put_buffers, weight_places
 from resist.sync.optimizer_record import check_optimizers, load_arrived, load_groups, load_state
 from resist.sync.optimizers import follow_resize
 from resist.sync.saving import Record, SavedJob, held_by_all, network_state
-from resist.sync.values import decode
+from resist.sync.values import decode, keys_of
 from resist.sync.worker import Worker
 
 LEAST = {"round": 0, "step": 0, "workers": 1, "processes": 1}
@@ -63,7 +62,7 @@ def check_about(about: Mapping[str, Any]) -> None:
     for name, least in LEAST.items():
         if type(about[name]) is not int or about[name] < least:
             raise ValueError(f"{name}={about[name]!r}; must be an integer, at least {least}")
-    if type(about["averages"]) is not bool or type(about["held"]) is not list:
+    if type(about["averages"]) is not bool or not all(type(about[name]) is list for name in ("held", "changing")):
         raise ValueError("the plan is missing")
 
 
@@ -84,6 +83,8 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
         plan, same = job.plan_of(saved.about["round"]), saved.same_plan(job)
         same_processes = same and saved.about["processes"] == job.transport.num_processes
         _check_kinds(job, saved)
+        numbers = {None: None, **{chain.name: number for number, chain in enumerate(job.chains)}}
+        changing = {(numbers[chain], piece) for chain, piece in saved.about["changing"] if chain in numbers}
         for worker in job.workers:
             held = plan.held(worker.index)
             _check_network(worker, held, saved)
@@ -93,14 +94,14 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
             if same_processes and "random" in record.values:
                 loads.append(_random_state(record, worker.subnet.device))
             if not same:
-                loads.append(partial(_put_buffers, worker.subnet, worker.model, held, saved.buffers))
+                loads.append(partial(put_buffers, worker.subnet, worker.model, held, saved.buffers))
     except UserError:
         raise
     except BROKEN as error:
         raise UserError(f"{saved.source} is damaged: {type(error).__name__}: {first_line(error)}") from error
     # Nothing is refused from here on.
     for worker in job.workers:
-        _hold(worker, plan.held(worker.index))
+        _hold(worker, plan.held(worker.index), changing)
     job.continue_at(saved.about["round"], saved.step(job))
     for worker in job.workers:
         for kind, views in network_state(worker, plan.held(worker.index)).items():
@@ -142,8 +143,11 @@ def _check_network(worker: Worker, held: Held, saved: Saved) -> None:
                 )
 
 
-def _hold(worker: Worker, held: Held) -> None:
-    """Forget all state, and give the sub-network the capacities and attributes of a plan, without its weights."""
+def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> None:
+    """Forget all state, and give the sub-network the capacities and attributes of a plan, without its weights.
+
+    changing: as `Subnet.changing`.
+    """
     capacities = tuple(len(blocks) for blocks in held)
     worker.state.clear()
     for optimizer in worker.optimizers:
@@ -158,6 +162,7 @@ def _hold(worker: Worker, held: Held) -> None:
             worker.average.resize(capacities, worker.average.empty(capacities))
     for subnet in filter(None, (worker.subnet, worker.average)):
         subnet.hold(held)
+        subnet.changing = set(changing)
 
 
 def _from_record(
@@ -168,6 +173,8 @@ def _from_record(
     whole: the record is that of this worker in the same plan; otherwise only settings are taken from it.
     """
     values, tensors = record.values, record.tensors
+    if unknown := tensors.keys() - keys_of(values) if whole else ():
+        raise UserError(f"{source} has a tensor {min(unknown)!r} that nothing refers to; it is damaged")
     optimizers: list[dict[str, Any]] = values["optimizers"] if with_optimizers else []
     if optimizers:
         check_optimizers(worker, held, optimizers, source, whole=whole)
@@ -202,26 +209,12 @@ def _buffers(
 ) -> Callable[[], None]:
     """Check the buffers that are in no flat tensor, and return what puts them into `model`."""
     values = {name: decode(value, tensors) for name, value in saved.items()}
-    expected = other_buffer_names(subnet, model, held)
-    # Buffers that had grown when they were saved have places in the flat tensors here.
-    values_here = {name for name, _, _ in weight_places(subnet, held)} & values.keys()
-    if different := (expected - values_here).symmetric_difference(values.keys() - values_here):
+    without, everything = other_buffer_names(subnet, model, held)
+    if different := (without - values.keys()) | (values.keys() - everything):
         raise UserError(
             f"{source} and this network differ in the buffer {min(different)!r}; it belongs to another network"
         )
-    return partial(_put_buffers, subnet, model, held, values)
-
-
-def _put_buffers(subnet: Subnet, model: nn.Module, held: Held, values: Mapping[str, Tensor]) -> None:
-    for own_name, buffer in list(model.named_buffers(remove_duplicate=False)):
-        value = values.get(subnet.layout.full_name(subnet.place(own_name), held))
-        if value is None:
-            continue
-        if value.shape == buffer.shape and value.dtype == buffer.dtype:
-            buffer.copy_(value)
-        else:  # it has grown
-            prefix, _, key = own_name.rpartition(".")
-            buffers_of(model.get_submodule(prefix))[key] = value.to(buffer.device)
+    return partial(put_buffers, subnet, model, held, values)
 
 
 def _random_state(record: Record, device: torch.device) -> Callable[[], None]:

@@ -94,7 +94,7 @@ def optimizer_record(
     }
 
 
-def arrived_state(worker: Worker, held: Held, tensors: dict[str, Tensor], path: tuple[str, ...]) -> list[list[str]]:
+def arrived_state(worker: Worker, held: Held, tensors: dict[str, Tensor], path: tuple[str, ...]) -> list[list[Any]]:
     """Write the state that has come from other workers, and that no optimizer here refers to.
 
     Args:
@@ -104,9 +104,9 @@ def arrived_state(worker: Worker, held: Held, tensors: dict[str, Tensor], path: 
         path: Beginning of their keys.
 
     Returns:
-        Parameter, state name and key of each.
+        Parameter, state name and JSON value of each.
     """
-    found: list[list[str]] = []
+    found: list[list[Any]] = []
     states: dict[int, dict[str, Any]] = {}
     for optimizer in worker.optimizers:
         states |= {id(p): state for p, state in cast(dict[Any, Any], optimizer.state).items()}
@@ -119,7 +119,7 @@ def arrived_state(worker: Worker, held: Held, tensors: dict[str, Tensor], path: 
             if bool(view.any()):
                 key = join(*path, name, state_name)
                 tensors[key] = view
-                found.append([name, state_name, key])
+                found.append([name, state_name, {"tensor": key}])
     return found
 
 
@@ -255,10 +255,10 @@ def placed(tensor: Tensor, name: str, parameter: Tensor, group: Mapping[str, Any
 
 
 def load_arrived(
-    worker: Worker, saved: Sequence[Sequence[str]], tensors: Mapping[str, Tensor], held: Held
+    worker: Worker, saved: Sequence[Sequence[Any]], tensors: Mapping[str, Tensor], held: Held
 ) -> Callable[[], None]:
     """Check what `arrived_state` has written, and return what puts it into the flat tensors."""
-    found = {(name, state_name): tensors[key] for name, state_name, key in saved}
+    found = {(name, state_name): decode(value, tensors) for name, state_name, value in saved}
 
     def apply() -> None:
         for _, place in worker.subnet.parameter_places():

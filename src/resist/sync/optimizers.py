@@ -69,6 +69,20 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
     return grouped
 
 
+def check_alone(optimizers: Sequence[Optimizer]) -> None:
+    """Raise UserError for optimizers of an Accelerator over several processes, which averages gradients itself.
+
+    Its gradients would be means over different blocks.
+    """
+    for optimizer in optimizers:
+        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
+        if spanned > 1:
+            raise UserError(
+                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
+                "resist.integrations.alone()"
+            )
+
+
 def check_optimizers(optimizers: Iterable[Optimizer], policies: Iterable[str]) -> None:
     """Refuse optimizers whose state cannot go with a block.
 

@@ -90,13 +90,18 @@ def check_boundary(job: SavedJob) -> None:
 
 
 def about_job(job: SavedJob) -> dict[str, Any]:
-    """Return the values that all processes know: round, step, workers, processes, and who holds which blocks."""
+    """Return the values that all processes know: round, step, workers, processes, and who holds which blocks.
+
+    "changing" has the frozen parameters and the buffers that all workers average, by chain and name.
+    """
+    changing = sorted(job.workers[0].subnet.changing, key=lambda key: (key[0] or -1, key[1]))
     return {
         "round": job.round,
         "step": job.step_index,
         "workers": job.strategy.workers,
         "processes": job.transport.num_processes,
         "held": held_by_all(job.chains, job.plan, job.strategy.workers),
+        "changing": [[None if chain is None else job.chains[chain].name, piece] for chain, piece in changing],
         "averages": any(worker.average is not None for worker in job.workers),
     }
 
@@ -177,11 +182,10 @@ def worker_record(job: SavedJob, worker: Worker) -> Record:
         for number in range(len(worker.optimizers))
     ]
     record.values["arrived"] = arrived_state(worker, held, record.tensors, (part, "arrived"))
-    buffers = {name: buffer for name, (_, buffer) in other_buffers(worker.subnet, worker.subnet.model, held).items()}
+    buffers = other_buffers(worker.subnet, worker.subnet.model, held)
     record.values["buffers"] = _encode_all(buffers, record.tensors, (part, "buffers"))
     if worker.average is not None and worker.averaged is not None:
-        own = other_buffers(worker.subnet, worker.average.model, held)
-        averages = {name: buffer for name, (_, buffer) in own.items()}
+        averages = other_buffers(worker.average, worker.average.model, held)
         record.values["average"] = {
             "buffers": _encode_all(averages, record.tensors, (part, "average", "buffers")),
             "n_averaged": int(worker.averaged.n_averaged),

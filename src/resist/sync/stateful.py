@@ -53,7 +53,7 @@ def state_dict_of(job: SavedJob, *, complete: bool) -> dict[str, Any]:
         for kind, views in network_state(worker, held).items():
             kinds.setdefault(kind, {}).update(views)
         for name, buffer in other_buffers(worker.subnet, worker.model, held).items():
-            buffers.setdefault(_block(job, name), {})[name] = buffer[1]
+            buffers.setdefault(_block(job, name), {})[name] = buffer
         records[str(worker.index)] = _pack(worker_record(job, worker))
     packed = {block: _pack_buffers(values) for block, values in buffers.items()}
     if complete:

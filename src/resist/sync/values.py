@@ -174,6 +174,17 @@ def decode(value: Any, tensors: Mapping[str, Tensor], *, place: Place | None = N
     raise ValueError(f"a value of the kind {kind!r}")
 
 
+def keys_of(value: Any) -> set[str]:
+    """Return the keys of all tensors that a JSON value of `encode`, or one that has some inside, refers to."""
+    if isinstance(value, list):
+        return set[str]().union(*map(keys_of, cast(list[Any], value)))
+    if not isinstance(value, dict):
+        return set()
+    entry = cast(dict[str, Any], value)
+    key = entry.get("tensor")
+    return {key} if isinstance(key, str) else set[str]().union(*map(keys_of, entry.values()))
+
+
 def _tensor(entry: Mapping[str, Any], tensor: Tensor, place: Place | None, into: object) -> Any:
     if "numpy" in entry:
         array = tensor.numpy()

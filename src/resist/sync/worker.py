@@ -13,7 +13,7 @@ from resist.subnet.changes import Watch
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.optimizer_state import StateTypes, adopt_state, begin_anew
-from resist.sync.optimizers import check_optimizers, follow_resize, optimizers_of, refuse_wrappers
+from resist.sync.optimizers import check_alone, check_optimizers, follow_resize, optimizers_of, refuse_wrappers
 
 
 class Worker:
@@ -175,6 +175,7 @@ def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer]
         UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if its state
             cannot go with the blocks; if a parameter was moved out of the flat tensor.
     """
+    check_alone(optimizers)
     exchanges = strategy.workers > 1 and not strategy.every_step
     for worker in workers:
         if exchanges:

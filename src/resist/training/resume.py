@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from resist.errors import UserError
@@ -72,11 +73,24 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
         )
     if "checkpoint" not in source:
         if is_main:
-            log.info(f"resist: resuming from the replicas of round {source['round']}; momentum reset")
-        return ResumePoint(source["round"], step, lambda job, _: restore_replicas(job, replicas, source))
+            averages = ", the average of the weights too" if config.optimization.model_ema_decay is not None else ""
+            log.info(f"resist: resuming from the replicas of round {source['round']}; momentum reset{averages}")
+        return ResumePoint(source["round"], step, lambda job, _: _restore_replicas(job, replicas, source))
     path = checkpoints / source["checkpoint"]
     run_everywhere(transport, lambda: check_visible(path))
     return ResumePoint(source["round"], step, lambda job, optimizers: restore(job, optimizers, path))
+
+
+def _restore_replicas(job: Job, folder: Path, source: dict[str, Any]) -> None:
+    """Restore the weights. Averages of them (EMA), of which there are no replicas, begin anew with these weights."""
+    restore_replicas(job, folder, source)
+    with torch.no_grad():
+        for worker in job.workers:
+            if worker.average is not None:
+                for average, weights in zip(
+                    worker.average.model.parameters(), worker.subnet.model.parameters(), strict=True
+                ):
+                    average.copy_(weights)
 
 
 def _search(checkpoints: Path, replicas: Path) -> dict[str, Any]:
