@@ -145,7 +145,7 @@ def test_blocks_that_cannot_be_tested_have_to_be_named() -> None:
     assert choose_chains(with_good)[0].name == "good:0-1"
 
 
-def test_functions_and_tables_go_with_their_block() -> None:
+def test_functions_and_the_values_of_tables_go_with_their_block() -> None:
     blocks = [Block() for _ in range(6)]
     blocks[2].act = torch.relu
     blocks[3].act = torch.tanh

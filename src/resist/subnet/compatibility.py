@@ -116,7 +116,8 @@ def fixed(block: nn.Module) -> dict[str, object]:
                 )
         for name, buffer in buffers_of(module).items():
             if buffer is not None:
-                properties[f"buffer {dot}{name}"] = (tuple(buffer.shape), buffer.dtype)
+                persistent = name not in vars(module)["_non_persistent_buffers_set"]
+                properties[f"buffer {dot}{name}"] = (tuple(buffer.shape), buffer.dtype, persistent)
     properties[""] = Attributes(block)
     return properties
 
