@@ -68,7 +68,8 @@ class Masked(Block):
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
-        self.register_buffer("mask", torch.triu(torch.full((TOKENS, TOKENS), float("-inf")), 1))
+        mask = torch.triu(torch.full((TOKENS, TOKENS), float("-inf")), 1)
+        self.register_buffer("mask", torch.where(mask.isinf(), mask, -0.1 * index))
         self.register_buffer("table", torch.rand(TOKENS, TOKENS) / 3 + index)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,6 +208,24 @@ def test_buffers_that_grow_break_nothing(strategy: Strategy) -> None:
     assert {"seen", "late"} <= set(loose[0, 0])
 
 
+def test_buffers_that_grew_are_saved_and_loaded() -> None:
+    first, optimizers = make(lambda: Net(Growing), resist(2, 2))
+    for _ in range(4):
+        step(first, optimizers)
+    state = first.state_dict()
+    second, _ = make(lambda: Net(Growing), resist(2, 2))
+    for worker in second.workers:
+        worker.model(torch.randn(2, TOKENS, 3))  # makes the late ones
+    optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.05, momentum=0.9) for worker in second.workers]
+    second.step(*optimizers)
+    second.synchronize()
+    second.load_state_dict(state)
+    for a, b in zip(first.workers, second.workers, strict=True):
+        ours, theirs = dict(a.model.named_buffers()), dict(b.model.named_buffers())
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_loose_buffers_can_be_moved() -> None:
     """What is not loose in the values returns to its view."""
     net = Net(Growing)
@@ -216,10 +235,10 @@ def test_loose_buffers_can_be_moved() -> None:
     block(torch.ones(1, TOKENS, WIDTH))
     values = {name: value.clone() for name, value in subnet.loose()[0, 0].items()}
     assert values["seen"].shape == (2,)
-    subnet.put_loose((0, 1), values)
+    subnet.put_loose(0, 1, values)
     assert torch.equal(subnet.model.get_buffer("blocks.1.seen"), values["seen"])
     assert subnet.model.get_buffer("blocks.1.seen") is not values["seen"]
-    subnet.put_loose((0, 0), {})
+    subnet.put_loose(0, 0, {})
     assert subnet.model.get_buffer("blocks.0.seen").shape == (1,)
     assert (0, 0) not in subnet.loose() or "seen" not in subnet.loose()[0, 0]
 

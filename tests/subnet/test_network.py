@@ -318,3 +318,21 @@ def test_memory_follows_the_subnetwork() -> None:
     job, _ = make(resist(3, min_depth=0), sgd)
     (layout,), full = job.workers[0].subnet.layout.blocks, sum(t.numel() for t in tensors_of(tiny()).values())
     assert all(worker.subnet.flat.numel() == full - (BLOCKS - 2) * layout.numel for worker in job.workers)
+
+
+def test_workers_are_made_without_copies_of_the_full_network() -> None:
+    """Sixteen workers with 2 of 32 blocks each: the work follows the sub-networks."""
+    copied = 0
+
+    class Counted(PreActBlock):
+        def __reduce_ex__(self, protocol: object) -> object:
+            nonlocal copied
+            copied += 1
+            return super().__reduce_ex__(protocol)  # type: ignore[arg-type]
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 2, 1), *(Counted(2, 2, 1) for _ in range(32)), nn.Conv2d(2, 2, 1))
+
+    job = Job(build, resist(16, 1, min_depth=0), batchnorm="average")
+    assert [worker.subnet.capacities for worker in job.workers] == [(2,)] * 16
+    assert copied <= 2 * 32

@@ -5,8 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pool import Pool
+from resist.cost.footprint import build_on_meta, sizes_of
+from resist.cost.traffic import round_traffic
 from resist.job import Job
 from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist, switch
+from resist.subnet.chains import choose_chains
 from resist.subnet.network import tensors_of
 from resist.sync.worker import Worker
 
@@ -93,3 +97,116 @@ def test_each_tensor_becomes_its_mean_over_holders(name: str) -> None:
     assert full is not None
     dtypes = {torch.float32, torch.bfloat16, torch.complex64, torch.float64}
     assert {tensor.dtype for tensor in tensors_of(full).values()} == dtypes
+
+
+class Half(nn.Module):
+    """Everything in one dtype of fewer than 32 bits."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(HalfBlock() for _ in range(4))
+        self.head = nn.Linear(WIDTH, 37)
+        self.to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class HalfBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.fc(x))
+
+
+def averaged(strategy: Strategy, dropped: tuple[int, ...] = ()) -> dict[int, dict[str, Tensor]]:
+    """Set the weights of each worker to numbers that depend on its index, synchronize; the weights of hosted ones."""
+    job = Job(Half, strategy, chains="blocks", seed=1, on_nonfinite="drop")
+    for worker in job.workers:
+        with torch.no_grad():
+            for name, tensor in worker.subnet.state(job.plan.held(worker.index)).items():
+                tensor.copy_(value(worker.index, name, tensor))
+    job.synchronize({worker: "a loss of nan" for worker in dropped if worker in job.transport.hosted})
+    return {worker.index: named(job, worker) for worker in job.workers}
+
+
+def value(worker: int, name: str, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * worker + sum(map(ord, name)))
+    return torch.randn(like.shape, generator=generator).to(like.dtype)
+
+
+def expected_means(strategy: Strategy, dropped: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    job = Job(Half, strategy, chains="blocks", seed=1)
+    copies: dict[str, list[Tensor]] = {}
+    for worker in job.workers:
+        for name, tensor in worker.subnet.state(job.plan.held(worker.index)).items():
+            if worker.index not in dropped:
+                copies.setdefault(name, []).append(value(worker.index, name, tensor))
+    return {name: mean(tensors) for name, tensors in copies.items()}
+
+
+@pytest.mark.parametrize("dropped", [(), (1,)])
+@pytest.mark.parametrize("strategy", [resist(5, 1, min_depth=3), local_sgd(3, 1)], ids=["parts", "everything"])
+def test_half_precision_is_rounded_once(strategy: Strategy, dropped: tuple[int, ...]) -> None:
+    expected = expected_means(strategy, dropped)
+    for tensors in averaged(strategy, dropped).values():
+        for name, found in tensors.items():
+            if name in expected:  # else only a dropped worker held it
+                assert torch.equal(found, expected[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_half_precision_is_rounded_once_over_processes(pool: Pool, processes: int) -> None:
+    """Also where processes host several workers, and unequally many; all workers end with the same bits."""
+    for strategy in (resist(5, 1, min_depth=3), local_sgd(4, 1)):
+        expected = expected_means(strategy)
+        for result in pool.run(processes, averaged, strategy):
+            for tensors in result.values():
+                for name, found in tensors.items():
+                    assert torch.equal(found, expected[name]), name
+
+
+def trained(name: str) -> dict[str, Tensor]:
+    job = Job(Net, STRATEGIES[name], chains="blocks", seed=1)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD(worker.model.parameters(), lr=0.1, momentum=0.9) for worker in job.workers
+    ]
+    for _ in range(6):
+        local_steps(job, optimizers)
+        job.step(*optimizers)
+    full = job.full_model()
+    return {} if full is None else {name: t.clone() for name, t in full.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_several_dtypes_in_two_processes(pool: Pool, name: str) -> None:
+    expected = trained(name)
+    found = pool.run(2, trained, name)[0]
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        rtol = 2e-2 if tensor.dtype == torch.bfloat16 else 2e-3
+        torch.testing.assert_close(found[key], tensor, rtol=rtol, atol=2e-3)
+
+
+def test_bytes_of_several_dtypes_are_those_of_the_cost_model() -> None:
+    template = build_on_meta(Net)
+    sizes = sizes_of(template, choose_chains(template, ("blocks",)))
+    strategy = resist(3, 1, capacities=(4, 3, 2), optimizer_state="reset")
+    job = Job(Net, strategy, chains="blocks", seed=1)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD(worker.model.parameters(), lr=0.1) for worker in job.workers
+    ]
+    job.transport.take()
+    local_steps(job, optimizers)
+    job.step(*optimizers)
+    taken = job.transport.take()["bytes"]
+    expected = round_traffic(sizes, job.plan_of(0), job.plan_of(1), strategy=strategy, num_states=0)
+    assert taken == {kind: number for kind, number in expected.bytes.items() if number}

@@ -428,16 +428,17 @@ class Subnet:
         """
         return loose(self.buffers)
 
-    def put_loose(self, part: tuple[int | None, int], values: Mapping[str, Tensor]) -> None:
+    def put_loose(self, chain: int | None, slot: int, values: Mapping[str, Tensor]) -> None:
         """Give a part the loose buffers of the block whose weights are now in it.
 
         Buffers that are not in `values` return to the flat tensors, or stay as they are if they have no place there.
 
         Args:
-            part: (chain, slot), or (None, 0) for the shared part.
+            chain: Number of the chain; None for the shared part.
+            slot: Slot in the chain; 0 for the shared part.
             values: All loose buffers of the block, as `loose` names them. They are copied.
         """
-        put_loose(self.buffers, part, values)
+        put_loose(self.buffers, (chain, slot), values)
 
     def own_storages(self) -> nn.Module:
         """Give every tensor of the model a storage of its own, so that it can be saved alone. Ends its use here.

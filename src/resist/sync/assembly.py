@@ -127,10 +127,10 @@ def _assemble_loose(
     received = {
         key: tensor.cpu().numpy().tobytes() for key, tensor in zip(keys, arrived, strict=True) if tensor is not None
     }
-    full.put_loose((None, 0), subnets[on].loose().get((None, 0), {}))
+    full.put_loose(None, 0, subnets[on].loose().get((None, 0), {}))
     for chain, block in sources:
         value = received.get((chain, block), packed.get((chain, block), first[chain]))
-        full.put_loose((chain, block), _unpack(value))
+        full.put_loose(chain, block, _unpack(value))
 
 
 def _pack(values: Mapping[str, Tensor]) -> bytes:

@@ -352,7 +352,7 @@ class LooseExchange:
             slots.put_state(part, tree.get(STATE, {}), own)
         for kind, subnet in ((BUFFERS, slots.worker.subnet), (AVERAGED, slots.worker.average)):
             if subnet is not None:
-                subnet.put_loose(part, tree.get(kind, {}))
+                subnet.put_loose(*part, tree.get(kind, {}))
 
 
 class _Slots:
