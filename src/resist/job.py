@@ -22,10 +22,12 @@ from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.subnet.holdings import log_holdings
+from resist.subnet.modes import train_except
 from resist.subnet.network import Flats, Subnet, values_of
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
+from resist.subnet.skeleton import own_storages
 from resist.subnet.validate import choose_checked
 from resist.subnet.wrappers import check_blocks
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
@@ -447,12 +449,13 @@ class Job:
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
-        full.train_as_noted()
+        train_except(full.model, full.place, full.frozen_modules)
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
             # What the network and the batches draw here must not change the training that goes on.
             with seeded_rng(keyed_int("full model", self.seed, self.round), full.device):
                 recalibrate(full.model, batches, full.device)
-        return full.own_storages().eval()
+        own_storages(full.model)
+        return full.model.eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the job between two rounds, as far as this process has it.

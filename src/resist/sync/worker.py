@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from resist.errors import UserError
 from resist.planning.strategy import Strategy
 from resist.subnet.changes import Watch
+from resist.subnet.modes import frozen_modules
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.optimizer_state import StateTypes, adopt_state, begin_anew
@@ -74,8 +75,8 @@ class Worker:
         self.watches = [Watch(subnet) for subnet in (self.subnet, self.average) if subnet is not None]
 
     def note_modes(self) -> None:
-        """Note which modules the user keeps in eval mode; see `Subnet.note_modes`."""
-        self.subnet.note_modes()
+        """Note which modules the user keeps in eval mode, at a step of the training."""
+        self.subnet.frozen_modules = frozen_modules(self.subnet.model, self.subnet.place)
         if self.average is not None:
             self.average.frozen_modules = self.subnet.frozen_modules
 
