@@ -84,9 +84,9 @@ class Dying(Distributed):
         self.count()
         return Waiting(self, super().transfer(moves))
 
-    def mean(self, tensors: Any, traffic_kind: str) -> Handle:
+    def mean(self, tensors: Any, traffic_kind: str, scale: float = 1.0) -> Handle:
         self.count()
-        return Waiting(self, super().mean(tensors, traffic_kind))
+        return Waiting(self, super().mean(tensors, traffic_kind, scale))
 
 
 class Waiting:
@@ -247,7 +247,7 @@ def test_bad_weights_stop_the_run_before_anything_is_folded() -> None:
     local_step(job, optimizers)
     poison(job, 1)
     before = [worker.subnet.flat.clone() for worker in job.workers]
-    expected = r"worker 1 has weights that are not finite at the end of round 2 \(step 4\)"
+    expected = r"worker 1 has weights that are not finite \(layer1.0.conv1.weight\) at the end of round 2 \(step 4\)"
     with pytest.raises(DivergedError, match=expected):
         job.step(*optimizers)
     assert all(torch.equal(w.subnet.flat, b) or w.index == 1 for w, b in zip(job.workers, before, strict=True))

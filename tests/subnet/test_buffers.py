@@ -348,3 +348,40 @@ def test_attributes_of_parameters_are_kept() -> None:
     step(job, optimizers)
     for model in (job.workers[0].model, full_of(job)):
         assert all(p.no_decay == (p.dim() == 1) for p in model.parameters())
+
+
+class Tallied(Block):
+    """A count, a cumulative norm, and a mask of the block's own with -inf."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("mask", torch.tensor([0.1 * index, float("-inf")]))
+        self.cumulative = nn.BatchNorm1d(TOKENS, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("count").add_(1)
+        return super().forward(self.cumulative(x))
+
+
+def tallies(strategy: Strategy) -> dict[str, Tensor]:
+    """The loose buffers of the full network after five rounds of two steps."""
+    job, optimizers = make(lambda: Net(Tallied), strategy, batchnorm="average")
+    for _ in range(10):
+        step(job, optimizers)
+    full = job.full_model()
+    return {} if full is None else dict(full.named_buffers())
+
+
+@pytest.mark.slow
+def test_loose_buffers_of_other_processes_reach_the_full_network(pool: Pool) -> None:
+    """Blocks go to and fro; each has been trained for ten steps, and keeps its mask."""
+    strategy = resist(2, 2, min_depth=0)
+    found, alone = pool.run(2, tallies, strategy)[0], tallies(strategy)
+    assert found.keys() == alone.keys()
+    for index in range(BLOCKS):
+        name = f"blocks.{index}"
+        assert int(found[f"{name}.count"]) == 10
+        assert int(found[f"{name}.cumulative.num_batches_tracked"]) == 10
+        assert torch.equal(found[f"{name}.mask"], torch.tensor([0.1 * index, float("-inf")]))
+    assert all(torch.equal(found[name], alone[name]) for name in found if "running" not in name)
