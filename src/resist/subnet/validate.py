@@ -12,7 +12,7 @@ The model has to satisfy four laws:
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from resist.errors import UserError
 from resist.subnet import residual
-from resist.subnet.chains import Chain
+from resist.subnet.chain import Chain
 from resist.subnet.network import Subnet, tensors_of
 from resist.subnet.residual import Call, hidden_in, hidden_out, with_hidden
 
@@ -49,8 +49,8 @@ def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -
     model = _randomized(model).eval()
     with torch.no_grad():
         calls, expected = _record(model, chains, forward)
-        for chain, block_calls in zip(chains, calls, strict=True):
-            _check_skips(model, chain, block_calls)
+        for chain in chains:
+            _check_skips(model, chain, calls)
         all_blocks = [list(range(chain.num_blocks)) for chain in chains]
         difference = _compare(model, chains, all_blocks, forward, expected)
         # Hold the even blocks, then the odd ones: neighbors are missing, and each end of a chain is missing once.
@@ -74,21 +74,21 @@ def _randomized(model: nn.Module) -> nn.Module:
     return randomized
 
 
-def _record(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> tuple[list[list[Call]], object]:
-    """The call of every block by chain, and the network's output."""
-    order: list[tuple[int, int]] = []
-    calls: dict[tuple[int, int], Call] = {}
+def _record(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> tuple[dict[str, Call], object]:
+    """The call of every block by name, and the network's output."""
+    order: list[tuple[int, str]] = []
+    calls: dict[str, Call] = {}
     handles: list[Any] = []
     for number, chain in enumerate(chains):
-        for block in range(chain.num_blocks):
+        for name, _ in (branch for block in range(chain.num_blocks) for branch in chain.scaled(block)):
 
             def record(
                 _module: nn.Module,
                 args: tuple[Any, ...],
                 kwargs: dict[str, Any],
                 output: object,
-                key: tuple[int, int] = (number, block),
-                name: str = chain.block_name(block),
+                number: int = number,
+                name: str = name,
             ) -> None:
                 x, y = hidden_in(args, kwargs), hidden_out(output)
                 if x is None or y is None or x.shape != y.shape:
@@ -96,32 +96,31 @@ def _record(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> tupl
                         f"{name} does not take a tensor and return one of the same shape, alone or first in a tuple: "
                         "it cannot be left out of a sub-network; partition another chain"
                     )
-                order.append(key)
-                calls[key] = Call(args, kwargs).with_input(x.clone())  # a block may write into its input
+                order.append((number, name))
+                calls[name] = Call(args, kwargs).with_input(x.clone())  # a block may write into its input
 
-            handles.append(model.get_submodule(chain.block_name(block)).register_forward_hook(record, with_kwargs=True))
+            handles.append(model.get_submodule(name).register_forward_hook(record, with_kwargs=True))
     try:
         output = forward(model)
     finally:
         for handle in handles:
             handle.remove()
     for number, chain in enumerate(chains):
-        if [block for chain_number, block in order if chain_number == number] != list(range(chain.num_blocks)):
+        called = [name for chain_number, name in order if chain_number == number]
+        if called != [name for block in range(chain.num_blocks) for name, _ in chain.scaled(block)]:
             raise UserError(
                 f"the network does not call the blocks of {chain.name} once each, one after another; partition "
                 "another chain"
             )
-    return [[calls[number, block] for block in range(c.num_blocks)] for number, c in enumerate(chains)], output
+    return calls, output
 
 
-def _check_skips(model: nn.Module, chain: Chain, calls: Sequence[Call]) -> None:
-    for block, call in enumerate(calls):
-        name = chain.block_name(block)
-        if residual.skip_of(model.get_submodule(name), call) not in residual.RESIDUAL:
-            raise UserError(
-                f"{name} is not a residual block: with all its weights zero it does not return its input; partition "
-                "another chain"
-            )
+def _check_skips(model: nn.Module, chain: Chain, calls: Mapping[str, Call]) -> None:
+    for name, skip_type in (branch for block in range(chain.num_blocks) for branch in chain.scaled(block)):
+        module = model.get_submodule(name)
+        if skip_type != residual.OUTSIDE and residual.skip_of(module, calls[name]) not in residual.RESIDUAL:
+            reason = residual.reason_without_skip(module, calls[name])
+            raise UserError(f"{name} is not a residual block: {reason}; partition another chain")
 
 
 def _without(model: nn.Module, chains: Sequence[Chain], held: Sequence[Sequence[int]], forward: Forward) -> object:
@@ -132,11 +131,19 @@ def _without(model: nn.Module, chains: Sequence[Chain], held: Sequence[Sequence[
         assert x is not None, "_record has checked it"
         return with_hidden(output, x)
 
+    def add_nothing(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:
+        y = hidden_out(output)
+        assert y is not None, "_record has checked it"
+        return with_hidden(output, torch.zeros_like(y))
+
     handles = [
-        model.get_submodule(chain.block_name(block)).register_forward_hook(skip, with_kwargs=True)
+        model.get_submodule(name).register_forward_hook(
+            add_nothing if skip_type == residual.OUTSIDE else skip, with_kwargs=True
+        )
         for chain, blocks in zip(chains, held, strict=True)
         for block in range(chain.num_blocks)
         if block not in blocks
+        for name, skip_type in chain.scaled(block)
     ]
     try:
         return forward(model)
