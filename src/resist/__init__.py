@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from resist import sync as sync
     from resist.errors import UserError, WorkerLostError
     from resist.job import Job
+    from resist.planning.capacities import Capacities
     from resist.planning.plan import Plan, RoundPlan, partition
     from resist.planning.schedule import Message, Schedule, allreduce_bytes, schedule
     from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Capacities",
     "Chain",
     "Job",
     "Message",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOME = {  # the module of each public name
+    "Capacities": "resist.planning.capacities",
     "Chain": "resist.subnet.chains",
     "Job": "resist.job",
     "Message": "resist.planning.schedule",

@@ -101,7 +101,6 @@ def test_a_model_without_a_chain_can_be_trained_whole() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategies": [resist(7)]}, "`workers=7` exceeds the 6 blocks"),
         ({"batch_size": 0}, "`batch_size=0`; must be at least 1"),
         ({"rounds": 0}, "rounds=0"),
         ({"image_shape": (3, 0, 8)}, "image_shape=3,0,8"),

@@ -296,10 +296,10 @@ def test_rounds_do_not_recompile() -> None:
             lambda: make(switch(resist(2), resist(2, optimizer_state="lose"), at_round=1)),
             r"`optimizer_state='lose'` is not one of",
         ),
-        (lambda: make(resist(7)), r"`workers=7` exceeds the 6 blocks of chain layer3:1-6"),
+        (lambda: make(resist(2, min_depth=7)), r"`min_depth=7` exceeds the 6 blocks of chain layer3:1-6"),
         (
-            lambda: make(switch(local_sgd(7), resist(7), at_round=4)),
-            r"`workers=7` exceeds the 6 blocks of chain layer3",
+            lambda: make(switch(local_sgd(2), resist(2, min_depth=7), at_round=4)),
+            r"`min_depth=7` exceeds the 6 blocks of chain layer3",
         ),
         (lambda: make(resist(2), chains=("layer9",)), r"'layer9' has no run"),
         (lambda: make(resist(2), transport=Local(3)), r"a transport for 3 workers, a strategy for 2; match them"),

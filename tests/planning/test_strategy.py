@@ -79,11 +79,6 @@ def test_only_the_table_spells_the_names_of_methods() -> None:
             r"`capacities=1 2` has 2 values for `workers=3`; give one for each worker",
         ),
         (lambda: resist(2, capacities=(1, 2), min_depth=1), r"`min_depth=1` has no effect with `capacities`"),
-        (lambda: resist(23).assign(22, chain="c", seed=0, round=0), r"`workers=23` exceeds the 22 blocks of chain c"),
-        (
-            lambda: resist(2, min_depth=30).assign(22, chain="c", seed=0, round=0),
-            r"`min_depth=30` exceeds the 22 blocks of chain c",
-        ),
         (
             lambda: resist(2, capacities=(1, 2)).assign(22, chain="c", seed=0, round=0),
             r"hold 3 of the 22 blocks of chain c",

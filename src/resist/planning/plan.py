@@ -199,6 +199,8 @@ class ChainLike(Protocol):
 def equal_capacities(num_blocks: int, workers: int, min_depth: int = 0, *, chain: str = "") -> tuple[int, ...]:
     """Compute the smallest equal capacity that holds every block.
 
+    With more workers than blocks, several of them hold a block.
+
     Args:
         num_blocks: Number of blocks in the chain.
         workers: Number of workers.
@@ -209,16 +211,11 @@ def equal_capacities(num_blocks: int, workers: int, min_depth: int = 0, *, chain
         For each worker max(ceil(num_blocks / workers), min_depth).
 
     Raises:
-        UserError: If there are fewer blocks than workers or than `min_depth`, or an argument is out of range.
+        UserError: If there are fewer blocks than `min_depth`, or an argument is out of range.
     """
     where = f"chain {chain}" if chain else "the chain"
     if workers < 1:
         raise UserError(f"`workers={workers}`; must be at least 1")
-    if workers > num_blocks:
-        raise UserError(
-            f"`workers={workers}` exceeds the {num_blocks} blocks of {where}; use at most {num_blocks} workers, "
-            "a deeper network, or explicit `capacities`"
-        )
     if min_depth < 0:
         raise UserError(f"`min_depth={min_depth}` is negative; give 0 to {num_blocks}")
     if min_depth > num_blocks:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from resist.errors import UserError
-from resist.planning.plan import Assign, ChainLike, Plan, RoundPlan, check_capacities, equal_capacities, partition
-
-# Default lower bound of a worker's capacity: the depth that the paper's Table 1 implies at S = 8.
-MIN_DEPTH = 4
+from resist.planning.assign import AllBlocks, PartitionBlocks
+from resist.planning.capacities import Capacities, Given, as_capacities
+from resist.planning.plan import Assign, ChainLike, RoundPlan
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,27 @@ class Strategy:
         Raises:
             UserError: If the capacities do not fit a chain.
         """
-        assign = self.at(round).assign
-        return RoundPlan(tuple(assign(c.num_blocks, chain=c.name, seed=seed, round=round) for c in chains))
+        for stage in self.stages:  # later ones, too: the run must not end when their round comes
+            if stage.capacities is not None:
+                stage.capacities.check(stage.workers, chains)
+        stage = self.at(round)
+        return RoundPlan(tuple(stage.assign(c.num_blocks, chain=c.name, seed=seed, round=round) for c in chains))
+
+    @property
+    def capacities(self) -> Capacities | None:
+        """Capacities of this strategy, without those that it switches to; None if every worker holds every block."""
+        return self.assign.capacities if isinstance(self.assign, PartitionBlocks) else None
+
+    @property
+    def change_rounds(self) -> tuple[int, ...]:
+        """First rounds of different strategies or capacities, ascending, from 0.
+
+        The number of blocks that a worker holds is the same from each of them to the next one.
+        """
+        rounds = {0, *(stage.at_round for stage in self.stages if stage.then is not None)}
+        for stage in self.stages:
+            rounds.update(stage.capacities.rounds if stage.capacities is not None else ())
+        return tuple(sorted(rounds))
 
 
 def resist(
@@ -145,7 +163,7 @@ def resist(
     local_steps: int = 50,
     *,
     min_depth: int | None = None,
-    capacities: Sequence[int] | None = None,
+    capacities: Given | None = None,
     optimizer_state: str = "travel",
     outer: OuterSGD | None = None,
     warmup_rounds: int = 0,
@@ -157,10 +175,11 @@ def resist(
     Args:
         workers: Number of workers (the paper's S).
         local_steps: Optimizer steps between two synchronizations (the paper's l).
-        min_depth: Lower bound of every worker's capacity; blocks are then held by several workers. Default: 4, or all
-            blocks of a shorter chain.
-        capacities: Number of blocks of each worker in every chain, for unequal workers. Default: the larger of
-            ceil(num_blocks / workers) and `min_depth`.
+        min_depth: Lower bound of every worker's capacity in each chain, or all blocks of a shorter chain. Blocks are
+            then held by several workers. Default: 4.
+        capacities: Number of blocks of each worker in every chain: one for all workers, one for each, a mapping from
+            names of chains to either, or a `Capacities` record, which may also have rounds. A capacity above the length
+            of a chain is that length. Default: the larger of ceil(num_blocks / workers) and `min_depth`.
         optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.optimizer_state`.
         outer: Outer optimizer, whose momentum moves with its block; see `diloco`.
         warmup_rounds: Rounds of local SGD before the first round of ResIST (the paper's warm-up); see `switch`.
@@ -170,25 +189,12 @@ def resist(
 
     Raises:
         UserError: If `workers` or `local_steps` is out of range, or the arguments contradict each other. `min_depth`
-            and capacities that do not fit a chain are reported when its first plan is drawn.
+            and capacities that do not fit the chains are reported when the first plan is drawn.
     """
-    if capacities is not None and len(capacities) != workers:
-        raise UserError(
-            f"`capacities={' '.join(map(str, capacities))}` has {len(capacities)} values for `workers={workers}`; give "
-            "one for each worker"
-        )
-    if capacities is not None and min_depth is not None:
-        raise UserError(f"`min_depth={min_depth}` has no effect with `capacities`; remove one of the two")
-
-    def assign(num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
-        if capacities is None:
-            depth = min(MIN_DEPTH, num_blocks) if min_depth is None else min_depth
-            chain_capacities = equal_capacities(num_blocks, workers, depth, chain=chain)
-        else:
-            chain_capacities = check_capacities(num_blocks, capacities, chain=chain)
-        return partition(num_blocks, chain_capacities, seed=seed, round=round, chain=chain)
-
+    record = as_capacities(capacities, min_depth=min_depth)
+    assign = PartitionBlocks(workers, record)
     strategy = Strategy(resist.__name__, workers, local_steps, assign, optimizer_state, outer, partitions=True)
+    record.check(workers)
     if warmup_rounds < 0:
         raise UserError(f"`warmup_rounds={warmup_rounds}`; must be at least 0")
     if warmup_rounds == 0:
@@ -214,7 +220,7 @@ def local_sgd(
     Raises:
         UserError: If an argument is out of range.
     """
-    return Strategy(local_sgd.__name__, workers, local_steps, _all_blocks(workers), optimizer_state, outer)
+    return Strategy(local_sgd.__name__, workers, local_steps, AllBlocks(workers), optimizer_state, outer)
 
 
 def diloco(
@@ -237,7 +243,7 @@ def diloco(
         UserError: If an argument is out of range.
     """
     outer = OuterSGD() if outer is None else outer
-    return Strategy(diloco.__name__, workers, local_steps, _all_blocks(workers), optimizer_state, outer)
+    return Strategy(diloco.__name__, workers, local_steps, AllBlocks(workers), optimizer_state, outer)
 
 
 def ddp(workers: int, local_steps: int = 50) -> Strategy:
@@ -253,16 +259,7 @@ def ddp(workers: int, local_steps: int = 50) -> Strategy:
     Raises:
         UserError: If an argument is out of range.
     """
-    return Strategy(ddp.__name__, workers, local_steps, _all_blocks(workers), "keep", every_step=True)
-
-
-def _all_blocks(workers: int) -> Assign:
-    """`assign` of a strategy in which every worker holds every block."""
-
-    def assign(num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
-        return Plan(num_blocks, (tuple(range(num_blocks)),) * workers)
-
-    return assign
+    return Strategy(ddp.__name__, workers, local_steps, AllBlocks(workers), "keep", every_step=True)
 
 
 def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:

@@ -22,7 +22,8 @@ from resist.errors import UserError
 from resist.subnet import compatibility, residual
 from resist.subnet.chain import COMPACT, IN_PLACE, Branch, Chain
 from resist.subnet.modules import named_modules
-from resist.subnet.outside import Forward, OutsideSkips
+from resist.subnet.outside import OutsideSkips
+from resist.subnet.rehearsal import Forward
 from resist.subnet.residual import Call
 from resist.subnet.runs import runs
 from resist.subnet.trial import default_form, tried

@@ -12,7 +12,7 @@ The model has to satisfy four laws:
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from resist.errors import UserError
 from resist.subnet import residual
 from resist.subnet.chain import Chain
+from resist.subnet.chains import choose_chains
+from resist.subnet.example import as_forward, record_calls
+from resist.subnet.forms import choose_forms
 from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.rehearsal import Forward
 from resist.subnet.residual import Call, hidden_in, hidden_out, with_hidden
 
 ROUNDING = 1e-4  # relative difference that another order of summation can cause, after a hundred layers
-
-Forward = Callable[[nn.Module], object]
 
 
 def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> float:
@@ -46,7 +48,7 @@ def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -
     Raises:
         UserError: If the network breaks a law, with the chain and the reason.
     """
-    model = _randomized(model).eval()
+    model = _randomized(model).cpu().eval()
     with torch.no_grad():
         calls, expected = _record(model, chains, forward)
         for chain in chains:
@@ -58,6 +60,25 @@ def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -
             held = [[block for block in blocks if block % 2 == keep] for blocks in all_blocks]
             _compare(model, chains, held, forward, _without(model, chains, held, forward))
     return difference
+
+
+def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> tuple[Chain, ...]:
+    """Choose the chains to partition, and check the network with an example.
+
+    Args:
+        model: The full network. It is not changed.
+        names: Names of chains; see `resist.subnet.chains.choose_chains`.
+        example: One batch, or a function that calls a network; see `resist.subnet.example.as_forward`.
+
+    Returns:
+        The chains.
+
+    Raises:
+        UserError: If there is no such chain, or if the network breaks a law; see `check_network`.
+    """
+    forward = as_forward(example)
+    calls = record_calls(model, forward)
+    return choose_forms(model, choose_chains(model, names, calls, forward), forward, check_network, calls)
 
 
 def _randomized(model: nn.Module) -> nn.Module:

@@ -95,7 +95,9 @@ def job_values(
         "model": network["structure"],
         "chains": [chain.name for chain in chains],
         "capacities": [
-            chain.capacities for stage in strategy.stages for chain in stage.plan(chains, seed=seed, round=0).plans
+            chain.capacities
+            for round in strategy.change_rounds
+            for chain in strategy.plan(chains, seed=seed, round=round).plans
         ],
         "initial weights": network["weights"],
     }

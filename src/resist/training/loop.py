@@ -20,6 +20,7 @@ from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run
 from resist.runs.model_file import FILE, save_full
+from resist.subnet.randomness import seeded_rng
 from resist.tasks import Task
 from resist.training.device import Clock
 from resist.training.launcher import INTERRUPTED
@@ -131,7 +132,11 @@ class Training:
         """
         if self.failed is None:
             try:
-                return torch.stack([trainer.step(step, lr) for trainer in self.trainers])
+                losses: list[Tensor] = []
+                for trainer in self.trainers:
+                    with seeded_rng(self.job.step_seed(trainer.index), self.device):
+                        losses.append(trainer.step(step, lr))
+                return torch.stack(losses)
             except UserError as error:
                 if self.job.strategy.at(self.job.round).every_step:
                     raise  # the other processes wait within this step

@@ -1,0 +1,180 @@
+"""Rehearsal: run copies of a network with one example, without a trace in the network or in the random state.
+
+All runs draw the same random numbers, whatever the order and the number of draws, so that a network and its sub-network
+can be compared bit for bit even if they drop paths or draw masks.
+"""
+
+import copy
+import random
+import sys
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from resist.errors import UserError, first_line
+from resist.subnet.modules import fork_rng
+from resist.subnet.residual import Call
+
+Forward = Callable[[nn.Module], object]
+MOST_DRAWS = 10_000  # draws with one seed in a run; a network that draws until something happens has to end
+
+
+class Rehearsal:
+    """One example, and the way in which networks can be run with it.
+
+    Args:
+        forward: Function that calls a network.
+        model: The full network. Copies of it are run to find the way; it is not changed.
+
+    Attributes:
+        modes: The modes in which it can be run: evaluation (False), training (True).
+
+    Raises:
+        UserError: If the network can be run in neither mode.
+    """
+
+    def __init__(self, forward: Forward, model: nn.Module) -> None:
+        self._forward, self._built_in_training = forward, model.training
+        self._ways: dict[bool, tuple[bool, bool]] = {}
+        failure: Exception | None = None
+        for training in (False, True):
+            # Networks of forces differentiate within the forward pass; some kernels take no dispatch mode.
+            for grad, repeatable in ((False, True), (True, True), (True, False)):
+                self._ways[training] = grad, repeatable
+                try:
+                    self.run(stand_in(model), training=training)
+                    break
+                except Exception as error:  # models of users can raise anything
+                    failure = failure or error
+                    del self._ways[training]
+        if failure is not None and not self._ways:
+            raise UserError(
+                f"the network cannot be run with `example` ({describe(failure)}); give a batch as in training, on the "
+                "CPU, or a function that calls the network with one"
+            ) from failure
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """The modes in which the network can be run."""
+        return tuple(self._ways)
+
+    def run(self, model: nn.Module, *, training: bool | None = None) -> object:
+        """Run a network.
+
+        Args:
+            model: A stand-in of the network, or a sub-network of one. Its buffers may change.
+            training: The mode, one of `modes`. Default: the first of them.
+
+        Returns:
+            The output. It raises what the network raises.
+        """
+        training = self.modes[0] if training is None else training
+        grad, repeatable = self._ways[training]
+        if not (training and self._built_in_training):  # else in the modes as built: parts may be frozen
+            model.train(training)
+        with (
+            undisturbed(),
+            torch.device("cpu"),
+            torch.set_grad_enabled(grad),
+            _Repeatable() if repeatable else nullcontext(),
+        ):
+            return self._forward(model)
+
+
+class _Repeatable(TorchDispatchMode):
+    """Mode in which every draw of the same form gives the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self._draws = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and self._draws < MOST_DRAWS:
+            self._draws += 1
+            torch.default_generator.manual_seed(0)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def undisturbed() -> Generator[None]:
+    """Context that seeds and restores the random states, compiles nothing and shows no warnings."""
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    with fork_rng(), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.simplefilter("ignore")
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        if numpy:
+            numpy.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])
+
+
+def stand_in(model: nn.Module, *, own_weights: bool = False) -> nn.Module:
+    """Copy a network, on the CPU.
+
+    Args:
+        model: Network to copy. It is not changed.
+        own_weights: Copy the parameters too. Otherwise those on the CPU are shared.
+
+    Returns:
+        The copy, with buffers of its own. Activations that modules keep are detached.
+
+    Raises:
+        UserError: If it cannot be copied.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for leaf in tree_leaves([value for value in vars(module).values() if isinstance(value, Tensor | list | tuple)]):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                memo[id(leaf)] = leaf.detach().clone()
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters() if not own_weights else ():
+        if parameter.device.type == "cpu":
+            memo[id(parameter)] = parameter
+    try:
+        copied = copy.deepcopy(model, memo)
+        return copied if all(tensor.device.type == "cpu" for tensor in tensors) else copied.cpu()
+    except Exception as error:  # objects of users can raise anything
+        raise UserError(f"the network cannot be copied ({describe(error)}), so it has no sub-networks") from error
+
+
+def snapshot(call: Call) -> Call:
+    """Copy the arguments of a call, so that what is done to them later does not show.
+
+    Args:
+        call: The arguments, which may hold tensors at any depth, and objects such as caches.
+
+    Returns:
+        The copy, with tensors on the CPU and without their graph. Objects that cannot be copied are the same.
+    """
+    return Call(*tree_map(_copied, (call.args, dict(call.kwargs))))
+
+
+def _copied(leaf: object) -> object:
+    if isinstance(leaf, Tensor):
+        return leaf.detach().cpu().clone().requires_grad_(leaf.requires_grad and leaf.is_leaf)
+    if isinstance(leaf, nn.Module):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # objects of users can raise anything
+        return leaf
+
+
+def describe(error: BaseException) -> str:
+    """Return the class and the first line of an exception's text."""
+    line = first_line(error)
+    return type(error).__name__ if line == type(error).__name__ else f"{type(error).__name__}: {line}"
