@@ -11,7 +11,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -20,7 +20,7 @@ from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
-from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.network import Flats, Subnet, tensors_of
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
@@ -324,13 +324,13 @@ class Job:
         if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
             raise diverged(self.dropped, round=self.round, step=self.step_index)
         next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
-        kept: dict[Key, Tensor] = {}
+        kept: dict[Key, Flats] = {}
         if not strategy.every_step:
             kept = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
                 self.transport,
                 workers=self.workers,
                 strategy=strategy,
-                state_names=agreed.state_names,
+                states=agreed.states,
                 plan=self.plan,
                 next_plan=next_plan,
                 dropped=self.dropped.keys(),

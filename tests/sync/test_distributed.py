@@ -185,7 +185,7 @@ def test_bytes_on_the_wire(pool: Pool, processes: int) -> None:
     subnet, process_of = job.workers[0].subnet, [worker * processes // 4 for worker in range(4)]
     for result in pool.run(processes, run_case, case):
         for ledger in result.ledgers[:-1]:
-            shared = processes * allreduce_bytes(subnet.shared_layout.numel * 8, processes)
+            shared = processes * allreduce_bytes(subnet.layout.shared.numel * 8, processes)
             crossing = sum(n for source, target, n in ledger["pairs"] if process_of[source] != process_of[target])
             assert ledger["wire_bytes"]["shared"] == shared
             blocks_and_state = ledger["wire_bytes"]["blocks"] + ledger["wire_bytes"]["state"]

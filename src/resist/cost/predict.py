@@ -150,7 +150,7 @@ class _Prediction:
         workers, local_steps = strategy.workers, strategy.local_steps
         traffic = ddp_traffic(self.sizes, workers=workers, local_steps=local_steps)
         whole = self.sizes.whole()
-        buckets = whole.trainable * self.sizes.itemsize
+        buckets = whole.trainable
         memory = replace(self.full.memory, buckets=buckets, peak=self.full.memory.peak + buckets)
         seconds = None
         if self.link is not None and self.speeds:
@@ -158,7 +158,7 @@ class _Prediction:
             share = self.full.forward_flops / self.full.training_flops
             exposed, hidden = ddp_step_s(traffic, self.link, workers, local_steps, step_s, share)
             seconds = self._seconds(strategy, local_steps * step_s, local_steps * exposed, local_steps * hidden)
-        paper = local_steps * 2 * workers * whole.parameters * self.sizes.itemsize
+        paper = local_steps * 2 * workers * whole.parameters
         networks = (replace(self.full, memory=memory),) * workers
         return Row(strategy.name, workers, networks, mean_traffic([traffic], workers, paper), seconds)
 

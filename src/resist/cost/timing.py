@@ -191,7 +191,7 @@ def calibrate(
     for blocks in ([chain.num_blocks for chain in chosen], [1] * len(chosen)):
         subnet = Subnet(full, chosen, blocks, device=device)
         subnet.load(tensors_of(full), [range(held) for held in blocks])
-        images = torch.randn(batch_size, *image_shape, dtype=subnet.dtype, device=device)
+        images = torch.randn(batch_size, *image_shape, dtype=next(subnet.model.parameters()).dtype, device=device)
         model = subnet.model.train()
         optimizer = build_optimizer(model.parameters())
         flops = count_flops(model, optimizer, images, loss)[1]  # the step that warms up
