@@ -100,8 +100,8 @@ def test_the_branch_of_a_block_that_returns_a_tuple_and_is_called_by_name(scale:
 
 @pytest.mark.parametrize(
     "forward",
-    [lambda x: {"x": x}, lambda x: x[:1], lambda x: None, lambda x: (None, x)],
-    ids=["dict", "shape", "nothing", "second"],
+    [lambda x: x[:1], lambda x: None, lambda x: (None, x)],
+    ids=["shape", "nothing", "second"],
 )
 def test_a_block_that_cannot_be_scaled_is_reported(forward: object) -> None:
     class Odd(Gated):

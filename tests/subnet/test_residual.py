@@ -71,7 +71,7 @@ def test_blocks_of_all_types(name: str) -> None:
         assert skip_of(Made(forward)) == skip_type
 
 
-@pytest.mark.parametrize("build", [lambda: Made(lambda m, x, size: x), lambda: Made(lambda m, x: {"x": x}),
+@pytest.mark.parametrize("build", [lambda: Made(lambda m, x, size: x), lambda: Made(lambda m, x: {"size": 1}),
                                    lambda: Made(lambda m, xs: [x + m.f(x) for x in xs["all"]])])  # fmt: skip
 def test_a_block_that_cannot_be_run_is_unknown(build: Callable[[], nn.Module]) -> None:
     assert skip_of(build()) == UNKNOWN
@@ -126,7 +126,9 @@ def test_forms_of_arguments_and_outputs() -> None:
     assert hidden_in((None,), {"hidden": y}) is None
     assert hidden_out((y, 3)) is y
     assert hidden_out([y]) is y
-    assert hidden_out({"y": y}) is None
+    assert hidden_out({"y": y}) is y
+    assert hidden_out({"size": 1, "y": y}) is None
+    assert with_hidden({"x": x, "size": 1}, y) == {"x": y, "size": 1}
     assert with_hidden((x, 3), y) == (y, 3)
     assert with_hidden([x], y) == [y]
     assert with_hidden(x, y) is y

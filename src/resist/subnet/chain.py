@@ -19,6 +19,7 @@ from torch import nn
 
 from resist.subnet import residual
 from resist.subnet.compatibility import Varying
+from resist.subnet.streams import Stream
 
 COMPACT, IN_PLACE = "compact", "in_place"
 
@@ -57,6 +58,8 @@ class Chain:
         form: `COMPACT` or `IN_PLACE`. Not compared.
         bypasses: For each block, a module for each of its children that stands at their positions where the block is
             not held; () if the form `IN_PLACE` is not possible. Not compared.
+        streams: Places of the hidden state, by the name of the module that is scaled, where they are not the default
+            ones. Not compared.
     """
 
     container: str
@@ -70,6 +73,7 @@ class Chain:
     branches: tuple[Branch, ...] = field(default=(), compare=False)
     form: str = field(default=COMPACT, compare=False)
     bypasses: tuple[tuple[nn.Module, ...], ...] = field(default=(), compare=False, repr=False)
+    streams: tuple[tuple[str, Stream], ...] = field(default=(), compare=False)
 
     @property
     def num_blocks(self) -> int:

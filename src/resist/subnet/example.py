@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from resist.errors import UserError
 from resist.subnet.modules import named_modules
 from resist.subnet.rehearsal import Forward, Rehearsal, snapshot, stand_in
-from resist.subnet.residual import Call
 from resist.subnet.runs import is_leaf
+from resist.subnet.streams import Call
 
 MOST_ITEMS = 4  # a larger batch is cut to so many items, where all its tensors have the same first dimension
 

@@ -45,6 +45,14 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
     return cast(tuple[dict[int, object], ...], tables)
 
 
+def pre_hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
+    """Return the module's own tables of forward pre-hooks, by number.
+
+    The hooks come first, followed by the table of their options.
+    """
+    return cast(tuple[dict[int, object], ...], (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
+
+
 def fork_rng() -> AbstractContextManager[None]:
     """Make a context that restores torch's CPU generator at its end."""
     return torch.random.fork_rng(devices=[])

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from resist.errors import UserError, first_line
 from resist.subnet.modules import fork_rng
-from resist.subnet.residual import Call
+from resist.subnet.streams import Call
 
 Forward = Callable[[nn.Module], object]
 MOST_DRAWS = 10_000  # draws with one seed in a run; a network that draws until something happens has to end
@@ -122,12 +122,13 @@ def undisturbed() -> Generator[None]:
                 numpy.random.set_state(states[1])
 
 
-def stand_in(model: nn.Module, *, own_weights: bool = False) -> nn.Module:
-    """Copy a network, on the CPU.
+def stand_in(model: nn.Module, *, own_weights: bool = False, to_cpu: bool = True) -> nn.Module:
+    """Copy a network.
 
     Args:
         model: Network to copy. It is not changed.
         own_weights: Copy the parameters too. Otherwise those on the CPU are shared.
+        to_cpu: Move the copy to the CPU.
 
     Returns:
         The copy, with buffers of its own. Activations that modules keep are detached.
@@ -146,7 +147,8 @@ def stand_in(model: nn.Module, *, own_weights: bool = False) -> nn.Module:
             memo[id(parameter)] = parameter
     try:
         copied = copy.deepcopy(model, memo)
-        return copied if all(tensor.device.type == "cpu" for tensor in tensors) else copied.cpu()
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+        return copied if on_cpu or not to_cpu else copied.cpu()
     except Exception as error:  # objects of users can raise anything
         raise UserError(f"the network cannot be copied ({describe(error)}), so it has no sub-networks") from error
 

@@ -14,38 +14,69 @@ from torch import nn
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan
 from resist.subnet.chain import Chain
-from resist.subnet.modules import hook_tables, named_modules
-from resist.subnet.residual import OUTSIDE, hidden_in, hidden_out, with_hidden
+from resist.subnet.modules import hook_tables, named_modules, pre_hook_tables
+from resist.subnet.residual import OUTSIDE
+from resist.subnet.streams import Stream, default_source, hidden_in, hidden_out, replaced, with_hidden
+
+_KEPT = "resist_kept"  # attribute of the copy that a block works on: its hidden state as it was
+
+
+class KeepInput:
+    """Forward pre-hook that gives a block a copy of its hidden state.
+
+    So `ScaleBranch` finds the state as it was, if the block writes into it (`x += f(x)`). Whether a block does cannot
+    be seen in compiled and exported networks, so every block gets a copy; it costs one pass over the state. This is a
+    class and not a closure, so that the model can be pickled.
+
+    Args:
+        stream: Places of the hidden state. Default: as in `ScaleBranch`.
+    """
+
+    def __init__(self, stream: Stream | None = None) -> None:
+        self.stream = stream
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source = default_source(args, kwargs) if self.stream is None else self.stream.source
+        x = hidden_in(args, kwargs, source)
+        if x is None or source is None:
+            return None
+        copied = x.clone()
+        setattr(copied, _KEPT, x)
+        return replaced(args, kwargs, source, copied)
 
 
 class ScaleBranch:
     """Forward hook that scales the branch of a residual block.
 
     A block x + f(x) becomes x + scale * f(x). Here x is the block's first argument, or the first tensor among its
-    keyword arguments. If the block returns a tuple, its first tensor is scaled. This is a class and not a closure, so
-    that the model can be pickled.
+    keyword arguments. If the block returns a tuple, mapping or dataclass, its first tensor is scaled. This is a class
+    and not a closure, so that the model can be pickled.
 
     Args:
         scale: Factor of the branch.
+        stream: Places of x and of what is scaled, if they are others.
 
     Attributes:
         scale: Factor of the branch.
+        stream: The places; None for those above.
 
     Raises:
         UserError: In the forward pass, if the block does not map a tensor to one of the same shape.
     """
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+    def __init__(self, scale: float, stream: Stream | None = None) -> None:
+        self.scale, self.stream = scale, stream
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        x, y = hidden_in(args, kwargs), hidden_out(output)
+        source, target = (None, None) if self.stream is None else (self.stream.source, self.stream.target)
+        x, y = hidden_in(args, kwargs, source), hidden_out(output, target)
         if x is None or y is None or x.shape != y.shape:
             raise UserError(
                 f"a {type(module).__name__} cannot be scaled: it has to take a tensor and return one of the same "
-                "shape, alone or first in a tuple; partition another chain, or give scale=1.0"
+                "shape, alone or first in a tuple; partition another chain, give Job an `example`, or scale=1.0"
             )
-        return with_hidden(output, torch.lerp(x.to(y.dtype), y, self.scale))
+        x = getattr(x, _KEPT, x)
+        return with_hidden(output, torch.lerp(x.to(y.dtype), y, self.scale), target)
 
 
 class ScaleOutput:
@@ -102,15 +133,18 @@ def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[f
     """
     for chain, scale in zip(chains, scales, strict=True):
         for block in range(chain.num_blocks):
+            streams = dict(chain.streams)
             for name, skip_type in chain.scaled(block) if scale != 1.0 else ():
-                _scale(model.get_submodule(name), scale, outside=skip_type == OUTSIDE)
+                _scale(model.get_submodule(name), scale, streams.get(name), outside=skip_type == OUTSIDE)
 
 
-def _scale(module: nn.Module, scale: float, *, outside: bool) -> None:
+def _scale(module: nn.Module, scale: float, stream: Stream | None = None, *, outside: bool) -> None:
+    """Set the hooks of one module, before the hooks that it has."""
     if outside:
-        module.register_forward_hook(ScaleOutput(scale))
-    else:
-        module.register_forward_hook(ScaleBranch(scale), with_kwargs=True)
+        module.register_forward_hook(ScaleOutput(scale), prepend=True)
+        return
+    module.register_forward_pre_hook(KeepInput(stream), with_kwargs=True)
+    module.register_forward_hook(ScaleBranch(scale, stream), with_kwargs=True, prepend=True)
 
 
 def scales_of(model: nn.Module) -> dict[str, float]:
@@ -184,7 +218,7 @@ def unhook(block: nn.Module) -> None:
     Args:
         block: The block, changed in place.
     """
-    tables = hook_tables(block)
-    for key in [key for key, hook in tables[0].items() if isinstance(hook, ScaleBranch | ScaleOutput)]:
-        for table in tables:
-            table.pop(key, None)
+    for tables in (hook_tables(block), pre_hook_tables(block)):
+        for key in [key for key, hook in tables[0].items() if isinstance(hook, ScaleBranch | ScaleOutput | KeepInput)]:
+            for table in tables:
+                table.pop(key, None)
