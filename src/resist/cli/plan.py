@@ -93,7 +93,7 @@ def describe(model: "nn.Module", config: TrainConfig, rounds: int) -> dict[str, 
     from resist.subnet.chains import choose_chains, find_chains
 
     chains, strategy = choose_chains(model, config.network.chain), config.strategy()
-    blocks = [_numel(model.get_submodule(chain.block_name(0))) for chain in chains]
+    blocks = [sum(_numel(model.get_submodule(name)) for name in chain.members(0)) for chain in chains]
     total = _numel(model)
     shared = total - sum(chain.num_blocks * block for chain, block in zip(chains, blocks, strict=True))
     plans = [strategy.plan(chains, seed=config.run.seed, round=number) for number in range(rounds)]

@@ -39,9 +39,10 @@ def owned_state(job: Job, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str
     for worker, optimizer in zip(job.workers, optimizers, strict=True):
         prefix, held = worker_prefix(worker.index), job.plan.held(worker.index)
         is_first_holder = {
-            f"{chain.block_name(block)}.": job.plan.holders(number, block)[0] == worker.index
+            f"{name}.": job.plan.holders(number, block)[0] == worker.index
             for number, chain in enumerate(job.chains)
             for block in held[number]
+            for name in chain.members(block)
         }
         for name, view in worker.subnet.state(held).items():
             block = next((block for block in is_first_holder if name.startswith(block)), None)

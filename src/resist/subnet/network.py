@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError
-from resist.subnet.chains import Chain
-from resist.subnet.layout import Layout, Place, SubnetLayout, common_buffers
+from resist.subnet.chain import IN_PLACE, Chain
+from resist.subnet.layout import Child, Layout, Place, SubnetLayout, common_buffers
 from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
 
 
@@ -32,6 +32,7 @@ class Subnet:
         device: Device of the flat tensor.
         channels_last: Store 4-D weights with the channels innermost.
         template_capacities: Number of blocks of each chain in `template`. Default: all blocks.
+        template_held: Blocks of each chain in `template`, the `layout.held` of its sub-network.
 
     Attributes:
         model: The shallow network.
@@ -52,6 +53,7 @@ class Subnet:
         device: torch.device | str = "cpu",
         channels_last: bool = False,
         template_capacities: Sequence[int] | None = None,
+        template_held: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.chains = tuple(chains)
         self.device, self.channels_last = torch.device(device), channels_last
@@ -59,10 +61,12 @@ class Subnet:
         present = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
         lists = {c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList)}
         # Only the template of a sub-network is renumbered already.
-        layout = SubnetLayout(self.chains, present, frozenset(lists if template_capacities else ()))
+        renumbered = frozenset(lists if template_capacities else ())
+        layout = SubnetLayout(self.chains, present, renumbered, template_held)
         self._common = common_buffers(template, layout, self.device)
         tensors = {name: t for name, t in _floats(self.model) if layout.place(name).key not in self._common}
         self.dtype = _only_dtype(tensors)
+        self._bypasses: dict[object, nn.Module] = {}
         self.layout = replace(layout.with_tensors(tensors, channels_last), renumbered=frozenset(lists))
         self.flat = torch.empty(0, dtype=self.dtype, device=self.device)
         self.resize(capacities, self.empty(capacities))
@@ -172,28 +176,38 @@ class Subnet:
             flat: Flat tensor laid out for `capacities`.
         """
         layout = self.layout.with_capacities(capacities)
+        self._arrange(layout)
+        self.flat = flat
+        self._attach()
+
+    def _arrange(self, layout: SubnetLayout) -> None:
+        """Put the children of the chains' containers where `layout` has them. New blocks are on the meta device."""
         for container in layout.containers:
-            module = self.model.get_submodule(container)
-            children = cast(dict[str, nn.Module], children_of(module))
-            # Identify the present children by their index in the full network, which no capacity changes.
+            children = children_of(self.model.get_submodule(container))
             present = {
-                child.index: child_module
-                for child, child_module in zip(self.layout.children(container), children.values(), strict=True)
+                _identity(child): module
+                for child, module in zip(self.layout.children(container), children.values(), strict=True)
             }
             # Keep the children that remain. A new block gets the structure of slot 0, which every sub-network has,
             # with parameters on the meta device: no memory is allocated for them until they are attached.
-            wanted: dict[str, nn.Module] = {}
+            wanted: dict[str, nn.Module | None] = {}
             for child in layout.children(container):
-                if child.index in present or child.chain is None:
-                    wanted[child.key] = present[child.index]
+                identity = _identity(child)
+                if child.chain is not None and child.slot is None:
+                    # The same one each time, so that compiled code of a plan that was seen before fits again.
+                    if identity not in self._bypasses:
+                        self._bypasses[identity] = copy.deepcopy(self.chains[child.chain].bypass(child.index))
+                    wanted[child.key] = self._bypasses[identity]
+                elif child.chain is None or identity in present:
+                    wanted[child.key] = present[identity]
                 else:
-                    wanted[child.key] = skeleton(present[self.chains[child.chain].first])
+                    first = present[child.chain, 0, child.member]
+                    assert first is not None, "blocks are modules"
+                    wanted[child.key] = skeleton(first)
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
         self.layout = layout
-        self.flat = flat
-        self._attach()
 
     def _attach(self) -> None:
         """Make every parameter and float buffer a view into the flat tensor.
@@ -278,19 +292,38 @@ class Subnet:
                 )
 
     def hold(self, held: Sequence[Sequence[int]]) -> None:
-        """Set varying attributes to those of the blocks held.
+        """Set varying attributes, and positions in place, to those of the blocks held.
 
         Args:
-            held: Blocks of each chain: block `held[chain][slot]` is in that slot.
+            held: Blocks of each chain: block `held[chain][slot]` is in that slot. Chains with the form in place get
+                their blocks at these positions.
         """
+        if any(chain.form == IN_PLACE for chain in self.chains):
+            self._arrange(replace(self.layout, held=tuple(map(tuple, held))))
         for number, chain in enumerate(self.chains):
-            if not chain.varying:
-                continue
-            container = self.model.get_submodule(chain.container)
-            for child, module in zip(self.layout.children(chain.container), container.children(), strict=True):
-                if child.chain == number:
-                    for attribute in chain.varying:
-                        attribute.put(module, held[number][child.slot])
+            for slot, block in enumerate(held[number]) if chain.varying else ():
+                module = self.block(number, slot)
+                for attribute in chain.varying:
+                    attribute.put(module, block)
+
+    def block(self, chain: int, slot: int) -> nn.Module:
+        """Return the module in a slot.
+
+        Args:
+            chain: Number of the chain.
+            slot: Slot in the chain.
+
+        Returns:
+            The block; a list of its members if it is several children.
+        """
+        container = self.chains[chain].container
+        children = children_of(self.model.get_submodule(container)).values()
+        members = [
+            cast(nn.Module, module)
+            for child, module in zip(self.layout.children(container), children, strict=True)
+            if (child.chain, child.slot) == (chain, slot)
+        ]
+        return members[0] if len(members) == 1 else nn.ModuleList(members)
 
     def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
         """Copy the weights of blocks and shared part into the model.
@@ -349,6 +382,13 @@ def skeleton(module: nn.Module) -> nn.Module:
         if buffer.is_floating_point():
             memo[id(buffer)] = buffer.detach().to("meta")
     return copy.deepcopy(module, memo)
+
+
+def _identity(child: Child) -> tuple[int | None, int | None, int]:
+    """What a child is, whatever the capacities and positions."""
+    if child.chain is None or child.slot is None:
+        return child.chain, None, child.index
+    return child.chain, child.slot, child.member
 
 
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -5,7 +5,7 @@ named blocks, `scales_of` reads them and `unhook` removes one.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import nn
 
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan
-from resist.subnet.chains import Chain
-from resist.subnet.modules import children_of, hook_tables, named_modules, pre_hook_tables
+from resist.subnet.chain import Chain
+from resist.subnet.modules import hook_tables, named_modules, pre_hook_tables
+from resist.subnet.residual import OUTSIDE
 from resist.subnet.streams import Stream, default_source, hidden_in, hidden_out, replaced, with_hidden
 
 _KEPT = "resist_kept"  # attribute of the copy that a block works on: its hidden state as it was
@@ -78,16 +79,22 @@ class ScaleBranch:
         return with_hidden(output, torch.lerp(x.to(y.dtype), y, self.scale), target)
 
 
-def scale_block(block: nn.Module, scale: float, stream: Stream | None = None) -> None:
-    """Scale the branch of one block.
+class ScaleOutput:
+    """Forward hook that scales what a module returns, for branches that the network adds outside of their block.
 
     Args:
-        block: The block. It gets hooks, which act from the next forward pass on, before the hooks that it has.
         scale: Factor of the branch.
-        stream: Places of its hidden state; see `ScaleBranch`.
+
+    Attributes:
+        scale: Factor of the branch.
     """
-    block.register_forward_pre_hook(KeepInput(stream), with_kwargs=True)
-    block.register_forward_hook(ScaleBranch(scale, stream), with_kwargs=True, prepend=True)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        y = hidden_out(output)
+        return output if y is None else with_hidden(output, y * self.scale)
 
 
 def chain_scales(scale: str | float, plan: RoundPlan) -> list[float]:
@@ -126,33 +133,68 @@ def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[f
     """
     for chain, scale in zip(chains, scales, strict=True):
         for block in range(chain.num_blocks):
-            if scale != 1.0:
-                scale_block(model.get_submodule(chain.block_name(block)), scale)
+            streams = dict(chain.streams)
+            for name, skip_type in chain.scaled(block) if scale != 1.0 else ():
+                _scale(model.get_submodule(name), scale, streams.get(name), outside=skip_type == OUTSIDE)
+
+
+def _scale(module: nn.Module, scale: float, stream: Stream | None = None, *, outside: bool) -> None:
+    """Set the hooks of one module, before the hooks that it has."""
+    if outside:
+        module.register_forward_hook(ScaleOutput(scale), prepend=True)
+        return
+    module.register_forward_pre_hook(KeepInput(stream), with_kwargs=True)
+    module.register_forward_hook(ScaleBranch(scale, stream), with_kwargs=True, prepend=True)
 
 
 def scales_of(model: nn.Module) -> dict[str, float]:
-    """Collect the scales of all blocks with a hook.
+    """Collect the scales of all modules with a hook.
 
     Args:
         model: The full network.
 
     Returns:
-        Scale of each block by dotted name.
+        Scale of each block, or other module with a branch, by dotted name.
     """
     return {
         name: hook.scale
         for name, module in named_modules(model)
         for hook in hook_tables(module)[0].values()
-        if isinstance(hook, ScaleBranch)
+        if isinstance(hook, ScaleBranch | ScaleOutput)
     }
 
 
-def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
+def adds_outside(module: nn.Module) -> bool:
+    """Check for a hook that scales all that a module returns.
+
+    Args:
+        module: A module of a full network.
+
+    Returns:
+        True if it has one: the network adds its output to the hidden state.
+    """
+    return any(isinstance(hook, ScaleOutput) for hook in hook_tables(module)[0].values())
+
+
+def outside_of(model: nn.Module) -> tuple[str, ...]:
+    """List the modules whose outputs are scaled as they are.
+
+    Args:
+        model: The full network.
+
+    Returns:
+        Their dotted names; those of `scales_of` that `adds_outside`.
+    """
+    return tuple(name for name, module in named_modules(model) if adds_outside(module))
+
+
+def scale_blocks(model: nn.Module, scales: Mapping[str, float], outside: Collection[str] = ()) -> nn.Module:
     """Scale the branches of single blocks, as `scales_of` lists them.
 
     Args:
         model: The full network. Its blocks get hooks, which act from the next forward pass on.
         scales: Factor of each block by dotted name.
+        outside: Names among them of modules whose outputs the network adds, as `outside_of` lists them.
 
     Returns:
         The same model.
@@ -161,13 +203,12 @@ def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
         UserError: If the model has no block of that name.
     """
     for name, scale in scales.items():
-        container, _, key = name.rpartition(".")
         try:
-            keys = tuple(children_of(model.get_submodule(container)))
-            index = keys.index(key)
-        except (AttributeError, ValueError) as error:
+            block = model.get_submodule(name)
+        except AttributeError as error:
             raise UserError(f"the model has no block {name!r} to scale; build the network that was exported") from error
-        scale_branches(model, [Chain(container, index, index, keys)], [float(scale)])
+        if scale != 1.0:
+            _scale(block, float(scale), outside=name in outside)
     return model
 
 
@@ -178,6 +219,6 @@ def unhook(block: nn.Module) -> None:
         block: The block, changed in place.
     """
     for tables in (hook_tables(block), pre_hook_tables(block)):
-        for key in [key for key, hook in tables[0].items() if isinstance(hook, ScaleBranch | KeepInput)]:
+        for key in [key for key, hook in tables[0].items() if isinstance(hook, ScaleBranch | ScaleOutput | KeepInput)]:
             for table in tables:
                 table.pop(key, None)

@@ -57,6 +57,7 @@ def _empty_full(subnet: Subnet) -> Subnet:
         device=subnet.device,
         channels_last=subnet.channels_last,
         template_capacities=subnet.capacities,
+        template_held=subnet.layout.held,
     )
     full.hold([range(chain.num_blocks) for chain in subnet.chains])
     with torch.no_grad():

@@ -52,8 +52,8 @@ def collect_replica(
         tensors |= worker.subnet.state(plan.held(worker.index), worker.anchor)
     chains, layouts = workers[0].subnet.chains, workers[0].subnet.block_layouts
     for (chain, block), flat in blocks.items():
-        name = chains[chain].block_name(block)
-        tensors |= {f"{name}.{key}": piece.view(flat) for key, piece in layouts[chain].pieces.items()}
+        pieces = layouts[chain].pieces.items()
+        tensors |= {chains[chain].tensor_name(block, key): piece.view(flat) for key, piece in pieces}
     return Replica(round, step, tensors)
 
 
