@@ -129,7 +129,19 @@ def record_calls(model: nn.Module, forward: Forward) -> dict[str, Call]:
     Raises:
         UserError: If the network cannot be run.
     """
-    rehearsal = Rehearsal(forward, model)
+    return calls_in(Rehearsal(forward, model), model)
+
+
+def calls_in(rehearsal: Rehearsal, model: nn.Module) -> dict[str, Call]:
+    """Do the same as `record_calls`, with an example that has been tried.
+
+    Args:
+        rehearsal: The example.
+        model: The full network.
+
+    Returns:
+        The calls.
+    """
     copied = stand_in(model)
     calls: dict[str, Call] = {}
 
