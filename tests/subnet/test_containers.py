@@ -1,5 +1,6 @@
 """Chains of blocks that alternate, under any container, with a skip connection inside or outside; their two forms."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from resist.subnet.chain import Chain
 from resist.subnet.chains import choose_chains, find_chains
 from resist.subnet.network import Subnet, tensors_of
 from resist.subnet.runs import spans
-from resist.subnet.scaling import outside_of, scale_blocks, scale_branches, scales_of, unhook
+from resist.subnet.scaling import records_for, records_of, scale_blocks, scale_branches, scales_of, unhook
 from resist.subnet.validate import choose_checked
 
 WIDTH = 8
@@ -326,13 +327,14 @@ def test_scaled_as_by_hand(name: str) -> None:
     model, (chain,) = chosen(NETS[name][0])
     scale_branches(model, (chain,), (0.5,))
     scaled = model(X)
-    scales, outside = scales_of(model), outside_of(model)
+    scales, records = scales_of(model), json.loads(json.dumps(records_of(model)))
+    assert records == records_for(chain, 0.5)
     assert set(scales.values()) == {0.5}
     for module in list(model.modules()):
         unhook(module)
     assert scales_of(model) == {}
     assert not torch.equal(model(X), scaled)
-    assert torch.equal(scale_blocks(model, scales, outside)(X), scaled)
+    assert torch.equal(scale_blocks(model, records)(X), scaled)
     for module in list(model.modules()):
         unhook(module)
     with torch.no_grad():

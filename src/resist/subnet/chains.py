@@ -25,9 +25,9 @@ from resist.subnet.modules import named_modules
 from resist.subnet.outside import OutsideSkips
 from resist.subnet.rehearsal import Forward
 from resist.subnet.residual import Call
-from resist.subnet.runs import runs
+from resist.subnet.runs import Run, runs
 from resist.subnet.selection import ALL, all_chains
-from resist.subnet.trial import default_form, tried
+from resist.subnet.trial import default_form, tried, tried_outside
 
 __all__ = ["COMPACT", "IN_PLACE", "Branch", "Chain", "choose_chains", "find_chains"]
 
@@ -74,7 +74,7 @@ def choose_chains(
         UserError: If a name fits no run of residual blocks, two chains overlap or one comes after another in the same
             nn.ModuleList, or the model has no chain.
     """
-    found = _runs(model, calls, forward)
+    found = _runs(model, calls, forward, every=bool(names))
     if not names or tuple(names) == (ALL,):
         if found and found[0].skip_type in _FOUND:
             return _checked(_together(found, model)[0] if names else found[:1], model)
@@ -113,25 +113,44 @@ def _conflict(first: Chain, second: Chain, model: nn.Module) -> str:
     return ""
 
 
-def _runs(model: nn.Module, calls: Mapping[str, Call] | None, forward: Forward | None) -> tuple[Chain, ...]:
-    """All runs, those without a skip connection last; see `find_chains`."""
+def _runs(
+    model: nn.Module, calls: Mapping[str, Call] | None, forward: Forward | None, *, every: bool = True
+) -> tuple[Chain, ...]:
+    """All runs, those without a skip connection last; see `find_chains`.
+
+    Without `every`, shorter ones than the longest are left out where it takes runs of the network to find them.
+    """
     candidates: list[tuple[tuple[int, int, bool, int], Chain]] = []
-    outside = None if forward is None else OutsideSkips(model, forward)
     inside: set[str] = set()  # blocks of chains, in which only runs of the usual kind are of interest
-    for run in runs(model):
-        nested = any(f"{run.chain.container}.".startswith(f"{name}.") for name in inside)
-        if nested and not run.usual:
-            continue
-        for tested in tried(run, model, calls, None if nested else outside):
+    others: list[Run] = []
+
+    def add(run: Run, chains: Iterable[Chain]) -> bool:
+        added = False
+        for tested in chains:
             chain = default_form(tested, model, calls)
             if chain is None:
                 continue
             names = [name for block in range(chain.num_blocks) for name in chain.members(block)]
+            added = added or chain.skip_type in _FOUND
             if chain.skip_type in _FOUND:
                 inside.update(names)
             weights = sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
             preference = residual.PREFERENCE[chain.skip_type]
             candidates.append(((preference, -chain.num_blocks, not run.usual, -weights), chain))
+        return added
+
+    for run in runs(model):
+        nested = any(f"{run.chain.container}.".startswith(f"{name}.") for name in inside)
+        if (run.usual or not nested) and not add(run, tried(run, calls)) and not nested:
+            others.append(run)
+    # Only then the tests that run the whole network.
+    outside = None if forward is None else OutsideSkips(model, forward)
+    least = 2 if every else 1 + max((c.num_blocks for _, c in candidates if c.skip_type in _FOUND), default=1)
+    for run in others if outside is not None else ():
+        nested = any(f"{run.chain.container}.".startswith(f"{name}.") for name in inside)
+        if outside is not None and len(run.blocks) >= least and not nested and (found := tried_outside(run, outside)):
+            candidates = [item for item in candidates if item[1].name != run.chain.name]
+            add(run, found)
     candidates.sort(key=lambda item: item[0])
     return tuple(run for _, run in candidates)
 

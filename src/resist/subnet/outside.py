@@ -5,6 +5,7 @@ zero in place of the outputs of all blocks, the network has to go on behind each
 it. States are seen where modules are called.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class _Event:
         name: Dotted name of the module.
         returns: True at its return.
         shape: Shape of the hidden state.
-        state: Some of its numbers, their sum and the sum of their absolute values.
+        state: Some of its numbers, their mean and the mean of their absolute values.
     """
 
     name: str
@@ -55,6 +56,7 @@ class OutsideSkips:
     def __init__(self, model: nn.Module, forward: Forward) -> None:
         self._source, self._forward = model, forward
         self._copied: tuple[Rehearsal, nn.Module] | None = None
+        self._plain: list[_Event] | None = None
 
     def branches(self, blocks: Sequence[Sequence[str]]) -> tuple[int, ...]:
         """Find the modules of a block whose outputs the network adds to its hidden state.
@@ -65,6 +67,8 @@ class OutsideSkips:
         Returns:
             Their positions, ascending; () if the blocks have no such skip connection.
         """
+        if not self._may_pass(blocks):
+            return ()
         zeroed = list(range(len(blocks[0])))
         if not self._passes(blocks, zeroed):
             return ()
@@ -79,6 +83,17 @@ class OutsideSkips:
                 return tuple(zeroed)
         return ()
 
+    def _may_pass(self, blocks: Sequence[Sequence[str]]) -> bool:
+        """False if the modules are not called once each, or none returns the shape that it gets: from one plain run."""
+        try:
+            self._plain = self._events({}) if self._plain is None else self._plain
+        except Exception:  # models of users can raise anything
+            return False
+        calls = Counter(event.name for event in self._plain if not event.returns)
+        shapes = {(event.name, event.shape) for event in self._plain if event.returns}
+        kept = {event.name for event in self._plain if not event.returns and (event.name, event.shape) in shapes}
+        return all(all(calls[name] == 1 for name in block) and kept & set(block) for block in blocks)
+
     def _linear(self, block: Sequence[str], blocks: Sequence[Sequence[str]], position: int) -> bool:
         """True if half of a module's output changes the state behind its block by half as much as the whole."""
         rest = {other: 0.0 for names in blocks for other in names if other != block[position]}
@@ -88,7 +103,7 @@ class OutsideSkips:
             behind = _behind(events, block)
             if behind is None:
                 return False
-            states.append(behind.state[:-1])  # the sum of absolute values is not linear
+            states.append(behind.state[:-1])  # absolute values are not linear
         none, half, whole = states
         return torch.allclose(half - none, 0.5 * (whole - none), rtol=1e-3, atol=1e-5)
 
@@ -155,5 +170,5 @@ def _append(events: list[_Event], name: str, returns: bool, hidden: Tensor | Non
         return
     flat = hidden.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, SAMPLES).long()
-    sums = torch.stack((flat.double().sum(), flat.double().abs().sum())) / flat.numel()
-    events.append(_Event(name, returns, hidden.shape, torch.cat((flat[index].double().cpu(), sums.cpu()))))
+    sums = torch.stack((flat.sum(dtype=torch.float64) / flat.numel(), flat.abs().mean().double()))
+    events.append(_Event(name, returns, hidden.shape, torch.cat((flat[index].double(), sums)).cpu()))

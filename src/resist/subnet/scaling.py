@@ -5,7 +5,7 @@ named blocks, `scales_of` reads them and `unhook` removes one.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from resist.subnet.chain import Chain
 from resist.subnet.modules import hook_tables, named_modules, pre_hook_tables
 from resist.subnet.residual import OUTSIDE
 from resist.subnet.streams import Stream, default_source, hidden_in, hidden_out, replaced, with_hidden
+
+ScaleRecord = float | Mapping[str, Any]  # scale of a block; a mapping if its hook needs more than that
 
 _KEPT = "resist_kept"  # attribute of the copy that a block works on: its hidden state as it was
 
@@ -176,25 +178,56 @@ def adds_outside(module: nn.Module) -> bool:
     return any(isinstance(hook, ScaleOutput) for hook in hook_tables(module)[0].values())
 
 
-def outside_of(model: nn.Module) -> tuple[str, ...]:
-    """List the modules whose outputs are scaled as they are.
+def records_of(model: nn.Module) -> dict[str, ScaleRecord]:
+    """Collect the scales of all modules with a hook, with what else their hooks know.
 
     Args:
         model: The full network.
 
     Returns:
-        Their dotted names; those of `scales_of` that `adds_outside`.
+        Scale of each block, or other module with a branch, by dotted name, fit for JSON; see `scale_blocks`.
     """
-    return tuple(name for name, module in named_modules(model) if adds_outside(module))
+    return {
+        name: _record(hook.scale, isinstance(hook, ScaleOutput), getattr(hook, "stream", None))
+        for name, module in named_modules(model)
+        for hook in hook_tables(module)[0].values()
+        if isinstance(hook, ScaleBranch | ScaleOutput)
+    }
 
 
-def scale_blocks(model: nn.Module, scales: Mapping[str, float], outside: Collection[str] = ()) -> nn.Module:
-    """Scale the branches of single blocks, as `scales_of` lists them.
+def records_for(chain: Chain, scale: float) -> dict[str, ScaleRecord]:
+    """Return the records that `records_of` would have after `scale_branches`.
+
+    Args:
+        chain: A chain of the network.
+        scale: Factor of its branches.
+
+    Returns:
+        The records by dotted name.
+    """
+    streams = dict(chain.streams)
+    return {
+        name: _record(scale, skip_type == OUTSIDE, streams.get(name))
+        for block in range(chain.num_blocks)
+        for name, skip_type in chain.scaled(block)
+    }
+
+
+def _record(scale: float, outside: bool, stream: Stream | None) -> ScaleRecord:
+    if outside:
+        return {"scale": scale, "outside": True}
+    if stream is not None:
+        return {"scale": scale, "source": list(stream.source), "target": list(stream.target)}
+    return scale
+
+
+def scale_blocks(model: nn.Module, scales: Mapping[str, ScaleRecord]) -> nn.Module:
+    """Scale the branches of single blocks, as `records_of` lists them.
 
     Args:
         model: The full network. Its blocks get hooks, which act from the next forward pass on.
-        scales: Factor of each block by dotted name.
-        outside: Names among them of modules whose outputs the network adds, as `outside_of` lists them.
+        scales: By dotted name the factor of each block; or a mapping with the `scale`, and `outside` where the network
+            adds what the block returns, or `source` and `target`, the places of the hidden state (see `Stream`).
 
     Returns:
         The same model.
@@ -202,13 +235,17 @@ def scale_blocks(model: nn.Module, scales: Mapping[str, float], outside: Collect
     Raises:
         UserError: If the model has no block of that name.
     """
-    for name, scale in scales.items():
+    for name, record in scales.items():
         try:
             block = model.get_submodule(name)
         except AttributeError as error:
             raise UserError(f"the model has no block {name!r} to scale; build the network that was exported") from error
-        if scale != 1.0:
-            _scale(block, float(scale), outside=name in outside)
+        outside, stream, scale = False, None, record
+        if isinstance(record, Mapping):
+            scale, outside = record["scale"], bool(record.get("outside"))
+            stream = Stream(tuple(record["source"]), tuple(record["target"])) if "source" in record else None
+        if float(scale) != 1.0:
+            _scale(block, float(scale), stream, outside=outside)
     return model
 
 

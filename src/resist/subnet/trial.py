@@ -42,37 +42,51 @@ class Part:
         return f"{run.chain.members(block)[self.member]}.{self.path}".rstrip(".")
 
 
-def tried(run: Run, model: nn.Module, calls: Mapping[str, Call] | None, outside: OutsideSkips | None) -> list[Chain]:
-    """Try the blocks of a run.
+def tried(run: Run, calls: Mapping[str, Call] | None) -> list[Chain]:
+    """Try the blocks of a run by themselves.
 
     Args:
         run: The candidate.
-        model: The full network.
         calls: A real call of each module by dotted name. Default: calls are guessed.
-        outside: Tests in the network; None: skip connections outside of blocks are not looked for.
 
     Returns:
-        The chains: parts of the run with one type of skip connection. Their `skip_type` is one of `RESIDUAL`,
-        `OUTSIDE`, `UNKNOWN` or `NONE`.
+        The chains: parts of the run with one type of skip connection. Their `skip_type` is one of `RESIDUAL`, `UNKNOWN`
+        or `NONE`.
     """
-    members = [run.blocks[0]] if run.chain.period == 1 else list(run.blocks[0].children())
-    parts = [Part(number, path) for number, member in enumerate(members) for path in _called(member)]
+    parts = _parts(run)
     branching = [part for part in parts if next(part.of(run, 0).parameters(), None) is not None]
     types = {part: _types(run, part, calls) for part in branching}
     residual_blocks = [all(types[part][block] in residual.RESIDUAL for part in branching) for block in _numbers(run)]
     if not any(residual_blocks):
         # A container that the network calls as one may be residual as one.
-        whole = [Part(number, "") for number in range(len(members))]
+        whole = [Part(number, "") for number in range(run.chain.period)]
         if whole != parts and calls is not None and all(part.name(run, 0) in calls for part in whole):
             types_of_whole = {part: _types(run, part, calls) for part in whole}
             if all(one[0] in residual.RESIDUAL for one in types_of_whole.values()):
                 return _split(run, types_of_whole)
-        names = [[part.name(run, block) for part in parts] for block in _numbers(run)]
-        if outside is not None and (added := outside.branches(names)):
-            return _split(run, {parts[i]: [residual.OUTSIDE] * len(run.blocks) for i in added})
     if run.leaves or (run.chain.by_name and not any(residual_blocks)):
         return []
     return _split(run, types)
+
+
+def tried_outside(run: Run, outside: OutsideSkips) -> list[Chain]:
+    """Try whether the network adds what the blocks of a run return.
+
+    Args:
+        run: The candidate.
+        outside: Tests in the network.
+
+    Returns:
+        The chain with the `skip_type` `OUTSIDE`, if it does.
+    """
+    parts = _parts(run)
+    added = outside.branches([[part.name(run, block) for part in parts] for block in _numbers(run)])
+    return _split(run, {parts[i]: [residual.OUTSIDE] * len(run.blocks) for i in added}) if added else []
+
+
+def _parts(run: Run) -> list[Part]:
+    members = [run.blocks[0]] if run.chain.period == 1 else list(run.blocks[0].children())
+    return [Part(number, path) for number, member in enumerate(members) for path in _called(member)]
 
 
 def default_form(chain: Chain, model: nn.Module, calls: Mapping[str, Call] | None) -> Chain | None:
