@@ -394,6 +394,22 @@ def test_without_an_example() -> None:
             choose_chains(NETS[name][0]())
 
 
+def test_three_repeats_come_before_a_run_within_one() -> None:
+    def found(number: int) -> list[str]:
+        net = Net(in_turn, layers=listed(lambda i: Residual(Attention() if i % 6 == 5 else Mlp()), number))
+        return [chain.name for chain in find_chains(net)]
+
+    assert found(18)[0] == "layers:0-17/6"
+    assert found(12)[0] == "layers:0-4"
+
+
+def test_a_dict_with_numbers_as_keys() -> None:
+    net = Net(values, layers=nn.ModuleDict({str(i + 1): Residual(Mlp()) for i in range(4)}))
+    (chain,) = choose_chains(net, ("layers:1-4",))
+    assert (chain.name, chain.members(0)) == ("layers:1-4", ("layers.1",))
+    assert choose_chains(net, ("layers:2-3",))[0].members(0) == ("layers.2",)
+
+
 def test_names() -> None:
     build = NETS["two classes"][0]
     for name in ("layers", "layers:0-5", "layers:0-5/2"):

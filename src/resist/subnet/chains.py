@@ -21,7 +21,7 @@ from torch import nn
 from resist.errors import UserError
 from resist.subnet import compatibility, residual
 from resist.subnet.chain import COMPACT, IN_PLACE, Branch, Chain
-from resist.subnet.modules import named_modules
+from resist.subnet.modules import children_of, named_modules
 from resist.subnet.outside import OutsideSkips
 from resist.subnet.rehearsal import Forward
 from resist.subnet.residual import Call
@@ -101,8 +101,7 @@ def _together(found: tuple[Chain, ...], model: nn.Module) -> tuple[tuple[Chain, 
 
 def _conflict(first: Chain, second: Chain, model: nn.Module) -> str:
     """Reason why two chains cannot be partitioned together, or ""."""
-    apart = first.container != second.container or first.last < second.first or second.last < first.first
-    if not apart or _inside(first, second) or _inside(second, first):
+    if _overlap(first, second) or _inside(first, second) or _inside(second, first):
         return f"chains {first.name} and {second.name} overlap; name each block once"
     for inner, outer in ((first, second), (second, first)):
         if _behind(inner, outer, model):
@@ -151,8 +150,17 @@ def _runs(
         if outside is not None and len(run.blocks) >= least and not nested and (found := tried_outside(run, outside)):
             candidates = [item for item in candidates if item[1].name != run.chain.name]
             add(run, found)
-    candidates.sort(key=lambda item: item[0])
-    return tuple(run for _, run in candidates)
+    whole = [chain for _, chain in candidates if chain.period > 1 and chain.num_blocks >= 3]
+
+    def order(item: tuple[tuple[int, int, bool, int], Chain]) -> tuple[int, int, bool, int]:
+        """A run within three or more repeats comes after the chain of all of them."""
+        (preference, blocks, unusual, weights), chain = item
+        around = [
+            one.num_blocks for one in whole if one is not chain and _overlap(one, chain) and one.skip_type in _FOUND
+        ]
+        return preference, max(blocks, *(1 - number for number in around)) if around else blocks, unusual, weights
+
+    return tuple(chain for _, chain in sorted(candidates, key=order))
 
 
 def _parse(
@@ -194,10 +202,12 @@ def _parse(
 def _position(key: str, model: nn.Module, container: str) -> int | None:
     """Position of a child, given by its name or its number."""
     try:
-        keys = [name for name, _ in model.get_submodule(container).named_children()]
+        module = model.get_submodule(container)
     except AttributeError:
-        keys = list[str]()
-    if key.isdecimal():
+        return int(key) if key.isdecimal() else None
+    keys = list(children_of(module))
+    numbered = isinstance(module, nn.Sequential | nn.ModuleList)
+    if key.isdecimal() and (numbered or key not in keys):
         return int(key)
     return keys.index(key) if key in keys else None
 
@@ -237,6 +247,10 @@ def _miss(model: nn.Module, found: Sequence[Chain], calls: Mapping[str, Call] | 
     return compatibility.nearest_miss(model) or (
         "no nn.Sequential or nn.ModuleList has two neighboring blocks of the same class and shapes"
     )
+
+
+def _overlap(first: Chain, second: Chain) -> bool:
+    return first.container == second.container and first.first <= second.last and second.first <= first.last
 
 
 def _inside(inner: Chain, outer: Chain) -> bool:

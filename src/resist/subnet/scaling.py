@@ -240,12 +240,11 @@ def scale_blocks(model: nn.Module, scales: Mapping[str, ScaleRecord]) -> nn.Modu
             block = model.get_submodule(name)
         except AttributeError as error:
             raise UserError(f"the model has no block {name!r} to scale; build the network that was exported") from error
-        outside, stream, scale = False, None, record
-        if isinstance(record, Mapping):
-            scale, outside = record["scale"], bool(record.get("outside"))
-            stream = Stream(tuple(record["source"]), tuple(record["target"])) if "source" in record else None
-        if float(scale) != 1.0:
-            _scale(block, float(scale), stream, outside=outside)
+        entries: Mapping[str, Any] = record if isinstance(record, Mapping) else {"scale": record}
+        if (scale := float(entries["scale"])) != 1.0:
+            places = "source" in entries
+            stream = Stream(tuple(entries["source"]), tuple(entries["target"])) if places else None
+            _scale(block, scale, stream, outside=bool(entries.get("outside")))
     return model
 
 
