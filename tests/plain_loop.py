@@ -6,7 +6,7 @@ optimizer, the step and the average over time that a test gives it.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,18 +31,17 @@ class Plain:
         self.averages: Values = {}
         self.states: dict[int, dict[str, dict[str, Any]]] = {}  # worker -> name -> state; what travels is in all
 
-    def round(self, blocks: Sequence[Sequence[int]], steps: Iterable[int], *, travels: bool = True) -> None:
-        """blocks: those of each worker. travels: whether the state of blocks does; that of the rest stays."""
+    def round(self, blocks: Sequence[Sequence[int]], steps: Iterable[int], owners: Mapping[int, int]) -> None:
+        """blocks: those of each worker. owners: the worker that decides for each block what is not averaged."""
         ends: list[tuple[Values, Values]] = []
         for worker, held in enumerate(blocks):
             net = shallow(self.full, self.weights, held)
             names = {local: global_name(local, held) for local in net.state_dict()}
             optimizer = self.optimizer(net)
             before = self.states.get(worker, {})
-            counts = {k: v for state in before.values() for k, v in state.items() if not _like_a_weight(k, v)}
             for local, parameter in net.named_parameters():
                 if names[local] in before:
-                    optimizer.state[parameter] = copy.deepcopy({**before[names[local]], **counts})
+                    optimizer.state[parameter] = copy.deepcopy(before[names[local]])
             average = {names[local]: t for local, t in net.state_dict().items() if t.is_floating_point()}
             average = {name: self.averages.get(name, t).clone() for name, t in average.items()}
             for step in steps:
@@ -55,8 +54,7 @@ class Plain:
             self.weights[name] = mean([end[0][name] for end in ends if name in end[0]])
             if self.decay is not None:
                 self.averages[name] = mean([end[1][name] for end in ends if name in end[1]])
-        if travels:
-            self._share_states(blocks)
+        self._share_states(blocks, owners)
 
     def _average(self, average: Values, net: nn.Module, names: dict[str, str], *, first: bool) -> None:
         parameters = dict(net.named_parameters())
@@ -65,23 +63,25 @@ class Plain:
                 decay = 0.0 if first or local not in parameters else self.decay or 0.0
                 average[names[local]] = decay * average[names[local]] + (1 - decay) * value.detach()
 
-    def _share_states(self, blocks: Sequence[Sequence[int]]) -> None:
-        """Average what is laid out as a weight over the holders of its block, and give it to every worker.
+    def _share_states(self, blocks: Sequence[Sequence[int]], owners: Mapping[int, int]) -> None:
+        """Average the state of each parameter over the holders of its block that have one, and give it to every worker.
 
-        A worker whose optimizer has made no step yet (a GradScaler left all of them out) counts as zero, and it gets
-        nothing: without the rest of the state (Adam's step count) its optimizer could not go on from there.
+        Counts are those of the block's owner. Where no holder has any state (a GradScaler left out all their steps, or
+        the parameter had no gradient), every optimizer begins anew.
         """
-        started = [state for state in self.states.values() if state]
-        state_names = {
-            k for state in started for values in state.values() for k, v in values.items() if _like_a_weight(k, v)
-        }
-        for name in self.trained & {name for name in self.weights if block_of(name) is not None}:
-            nothing = torch.zeros_like(self.weights[name])
-            holders = [worker for worker, held in enumerate(blocks) if block_of(name) in held]
-            for state_name in state_names:
-                value = mean([self.states[w].get(name, {}).get(state_name, nothing) for w in holders])
-                for state in started:
-                    state.setdefault(name, {})[state_name] = value.clone()
+        for name in self.trained:
+            block = block_of(name)
+            if block is None:
+                continue
+            holders = [worker for worker, held in enumerate(blocks) if block in held]
+            holders.sort(key=lambda worker: worker != owners.get(block, 0))
+            found = [self.states[worker][name] for worker in holders if name in self.states[worker]]
+            for state in self.states.values():
+                state.pop(name, None)
+                if found:
+                    state[name] = {k: copy.deepcopy(v) for k, v in found[0].items()}
+                    for key in [key for key, value in found[0].items() if _like_a_weight(key, value)]:
+                        state[name][key] = mean([held[key] for held in found])
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from resist.planning.plan import Plan, RoundPlan, partition
     from resist.planning.schedule import Message, Schedule, allreduce_bytes, schedule
     from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
+    from resist.runs.library import load_checkpoint, save_checkpoint
     from resist.subnet.chains import Chain, find_chains
     from resist.sync.worker import Worker
 
@@ -40,9 +41,11 @@ __all__ = [
     "ddp",
     "diloco",
     "find_chains",
+    "load_checkpoint",
     "local_sgd",
     "partition",
     "resist",
+    "save_checkpoint",
     "schedule",
     "switch",
 ]
@@ -64,9 +67,11 @@ _HOME = {  # the module of each public name
     "ddp": "resist.planning.strategy",
     "diloco": "resist.planning.strategy",
     "find_chains": "resist.subnet.chains",
+    "load_checkpoint": "resist.runs.library",
     "local_sgd": "resist.planning.strategy",
     "partition": "resist.planning.plan",
     "resist": "resist.planning.strategy",
+    "save_checkpoint": "resist.runs.library",
     "schedule": "resist.planning.schedule",
     "switch": "resist.planning.strategy",
 }

@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,17 +22,21 @@ from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.subnet.holdings import log_holdings
-from resist.subnet.network import Flats, Subnet, tensors_of
+from resist.subnet.network import Flats, Subnet, values_of
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.validate import choose_checked
-from resist.sync.agreement import agree_on_round, check_agreement, diverged, job_values, run_everywhere
+from resist.subnet.wrappers import check_blocks
+from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
 from resist.sync.exchange import Exchange
+from resist.sync.job_values import job_values
+from resist.sync.loose import LooseExchange, Rule
 from resist.sync.options import check_options
 from resist.sync.replicas import Replica, collect_replica, keep_newest
+from resist.sync.stateful import load_state_dict, state_dict_of
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
@@ -104,6 +109,7 @@ class Job:
         plan: Plan of the present round, with the chains in the order of `chains`.
         round: The round that the next step belongs to, counted from 0.
         step_index: Steps done.
+        begun: Whether a step was counted, or a state was loaded.
         transport: The transport, which counts bytes and messages; see `take` there.
         dropped: Workers that were left out of the last synchronization, each with the reason.
         replicas: Weights of the last synchronized network that this process keeps, if `replicate`; the newest is last.
@@ -135,11 +141,12 @@ class Job:
     ) -> None:
         check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate)
         self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
-        self.on_nonfinite, self.replicate = on_nonfinite, replicate
+        self.on_nonfinite, self.replicate, self.timeout_s = on_nonfinite, replicate, timeout_s
         self.replicas: list[Replica] = []
         self.dropped: dict[int, str] = {}
         self.round, self.step_index = resume_at
         self._steps_in_round = 0
+        self.begun = False
         self._optimizers: tuple[Optimizer, ...] = ()
         full = build_seeded(build_model, seed)
         if batchnorm == "batch":
@@ -166,9 +173,14 @@ class Job:
         # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
+        check_blocks(
+            full, (n for chain in self.chains for block in range(chain.num_blocks) for n in chain.members(block))
+        )
         values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
         check_agreement(self.transport, values)
-        self.workers = [self._host(index, full, device, channels_last) for index in self.transport.hosted]
+        self.workers: list[Worker] = []
+        for index in self.transport.hosted:
+            self.workers.append(self._host(index, full, device, channels_last))
         self.mark_anchors()
         if 0 in self.transport.hosted:
             log_holdings(full, self.chains, strategy)
@@ -180,8 +192,10 @@ class Job:
 
     def _host(self, index: int, full: nn.Module, device: torch.device | str, channels_last: bool) -> Worker:
         """Line 1 of the algorithm: give a worker the sub-network of the present plan."""
-        subnet = Subnet(full, self.chains, self.plan.capacities(index), device=device, channels_last=channels_last)
-        subnet.load(tensors_of(full), self.plan.held(index))
+        like = self.workers[0].subnet if self.workers else None
+        capacities = self.plan.capacities(index)
+        subnet = Subnet(full, self.chains, capacities, device=device, channels_last=channels_last, like=like)
+        subnet.load(values_of(full), self.plan.held(index))
         worker = Worker(index, subnet)
         if self.strategy.every_step:
             worker.model = self.transport.average_gradients(subnet.model)
@@ -265,17 +279,35 @@ class Job:
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost.
         """
-        if len(optimizers) < len(self.workers):
-            raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
-        if optimizers != self._optimizers:
-            assign_optimizers(self.workers, optimizers)
-            self._optimizers = optimizers
+        if optimizers != self._optimizers or not optimizers:
+            self.attach(*optimizers)
+        self.begun = True
         self.step_index += 1
         self._steps_in_round += 1
+        if self._steps_in_round == 1:
+            for worker in self.workers:
+                worker.note_modes()
         if self.steps_left > 0:
             return False
         self.synchronize(nonfinite)
         return True
+
+    def attach(self, *optimizers: Optimizer) -> None:
+        """Tell the job the optimizers of its workers.
+
+        `step` does so as well. Call it before `load_state_dict`, which fills them.
+
+        Args:
+            optimizers: As in `step`.
+
+        Raises:
+            UserError: If an optimizer is missing, or does not train the parameters of one hosted worker.
+        """
+        if len(optimizers) < len(self.workers):
+            raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
+        if optimizers != self._optimizers:
+            assign_optimizers(self.workers, optimizers, self.strategy)
+            self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
         """Exchange averages of the weights over time with their blocks.
@@ -318,18 +350,31 @@ class Job:
         """
         strategy = self.strategy.at(self.round)
         for worker in self.workers:
+            worker.take_back()
             worker.subnet.check_attached()
-        for worker in self.workers:
-            worker.collect_state(strategy.optimizer_state)
+        for worker in self.workers if strategy.optimizer_state == "reset" else ():
+            worker.reset_state()
+        next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
+        rule = Rule(strategy.optimizer_state, held_by_all=self.plan.held_by_all and next_plan.held_by_all)
         # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
-        agreed = agree_on_round(self.transport, self.workers, nonfinite=nonfinite or {})
+        agreed = agree_on_round(
+            self.transport,
+            self.workers,
+            rule=rule,
+            round=self.round,
+            step=self.step_index,
+            nonfinite=nonfinite or {},
+        )
         self.dropped = agreed.nonfinite
         if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
             raise diverged(self.dropped, round=self.round, step=self.step_index)
-        next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
+        for worker in self.workers:
+            if worker.index in self.dropped:
+                worker.reset_state()
+            worker.collect_state(agreed.states)
         kept: dict[Key, Flats] = {}
         if not strategy.every_step:
-            kept = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
+            exchange = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
                 self.transport,
                 workers=self.workers,
                 strategy=strategy,
@@ -338,7 +383,19 @@ class Job:
                 next_plan=next_plan,
                 dropped=self.dropped.keys(),
                 replicate=self.replicate,
-            ).finish()
+            )
+            kept = exchange.finish()
+            LooseExchange(
+                self.transport,
+                workers=self.workers,
+                loose=agreed.loose,
+                described=agreed.described,
+                rule=rule,
+                schedule=exchange.schedule,
+                plan=self.plan,
+                next_plan=next_plan,
+                dropped=self.dropped.keys(),
+            ).run()
         self.plan, self.round, self._steps_in_round = next_plan, self.round + 1, 0
         self.mark_anchors()
         if self.replicate:
@@ -386,11 +443,55 @@ class Job:
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
+        full.train_as_noted()
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
             # What the network and the batches draw here must not change the training that goes on.
             with seeded_rng(keyed_int("full model", self.seed, self.round), full.device):
                 recalibrate(full.model, batches, full.device)
-        return full.model.eval()
+        return full.own_storages().eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the job between two rounds, as far as this process has it.
+
+        The form is that of `torch.distributed.checkpoint`: save it there as `{"job": job}`, from all processes. Or save
+        it by `resist.save_checkpoint`, which needs no such library and can be loaded with other optimizers or none.
+
+        Returns:
+            "weights", averages and outer momentum by global dotted name, copies in CPU memory; "about" and "workers" as
+            one value each. A job that has not begun assembles the whole network, to be loaded into: then every process
+            has to call it.
+
+        Raises:
+            UserError: In the middle of a round; if a value of an optimizer's state cannot be saved.
+        """
+        return state_dict_of(self, complete=not self.begun)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of a job, and continue at its round and step. Every process has to call it.
+
+        Call `attach` before, and `follow` if there are averages. With other workers, chains or capacities than those of
+        the state, the network, its averages and the outer momentum are taken over, and the optimizers begin anew.
+
+        Args:
+            state: What `state_dict` has returned in this process, or what `torch.distributed.checkpoint` has loaded.
+
+        Raises:
+            AgreedError: In all processes, if one of them cannot use the state: it is that of another network, of other
+                optimizers, or damaged.
+        """
+        load_state_dict(self, state)
+
+    def continue_at(self, round: int, step: int) -> None:
+        """Set round and step, without the weights: `load_state_dict` and `resist.load_checkpoint` call it.
+
+        Args:
+            round: Rounds done.
+            step: Optimizer steps done.
+        """
+        self.plan, self.round, self.step_index, self._steps_in_round = self.plan_of(round), round, step, 0
+        self.begun, self.dropped = True, {}
+        self.replicas.clear()
+        self.mark_anchors()
 
     def close(self) -> None:
         """Leave the process group, if there is one."""
@@ -404,6 +505,7 @@ class Job:
         for worker in self.workers:
             worker.begin_round(
                 keep_anchor=self.replicate or self.on_nonfinite == "drop",
+                keep_average=self.on_nonfinite == "drop",
                 outer=self.strategy.at(self.round).outer is not None,
             )
 

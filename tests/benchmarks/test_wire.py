@@ -116,7 +116,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (["--rate", "-1gbit"], "-1gbit"),
         (["--rate", "fast"], "'fast'"),
         (["--workers", "1"], "at least 2"),
-        (["--workers", "9"], "9` exceeds the 8 blocks"),
+        (["--methods", "resist,capacities=2/2/2/1"], "hold 7 of the 8 blocks"),
         (["--methods", "gossip"], "'gossip'"),
         (["--methods", "flat,min_depth=3"], "flat"),
         (["--methods", "resist,min_depth=30"], "30` exceeds the 8 blocks"),

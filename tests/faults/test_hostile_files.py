@@ -16,11 +16,12 @@ from torch import Tensor
 
 from resist.errors import UserError
 from resist.planning.strategy import resist
-from resist.runs.checkpoint import FORMAT, Checkpoints, _digest, complete, newest, read_job, restore, verify
+from resist.runs.checkpoint import FORMAT, Checkpoints, _digest, complete, newest, read_job, verify
 from resist.runs.config import NetworkConfig, RunConfig, TrainConfig
 from resist.runs.config_file import from_json, read_config
 from resist.runs.directory import Run
 from resist.runs.history import read_history, read_past
+from resist.runs.restore import restore
 from resist.runs.tensor_file import read_description, read_tensors, verify_tensors, write_tensors
 from resist.subnet.chains import choose_chains
 from resist.training.progress import Summary
@@ -139,7 +140,7 @@ def resumed(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
         return None
     at = verify(path)["round"]
     job, optimizers = make(resist(2, STEPS, min_depth=0), resume_at=(at, at * STEPS))
-    restore(job, tuple(optimizers), path, same_workers=True)
+    restore(job, tuple(optimizers), path)
     return at, weights(job)
 
 

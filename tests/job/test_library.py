@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from plain_loop import Plain
 from resist.job import Job
+from resist.planning.schedule import schedule
 from resist.planning.strategy import Strategy, resist, switch
 from resist.subnet.seeded import build_seeded
 from support import batch, floats, make, sgd, tiny, train_step, weights
@@ -62,7 +63,9 @@ def by_hand(
     plain = Plain(build_seeded(build, 0), optimizer, step, decay)
     for round in range(rounds):
         (plan,), steps = job.plan_of(round).plans, strategy.at(round).local_steps
-        plain.round(plan.blocks, range(round * steps, (round + 1) * steps))
+        sizes = job.workers[0].subnet.block_bytes
+        owners = schedule(job.plan_of(round), job.plan_of(round + 1), sizes).owners
+        plain.round(plan.blocks, range(round * steps, (round + 1) * steps), {key[1]: w for key, w in owners.items()})
     return plain
 
 

@@ -14,6 +14,7 @@ from resist import Capacities
 from resist.errors import UserError
 from resist.planning.capacities import as_capacities
 from resist.planning.strategy import local_sgd, resist, switch
+from resist.subnet.scaling import chain_scales
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def test_the_laws_of_plans_hold_by_chain_and_by_round(
         assert max(counts.values()) - min(counts.values()) <= 1
         assert all(list(held) == sorted(set(held)) for held in own.blocks)
     assert strategy.plan(chains, seed=seed, round=round) == plan
+    inclusion = [sum(own.capacities) / workers / own.num_blocks for own in plan.plans]
+    assert chain_scales("inclusion", plan) == pytest.approx(inclusion)
     # A plan of some chains is the same without the others.
     if not record.by_chain and not any(part.by_chain for _, part in record.by_round):
         longest = max(chains, key=lambda chain: chain.num_blocks)

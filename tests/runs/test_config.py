@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resist.errors import UserError
+from resist.planning.capacities import Capacities
 from resist.runs.config import (
     MachineConfig,
     MethodConfig,
@@ -145,6 +146,58 @@ def test_the_digest_leaves_out_what_hosts_may_differ_in() -> None:
 def test_warm_up_switches_from_local_sgd() -> None:
     strategy = TrainConfig(method=MethodConfig(warmup_rounds=2)).strategy()
     assert [strategy.at(round).name for round in range(4)] == ["local_sgd", "local_sgd", "resist", "resist"]
+
+
+def test_capacities_by_chain_and_by_round_are_texts() -> None:
+    method = MethodConfig(
+        workers=2,
+        min_depth=3,
+        capacities_by_chain=("layer3:1-22=11", "layer2=2,1"),
+        capacities_by_round=("13=22", "5:layer3:1-22=12,14", "5:layer2=3"),
+    )
+    assert method.all_capacities() == Capacities(
+        min_depth=3,
+        by_chain={"layer3:1-22": 11, "layer2": (2, 1)},
+        by_round={5: {"layer3:1-22": (12, 14), "layer2": 3}, 13: 22},
+    )
+    config = TrainConfig(method=method)
+    config.check()
+    assert from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config.strategy().change_rounds == (0, 5, 13)
+    assert TrainConfig().method.all_capacities() == Capacities()
+
+
+def test_a_record_from_before_has_no_capacities_by_chain_or_round() -> None:
+    data = TrainConfig(method=MethodConfig(capacities=(2, 1, 1, 4))).to_json()
+    for name in ("capacities_by_chain", "capacities_by_round"):
+        del data["method"][name]
+    assert from_json(data).method == MethodConfig(capacities=(2, 1, 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        ({"capacities_by_chain": ("layer3",)}, "`capacities_by_chain='layer3'` is not NAME=BLOCKS, as in layer3=6"),
+        ({"capacities_by_chain": ("layer3=6,",)}, "`capacities_by_chain='layer3=6,'` is not NAME=BLOCKS"),
+        ({"capacities_by_chain": ("layer3=" + 5000 * "9",)}, "is not NAME=BLOCKS"),
+        ({"capacities_by_chain": ("layer3=0",)}, "`capacities=0` of chain layer3: it is less than 1"),
+        ({"capacities_by_chain": ("layer3=1,2",)}, "`capacities=1 2` has 2 values for `workers=4`"),
+        ({"capacities_by_chain": ("layer3=6", "layer3=7")}, "capacities of chain layer3 are given twice"),
+        (
+            {"capacities_by_round": ("layer3=6",)},
+            "`capacities_by_round='layer3=6'` is not ROUNDS=BLOCKS or ROUNDS:NAME",
+        ),
+        ({"capacities_by_round": ("-1=6",)}, "is not ROUNDS=BLOCKS"),
+        ({"capacities_by_round": ("3=6", "3=7")}, "`capacities_by_round` has 3=... twice; give it once"),
+        ({"min_depth": 2, "capacities": (1, 1, 1, 1)}, "`min_depth=2` has no effect with `capacities`"),
+        (
+            {"strategy": "local_sgd", "capacities_by_round": ("3=6",)},
+            "`capacities_by_round` has no effect with `strategy=local_sgd`; remove it",
+        ),
+    ],
+)
+def test_capacities_of_another_form_are_refused(method: dict[str, object], text: str) -> None:
+    assert text in refused(method=MethodConfig(**method))  # type: ignore[arg-type]
 
 
 json_values = st.recursive(

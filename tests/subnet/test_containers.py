@@ -472,21 +472,6 @@ def test_refused_with_the_true_reason(loop: Loop, build: Callable[[], nn.Module]
         chosen(lambda: Net(loop, layers=listed(lambda _: build())))
 
 
-def test_a_block_that_something_else_refers_to() -> None:
-    """A sub-network could not take it out there."""
-    net = NETS["by index"][0]()
-    net.kept = [net.layers[2]]
-    with pytest.raises(UserError, match=r"^kept refers to the block layers.2, which a sub-network would not take out"):
-        choose_chains(net)
-    net.kept = {"f": net.layers[1].forward}
-    with pytest.raises(UserError, match=r"kept refers to the block layers.1"):
-        choose_chains(net)
-    del net.kept
-    for block in net.layers:
-        block.own = block.forward
-    assert choose_chains(net)[0].name == "layers:0-5"
-
-
 def test_the_log_says_what_is_in_place(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="resist"):
         chosen(NETS["two classes"][0])

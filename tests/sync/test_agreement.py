@@ -1,7 +1,8 @@
 """Agreement between processes, on plain data: differences are reported, and results are the same everywhere."""
 
 import json
-from types import MappingProxyType, SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -9,29 +10,40 @@ import torch
 
 from resist.errors import AgreedError, UserError
 from resist.job import Job
-from resist.planning.strategy import OuterSGD, resist
+from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist, switch
 from resist.sync.agreement import agree_on_round, check_agreement, run_everywhere
 from resist.sync.averaging import VELOCITY
+from resist.sync.job_values import strategy_values
 from resist.sync.local import Local
-from support import tiny
+from resist.sync.loose import Rule
+from resist.sync.worker import assign_optimizers
+from support import make, tiny
 
 
 class Two(Local):
-    """The transport of process 0 of two; `text` is what process 1 sends."""
+    """The transport of process 0 of two; `answer` is what process 1 sends, or the function that makes it of the text of
+    process 0."""
 
     num_processes = 2
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, answer: str | Callable[[str], str]) -> None:
         super().__init__(2)
-        self.text = text
+        self.answer, self.num_texts = answer, 0
 
     def all_gather_text(self, text: str) -> list[str]:
-        return [text, self.text]
+        self.num_texts += 1
+        return [text, self.answer(text) if callable(self.answer) else self.answer]
 
 
-def hosted(index: int, flat: torch.Tensor, state: object = MappingProxyType({}), average: object = None) -> Any:
-    """The part of a worker that its process looks at before an exchange."""
-    return SimpleNamespace(index=index, subnet=SimpleNamespace(flats={flat.dtype: flat}), state=state, average=average)
+def answering(**changes: Any) -> Two:
+    """Process 1 sends what process 0 does, with these changes; of two tables the union."""
+
+    def answer(text: str) -> str:
+        own = json.loads(text)
+        both = {k: {**v, **own[k]} if isinstance(own[k], dict) else v for k, v in changes.items()}
+        return json.dumps({**own, **both})
+
+    return Two(answer)
 
 
 def test_the_first_difference_is_reported() -> None:
@@ -46,7 +58,11 @@ def test_the_first_difference_is_reported() -> None:
 @pytest.mark.parametrize(
     ("outer", "resume_at", "message"),
     [
-        (OuterSGD(), (0, 0), r"process 1 was started with `strategy=.*OuterSGD.*, process 0 with `strategy=.*None"),
+        (
+            OuterSGD(),
+            (0, 0),
+            r"process 1 was started with `outer={'lr': 0.7, 'momentum': 0.9}`, process 0 with `outer=None`",
+        ),
         (None, (1, 50), r"process 1 was started with `resume_at=\[1, 50\]`, process 0 with `resume_at=\[0, 0\]`"),
     ],
 )
@@ -77,16 +93,66 @@ def test_an_action_fails_everywhere_or_nowhere() -> None:
         run_everywhere(Two("no file"), lambda: 3)
 
 
+def test_every_field_of_every_stage_is_compared() -> None:
+    """Also one that a later version adds; functions are not."""
+
+    @dataclass(frozen=True)
+    class Later(Strategy):
+        depth: tuple[int, ...] = (1, 2)
+        draw: Callable[[], int] = lambda: 3
+
+    plain = resist(2, outer=OuterSGD())
+    stage = Later(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+    assert strategy_values(stage)["depth"] == [1, 2]
+    values = strategy_values(switch(local_sgd(2), stage, at_round=3))
+    assert values["workers"] == 2
+    assert values["strategy"] == ["local_sgd", "resist"]
+    assert values["at_round"] == [3, 0]
+    assert values["outer"] == [None, {"lr": 0.7, "momentum": 0.9}]
+    assert values["depth"] == [None, [1, 2]]
+    assert not {"draw", "then"} & values.keys()
+    assert values.keys() >= {field.name for field in fields(plain)} - {"name", "then"}
+    json.dumps(values)
+
+
+ROUND = {"rule": Rule("travel", held_by_all=False), "round": 2, "step": 8}
+
+
 def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
-    types, other = {"torch.float32": "torch.float32"}, torch.zeros(1, dtype=torch.float64)
-    text = json.dumps(
-        {"averages": False, "state": {"exp_avg": types, "step": types}, "nonfinite": {"3": "a loss of nan"}}
-    )
-    state = {name: {torch.float32: other} for name in ("momentum", "exp_avg", VELOCITY)}
-    workers = [hosted(0, torch.zeros(2), state=state), hosted(1, torch.tensor([0.0, torch.nan]))]
-    agreed = agree_on_round(Two(text), workers, nonfinite={0: "inf"})
+    types = {"torch.float64": "torch.float64"}
+    job, _ = make(resist(2, 1))
+    first, second = job.workers
+    first.state = {
+        name: {torch.float64: torch.zeros(1, dtype=torch.float32)} for name in ("momentum", "exp_avg", VELOCITY)
+    }
+    with torch.no_grad():
+        second.model.get_parameter("head.weight")[0, 0] = torch.nan
+    transport = answering(state={"exp_avg": types, "step": types}, nonfinite={"3": "a loss of nan"}, changed="1")
+    agreed = agree_on_round(transport, job.workers, **ROUND, nonfinite={0: "inf"})
     assert list(agreed.states) == ["exp_avg", "momentum", "step"]
-    assert agreed.states["momentum"] == {torch.float32: torch.float64}
-    assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite", 3: "a loss of nan"}
-    with pytest.raises(AgreedError, match=r"job\.follow was called in some processes and not in others"):
-        agree_on_round(Two(text), [hosted(0, torch.zeros(2), average=object())], nonfinite={})
+    assert agreed.states["momentum"] == {torch.float64: torch.float32}
+    assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite (head.weight)", 3: "a loss of nan"}
+    assert len(first.subnet.changing) == 1, "what changed in the other process"
+    assert first.subnet.changing == second.subnet.changing
+    assert transport.num_texts == 2  # the second time with the states of both
+    agree_on_round(transport := answering(), job.workers, **ROUND, nonfinite={})
+    assert transport.num_texts == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"averages": True}, r"job\.follow was called in some processes and not in others"),
+        (
+            {"round": [2, 10]},
+            r"process 1 ends round 3 at step 10, process 0 ends round 3 at step 8; call job\.step equally often in all",
+        ),
+        ({"optimizers": [["Adam"]]}, r"process 1 trains a worker with Adam, process 0 with SGD; give all workers"),
+        ({"optimizers": [["SGD"], ["Adam"]]}, r"process 1 trains a worker with Adam, process 0 with SGD; give all"),
+    ],
+)
+def test_a_round_ends_for_all_processes_at_the_same_point(changes: dict[str, Any], message: str) -> None:
+    job, optimizers = make(resist(2, 1))
+    assign_optimizers(job.workers, optimizers, job.strategy)
+    with pytest.raises(AgreedError, match=message):
+        agree_on_round(answering(**changes), job.workers, **ROUND, nonfinite={})

@@ -238,7 +238,7 @@ def different_strategies(number: int) -> str:
 
 
 def test_different_strategies_are_named(pool: Pool) -> None:
-    for number, key in enumerate(["strategy", "capacities", "strategy", "capacities", "strategy"]):
+    for number, key in enumerate(["local_steps", "capacities", "optimizer_state", "capacities", "at_round"]):
         assert all(f"process 1 was started with `{key}=" in text for text in pool.run(2, different_strategies, number))
 
 

@@ -29,9 +29,9 @@ class Counting(Local):
         self.moves += moves
         return super().transfer(moves)
 
-    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str, scale: float = 1.0) -> Handle:
         self.calls.append(f"mean {traffic_kind}")
-        return super().mean(tensors, traffic_kind)
+        return super().mean(tensors, traffic_kind, scale)
 
 
 @pytest.mark.parametrize(

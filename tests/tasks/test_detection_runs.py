@@ -58,7 +58,7 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
         ([*ARGUMENTS, "--batch-size", "5"], "--batch-size 5 is outside 1 to 4"),
         ([*ARGUMENTS, "--image-size", "4"], "--image-size 4 is too small; give at least 32"),
         ([*ARGUMENTS, "--config", "splits.json"], "other.txt: not found; give network.splits two of test, trainval"),
-        ([*ARGUMENTS, "--workers", "5"], "--workers 5 exceeds the 4 blocks of chain backbone.body.layer3:1-4"),
+        ([*ARGUMENTS, "--min-depth", "5"], "--min-depth 5 exceeds the 4 blocks of chain backbone.body.layer3:1-4"),
     ],
 )
 def test_what_does_not_go_together_ends_in_one_line(

@@ -27,12 +27,15 @@ from torch.optim import Optimizer
 from resist.errors import AgreedError, UserError, WorkerLostError, first_line
 from resist.job import Job
 from resist.runs.atomic import write_atomically
-from resist.runs.job_state import owned_state, process_file, restore_state, round_name, worker_prefix
+from resist.runs.job_state import owned_state, process_file, round_name
 from resist.runs.replicas import remove_replicas
-from resist.runs.tensor_file import other_format, read_description, read_tensors, verify_tensors, write_tensors
+from resist.runs.tensor_file import other_format, read_description, verify_tensors, write_tensors
+from resist.sync.agreement import run_everywhere
+from resist.sync.saving import about_job, check_boundary
 from resist.sync.transport import Transport
+from resist.sync.values import encode
 
-FORMAT = "resist checkpoint 3"
+FORMAT = "resist checkpoint 4"
 JOB = "job.json"
 KEEP = 2
 LEAST = {"round": 0, "step": 0, "workers": 1, "processes": 1}
@@ -41,7 +44,7 @@ POLL_S = 0.05  # between two looks at the folder
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run in the background, one at a time, and keeps the newest KEEP.
+    """Writes the checkpoints of one run in the background, one at a time, and keeps the newest.
 
     Args:
         folder: RUN/checkpoints, the same for all processes.
@@ -49,31 +52,58 @@ class Checkpoints:
         possible: Whether all processes see the folder. Where they do not, nothing is written.
         timeout_s: The timeout of `transport` in seconds. The main process waits half of it until it sees the files of
             the others.
+        keep: How many to keep.
+        replicas: Folder of replicas, of which those that a checkpoint covers are removed; None: there are none.
+        remedy: What to do where one cannot be written, for the message.
     """
 
-    def __init__(self, folder: Path, transport: Transport, *, possible: bool = True, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        transport: Transport,
+        *,
+        possible: bool = True,
+        timeout_s: float = 600.0,
+        keep: int = KEEP,
+        replicas: Path | None = None,
+        remedy: str = "make room there, then continue with `resume`",
+    ) -> None:
         self.folder, self.possible = folder, possible
         self._transport, self._timeout_s = transport, timeout_s
+        self._keep, self._replicas, self._remedy = keep, replicas, remedy
         self._process = transport.process_of(transport.hosted[0])
         self._save: _Save | None = None
 
-    def begin(self, job: Job, optimizers: Sequence[Optimizer], metadata: Mapping[str, object]) -> None:
+    def begin(
+        self,
+        job: Job,
+        optimizers: Sequence[Optimizer],
+        metadata: Mapping[str, object],
+        extra: Mapping[str, object] | None = None,
+    ) -> None:
         """Copy the job's state, as it is after a synchronization, and begin to write it. Every process has to call it.
 
         Waits for the checkpoint before.
 
         Args:
             job: The job, between two rounds.
-            optimizers: One for each hosted worker.
+            optimizers: Those of the hosted workers. None: those that the job knows.
             metadata: Further entries of job.json.
+            extra: Further values of this process; see `resist.save_checkpoint`.
 
         Raises:
+            UserError: The job is in the middle of a round.
             AgreedError: The checkpoint before could not be written, or this one cannot be begun.
             WorkerLostError: A process did not answer.
         """
         if not self.possible:
             return
+        check_boundary(job)
         self.finish()
+        if optimizers:
+            job.attach(*optimizers)
+        # The copy takes CPU memory for everything that this process owns, until it is written.
+        staged, own = run_everywhere(self._transport, lambda: _stage(job, extra or {}))
         # A name of its own for each attempt: a process that an earlier attempt left behind writes to another folder.
         attempt, error = secrets.token_hex(4), None
         if self._process == 0:
@@ -87,16 +117,12 @@ class Checkpoints:
         attempt = self._agree(error, attempt)
         about = {
             "format": FORMAT,
-            "round": job.round,
-            "step": job.step_index,
-            "workers": job.strategy.workers,
+            **about_job(job),
             "processes": self._transport.num_processes,
             **metadata,
         }
-        # The copy takes CPU memory for everything that this process owns, until it is written.
-        staged = {name: tensor.detach().cpu().clone() for name, tensor in owned_state(job, optimizers)}
-        partial = self._partial(job.round, attempt)
-        self._save = _Save(staged, about, partial, self.folder / round_name(job.round), self._process)
+        partial, final = self._partial(job.round, attempt), self.folder / round_name(job.round)
+        self._save = _Save(staged, about, own, partial, final, self._process, self._keep, self._replicas)
         self._save.thread.start()
 
     def finish(self) -> None:
@@ -147,9 +173,17 @@ class Checkpoints:
 
     def _complaint(self, reason: str) -> str:
         return (
-            f"a checkpoint in {self.folder} could not be written: {reason}; make room there, then continue with "
-            "`resume`; older checkpoints are as they were"
+            f"a checkpoint in {self.folder} could not be written: {reason}; {self._remedy}; older checkpoints are as "
+            "they were"
         )
+
+
+def _stage(job: Job, extra: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Copy what this process saves: tensors by key, and the values that belong to them."""
+    tensors, records = owned_state(job)
+    values = encode(dict(extra), tensors, path=("extra",), what="extra")
+    staged = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    return staged, {"records": records, "extra": values}
 
 
 class _Save:
@@ -166,13 +200,16 @@ class _Save:
     def __init__(
         self,
         staged: dict[str, Tensor],
-        about: dict[str, object],
+        about: dict[str, Any],
+        own: dict[str, Any],
         partial: Path,
         final: Path,
         process: int,
+        keep: int,
+        replicas: Path | None,
     ) -> None:
-        self._staged, self._about, self._partial, self._final = staged, about, partial, final
-        self._process, self.deadline = process, math.inf
+        self._staged, self._about, self._own, self._partial, self._final = staged, about, own, partial, final
+        self._process, self._keep, self._replicas, self.deadline = process, keep, replicas, math.inf
         self._given_up = threading.Event()
         self.written = threading.Event()
         self.write_error: BaseException | None = None
@@ -203,22 +240,29 @@ class _Save:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _write(self) -> None:
-        metadata = {name: self._about[name] for name in ("round", "step", "workers")}
+        metadata = {**{name: self._about[name] for name in ("round", "step", "workers")}, **self._own}
         write_tensors(self._partial / process_file(self._process), self._staged, FORMAT, metadata)
 
     def _complete(self) -> None:
         """In the main process: wait for the files of all processes, write job.json, rename the folder."""
-        names = [process_file(process) for process in range(int(str(self._about["processes"])))]
+        names = [process_file(process) for process in range(self._about["processes"])]
         self._await(names)
         digests = {name: read_description(self._partial / name, FORMAT).digest for name in names}
         content = {**self._about, "files": digests}
         write_atomically(self._partial / JOB, json.dumps({**content, "digest": _digest(content)}))
         final = self._final
-        if final.exists():  # saved before, by the run that this one resumes, and damaged since
+        if final.exists() and not _sound(final):  # saved before, by the run that this one resumes, and damaged since
             final.rename(next(p for n in count(1) if not (p := final.with_name(f"damaged-{n}-{final.name}")).exists()))
+        elif final.exists():  # the same round again, with other `extra` values: a name that sorts after it
+            same = f"{final.name}-*"
+            numbers = [
+                int(path.name.rpartition("-")[2]) for path in final.parent.glob(same) if path.name[-4:].isdigit()
+            ]
+            final = final.with_name(f"{final.name}-{max(numbers, default=0) + 1:04}")
         self._partial.rename(final)
-        remove_replicas(final.parent.parent / "replicas", int(str(self._about["round"])))
-        for older in [path for path in complete(final.parent) if path.name < final.name][KEEP - 1 :]:
+        if self._replicas is not None:
+            remove_replicas(self._replicas, self._about["round"])
+        for older in [path for path in complete(final.parent) if path.name < final.name][self._keep - 1 :]:
             with contextlib.suppress(UserError):  # a damaged one stays, so that its owner can see the reason
                 verify(older)
                 shutil.rmtree(older, ignore_errors=True)
@@ -235,6 +279,13 @@ class _Save:
                 processes = ", ".join(map(str, missing))
                 raise TimeoutError(f"process 0 does not see the file of process {processes}")
             self._given_up.wait(POLL_S)
+
+
+def _sound(path: Path) -> bool:
+    with contextlib.suppress(UserError):
+        verify(path)
+        return True
+    return False
 
 
 def complete(folder: Path) -> list[Path]:
@@ -292,26 +343,6 @@ def verify(path: Path) -> dict[str, Any]:
         if verify_tensors(path / name, FORMAT).digest != digest:
             raise UserError(f"checkpoint {path} is damaged: {name} is not the file that {JOB} describes")
     return about
-
-
-def restore(job: Job, optimizers: Sequence[Optimizer], path: Path, *, same_workers: bool) -> None:
-    """Give a job that was made for a round the state of a checkpoint. Each process reads what it needs.
-
-    Args:
-        job: The job; it is left as it was if the checkpoint cannot be read.
-        optimizers: One for each hosted worker.
-        path: Folder of a checkpoint that `verify` found sound.
-        same_workers: Whether the number of workers is the same: then everything is restored, else the weights only.
-
-    Raises:
-        UserError: The checkpoint cannot be read, or belongs to another network.
-    """
-    weights = {name for worker in job.workers for name in worker.subnet.state(job.plan.held(worker.index))}
-    prefixes = tuple(worker_prefix(worker.index) for worker in job.workers) if same_workers else ()
-    tensors: dict[str, Tensor] = {}
-    for name in read_job(path)["files"]:
-        tensors |= read_tensors(path / name, FORMAT, lambda name: name in weights or name.startswith(prefixes))
-    restore_state(job, optimizers, tensors, path)
 
 
 def _digest(content: Mapping[str, object]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resist.errors import UserError
 from resist.job import Job
-from resist.runs.job_state import process_file, restore_state, round_name, worker_prefix
+from resist.runs.job_state import process_file, restore_weights, round_name, worker_prefix
 from resist.runs.tensor_file import Description, read_description, read_tensors, verify_tensors, write_tensors
 from resist.sync.averaging import WEIGHTS
 
@@ -123,7 +123,7 @@ def restore_replicas(job: Job, folder: Path, metadata: Mapping[str, Any]) -> Non
             f"{path}: {reason}; the network has to be the same, and all processes need to see this folder; remove it "
             "to resume without it"
         )
-    restore_state(job, None, tensors, path)
+    restore_weights(job, tensors, path)
 
 
 def remove_replicas(folder: Path, up_to: int) -> None:

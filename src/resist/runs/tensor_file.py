@@ -40,6 +40,11 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+# Types that safetensors does not know: their bytes, as a last dimension more. The metadata names them.
+AS_BYTES = {
+    str(dtype): dtype
+    for dtype in (torch.complex128, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+}
 UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
@@ -55,11 +60,13 @@ class Description:
         metadata: The values given to `write_tensors`.
         digest: Digest of the format, the metadata and the tensors, as the file states it.
         names: Names of the tensors.
+        types: Names of types that safetensors does not know, by tensor.
     """
 
     metadata: dict[str, Any]
     digest: str
     names: frozenset[str]
+    types: dict[str, str]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], file_format: str, metadata: Mapping[str, object]) -> None:
@@ -75,13 +82,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], file_format: str, m
         UserError: The file cannot be written, or a tensor has a type that safetensors does not know.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in (*DTYPES, *AS_BYTES.values()):
             raise UserError(f"{path}: tensor {name!r} has the type {tensor.dtype}, which safetensors cannot store")
     staged = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         metadata = json.loads(json.dumps(metadata))  # as it will be read: all keys are strings
         texts = {name: json.dumps(value) for name, value in metadata.items()}
         texts |= {"format": file_format, "digest": _digest(file_format, metadata, staged)}
+        if types := {name: str(t.dtype) for name, t in staged.items() if t.dtype not in DTYPES}:
+            texts["types"] = json.dumps(types)
         with atomic_path(path) as partial, partial.open("wb") as file:
             ordered = sorted(staged, key=lambda name: (-staged[name].element_size(), name))  # keeps numbers aligned
             file.write(_header(texts, {name: staged[name] for name in ordered}))
@@ -111,7 +120,7 @@ def verify_tensors(path: Path, file_format: str) -> Description:
         FormatError: The file has another format.
     """
     with _opened(path, file_format) as (file, description):
-        tensors = {name: file.get_tensor(name) for name in description.names}
+        tensors = {name: _tensor(file, name, description) for name in description.names}
         if _digest(file_format, description.metadata, tensors) != description.digest:
             raise ValueError("its content does not match its digest")
         return description
@@ -128,7 +137,17 @@ def read_tensors(path: Path, file_format: str, wanted: Callable[[str], bool] | N
     """
     with _opened(path, file_format) as (file, description):
         # A tensor as safetensors returns it is a view of the file, which may be replaced or removed.
-        return {name: file.get_tensor(name).clone() for name in description.names if wanted is None or wanted(name)}
+        names = [name for name in description.names if wanted is None or wanted(name)]
+        return {name: _tensor(file, name, description).clone() for name in names}
+
+
+def _tensor(file: Any, name: str, description: Description) -> Tensor:
+    """Read a tensor, in its own type."""
+    tensor: Tensor = file.get_tensor(name)
+    if name not in description.types:
+        return tensor
+    dtype = AS_BYTES[description.types[name]]
+    return tensor.clone().view(dtype).reshape(tensor.shape[:-1])  # cloned, since the file aligns bytes only
 
 
 @contextmanager
@@ -142,8 +161,9 @@ def _opened(path: Path, file_format: str) -> Iterator[tuple[Any, Description]]:
             if texts.get("format") != file_format:
                 raise other_format(path, texts.get("format"), file_format)
             digest = texts.pop("digest")
+            types = json.loads(texts.pop("types", "{}"))
             metadata = {name: json.loads(text) for name, text in texts.items() if name != "format"}
-            yield file, Description(metadata, digest, frozenset(file.keys()))
+            yield file, Description(metadata, digest, frozenset(file.keys()), types)
     except UserError:
         raise
     except UNREADABLE as error:
@@ -164,7 +184,10 @@ def _header(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
     position = 0
     for name, tensor in tensors.items():
         end = position + tensor.nbytes
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        known = tensor.dtype in DTYPES
+        shape = [*tensor.shape, *([] if known else [tensor.element_size()])]
+        dtype = DTYPES[tensor.dtype] if known else DTYPES[torch.uint8]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     content = json.dumps(entries).encode()
     content += b" " * (-len(content) % 8)

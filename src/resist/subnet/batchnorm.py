@@ -10,10 +10,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from resist.errors import UserError
-from resist.subnet.modules import BatchNorm
+from resist.subnet.modules import NORMS, BatchNorm, Norm, buffers_of
 
 BATCHNORMS = ("recalibrate", "average", "batch")
 
@@ -30,11 +29,16 @@ def use_batch_statistics(model: nn.Module) -> None:
             module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
+@torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torch.device) -> None:
-    """Re-estimate all running BatchNorm statistics as the mean over some batches.
+    """Re-estimate the running statistics of BatchNorm and InstanceNorm layers as the mean over some batches.
+
+    Layers in eval mode are left alone: the user froze them. Buffers of other modules (codebooks, counters), which a
+    forward pass may change, are as before.
 
     Args:
-        model: The full network, changed in place.
+        model: The full network, changed in place. Its modules are in the modes in which it is trained, or all in eval
+            mode.
         batches: Batches of training images, (batch, channels, height, width), or tuples that begin with one.
         device: Device of the model, to which the images are moved.
 
@@ -46,7 +50,32 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torc
             "batchnorm='recalibrate' estimates statistics on training batches; call full_model(batches), "
             "or give Job batchnorm='average'"
         )
-    update_bn(_images(batches), model, device=device)
+    was_training = model.training
+    if not was_training:
+        model.train()
+    layers = _estimated(model)
+    own = {id(layer) for layer in layers}
+    kept = [
+        (module, key, buffer, buffer.clone())
+        for module in model.modules()
+        for key, buffer in buffers_of(module).items()
+        if buffer is not None and id(module) not in own
+    ]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+    try:
+        for number, images in enumerate(_images(batches), start=1):
+            for layer in layers:
+                layer.momentum = 1 / number  # the mean over the batches so far
+            model(images.to(device))
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, key, buffer, value in kept:
+            buffers_of(module)[key] = buffer.copy_(value)
+        if not was_training:
+            model.eval()
 
 
 def _images(batches: Iterable[object]) -> Iterator[Tensor]:
@@ -63,12 +92,18 @@ def _images(batches: Iterable[object]) -> Iterator[Tensor]:
 
 
 def has_running_statistics(model: nn.Module) -> bool:
-    """Check for layers with running statistics.
+    """Check for layers whose running statistics `recalibrate` estimates.
 
     Args:
-        model: Any network.
+        model: A network in the modes in which it is trained, or in eval mode as a whole.
 
     Returns:
-        True if a layer has them.
+        True if a layer has them, and is not frozen.
     """
-    return any(getattr(module, "running_mean", None) is not None for module in model.modules())
+    return bool(_estimated(model))
+
+
+def _estimated(model: nn.Module) -> list[Norm]:
+    """Norms with running statistics. In a network in training, those in eval mode are frozen, and left out."""
+    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.running_mean is not None]
+    return [norm for norm in norms if norm.training or not model.training]

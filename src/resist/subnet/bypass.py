@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from resist.subnet import compatibility
 from resist.subnet.chain import IN_PLACE, Chain
+from resist.subnet.contents import attributes_of_module, is_leaf
 from resist.subnet.modules import children_of
 from resist.subnet.residual import OUTSIDE, Call, hidden_in, hidden_out, output_of
 
@@ -118,7 +118,7 @@ def _bypass(
                 return None
             found = (), Tensor
         outputs[inner] = found
-    attributes = {key: value for (path, key), value in compatibility.scalars(module).items() if not path}
+    attributes = {key: value for key, value in attributes_of_module(module).items() if _is_plain(value)}
     sources, form = outputs[inner]
     return Bypass(sources, form, zero=skip_types.get(name) == OUTSIDE, attributes=attributes)
 
@@ -141,6 +141,12 @@ def _output(module: nn.Module, call: Call | None, *, required: bool) -> tuple[tu
             return None
         sources.append(source)
     return tuple(sources), type(output)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, cast(Sequence[object], value)))
+    return is_leaf(value)
 
 
 def _source(item: object, call: Call) -> Source | None:

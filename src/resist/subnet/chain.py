@@ -60,6 +60,7 @@ class Chain:
             not held; () if the form `IN_PLACE` is not possible. Not compared.
         streams: Places of the hidden state, by the name of the module that is scaled, where they are not the default
             ones. Not compared.
+        noted: Attributes whose change during training has been said. Not compared.
     """
 
     container: str
@@ -74,6 +75,7 @@ class Chain:
     form: str = field(default=COMPACT, compare=False)
     bypasses: tuple[tuple[nn.Module, ...], ...] = field(default=(), compare=False, repr=False)
     streams: tuple[tuple[str, Stream], ...] = field(default=(), compare=False)
+    noted: set[str] = field(default_factory=set[str], compare=False, repr=False)
 
     @property
     def num_blocks(self) -> int:
@@ -171,9 +173,9 @@ class Chain:
             The chain, with those attributes that differ among its blocks.
         """
         start, end = (first - self.first) // self.period, (last - self.first + 1) // self.period
-        cut = (replace(attribute, values=attribute.values[start:end]) for attribute in self.varying)
-        varying = tuple(attribute for attribute in cut if any(v != attribute.values[0] for v in attribute.values))
-        return replace(self, first=first, last=last, varying=varying, bypasses=self.bypasses[start:end])
+        varying = tuple(filter(None, (attribute.part(start, end) for attribute in self.varying)))
+        bypasses = self.bypasses[start:end]
+        return replace(self, first=first, last=last, varying=varying, bypasses=bypasses, noted=set[str]())
 
     @property
     def caveat(self) -> str:

@@ -12,16 +12,14 @@ running the block, see `resist.subnet.trial`. Arguments of real calls make the t
 guessed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from resist.errors import UserError
 from resist.subnet import compatibility, residual
 from resist.subnet.chain import COMPACT, IN_PLACE, Branch, Chain
-from resist.subnet.modules import children_of, named_modules
+from resist.subnet.modules import children_of
 from resist.subnet.outside import OutsideSkips
 from resist.subnet.rehearsal import Forward
 from resist.subnet.residual import Call
@@ -77,7 +75,7 @@ def choose_chains(
     found = _runs(model, calls, forward, every=bool(names))
     if not names or tuple(names) == (ALL,):
         if found and found[0].skip_type in _FOUND:
-            return _checked(_together(found, model)[0] if names else found[:1], model)
+            return _together(found, model)[0] if names else found[:1]
         reason = _miss(model, found, calls, forward)
         raise UserError(f"the model has no chain of residual blocks, so there is nothing to partition: {reason}")
     chosen = tuple(_parse(name, model, found, calls, forward) for name in names)
@@ -85,7 +83,7 @@ def choose_chains(
         for second in chosen[i + 1 :]:
             if conflict := _conflict(first, second, model):
                 raise UserError(conflict)
-    return _checked(chosen, model)
+    return chosen
 
 
 def every_chain(
@@ -265,43 +263,3 @@ def _behind(inner: Chain, outer: Chain, model: nn.Module) -> bool:
         return False
     prefix = f"{outer.container}." if outer.container else ""
     return any(f"{inner.container}.".startswith(f"{prefix}{key}.") for key in outer.keys[outer.last + 1 :])
-
-
-def _checked(chains: tuple[Chain, ...], model: nn.Module) -> tuple[Chain, ...]:
-    """The chains; UserError if the network refers to a block other than as a child."""
-    names = {
-        id(model.get_submodule(name)): name
-        for chain in chains
-        for block in range(chain.num_blocks)
-        for name in chain.members(block)
-    }
-    for prefix, module in named_modules(model):
-        for attribute, value in vars(module).items():
-            if attribute == "_modules":
-                continue
-            for other in _modules_in(value):
-                # A block that refers to itself is copied with the reference.
-                if id(other) in names and not f"{prefix}.".startswith(f"{names[id(other)]}."):
-                    raise UserError(
-                        f"{f'{prefix}.{attribute}'.lstrip('.')} refers to the block {names[id(other)]}, which a "
-                        "sub-network would not take out or change there; keep blocks in an nn.ModuleList only"
-                    )
-    return chains
-
-
-def _modules_in(value: object, depth: int = 0) -> Iterable[nn.Module]:
-    """Modules in an attribute: in lists, dicts, bound methods and partial functions."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif depth < 3:
-        items: Iterable[object] = ()
-        if isinstance(value, dict):
-            items = cast(dict[object, object], value).values()
-        elif isinstance(value, list | tuple | set):
-            items = cast(Iterable[object], value)
-        elif isinstance(value, partial):
-            items = (cast(Callable[..., object], value.func), *value.args)
-        elif isinstance(owner := getattr(value, "__self__", None), nn.Module):
-            items = (owner,)
-        for item in items:
-            yield from _modules_in(item, depth + 1)

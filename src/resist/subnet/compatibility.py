@@ -1,49 +1,97 @@
 """Block compatibility: properties that must match within one slot.
 
-Classes, shapes and functions must match. Numbers, strings and flags may differ: a slot gets those of its block.
+Classes, shapes and integer buffers must match. Attributes and hooks may differ if they can go with their block, see
+`resist.subnet.attributes`.
 """
 
-import copy
-import enum
-import functools
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from types import BuiltinFunctionType, FunctionType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
+from torch.nn.utils import parametrize
 
+from resist.subnet.attributes import AttributeKey, Content, Varying, attributes, unequal, varying
+from resist.subnet.contents import class_content, is_importable
 from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
 
-_SCALARS = (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
-AttributeKey = tuple[str, str]  # dotted name of a module within the block, name of its attribute
+__all__ = ["Varying", "difference", "fixed", "nearest_miss", "scalars", "varying"]
 
 
-@dataclass(frozen=True)
-class Varying:
-    """An attribute that differs along a chain.
+class Attributes:
+    """The attributes of a block; equal to those of another block if what differs can go with the blocks.
 
-    Attributes:
-        module: Dotted name of the module within the block; "" is the block itself.
-        name: Name of the attribute.
-        values: Value in each block of the chain.
+    Args:
+        block: A block, on any device.
     """
 
-    module: str
-    name: str
-    values: tuple[Any, ...]
+    def __init__(self, block: nn.Module) -> None:
+        self.contents = attributes(block)
 
-    def put(self, block: nn.Module, number: int) -> None:
-        """Set the attribute to a copy of its value in another block.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attributes) and not self.difference(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def difference(self, other: "Attributes") -> str:
+        """Describe the first difference that cannot go with the blocks.
 
         Args:
-            block: Block of a sub-network to change.
-            number: Number of the chain's block whose value is set.
+            other: The attributes of another block.
+
+        Returns:
+            A part of a sentence, "" without one.
         """
-        setattr(block.get_submodule(self.module), self.name, copy.deepcopy(self.values[number]))
+        for key, *sides in unequal(self.contents, other.contents):
+            for content in sides:
+                if content is not None and (reason := content.obstacle()):
+                    return f"{'.'.join(filter(None, key))}, which {reason}"
+        return ""
+
+
+class _Kind:
+    """Class of a module; equal to another one that the same code has made."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.kind = original_class(module)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kind) and _same_kind(self.kind, other.kind)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return self.kind.__name__
+
+
+def original_class(module: nn.Module) -> type:
+    """Return the class of a module as its code names it.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Its class; for a module with parametrizations, for each of which torch makes a class, the class before them.
+    """
+    if hasattr(module, "parametrizations"):
+        return parametrize.type_before_parametrizations(module)
+    return type(module)
+
+
+def _same_kind(first: type, second: type) -> bool:
+    """True if blocks can exchange these classes: they are equal, or made by the same code with other values."""
+    if first is second:
+        return True
+    if is_importable(first) or is_importable(second) or len(first.__bases__) != len(second.__bases__):
+        return False
+    left, right = class_content(first), class_content(second)
+    codes = [{n: getattr(v, "__code__", None) for n, v in content.items()} for content in (left, right)]
+    return codes[0] == codes[1] and all(map(_same_kind, first.__bases__, second.__bases__))
 
 
 def fixed(block: nn.Module) -> dict[str, object]:
@@ -53,12 +101,14 @@ def fixed(block: nn.Module) -> dict[str, object]:
         block: A block, on any device.
 
     Returns:
-        Classes, shapes and types of weights, and other attributes that are not scalars, by a readable name.
+        Classes, shapes and types of weights by a readable name; under "", the attributes, compared as a whole.
     """
     properties: dict[str, object] = {}
     for prefix, module in named_modules(block, remove_duplicate=False):
-        properties[f"the class of {prefix or 'the block'}"] = type(module)
+        properties[f"the class of {prefix or 'the block'}"] = _Kind(module)
         dot = f"{prefix}." if prefix else ""
+        if isinstance(module, ScriptModule):
+            properties[f"the script of {prefix or 'the block'}"] = _script(module)
         for name, parameter in parameters_of(module).items():
             if parameter is not None:
                 properties[f"parameter {dot}{name}"] = (
@@ -69,43 +119,29 @@ def fixed(block: nn.Module) -> dict[str, object]:
         for name, buffer in buffers_of(module).items():
             if buffer is not None:
                 properties[f"buffer {dot}{name}"] = (tuple(buffer.shape), buffer.dtype, _digest(name, buffer))
-        for name, value in vars(module).items():
-            if not name.startswith("_") and name != "training" and not _is_scalar(value):
-                properties[f"{dot}{name}"] = _described(value)
+    properties[""] = Attributes(block)
     return properties
 
 
-def scalars(block: nn.Module) -> dict[AttributeKey, Any]:
+def _script(module: ScriptModule) -> str:
+    """Code and attributes of a compiled module as text, without its weights, addresses and numbers of classes."""
+    code: str = module._c.dump_to_str(True, True, False)  # pyright: ignore
+    tensors = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    names = "|".join(re.escape(name.rpartition(".")[2]) for name in tensors) or "(?!)"
+    code = re.sub(rf"^ *({names}) = [^\[]*\[ .*$", "", code, flags=re.MULTILINE)
+    return re.sub(r"___torch_mangle_\d+\.|0x[0-9a-f]+", "", code)
+
+
+def scalars(block: nn.Module) -> dict[AttributeKey, Content]:
     """Collect the attributes that may differ between blocks of a slot.
 
     Args:
         block: A block, on any device.
 
     Returns:
-        Numbers, strings, flags, and tuples, lists and dicts of them, by (dotted name of the module, attribute).
+        Contents by (dotted name of the module, attribute); see `resist.subnet.attributes.attributes`.
     """
-    return {
-        (prefix, name): value
-        for prefix, module in named_modules(block, remove_duplicate=False)
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and _is_scalar(value)
-    }
-
-
-def varying(attributes: Sequence[dict[AttributeKey, Any]]) -> tuple[Varying, ...]:
-    """Select the attributes that differ among blocks.
-
-    Args:
-        attributes: Result of `scalars` for each block.
-
-    Returns:
-        The attributes with their values, in the order of the first block.
-    """
-    return tuple(
-        Varying(*key, tuple(values[key] for values in attributes))
-        for key, value in attributes[0].items()
-        if any(repr(values[key]) != repr(value) for values in attributes)
-    )
+    return attributes(block)
 
 
 def difference(model: nn.Module, container: str, first: int, last: int) -> str:
@@ -156,14 +192,24 @@ def nearest_miss(model: nn.Module) -> str:
 def _reason(model: nn.Module, container: str, first: int, last: int) -> str:
     module = model.get_submodule(container)
     where = f"{container or 'the model'} blocks {first} to {last}"
-    properties = [fixed(child) for child in _children(module)[first : last + 1]]
+    blocks = _children(module)[first : last + 1]
+    properties = [fixed(child) for child in blocks]
     matching = any(left == right for left, right in pairwise(properties))
     if matching and not isinstance(module, nn.Sequential | nn.ModuleList):
         return f"{where} are children of a {type(module).__name__}, which is not an nn.Sequential or nn.ModuleList"
-    return (
-        difference(model, container, first, last)
-        or f"{where} have parameters in common with one another or with another part of the model"
-    )
+    if reason := difference(model, container, first, last):
+        return reason
+    if not any(True for block in blocks for _ in block.parameters()):
+        return f"{where} have no parameters"
+    uses, within = _uses(model), [_uses(block) for block in blocks]
+    if any(uses[parameter] != number for block in within for parameter, number in block.items()):
+        return f"{where} have parameters in common with one another or with another part of the model"
+    return f"{where} are equal, but not residual blocks with parameters of their own"
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """Number of names of each parameter, by its id."""
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
@@ -172,14 +218,22 @@ def _children(module: nn.Module) -> list[nn.Module]:
 
 
 def _compare(first: nn.Module, second: nn.Module) -> str:
-    """The first difference between two blocks, scalars last; "" if none."""
-    attributes = [{".".join(filter(None, key)): v for key, v in scalars(block).items()} for block in (first, second)]
-    for left, right in ((fixed(first), fixed(second)), attributes):
-        for name in [*left, *(n for n in right if n not in left)]:
-            if name not in left or name not in right:
-                return f"{name}: only {'the first' if name in left else 'the second'} has it"
-            if repr(left[name]) != repr(right[name]):
-                return f"{name}: {_short(left[name])} and {_short(right[name])}"
+    """The first difference between two blocks, attributes that can go with a block last; "" if none."""
+    left, right = fixed(first), fixed(second)
+    for name in [*left, *(n for n in right if n not in left)]:
+        if name not in left or name not in right:
+            return f"{name}: only {'the first' if name in left else 'the second'} has it"
+        ours, others = left[name], right[name]
+        if isinstance(ours, Attributes) and isinstance(others, Attributes):
+            if reason := ours.difference(others):
+                return reason
+        elif ours != others:
+            return f"{name}: {_short(ours)} and {_short(others)}"
+    for key, ours, others in unequal(scalars(first), scalars(second)):
+        name = ".".join(filter(None, key))
+        if ours is None or others is None:
+            return f"{name}: only {'the second' if ours is None else 'the first'} has it"
+        return f"{name}: {_short(ours.value)} and {_short(others.value)}"
     return ""
 
 
@@ -199,23 +253,3 @@ def _digest(name: str, buffer: Tensor) -> str:
     if buffer.is_floating_point() or buffer.is_meta or name == "num_batches_tracked":
         return ""
     return blake2b(buffer.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _described(value: object) -> object:
-    """A description that is equal for attributes with equal behavior."""
-    if isinstance(value, functools.partial):
-        return "partial", _described(value.func), repr(value.args), repr(value.keywords)
-    if isinstance(value, FunctionType | BuiltinFunctionType | type):
-        return getattr(value, "__module__", ""), value.__qualname__
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    return type(value)
-
-
-def _is_scalar(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_scalar, cast(Sequence[object], value)))
-    if isinstance(value, dict):
-        entries = cast(dict[object, object], value)
-        return all(map(_is_scalar, (*entries.keys(), *entries.values())))
-    return isinstance(value, _SCALARS)

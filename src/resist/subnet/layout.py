@@ -62,6 +62,7 @@ class Layout:
         num_trained: Elements of the parameters that train.
         statistics: Names of the running statistics of norms.
         frozen: Names of the parameters that do not train.
+        resting: Names of everything that does not train.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
@@ -70,6 +71,7 @@ class Layout:
         groups = {name: _group(name, tensor) for name, tensor in tensors.items()}
         self.statistics = frozenset(name for name, group in groups.items() if group == _STATISTICS)
         self.frozen = frozenset(name for name, group in groups.items() if group == _FROZEN)
+        self.resting = tuple(name for name, group in groups.items() if group != _TRAINED)
 
         def order(name: str) -> tuple[int, bool]:
             return groups[name], tensors[name].numel() % 16 != 0
@@ -213,6 +215,29 @@ class SubnetLayout:
         before = zip(self.capacities[:chain], self.blocks[:chain], strict=True)
         return self.shared.numel + sum(capacity * block.numel for capacity, block in before)
 
+    def ranges(self, changing: Set[tuple[int | None, str]], *, blocks: bool) -> list[tuple[int, int]]:
+        """List the ranges of the flat tensor that train or change.
+
+        Args:
+            changing: `Place.key` of what changes besides what trains.
+            blocks: List those of all slots too, and not only of the shared part.
+
+        Returns:
+            (first element, end) of each range, ascending, neighbors as one.
+        """
+        parts: list[tuple[int, Layout, int | None]] = [(0, self.shared, None)]
+        for chain, capacity in enumerate(self.capacities if blocks else ()):
+            first, block = self._start(chain), self.blocks[chain]
+            parts += [(first + slot * block.numel, block, chain) for slot in range(capacity)]
+        names = {chain: {name for key, name in changing if key == chain} for chain in {chain for _, _, chain in parts}}
+        ranges: list[tuple[int, int]] = []
+        for first, layout, chain in parts:
+            for start, end in layout.ranges(names[chain]):
+                if ranges and ranges[-1][1] == first + start:
+                    start = ranges.pop()[0] - first
+                ranges.append((first + start, first + end))
+        return ranges
+
     def part(self, chain: int | None) -> Layout:
         """Return the layout of a block, or of the shared part.
 
@@ -329,7 +354,7 @@ class SubnetLayout:
 def common_buffers(
     template: nn.Module, layout: SubnetLayout, device: torch.device
 ) -> dict[tuple[int | None, str], Tensor]:
-    """Copy the float buffers that several parts of the network use.
+    """Copy the buffers that several parts of the network use.
 
     A table of rotary position embeddings is an example. Such a buffer belongs to no block, so every sub-network has a
     copy of its own outside of the flat tensor, which no synchronization changes.
@@ -350,6 +375,6 @@ def common_buffers(
     copies = {
         id(buffer): buffer.detach().to(buffer.device if buffer.is_meta else device, copy=True)
         for _, buffer in buffers
-        if len(users[id(buffer)]) > 1 and (buffer.is_floating_point() or buffer.is_complex())
+        if len(users[id(buffer)]) > 1
     }
     return {layout.place(name).key: copies[id(buffer)] for name, buffer in buffers if id(buffer) in copies}

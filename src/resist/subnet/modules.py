@@ -4,13 +4,19 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 # Any BatchNorm layer.
 BatchNorm = nn.modules.batchnorm._BatchNorm
+# Attributes that nn.Module itself keeps.
+OF_MODULE = frozenset(vars(nn.Module())) | {"_is_full_backward_hook", "_compiled_call_impl"}
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+# Any layer of torch with running statistics.
+Norm = nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
@@ -36,6 +42,11 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def tables_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the module's own tables of parameters, buffers and children, without those of children."""
+    return {"parameters": module._parameters, "buffers": module._buffers, "children": module._modules}
+
+
 def hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
     """Return the module's own tables of forward hooks, by number.
 
@@ -43,6 +54,12 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
     """
     tables = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
     return cast(tuple[dict[int, object], ...], tables)
+
+
+def hook_tables_of(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """Return the module's own tables of all kinds of hooks, and of their options, by name."""
+    tables = vars(module)
+    return {name: tables[name] for name in sorted(OF_MODULE & tables.keys()) if name.endswith(_HOOKS)}
 
 
 def pre_hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
@@ -56,3 +73,16 @@ def pre_hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
 def fork_rng() -> AbstractContextManager[None]:
     """Make a context that restores torch's CPU generator at its end."""
     return torch.random.fork_rng(devices=[])
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Check for a real or complex floating-point dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def tables_of_hooks(module: nn.Module) -> list[dict[int, object]]:
+    """Return all of the module's own tables of hooks, by number: forward, backward, state dict."""
+    return [table for name, table in vars(module).items() if name.endswith("_hooks") and isinstance(table, dict)] + [
+        *hook_tables(module)[1:],
+        module._forward_pre_hooks_with_kwargs,
+    ]

@@ -18,9 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError
+from resist.subnet.attributes import Placement
+from resist.subnet.buffers import Buffer, loose, put_loose, take_back
 from resist.subnet.chain import IN_PLACE, Chain
+from resist.subnet.copying import relink, tensors_by_name
 from resist.subnet.layout import Child, Place, SubnetLayout, common_buffers
-from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
+from resist.subnet.modules import buffers_of, children_of, is_float, named_modules, parameters_of
+from resist.subnet.skeleton import next_hook, skeleton
 
 # One flat tensor for each dtype of the weights, which is the key. The tensors of an optimizer state have the layouts of
 # the weights, and may have another dtype.
@@ -37,12 +41,18 @@ class Subnet:
         device: Device of the flat tensors.
         channels_last: Store 4-D weights with the channels innermost.
         template_capacities: Number of blocks of each chain in `template`. Default: all blocks.
-        template_held: Blocks of each chain in `template`, the `layout.held` of its sub-network.
+        like: Another sub-network of the same network, from which it takes the layouts.
 
     Attributes:
         model: The shallow network.
         flats: All its weights and float buffers, by dtype, (numel,) each. New ones are not initialized: see `load`.
         layouts: Position of each tensor in the flat tensor of its dtype.
+        buffers: Its buffers by place.
+        held: Blocks of each chain whose values are in the slots; see `hold`.
+        changing: `Place.key` of frozen parameters and buffers that are known to change in some worker.
+        hooks_before: Hooks with smaller numbers belong to the network, others are the user's.
+        has_loose: True if some worker has loose buffers, from the first synchronization on.
+        frozen_modules: Modules that stay in eval mode while the network trains, as (chain, name); see `note_modes`.
 
     Raises:
         UserError: If `template` has no parameters and float buffers.
@@ -57,28 +67,85 @@ class Subnet:
         device: torch.device | str = "cpu",
         channels_last: bool = False,
         template_capacities: Sequence[int] | None = None,
-        template_held: tuple[tuple[int, ...], ...] = (),
+        like: "Subnet | None" = None,
     ) -> None:
         self.chains = tuple(chains)
         self.device, self.channels_last = torch.device(device), channels_last
-        self.model = skeleton(template)
+        self._placement = Placement()
         present = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
         lists = {c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList)}
         # Only the template of a sub-network is renumbered already.
         renumbered = frozenset(lists if template_capacities else ())
-        layout = SubnetLayout(self.chains, present, renumbered, template_held)
-        self._common = common_buffers(template, layout, self.device)
-        tensors = {name: t for name, t in _floats(self.model) if layout.place(name).key not in self._common}
+        placed = like.layout.held if like is not None and template_capacities else ()
+        layout = SubnetLayout(self.chains, present, renumbered, placed)
+        if like is None:
+            self.hooks_before = next_hook()
+            self._common: dict[tuple[int | None, str], Tensor] = common_buffers(template, layout, self.device)
+            self._lay_out(template, layout, frozenset(lists))
+        else:
+            self.hooks_before = like.hooks_before
+            copies = {id(common): common.clone() for common in like._common.values()}
+            self._common = {key: copies[id(common)] for key, common in like._common.items()}
+            self._dtype_of = like._dtype_of
+            self.layouts = {dtype: own.with_capacities(present) for dtype, own in like.layouts.items()}
+        self.held: tuple[tuple[int, ...], ...] = tuple(tuple(range(capacity)) for capacity in capacities)
+        self.changing: set[tuple[int | None, str]] = set() if like is None else set(like.changing)
+        # Blocks without a slot are not copied: the work and the memory follow the sub-network, not the full one.
+        left_out: list[nn.Module] = []
+        for container in layout.containers:
+            children = children_of(template.get_submodule(container)).values()
+            for child, module in zip(layout.children(container), children, strict=True):
+                if module is None or child.chain is None or child.slot is None:
+                    continue
+                if child.slot >= capacities[child.chain]:
+                    left_out.append(module)
+        self._bypasses: dict[object, nn.Module] = {}
+        self.model = skeleton(
+            template, without=left_out, keep=self._kept(template, layout), hooks_before=self.hooks_before
+        )
+        self.flats: Flats = {}
+        self.resize(capacities, self.empty(capacities))
+        self.frozen_modules: set[tuple[int | None, str]] = set() if like is None else like.frozen_modules
+        if like is None and self.model.training:
+            self.note_modes()
+        self.has_loose = bool(self.loose()) if like is None else like.has_loose
+
+    def _lay_out(self, template: nn.Module, layout: SubnetLayout, renumbered: frozenset[str]) -> None:
+        """Find the dtype and the position of each tensor."""
+        tensors = {name: tensor for name, tensor in _floats(template) if layout.place(name).key not in self._common}
+        # Buffers that are not finite in the beginning are not averaged, in no block of their chain: they are loose.
+        infinite = {
+            layout.place(name).key
+            for name, buffer in template.named_buffers()
+            if name in tensors and not buffer.is_meta and not bool(buffer.isfinite().all())
+        }
+        tensors = {name: tensor for name, tensor in tensors.items() if layout.place(name).key not in infinite}
         if not tensors:
             raise UserError("the model has no parameters; there is nothing to train")
         self._dtype_of = {layout.place(name).key: tensor.dtype for name, tensor in tensors.items()}
         self.layouts: dict[torch.dtype, SubnetLayout] = {}
         for dtype in dict.fromkeys(self._dtype_of.values()):
             own = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
-            self.layouts[dtype] = replace(layout.with_tensors(own, channels_last), renumbered=frozenset(lists))
-        self.flats: Flats = {}
-        self._bypasses: dict[object, nn.Module] = {}
-        self.resize(capacities, self.empty(capacities))
+            with_tensors = layout.with_tensors(own, self.channels_last)
+            self.layouts[dtype] = replace(with_tensors, renumbered=renumbered)
+
+    def _kept(self, template: nn.Module, layout: SubnetLayout) -> set[int]:
+        """Ids of the float buffers of a module that are not in the flat tensors, and are copied with their values."""
+        return {
+            id(buffer)
+            for name, buffer in template.named_buffers()
+            if is_float(buffer) and not self._fits(layout.place(name), buffer)
+        }
+
+    def _fits(self, place: Place, tensor: Tensor) -> bool:
+        """True for a tensor that has a piece in the flat tensors, or is common, and still has its shape and dtype."""
+        if place.key in self._common:
+            like = self._common[place.key]
+            return (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+        dtype = self._dtype_of.get(place.key)
+        if dtype is None or dtype != tensor.dtype:
+            return False
+        return self.layouts[dtype].part(place.chain).pieces[place.piece].shape == tensor.shape
 
     @property
     def layout(self) -> SubnetLayout:
@@ -225,6 +292,7 @@ class Subnet:
     def _arrange(self, layouts: dict[torch.dtype, SubnetLayout]) -> None:
         """Put the children of the chains' containers where `layouts` have them. New blocks are on the meta device."""
         layout = next(iter(layouts.values()))
+        kept = self._kept(self.model, self.layout)
         for container in layout.containers:
             children = children_of(self.model.get_submodule(container))
             present = {
@@ -246,7 +314,7 @@ class Subnet:
                 else:
                     first = present[child.chain, 0, child.member]
                     assert first is not None, "blocks are modules"
-                    wanted[child.key] = skeleton(first)
+                    wanted[child.key] = skeleton(first, keep=kept, hooks_before=self.hooks_before, root=self.model)
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
@@ -258,9 +326,11 @@ class Subnet:
         The views are set as `.data`, which gives each a version counter of its own. With a common counter, a forward
         pass that writes to a buffer would look to autograd as if it had overwritten the weights.
         """
+        before = tensors_by_name(self.model)
         # By id of the old tensor, so that tied tensors stay tied.
         parameters: dict[int, nn.Parameter] = {}
         buffers: dict[int, Tensor] = {}
+        self.buffers: dict[Place, Buffer] = {}
         for prefix, module in named_modules(self.model):
             own_parameters, own_buffers = parameters_of(module), buffers_of(module)
             for key, old in own_parameters.items():
@@ -271,26 +341,33 @@ class Subnet:
                     if old.is_meta:
                         # A parameter of a new block. It cannot change its device, so it is made here.
                         parameters[id(old)] = nn.Parameter(view, requires_grad=old.requires_grad)
+                        vars(parameters[id(old)]).update(vars(old))
                     else:
                         # A parameter that remains: the optimizer refers to it, so only its data changes.
                         old.data, parameters[id(old)] = view, old
                 own_parameters[key] = parameters[id(old)]
             for key, old in own_buffers.items():
+                place = self.place(f"{prefix}.{key}".lstrip("."))
+                if old is not None and place.key in self._common:
+                    # One tensor for all blocks, outside of the flat tensors.
+                    if old.is_meta or self._fits(place, old):
+                        own_buffers[key] = self._common[place.key]
+                    continue
+                # Statistics are averaged and sent with their block, so they are in a flat tensor too. Loose buffers
+                # stay with the module.
+                view = None if old is None else buffers.get(id(old))
+                if view is None and place.key in self._dtype_of:
+                    view = self.view(place, self.flats).data
+                self.buffers[place] = Buffer(module, key, place, view)
                 if old is None:
                     continue
-                place = self.place(f"{prefix}.{key}".lstrip("."))
-                if place.key in self._common:
-                    # One tensor for all blocks, outside of the flat tensor.
-                    own_buffers[key] = self._common[place.key]
-                elif is_float(old):
-                    # Statistics: averaged and sent with their block, so they are in a flat tensor too.
-                    if id(old) not in buffers:
-                        buffers[id(old)] = self.view(place, self.flats).data
-                    own_buffers[key] = buffers[id(old)]
+                if view is not None and (view.shape, view.dtype) == (old.shape, old.dtype):
+                    own_buffers[key] = buffers[id(old)] = view
                 else:
-                    # Counters and indices stay with the module. Those of a new block begin at zero.
-                    new = torch.zeros_like(old, device=self.device) if old.is_meta else old.to(self.device)
+                    new = torch.zeros_like(old, device=self.device) if old.is_meta else old.detach().to(self.device)
                     own_buffers[key] = new
+        after = tensors_by_name(self.model)
+        relink(self.model, {id(old): after[name] for name, old in before.items() if after[name] is not old})
 
     def twin(self, model: nn.Module) -> "Subnet":
         """Build a sub-network of the same blocks around another model.
@@ -310,6 +387,7 @@ class Subnet:
             raise ValueError("the two networks have different tensors")
         twin = copy.copy(self)
         twin.model, twin.flats = model, self.empty(self.capacities)
+        twin._placement = Placement()
         with torch.no_grad():
             for name, value in values.items():
                 place = self.place(name)
@@ -317,6 +395,83 @@ class Subnet:
                     twin.view(place, twin.flats).copy_(value)
         twin._attach()
         return twin
+
+    def note_modes(self) -> None:
+        """Note which modules are in eval mode now, in training: the user froze them.
+
+        A block counts as frozen where it is in all slots of its chain.
+        """
+        modes: dict[tuple[int | None, str], bool] = {}
+        for key, module in self._module_keys():
+            modes[key] = module.training or modes.get(key, False)
+        self.frozen_modules = {key for key, training in modes.items() if not training}
+
+    def train_as_noted(self) -> None:
+        """Put all modules into train mode but those that `note_modes` found in eval mode."""
+        for key, module in self._module_keys():
+            module.training = key not in self.frozen_modules
+        self.model.training = True
+
+    def _module_keys(self) -> Iterator[tuple[tuple[int | None, str], nn.Module]]:
+        for name, module in named_modules(self.model):
+            yield self.place(f"{name}.".lstrip(".")).key, module
+
+    def take_back(self) -> None:
+        """Copy tensors that were assigned into the flat tensors, as if they had been written to in place.
+
+        These are buffers that a forward pass assigns, and new data of parameters, as in `target.data = 0.99 *
+        target.data + 0.01 * online.data`. A buffer that has another shape or dtype than in the beginning becomes a
+        loose one; see `loose`.
+        """
+        take_back(self.buffers)
+        with torch.no_grad():
+            for parameter, place in self.parameter_places():
+                view = self.view(place, self.flats) if place.key in self._dtype_of else parameter
+                if view.data_ptr() != parameter.data_ptr() and _form(view) == _form(parameter):
+                    view.copy_(parameter)
+                    parameter.data = view.data
+
+    def loose(self) -> dict[tuple[int | None, int], dict[str, Tensor]]:
+        """Collect the buffers whose values are not in the flat tensors.
+
+        These are buffers of integers, float buffers that were not finite in the beginning, and those that have another
+        shape or dtype than in the beginning. The count of a BatchNorm with a momentum is without effect, and left out.
+
+        Returns:
+            (chain, slot), or (None, 0) for the shared part -> name in the part -> the present tensor, not a copy.
+        """
+        return loose(self.buffers)
+
+    def put_loose(self, part: tuple[int | None, int], values: Mapping[str, Tensor]) -> None:
+        """Give a part the loose buffers of the block whose weights are now in it.
+
+        Buffers that are not in `values` return to the flat tensors, or stay as they are if they have no place there.
+
+        Args:
+            part: (chain, slot), or (None, 0) for the shared part.
+            values: All loose buffers of the block, as `loose` names them. They are copied.
+        """
+        put_loose(self.buffers, part, values)
+
+    def own_storages(self) -> nn.Module:
+        """Give every tensor of the model a storage of its own, so that it can be saved alone. Ends its use here.
+
+        Returns:
+            The model.
+        """
+        copies: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for _, module in named_modules(self.model):
+                for parameter in parameters_of(module).values():
+                    if parameter is not None and id(parameter) not in copies:
+                        parameter.data = copies[id(parameter)] = parameter.detach().clone()
+                own_buffers = buffers_of(module)
+                for key, buffer in own_buffers.items():
+                    if buffer is not None:
+                        own_buffers[key] = copied = copies.setdefault(id(buffer), buffer.detach().clone())
+                        copies[id(copied)] = copied  # a module may be visited again
+        self.flats, self.buffers = {}, {}
+        return self.model
 
     def check_attached(self) -> None:
         """Check that every parameter is still a view into the flat tensor of its dtype.
@@ -341,14 +496,12 @@ class Subnet:
             held: Blocks of each chain: block `held[chain][slot]` is in that slot. Chains with the form in place get
                 their blocks at these positions.
         """
+        self.held = placed = tuple(map(tuple, held))
         if any(chain.form == IN_PLACE for chain in self.chains):
-            placed = tuple(map(tuple, held))
             self._arrange({dtype: replace(layout, held=placed) for dtype, layout in self.layouts.items()})
         for number, chain in enumerate(self.chains):
-            for slot, block in enumerate(held[number]) if chain.varying else ():
-                module = self.block(number, slot)
-                for attribute in chain.varying:
-                    attribute.put(module, block)
+            slots = [(self.block(number, slot), block) for slot, block in enumerate(held[number])]
+            self._placement.put(slots, chain.varying, chain=chain.name, noted=chain.noted)
 
     def block(self, chain: int, slot: int) -> nn.Module:
         """Return the module in a slot.
@@ -373,13 +526,18 @@ class Subnet:
         """Copy the weights of blocks and shared part into the model.
 
         Args:
-            tensors: Weights and float buffers of the full network by global dotted name.
+            tensors: Weights and float buffers of the full network by global dotted name; loose buffers where it has
+                them.
             held: Blocks of each chain: block `held[chain][slot]` goes into that slot.
         """
         self.hold(held)
         with torch.no_grad():
             for name, view in self.state(held).items():
                 view.copy_(tensors[name])
+            for place, buffer in self.buffers.items():
+                name = self.layout.full_name(place, held)
+                if buffer.view is None and buffer.now is not None and name in tensors:
+                    buffer.now.copy_(tensors[name])
 
     def state(self, held: Sequence[Sequence[int]], flats: Flats | None = None) -> dict[str, Tensor]:
         """Return the weights and float buffers by global dotted name.
@@ -391,7 +549,9 @@ class Subnet:
         Returns:
             Views into the flat tensors, not copies.
         """
-        flats = self.flats if flats is None else flats
+        if flats is None:
+            self.take_back()
+            flats = self.flats
         slots = [(chain, slot) for chain, blocks in enumerate(held) for slot in range(len(blocks))]
         parts: list[tuple[int | None, int]] = [(None, 0), *slots]
         return {
@@ -400,6 +560,22 @@ class Subnet:
             for chain, slot in parts
             for place in (Place(chain, slot, piece) for piece in layout.part(chain).pieces)
         }
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """Collect all parameters and buffers, those of integers too.
+
+    Args:
+        model: Any network.
+
+    Returns:
+        Tensors by dotted name, tied ones once.
+    """
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -414,34 +590,11 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(_floats(model))
 
 
-def skeleton(module: nn.Module) -> nn.Module:
-    """Copy a module without its weights.
-
-    Args:
-        module: Module to copy. It is not changed.
-
-    Returns:
-        The copy, with parameters and float buffers on the meta device.
-    """
-    memo: dict[int, object] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in module.buffers():
-        if is_float(buffer):
-            memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(module, memo)
-
-
 def _identity(child: Child) -> tuple[int | None, int | None, int]:
     """What a child is, whatever the capacities and positions."""
     if child.chain is None or child.slot is None:
         return child.chain, None, child.index
     return child.chain, child.slot, child.member
-
-
-def is_float(tensor: Tensor) -> bool:
-    """Check for a real or complex floating-point dtype."""
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from resist.errors import UserError, first_line
+from resist.subnet.copying import activations, copied_module, detached
 from resist.subnet.modules import fork_rng
 from resist.subnet.streams import Call
 
@@ -157,17 +158,13 @@ def stand_in(model: nn.Module, *, own_weights: bool = False, to_cpu: bool = True
     Raises:
         UserError: If it cannot be copied.
     """
-    memo: dict[int, object] = {}
-    for module in model.modules():
-        for leaf in tree_leaves([value for value in vars(module).values() if isinstance(value, Tensor | list | tuple)]):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                memo[id(leaf)] = leaf.detach().clone()
+    memo = detached(activations(model))
     tensors = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters() if not own_weights else ():
         if parameter.device.type == "cpu":
             memo[id(parameter)] = parameter
     try:
-        copied = copy.deepcopy(model, memo)
+        copied = copied_module(model, memo)
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
         return copied if on_cpu or not to_cpu else copied.cpu()
     except Exception as error:  # objects of users can raise anything

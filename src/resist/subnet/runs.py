@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from resist.subnet import compatibility
 from resist.subnet.bypass import is_bare
@@ -74,13 +75,17 @@ def runs(model: nn.Module) -> Iterator[Run]:
     """
     uses, known = _uses(model), dict[int, object]()
     for container, module in named_modules(model):
+        if isinstance(module, ScriptModule):  # its children cannot be taken out
+            continue
         by_name = not isinstance(module, nn.Sequential | nn.ModuleList)
         children = list(children_of(module).values())
-        types = Counter(type(child) for child in children if child is not None)
+        # Of attributes, only those with a namesake of their class are looked at, to save time.
+        classes = [compatibility.original_class(child).__qualname__ if by_name and child else "" for child in children]
+        number = Counter(classes)
         signatures: list[object] = []
-        for child in children:
+        for child, name in zip(children, classes, strict=True):
             signature: object = None
-            if child is not None and types[type(child)] > 1 and _is_block(child, uses):
+            if child is not None and (not by_name or number[name] > 1) and _is_block(child, uses):
                 if id(child) not in known:
                     known[id(child)] = list(compatibility.fixed(child).items())
                 signature = known[id(child)]

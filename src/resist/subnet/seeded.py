@@ -9,6 +9,7 @@ from torch import nn
 from resist.errors import UserError
 from resist.subnet.modules import fork_rng
 from resist.subnet.network import tensors_of
+from resist.subnet.wrappers import check_layers, unwrapped
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -22,10 +23,11 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
         seed: Seed of torch's CPU generator.
 
     Returns:
-        The network.
+        The network, without wrappers.
 
     Raises:
-        UserError: If `build_model` is a network, does not return one, or leaves a lazy parameter without a shape.
+        UserError: If `build_model` is a network, does not return one, leaves a lazy parameter without a shape, or
+            returns one with layers that a sub-network cannot have; see `resist.subnet.wrappers`.
     """
     if isinstance(build_model, nn.Module):  # a network can be called too
         raise UserError(
@@ -37,9 +39,11 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
         model = build_model()
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UserError(f"build_model() returned a {type(model).__name__}; it has to return the network, an nn.Module")
+    model = unwrapped(model)
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise UserError(f"parameter {lazy[0]!r} has no shape yet; run a batch through the network in build_model")
+    check_layers(model)
     return model
 
 
@@ -53,6 +57,10 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         A digest of the names, shapes and types of its tensors ("structure") and one of their values ("weights").
     """
     tensors = tensors_of(model)
+    if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise UserError(
+            f"{meta[0]!r} is on the meta device, without values; let build_model build the network on the CPU"
+        )
     shapes = repr([(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()])
     weights = blake2b(digest_size=8)
     for tensor in tensors.values():

@@ -3,23 +3,20 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from resist.errors import AgreedError, DivergedError, UserError
-from resist.planning.strategy import Strategy
-from resist.subnet.chains import Chain
-from resist.subnet.network import Flats
-from resist.subnet.seeded import fingerprint
-from resist.sync.averaging import VELOCITY, all_finite
+from resist.subnet.changes import PlaceKey, from_text, to_text
+from resist.sync import loose as loose_values
+from resist.sync.averaging import VELOCITY, first_nonfinite
+from resist.sync.loose import Described, LooseParts, Rule, collect_loose
+from resist.sync.optimizer_state import StateTypes, flat_states
 from resist.sync.transport import Transport
-from resist.sync.worker import StateTypes, Worker
+from resist.sync.worker import Worker
 
 T = TypeVar("T")
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 def check_agreement(transport: Transport, values: Mapping[str, object]) -> None:
@@ -72,112 +69,139 @@ def run_everywhere(transport: Transport, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # it is set: no process failed
 
 
-def job_values(
-    strategy: Strategy, *, seed: int, chains: Sequence[Chain], model: nn.Module, options: Mapping[str, object]
-) -> dict[str, object]:
-    """Collect the values that must be equal in all processes.
-
-    They are compared by `check_agreement`. Causes come before their consequences, since the first difference is the one
-    that is reported: another strategy also has other capacities, and another seed other initial weights.
-
-    Args:
-        strategy: The strategy.
-        seed: The seed of plans and initial weights.
-        chains: The chains that are partitioned.
-        model: The full network; its tensors are compared by digests of their shapes and of their values.
-        options: Further options by name.
-
-    Returns:
-        The values by name.
-    """
-    network = fingerprint(model)
-    return {
-        "workers": strategy.workers,
-        "strategy": [(s.name, s.local_steps, s.optimizer_state, s.outer, s.at_round) for s in strategy.stages],
-        "seed": seed,
-        **options,
-        "model": network["structure"],
-        "chains": [chain.name for chain in chains],
-        "capacities": [
-            chain.capacities
-            for round in strategy.change_rounds
-            for chain in strategy.plan(chains, seed=seed, round=round).plans
-        ],
-        "initial weights": network["weights"],
-    }
-
-
 @dataclass(frozen=True)
 class RoundAgreement:
     """Values about a round's end that all processes agree on.
 
     Attributes:
-        states: Names of the optimizer states that any worker has, sorted, each with its dtype for each dtype of the
-            weights.
+        states: Names of the optimizer states that any worker has in flat tensors, sorted, each with its dtype for each
+            dtype of weights.
         nonfinite: Workers with NaN or inf in their round, each with the reason.
+        loose: Hosted worker -> its loose values; see `resist.sync.loose`.
+        described: The descriptions of those of all workers.
     """
 
     states: dict[str, StateTypes]
     nonfinite: dict[int, str]
+    loose: dict[int, LooseParts]
+    described: Described
 
 
-def agree_on_round(transport: Transport, workers: Sequence[Worker], *, nonfinite: Mapping[int, str]) -> RoundAgreement:
+def agree_on_round(
+    transport: Transport,
+    workers: Sequence[Worker],
+    *,
+    rule: Rule,
+    round: int,
+    step: int,
+    nonfinite: Mapping[int, str],
+) -> RoundAgreement:
     """Agree on the payloads of the exchange at a round's end.
 
     Waits for all processes, and for the device. A worker has no optimizer state yet if a GradScaler has skipped all its
-    steps. The list of payloads has to be the same in all processes, so it has the states that any worker has.
+    steps. The list of payloads has to be the same in all processes, so it has the states that any worker has; if they
+    differ, processes answer a second time.
 
     Args:
         transport: Connects the processes.
-        workers: The hosted workers, after `Worker.collect_state`. Weights with NaN or inf are found here.
+        workers: The hosted workers. Weights with NaN or inf are found here.
+        rule: What moves at this synchronization.
+        round: Number of the round that ends, from 0.
+        step: Optimizer steps done.
         nonfinite: Hosted workers with NaN or inf elsewhere, each with the reason.
 
     Returns:
-        The states and the workers with NaN or inf of all processes.
+        The states and the workers with NaN or inf of all processes, and the loose values.
 
     Raises:
         UserError: If `nonfinite` has a worker that is not hosted here.
-        AgreedError: If only some processes have averages.
+        AgreedError: If processes are at different steps, if workers have other optimizers, or if only some processes
+            have averages.
     """
     hosted = [worker.index for worker in workers]
     if others := nonfinite.keys() - set(hosted):
         raise UserError(f"nonfinite has worker {min(others)}, and this process hosts {hosted}; name only those")
-    detected = {
-        w.index: "weights that are not finite" for w in workers if not all(map(all_finite, w.subnet.flats.values()))
-    }
-    values = {
-        "averages": any(worker.average for worker in workers),
-        "state": _types(_merged([w.state for w in workers])),
-        "nonfinite": {**detected, **nonfinite},
-    }
-    processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values))]
-    if len({process["averages"] for process in processes}) > 1:
-        raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
+    changed: set[PlaceKey] = set()
+    for worker in workers:
+        changed |= {key for watch in worker.watches for key in watch.changed()}
+    for worker in workers:  # before the check for NaN: what changed is averaged too
+        worker.subnet.changing |= changed
+    names = {worker.index: first_nonfinite(worker.subnet) for worker in workers}
+    detected = {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
+    failed = {**detected, **nonfinite}
+    own = [flat_states(w.optimizers, {n: f for n, f in w.state.items() if n != VELOCITY}) for w in workers]
+    states = _merged_states([_state_texts(types) for types in own])
+    loose: dict[int, LooseParts] = {}
+    processes: list[Any] = []
+    for _ in range(2):
+        loose = {w.index: collect_loose(w, states, rule, without_state=w.index in failed) for w in workers}
+        values = {
+            "round": [round, step],
+            "optimizers": _distinct([[type(optimizer).__name__ for optimizer in w.optimizers] for w in workers]),
+            "averages": any(worker.average for worker in workers),
+            "state": _state_texts(states),
+            "nonfinite": failed,
+            "changed": to_text(changed, workers[0].subnet),
+            "loose": loose_values.to_text(loose),
+            "has_loose": any(worker.subnet.loose() for worker in workers),
+        }
+        processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values, separators=(",", ":")))]
+        _check_progress(processes)
+        states = _merged_states([process["state"] for process in processes])
+        if all(process["state"] == _state_texts(states) for process in processes):
+            break  # all have described the same states; else all do so now
+    for worker in workers:
+        for process in processes:
+            worker.subnet.changing |= from_text(process["changed"], worker.subnet)
+            worker.subnet.has_loose |= process["has_loose"]
+        if worker.average is not None:
+            worker.average.changing, worker.average.has_loose = worker.subnet.changing, worker.subnet.has_loose
     return RoundAgreement(
-        states={
-            name: {_dtype(dtype): _dtype(own) for dtype, own in sorted(types.items())}
-            for name, types in sorted(_merged([process["state"] for process in processes]).items())
-        },
+        states=states,
         nonfinite={int(worker): reason for process in processes for worker, reason in process["nonfinite"].items()},
+        loose=loose,
+        described=Described([process["loose"] for process in processes]),
     )
 
 
-def _merged(tables: Sequence[Mapping[str, Mapping[K, V]]]) -> dict[str, dict[K, V]]:
-    """Tables of tables as one; of several entries the first counts."""
-    merged: dict[str, dict[K, V]] = {}
-    for table in tables:
-        for name, own in table.items():
-            merged[name] = {**own, **merged.get(name, {})}
-    return merged
+def _distinct(values: Sequence[list[str]]) -> list[list[str]]:
+    return [value for number, value in enumerate(values) if value not in values[:number]]
 
 
-def _types(states: Mapping[str, Flats]) -> dict[str, dict[str, str]]:
-    """The dtypes of optimizer states, by dtype of the weights, for JSON."""
-    return {
-        name: {str(dtype): str(flat.dtype) for dtype, flat in flats.items()}
-        for name, flats in states.items()
-        if name != VELOCITY
-    }
+def _check_progress(processes: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if the processes are not at the same point of the same training."""
+    first = processes[0]
+    for number, process in enumerate(processes):
+        if process["round"] != first["round"]:
+            (round, step), (first_round, first_step) = process["round"], first["round"]
+            raise AgreedError(
+                f"process {number} ends round {round + 1} at step {step}, process 0 ends round {first_round + 1} at "
+                f"step {first_step}; call job.step equally often in all processes, before job.synchronize and "
+                "job.full_model too"
+            )
+        if len(process["optimizers"]) > 1 or process["optimizers"] != first["optimizers"]:
+            own, others = cast(list[list[str]], first["optimizers"])[0], cast(list[list[str]], process["optimizers"])
+            other = next((names for names in others if names != own), [])
+            raise AgreedError(
+                f"process {number} trains a worker with {', '.join(other) or 'no optimizer'}, process 0 with "
+                f"{', '.join(own) or 'no optimizer'}; give all workers the same optimizers"
+            )
+        if process["averages"] != first["averages"]:
+            raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
+
+
+def _state_texts(states: Mapping[str, StateTypes]) -> dict[str, dict[str, str]]:
+    """The states in a form for JSON."""
+    return {name: {str(dtype): str(own) for dtype, own in types.items()} for name, types in states.items()}
+
+
+def _merged_states(processes: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, StateTypes]:
+    """The states of all processes, in the same order in all of them."""
+    merged: dict[str, dict[str, str]] = {}
+    for states in processes:
+        for name, types in states.items():
+            merged[name] = {**types, **merged.get(name, {})}
+    return {name: {_dtype(d): _dtype(own) for d, own in sorted(merged[name].items())} for name in sorted(merged)}
 
 
 def _dtype(text: str) -> torch.dtype:

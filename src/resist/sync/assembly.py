@@ -1,11 +1,15 @@
 """Assembly: bring all blocks to one worker, to form the complete network."""
 
+import io
+import json
 from collections.abc import Mapping
+from hashlib import blake2b
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from resist.planning.plan import RoundPlan
+from resist.planning.plan import Key, RoundPlan
 from resist.subnet.network import Subnet
 from resist.sync.transport import Move, Transport
 
@@ -27,15 +31,13 @@ def assemble(transport: Transport, subnets: Mapping[int, Subnet], *, plan: Round
     Raises:
         WorkerLostError: If another process is lost.
     """
+    for subnet in subnets.values():
+        subnet.take_back()
     full = _empty_full(subnets[on]) if on in subnets else None
+    sources = {key: _source(transport, plan, key, on) for key in plan.keys}
     moves: list[Move] = []
     template = next(iter(subnets.values()))
-    for chain, block in plan.keys:
-        # From `on` itself, else from a holder in the same process, else from the holders in turn, which spreads the
-        # load. All processes choose the same source.
-        holders = plan.holders(chain, block)
-        near = [worker for worker in holders if transport.process_of(worker) == transport.process_of(on)]
-        source = on if on in holders else (near or holders)[block % len(near or holders)]
+    for (chain, block), source in sources.items():
         for dtype, layout in template.layouts.items():
             incoming = None if full is None else full.slot(chain, block, full.flats[dtype])
             outgoing: Tensor | None = None
@@ -48,7 +50,19 @@ def assemble(transport: Transport, subnets: Mapping[int, Subnet], *, plan: Round
             elif incoming is not None and outgoing is not None:
                 incoming.copy_(outgoing)
     transport.transfer(moves).finish()
+    if template.has_loose:
+        _assemble_loose(transport, subnets, full, plan, sources, on)
     return full
+
+
+def _source(transport: Transport, plan: RoundPlan, key: Key, on: int) -> int:
+    """The worker that sends a block; the same in all processes.
+
+    `on` itself, else a holder in the same process, else the holders in turn, which spreads the load.
+    """
+    holders = plan.holders(*key)
+    near = [worker for worker in holders if transport.process_of(worker) == transport.process_of(on)]
+    return on if on in holders else (near or holders)[key[1] % len(near or holders)]
 
 
 def _empty_full(subnet: Subnet) -> Subnet:
@@ -60,10 +74,79 @@ def _empty_full(subnet: Subnet) -> Subnet:
         device=subnet.device,
         channels_last=subnet.channels_last,
         template_capacities=subnet.capacities,
-        template_held=subnet.layout.held,
+        like=subnet,
     )
     full.hold([range(chain.num_blocks) for chain in subnet.chains])
     with torch.no_grad():
         for dtype, flat in full.flats.items():
             full.slot(None, 0, flat).copy_(subnet.slot(None, 0, subnet.flats[dtype]))
     return full
+
+
+def _assemble_loose(
+    transport: Transport,
+    subnets: Mapping[int, Subnet],
+    full: Subnet | None,
+    plan: RoundPlan,
+    sources: Mapping[Key, int],
+    on: int,
+) -> None:
+    """Bring the loose buffers of all blocks to `full`. Waits for all processes: only they know the sizes.
+
+    Nothing is sent for a block whose loose buffers are those of the first block of its chain that `on` holds.
+    """
+    packed: dict[Key, bytes] = {}
+    for (chain, block), source in sources.items():
+        if source in subnets:
+            part = chain, plan.slot(chain, block, worker=source)
+            packed[chain, block] = _pack(subnets[source].loose().get(part, {}))
+    first = {}
+    if full is not None:
+        own = subnets[on].loose()
+        first = {chain: _pack(own.get((chain, 0), {})) for chain in range(len(plan.plans))}
+    values = {
+        "sizes": [[*key, len(value), _digest(value)] for key, value in packed.items()],
+        "first": {chain: _digest(value) for chain, value in first.items()},
+    }
+    texts = [json.loads(text) for text in transport.all_gather_text(json.dumps(values))]
+    known = {int(chain): digest for text in texts for chain, digest in text["first"].items()}
+    moves: list[Move] = []
+    keys: list[Key] = []
+    sizes = {(chain, block): (size, digest) for text in texts for chain, block, size, digest in text["sizes"]}
+    for (chain, block), source in sources.items():
+        size, digest = sizes[chain, block]
+        if transport.process_of(source) == transport.process_of(on) or digest == known[chain]:
+            continue
+        outgoing = _as_tensor(packed[chain, block], subnets[source]) if source in subnets else None
+        incoming = None if full is None else torch.empty(size, dtype=torch.uint8, device=full.device)
+        moves.append(Move("evaluate", source, on, size, outgoing, incoming))
+        keys.append((chain, block))
+    arrived = transport.transfer(moves).finish()
+    if full is None:
+        return
+    received = {
+        key: tensor.cpu().numpy().tobytes() for key, tensor in zip(keys, arrived, strict=True) if tensor is not None
+    }
+    full.put_loose((None, 0), subnets[on].loose().get((None, 0), {}))
+    for chain, block in sources:
+        value = received.get((chain, block), packed.get((chain, block), first[chain]))
+        full.put_loose((chain, block), _unpack(value))
+
+
+def _pack(values: Mapping[str, Tensor]) -> bytes:
+    """Named tensors as bytes, equal for equal values."""
+    file = io.BytesIO()
+    torch.save({name: value.detach().cpu().contiguous().clone() for name, value in sorted(values.items())}, file)
+    return file.getvalue()
+
+
+def _unpack(packed: bytes) -> dict[str, Tensor]:
+    return cast(dict[str, Tensor], torch.load(io.BytesIO(packed), weights_only=True))
+
+
+def _as_tensor(packed: bytes, subnet: Subnet) -> Tensor:
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(subnet.device)
+
+
+def _digest(packed: bytes) -> str:
+    return blake2b(packed, digest_size=8).hexdigest()

@@ -7,10 +7,37 @@ import torch
 from torch import Tensor
 
 from resist.planning.strategy import OuterSGD
+from resist.subnet.layout import Place
+from resist.subnet.network import Subnet
 
 # Names of the payloads that are not optimizer states (those have the names that the optimizer gives them): the
 # weights, the momentum of an outer optimizer, and an average of the weights over time.
 WEIGHTS, VELOCITY, AVERAGE = "weights", "outer velocity", "average of weights"
+
+
+def first_nonfinite(subnet: Subnet) -> str | None:
+    """Look for NaN and inf in what is averaged: in weights that train, and buffers that change. Waits for the device.
+
+    Args:
+        subnet: A sub-network.
+
+    Returns:
+        The global dotted name of the first tensor that has one, or None.
+    """
+    for dtype, layout in subnet.layouts.items():
+        flat = subnet.flats[dtype]
+        ranges = layout.ranges(subnet.changing, blocks=True)
+        if all(all_finite(flat[start:end]) for start, end in ranges):
+            continue
+        parts: list[tuple[int | None, int]] = [(None, 0)]
+        parts += [(chain, slot) for chain, capacity in enumerate(layout.capacities) for slot in range(capacity)]
+        for chain, slot in parts:
+            for piece in layout.part(chain).pieces:
+                place = Place(chain, slot, piece)
+                averaged = piece not in layout.part(chain).resting or place.key in subnet.changing
+                if averaged and not all_finite(layout.view(place, flat)):
+                    return layout.full_name(place, subnet.held)
+    return None
 
 
 def all_finite(flat: Tensor) -> bool:
@@ -24,12 +51,16 @@ def all_finite(flat: Tensor) -> bool:
     """
     if flat.numel() == 0:
         return True
+    if flat.is_complex():
+        flat = torch.view_as_real(flat)
+    if flat.element_size() == 1:  # float8 has no norm
+        flat = flat.float()
     norm = cast(Tensor, torch.linalg.vector_norm(flat, ord=torch.inf))  # pyright: ignore[reportUnknownMemberType]
     return bool(torch.isfinite(norm))
 
 
 @torch.no_grad()
-def mean_into(first: Tensor, others: Sequence[Tensor]) -> None:
+def mean_into(first: Tensor, others: Sequence[Tensor], scale: float = 1.0) -> None:
     """Replace `first` by the mean of itself and `others`, in place.
 
     A running mean, m += (x - m) / k, which needs no additional memory but for dtypes of fewer than 32 bits: their mean
@@ -39,14 +70,26 @@ def mean_into(first: Tensor, others: Sequence[Tensor]) -> None:
     Args:
         first: The first tensor, and the result.
         others: Tensors of the same shape.
+        scale: Factor of the mean.
     """
-    if not others or not (first.is_floating_point() or first.is_complex()):
+    if not (first.is_floating_point() or first.is_complex()):
         return
-    mean = first.float() if is_short(first.dtype) else first
+    if is_short(first.dtype):
+        first.copy_(total([first, *others]).mul_(scale / (len(others) + 1)))
+        return
     for count, tensor in enumerate(others, start=2):
-        mean.lerp_(tensor.to(mean.dtype), 1 / count)
-    if mean is not first:
-        first.copy_(mean)
+        first.lerp_(tensor, 1 / count)
+    if scale != 1.0:
+        first.mul_(scale)
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum tensors of fewer than 32 bits in float32. Equal ones have an exact sum."""
+    (first, *others) = tensors
+    wide = first.float()
+    for tensor in others:
+        wide += tensor
+    return wide
 
 
 def is_short(dtype: torch.dtype) -> bool:
@@ -67,6 +110,13 @@ def outer_step(weights: Tensor, anchor: Tensor, velocity: Tensor, outer: OuterSG
         velocity: The outer momentum, of the same shape; updated in place.
         outer: Learning rate and momentum.
     """
+    if is_short(weights.dtype):
+        # In float32, and rounded once.
+        wide = weights.float(), velocity.float()
+        outer_step(wide[0], anchor.float(), wide[1], outer)
+        weights.copy_(wide[0])
+        velocity.copy_(wide[1])
+        return
     gradient = anchor - weights
     velocity.mul_(outer.momentum).add_(gradient)
     gradient.add_(velocity, alpha=outer.momentum)

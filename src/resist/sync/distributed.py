@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resist.errors import AgreedError, UserError, WorkerLostError, first_line
 from resist.sync.agreement import check_agreement
-from resist.sync.averaging import mean_into
+from resist.sync.averaging import is_short, mean_into, total
 from resist.sync.liveness import COMPUTING, WAITING, Liveness
 from resist.sync.local import Local
 from resist.sync.rendezvous import agree_on_attempt
@@ -122,6 +122,7 @@ class Distributed:
         num_processes: The number of processes.
         rank: The number of this process.
         hosted: The workers of this process, ascending.
+        staged: True if messages are sent from CPU memory only.
 
     Raises:
         AgreedError: If the processes differ in workers, device or backend, or if there are more of them than workers.
@@ -153,7 +154,7 @@ class Distributed:
         except BaseException:
             self.close()
             raise
-        self._staged = backend == "gloo"  # gloo sends from CPU memory only
+        self.staged = backend == "gloo"  # gloo sends from CPU memory only
 
     def _new_group(self, timeout: timedelta, backend: str) -> dist.ProcessGroup:
         """Create a group of all processes. Each process has to call it."""
@@ -202,28 +203,34 @@ class Distributed:
                 assert move.outgoing is not None
                 # gloo sends from CPU memory: from a GPU this copies the block, and waits for the GPU. On the CPU, and
                 # with NCCL, the slot itself is sent, so it must not change before `finish`.
-                wire = move.outgoing.cpu() if self._staged else move.outgoing
+                wire = _sendable(move.outgoing.cpu() if self.staged else move.outgoing)
                 operations.append(dist.P2POp(dist.isend, wire, target, self._peers, tag))
             if target != self.rank:
                 continue
             final = move.incoming
             assert final is not None
             # The receiving side of the same: one block in CPU memory for each block to receive.
-            wire = torch.empty_like(final, device="cpu") if self._staged and final.is_cuda else final
+            wire = torch.empty_like(final, device="cpu") if self.staged and final.is_cuda else final
             if wire is not final:
                 copies.append((wire, final))
-            operations.append(dist.P2POp(dist.irecv, wire, source, self._peers, tag))
+            operations.append(dist.P2POp(dist.irecv, _sendable(wire), source, self._peers, tag))
         # One batch: sends and receives progress together, so no order of the processes can lead to a deadlock. It
         # returns at once; `finish` waits for the processes at the other ends.
         works = self.run("sending blocks", lambda: dist.batch_isend_irecv(operations) if operations else [])
         return _Pending(self, works, arrived, operations, copies)
 
     @torch.no_grad()
-    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str, scale: float = 1.0) -> Handle:
         """See `Transport.mean`."""
-        first = tensors[0]
         if self.num_processes == 1:
-            return Local(self.num_workers).mean(tensors, traffic_kind)
+            return Local(self.num_workers).mean(tensors, traffic_kind, scale)
+        tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+        first = tensors[0]
+        if is_short(first.dtype):
+            return _ShortMean(self, tensors, scale)
+        if not first.is_floating_point():  # integers have no mean: those of worker 0
+            work = self.run("averaging", lambda: dist.broadcast(first, 0, group=self._collective, async_op=True))
+            return _Mean(self, work, tensors)
         # 1. Within the process: the first hosted worker's tensor becomes the mean of the hosted ones, without memory
         #    for a copy. The others keep theirs until `finish`.
         mean_into(first, tensors[1:])
@@ -234,7 +241,15 @@ class Distributed:
         # 3. Between processes: one all-reduce, in the background. `finish` waits for all processes, divides, and copies
         #    the mean to the other hosted workers.
         work = self.run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
-        return _Mean(self, work, tensors)
+        return _Mean(self, work, tensors, self.num_processes, scale)
+
+    def exchange_pieces(self, received: Tensor, sent: Tensor) -> Any:
+        """Send a piece of `sent` to each process, in the background; returns the work to wait for."""
+        return dist.all_to_all_single(received, sent, group=self._collective, async_op=True)
+
+    def gather_pieces(self, received: Tensor, sent: Tensor) -> None:
+        """Send `sent` to all processes."""
+        dist.all_gather(list(received.chunk(self.num_processes)), sent, group=self._collective)
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
         """See `Transport.average_gradients`."""
@@ -370,16 +385,67 @@ class _Pending:
 class _Mean:
     """An all-reduce in progress, whose sum becomes the mean in the tensors of all hosted workers."""
 
-    def __init__(self, transport: Distributed, work: Any, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, transport: Distributed, work: Any, tensors: Sequence[Tensor], divisor: int = 1, scale: float = 1.0
+    ) -> None:
         self._transport, self._work, self._tensors = transport, work, tensors
+        self._divisor, self._scale = divisor, scale
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
         self._transport.run("averaging the shared part", self._work.wait)
-        first = self._tensors[0].div_(self._transport.num_processes)
+        first = self._tensors[0]
+        if self._divisor != 1:
+            first.div_(self._divisor)
+        if self._scale != 1.0:
+            first.mul_(self._scale)
         for tensor in self._tensors[1:]:
             tensor.copy_(first)
         return []
+
+
+class _ShortMean:
+    """The mean of numbers of fewer than 32 bits, in progress: summed in float32, and rounded once.
+
+    Each process sends a piece of its tensor to every other one, which sums the pieces that it gets, rounds their mean,
+    and sends it to all: as many bytes as an all-reduce. A process that hosts several workers has to send their sum in
+    float32, and then all do.
+    """
+
+    def __init__(self, transport: Distributed, tensors: Sequence[Tensor], scale: float) -> None:
+        self._transport, self._tensors = transport, tensors
+        self._factor = scale / transport.num_workers
+        processes, first = transport.num_processes, tensors[0]
+        own = first if processes == transport.num_workers else total(tensors)
+        piece = -(-own.numel() // processes)
+        # gloo sends from CPU memory only. The pieces are equally long: the last one is padded.
+        device = "cpu" if transport.staged else first.device
+        sent = torch.zeros(processes * piece, dtype=own.dtype, device=device)
+        sent[: own.numel()].copy_(own.reshape(-1))
+        self._sent, self._received = sent, torch.empty_like(sent)  # kept until the messages are complete
+        self._work = transport.run(
+            "averaging", lambda: transport.exchange_pieces(self._received.view(torch.uint8), sent.view(torch.uint8))
+        )
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor | None]:
+        self._transport.run("averaging the shared part", self._work.wait)
+        pieces = self._received.chunk(self._transport.num_processes)
+        first = self._tensors[0]
+        mean = total(pieces).mul_(self._factor).to(first.dtype)
+        means = mean.new_empty(len(pieces) * mean.numel())
+        self._transport.run(
+            "averaging the shared part",
+            lambda: self._transport.gather_pieces(means.view(torch.uint8), mean.view(torch.uint8)),
+        )
+        for tensor in self._tensors:
+            tensor.copy_(means[: first.numel()].view(first.shape))
+        return []
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor whose dtype a backend may not know (complex, float8)."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.view(torch.uint8)
 
 
 def _reason(error: Exception) -> str:

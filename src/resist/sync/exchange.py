@@ -18,10 +18,11 @@ from resist.planning.schedule import Message, schedule
 from resist.planning.strategy import Strategy
 from resist.subnet.network import Flats
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
+from resist.sync.optimizer_state import StateTypes
 from resist.sync.payload import Payload, collect_payloads
 from resist.sync.shared import SharedMean
 from resist.sync.transport import Move, Transport
-from resist.sync.worker import StateTypes, Worker
+from resist.sync.worker import Worker
 
 
 class Exchange:
@@ -98,7 +99,8 @@ class Exchange:
         self._average(self.averaging.finish())
         # 2. Owners take the outer step on their blocks, before they hand them over: its momentum goes along.
         for (chain, block), owner in self.schedule.owners.items():
-            if owner in self.workers:
+            # A block that only dropped workers held stays as it was: momentum does not move it.
+            if owner in self.workers and not set(self.plan.holders(chain, block)) <= self.dropped:
                 self._outer_step(owner, chain, self.plan.slot(chain, block, worker=owner))
         # 3. Send the blocks from the slots of their owners to their next holders, and replicas along with them, as one
         #    batch. Slots keep their blocks until the batch is complete, since they are being read; so blocks arrive in
@@ -131,10 +133,14 @@ class Exchange:
 
     @torch.no_grad()
     def _discard(self, worker: int) -> None:
-        """Undo the round of a dropped worker: weights as at its beginning, optimizer state zero."""
+        """Undo the round of a dropped worker: weights and averages as at its beginning, optimizer state zero."""
         for payload in self.payloads:
-            if payload.name in (WEIGHTS, AVERAGE):
+            if payload.name == WEIGHTS:
                 payload.flats[worker].copy_(self._anchor(payload.dtype, worker))
+            elif payload.name == AVERAGE:
+                anchor = self.workers[worker].average_anchor
+                assert anchor is not None, "`Worker.begin_round` copies it where an option needs it"
+                payload.flats[worker].copy_(anchor[payload.dtype])
             elif payload.name != VELOCITY:
                 payload.flats[worker].zero_()
 
@@ -257,9 +263,14 @@ class Exchange:
         for payload in self.payloads:
             if payload.name == VELOCITY:
                 flats = subnet.flats[payload.dtype], self._anchor(payload.dtype, worker), payload.flats[worker]
-                num_trained = subnet.layouts[payload.dtype].part(chain).num_trained
-                parts = [subnet.slot(chain, slot, flat, dtype=payload.dtype)[:num_trained] for flat in flats]
-                outer_step(parts[0], parts[1], parts[2], self.outer)
+                # Weights that train, and frozen ones that train by now; not running statistics.
+                part = subnet.layouts[payload.dtype].part(chain)
+                frozen = {name for key, name in subnet.changing if key == chain} & part.frozen
+                for start, end in part.ranges(frozen):
+                    weights, anchor, velocity = (
+                        subnet.slot(chain, slot, flat, dtype=payload.dtype)[start:end] for flat in flats
+                    )
+                    outer_step(weights, anchor, velocity, self.outer)
 
     @torch.no_grad()
     def _settle(self, payload: Payload) -> None:

@@ -46,9 +46,9 @@ class Local:
         return Done(local_moves(moves))
 
     @torch.no_grad()
-    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str, scale: float = 1.0) -> Handle:
         """See `Transport.mean`."""
-        mean_into(tensors[0], tensors[1:])
+        mean_into(tensors[0], tensors[1:], scale)
         for tensor in tensors[1:]:
             tensor.copy_(tensors[0])
         return Done([])

@@ -1,134 +1,167 @@
 """Optimizer state policies: momentum or Adam's moments at a synchronization.
 
 - `reset`: cleared, as in the authors' code.
-- `keep`: stays with the shared part and with blocks that stay; zero for blocks that arrive.
+- `keep`: stays with the shared part and with blocks that stay; the optimizer begins anew on blocks that arrive.
 - `travel`: moves with its block, averaged over holders as the weights are; that of the shared part stays.
 - `average`: as `travel`, and that of the shared part is averaged over all workers.
 
-If every worker holds every block in both rounds (local SGD, or one worker), no block moves, and `travel` is `keep`.
+The state of a parameter moves as a whole. What has the parameter's shape is in flat tensors laid out as the weights;
+the rest (step counts, factors of another shape, numbers of Python) goes by itself, see `resist.sync.loose`. If every
+worker holds every block in both rounds (local SGD, or one worker), no block moves, and `travel` is `keep`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import inspect
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from resist.errors import UserError
-from resist.subnet.network import Flats, Place, Subnet, is_float
+from resist.subnet.network import Flats, Subnet
+from resist.sync.packing import InFlat, Unmovable, Value, can_move
 
 OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
 
+# Dtype of the weights -> dtype of an optimizer state of theirs.
+StateTypes = dict[torch.dtype, torch.dtype]
 
-def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Flats]) -> None:
-    """Move the optimizer's state into flat tensors laid out as the weights.
-
-    Each state name has one flat tensor for each dtype of the weights, with the dtype of the state. The optimizer then
-    works on views of these tensors. States that are views of them already are not copied. Two cases are left to the
-    optimizer: a state whose shape is not that of its parameter (Adam's step count), and a state that only
-    zero-dimensional parameters have in their own shape (again the step count).
-
-    Args:
-        subnet: The sub-network whose parameters the optimizer trains.
-        optimizer: The optimizer; its state is replaced by views.
-        adopted: State name -> flat tensors by dtype of the weights. Missing ones are added, filled with zeros: memory
-            for one more copy of the weights each.
-    """
-    places = list(subnet.parameter_places())
-    names = {
-        name
-        for parameter, _ in places
-        for name, value in optimizer.state.get(parameter, {}).items()
-        if parameter.dim() and isinstance(value, Tensor) and value.shape == parameter.shape
-    }
-    for parameter, place in places:
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if name not in names or value.shape != parameter.shape or not is_float(value):
-                continue
-            flats, dtype = adopted.setdefault(name, {}), subnet.dtype_of(place)
-            if dtype not in flats:
-                flats[dtype] = torch.zeros_like(subnet.flats[dtype], dtype=value.dtype)
-            view = subnet.view(place, flats)
-            if value.data_ptr() != view.data_ptr() or value.stride() != view.stride():
-                view.copy_(value)
-                optimizer.state[parameter][name] = view
+log = logging.getLogger(__name__)
+_named: set[tuple[str, str]] = set()  # what has been logged: (optimizer, state)
+_begins_with_state: dict[type, bool] = {}  # class of an optimizer -> its constructor creates the state
 
 
-def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> list[list[Optimizer]]:
-    """Group optimizers by the sub-network whose parameters they train.
+def flat_states(optimizers: Sequence[Optimizer], known: Mapping[str, Flats]) -> dict[str, StateTypes]:
+    """List the states that are laid out as the weights, each in flat tensors.
+
+    A state has flat tensors if most numbers of the parameters with any state have it in their own shape. States without
+    (the factored moments of Adafactor) move by themselves. A state that only zero-dimensional parameters have in their
+    own shape (Adam's step count) is none of them.
 
     Args:
-        subnets: The sub-networks of the hosted workers.
-        optimizers: Their optimizers, in any order.
+        optimizers: The optimizers of one worker.
+        known: State name -> flat tensors of the states that have some already.
 
     Returns:
-        The optimizers of each sub-network.
-
-    Raises:
-        UserError: If an optimizer trains the parameters of no sub-network or of several, if two optimizers train the
-            same parameter, or if a sub-network has no optimizer.
+        State name -> dtype of the state for each dtype of weights.
     """
-    subnet_of = {id(p): number for number, subnet in enumerate(subnets) for p in subnet.model.parameters()}
-    grouped: list[list[Optimizer]] = [[] for _ in subnets]
-    trained_by: dict[int, int] = {}  # id of a parameter -> number of the optimizer
-    models = "job.model" if len(subnets) == 1 else "worker.model for each of job.workers"
-    for number, optimizer in enumerate(optimizers):
-        if not hasattr(optimizer, "param_groups"):
-            raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
-        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = {subnet_of[parameter] for parameter in parameters & subnet_of.keys()}
-        if len(trained) != 1:
-            trains = "no parameter of the job's network" if not trained else "the networks of several workers"
-            raise UserError(f"optimizer {number} has {trains}; make it from the parameters of {models}")
-        twice = parameters & trained_by.keys()
-        if twice:
-            raise UserError(
-                f"optimizers {trained_by[twice.pop()]} and {number} train the same parameters; give each parameter to "
-                "one"
-            )
-        trained_by |= dict.fromkeys(parameters, number)
-        grouped[trained.pop()].append(optimizer)
-    if not all(grouped):
-        raise UserError(f"{len(optimizers)} optimizers, none for job.workers[{grouped.index([])}]; pass one for each")
-    return grouped
+    covered: defaultdict[tuple[str, torch.dtype], int] = defaultdict(int)
+    total: defaultdict[torch.dtype, int] = defaultdict(int)
+    types: dict[str, StateTypes] = {}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if not isinstance(parameter, Tensor) or not state:  # pyright: ignore[reportUnnecessaryIsInstance]
+                continue
+            total[parameter.dtype] += parameter.numel()
+            for name, value in state.items():
+                if parameter.dim() and _like_a_weight(value, parameter):
+                    own = types.setdefault(name, {}).setdefault(parameter.dtype, value.dtype)
+                    covered[name, parameter.dtype] += parameter.numel() if own == value.dtype else 0
+    for name in list(types):
+        types[name] = {dtype: own for dtype, own in types[name].items() if 2 * covered[name, dtype] >= total[dtype]}
+    for name, flats in known.items():
+        types[name] = {**types.get(name, {}), **{dtype: flat.dtype for dtype, flat in flats.items()}}
+    return {name: own for name, own in types.items() if own}
 
 
-def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopted: Mapping[str, Flats]) -> None:
-    """Update an optimizer after its parameters have changed in `subnet.resize`.
+def adopt_state(subnet: Subnet, optimizers: Sequence[Optimizer], flats_of: Mapping[str, Flats]) -> None:
+    """Move state that is laid out as the weights into flat tensors.
+
+    The optimizers then work on views of them. States that are views already are not copied. The flat tensors are zero
+    where a parameter has no such state.
 
     Args:
-        subnet: The sub-network, with its new capacities.
-        optimizer: Its optimizer; groups and state are changed in place.
-        before: Ids of the parameters before the resize.
-        adopted: State name -> flat tensors that the exchange filled, laid out for the new capacities.
+        subnet: The sub-network whose parameters the optimizers train.
+        optimizers: Its optimizers; their state is replaced by views.
+        flats_of: State name -> flat tensors by dtype of the weights.
     """
-    places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
-    # 1. Remove parameters that are gone from their groups, and drop their state, which also frees its memory. Note the
-    #    group of each remaining one: all slots of a chain have the same tensors, with equal `Place.key`s.
-    group_of: dict[tuple[int | None, str], int] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if id(parameter) in places:
-                group_of[places[id(parameter)][1].key] = number
-            elif id(parameter) in before:
-                optimizer.state.pop(parameter, None)
-        group["params"] = [p for p in group["params"] if id(p) in places or id(p) not in before]
-    for key, (parameter, place) in places.items():
-        # 2. A new parameter joins the group of its counterparts in other slots. It starts with a copy of the state of
-        #    slot 0, for the values that are not laid out as weights (Adam's step count).
-        if key not in before and place.key in group_of:
-            optimizer.param_groups[group_of[place.key]]["params"].append(parameter)
-            state = optimizer.state.get(_in_first_slot(places, place), {})
-            optimizer.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-        # 3. State that is laid out as the weights becomes a view of the new flat tensors, for old and new parameters:
-        #    the exchange has put there what belongs to the blocks that are now in the slots.
-        for name, flats in adopted.items():
-            if name in optimizer.state.get(parameter, {}) and subnet.dtype_of(place) in flats:
-                optimizer.state[parameter][name] = subnet.view(place, flats)
+    states = [optimizer.state for optimizer in optimizers]
+    for parameter, place in subnet.parameter_places():
+        own = next((cast(dict[str, Any], state[parameter]) for state in states if parameter in state), dict[str, Any]())
+        for name, flats in flats_of.items():
+            if parameter.dtype not in flats:
+                continue
+            value, view = own.get(name), subnet.view(place, flats)
+            if not _like_a_weight(value, parameter) or value.dtype != view.dtype:
+                view.zero_()
+            elif value.data_ptr() != view.data_ptr() or value.stride() != view.stride():
+                view.copy_(value)
+                own[name] = view
 
 
-def _in_first_slot(places: Mapping[int, tuple[nn.Parameter, Place]], place: Place) -> nn.Parameter:
-    """The counterpart of the parameter at `place` in slot 0 of its chain."""
-    first = replace(place, slot=0)
-    return next(parameter for parameter, other in places.values() if other == first)
+def movable_state(optimizer: Optimizer, parameter: Tensor, types: Mapping[str, StateTypes]) -> Value:
+    """Describe the state of one parameter for its way to another worker.
+
+    Args:
+        optimizer: The optimizer.
+        parameter: The parameter.
+        types: States that have flat tensors; see `flat_states`.
+
+    Returns:
+        State name -> value, `InFlat` where it is in a flat tensor; `Unmovable` if one of them cannot move. Then the
+        optimizer begins anew on this parameter wherever it arrives.
+    """
+    moving: dict[str | int, Value] = {}
+    for name, value in optimizer.state[parameter].items():
+        own = types.get(name, {}).get(parameter.dtype)
+        if own is not None and _like_a_weight(value, parameter) and value.dtype == own:
+            moving[name] = InFlat()
+        elif type(name) is str and can_move(value):
+            moving[name] = value
+        else:
+            _name_once(optimizer, str(name), value)
+            return Unmovable(type(value).__name__)
+    return moving
+
+
+def begin_anew(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Drop the whole state of some parameters, so that the optimizer begins anew on them.
+
+    An optimizer that creates its state with itself (Adagrad) gets that state again.
+
+    Args:
+        optimizer: The optimizer.
+        parameters: Parameters that it trains.
+    """
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+        if id(parameter) not in group_of or not _begins_with_state.get(type(optimizer), True):
+            continue
+        state = _first_state(optimizer, parameter, group_of[id(parameter)])
+        _begins_with_state[type(optimizer)] = bool(state)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _first_state(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that the constructor creates for a parameter."""
+    signature = inspect.signature(type(optimizer)).parameters
+    options = {name: value for name, value in {**optimizer.defaults, **group}.items() if name in list(signature)[1:]}
+    try:
+        return dict(type(optimizer)([{**group, "params": [parameter]}], **options).state.get(parameter, {}))
+    except Exception:  # of a class that cannot be called like this: it begins without state, as almost all do
+        return {}
+
+
+def _like_a_weight(value: object, parameter: Tensor) -> TypeGuard[Tensor]:
+    return (
+        isinstance(value, Tensor)
+        and value.shape == parameter.shape
+        and (value.is_floating_point() or value.is_complex())
+        and can_move(value)
+    )
+
+
+def _name_once(optimizer: Optimizer, name: str, value: object) -> None:
+    key = (type(optimizer).__name__, name)
+    if key not in _named:
+        _named.add(key)
+        log.warning(
+            "the state %r of %s (%s) cannot move with its block: the optimizer begins anew on blocks that arrive",
+            name,
+            key[0],
+            type(value).__name__,
+        )

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from resist.planning.strategy import Strategy
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.worker import StateTypes, Worker
+from resist.sync.optimizer_state import StateTypes
+from resist.sync.worker import Worker
 
 
 @dataclass

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from resist.planning.schedule import allreduce_bytes
+from resist.sync.averaging import is_short
 from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport
 
 
@@ -79,13 +80,17 @@ class CountingTransport:
                 self.wire_bytes[move.traffic_kind] += move.num_bytes
         return self._timed(moves[0].traffic_kind if moves else "blocks", lambda: self._transport.transfer(moves))
 
-    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str, scale: float = 1.0) -> Handle:
         """See `Transport.mean`."""
         num_bytes = tensors[0].numel() * tensors[0].element_size()
         self.bytes[traffic_kind] += self.num_workers * allreduce_bytes(num_bytes, self.num_workers)
         self.messages[traffic_kind] += 1
         self.wire_bytes[traffic_kind] += self.num_processes * allreduce_bytes(num_bytes, self.num_processes)
-        return self._timed(traffic_kind, lambda: self._transport.mean(tensors, traffic_kind))
+        if is_short(tensors[0].dtype) and 1 < self.num_processes < self.num_workers:
+            # The first half goes in float32, where a process sends the sum of its workers.
+            more = 4 * tensors[0].numel() - num_bytes
+            self.wire_bytes[traffic_kind] += (self.num_processes - 1) * more
+        return self._timed(traffic_kind, lambda: self._transport.mean(tensors, traffic_kind, scale))
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None] = lambda num_bytes: None) -> nn.Module:
         """See `Transport.average_gradients`.

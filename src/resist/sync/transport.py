@@ -88,15 +88,17 @@ class Transport(Protocol):
         """
         ...
 
-    def mean(self, tensors: Sequence[Tensor], traffic_kind: str) -> Handle:
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str, scale: float = 1.0) -> Handle:
         """Begin to replace tensors by their mean over all workers.
 
-        All processes have to call it. The tensors are changed in place.
+        All processes have to call it. The tensors are changed in place. The result has the same bits in all workers.
+        Dtypes of fewer than 32 bits are summed in float32 and rounded once.
 
         Args:
             tensors: One tensor for each hosted worker, of the same shape. Do not read them before the handle's
                 `finish`.
             traffic_kind: The account on which it is booked: "shared" or "state".
+            scale: Factor of the mean, before it is rounded.
 
         Returns:
             A handle, whose `finish` returns an empty list.

@@ -8,12 +8,12 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from resist.errors import UserError
+from resist.planning.strategy import Strategy
+from resist.subnet.changes import Watch
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.optimizer_state import adopt_state, follow_resize, optimizers_of
-
-# Dtype of the weights -> dtype of an optimizer state of theirs.
-StateTypes = dict[torch.dtype, torch.dtype]
+from resist.sync.optimizer_state import StateTypes, adopt_state, begin_anew
+from resist.sync.optimizers import check_alone, check_optimizers, follow_resize, optimizers_of, refuse_wrappers
 
 
 class Worker:
@@ -32,9 +32,12 @@ class Worker:
         subnet: The same network, with its flat tensors.
         state: Optimizer state by name, each in flat tensors laid out as the weights, by dtype of the weights; also that
             of an outer optimizer.
-        optimizers: The optimizers that `Job.step` was given for this worker.
+        optimizers: The optimizers that `Job.step` was given for this worker, without wrappers around them.
         anchor: The weights at the beginning of the round, or None if no option needs them in this round.
         average: An average of the weights over time, or None; see `Job.follow`.
+        average_anchor: The average at the beginning of the round, or None if no option needs it.
+        watches: The state of `subnet` and `average` at the beginning of the round.
+        averaged: The user's object that computes `average`.
     """
 
     def __init__(self, index: int, subnet: Subnet) -> None:
@@ -44,18 +47,42 @@ class Worker:
         self.optimizers: list[Optimizer] = []
         self.anchor: Flats | None = None
         self.average: Subnet | None = None
+        self.average_anchor: Flats | None = None
+        self.watches: list[Watch] = []
+        self._keep_average = False
+        self.averaged: AveragedModel | None = None
 
-    def begin_round(self, *, keep_anchor: bool, outer: bool) -> None:
+    def begin_round(self, *, keep_anchor: bool, outer: bool, keep_average: bool = False) -> None:
         """Copy the weights to `anchor` if an option needs them, else drop the last copy.
 
         Args:
             keep_anchor: Copy them, with or without an outer optimizer.
             outer: Copy them for an outer optimizer, and create its momentum if there is none yet.
+            keep_average: Copy the average too, if there is one.
         """
+        self._keep_average = keep_average
+        self._begin_average()
         flats = self.subnet.flats
         self.anchor = {dtype: flat.clone() for dtype, flat in flats.items()} if keep_anchor or outer else None
         if outer:
             self.state.setdefault(VELOCITY, {dtype: torch.zeros_like(flat) for dtype, flat in flats.items()})
+
+    def _begin_average(self) -> None:
+        flats = None if self.average is None else self.average.flats
+        keep = self._keep_average and flats is not None
+        self.average_anchor = {dtype: flat.clone() for dtype, flat in flats.items()} if keep and flats else None
+        self.watches = [Watch(subnet) for subnet in (self.subnet, self.average) if subnet is not None]
+
+    def note_modes(self) -> None:
+        """Note which modules the user keeps in eval mode; see `Subnet.note_modes`."""
+        self.subnet.note_modes()
+        if self.average is not None:
+            self.average.frozen_modules = self.subnet.frozen_modules
+
+    def take_back(self) -> None:
+        """Copy tensors that were assigned into the flat tensors; see `Subnet.take_back`."""
+        for subnet in filter(None, (self.subnet, self.average)):
+            subnet.take_back()
 
     def state_flat(self, name: str, dtype: torch.dtype, own: torch.dtype | None = None) -> Tensor:
         """Return a flat tensor of a state, zeros if there is none yet.
@@ -73,22 +100,26 @@ class Worker:
             flats[dtype] = torch.zeros_like(self.subnet.flats[dtype], dtype=own or dtype)
         return flats[dtype]
 
-    def collect_state(self, policy: str) -> None:
-        """Move the state of the optimizers into `state` before a synchronization.
+    def collect_state(self, states: Mapping[str, StateTypes]) -> None:
+        """Move the state of the optimizers that is laid out as the weights into `state`.
 
         Args:
-            policy: One of `resist.sync.optimizer_state.OPTIMIZER_STATES`. "reset" clears the state instead.
+            states: Names of the states that any worker has, each with its dtype for each dtype of weights.
         """
+        for name, types in states.items():
+            for dtype, own in types.items():
+                self.state_flat(name, dtype, own)
+        adopt_state(self.subnet, self.optimizers, {name: self.state[name] for name in states})
+
+    def reset_state(self) -> None:
+        """Drop the state of all optimizers but the outer one, so that they begin anew."""
         for optimizer in self.optimizers:
-            if policy == "reset":
-                optimizer.state.clear()
-            else:
-                adopt_state(self.subnet, optimizer, self.state)
-        if policy == "reset":
-            self.forget_state()
+            optimizer.state.clear()
+            begin_anew(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+        self.forget_state()
 
     def forget_state(self) -> None:
-        """Drop the state of all optimizers but the outer one."""
+        """Drop the flat tensors of the state of all optimizers but the outer one."""
         self.state = {name: flats for name, flats in self.state.items() if name == VELOCITY}
 
     def follow(self, average: AveragedModel) -> None:
@@ -103,7 +134,8 @@ class Worker:
             UserError: If it is not an average of `model`.
         """
         try:
-            self.average = self.subnet.twin(average.module)
+            self.average, self.averaged = self.subnet.twin(average.module), average
+            self._begin_average()
         except (AttributeError, ValueError) as error:
             raise UserError(
                 f"{type(average).__name__} holds no copy of the network of worker {self.index}; make it with "
@@ -131,19 +163,27 @@ class Worker:
             subnet.hold(held)
 
 
-def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer]) -> None:
+def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer], strategy: Strategy) -> None:
     """Assign optimizers to the hosted workers whose parameters they train.
 
     Args:
         workers: The hosted workers. They forget the state of their previous optimizers.
         optimizers: The optimizers of all of them, in any order.
+        strategy: The strategy, with all its stages.
 
     Raises:
-        UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if a parameter was
-            moved out of the flat tensor.
+        UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if its state
+            cannot go with the blocks; if a parameter was moved out of the flat tensor.
     """
+    check_alone(optimizers)
+    exchanges = strategy.workers > 1 and not strategy.every_step
     for worker in workers:
+        if exchanges:
+            refuse_wrappers(worker.subnet.model)
         worker.subnet.check_attached()
         worker.forget_state()
-    for worker, assigned in zip(workers, optimizers_of([w.subnet for w in workers], optimizers), strict=True):
+    grouped = optimizers_of([w.subnet for w in workers], optimizers)
+    if exchanges:
+        check_optimizers(optimizers, [stage.optimizer_state for stage in strategy.stages])
+    for worker, assigned in zip(workers, grouped, strict=True):
         worker.optimizers = assigned

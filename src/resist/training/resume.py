@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from resist.errors import UserError
 from resist.job import Job
-from resist.runs.checkpoint import JOB, newest, read_job, restore
+from resist.runs.checkpoint import newest, read_job
 from resist.runs.config import TrainConfig
+from resist.runs.library import check_visible
 from resist.runs.replicas import newest_replicas, restore_replicas
+from resist.runs.restore import restore
 from resist.runs.tensor_file import FormatError
 from resist.sync.agreement import run_everywhere
 from resist.sync.transport import Transport
@@ -33,7 +36,7 @@ class ResumePoint:
 
     round: int = 0
     step: int = 0
-    restore: Callable[[Job, tuple[Optimizer, ...]], None] = lambda job, optimizers: None
+    restore: Callable[[Job, tuple[Optimizer, ...]], object] = lambda job, optimizers: None
 
 
 def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
@@ -70,13 +73,24 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
         )
     if "checkpoint" not in source:
         if is_main:
-            log.info(f"resist: resuming from the replicas of round {source['round']}; momentum reset")
-        return ResumePoint(source["round"], step, lambda job, _: restore_replicas(job, replicas, source))
+            averages = ", the average of the weights too" if config.optimization.model_ema_decay is not None else ""
+            log.info(f"resist: resuming from the replicas of round {source['round']}; momentum reset{averages}")
+        return ResumePoint(source["round"], step, lambda job, _: _restore_replicas(job, replicas, source))
     path = checkpoints / source["checkpoint"]
-    run_everywhere(transport, lambda: _check_visible(path))
-    return ResumePoint(
-        source["round"], step, lambda job, optimizers: restore(job, optimizers, path, same_workers=before == now)
-    )
+    run_everywhere(transport, lambda: check_visible(path))
+    return ResumePoint(source["round"], step, lambda job, optimizers: restore(job, optimizers, path))
+
+
+def _restore_replicas(job: Job, folder: Path, source: dict[str, Any]) -> None:
+    """Restore the weights. Averages of them (EMA), of which there are no replicas, begin anew with these weights."""
+    restore_replicas(job, folder, source)
+    with torch.no_grad():
+        for worker in job.workers:
+            if worker.average is not None:
+                for average, weights in zip(
+                    worker.average.model.parameters(), worker.subnet.model.parameters(), strict=True
+                ):
+                    average.copy_(weights)
 
 
 def _search(checkpoints: Path, replicas: Path) -> dict[str, Any]:
@@ -99,11 +113,3 @@ def _search(checkpoints: Path, replicas: Path) -> dict[str, Any]:
     if not source and errors:
         raise UserError(f"no undamaged checkpoint in {checkpoints}; train again, or copy one there")
     return source
-
-
-def _check_visible(path: Path) -> None:
-    """Raise UserError where this process does not see the checkpoint that process 0 has verified."""
-    try:
-        (path / JOB).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path / JOB}: {error.strerror}; all processes have to see the same run directory") from error

@@ -105,6 +105,7 @@ def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.
         transport,
         possible=_seen_by_all(out, attempt, transport),
         timeout_s=config.machine.timeout_s,
+        replicas=out / "replicas",
     )
     training = Training(config, task, job, trainers, run, loggers, checkpoints)
     try:

@@ -1,0 +1,94 @@
+"""Skeletons: copies of modules without weights, without the user's hooks, and with kept activations detached."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Set
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from resist.subnet.copying import copied_module, outside
+from resist.subnet.modules import is_float, tables_of_hooks
+
+
+def next_hook() -> int:
+    """Return the number of the next hook that is registered, on any module.
+
+    Hooks with a smaller number belong to the network; those that come later are the user's.
+    """
+    return RemovableHandle.next_id
+
+
+def skeleton(
+    module: nn.Module,
+    *,
+    without: Iterable[nn.Module] = (),
+    keep: Set[int] = frozenset(),
+    hooks_before: int | None = None,
+    root: nn.Module | None = None,
+) -> nn.Module:
+    """Copy a module without its weights.
+
+    A tensor of a graph that the module keeps as an attribute (an auxiliary loss, an attention map) is copied without
+    its graph. Hooks of the network itself are copied with it.
+
+    Args:
+        module: Module to copy. It is not changed.
+        without: Modules in it that are not copied. An `nn.Identity` stands in their places.
+        keep: Ids of the buffers that are copied with their values.
+        hooks_before: Copy only hooks with smaller numbers; see `next_hook`. Default: all.
+        root: Network that `module` is part of. The copy refers to the rest of it as `module` does.
+
+    Returns:
+        The copy, with parameters and float buffers on the meta device.
+    """
+    memo: dict[int, Any] = {} if root is None else outside(root, module)
+    memo |= {id(left_out): nn.Identity() for left_out in without}
+    skipped = {id(inner) for left_out in without for inner in left_out.modules()}
+    copied = [inner for inner in module.modules() if id(inner) not in skipped]
+    for inner in copied:
+        for parameter in inner.parameters(recurse=False):
+            memo[id(parameter)] = meta_parameter(parameter)
+        for buffer in inner.buffers(recurse=False):
+            if is_float(buffer) and id(buffer) not in keep:
+                memo[id(buffer)] = buffer.detach().to("meta")
+    with _Detaching():
+        if hooks_before is not None:
+            _copy_hooks(copied, hooks_before, memo)
+        return copied_module(module, memo)
+
+
+def meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """Copy a parameter to the meta device, with the attributes that were set on it."""
+    bone = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    vars(bone).update(vars(parameter))
+    return bone
+
+
+def _copy_hooks(modules: Iterable[nn.Module], before: int, memo: dict[int, Any]) -> None:
+    """Copy those tables that have hooks of the user, without them."""
+    tables = [table for module in modules for table in tables_of_hooks(module) if any(key >= before for key in table)]
+    for table in tables:
+        memo[id(table)] = OrderedDict[int, object]()
+    for table in tables:
+        for key, hook in table.items():
+            if key < before:
+                memo[id(table)][key] = copy.deepcopy(hook, memo)
+
+
+_DEEPCOPY: Any = Tensor.__deepcopy__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+class _Detaching(TorchFunctionMode):
+    """Lets deepcopy copy tensors that have a graph, without the graph."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _DEEPCOPY and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))

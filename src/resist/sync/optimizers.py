@@ -1,0 +1,218 @@
+"""Optimizers that a loop gives to `Job.step`: whose parameters they train, and whether their state can move."""
+
+import gc
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from resist.errors import UserError
+from resist.subnet.network import Flats, Subnet
+
+# Optimizers of torch.distributed that average gradients or weights, or shard state, over processes themselves.
+_COLLECTIVE = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that a wrapper contains.
+
+    Args:
+        optimizer: An optimizer, or a wrapper of one with the same parameter groups (Accelerate's, Lookahead).
+
+    Returns:
+        The optimizer inside of all wrappers; without a wrapper the optimizer itself.
+    """
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer) and value.param_groups is optimizer.param_groups:
+            return innermost(value)
+    return optimizer
+
+
+def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> list[list[Optimizer]]:
+    """Group optimizers by the sub-network whose parameters they train.
+
+    Args:
+        subnets: The sub-networks of the hosted workers.
+        optimizers: Their optimizers, in any order.
+
+    Returns:
+        The optimizers of each sub-network, without their wrappers.
+
+    Raises:
+        UserError: If an optimizer trains the parameters of no sub-network or of several, if two optimizers train the
+            same parameter, or if a sub-network has no optimizer.
+    """
+    subnet_of = {id(p): number for number, subnet in enumerate(subnets) for p in subnet.model.parameters()}
+    grouped: list[list[Optimizer]] = [[] for _ in subnets]
+    trained_by: dict[int, int] = {}  # id of a parameter -> number of the optimizer
+    models = "job.model" if len(subnets) == 1 else "worker.model for each of job.workers"
+    for number, optimizer in enumerate(optimizers):
+        if not hasattr(optimizer, "param_groups"):
+            raise UserError(f"job.step was given a {type(optimizer).__name__}; give it the optimizers themselves")
+        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = {subnet_of[parameter] for parameter in parameters & subnet_of.keys()}
+        if len(trained) != 1:
+            trains = "no parameter of the job's network" if not trained else "the networks of several workers"
+            raise UserError(f"optimizer {number} has {trains}; make it from the parameters of {models}")
+        twice = parameters & trained_by.keys()
+        if twice:
+            raise UserError(
+                f"optimizers {trained_by[twice.pop()]} and {number} train the same parameters; give each parameter to "
+                "one"
+            )
+        trained_by |= dict.fromkeys(parameters, number)
+        grouped[trained.pop()].append(innermost(optimizer))
+    if not all(grouped):
+        raise UserError(f"{len(optimizers)} optimizers, none for job.workers[{grouped.index([])}]; pass one for each")
+    return grouped
+
+
+def check_alone(optimizers: Sequence[Optimizer]) -> None:
+    """Raise UserError for optimizers of an Accelerator over several processes, which averages gradients itself.
+
+    Its gradients would be means over different blocks.
+    """
+    for optimizer in optimizers:
+        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
+        if spanned > 1:
+            raise UserError(
+                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
+                "resist.integrations.alone()"
+            )
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], policies: Iterable[str]) -> None:
+    """Refuse optimizers whose state cannot go with a block.
+
+    Args:
+        optimizers: Optimizers as they were given to `Job.step`.
+        policies: The values of `optimizer_state` in all stages of the strategy.
+
+    Raises:
+        UserError: If one communicates by itself, keeps one history over all parameters with another policy than
+            "reset", or keeps tensors outside of its state.
+    """
+    moving = [policy for policy in policies if policy != "reset"]
+    for optimizer in optimizers:
+        inner, name = innermost(optimizer), type(optimizer).__name__
+        if any(cls.__name__ in _COLLECTIVE for cls in type(inner).__mro__):
+            raise UserError(
+                f"{type(inner).__name__} communicates over all processes, whose workers have different blocks; give "
+                "each worker a plain optimizer"
+            )
+        if moving and _has_one_history(inner):
+            raise UserError(
+                f"{type(inner).__name__} keeps one history over all parameters, which cannot go with the blocks "
+                f"(`optimizer_state={moving[0]!r}`); give the strategy `optimizer_state='reset'`"
+            )
+        if inner is not optimizer and moving and optimizer.state is not inner.state and optimizer.state:
+            raise UserError(
+                f"{name} keeps state of its own beside that of {type(inner).__name__}, which it wraps; give the "
+                "strategy `optimizer_state='reset'`, or job.step the inner optimizer"
+            )
+        if outside := _outside_state(inner):
+            raise UserError(
+                f"{type(inner).__name__} keeps tensors in its attribute {outside!r}, where they cannot go with the "
+                "blocks; keep them in optimizer.state"
+            )
+
+
+def _has_one_history(optimizer: Optimizer) -> bool:
+    """Check for state of all parameters under one of them, as that of L-BFGS."""
+    if isinstance(optimizer, LBFGS):
+        return True
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(parameters) < 2 or len(optimizer.state) != 1:
+        return False
+    ((owner, state),) = optimizer.state.items()
+    total = sum(parameter.numel() for parameter in parameters)
+    return any(tensor.numel() == total != owner.numel() for tensor in _tensors_in(state))
+
+
+def _outside_state(optimizer: Optimizer) -> str | None:
+    """The name of an attribute with tensors that are neither parameters nor single numbers."""
+    ours = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, value in vars(optimizer).items():
+        if name in ("state", "param_groups", "defaults"):
+            continue
+        if any(tensor.numel() > 1 and id(tensor) not in ours for tensor in _tensors_in(value)):
+            return name
+    return None
+
+
+def _tensors_in(value: object) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in cast(dict[Any, object], value).values():
+            yield from _tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in cast(Sequence[object], value):
+            yield from _tensors_in(item)
+
+
+def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], flats_of: Mapping[str, Flats]) -> None:
+    """Update an optimizer after its parameters have changed in `subnet.resize`.
+
+    New parameters have no state yet.
+
+    Args:
+        subnet: The sub-network, with its new capacities.
+        optimizer: Its optimizer; groups and state are changed in place.
+        before: Ids of the parameters before the resize.
+        flats_of: State name -> flat tensors that the exchange filled, laid out for the new capacities.
+    """
+    places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
+    # 1. Remove parameters that are gone from their groups, and drop their state, which also frees its memory. Note the
+    #    group of each remaining one: all slots of a chain have the same tensors, with equal `Place.key`s. The lists
+    #    stay the same objects, since an optimizer may refer to them elsewhere.
+    group_of: dict[tuple[int | None, str], int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) in places:
+                group_of[places[id(parameter)][1].key] = number
+            elif id(parameter) in before:
+                optimizer.state.pop(parameter, None)
+        group["params"][:] = [p for p in group["params"] if id(p) in places or id(p) not in before]
+    if isinstance(optimizer, LBFGS):
+        optimizer._numel_cache = None  # pyright: ignore[reportPrivateUsage]
+    for key, (parameter, place) in places.items():
+        # 2. A new parameter joins the group of its counterparts in other slots.
+        if key not in before and place.key in group_of:
+            optimizer.param_groups[group_of[place.key]]["params"].append(parameter)
+        # 3. State that is laid out as the weights becomes a view of the new flat tensors: the exchange has put there
+        #    what belongs to the blocks that are now in the slots.
+        for name, flats in flats_of.items():
+            if name in optimizer.state.get(parameter, {}) and parameter.dtype in flats:
+                optimizer.state[parameter][name] = subnet.view(place, flats)
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Refuse a sub-network in a wrapper of torch.distributed.
+
+    Args:
+        model: The sub-network of a worker.
+
+    Raises:
+        UserError: If its parameters are sharded, or its gradients averaged with those of other workers.
+    """
+    sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    flat = next((name for name, _ in model.named_parameters() if "_flat_param" in name), None)
+    if sharded or flat:
+        raise UserError(
+            f"parameter {sharded or flat!r} is sharded by FSDP or tensor parallelism, and a worker's sub-network has "
+            "to be whole in its process; leave it out, and use more workers for a larger network"
+        )
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    ours = {id(parameter) for parameter in model.parameters()}
+    for wrapper in gc.get_objects():  # nothing in a parameter tells that a wrapper averages its gradient
+        if not issubclass(type(wrapper), nn.parallel.DistributedDataParallel):
+            continue
+        if wrapper.process_group.size() > 1 and any(id(parameter) in ours for parameter in wrapper.parameters()):
+            raise UserError(
+                "DistributedDataParallel averages the gradients of workers that have different blocks; train job.model "
+                "itself: the job averages the weights, and resist.ddp is the strategy that averages gradients"
+            )
