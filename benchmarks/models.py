@@ -117,7 +117,7 @@ def count(case: Case) -> Record:
 
 
 def describe(template: nn.Module, chain: Chain) -> Record:
-    block = sum(p.numel() for p in template.get_submodule(chain.block_name(0)).parameters())
+    block = sum(p.numel() for name in chain.members(0) for p in template.get_submodule(name).parameters())
     differ = [f"{attribute.module}.{attribute.name}".lstrip(".") for attribute in chain.varying]
     record: Record = {"name": chain.name, "blocks": chain.num_blocks, "block_parameters": block}
     return {**record, "kind": chain.skip_type, "differ": differ}

@@ -177,7 +177,9 @@ class Job:
         # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
-        check_blocks(full, (chain.block_name(block) for chain in self.chains for block in range(chain.num_blocks)))
+        check_blocks(
+            full, (n for chain in self.chains for block in range(chain.num_blocks) for n in chain.members(block))
+        )
         values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
         check_agreement(self.transport, values)
         self.workers: list[Worker] = []

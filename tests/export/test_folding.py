@@ -218,3 +218,24 @@ def test_a_network_whose_outputs_are_nan_is_refused() -> None:
         next(reversed(list(scaled.parameters()))).fill_(torch.nan)  # behind the chain, whose blocks fold exactly
     with pytest.raises(UserError, match="outputs differ by inf"):
         fold_scale(scaled, noise(2, 3, 8, 8))
+
+
+def test_a_branch_that_the_network_adds() -> None:
+    """Its last layer takes the scale; there is no skip connection within the block."""
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    model, x = Adds().eval(), torch.randn(5, 4)
+    scale_blocks(model, {f"blocks.{i}": {"scale": 0.3, "outside": True} for i in range(3)})
+    folded, folds = fold(model, x)
+    assert [record.into for record in folds] == [("2.weight", "2.bias")] * 3
+    assert scales_of(folded) == {}
+    torch.testing.assert_close(folded(x), model(x))

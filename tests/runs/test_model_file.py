@@ -24,7 +24,7 @@ def test_a_saved_network_comes_back_scaled(tmp_path) -> None:
     model, chains = saved(tmp_path)
     with torch.device("meta"):
         again = network_builder(NetworkConfig(model_args=("width=4",)))()
-    load_full(again, chains, tmp_path / "model.safetensors").eval()
+    load_full(again, tmp_path / "model.safetensors").eval()
     images = torch.randn(2, 3, 16, 16)
     assert not torch.equal(model(images), again(images))
     scale_branches(model, chains, [0.5])
@@ -32,20 +32,20 @@ def test_a_saved_network_comes_back_scaled(tmp_path) -> None:
 
 
 def test_damaged_and_foreign_weights_are_refused_in_one_line(tmp_path) -> None:
-    model, chains = saved(tmp_path)
+    model, _ = saved(tmp_path)
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     for size in (0, 1, 8, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
         with pytest.raises(UserError, match="is damaged") as caught:
-            load_full(build("preact_small", num_classes=10, width=4), chains, file)
+            load_full(build("preact_small", num_classes=10, width=4), file)
         assert "\n" not in str(caught.value)
     file.write_bytes(whole)
     with pytest.raises(UserError, match="another network"):
-        load_full(build("preact_small", num_classes=11, width=4), chains, file)
+        load_full(build("preact_small", num_classes=11, width=4), file)
     less = build("preact_small", num_classes=10, width=4)
     less.head = nn.Linear(less.head.in_features, 10, bias=False)
     with pytest.raises(UserError, match=r"another network.*'head.bias' differs"):
-        load_full(less, chains, file)
+        load_full(less, file)
     with pytest.raises(UserError, match="the run has not finished"):
-        load_full(model, chains, tmp_path / "none")
+        load_full(model, tmp_path / "none")

@@ -22,7 +22,7 @@
 from resist.export.files import load_scaled
 from resist.export.folding import Fold, difference, fold, fold_scale
 from resist.export.run import Export, export_run
-from resist.subnet.scaling import scale_blocks, scales_of
+from resist.subnet.scaling import records_of, scale_blocks, scales_of
 
 __all__ = [
     "Export",
@@ -32,6 +32,7 @@ __all__ = [
     "fold",
     "fold_scale",
     "load_scaled",
+    "records_of",
     "scale_blocks",
     "scales_of",
 ]

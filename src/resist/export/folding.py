@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 
 from resist.errors import UserError
 from resist.subnet.residual import Call, hidden_in
-from resist.subnet.scaling import scales_of, unhook
+from resist.subnet.scaling import adds_outside, scales_of, unhook
 
 TOLERANCE = 1e-5
 
@@ -88,8 +88,9 @@ def fold(model: nn.Module, inputs: object, *, approximate: bool = False) -> tupl
     # Blocks within blocks come first, so that an outer block is tested with its inner ones folded.
     for name in sorted(scales, key=lambda name: -name.count(".")):
         block = folded.get_submodule(name)
+        outside = adds_outside(block)
         unhook(block)
-        folds.append(_fold_block(name, block, scales[name], calls[name], into, approximate))
+        folds.append(_fold_block(name, block, scales[name], calls[name], into, approximate, outside))
         into = folds[-1].into  # the next block is probably of the same type: try these parameters first
     if scales and not approximate:
         error = difference(model, folded, inputs)
@@ -187,8 +188,10 @@ class _Trial:
     rectified: bool
 
     @classmethod
-    def of(cls, name: str, block: nn.Module, scale: float, call: Call) -> "_Trial":
+    def of(cls, name: str, block: nn.Module, scale: float, call: Call, outside: bool) -> "_Trial":
         out, x = _run(block, call), _hidden(call)
+        if outside:
+            return cls(call, scale * out, scale * out, out > 0, rectified=False)
         if out.shape != x.shape:
             raise UserError(
                 f"block {name} maps {tuple(x.shape)} to {tuple(out.shape)}; only a residual block can be folded"
@@ -202,16 +205,16 @@ class _Trial:
 
 
 def _fold_block(
-    name: str, block: nn.Module, scale: float, call: Call, first: tuple[str, ...], approximate: bool
+    name: str, block: nn.Module, scale: float, call: Call, first: tuple[str, ...], approximate: bool, outside: bool
 ) -> Fold:
     """Find the parameters whose multiplication by `scale` equals the scaled block, and multiply them in place.
 
     `first` are tried before all others. Without an exact fold, `approximate` accepts one that is exact where a final
-    ReLU does not clip.
+    ReLU does not clip. With `outside`, the network adds what the block returns to its hidden state.
     """
     copied, call = detached(block).double().eval(), _double(call)
-    example = _Trial.of(name, copied, scale, call)
-    noise = _Trial.of(name, copied, scale, _noisy(call))
+    example = _Trial.of(name, copied, scale, call, outside)
+    noise = _Trial.of(name, copied, scale, _noisy(call), outside)
     rectified = example.rectified and noise.rectified
     least, record, before_relu = inf, None, False
     for names in sorted(_candidates(copied, example.call), key=lambda names: names != first):

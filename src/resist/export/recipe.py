@@ -12,7 +12,7 @@ from resist.export.folding import TOLERANCE, difference
 from resist.models.preact_imagenet import IMAGENET_DEPTHS
 from resist.models.pretrained import timm_name, to_timm
 from resist.subnet.modules import fork_rng
-from resist.subnet.scaling import scale_blocks, scales_of
+from resist.subnet.scaling import records_of, scale_blocks
 
 # Library -> module and function that build a network by name, and the import statement for users.
 LIBRARIES = {
@@ -132,7 +132,7 @@ def check_loads(recipe: Recipe, state: Mapping[str, Tensor], expected: nn.Module
         try:
             rebuilt = sized.build()
             rebuilt.load_state_dict(sized.translated(state))
-            scales = {sized.block_name(name): scale for name, scale in scales_of(expected).items()}
+            scales = {sized.block_name(name): scale for name, scale in records_of(expected).items()}
             error = difference(expected, scale_blocks(rebuilt, scales), images)
         except (UserError, RuntimeError, AssertionError) as failure:
             # The first line of a failed load_state_dict names only the class; the second one names the tensors.

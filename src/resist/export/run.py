@@ -19,9 +19,8 @@ from resist.runs.config import NetworkConfig, TrainConfig
 from resist.runs.config_file import read_config
 from resist.runs.model_file import EMA_FILE, FILE, load_full
 from resist.subnet.batchnorm import recalibrate, use_batch_statistics
-from resist.subnet.chains import choose_chains
 from resist.subnet.modules import BatchNorm
-from resist.subnet.scaling import scale_blocks, scales_of
+from resist.subnet.scaling import records_of, scale_blocks, scales_of
 from resist.subnet.seeded import build_seeded
 from resist.tasks import network_builder, open_task
 
@@ -121,7 +120,7 @@ def export_run(
     if to not in GRAPHS:  # the library has to build a network that computes the same
         recipe = check_loads(recipe, state, folded, images)
     metadata = describe(config, recipe, data, "none" if not scales else "kept" if scale == "keep" else "folded")
-    kept = {recipe.block_name(name): value for name, value in scales_of(folded).items()}
+    kept = {recipe.block_name(name): value for name, value in records_of(folded).items()}
     metadata["scales"] = json.dumps(kept)  # for the reader to apply
     runtime_difference = None
     if to == "program":
@@ -224,10 +223,10 @@ def scaled_network(
         raise UserError(f"`calibrate` has no effect with {config.network.model}, which has no BatchNorm; remove it")
     if without_statistics:
         use_batch_statistics(model)
-    load_full(model, choose_chains(model, config.network.chain), run / file)
+    load_full(model, run / file)
     if without_statistics:
         # Move weights and scales to a network that has statistics, so far those of a fresh network.
-        state, scales = model.state_dict(), scales_of(model)
+        state, scales = model.state_dict(), records_of(model)
         model = build_seeded(build, config.run.seed)
         missing = model.load_state_dict(state, strict=False).missing_keys
         assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in missing), missing

@@ -1,9 +1,10 @@
 """The full network on disk: `model.safetensors`, its tensors under the names that the network itself gives them.
 
-The metadata holds, for each chain, its container, first and last block, and the scale of its branches.
+The metadata holds, for each chain, its container, first and last child, and the scale of its branches; and the modules
+that are scaled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from torch import nn
 
 from resist.errors import UserError
 from resist.runs.tensor_file import read_tensors, verify_tensors, write_tensors
-from resist.subnet.chains import Chain
-from resist.subnet.scaling import scale_branches
+from resist.subnet.chain import Chain
+from resist.subnet.scaling import ScaleRecord, records_for, scale_blocks
 
 FILE = "model.safetensors"
 EMA_FILE = "model_ema.safetensors"  # of the averaged weights, of a run that has them
-FORMAT = "resist full network 3"
+FORMAT = "resist full network 4"
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class ChainScale:
         first: As in `Chain`.
         last: As in `Chain`.
         scale: Factor of the branch of each of its blocks.
+        blocks: The modules that are scaled, as in `resist.subnet.scaling.records_of`.
     """
 
     container: str
     first: int
     last: int
     scale: float
+    blocks: Mapping[str, ScaleRecord]
 
 
 def save_full(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float], path: Path) -> None:
@@ -51,17 +54,20 @@ def save_full(model: nn.Module, chains: Sequence[Chain], scales: Sequence[float]
     Raises:
         UserError: The file cannot be written.
     """
-    scaled = [ChainScale(c.container, c.first, c.last, scale) for c, scale in zip(chains, scales, strict=True)]
+    scaled = [
+        ChainScale(c.container, c.first, c.last, scale, records_for(c, scale))
+        for c, scale in zip(chains, scales, strict=True)
+    ]
     write_tensors(path, model.state_dict(), FORMAT, {"chains": [asdict(chain) for chain in scaled]})
 
 
-def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Module:
+def load_full(model: nn.Module, path: Path, *, scaled: bool = True) -> nn.Module:
     """Load a full network, and scale its branches as saved.
 
     Args:
         model: The network that config.json describes; it may be on the meta device.
-        chains: The chains to scale; none to leave the branches as they are.
         path: File to read.
+        scaled: Scale the branches. Otherwise they are left as they are.
 
     Returns:
         `model`.
@@ -75,14 +81,9 @@ def load_full(model: nn.Module, chains: Sequence[Chain], path: Path) -> nn.Modul
     wrong += [n for n in tensors if n not in expected]
     if wrong:
         raise UserError(f"{path} holds another network than config.json describes: {wrong[0]!r} differs")
-    scale_of = {(c.container, c.first, c.last): c.scale for c in scales}
-    try:
-        scale_of_chains = [scale_of[chain.container, chain.first, chain.last] for chain in chains]
-    except KeyError as error:
-        container, first, last = error.args[0]
-        raise UserError(f"{path} has no scale for chain {container}:{first}-{last}; it is damaged") from None
     model.load_state_dict(tensors, assign=True)
-    scale_branches(model, chains, scale_of_chains)
+    for chain in scales if scaled else ():
+        scale_blocks(model, chain.blocks)
     return model
 
 
@@ -104,7 +105,7 @@ def read_full(path: Path) -> tuple[dict[str, torch.Tensor], list[ChainScale]]:
     tensors = read_tensors(path, FORMAT)
     try:
         return tensors, [
-            ChainScale(str(c["container"]), int(c["first"]), int(c["last"]), float(c["scale"]))
+            ChainScale(str(c["container"]), int(c["first"]), int(c["last"]), float(c["scale"]), dict(c["blocks"]))
             for c in metadata["chains"]
         ]
     except (KeyError, TypeError, ValueError) as error:

@@ -64,7 +64,7 @@ def weights_of(model: nn.Module, chains: Sequence[Chain]) -> Weights:
     Returns:
         The numbers.
     """
-    blocks = tuple(_numel(model.get_submodule(chain.block_name(0))) for chain in chains)
+    blocks = tuple(sum(_numel(model.get_submodule(name)) for name in chain.members(0)) for chain in chains)
     return Weights(_numel(model), blocks, tuple(chain.num_blocks for chain in chains))
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from resist.subnet.chains import Chain
+from resist.subnet.chain import IN_PLACE, Chain
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,16 @@ class Child:
         full_key: Name of the child of the full network's container that has the same index.
         index: Position in the full network's container, if block i of a chain is in slot i.
         chain: Number of the chain, or None for a child outside the chains.
-        slot: Slot in the chain; 0 outside the chains.
+        slot: Slot in the chain; 0 outside the chains; None for a bypass in the place of a block that is not held.
+        member: Number of the child within its block.
     """
 
     key: str
     full_key: str
     index: int
     chain: int | None
-    slot: int
+    slot: int | None
+    member: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ class SubnetLayout:
         capacities: Number of blocks of each chain in the sub-network.
         renumbered: Containers that name their children by position (`nn.ModuleList`), so that the children behind a
             shortened chain get other names.
+        held: Blocks of each chain, for the chains with the form in place. Default: block i is in slot i.
         shared: Layout of the shared part.
         blocks: Layout of one block of each chain.
     """
@@ -167,6 +170,7 @@ class SubnetLayout:
     chains: tuple[Chain, ...]
     capacities: tuple[int, ...]
     renumbered: frozenset[str]
+    held: tuple[tuple[int, ...], ...] = ()
     shared: Layout = field(default_factory=lambda: Layout({}, False))
     blocks: tuple[Layout, ...] = ()
 
@@ -197,7 +201,9 @@ class SubnetLayout:
         Returns:
             The layout; this one if the capacities are equal.
         """
-        return self if tuple(capacities) == self.capacities else replace(self, capacities=tuple(capacities))
+        if tuple(capacities) == self.capacities:
+            return self
+        return replace(self, capacities=tuple(capacities), held=())
 
     @property
     def numel(self) -> int:
@@ -282,7 +288,7 @@ class SubnetLayout:
         """
         if place.chain is None:
             return place.piece
-        return f"{self.chains[place.chain].block_name(held[place.chain][place.slot])}.{place.piece}"
+        return self.chains[place.chain].tensor_name(held[place.chain][place.slot], place.piece)
 
     @cached_property
     def containers(self) -> tuple[str, ...]:
@@ -305,9 +311,18 @@ class SubnetLayout:
             number, chain = next((item for item in chains if item[1].first <= index <= item[1].last), (None, None))
             if number is None or chain is None:
                 children.append(Child(key, full_key, index, None, 0))
-            elif index - chain.first < self.capacities[number]:
-                children.append(Child(key, full_key, index, number, index - chain.first))
+                continue
+            block, member = divmod(index - chain.first, chain.period)
+            slot = self._slot_of(number, block)
+            if slot is not None or chain.form == IN_PLACE:
+                children.append(Child(key, full_key, index, number, slot, member))
         return children
+
+    def _slot_of(self, chain: int, block: int) -> int | None:
+        """The slot at the position of a block, if there is one."""
+        if self.held and self.chains[chain].form == IN_PLACE:
+            return self.held[chain].index(block) if block in self.held[chain] else None
+        return block if block < self.capacities[chain] else None
 
     @cached_property
     def _children_by_key(self) -> dict[str, dict[str, Child]]:
@@ -330,9 +345,9 @@ class SubnetLayout:
             child = self._children_by_key[container].get(key)
             if child is None:  # a parameter of the container itself
                 continue
-            if child.chain is None:
+            if child.chain is None or child.slot is None:
                 return Place(None, 0, f"{prefix}{child.full_key}.{inner}")
-            return Place(child.chain, child.slot, inner)
+            return Place(child.chain, child.slot, self.chains[child.chain].piece(child.member, inner))
         return Place(None, 0, name)
 
 

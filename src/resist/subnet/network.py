@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from resist.errors import UserError
 from resist.subnet.attributes import Placement
 from resist.subnet.buffers import Buffer, loose, put_loose, take_back
-from resist.subnet.chains import Chain
+from resist.subnet.chain import IN_PLACE, Chain
 from resist.subnet.copying import relink, tensors_by_name
-from resist.subnet.layout import Place, SubnetLayout, common_buffers
+from resist.subnet.layout import Child, Place, SubnetLayout, common_buffers
 from resist.subnet.modes import frozen_modules
 from resist.subnet.modules import buffers_of, children_of, is_float, named_modules, parameters_of
 from resist.subnet.skeleton import next_hook, skeleton
@@ -76,7 +76,9 @@ class Subnet:
         present = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
         lists = {c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList)}
         # Only the template of a sub-network is renumbered already.
-        layout = SubnetLayout(self.chains, present, frozenset(lists if template_capacities else ()))
+        renumbered = frozenset(lists if template_capacities else ())
+        placed = like.layout.held if like is not None and template_capacities else ()
+        layout = SubnetLayout(self.chains, present, renumbered, placed)
         if like is None:
             self.hooks_before = next_hook()
             self._common: dict[tuple[int | None, str], Tensor] = common_buffers(template, layout, self.device)
@@ -92,10 +94,13 @@ class Subnet:
         # Blocks without a slot are not copied: the work and the memory follow the sub-network, not the full one.
         left_out: list[nn.Module] = []
         for container in layout.containers:
-            children = template.get_submodule(container).children()
+            children = children_of(template.get_submodule(container)).values()
             for child, module in zip(layout.children(container), children, strict=True):
-                if child.chain is not None and child.slot >= capacities[child.chain]:
+                if module is None or child.chain is None or child.slot is None:
+                    continue
+                if child.slot >= capacities[child.chain]:
                     left_out.append(module)
+        self._bypasses: dict[object, nn.Module] = {}
         self.model = skeleton(
             template, without=left_out, keep=self._kept(template, layout), hooks_before=self.hooks_before
         )
@@ -281,31 +286,40 @@ class Subnet:
             capacities: New number of blocks of each chain.
             flats: Flat tensors laid out for `capacities`, by dtype.
         """
-        layout = self.layout.with_capacities(capacities)
+        self._arrange({dtype: layout.with_capacities(capacities) for dtype, layout in self.layouts.items()})
+        self.flats = flats
+        self._attach()
+
+    def _arrange(self, layouts: dict[torch.dtype, SubnetLayout]) -> None:
+        """Put the children of the chains' containers where `layouts` have them. New blocks are on the meta device."""
+        layout = next(iter(layouts.values()))
         kept = self._kept(self.model, self.layout)
         for container in layout.containers:
-            module = self.model.get_submodule(container)
-            children = cast(dict[str, nn.Module], children_of(module))
-            # Identify the present children by their index in the full network, which no capacity changes.
+            children = children_of(self.model.get_submodule(container))
             present = {
-                child.index: child_module
-                for child, child_module in zip(self.layout.children(container), children.values(), strict=True)
+                _identity(child): module
+                for child, module in zip(self.layout.children(container), children.values(), strict=True)
             }
             # Keep the children that remain. A new block gets the structure of slot 0, which every sub-network has,
             # with parameters on the meta device: no memory is allocated for them until they are attached.
-            wanted: dict[str, nn.Module] = {}
+            wanted: dict[str, nn.Module | None] = {}
             for child in layout.children(container):
-                if child.index in present or child.chain is None:
-                    wanted[child.key] = present[child.index]
+                identity = _identity(child)
+                if child.chain is not None and child.slot is None:
+                    # The same one each time, so that compiled code of a plan that was seen before fits again.
+                    if identity not in self._bypasses:
+                        self._bypasses[identity] = copy.deepcopy(self.chains[child.chain].bypass(child.index))
+                    wanted[child.key] = self._bypasses[identity]
+                elif child.chain is None or identity in present:
+                    wanted[child.key] = present[identity]
                 else:
-                    first = present[self.chains[child.chain].first]
+                    first = present[child.chain, 0, child.member]
+                    assert first is not None, "blocks are modules"
                     wanted[child.key] = skeleton(first, keep=kept, hooks_before=self.hooks_before, root=self.model)
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
-        self.layouts = {dtype: own.with_capacities(capacities) for dtype, own in self.layouts.items()}
-        self.flats = flats
-        self._attach()
+        self.layouts = layouts
 
     def _attach(self) -> None:
         """Make every parameter and float buffer a view into the flat tensor of its dtype.
@@ -438,20 +452,37 @@ class Subnet:
                 )
 
     def hold(self, held: Sequence[Sequence[int]]) -> None:
-        """Set varying attributes to those of the blocks held.
+        """Set varying attributes, and positions in place, to those of the blocks held.
 
         Args:
-            held: Blocks of each chain: block `held[chain][slot]` is in that slot.
+            held: Blocks of each chain: block `held[chain][slot]` is in that slot. Chains with the form in place get
+                their blocks at these positions.
         """
-        self.held = tuple(map(tuple, held))
+        self.held = placed = tuple(map(tuple, held))
+        if any(chain.form == IN_PLACE for chain in self.chains):
+            self._arrange({dtype: replace(layout, held=placed) for dtype, layout in self.layouts.items()})
         for number, chain in enumerate(self.chains):
-            children = cast(dict[str, nn.Module], children_of(self.model.get_submodule(chain.container))).values()
-            slots = [
-                (module, held[number][child.slot])
-                for child, module in zip(self.layout.children(chain.container), children, strict=True)
-                if child.chain == number
-            ]
+            slots = [(self.block(number, slot), block) for slot, block in enumerate(held[number])]
             self._placement.put(slots, chain.varying, chain=chain.name, noted=chain.noted)
+
+    def block(self, chain: int, slot: int) -> nn.Module:
+        """Return the module in a slot.
+
+        Args:
+            chain: Number of the chain.
+            slot: Slot in the chain.
+
+        Returns:
+            The block; a list of its members if it is several children.
+        """
+        container = self.chains[chain].container
+        children = children_of(self.model.get_submodule(container)).values()
+        members = [
+            cast(nn.Module, module)
+            for child, module in zip(self.layout.children(container), children, strict=True)
+            if (child.chain, child.slot) == (chain, slot)
+        ]
+        return members[0] if len(members) == 1 else nn.ModuleList(members)
 
     def load(self, tensors: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
         """Copy the weights of blocks and shared part into the model.
@@ -519,6 +550,13 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         Tensors by dotted name, tied ones once.
     """
     return dict(_floats(model))
+
+
+def _identity(child: Child) -> tuple[int | None, int | None, int]:
+    """What a child is, whatever the capacities and positions."""
+    if child.chain is None or child.slot is None:
+        return child.chain, None, child.index
+    return child.chain, child.slot, child.member
 
 
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

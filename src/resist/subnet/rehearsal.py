@@ -43,6 +43,7 @@ class Rehearsal:
     def __init__(self, forward: Forward, model: nn.Module) -> None:
         self._forward, self._built_in_training = forward, model.training
         self._ways: dict[bool, tuple[bool, bool]] = {}
+        self._forbidden: frozenset[int] = frozenset()
         failure: Exception | None = None
         for training in (False, True):
             # Networks of forces differentiate within the forward pass; some kernels take no dispatch mode.
@@ -65,6 +66,14 @@ class Rehearsal:
         """The modes in which the network can be run."""
         return tuple(self._ways)
 
+    def forbid(self, model: nn.Module) -> None:
+        """Let every further run fail that reads a weight of a network, which copies of it do not share.
+
+        Args:
+            model: The network.
+        """
+        self._forbidden = frozenset(parameter.untyped_storage().data_ptr() for parameter in model.parameters())
+
     def run(self, model: nn.Module, *, training: bool | None = None) -> object:
         """Run a network.
 
@@ -74,26 +83,35 @@ class Rehearsal:
 
         Returns:
             The output. It raises what the network raises.
+
+        Raises:
+            UserError: If it reads a weight of another network, see `forbid`.
         """
         training = self.modes[0] if training is None else training
         grad, repeatable = self._ways[training]
         if not (training and self._built_in_training):  # else in the modes as built: parts may be frozen
             model.train(training)
-        with (
-            undisturbed(),
-            torch.device("cpu"),
-            torch.set_grad_enabled(grad),
-            _Repeatable() if repeatable else nullcontext(),
-        ):
-            return self._forward(model)
+        mode = _Repeatable(self._forbidden)
+        with undisturbed(), torch.device("cpu"), torch.set_grad_enabled(grad), mode if repeatable else nullcontext():
+            output = self._forward(model)
+        if mode.reads_forbidden:
+            raise UserError(
+                "a copy of the network reads weights of the network that it was copied from: a function in it (a "
+                "lambda, a hook, a method that was stored) keeps a reference; use self in methods of the module instead"
+            )
+        return output
 
 
 class _Repeatable(TorchDispatchMode):
-    """Mode in which every draw of the same form gives the same numbers."""
+    """Mode in which every draw of the same form gives the same numbers.
 
-    def __init__(self) -> None:
+    Args:
+        forbidden: Addresses of storages that are looked for among the arguments.
+    """
+
+    def __init__(self, forbidden: frozenset[int]) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
-        self._draws = 0
+        self._draws, self._forbidden, self.reads_forbidden = 0, forbidden, False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -101,6 +119,9 @@ class _Repeatable(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and self._draws < MOST_DRAWS:
             self._draws += 1
             torch.default_generator.manual_seed(0)
+        if self._forbidden and not self.reads_forbidden:
+            tensors = (value for value in args if type(value) in (Tensor, nn.Parameter))
+            self.reads_forbidden = any(t.untyped_storage().data_ptr() in self._forbidden for t in tensors)
         return func(*args, **(kwargs or {}))
 
 

@@ -5,8 +5,9 @@ negative. A block that ends in a norm, norm(x + f(x)), returns a normalized x, a
 block without a skip connection returns a constant. The test runs a copy of the block, so it needs no list of
 architectures. The input is given by the caller, or guessed from the shapes of the weights.
 
-The types of skip connections are `PLAIN`, `RELU` and `NORM` as above, `NONE`, `SHAPE` (the shapes of output and input
-differ) and `UNKNOWN` (the block could not be run).
+The types of skip connections are `PLAIN`, `RELU` and `NORM` as above, `OUTSIDE` (the network adds the output of the
+block to the hidden state, see `resist.subnet.outside`), `NONE`, `SHAPE` (the shapes of output and input differ) and
+`UNKNOWN` (the block could not be run).
 """
 
 import warnings
@@ -38,8 +39,17 @@ from resist.subnet.streams import (
 __all__ = ["Call", "Skip", "Stream", "find_skip", "hidden_in", "hidden_out", "skip_of", "with_hidden"]
 
 PLAIN, RELU, NORM, NONE, SHAPE, UNKNOWN = "plain", "relu", "norm", "none", "shape", "unknown"
+OUTSIDE = "outside"
 RESIDUAL = (PLAIN, RELU, NORM)
-PREFERENCE = {PLAIN: 0, RELU: 0, NORM: 0, UNKNOWN: 1, SHAPE: 2, NONE: 2}  # lower is preferred when a chain is chosen
+PREFERENCE = {
+    PLAIN: 0,
+    RELU: 0,
+    NORM: 0,
+    OUTSIDE: 0,
+    UNKNOWN: 1,
+    SHAPE: 2,
+    NONE: 2,
+}  # lower is preferred when a chain is chosen
 SIZES = 6  # largest number of channel counts to try for a block
 TOKENS, MOST_TOKENS = 16, 1024  # default and largest number of tokens to try
 
@@ -279,3 +289,92 @@ def _guesses(block: nn.Module) -> Iterator[Call]:
         *((2, *rest) for c in channels for rest in ((c, 14, 14), (14, 14, c))),  # windows of 7 by 7
     ):
         yield Call((torch.zeros(shape, dtype=parameters[0].dtype),))
+
+
+def output_of(block: nn.Module, call: Call | None = None) -> tuple[Call, object] | None:
+    """Run a copy of a block.
+
+    Args:
+        block: A block on any device, meta included. It is not changed.
+        call: Arguments of a real call. Default: inputs are guessed from the shapes of the weights.
+
+    Returns:
+        The call, and the block's output; None if the block accepts none of the inputs.
+    """
+    with torch.device("cpu"), fork_rng(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trial = _copy_on_cpu(block)
+            _fill(trial, gain=1.0)
+        except Exception:  # see skip_of
+            return None
+        for attempt in [call] if call is not None else _guesses(trial):
+            try:
+                copied = snapshot(attempt)
+                return copied, trial(*copied.args, **copied.kwargs)
+            except Exception:  # see skip_of
+                continue
+    return None
+
+
+def returns_input(block: nn.Module, call: Call | None = None) -> bool:
+    """Check that a block returns its input if all its weights are zero, gains included.
+
+    Args:
+        block: A block on any device, meta included. It is not changed.
+        call: Arguments of a real call. Default: inputs are guessed from the shapes of the weights.
+
+    Returns:
+        True if it does.
+    """
+    return _response(block, call) == (True, "")
+
+
+def reason_without_skip(block: nn.Module, call: Call | None = None) -> str:
+    """Explain why a block that can be run is not residual.
+
+    Args:
+        block: A block on any device, meta included. It is not changed.
+        call: Arguments of a real call. Default: inputs are guessed from the shapes of the weights.
+
+    Returns:
+        A part of a sentence, what the block returns with all its weights zero.
+    """
+    return _response(block, call)[1]
+
+
+def _response(block: nn.Module, call: Call | None) -> tuple[bool, str]:
+    """True if a block with all weights zero returns its input; else what it returns."""
+    with torch.device("cpu"), fork_rng(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trial = _copy_on_cpu(block)
+        except Exception:  # see skip_of
+            return False, "a block cannot be copied"
+        _fill(trial, gain=0.0)
+        for attempt in [call] if call is not None else _guesses(trial):
+            like = hidden_in(attempt.args, attempt.kwargs)
+            if like is None or not like.is_floating_point():
+                continue
+            x = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
+            try:
+                with_value = snapshot(attempt).with_input(x.clone())
+                output = hidden_out(trial(*with_value.args, **with_value.kwargs))
+            except Exception:  # see skip_of
+                continue
+            if output is not None:
+                same = output.shape == x.shape and _close(output, x)
+                return same, "" if same else _returned(x, output)
+    return False, "a block could not be run outside the network"
+
+
+def _returned(x: Tensor, output: Tensor) -> str:
+    zero = "with all its weights zero a block"
+    if output.shape != x.shape:
+        return f"a block returns another shape ({tuple(output.shape)}) than it takes ({tuple(x.shape)})"
+    ratio = float((output * x).sum() / (x * x).sum())
+    if _close(output, ratio * x, 1e-3) and abs(ratio) > 1e-3:
+        return f"{zero} returns {ratio:.3g} times its input: a skip connection with a factor or a gate"
+    if _close(output, torch.zeros_like(output)):
+        return f"{zero} returns zero"
+    return f"{zero} does not return its input"

@@ -13,9 +13,12 @@ from torch import nn
 
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan
-from resist.subnet.chains import Chain
-from resist.subnet.modules import children_of, hook_tables, named_modules, pre_hook_tables
+from resist.subnet.chain import Chain
+from resist.subnet.modules import hook_tables, named_modules, pre_hook_tables
+from resist.subnet.residual import OUTSIDE
 from resist.subnet.streams import Stream, default_source, hidden_in, hidden_out, replaced, with_hidden
+
+ScaleRecord = float | Mapping[str, Any]  # scale of a block; a mapping if its hook needs more than that
 
 _KEPT = "resist_kept"  # attribute of the copy that a block works on: its hidden state as it was
 
@@ -78,16 +81,22 @@ class ScaleBranch:
         return with_hidden(output, torch.lerp(x.to(y.dtype), y, self.scale), target)
 
 
-def scale_block(block: nn.Module, scale: float, stream: Stream | None = None) -> None:
-    """Scale the branch of one block.
+class ScaleOutput:
+    """Forward hook that scales what a module returns, for branches that the network adds outside of their block.
 
     Args:
-        block: The block. It gets hooks, which act from the next forward pass on, before the hooks that it has.
         scale: Factor of the branch.
-        stream: Places of its hidden state; see `ScaleBranch`.
+
+    Attributes:
+        scale: Factor of the branch.
     """
-    block.register_forward_pre_hook(KeepInput(stream), with_kwargs=True)
-    block.register_forward_hook(ScaleBranch(scale, stream), with_kwargs=True, prepend=True)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        y = hidden_out(output)
+        return output if y is None else with_hidden(output, y * self.scale)
 
 
 def chain_scales(scale: str | float, plan: RoundPlan) -> list[float]:
@@ -126,33 +135,99 @@ def scale_branches(model: nn.Module, chains: Sequence[Chain], scales: Sequence[f
     """
     for chain, scale in zip(chains, scales, strict=True):
         for block in range(chain.num_blocks):
-            if scale != 1.0:
-                scale_block(model.get_submodule(chain.block_name(block)), scale)
+            streams = dict(chain.streams)
+            for name, skip_type in chain.scaled(block) if scale != 1.0 else ():
+                _scale(model.get_submodule(name), scale, streams.get(name), outside=skip_type == OUTSIDE)
+
+
+def _scale(module: nn.Module, scale: float, stream: Stream | None = None, *, outside: bool) -> None:
+    """Set the hooks of one module, before the hooks that it has."""
+    if outside:
+        module.register_forward_hook(ScaleOutput(scale), prepend=True)
+        return
+    module.register_forward_pre_hook(KeepInput(stream), with_kwargs=True)
+    module.register_forward_hook(ScaleBranch(scale, stream), with_kwargs=True, prepend=True)
 
 
 def scales_of(model: nn.Module) -> dict[str, float]:
-    """Collect the scales of all blocks with a hook.
+    """Collect the scales of all modules with a hook.
 
     Args:
         model: The full network.
 
     Returns:
-        Scale of each block by dotted name.
+        Scale of each block, or other module with a branch, by dotted name.
     """
     return {
         name: hook.scale
         for name, module in named_modules(model)
         for hook in hook_tables(module)[0].values()
-        if isinstance(hook, ScaleBranch)
+        if isinstance(hook, ScaleBranch | ScaleOutput)
     }
 
 
-def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
-    """Scale the branches of single blocks, as `scales_of` lists them.
+def adds_outside(module: nn.Module) -> bool:
+    """Check for a hook that scales all that a module returns.
+
+    Args:
+        module: A module of a full network.
+
+    Returns:
+        True if it has one: the network adds its output to the hidden state.
+    """
+    return any(isinstance(hook, ScaleOutput) for hook in hook_tables(module)[0].values())
+
+
+def records_of(model: nn.Module) -> dict[str, ScaleRecord]:
+    """Collect the scales of all modules with a hook, with what else their hooks know.
+
+    Args:
+        model: The full network.
+
+    Returns:
+        Scale of each block, or other module with a branch, by dotted name, fit for JSON; see `scale_blocks`.
+    """
+    return {
+        name: _record(hook.scale, isinstance(hook, ScaleOutput), getattr(hook, "stream", None))
+        for name, module in named_modules(model)
+        for hook in hook_tables(module)[0].values()
+        if isinstance(hook, ScaleBranch | ScaleOutput)
+    }
+
+
+def records_for(chain: Chain, scale: float) -> dict[str, ScaleRecord]:
+    """Return the records that `records_of` would have after `scale_branches`.
+
+    Args:
+        chain: A chain of the network.
+        scale: Factor of its branches.
+
+    Returns:
+        The records by dotted name.
+    """
+    streams = dict(chain.streams)
+    return {
+        name: _record(scale, skip_type == OUTSIDE, streams.get(name))
+        for block in range(chain.num_blocks)
+        for name, skip_type in chain.scaled(block)
+    }
+
+
+def _record(scale: float, outside: bool, stream: Stream | None) -> ScaleRecord:
+    if outside:
+        return {"scale": scale, "outside": True}
+    if stream is not None:
+        return {"scale": scale, "source": list(stream.source), "target": list(stream.target)}
+    return scale
+
+
+def scale_blocks(model: nn.Module, scales: Mapping[str, ScaleRecord]) -> nn.Module:
+    """Scale the branches of single blocks, as `records_of` lists them.
 
     Args:
         model: The full network. Its blocks get hooks, which act from the next forward pass on.
-        scales: Factor of each block by dotted name.
+        scales: By dotted name the factor of each block; or a mapping with the `scale`, and `outside` where the network
+            adds what the block returns, or `source` and `target`, the places of the hidden state (see `Stream`).
 
     Returns:
         The same model.
@@ -160,14 +235,16 @@ def scale_blocks(model: nn.Module, scales: Mapping[str, float]) -> nn.Module:
     Raises:
         UserError: If the model has no block of that name.
     """
-    for name, scale in scales.items():
-        container, _, key = name.rpartition(".")
+    for name, record in scales.items():
         try:
-            keys = tuple(children_of(model.get_submodule(container)))
-            index = keys.index(key)
-        except (AttributeError, ValueError) as error:
+            block = model.get_submodule(name)
+        except AttributeError as error:
             raise UserError(f"the model has no block {name!r} to scale; build the network that was exported") from error
-        scale_branches(model, [Chain(container, index, index, keys)], [float(scale)])
+        entries: Mapping[str, Any] = record if isinstance(record, Mapping) else {"scale": record}
+        if (scale := float(entries["scale"])) != 1.0:
+            places = "source" in entries
+            stream = Stream(tuple(entries["source"]), tuple(entries["target"])) if places else None
+            _scale(block, scale, stream, outside=bool(entries.get("outside")))
     return model
 
 
@@ -178,6 +255,6 @@ def unhook(block: nn.Module) -> None:
         block: The block, changed in place.
     """
     for tables in (hook_tables(block), pre_hook_tables(block)):
-        for key in [key for key, hook in tables[0].items() if isinstance(hook, ScaleBranch | KeepInput)]:
+        for key in [key for key, hook in tables[0].items() if isinstance(hook, ScaleBranch | ScaleOutput | KeepInput)]:
             for table in tables:
                 table.pop(key, None)

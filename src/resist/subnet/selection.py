@@ -31,7 +31,7 @@ def all_chains(
     chosen: list[Chain] = []
     left_out: list[str] = []
     for run in runs:
-        if run.skip_type in residual.RESIDUAL:
+        if run.skip_type in (*residual.RESIDUAL, residual.OUTSIDE):
             reason = next(filter(None, (conflict(chain, run) for chain in chosen)), "")
             if reason:
                 left_out.append(f"chain {run.name} is left undivided: {reason}")

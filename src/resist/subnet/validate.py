@@ -1,62 +1,77 @@
-"""Validate a model for ResIST with one forward pass of each sub-network.
+"""Validate a network for ResIST with an example, on copies.
 
-The model has to satisfy four laws:
+The network has to satisfy five laws, each in evaluation mode, and the second one in training mode too:
 
-1. A sub-network that holds every block computes the same as the network: bit for bit, or up to rounding if its weights
-   have another alignment in memory, because kernels may then sum in another order.
+1. A sub-network that holds every block computes the same as the network.
 2. A sub-network computes the same as the network with the other blocks bypassed. A network that treats its layers by
    position (`for i, block in enumerate(blocks)` with other values for each i) does not.
-3. Every block of a chain is called once, in ascending order, with a tensor, and returns one of the same shape.
-4. The blocks are residual, tested as in `resist.subnet.residual` with the inputs that they get in the network.
+3. Every block of a chain is called. Their order is free, and they may be called more than once.
+4. The blocks are residual, tested as in `resist.subnet.residual` with the inputs that they get in the network. They add
+   to one tensor only.
+5. The full network with scaled branches computes x + scale * f(x) for every block, also where a block writes into its
+   input.
+
+The second law compares what every block gets and returns, and the output, so that the reason names the place.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any, cast
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resist.errors import UserError
 from resist.subnet import residual
-from resist.subnet.chains import Chain, choose_chains
-from resist.subnet.example import as_forward
+from resist.subnet.bypassing import AUXILIARY, bypass, compute_out_of_place
+from resist.subnet.chain import Chain
+from resist.subnet.chains import choose_chains
+from resist.subnet.example import as_forward, calls_in
+from resist.subnet.forms import choose_forms
 from resist.subnet.network import Subnet, tensors_of
-from resist.subnet.rehearsal import Forward, stand_in
-from resist.subnet.residual import Call, hidden_in, hidden_out, with_hidden
+from resist.subnet.rehearsal import Forward, Rehearsal, describe, snapshot, stand_in
+from resist.subnet.residual import OUTSIDE, Call, Stream
+from resist.subnet.scaling import scale_branches
+from resist.subnet.sharing import share_weights, with_larger_weights
+from resist.subnet.streams import Path, default_source, default_target, tensors_at
+from resist.subnet.trace import Difference, Trace, first_difference, relative, tensors_in
 
-ROUNDING = 1e-4  # relative difference that another order of summation can cause, after a hundred layers
+REMEDY = "partition another chain"
 
 
-def check_network(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> float:
-    """Check that the network satisfies the laws above.
+@dataclass(frozen=True)
+class Checked:
+    """A network that satisfies the laws.
 
-    The test runs a copy with larger weights, because initial weights can be so small that a difference between blocks
-    is less than the rounding.
+    Attributes:
+        chains: The chains, with the places of hidden states that are not the default ones.
+        difference: Largest difference of the first law, relative to the largest number; 0.0 means bit for bit.
+    """
+
+    chains: tuple[Chain, ...]
+    difference: float
+
+
+def check_network(model: nn.Module, chains: Sequence[Chain], example: object) -> float:
+    """Check that a network satisfies the laws above.
+
+    The test runs copies with larger weights, because initial weights can be so small that a difference between blocks
+    is less than the rounding. It needs memory for one and a half copies of the network, and changes neither the network
+    nor any random state.
 
     Args:
-        model: The full network on the CPU. It is not changed.
+        model: The full network.
         chains: Chains to partition.
-        forward: Function that calls a network with one batch, `lambda model: model(images)` for example.
+        example: One batch, or a function that calls a network with one, `lambda model: model(images)` for example; see
+            `resist.subnet.example.as_forward`.
 
     Returns:
         Largest difference between the outputs of the first law, relative to the largest number; 0.0 means bit for bit.
 
     Raises:
-        UserError: If the network breaks a law, with the chain and the reason.
+        UserError: If the network breaks a law, with the chain and the reason, or if it cannot be run.
     """
-    model = _randomized(model).cpu().eval()
-    with torch.no_grad():
-        calls, expected = _record(model, chains, forward)
-        for chain, block_calls in zip(chains, calls, strict=True):
-            _check_skips(model, chain, block_calls)
-        all_blocks = [list(range(chain.num_blocks)) for chain in chains]
-        difference = _compare(model, chains, all_blocks, forward, expected)
-        # Hold the even blocks, then the odd ones: neighbors are missing, and each end of a chain is missing once.
-        for keep in (0, 1):
-            held = [[block for block in blocks if block % 2 == keep] for blocks in all_blocks]
-            _compare(model, chains, held, forward, _without(model, chains, held, forward))
-    return difference
+    return Examiner(Rehearsal(as_forward(example), model), model).examine(chains).difference
 
 
 def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> tuple[Chain, ...]:
@@ -74,147 +89,259 @@ def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> t
         UserError: If there is no such chain, or if the network breaks a law; see `check_network`.
     """
     forward = as_forward(example)
-    chains = choose_chains(model, names)
-    check_network(model, chains, forward)
-    return chains
+    rehearsal = Rehearsal(forward, model)
+    calls = calls_in(rehearsal, model)
+    chains = choose_chains(model, names, calls, forward)
+    examiner = Examiner(rehearsal, model)
+    found: dict[tuple[Chain, ...], Checked] = {}
+
+    def check(_model: nn.Module, chains: Sequence[Chain], _forward: Forward) -> None:
+        found[tuple(chains)] = examiner.examine(chains)
+
+    return found[choose_forms(model, chains, forward, check, calls)].chains
 
 
-def _randomized(model: nn.Module) -> nn.Module:
-    """A copy with weights that keep the size of activations, gains around one."""
-    randomized = stand_in(model, own_weights=True)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in randomized.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if sum(size > 1 for size in parameter.shape) >= 2:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.copy_(0.3 * noise + (0.0 if "bias" in name.rpartition(".")[2] else 1.0))
-    return randomized
-
-
-def _record(model: nn.Module, chains: Sequence[Chain], forward: Forward) -> tuple[list[list[Call]], object]:
-    """The call of every block by chain, and the network's output."""
-    order: list[tuple[int, int]] = []
-    calls: dict[tuple[int, int], Call] = {}
-    handles: list[Any] = []
-    for number, chain in enumerate(chains):
-        for block in range(chain.num_blocks):
-
-            def record(
-                _module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                output: object,
-                key: tuple[int, int] = (number, block),
-                name: str = chain.block_name(block),
-            ) -> None:
-                x, y = hidden_in(args, kwargs), hidden_out(output)
-                if x is None or y is None or x.shape != y.shape:
-                    raise UserError(
-                        f"{name} does not take a tensor and return one of the same shape, alone or first in a tuple: "
-                        "it cannot be left out of a sub-network; partition another chain"
-                    )
-                order.append(key)
-                calls[key] = Call(args, kwargs).with_input(x.clone())  # a block may write into its input
-
-            handles.append(model.get_submodule(chain.block_name(block)).register_forward_hook(record, with_kwargs=True))
-    try:
-        output = forward(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for number, chain in enumerate(chains):
-        if [block for chain_number, block in order if chain_number == number] != list(range(chain.num_blocks)):
-            raise UserError(
-                f"the network does not call the blocks of {chain.name} once each, one after another; partition "
-                "another chain"
-            )
-    return [[calls[number, block] for block in range(c.num_blocks)] for number, c in enumerate(chains)], output
-
-
-def _check_skips(model: nn.Module, chain: Chain, calls: Sequence[Call]) -> None:
-    for block, call in enumerate(calls):
-        name = chain.block_name(block)
-        if residual.skip_of(model.get_submodule(name), call) not in residual.RESIDUAL:
-            raise UserError(
-                f"{name} is not a residual block: with all its weights zero it does not return its input; partition "
-                "another chain"
-            )
-
-
-def _without(model: nn.Module, chains: Sequence[Chain], held: Sequence[Sequence[int]], forward: Forward) -> object:
-    """Output of the network with the blocks that are not held bypassed."""
-
-    def skip(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:
-        x = hidden_in(args, kwargs)
-        assert x is not None, "_record has checked it"
-        return with_hidden(output, x)
-
-    handles = [
-        model.get_submodule(chain.block_name(block)).register_forward_hook(skip, with_kwargs=True)
-        for chain, blocks in zip(chains, held, strict=True)
-        for block in range(chain.num_blocks)
-        if block not in blocks
-    ]
-    try:
-        return forward(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _compare(
-    model: nn.Module, chains: Sequence[Chain], held: Sequence[Sequence[int]], forward: Forward, expected: object
-) -> float:
-    """Difference to the expected output; UserError if it is more than rounding."""
-    subnet = Subnet(model, chains, [len(blocks) for blocks in held])
-    subnet.load(tensors_of(model), held)
-    names = " and ".join(f"{' '.join(map(str, blocks))} of {c.name}" for blocks, c in zip(held, chains, strict=True))
-    try:
-        output = forward(subnet.model.eval())
-    except Exception as error:  # models of users can raise anything
-        raise UserError(
-            f"a sub-network with blocks {names} cannot be run ({_line(error)}): the network depends on its number of "
-            "blocks; partition another chain"
-        ) from error
-    difference = _difference(tensors_in(output), tensors_in(expected))
-    if not difference < ROUNDING:  # also if it is NaN
-        raise UserError(
-            f"a sub-network with blocks {names} does not compute the same as the network without the others: "
-            "a part of it depends on the position of a block; partition another chain"
-        )
-    return difference
-
-
-def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference between two outputs, relative to the largest number."""
-    if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
-        return math.inf
-    shares = [0.0]
-    for tensor, reference in zip(outputs, expected, strict=True):
-        if tensor.is_floating_point() and not torch.equal(tensor, reference):
-            shares.append(float((tensor - reference).abs().max() / reference.abs().max()))
-    return math.nan if any(map(math.isnan, shares)) else max(shares)
-
-
-def tensors_in(value: object) -> list[Tensor]:
-    """Collect the tensors in an output.
+class Examiner:
+    """A network with larger weights, and an example.
 
     Args:
-        value: A tensor, or nested tuples, lists and dicts of tensors.
+        rehearsal: The example.
+        model: The full network. It is not changed.
 
-    Returns:
-        The tensors in their order. Other values are ignored.
+    Raises:
+        UserError: If copies of the network do not compute what it computes.
     """
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(cast(dict[object, object], value).values())
-    items = cast(Sequence[object], value) if isinstance(value, tuple | list) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
+
+    def __init__(self, rehearsal: Rehearsal, model: nn.Module) -> None:
+        self.rehearsal = rehearsal
+        self.base = with_larger_weights(rehearsal, model)
+        rehearsal.forbid(model)
+
+    def examine(self, chains: Sequence[Chain]) -> Checked:
+        """Check the laws for some chains.
+
+        Args:
+            chains: Chains to partition.
+
+        Returns:
+            The chains, with places of hidden states.
+
+        Raises:
+            UserError: If the network breaks a law.
+        """
+        return _Examination(self.rehearsal, self.base, tuple(chains)).run()
 
 
-def _line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+class _Examination:
+    """The laws, for one network, one example and some chains."""
+
+    def __init__(self, rehearsal: Rehearsal, base: nn.Module, chains: tuple[Chain, ...]) -> None:
+        self.rehearsal, self.base, self.chains = rehearsal, base, chains
+        self.skip_types = {
+            name: skip_type
+            for chain in chains
+            for block in range(chain.num_blocks)
+            for name, skip_type in chain.scaled(block)
+        }
+        self.streams: dict[str, Stream] = {}
+        self.sources: dict[str, Path | None] = {}
+        self.auxiliary: tuple[str, ...] = AUXILIARY[:1]
+
+    def run(self) -> Checked:
+        every = [list(range(chain.num_blocks)) for chain in self.chains]
+        expected = self._record()
+        difference = self._compare(every, self.rehearsal.modes[0], [expected])
+        for training in self.rehearsal.modes:
+            # Hold the even blocks, then the odd ones: neighbors are missing, and each end of a chain is missing once.
+            for keep in (0, 1):
+                held = [[block for block in blocks if block % 2 == keep] for blocks in every]
+                self._compare(held, training)
+        chains = tuple(self._with_streams(chain) for chain in self.chains)
+        self._check_scaling(chains, expected)
+        return Checked(chains, difference)
+
+    def _record(self) -> Trace:
+        """Laws 3 and 4: look at the first call of every block, and at what it returned."""
+        calls: dict[str, Call] = {}
+        outputs: dict[str, object] = {}
+        model, trace = stand_in(self.base), Trace()
+        for name in self.skip_types:
+
+            def enter(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                if name not in calls:
+                    calls[name] = snapshot(Call(args, kwargs))
+
+            def leave(_module: nn.Module, _args: object, output: object, name: str = name) -> None:
+                outputs.setdefault(name, snapshot(Call((output,))).args[0])
+
+            model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True)
+            model.get_submodule(name).register_forward_hook(leave)
+        trace.follow({name: model.get_submodule(name) for name in self.skip_types})
+        trace.end(self.rehearsal.run(model))
+        for chain in self.chains:
+            names = [name for block in range(chain.num_blocks) for name, _ in chain.scaled(block)]
+            missing = [name for name in names if name not in calls]
+            if missing:
+                raise UserError(
+                    f"the network does not call {_some(missing)} of chain {chain.name} with `example`, or not as "
+                    f"modules; give an example that runs through them, call block(x) and not block.forward(x), or "
+                    f"{REMEDY}"
+                )
+            self._find_streams(chain, calls, outputs)
+        return trace
+
+    def _find_streams(self, chain: Chain, calls: Mapping[str, Call], outputs: Mapping[str, object]) -> None:
+        """Find out what each block of a chain adds to."""
+        tried: dict[object, residual.Skip] = {}
+        for block in range(chain.num_blocks):
+            values = repr([attribute.values[block] for attribute in chain.varying])
+            for number, (name, skip_type) in enumerate(chain.scaled(block)):
+                call, output = calls[name], outputs[name]
+                if len(tensors_in(output)) > 1:
+                    self.auxiliary = AUXILIARY
+                self.sources[name] = default_source(call.args, call.kwargs)
+                if skip_type == OUTSIDE:
+                    continue
+                key = number, values, _form(call)  # blocks with the same attributes are tried once
+                if key not in tried:
+                    tried[key] = residual.find_skip(self.base.get_submodule(name), call)
+                self._check_skip(name, tried[key], call)
+                stream = tried[key].stream
+                if stream is not None and stream != Stream(self.sources[name] or (), default_target(output) or ()):
+                    self.streams[name], self.sources[name] = stream, stream.source
+
+    def _check_skip(self, name: str, skip: residual.Skip, call: Call) -> None:
+        if skip.type not in residual.RESIDUAL:
+            reason = residual.reason_without_skip(self.base.get_submodule(name), call)
+            raise UserError(f"{name} is not a residual block: {reason}; {REMEDY}")
+        if skip.others:
+            raise UserError(
+                f"{name} adds to {len(skip.others) + 1} tensors that it gets and returns, of which only one would be "
+                f"scaled in the full network; put them into one tensor, or {REMEDY}"
+            )
+
+    def _with_streams(self, chain: Chain) -> Chain:
+        names = [name for block in range(chain.num_blocks) for name, _ in chain.scaled(block)]
+        return replace(chain, streams=tuple((name, self.streams[name]) for name in names if name in self.streams))
+
+    def _compare(self, held: Sequence[Sequence[int]], training: bool, expected: Sequence[Trace] = ()) -> float:
+        """Laws 1 and 2: compare a sub-network with the network without the other blocks. Returns the difference."""
+        subnet = Subnet(stand_in(self.base), self.chains, [len(blocks) for blocks in held])
+        subnet.load(tensors_of(self.base), held)
+        share_weights(subnet, held, self.base)
+        trace = Trace()
+        trace.follow(_branches(subnet, held))
+        parts = zip(held, self.chains, strict=True)
+        names = " and ".join(f"{' '.join(map(str, blocks))} of {chain.name}" for blocks, chain in parts)
+        mode = " in training mode" if training else ""
+        try:
+            trace.end(self.rehearsal.run(subnet.model, training=training))
+        except UserError:
+            raise
+        except Exception as error:  # models of users can raise anything
+            raise UserError(
+                f"a sub-network with blocks {names} cannot be run{mode} ({describe(error)}): a worker's network is "
+                f"shallower than the whole one, and the network depends on its number of blocks; {REMEDY}"
+            ) from error
+        difference: Difference | None = None
+        for auxiliary in self.auxiliary if not expected else ("",):
+            reference = expected[0] if expected else self._reference(held, training, auxiliary)
+            found = first_difference(trace, reference)
+            if found is None:
+                pairs = zip(trace.output.values(), reference.output.values(), strict=True)
+                return max((relative(left, right) for left, right in pairs), default=0.0)
+            difference = difference or found
+        assert difference is not None, "there is a reference"
+        raise UserError(
+            f"a sub-network with blocks {names} does not compute the same as the network without the others{mode}: "
+            f"{self._cause(difference)}; {REMEDY}"
+        )
+
+    def _reference(self, held: Sequence[Sequence[int]], training: bool | None = None, auxiliary: str = "") -> Trace:
+        """Run the network with the blocks that are not held bypassed."""
+        model, trace = stand_in(self.base), Trace()
+        followed: dict[str, nn.Module] = {}
+        for chain, blocks in zip(self.chains, held, strict=True):
+            for block in range(chain.num_blocks):
+                for name, skip_type in chain.scaled(block):
+                    module = model.get_submodule(name)
+                    if block in blocks:
+                        followed[name] = module
+                    else:
+                        bypass(module, self.streams.get(name), auxiliary, outside=skip_type == OUTSIDE)
+        trace.follow(followed)
+        try:
+            return trace.end(self.rehearsal.run(model, training=training))
+        except UserError:
+            raise
+        except Exception as error:  # models of users can raise anything
+            raise UserError(f"the network cannot be run with blocks left out ({describe(error)}); {REMEDY}") from error
+
+    def _cause(self, difference: Difference) -> str:
+        """Reason why a sub-network differs, from the place where it does."""
+        name, place = difference.name, difference.place
+        if difference.kind == "end":
+            return (
+                "what it makes of the states of its blocks, as features, pooling or gains, depends on the position of "
+                "a block or on their number"
+            )
+        if difference.kind == "calls":
+            return f"whether it calls {name} depends on the position of a block"
+        if difference.kind == "output":
+            return f"what {name} computes depends on the position of a block"
+        if place[1:] == self.sources[name]:
+            return f"the state that {name} gets depends on the position of a block"
+        argument = place[1]
+        if place[0] == 0:
+            parameters = list(inspect.signature(self.base.get_submodule(name).forward).parameters)
+            argument = parameters[int(argument)] if int(argument) < len(parameters) else argument
+        return f"the argument {argument} of {name} depends on the position of a block"
+
+    def _check_scaling(self, chains: Sequence[Chain], expected: Trace) -> None:
+        """Law 5: the network and the scaled network against ones that compute their blocks out of place."""
+        scaled = stand_in(self.base)
+        trace = self._following(scaled)
+        scale_branches(scaled, chains, [0.5] * len(chains))
+        trace.end(self.rehearsal.run(scaled))
+        for scale, found in ((1.0, expected), (0.5, trace)):
+            reference = stand_in(self.base)
+            for name, skip_type in self.skip_types.items():
+                block = reference.get_submodule(name)
+                compute_out_of_place(block, self.streams.get(name), scale, outside=skip_type == OUTSIDE)
+            expected = self._following(reference).end(self.rehearsal.run(reference))
+            difference = first_difference(found, expected, outputs=False)
+            if difference is not None:
+                names = " and ".join(chain.name for chain in self.chains)
+                raise UserError(
+                    f"the blocks of {names} write into a tensor that the network uses again"
+                    + (f", seen at {difference.name}" if difference.name else "")
+                    + ", so they cannot be scaled: let them compute out of place (x = x + f(x))"
+                )
+
+    def _following(self, model: nn.Module) -> Trace:
+        trace = Trace()
+        trace.follow({name: model.get_submodule(name) for name in self.skip_types}, inputs_only=True)
+        return trace
+
+
+def _branches(subnet: Subnet, held: Sequence[Sequence[int]]) -> dict[str, nn.Module]:
+    """The modules of a sub-network that have a branch, by their names in the full network."""
+    found: dict[str, nn.Module] = {}
+    for number, (chain, blocks) in enumerate(zip(subnet.chains, held, strict=True)):
+        for slot, block in enumerate(blocks):
+            whole, members = subnet.block(number, slot), chain.members(block)
+            modules = [whole] if chain.period == 1 else list(whole.children())
+            for name, _ in chain.scaled(block):
+                member = next(i for i, one in enumerate(members) if f"{name}.".startswith(f"{one}."))
+                found[name] = modules[member].get_submodule(name.removeprefix(members[member]).lstrip("."))
+    return found
+
+
+def _form(call: Call) -> str:
+    """Shapes and types of a call, as text."""
+    tensors = [(path, tuple(t.shape), t.dtype) for path, t in tensors_at((call.args, dict(call.kwargs)))]
+    return repr((tensors, [type(value).__name__ for value in (*call.args, *call.kwargs.values())]))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")

@@ -53,10 +53,9 @@ def collect_replica(
         tensors |= worker.subnet.state(plan.held(worker.index), worker.anchor)
     chains, layouts = workers[0].subnet.chains, workers[0].subnet.layouts
     for (chain, block), flats in blocks.items():
-        name = chains[chain].block_name(block)
         for dtype, flat in flats.items():
             pieces = layouts[dtype].blocks[chain].pieces
-            tensors |= {f"{name}.{key}": piece.view(flat) for key, piece in pieces.items()}
+            tensors |= {chains[chain].tensor_name(block, key): piece.view(flat) for key, piece in pieces.items()}
     return Replica(round, step, tensors)
 
 

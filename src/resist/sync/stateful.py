@@ -101,7 +101,7 @@ def _block(job: SavedJob, name: str) -> str:
 
 
 def _blocks(job: SavedJob) -> list[str]:
-    names = [chain.block_name(block) for chain in job.chains for block in range(chain.num_blocks)]
+    names = [name for chain in job.chains for block in range(chain.num_blocks) for name in chain.members(block)]
     return [*sorted(names, key=len, reverse=True), "shared"]
 
 

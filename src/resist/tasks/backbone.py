@@ -81,8 +81,7 @@ class BackboneInit:
         model.load_state_dict(self.tensors, strict=False)
         with torch.no_grad():
             for chain in self.chains:
-                container = model.get_submodule(BODY + chain.container)
-                for block in list(container.children())[chain.first : chain.last + 1]:
+                for block in (model.get_submodule(BODY + name) for name in chain.blocks):
                     convolution = [module for module in block.modules() if isinstance(module, nn.Conv2d)][-1]
                     convolution.weight *= chain.scale
                     if convolution.bias is not None:

@@ -13,7 +13,6 @@ from resist.runs.config import TrainConfig
 from resist.runs.config_file import read_config
 from resist.runs.model_file import EMA_FILE, FILE, load_full
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
-from resist.subnet.chains import choose_chains
 from resist.tasks import Task, open_task
 
 READINGS = "evaluation.json"
@@ -94,4 +93,4 @@ def _load(path: Path, config: TrainConfig, task: Task, *, scaled: bool, file: st
     model = task.network()  # with weights: buffers that are not saved, such as position tables, have to be right
     if config.method.batchnorm == "batch":
         use_batch_statistics(model)
-    return load_full(model, choose_chains(model, config.network.chain) if scaled else (), path / file)
+    return load_full(model, path / file, scaled=scaled)
