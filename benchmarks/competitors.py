@@ -157,7 +157,7 @@ class Own:
         for chain, block in plan.keys:
             holders, targets = set(plan.holders(chain, block)), set(next_plan.holders(chain, block))
             messages = len(holders) - 1 + len(targets) - bool(holders & targets)
-            total += moved * messages * subnet.block_layouts[chain].numel * subnet.dtype.itemsize
+            total += moved * messages * subnet.block_bytes[chain]
         return total
 
 

@@ -11,7 +11,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -20,7 +20,8 @@ from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
-from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.holdings import log_holdings
+from resist.subnet.network import Flats, Subnet, tensors_of
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
@@ -66,8 +67,8 @@ class Job:
             restored afterwards. Every process builds the same network and keeps only the part of its workers.
         strategy: Number of workers, plans and local steps; see `resist.resist`, `resist.local_sgd`, `resist.diloco`,
             `resist.ddp` and `resist.switch`.
-        chains: Names of the chains to partition, such as "layer3:1-22" or "layer3". Default: the longest run of
-            interchangeable residual blocks.
+        chains: Names of the chains to partition, such as "layer3:1-22" or "layer3", or "all" for all that can be
+            partitioned together. Default: the longest run of interchangeable residual blocks.
         seed: Seed of the initial weights and of the plans.
         batchnorm: BatchNorm statistics of the full network. "recalibrate": running statistics are averaged over
             holders, and `full_model(batches)` estimates them again on the scaled network. "average": only averaged.
@@ -169,6 +170,8 @@ class Job:
         check_agreement(self.transport, values)
         self.workers = [self._host(index, full, device, channels_last) for index in self.transport.hosted]
         self.mark_anchors()
+        if 0 in self.transport.hosted:
+            log_holdings(full, self.chains, strategy)
 
     def _draw_first(self) -> None:
         """Line 1 of the algorithm: draw sub-networks."""
@@ -324,13 +327,13 @@ class Job:
         if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
             raise diverged(self.dropped, round=self.round, step=self.step_index)
         next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
-        kept: dict[Key, Tensor] = {}
+        kept: dict[Key, Flats] = {}
         if not strategy.every_step:
             kept = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
                 self.transport,
                 workers=self.workers,
                 strategy=strategy,
-                state_names=agreed.state_names,
+                states=agreed.states,
                 plan=self.plan,
                 next_plan=next_plan,
                 dropped=self.dropped.keys(),

@@ -45,6 +45,8 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     if get_origin(hint) is tuple:
         sizes = {} if inner[-1] is Ellipsis else {"min_size": len(inner), "max_size": len(inner)}
         return st.lists(values_of(inner[0]), **sizes).map(tuple)
+    if get_origin(hint) is dict:
+        return st.dictionaries(st.text(), st.booleans() | st.integers() | st.lists(st.integers()))
     if hint is Path:
         return st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).map(Path)
     plain = {int: st.integers(), float: st.floats(allow_nan=False), bool: st.booleans(), str: st.text()}
@@ -109,7 +111,8 @@ def test_other_commands_take_what_they_have(tmp_path: Path) -> None:
         ({"method": {"workers": "two"}}, 'method.workers has the value "two", which is not a whole number'),
         ({"method": {"workers": True}}, "method.workers has the value true, which is not a whole number"),
         ({"method": {"scale": 0.5}}, "method.scale has the value 0.5, which is not a string"),
-        ({"optimization": {"lr": None}}, "optimization.lr has the value null, which is not a number"),
+        ({"optimization": {"epochs": None}}, "optimization.epochs has the value null, which is not a number"),
+        ({"optimization": {"optimizer_args": ["eps"]}}, 'has the value ["eps"], which is not a table of names and'),
         ({"network": {"data": "a\nb\0"}}, "--data a\\nb\\x00 is not known"),
         ({"method": {"sampling": "some"}}, 'method.sampling has the value "some", which is not one of all, shard'),
         ({"method": {"outer": [0.7]}}, "which is not a list of 2 numbers"),

@@ -56,9 +56,13 @@ def test_help(capsys, monkeypatch, command: str) -> None:
     check(f"help-{command}.txt", "\n".join([about, "", *(f"{name}: {text}" for name, text in options.items()), ""]))
 
 
-def test_train_has_at_most_forty_options(capsys) -> None:
-    """Later ones become keys of --config: `resist.runs.config.config_key`."""
-    assert len(options_of(TrainConfig)) <= 40
+def test_train_has_at_most_forty_two_options(capsys) -> None:
+    """Later ones become keys of --config: `resist.runs.config.config_key`.
+
+    Forty, and --optimizer and --model-ema-decay, which people look for in the help. None of the forty became a key for
+    them, because that would break commands that people have.
+    """
+    assert len(options_of(TrainConfig)) <= 42
     _, out, _ = run(capsys, "train", "--help")
     shown = set(re.findall(r"^[│ ] +(--[a-z][a-z-]*)", out, re.M))
     assert shown == {option.flag for option in options_of(TrainConfig).values()}
@@ -127,7 +131,7 @@ train --model-args width=8 width=4
 train --capacities a b
 train --strategy magic
 train --workers 1 2
-train --workers 9
+train --capacities 3 3 3
 train --workers 0
 train --min-depth 30
 train --capacities 1 1 1 1
@@ -142,6 +146,8 @@ train --model-args depths=1,1
 train --model-args depths=1,1,1,1
 train --chain layer9:1-2
 train --chain layer3:x
+train --chain all layer3
+train --capacities-by-round 3=4
 train --until soon
 train --until accuracy=95
 train --strategy local_sgd --min-depth 2

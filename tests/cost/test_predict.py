@@ -101,6 +101,7 @@ def test_a_model_without_a_chain_can_be_trained_whole() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"strategies": [resist(2, capacities=(2, 3))]}, "`capacities=2 3` hold 5 of the 6 blocks"),
         ({"batch_size": 0}, "`batch_size=0`; must be at least 1"),
         ({"rounds": 0}, "rounds=0"),
         ({"image_shape": (3, 0, 8)}, "image_shape=3,0,8"),

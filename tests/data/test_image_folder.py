@@ -105,6 +105,24 @@ def test_batches_do_not_depend_on_the_reading_processes(folder: Path) -> None:
     assert not torch.equal(expected[0][0], expected[1][0])
 
 
+def test_rand_augment_is_a_function_of_seed_worker_and_step(folder: Path) -> None:
+    def batch(seed: int, step: int, first: int | None = None, **options: object) -> Tensor:
+        train = opened(folder, **options)[0]
+        loader = train.loader(Sampler(len(train), batch_size=6, seed=seed, worker=0, workers=2))
+        if first is not None:
+            loader.batch(first)
+        return loader.batch(step)[0]
+
+    once = batch(0, 2, rand_augment=(2, 9))
+    torch.manual_seed(7)
+    assert torch.equal(batch(0, 2, first=0, rand_augment=(2, 9)), once)
+    assert not torch.equal(batch(0, 2, rand_augment=(1, 30)), once)
+    assert not torch.equal(batch(0, 2), once)
+    assert not torch.equal(batch(1, 2, rand_augment=(2, 9)), once)
+    held_out = next(opened(folder, rand_augment=(2, 9))[1].batches(4))
+    assert torch.equal(held_out[0], next(opened(folder)[1].batches(4))[0])  # tests are not augmented
+
+
 @pytest.mark.parametrize("data_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_test_image_comes_once_as_torchvision_cuts_it(folder: Path, data_workers: int) -> None:
     _, held_out = opened(folder, data_workers=data_workers)

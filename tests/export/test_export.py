@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from torch import nn
 
 from exported import noise, own
 from resist.cli import main
+from resist.errors import UserError
+from resist.export import onnx
 from resist.export.recipe import Recipe
+from resist.export.run import TARGETS
 from resist.models import build
 from resist.runs.model_file import save_full
 from resist.subnet.chains import find_chains
@@ -74,6 +79,99 @@ def test_every_target_computes_what_the_run_computes(capsys, tmp_path, runs) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         f"{scale}-a.{suffix}" for scale in ("fold", "keep") for suffix in ("safetensors", "pt", "pt2")
     )
+
+
+@pytest.mark.slow
+def test_onnx_computes_what_the_run_computes(capsys, tmp_path, runs) -> None:
+    """For any number of images, with the scale folded and as part of the graph."""
+    pytest.importorskip("onnxscript", reason="onnx is an optional extra")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnx is an optional extra")
+    scaled = scaled_of(runs["plain"])
+    for scale in ("fold", "keep"):
+        path = tmp_path / f"{scale}.onnx"
+        arguments = ["--to", "onnx", "-o", str(path), "--scale", scale, "--device", "cpu"]
+        status, text, err = command(capsys, "export", str(runs["plain"]), *arguments)
+        assert (status, err) == (0, "")
+        assert re.search(r"checked: the logits of onnxruntime differ from torch's by \d\.\de-\d\d at most", text)
+        names: dict[str, Any] = {}
+        exec("\n".join(line.strip() for line in text.splitlines() if line.startswith("  ")), names)
+        for num in (1, 2, 5):
+            images = noise(num, 3, 16, 16)
+            found = torch.from_numpy(names["model"](images.numpy()))
+            torch.testing.assert_close(found, scaled(images).detach(), rtol=1e-5, atol=1e-5)
+        metadata = onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
+        assert (metadata["scale"], metadata["num_classes"]) == ("folded" if scale == "fold" else "kept", "10")
+
+
+def test_onnx_without_its_packages(capsys, tmp_path, monkeypatch, runs) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    path = tmp_path / "x.onnx"
+    status, out, err = command(capsys, "export", str(runs["plain"]), "--to", "onnx", "-o", str(path))
+    assert (status, out) == (2, "")
+    assert err == "resist: --to onnx needs onnxscript: pip install 'torch-resist[onnx]'\n"
+    assert not path.exists()
+
+
+@pytest.mark.slow
+def test_onnx_that_differs_is_not_written_and_one_that_cannot_be_checked_is_called_so(
+    capsys, tmp_path, monkeypatch, runs
+) -> None:
+    pytest.importorskip("onnxscript", reason="onnx is an optional extra")
+    pytest.importorskip("onnxruntime", reason="onnx is an optional extra")
+    path = tmp_path / "x.onnx"
+    arguments = ["export", str(runs["plain"]), "--to", "onnx", "-o", str(path)]
+    model, other, images = own(), own(), noise(3, 3, 16, 16)
+    content = onnx._convert(other, images, {})
+    monkeypatch.setattr(onnx, "_convert", lambda *_: content)
+    with pytest.raises(UserError, match="onnxruntime does not compute the same as this network"):
+        onnx.write_onnx(path, build("preact_small", num_classes=10, depths=(1, 1, 5, 1), width=4).eval(), images, {})
+    assert not path.exists()
+    monkeypatch.setattr(onnx, "_convert", lambda *_: b"no graph")
+    with pytest.raises(UserError, match="onnxruntime cannot run this network"):
+        onnx.write_onnx(path, model, images, {})
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    status, text, _ = command(capsys, *arguments)
+    assert status == 0
+    assert "not checked, because onnxruntime is not installed: pip install 'torch-resist[onnx]'" in text
+
+
+@pytest.mark.slow
+def test_what_is_printed_says_what_it_needs(capsys, tmp_path, runs) -> None:
+    """A state dict of a network of this package needs this package; a program needs torch alone."""
+    told = {}
+    for to in ("torch", "safetensors", "program"):
+        for scale in ("fold", "keep"):
+            arguments = ["--to", to, "--scale", scale, "-o", str(tmp_path / f"{scale}{TARGETS[to][0]}")]
+            text = command(capsys, "export", str(runs["plain"]), *arguments)[1]
+            told[to, scale] = next(line for line in text.splitlines() if line.startswith("load it"))
+    other = "; --to program needs torch alone):"
+    assert told == {
+        ("torch", "fold"): "load it (needs resist for the network's source" + other,
+        ("torch", "keep"): "load it (needs resist for the network's source and the scale" + other,
+        ("safetensors", "fold"): "load it (needs resist for the network's source, safetensors" + other,
+        ("safetensors", "keep"): "load it (needs resist for the network's source and the scale, safetensors" + other,
+        ("program", "fold"): "load it (needs torch):",
+        ("program", "keep"): "load it (needs torch):",
+    }
+    load = "import sys, torch; torch.export.load(sys.argv[1]).module()(torch.zeros(3, 3, 16, 16)); "
+    check = "assert not [name for name in sys.modules if name.split('.')[0] in ('resist', 'torchvision', 'timm')]"
+    for scale in ("fold", "keep"):
+        subprocess.run([sys.executable, "-c", load + check, str(tmp_path / f"{scale}.pt2")], check=True)
+
+
+@pytest.mark.slow
+def test_the_average_of_a_run_is_exported(capsys, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert command(capsys, "train", *SMALL, "--model-ema-decay", "0.9", "--out", str(run))[0] == 0
+    average = own()
+    average.load_state_dict(load_file(run / "model_ema.safetensors"))
+    scale_blocks(average, {f"layer3.{number}": 0.5 for number in range(1, 5)})
+    status, text, _ = command(capsys, "export", str(run), "--to", "program", "--ema")
+    assert status == 0
+    images = noise(3, 3, 16, 16)
+    found = from_printed_code(text)(images)
+    torch.testing.assert_close(found, average(images), rtol=1e-5, atol=1e-5)
+    assert (found - scaled_of(run)(images)).abs().max() > 1e-3
 
 
 @pytest.mark.slow
@@ -161,7 +259,10 @@ def test_statistics_are_estimated_for_a_run_without_them(capsys, tmp_path, runs)
     ("arguments", "text"),
     [
         (["--to", "timm"], "of --model timm:NAME or preact_resnet..._imagenet, not of preact_small"),
-        (["--to", "torchvision"], "give --to safetensors, torch or program"),
+        (["--to", "torchvision"], "give --to safetensors, torch, program or onnx"),
+        ([], "--to is missing; give one of program, onnx, safetensors, torch, torchvision, timm; see resist export"),
+        (["--to", "onnx", "-o", "x.pt2"], "has the suffix .pt2; give it one of .onnx"),
+        (["--to", "program", "--ema"], "has no average of its weights, because it has no --model-ema-decay; remove"),
         (["--to", "torch", "-o", "x.safetensors"], "has the suffix .safetensors; give it one of .pt, .pth"),
         (["--to", "torch", "-o", "x"], "has no suffix; give it one of"),
         (["--to", "torch", "-o", "none/x.pt"], "none is not a writable directory"),

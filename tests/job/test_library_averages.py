@@ -107,7 +107,7 @@ def test_bytes() -> None:
     go(job, optimizers, averages, 1)
     taken = job.transport.take()["bytes"]
     assert isinstance(taken, dict)
-    assert taken["shared"] == 3 * allreduce_bytes(8 * job.workers[0].subnet.shared_layout.numel, 3)
+    assert taken["shared"] == 3 * allreduce_bytes(8 * job.workers[0].subnet.layout.shared.numel, 3)
     assert taken["state"] == taken["shared"] + taken["blocks"] > 0
 
 

@@ -160,7 +160,7 @@ def test_a_step_count_is_no_weight_for_a_parameter_without_dimensions() -> None:
         for state in optimizer.state.values():
             assert float(state["step"]) == 2
         gate = worker.model.get_parameter("blocks.0.gate")
-        flat = worker.state["exp_avg"]
+        (flat,) = worker.state["exp_avg"].values()
         inside = optimizer.state[gate]["exp_avg"].data_ptr() - flat.data_ptr()
         assert 0 <= inside < flat.numel() * flat.element_size()
 

@@ -41,7 +41,8 @@ CASES: dict[str, Callable[[], Strategy]] = {
 
 def everything(job: Job) -> list[Tensor]:
     """All that a job keeps for its workers."""
-    return [t for worker in job.workers for t in (worker.subnet.flat, *(v for _, v in sorted(worker.state.items())))]
+    states = {worker.index: [t for _, v in sorted(worker.state.items()) for t in v.values()] for worker in job.workers}
+    return [t for worker in job.workers for t in (worker.subnet.flat, *states[worker.index])]
 
 
 def saved(job: Job, optimizers: Sequence[Optimizer], folder: Path) -> Checkpoints:
@@ -321,4 +322,4 @@ def test_anchors_are_those_of_the_restored_weights(tmp_path: Path) -> None:
     saved(job, optimizers, tmp_path).finish()
     again, others = make(CASES["outer"](), resume_at=(1, STEPS))
     restore(again, tuple(others), complete(tmp_path)[0], same_workers=True)
-    assert all(torch.equal(worker.anchor, worker.subnet.flat) for worker in again.workers)
+    assert all(torch.equal(worker.anchor[worker.subnet.flat.dtype], worker.subnet.flat) for worker in again.workers)

@@ -57,6 +57,25 @@ def refused(**parts: object) -> str:
         ("method", "warmup_rounds", -1, "`warmup_rounds=-1`"),
         ("optimization", "label_smoothing", -0.1, "`label_smoothing=-0.1` is too small"),
         ("optimization", "label_smoothing", 1.0, "`label_smoothing=1.0`; must be less than 1"),
+        ("optimization", "clip_grad_norm", 0.0, "`clip_grad_norm=0.0` must be above 0"),
+        (
+            "optimization",
+            "model_ema_decay",
+            1.0,
+            "`model_ema_decay=1.0` is not between 0 and 1; give for example 0.999",
+        ),
+        ("optimization", "model_ema_decay", -0.1, "`model_ema_decay=-0.1` is not between 0 and 1"),
+        ("optimization", "mixup", -1.0, "`mixup=-1.0` is too small; give at least 0"),
+        ("optimization", "rand_augment", (0, 9), "`rand_augment=0 9`; give 1 to 14 operations"),
+        (
+            "optimization",
+            "rand_augment",
+            (2, 31),
+            "`rand_augment=2 31`; give 1 to 14 operations and a magnitude from 0",
+        ),
+        ("optimization", "rand_augment", (2, 9), "`rand_augment` has no effect with `data=digits`, only with folder"),
+        ("optimization", "optimizer_args", {"eps": {}}, "`optimizer_args`: eps is not a finite number, true, false"),
+        ("optimization", "optimizer_args", {"eps": float("nan")}, "`optimizer_args`: eps is not a finite number"),
         ("network", "image_size", 224, "`image_size` has no effect with `data=digits`, only with folder, imagenet"),
         ("network", "data_workers", 2, "`data_workers` has no effect with `data=digits`"),
         ("network", "data_workers", -1, "`data_workers=-1` is too small"),
@@ -101,6 +120,16 @@ def test_options_that_would_do_nothing_are_refused() -> None:
             TrainConfig(method=MethodConfig(strategy=strategy, **option)).check()  # type: ignore[arg-type]
     assert "min_depth=2" in refused(method=MethodConfig(min_depth=2, capacities=(4, 4, 4, 4)))
     assert "`nesterov`" in refused(optimization=OptimizationConfig(nesterov=True, momentum=0.0))
+    for name in ("mixup", "cutmix"):
+        text = f"`{name}` has no effect with "
+        mixed = OptimizationConfig(**{name: 0.2})  # type: ignore[arg-type]
+        assert text + "`data=voc2007`" in refused(network=NetworkConfig(data="voc2007"), optimization=mixed)
+        assert text + "`batch_size=1`" in refused(optimization=dataclasses.replace(mixed, batch_size=1))
+        TrainConfig(optimization=mixed).check()
+    for data in ("voc2007", "cifar10"):
+        augmented = OptimizationConfig(rand_augment=(2, 9))
+        assert "`rand_augment` has no effect" in refused(network=NetworkConfig(data=data), optimization=augmented)
+        TrainConfig(network=NetworkConfig(data="folder"), optimization=augmented).check()
 
 
 def test_the_digest_leaves_out_what_hosts_may_differ_in() -> None:

@@ -7,19 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from resist.errors import UserError
 from resist.subnet.bypass import Bypass, in_place
 from resist.subnet.chain import Chain
 from resist.subnet.chains import choose_chains, find_chains
-from resist.subnet.forms import choose_forms
-from resist.subnet.modules import named_modules
 from resist.subnet.network import Subnet, tensors_of
-from resist.subnet.residual import Call
 from resist.subnet.runs import spans
 from resist.subnet.scaling import outside_of, scale_blocks, scale_branches, scales_of, unhook
-from resist.subnet.validate import check_network
+from resist.subnet.validate import choose_checked
 
 WIDTH = 8
 X = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
@@ -301,27 +297,9 @@ NETS: dict[str, tuple[Callable[[], Net], str, str, list[str]]] = {
 }  # fmt: skip
 
 
-def forward(model: nn.Module) -> object:
-    return model(X)
-
-
-def calls_of(model: nn.Module) -> dict[str, Call]:
-    calls: dict[str, Call] = {}
-    for name, module in named_modules(model):
-
-        def record(_module: object, args: tuple, kwargs: dict, name: str = name) -> None:
-            tree = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
-            calls.setdefault(name, Call(*tree))
-
-        module.register_forward_pre_hook(record, with_kwargs=True)
-    with torch.no_grad():
-        forward(model)
-    return calls
-
-
 def chosen(build: Callable[[], nn.Module], names: Sequence[str] = ()) -> tuple[nn.Module, tuple[Chain, ...]]:
-    model, calls = build().eval(), calls_of(build().eval())
-    return model, choose_forms(model, choose_chains(model, names, calls, forward), forward, check_network, calls)
+    model = build().eval()
+    return model, choose_checked(model, names, X)
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -1,7 +1,7 @@
 """Agreement between processes, on plain data: differences are reported, and results are the same everywhere."""
 
 import json
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,9 +29,9 @@ class Two(Local):
         return [text, self.text]
 
 
-def hosted(index: int, flat: torch.Tensor, state: object = (), average: object = None) -> Any:
+def hosted(index: int, flat: torch.Tensor, state: object = MappingProxyType({}), average: object = None) -> Any:
     """The part of a worker that its process looks at before an exchange."""
-    return SimpleNamespace(index=index, subnet=SimpleNamespace(flat=flat), state=state, average=average)
+    return SimpleNamespace(index=index, subnet=SimpleNamespace(flats={flat.dtype: flat}), state=state, average=average)
 
 
 def test_the_first_difference_is_reported() -> None:
@@ -78,11 +78,15 @@ def test_an_action_fails_everywhere_or_nowhere() -> None:
 
 
 def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
-    text = json.dumps({"averages": False, "state": ["exp_avg", "step"], "nonfinite": {"3": "a loss of nan"}})
-    state = dict.fromkeys(("momentum", "exp_avg", VELOCITY))
+    types, other = {"torch.float32": "torch.float32"}, torch.zeros(1, dtype=torch.float64)
+    text = json.dumps(
+        {"averages": False, "state": {"exp_avg": types, "step": types}, "nonfinite": {"3": "a loss of nan"}}
+    )
+    state = {name: {torch.float32: other} for name in ("momentum", "exp_avg", VELOCITY)}
     workers = [hosted(0, torch.zeros(2), state=state), hosted(1, torch.tensor([0.0, torch.nan]))]
     agreed = agree_on_round(Two(text), workers, nonfinite={0: "inf"})
-    assert agreed.state_names == ["exp_avg", "momentum", "step"]
+    assert list(agreed.states) == ["exp_avg", "momentum", "step"]
+    assert agreed.states["momentum"] == {torch.float32: torch.float64}
     assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite", 3: "a loss of nan"}
     with pytest.raises(AgreedError, match=r"job\.follow was called in some processes and not in others"):
         agree_on_round(Two(text), [hosted(0, torch.zeros(2), average=object())], nonfinite={})

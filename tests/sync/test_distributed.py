@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_bytes_on_the_wire(pool: Pool, processes: int) -> None:
     subnet, process_of = job.workers[0].subnet, [worker * processes // 4 for worker in range(4)]
     for result in pool.run(processes, run_case, case):
         for ledger in result.ledgers[:-1]:
-            shared = processes * allreduce_bytes(subnet.shared_layout.numel * 8, processes)
+            shared = processes * allreduce_bytes(subnet.layout.shared.numel * 8, processes)
             crossing = sum(n for source, target, n in ledger["pairs"] if process_of[source] != process_of[target])
             assert ledger["wire_bytes"]["shared"] == shared
             blocks_and_state = ledger["wire_bytes"]["blocks"] + ledger["wire_bytes"]["state"]
@@ -353,3 +354,51 @@ def test_the_pool_itself(pool: Pool) -> None:
     with pytest.raises(TimeoutError, match="did not answer within 1 s"):
         pool.run(2, sleep, timeout_s=1)
     assert pool.run(2, os.getpid)[0] != os.getpid()
+
+
+def close_in_order(order: list[int], own_group: bool) -> bool:
+    """Make two jobs, close them in this order, and train the other one in between. Returns if a group is left."""
+    if own_group:
+        join_by_environment()
+    jobs = [make(resist(2, 1, optimizer_state="reset"), seed=seed) for seed in range(2)]
+    for job, optimizers in jobs:
+        train(job, optimizers, 2)
+    first, second = (jobs[number] for number in order)
+    first[0].close()
+    train(*second, 2)
+    second[0].full_model()
+    first[0].close()  # once more does no harm
+    with pytest.raises(UserError, match="this job is closed, and its connections with it"):
+        train(*first, 1)
+    second[0].close()
+    left = torch.distributed.is_initialized()
+    if left:
+        torch.distributed.barrier()
+    again, optimizers = make(resist(2, 1))  # and a third one afterwards
+    train(again, optimizers, 2)
+    again.close()
+    return left
+
+
+def join_by_environment() -> None:
+    """Leave the group of the pool, and prepare the environment of torchrun."""
+    rank = torch.distributed.get_rank()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = [listener.getsockname()[1]]
+    torch.distributed.broadcast_object_list(port)
+    torch.distributed.destroy_process_group()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[0])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_two_jobs_and_the_group_of_the_caller(pool: Pool, order: list[int]) -> None:
+    assert pool.run(2, close_in_order, order, False) == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_two_jobs_and_a_group_of_their_own(order: list[int]) -> None:
+    with Pool() as pool:  # of its own: the environment of the processes is changed
+        assert pool.run(2, close_in_order, order, True) == [False, False]

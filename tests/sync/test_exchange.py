@@ -64,7 +64,7 @@ def test_ledger(policy: str, optimizer, num_states: int, capacities: tuple[int, 
     strategy = resist(3, 1, capacities=capacities, optimizer_state=policy)
     job, optimizers = make(strategy, optimizer, transport=transport)
     subnet = job.workers[0].subnet
-    shared, block = subnet.shared_layout.numel * 8, subnet.block_layouts[0].numel * 8
+    shared, block = subnet.layout.shared.numel * 8, subnet.layout.blocks[0].numel * 8
     job.transport.take()
     for round in range(3):
         transport.moves.clear()

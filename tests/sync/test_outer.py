@@ -65,11 +65,12 @@ def test_the_outer_momentum_travels_with_its_block() -> None:
         for state_name in ("anchor", VELOCITY):
             seen: dict[Any, Tensor] = {}
             for worker in job.workers:
-                subnet, flat = worker.subnet, worker.anchor if state_name == "anchor" else worker.state[state_name]
-                assert flat is not None
-                parts = {"shared": flat[: subnet.shared_layout.num_trained]}
+                subnet, flats = worker.subnet, worker.anchor if state_name == "anchor" else worker.state[state_name]
+                assert flats is not None
+                (flat,) = flats.values()
+                parts = {"shared": flat[: subnet.layout.shared.num_trained]}
                 for number, blocks in enumerate(held(job, worker.index)):
-                    size = subnet.block_layouts[number].num_trained
+                    size = subnet.layout.blocks[number].num_trained
                     parts |= {(number, b): subnet.slot(number, slot, flat)[:size] for slot, b in enumerate(blocks)}
                 for key, value in parts.items():
                     assert torch.equal(seen.setdefault(key, value), value)

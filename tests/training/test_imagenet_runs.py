@@ -14,7 +14,7 @@ from torch import nn
 from commands import Commands
 from photographs import make_folder
 from resist.cli import main
-from resist.runs.config import NetworkConfig
+from resist.runs.config import NetworkConfig, OptimizationConfig
 from resist.tasks import open_task
 
 SMALL = [
@@ -104,9 +104,38 @@ def test_label_smoothing_is_in_the_loss(folder: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     logs = F.log_softmax(model(images), 1)
     expected = -0.8 * logs[torch.arange(4), labels].mean() - 0.2 * logs.mean()
-    task = open_task(config, label_smoothing=0.2)
+    task = open_task(config, OptimizationConfig(label_smoothing=0.2))
     torch.testing.assert_close(task.loss(model, (images, labels)), expected)
     torch.testing.assert_close(open_task(config).loss(model, (images, labels)), -logs[torch.arange(4), labels].mean())
+
+
+@pytest.mark.slow
+def test_a_run_with_augmented_and_mixed_photographs(capsys, folder: Path, tmp_path: Path) -> None:
+    """The whole recipe, in two kinds of hosting: the same batches, and so the same weights."""
+    recipe = {"rand_augment": [2, 9], "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "clip_grad_norm": 1.0}
+    (tmp_path / "recipe.json").write_text(json.dumps({"optimization": recipe | {"no_decay_norm_and_bias": True}}))
+    options = [
+        "--data-dir",
+        str(folder),
+        "--processes",
+        "1",
+        "--epochs",
+        "1",
+        "--config",
+        str(tmp_path / "recipe.json"),
+    ]
+    options += ["--optimizer", "adamw", "--model-ema-decay", "0.9", "--grad-accum-steps", "2", "--lr", "0.01"]
+    for out, data_workers in (("a", "0"), ("b", "2")):
+        arguments = [*SMALL, *options, "--data-workers", data_workers, "--out", str(tmp_path / out)]
+        status, text, err = resist(capsys, "train", *arguments)
+        assert (status, err) == (0, "")
+    scores = rounds_of(tmp_path / "a")[-1]["scores"]
+    assert list(scores) == ["accuracy", "EMA accuracy"]
+    for file in ("model.safetensors", "model_ema.safetensors"):
+        a, b = load_file(tmp_path / "a" / file), load_file(tmp_path / "b" / file)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    status, text, _ = resist(capsys, "evaluate", str(tmp_path / "a"), "--device", "cpu")
+    assert text == "".join(f"test {name} {100 * value:.2f} %\n" for name, value in scores.items())
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ from typing import Literal
 
 from resist.errors import UserError
 from resist.planning.strategy import METHODS, Strategy, build_strategy
-from resist.runs.config import NetworkConfig, check_size
+from resist.runs.capacity_keys import capacities_of
+from resist.runs.config import NetworkConfig, check_size, config_key
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,11 @@ class CostConfig:
     batch_size: int = 128
     """Images per worker and step."""
     min_depth: int | None = None
-    """Minimum number of chain blocks of each worker. Default: 4, or all blocks of a shorter chain."""
+    """Minimum number of blocks of each worker in each chain. Default: 4, or all blocks of a shorter chain."""
     capacities: tuple[int, ...] = ()
-    """Chain blocks of each worker, as in 8 6 4 4; for one number of workers."""
+    """Blocks of each worker in each chain, as in 8 6 4 4; for one number of workers."""
+    capacities_by_chain: tuple[str, ...] = config_key(())
+    capacities_by_round: tuple[str, ...] = config_key(())
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
     """Momentum at a synchronization. reset: set to zero. travel: moves with its block. average: as travel, and that of
     the shared part is averaged too. keep: stays where it is."""
@@ -108,15 +111,20 @@ def _strategies(config: CostConfig) -> list[Strategy]:
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else () if value is None else (value,):
             check_size(name, number)
-    options = {"min_depth": config.min_depth, "capacities": config.capacities or None}
-    for name, value in options.items():
-        if value is not None and not any(name in METHODS[s].options for s in config.strategies if s in METHODS):
-            methods = ", ".join(key for key, method in METHODS.items() if name in method.options)
-            raise UserError(
-                f"--{name.replace('_', '-')} has no effect without strategy {methods}; add it, or remove the option"
-            )
+    for name in ("min_depth", "capacities", "capacities_by_chain", "capacities_by_round"):
+        given = getattr(config, name) not in (None, ())
+        if given and not any("capacities" in METHODS[s].options for s in config.strategies if s in METHODS):
+            methods = ", ".join(key for key, method in METHODS.items() if "capacities" in method.options)
+            raise UserError(f"`{name}` has no effect without strategy {methods}; add it, or remove the option")
+    capacities = capacities_of(
+        by_worker=config.capacities,
+        by_chain=config.capacities_by_chain,
+        by_round=config.capacities_by_round,
+        min_depth=config.min_depth,
+    )
+    options = {"capacities": capacities, "optimizer_state": config.optimizer_state}
     return [
-        build_strategy(name, workers, config.local_steps, optimizer_state=config.optimizer_state, **options)
+        build_strategy(name, workers, config.local_steps, **options)
         for workers in config.workers
         for name in config.strategies
     ]

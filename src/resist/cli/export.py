@@ -12,20 +12,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write the network of a run as a file for use without this package."""
+    """Write the network of a run as a file for use elsewhere."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
-    to: Literal["safetensors", "torch", "torchvision", "timm", "program"]
-    """safetensors: weights and metadata. torch: a plain state dict. torchvision, timm: a state dict
-    for their own networks. program: a torch.export program, which runs without the network's source."""
+    to: Literal["program", "onnx", "safetensors", "torch", "torchvision", "timm"]
+    """program: a torch.export program, which needs torch alone. onnx: a graph for onnxruntime and other runtimes.
+    The others are weights, which need the network's source: safetensors: with metadata. torch: a plain state dict; both
+    for the library that the network is from, for preact networks this package. torchvision, timm: a state dict for
+    their own networks."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """File to write, which must not exist yet. Default: exported.safetensors (.pt, .pt2; exported-timm.safetensors) in
-    the run directory."""
+    """File to write, which must not exist yet. Default: exported.pt2 (.onnx, .safetensors, .pt;
+    exported-timm.safetensors) in the run directory."""
     scale: Literal["fold", "keep", "approximate"] = "fold"
     """Factor of each chain block's branch. fold: multiplied into the weights, exactly. keep: stored in the metadata, to
     be applied after loading. approximate: folded even if an activation follows the block's sum; prints both accuracies.
     """
+    ema: bool = False
+    """Export the average of the weights (EMA) of a run with --model-ema-decay."""
     calibrate: bool = False
     """Estimate BatchNorm statistics on training images first. Required for runs with --batchnorm batch."""
     data_dir: Path | None = None
@@ -44,6 +48,7 @@ def run_export(config: ExportConfig, given: frozenset[str]) -> int:
         config.to,
         config.out,
         scale=config.scale,
+        ema=config.ema,
         calibrate=config.calibrate,
         data_dir=config.data_dir,
         device=pick_device(config.device),
@@ -75,7 +80,9 @@ def _how_to_load(done: "Export", config: ExportConfig) -> list[str]:
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (done.data.mean, done.data.std))
     images = f"images: {size}, RGB in 0 to 1, minus the mean ({mean}), divided by the standard deviation ({std})"
     if config.to == "program":
-        return [f"load it:\n  import torch\n  model = torch.export.load({path!r}).module()", images]
+        return [f"load it (needs torch):\n  import torch\n  model = torch.export.load({path!r}).module()", images]
+    if config.to == "onnx":
+        return [*_about_runtime(done), *_onnx_lines(path), f"{images}, float32"]
     imports, lines = [recipe.imports], [f"model = {recipe.code}"]
     if done.path.suffix == ".safetensors" and kept:
         imports.append("from resist.export import load_scaled")
@@ -94,4 +101,29 @@ def _how_to_load(done: "Export", config: ExportConfig) -> list[str]:
         imports.append("import torch")
         lines.append(f"model.load_state_dict(torch.load({path!r}, weights_only=True))")
     lines.append("model.eval()")
-    return ["load it:", *(f"  {line}" for line in [*imports, *lines]), images]
+    return [_needs(done, kept), *(f"  {line}" for line in [*imports, *lines]), images]
+
+
+def _needs(done: "Export", kept: bool) -> str:
+    """Say which packages the lines below need, and for what."""
+    library = "resist" if done.recipe.library == "resist" else done.recipe.library
+    needs = f"{library} for the network's source"
+    if kept:
+        needs += " and the scale" if done.recipe.library == "resist" else "; resist for the scale"
+    reader = ", safetensors" if done.path.suffix == ".safetensors" else ""
+    return f"load it (needs {needs}{reader}; --to program needs torch alone):"
+
+
+def _about_runtime(done: "Export") -> list[str]:
+    if done.runtime_difference is None:
+        return ["not checked, because onnxruntime is not installed: pip install 'torch-resist[onnx]'"]
+    return [f"checked: the logits of onnxruntime differ from torch's by {done.runtime_difference:.1e} at most"]
+
+
+def _onnx_lines(path: str) -> list[str]:
+    return [
+        "load it (needs onnxruntime):",
+        "  import onnxruntime",
+        f"  session = onnxruntime.InferenceSession({path!r})",
+        '  model = lambda images: session.run(None, {"images": images})[0]  # NumPy arrays',
+    ]

@@ -84,6 +84,8 @@ def options_of(
     options: dict[str, Option] = {}
     for f in fields(record):
         hint, settings = _bare(hints[f.name])
+        if not is_option(f):
+            continue
         if not _is_part(hint):
             default = f.default
             if f.name in in_file and f.name in known and known[f.name][0] == hint:
@@ -111,7 +113,9 @@ def options_of(
 def config_keys(record: type) -> list[str]:
     """List the fields in the parts of a record that only a configuration file can set, as in method.sampling."""
     parts = {name: hint for name, hint in get_type_hints(record).items() if _is_part(hint)}
-    return [f"{name}.{f.name}" for name, part in parts.items() for f in fields(part) if not is_option(f)]
+    keys = [f"{name}.{f.name}" for name, part in parts.items() for f in fields(part) if not is_option(f)]
+    own = {f.name for f in fields(record) if not is_option(f)}  # of a part that the record does not have
+    return keys + [key for key in (config_keys(TrainConfig) if own else ()) if key.partition(".")[2] in own]
 
 
 def as_typed(text: str, record: type = TrainConfig) -> str:
@@ -125,7 +129,7 @@ def as_typed(text: str, record: type = TrainConfig) -> str:
         The text with `--timeout-s` or `--timeout-s 0` in their place; a key that is not an option is written as in
         `method.sampling`.
     """
-    names = _names(TrainConfig) | _names(record)
+    names = {"chains": "--chain"} | _names(TrainConfig) | _names(record)  # `chains` in Python
 
     def typed(match: re.Match[str]) -> str:
         name, value = names.get(match[1]), match[2]
@@ -171,13 +175,13 @@ def record_of(record: type, parsed: Any, config: TrainConfig) -> Any:
         value = getattr(parsed, f.name)
         inside = {inner.name: getattr(value, inner.name) for inner in fields(value)} if is_dataclass(value) else {}
         values |= inside or {f.name: value}
-    made: dict[str, Any] = {}
+    made, known = dict[str, Any](), _flat(config)
     for name, hint in get_type_hints(record).items():
         if _is_part(hint):
             part = {f.name: values[f.name] for f in fields(hint) if f.name in values}
             made[name] = dataclasses.replace(getattr(config, name), **part)
-        elif name in values:
-            made[name] = values[name]
+        elif name in values or name in known:
+            made[name] = values[name] if name in values else known[name][1]
     return record(**made)
 
 
@@ -208,11 +212,12 @@ def _form(hint: Any) -> str:
 def _names(record: type) -> dict[str, str]:
     """Return how the user types each field of a record: `--local-steps`, or `method.sampling` for a key of a file."""
     names: dict[str, str] = {}
+    keys = {f.name for f in fields(record) if not is_option(f)}
     for name, hint in get_type_hints(record, include_extras=True).items():
         bare, settings = _bare(hint)
         if _is_part(bare):
             names |= {f.name: _flag(f.name) if is_option(f) else f"{name}.{f.name}" for f in fields(bare)}
-        elif tyro.conf.Positional not in settings:
+        elif tyro.conf.Positional not in settings and name not in keys:
             names[name] = _flag(name)
     return names
 

@@ -152,7 +152,11 @@ def one_line(text: str, arguments: Sequence[str]) -> str:
     if bare := re.match(r"Missing value for argument '(?:-\w/)?(--[\w-]+)'", first):
         return f"{bare.group(1)} needs a value"
     if missing := re.match(r"Missing from .*?: (\S+) (.*?)(\. \(required\)|$)", first):
-        return f"{missing.group(1)} is missing: {missing.group(2)}"
+        name, text = missing.group(1), missing.group(2)
+        choice = re.match(r"\{([\w,]+)\}", text)
+        return (
+            f"{name} is missing; give one of {choice[1].replace(',', ', ')}" if choice else f"{name} is missing: {text}"
+        )
     return re.sub(r"^Unrecognized options: ", "not understood: ", first).rstrip(".") or "the command line is invalid"
 
 

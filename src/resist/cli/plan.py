@@ -1,12 +1,13 @@
 """`resist plan`: show the chains and the plans of a run without training."""
 
 import json
-import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resist.cli.options import as_typed
 from resist.errors import UserError
+from resist.planning.plan import RoundPlan
 from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig, check_size
 
 if TYPE_CHECKING:
@@ -84,25 +85,30 @@ def describe(model: "nn.Module", config: TrainConfig, rounds: int) -> dict[str, 
         rounds: Number of rounds, from the first one, whose plans are returned.
 
     Returns:
-        Numbers of parameters (in all, outside the chains, held by each worker), a table of the chains, and for each
-        round and chain the blocks of each worker.
+        Numbers of parameters (in all, outside the chains, held by each worker), a table of the chains, changes of the
+        capacities, notes, and for each round and chain the blocks of each worker. Capacities, and what a worker holds,
+        are those of the first round after the warm-up.
 
     Raises:
         UserError: Where no plan is possible.
     """
     from resist.subnet.chains import choose_chains, find_chains
+    from resist.subnet.holdings import notes_on_holdings, weights_of
 
     chains, strategy = choose_chains(model, config.network.chain), config.strategy()
-    blocks = [sum(_numel(model.get_submodule(name)) for name in chain.members(0)) for chain in chains]
-    total = _numel(model)
-    shared = total - sum(chain.num_blocks * block for chain, block in zip(chains, blocks, strict=True))
+    weights, notes = weights_of(model, chains), notes_on_holdings(model, chains, strategy)
     plans = [strategy.plan(chains, seed=config.run.seed, round=number) for number in range(rounds)]
-    last = strategy.plan(chains, seed=config.run.seed, round=max(rounds, config.method.warmup_rounds))
-    held = [shared + sum(map(operator.mul, last.capacities(worker), blocks)) for worker in range(strategy.workers)]
+
+    def held(plan: RoundPlan) -> list[int]:
+        return [weights.held(plan.capacities(worker)) for worker in range(strategy.workers)]
+
+    first = strategy.plan(chains, seed=config.run.seed, round=config.method.warmup_rounds)
+    later = [round for round in strategy.change_rounds if round > config.method.warmup_rounds]
+    changes = [(round, strategy.plan(chains, seed=config.run.seed, round=round)) for round in later]
     return {
-        "parameters": total,
-        "shared": shared,
-        "held_by_worker": held,
+        "parameters": weights.total,
+        "shared": weights.shared,
+        "held_by_worker": held(first),
         "chains": [
             {
                 "name": chain.name,
@@ -112,15 +118,20 @@ def describe(model: "nn.Module", config: TrainConfig, rounds: int) -> dict[str, 
                 "attributes_that_differ": [f"{entry.module}.{entry.name}".lstrip(".") for entry in chain.varying],
                 "caveat": chain.caveat,
             }
-            for chain, block, plan in zip(chains, blocks, last.plans, strict=True)
+            for chain, block, plan in zip(chains, weights.blocks, first.plans, strict=True)
+        ],
+        "changes": [
+            {
+                "after_rounds": round,
+                "capacities": {chain.name: p.capacities for chain, p in zip(chains, plan.plans, strict=True)},
+                "held_by_worker": held(plan),
+            }
+            for round, plan in changes
         ],
         "other_chains": [run.name for run in find_chains(model) if run not in chains],
+        "notes": [as_typed(note) for note in (*notes.warnings, *notes.remarks)],
         "rounds": [
             {"round": number, "plan": {c.name: p.blocks for c, p in zip(chains, plan.plans, strict=True)}}
             for number, plan in enumerate(plans, start=1)
         ],
     }
-
-
-def _numel(module: "nn.Module") -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -102,12 +102,17 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
     from resist.runs.checkpoint import newest
     from resist.tasks import network_builder
     from resist.training.device import pick_device
+    from resist.training.optimizers import build_optimizer, resolve
     from resist.training.train import open_data, train  # before the forks, which then have it
 
     threads = torch.get_num_threads()
     if forkable:
         torch.set_num_threads(1)  # OpenMP keeps the threads that it has started, and then the process cannot be forked
-    describe(build_on_meta(network_builder(config.network)), config, rounds=1)
+    config = replace(config, optimization=resolve(config.optimization))
+    model = build_on_meta(network_builder(config.network))
+    describe(model, config, rounds=1)
+    if config.optimization.optimizer != "sgd":  # which takes any parameters, and should start at once
+        build_optimizer(config.optimization, model)
     device = pick_device(config.machine.device)
     processes = num_processes(config)
     if processes == 1:

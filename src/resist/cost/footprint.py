@@ -114,24 +114,27 @@ def build_on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
 
 
 def sizes_of(template: nn.Module, chains: Sequence[Chain]) -> Sizes:
-    """Count the elements of the shared part and of each block.
+    """Count the bytes of the shared part and of each block.
 
     Args:
         template: The full network, on any device.
         chains: Its chains.
     """
     subnet = Subnet(template, chains, [chain.num_blocks for chain in chains], device="meta")
-    count = {number: [0, 0] for number in (None, *range(len(subnet.chains)))}
-    for parameter, place in subnet.parameter_places():
-        if place.slot == 0:
-            count[place.chain][0] += parameter.numel()
-            count[place.chain][1] += parameter.numel() * parameter.requires_grad
-    return Sizes(
-        subnet.dtype.itemsize,
-        Part(subnet.shared_layout.numel, *count[None]),
-        subnet.chains,
-        tuple(Part(layout.numel, *count[number]) for number, layout in enumerate(subnet.block_layouts)),
-    )
+    return Sizes(_part(subnet, None), subnet.chains, tuple(_part(subnet, number) for number in range(len(chains))))
+
+
+def _part(subnet: Subnet, chain: int | None) -> Part:
+    """Bytes of a block of a chain, or of the shared part."""
+    parameters = [(p, place) for p, place in subnet.parameter_places() if (place.chain, place.slot) == (chain, 0)]
+    layouts = {dtype: layout.part(chain) for dtype, layout in subnet.layouts.items()}
+    total = sum(layout.numel * dtype.itemsize for dtype, layout in layouts.items())
+    held = sum(p.nbytes for p, _ in parameters)
+    changing = {
+        str(dtype): sum(end - start for start, end in layout.ranges(layout.statistics)) * dtype.itemsize
+        for dtype, layout in layouts.items()
+    }
+    return Part(total, changing, held, sum(p.nbytes * p.requires_grad for p, _ in parameters), total - held)
 
 
 def measure(
@@ -160,7 +163,7 @@ def measure(
     """
     subnet = Subnet(template, chains, blocks, device="meta")
     model = subnet.model.train()
-    images = torch.empty(batch_size, *image_shape, dtype=subnet.dtype, device="meta")
+    images = torch.empty(batch_size, *image_shape, dtype=next(subnet.model.parameters()).dtype, device="meta")
     optimizer = build_optimizer(model.parameters())
     try:
         forward_flops, training_flops = count_flops(model, optimizer, images, loss)

@@ -13,6 +13,7 @@ from resist.cost.report import Report, Row
 from resist.cost.timing import Link, Seconds, Speed, ddp_step_s, exchange_s
 from resist.cost.traffic import RoundTraffic, Sizes, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
+from resist.planning.plan import RoundPlan, partition
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.subnet.chains import choose_chains, find_chains
@@ -23,7 +24,7 @@ def predict(
     build_model: Callable[[], nn.Module],
     strategies: Sequence[Strategy],
     *,
-    chains: Sequence[str] = (),
+    chains: str | Sequence[str] = (),
     batch_size: int = 128,
     image_shape: Sequence[int] = (3, 32, 32),
     replicate: bool = False,
@@ -40,7 +41,7 @@ def predict(
     Args:
         build_model: Builds the full network.
         strategies: The strategies to compare, with the same number of local steps, and without switches. Two of the
-            same name have different numbers of workers.
+            same name have different numbers of workers. Capacities may change by round.
         chains: Names of the chains, as in `Job`.
         batch_size: Images in a worker's step.
         image_shape: (channels, height, width) of an image.
@@ -54,7 +55,8 @@ def predict(
         loss: `loss(model, images)` returns the scalar from which backward starts.
 
     Returns:
-        A report with one row for each strategy.
+        A report with one row for each strategy, and for each change of its capacities: a round as it then is, without
+        the growth itself.
 
     Raises:
         UserError: An argument has an invalid type or value, a strategy does not fit the others or the model's chains,
@@ -70,7 +72,8 @@ def predict(
         use_batch_statistics(template)
     # Strategies that train the full network need no chain.
     needs_chain = bool(chains) or any(strategy.partitions for strategy in strategies)
-    chosen = choose_chains(template, tuple(chains)) if needs_chain else find_chains(template)[:1]
+    names = (chains,) if isinstance(chains, str) else tuple(chains)
+    chosen = choose_chains(template, names) if needs_chain else find_chains(template)[:1]
 
     @cache
     def network(blocks: tuple[int, ...]) -> Network:
@@ -95,7 +98,7 @@ def predict(
         link=link,
         speeds=speeds,
     )
-    rows = tuple(prediction.row(strategy) for strategy in strategies)
+    rows = tuple(row for strategy in strategies for row in prediction.rows_of(strategy))
     return Report(prediction.full, rows, batch_size, strategies[0].local_steps, rounds, link, speeds)
 
 
@@ -113,13 +116,34 @@ class _Prediction:
     link: Link | None
     speeds: tuple[Speed, ...]
 
-    def row(self, strategy: Strategy) -> Row:
-        return self._every_step(strategy) if strategy.every_step else self._every_round(strategy)
+    def rows_of(self, strategy: Strategy) -> list[Row]:
+        if strategy.every_step:
+            return [self._every_step(strategy)]
+        if strategy.capacities is not None:
+            strategy.capacities.check(strategy.workers, self.sizes.chains)
+        return [self._every_round(strategy, first) for first in strategy.change_rounds]
 
-    def _every_round(self, strategy: Strategy) -> Row:
-        """Row of a strategy that averages weights once in a round."""
-        workers = strategy.workers
-        plans = [strategy.plan(self.sizes.chains, seed=self.seed, round=round) for round in range(self.rounds + 1)]
+    def _plans(self, strategy: Strategy, first: int) -> list[RoundPlan]:
+        """Plans of one round more than `rounds`, from round `first` on, with the capacities of this one."""
+        chains, capacities, seed = self.sizes.chains, strategy.capacities, self.seed
+        rounds = range(first, first + self.rounds + 1)
+        if capacities is None:
+            return [strategy.plan(chains, seed=seed, round=round) for round in rounds]
+        sizes = [capacities.of(c.num_blocks, strategy.workers, chain=c.name, round=first) for c in chains]
+        return [
+            RoundPlan(
+                tuple(
+                    partition(chain.num_blocks, own, seed=seed, round=round, chain=chain.name)
+                    for chain, own in zip(chains, sizes, strict=True)
+                )
+            )
+            for round in rounds
+        ]
+
+    def _every_round(self, strategy: Strategy, first: int) -> Row:
+        """Row of a strategy that averages weights once in a round, for the rounds from `first` on."""
+        workers, plans = strategy.workers, self._plans(strategy, first)
+        name = strategy.name if len(strategy.change_rounds) == 1 else f"{strategy.name} after {first} rounds"
         replicate = self.replicate and workers > 1
         run = [
             round_traffic(
@@ -143,14 +167,14 @@ class _Prediction:
             exchange = sum(exchange_s(traffic, self.link, workers) for traffic in run) / len(run)
             seconds = self._seconds(strategy, compute, exchange, 0.0)
         traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers=workers))
-        return Row(strategy.name, workers, tuple(networks), traffic, seconds)
+        return Row(name, workers, tuple(networks), traffic, seconds)
 
     def _every_step(self, strategy: Strategy) -> Row:
         """Row of torch's DistributedDataParallel: an exchange in every step, overlapped with backward."""
         workers, local_steps = strategy.workers, strategy.local_steps
         traffic = ddp_traffic(self.sizes, workers=workers, local_steps=local_steps)
         whole = self.sizes.whole()
-        buckets = whole.trainable * self.sizes.itemsize
+        buckets = whole.trainable
         memory = replace(self.full.memory, buckets=buckets, peak=self.full.memory.peak + buckets)
         seconds = None
         if self.link is not None and self.speeds:
@@ -158,7 +182,7 @@ class _Prediction:
             share = self.full.forward_flops / self.full.training_flops
             exposed, hidden = ddp_step_s(traffic, self.link, workers, local_steps, step_s, share)
             seconds = self._seconds(strategy, local_steps * step_s, local_steps * exposed, local_steps * hidden)
-        paper = local_steps * 2 * workers * whole.parameters * self.sizes.itemsize
+        paper = local_steps * 2 * workers * whole.parameters
         networks = (replace(self.full, memory=memory),) * workers
         return Row(strategy.name, workers, networks, mean_traffic([traffic], workers, paper), seconds)
 

@@ -16,7 +16,7 @@ class Row:
     """Prediction for one strategy and one number of workers.
 
     Attributes:
-        strategy: Name of the strategy.
+        strategy: Name of the strategy, with the rounds before where its capacities change: "resist after 10 rounds".
         workers: Number of workers.
         networks: Footprint of each worker's network.
         traffic: Messages of a mean round.

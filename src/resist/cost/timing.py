@@ -159,7 +159,7 @@ def calibrate(
     *,
     batch_size: int,
     image_shape: Sequence[int],
-    chains: Sequence[str] = (),
+    chains: str | Sequence[str] = (),
     device: torch.device | str = "cpu",
     steps: int = 5,
     build_optimizer: BuildOptimizer = sgd,
@@ -186,12 +186,12 @@ def calibrate(
     if steps < 1:
         raise UserError(f"steps={steps}; must be at least 1")
     full = build_seeded(build_model, 0)
-    chosen = choose_chains(full, tuple(chains))
+    chosen = choose_chains(full, (chains,) if isinstance(chains, str) else tuple(chains))
     measured: list[tuple[float, int]] = []
     for blocks in ([chain.num_blocks for chain in chosen], [1] * len(chosen)):
         subnet = Subnet(full, chosen, blocks, device=device)
         subnet.load(tensors_of(full), [range(held) for held in blocks])
-        images = torch.randn(batch_size, *image_shape, dtype=subnet.dtype, device=device)
+        images = torch.randn(batch_size, *image_shape, dtype=next(subnet.model.parameters()).dtype, device=device)
         model = subnet.model.train()
         optimizer = build_optimizer(model.parameters())
         flops = count_flops(model, optimizer, images, loss)[1]  # the step that warms up

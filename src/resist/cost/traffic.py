@@ -18,17 +18,21 @@ FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """Number of elements of the shared part or of one block.
+    """Bytes of the shared part or of one block.
 
     Attributes:
-        numel: Parameters and float buffers, which are sent.
+        num_bytes: Parameters and float buffers, which are handed over with a block.
+        changing: Those that change in training, by dtype: each dtype has an all-reduce of its own.
         parameters: Parameters, which the paper counts.
         trainable: Parameters with a gradient, which DistributedDataParallel sends.
+        buffers: Float buffers.
     """
 
-    numel: int
+    num_bytes: int
+    changing: Mapping[str, int]
     parameters: int
     trainable: int
+    buffers: int
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,11 @@ class Sizes:
     """Sizes of the parts of a network.
 
     Attributes:
-        itemsize: Bytes of an element.
         shared: The shared part.
         chains: The chains.
         blocks: A block of each chain.
     """
 
-    itemsize: int
     shared: Part
     chains: tuple[Chain, ...]
     blocks: tuple[Part, ...]
@@ -50,17 +52,22 @@ class Sizes:
     @property
     def block_bytes(self) -> tuple[int, ...]:
         """Bytes of one block of each chain."""
-        return tuple(block.numel * self.itemsize for block in self.blocks)
+        return tuple(block.num_bytes for block in self.blocks)
 
     def whole(self) -> Part:
         """Return the full network as one part."""
         parts = [self.shared]
         for chain, block in zip(self.chains, self.blocks, strict=True):
             parts += [block] * chain.num_blocks
+        changing = Counter[str]()
+        for part in parts:
+            changing.update(part.changing)
         return Part(
-            numel=sum(part.numel for part in parts),
+            num_bytes=sum(part.num_bytes for part in parts),
+            changing=changing,
             parameters=sum(part.parameters for part in parts),
             trainable=sum(part.trainable for part in parts),
+            buffers=sum(part.buffers for part in parts),
         )
 
 
@@ -119,7 +126,7 @@ def paper_bytes(sizes: Sizes, plan: RoundPlan, *, workers: int) -> int:
     """Count the bytes of a round as the paper does.
 
     Every worker sends the parameters that it holds to a server and receives as many, without buffers:
-    itemsize x 2 x (S x shared + sum of capacities x block).
+    2 x (S x shared + sum of capacities x block).
 
     Args:
         sizes: Parts of the network.
@@ -132,7 +139,7 @@ def paper_bytes(sizes: Sizes, plan: RoundPlan, *, workers: int) -> int:
     held = workers * sizes.shared.parameters
     for chain, block in zip(plan.plans, sizes.blocks, strict=True):
         held += sum(chain.capacities) * block.parameters
-    return sizes.itemsize * 2 * held
+    return 2 * held
 
 
 def round_traffic(
@@ -163,7 +170,8 @@ def round_traffic(
     messages = schedule(plan, next_plan, block_bytes, replicate=replicate)
     # Where every worker holds every block, blocks are averaged in the all-reduce of the shared part.
     common = sizes.whole() if messages.held_by_all else sizes.shared
-    ring = allreduce_bytes(common.numel * sizes.itemsize, workers)
+    collectives = [num_bytes for num_bytes in common.changing.values() if num_bytes]
+    ring = sum(allreduce_bytes(num_bytes, workers) for num_bytes in collectives)
     moving = num_states if policy in ("travel", "average") else 0
     averaged = num_states if policy == "average" else 0
     # All holders of a block have the same outer momentum, so it is handed over, but not averaged.
@@ -183,7 +191,7 @@ def round_traffic(
     return RoundTraffic(
         num_bytes,
         ring * (1 + averaged),
-        1 + averaged if workers > 1 else 0,
+        (1 + averaged) * len(collectives) if workers > 1 else 0,
         _links(messages.average, 1 + moving),
         Counter(_links(messages.hand_over, 1 + moving + velocities)) + Counter(_links(messages.replicas, 1)),
         replica_bytes,
@@ -205,10 +213,10 @@ def ddp_traffic(sizes: Sizes, *, workers: int, local_steps: int) -> RoundTraffic
         The traffic, of the kinds "gradients" and "buffers".
     """
     whole = sizes.whole()
-    gradients = whole.trainable * sizes.itemsize
+    gradients = whole.trainable
     ring = allreduce_bytes(gradients, workers)
     buckets = 1 + math.ceil(max(gradients - FIRST_BUCKET_BYTES, 0) / BUCKET_BYTES)
-    buffers = local_steps * (whole.numel - whole.parameters) * sizes.itemsize
+    buffers = local_steps * whole.buffers
     passed_on = {("out", worker): buffers for worker in range(workers - 1)}
     passed_on |= {("in", worker): buffers for worker in range(1, workers)}
     return RoundTraffic(

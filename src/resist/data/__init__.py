@@ -3,12 +3,14 @@
 from resist.data.datasets import DATASETS, image_size_of, load, normalization_of, num_classes_of
 from resist.data.image_folder import Photographs
 from resist.data.in_memory import Images, Loader
+from resist.data.mixing import Mixed
 from resist.data.sampler import Sampler
 
 __all__ = [
     "DATASETS",
     "Images",
     "Loader",
+    "Mixed",
     "Photographs",
     "Sampler",
     "image_size_of",

@@ -11,6 +11,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def load(
     image_size: int | None = None,
     data_workers: int = 0,
     skip_bad_files: bool = False,
+    rand_augment: tuple[int, int] | None = None,
 ) -> tuple[Images, Images] | tuple[Photographs, Photographs]:
     """Load a data set.
 
@@ -53,6 +55,7 @@ def load(
         image_size: Height and width of photographs in pixels; default: 224.
         data_workers: Processes that read photographs; 0: this process reads.
         skip_bad_files: Leave out photographs that cannot be read, see `load_folder`.
+        rand_augment: Operations and magnitude of RandAugment, for training photographs; None: without it.
 
     Returns:
         Training images and test images.
@@ -69,7 +72,8 @@ def load(
         return _cifar(name, Path(data_dir), download)
     if name == "imagenet":
         check_imagenet(Path(data_dir))
-    return load_folder(Path(data_dir), size=image_size, data_workers=data_workers, skip_bad=skip_bad_files)
+    train, test = load_folder(Path(data_dir), size=image_size, data_workers=data_workers, skip_bad=skip_bad_files)
+    return replace(train, rand_augment=rand_augment), test
 
 
 def check_name(name: str) -> None:

@@ -2,8 +2,9 @@
 
     DIR/train/CLASS/*    DIR/val/CLASS/*        see `resist.data.listing`
 
-Training: a random crop (8 to 100 % of the area), resized, and mirrored with probability 0.5. Testing: the shorter side
-resized to 8/7 of the image size, then a center crop. Images are transferred as bytes; the device normalizes batches.
+Training: a random crop (8 to 100 % of the area), resized, and mirrored with probability 0.5; then RandAugment, if it is
+asked for. Testing: the shorter side resized to 8/7 of the image size, then a center crop. Images are transferred as
+bytes; the device normalizes batches.
 """
 
 import json
@@ -48,6 +49,7 @@ class Photographs:
         size: Height and width in pixels of the images in a batch.
         data_workers: Processes that read for each stream of batches; 0: this process reads.
         device: Device of the batches.
+        rand_augment: Number of operations and magnitude of RandAugment in training; None: without it.
     """
 
     listing: Listing
@@ -55,6 +57,7 @@ class Photographs:
     size: int = IMAGE_SIZE
     data_workers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rand_augment: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -68,10 +71,10 @@ class Photographs:
 
         Batches are a pure function of (seed, worker, step): a loader that starts at step t, also in another process or
         with another number of `data_workers`, returns the batches of an uninterrupted one. The sampler's seed and
-        worker, the step, and the position in the batch decide the crop and the mirroring of each image.
+        worker, the step, and the position in the batch decide the augmentation of each image.
         """
         stream = Stream(
-            Reader(self.listing, augmentation(self.size)),
+            Reader(self.listing, augmentation(self.size, self.rand_augment)),
             sampler,
             num_data_workers=self.data_workers,
             pin_memory=self._pinned,
@@ -145,11 +148,20 @@ class Reader:
             return self.transform(image), int(self.listing.labels[index])
 
 
-def augmentation(size: int) -> "v2.Transform":
-    """Return the transform for training: a random crop, mirrored at random."""
-    from torchvision.transforms import v2
+def augmentation(size: int, rand_augment: tuple[int, int] | None = None) -> "v2.Transform":
+    """Return the transform for training: a random crop, mirrored at random, then RandAugment if it is given.
 
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    Args:
+        size: Height and width of the crop in pixels.
+        rand_augment: Number of operations and magnitude (0 to 30) of RandAugment (Cubuk et al., 2020).
+    """
+    from torchvision.transforms import InterpolationMode, v2
+
+    transforms: list[v2.Transform] = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    if rand_augment is not None:
+        num_ops, magnitude = rand_augment
+        transforms.append(v2.RandAugment(num_ops, magnitude, interpolation=InterpolationMode.BILINEAR))
+    return v2.Compose([*transforms, v2.PILToTensor()])
 
 
 def middle(size: int) -> "v2.Transform":

@@ -10,11 +10,12 @@
 | `timm` | state dict for `timm.create_model(NAME, ...)`, from runs of timm:NAME and of preact_resnet..._imagenet |
 | `torchvision` | the same for `torchvision.models`, from runs of torchvision:NAME |
 | `program` | program for `torch.export.load`, which needs none of these libraries |
+| `onnx` | graph for onnxruntime and other runtimes, without torch |
 
 | `scale` | what happens to the factor of each chain block's branch |
 | --- | --- |
 | `fold` | it is multiplied into the weights, exactly; where that is impossible, an error gives the reason |
-| `keep` | weights stay as they are, scales go into the metadata; `load_scaled` applies them; a program contains them |
+| `keep` | weights stay as they are, scales go into the metadata; `load_scaled` applies them; programs contain them |
 | `approximate` | as `fold`, also where an activation follows the sum; the accuracy of both networks is measured |
 """
 

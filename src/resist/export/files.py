@@ -4,6 +4,7 @@
 - `.pt`, `.pth`: for `torch.load(weights_only=True)`: the plain state dict; if a scale is kept, a dict of "state_dict"
   and the metadata.
 - `.pt2`: a program for `torch.export.load(...).module()`, with the metadata in its extra file "metadata.json".
+- `.onnx`: see `resist.export.onnx`.
 """
 
 import io
@@ -72,7 +73,7 @@ def write_state(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
         plain = metadata.get("scale") != "kept"
         torch.save(dict(state) if plain else {"state_dict": dict(state), **metadata}, buffer)
         content = buffer.getvalue()
-    _write(path, content)
+    write_file(path, content)
 
 
 def write_program(path: Path, model: nn.Module, images: Tensor, metadata: Mapping[str, str]) -> None:
@@ -97,7 +98,7 @@ def write_program(path: Path, model: nn.Module, images: Tensor, metadata: Mappin
         ) from error
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(dict(metadata))})
-    _write(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def load_scaled(model: nn.Module, path: Path | str) -> nn.Module:
@@ -131,8 +132,8 @@ def load_scaled(model: nn.Module, path: Path | str) -> nn.Module:
         raise UserError(f"{path} is of another network; build {metadata.get('create', 'its own')}") from error
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a temporary file and rename it to `path`, which must still be free."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a temporary file and rename it to `path`, which must still be free. Raises UserError where it cannot."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         try:

@@ -12,11 +12,12 @@ from resist.data import Images, image_size_of, normalization_of, num_classes_of
 from resist.errors import UserError
 from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_program, write_state
 from resist.export.folding import Fold, difference, fold
+from resist.export.onnx import check_installed, write_onnx
 from resist.export.recipe import Recipe, check_loads, timm_counterpart
 from resist.models import read_model_args
 from resist.runs.config import NetworkConfig, TrainConfig
 from resist.runs.config_file import read_config
-from resist.runs.model_file import FILE, load_full
+from resist.runs.model_file import EMA_FILE, FILE, load_full
 from resist.subnet.batchnorm import recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.subnet.modules import BatchNorm
@@ -31,7 +32,9 @@ TARGETS = {
     "torchvision": SUFFIXES,
     "timm": SUFFIXES,
     "program": (".pt2",),
+    "onnx": (".onnx",),
 }
+GRAPHS = ("program", "onnx")  # files that hold what the network computes, not only its weights
 SCALES = ("fold", "keep", "approximate")
 
 
@@ -47,6 +50,8 @@ class Export:
         difference: Largest difference between the outputs of the file's network and the scaled one, on noise, relative
             to the largest logit.
         accuracy: Test accuracy, 0 to 1, of the scaled network and of the file's; None where the fold is exact.
+        runtime_difference: For onnx, largest difference between the logits of onnxruntime and torch, relative to the
+            largest logit; None where onnxruntime is not installed, and for other targets.
         data: The data set without its images: classes, normalization and image size.
     """
 
@@ -56,6 +61,7 @@ class Export:
     folds: Sequence[Fold]
     difference: float
     accuracy: tuple[float, float] | None
+    runtime_difference: float | None
     data: Images
 
 
@@ -65,6 +71,7 @@ def export_run(
     out: Path | None = None,
     *,
     scale: str = "fold",
+    ema: bool = False,
     calibrate: bool = False,
     data_dir: Path | None = None,
     device: torch.device | str = "cpu",
@@ -76,6 +83,7 @@ def export_run(
         to: Target, a key of `TARGETS`; see `resist.export`.
         out: The file, which must not exist. Default: `default_name(to)` in the run directory.
         scale: One of `SCALES`; see `resist.export`.
+        ema: Export the average of the weights (EMA), of a run that has one.
         calibrate: Estimate BatchNorm statistics on training images first.
         data_dir: Directory of the data set, for `calibrate` and `scale="approximate"`; default: that of the run.
         device: Device on which images are run through the network.
@@ -91,9 +99,13 @@ def export_run(
     data_dir = data_dir or config.network.data_dir
     config = replace(config, network=replace(config.network, data_dir=data_dir, init_from=None))
     check_target(path, TARGETS[to])
+    if ema and config.optimization.model_ema_decay is None:
+        raise UserError(f"{run} has no average of its weights, because it has no `model_ema_decay`; remove `ema`")
+    if to == "onnx":
+        check_installed()
     data = data_description(config.network)
     recipe = recipe_for(to, config.network, data)
-    model = scaled_network(run, config, calibrate=calibrate, device=device)
+    model = scaled_network(run, config, file=EMA_FILE if ema else FILE, calibrate=calibrate, device=device)
     images = example(data)
     scales = scales_of(model)
     folded, folds = model, list[Fold]()
@@ -101,21 +113,25 @@ def export_run(
         folded, folds = fold(model, images, approximate=scale == "approximate")
     accuracy = None
     if any(not record.exact for record in folds):  # measure the accuracy that the fold costs
-        task = open_task(config.network).to(device)
+        task = open_task(config.network, config.optimization).to(device)
         before, after = (next(iter(task.test(network.to(device)).values())) for network in (model, folded))
         accuracy = before, after
         model, folded = model.cpu(), folded.cpu()
     state = state_of(folded)
-    if to != "program":  # the library has to build a network that computes the same
+    if to not in GRAPHS:  # the library has to build a network that computes the same
         recipe = check_loads(recipe, state, folded, images)
     metadata = describe(config, recipe, data, "none" if not scales else "kept" if scale == "keep" else "folded")
     kept = {recipe.block_name(name): value for name, value in scales_of(folded).items()}
     metadata["scales"] = json.dumps(kept)  # for the reader to apply
+    runtime_difference = None
     if to == "program":
         write_program(path, folded, images, metadata)
+    elif to == "onnx":
+        runtime_difference = write_onnx(path, folded, images, metadata)
     else:
         write_state(path, recipe.translated(state), metadata)
-    return Export(path, recipe, scales, folds, difference(model, folded, images), accuracy, data)
+    error = difference(model, folded, images)
+    return Export(path, recipe, scales, folds, error, accuracy, runtime_difference, data)
 
 
 def default_name(to: str) -> str:
@@ -166,19 +182,25 @@ def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:
         alternative = f"{library} or " if library != "resist" else ""
         raise UserError(
             f"`to={to}` is for runs of `model={to}:NAME`{' or preact_resnet..._imagenet' if to == 'timm' else ''}, not "
-            f"of {config.model}; give `to={alternative}safetensors`, torch or program"
+            f"of {config.model}; give `to={alternative}safetensors`, torch, program or onnx"
         )
     return Recipe(library, name, options)
 
 
 def scaled_network(
-    run: Path, config: TrainConfig, *, calibrate: bool = False, device: torch.device | str = "cpu"
+    run: Path,
+    config: TrainConfig,
+    *,
+    file: str = FILE,
+    calibrate: bool = False,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """Load the full network of a finished run, with running BatchNorm statistics.
 
     Args:
         run: Run directory.
         config: Options of the run.
+        file: The file of the network in the run directory.
         calibrate: Estimate BatchNorm statistics on training images.
         device: Device on which they are estimated.
 
@@ -202,7 +224,7 @@ def scaled_network(
         raise UserError(f"`calibrate` has no effect with {config.network.model}, which has no BatchNorm; remove it")
     if without_statistics:
         use_batch_statistics(model)
-    load_full(model, choose_chains(model, config.network.chain), run / FILE)
+    load_full(model, choose_chains(model, config.network.chain), run / file)
     if without_statistics:
         # Move weights and scales to a network that has statistics, so far those of a fresh network.
         state, scales = model.state_dict(), scales_of(model)
@@ -211,7 +233,7 @@ def scaled_network(
         assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in missing), missing
         scale_blocks(model, scales)
     if calibrate:
-        images = open_task(config.network).to(device).calibration(config.run.seed)
+        images = open_task(config.network, config.optimization).to(device).calibration(config.run.seed)
         recalibrate(model.to(device), images, torch.device(device))
     return model.cpu().eval()
 

@@ -25,17 +25,24 @@ def print_plan(description: dict[str, Any], console: Console) -> None:
         each = f"{chain['blocks']} blocks of {chain['parameters_of_a_block']:,}"
         table.add_row(f"chain {chain['name']}", each)
         table.add_row("  blocks held by each worker", " ".join(map(str, chain["capacities"])))
+        before = chain["capacities"]
+        for change in description["changes"]:
+            if (capacities := change["capacities"][chain["name"]]) != before:
+                table.add_row(f"    after {change['after_rounds']} rounds", " ".join(map(str, capacities)))
+            before = capacities
         if chain["attributes_that_differ"]:
             table.add_row("  moves with each block", " ".join(chain["attributes_that_differ"]))
-    share = " ".join(f"{held / description['parameters']:.0%}" for held in description["held_by_worker"])
-    table.add_row("a worker's share of the network", share)
+    for change in ({"after_rounds": 0, **description}, *description["changes"]):
+        share = " ".join(f"{held / description['parameters']:.0%}" for held in change["held_by_worker"])
+        rounds = change["after_rounds"]
+        table.add_row(f"  after {rounds} rounds" if rounds else "a worker's share of the network", share)
     if description["other_chains"]:
         others = " ".join(description["other_chains"])
         table.add_row("not partitioned, could be", others)
     console.print(table)
-    for chain in description["chains"]:
-        if chain["caveat"]:
-            console.print(f"\nnote: {chain['caveat']}")
+    for note in (*description["notes"], *(chain["caveat"] for chain in description["chains"])):
+        if note:
+            console.print(f"\nnote: {note}")
     for chain in description["chains"]:
         console.print(f"\nWhich worker holds which block of {chain['name']}")
         rounds = plans_of(description, chain["name"])

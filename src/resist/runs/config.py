@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from resist.errors import UserError
+from resist.planning.capacities import Capacities
 from resist.planning.strategy import DEFAULT, METHODS, ROUND_OPTIONS, OuterSGD, Strategy, build_strategy
+from resist.runs.capacity_keys import capacities_of
+from resist.runs.recipe import DETECTION, STREAMED, check_recipe
 
 if TYPE_CHECKING:
     StrategyName = str
 else:
     StrategyName = Literal[tuple(METHODS)]
 
-# Data sets of photographs, which are read from files during training.
-STREAMED = ("folder", "imagenet", "voc2007", "voc2012")
-# Those of them that have boxes around objects.
-DETECTION = ("voc2007", "voc2012")
 # Upper bounds of numbers; those of all others are 1e9.
 LARGEST = {
     "seed": 2**63 - 1, "lr": 10**20, "workers": 4096, "capacities": 10**6, "num_classes": 10**6, "rounds": 10**4,
@@ -68,8 +67,8 @@ class NetworkConfig:
     section), and for small images final_norm=true (BatchNorm and ReLU before the last pooling, which the paper's
     networks do not have). Default: as the name of the network says."""
     chain: tuple[str, ...] = ()
-    """Blocks to partition, as in layer3:1-22, or layer2 layer3 for the longest run of each. Default: the longest run of
-    interchangeable blocks."""
+    """Blocks to partition, as in layer3:1-22, layer2 layer3 for the longest run of each, or all for all that can be
+    partitioned together. Default: the longest run of interchangeable blocks."""
     init_from: str | None = None
     """Initial weights: timm:FILE, the .safetensors or .pth of timm's resnetv2_50, 101 or 152; for detection also the
     directory of a resist run of classification, whose weights initialize the backbone. The head is initialized from
@@ -94,10 +93,15 @@ class MethodConfig:
     local_steps: int = 50
     """Optimizer steps from one synchronization to the next."""
     min_depth: int | None = None
-    """Minimum number of chain blocks of each worker, so that several workers may hold a block. Default: 4, or all
-    blocks of a shorter chain."""
+    """Minimum number of blocks of each worker in each chain, so that several workers may hold a block. Default: 4, or
+    all blocks of a shorter chain."""
     capacities: tuple[int, ...] = ()
-    """Chain blocks of each worker, for workers of unequal speed or memory, as in 8 6 4 4."""
+    """Blocks of each worker in each chain, for workers of unequal speed or memory, as in 8 6 4 4."""
+    capacities_by_chain: tuple[str, ...] = config_key(())
+    """Blocks of each worker in single chains: layer3=6 for all workers, layer3=8,6,4,4 for each; other chains follow
+    `capacities` or `min_depth`."""
+    capacities_by_round: tuple[str, ...] = config_key(())
+    """Blocks of each worker that change during the run: 13=11 after 13 rounds, or 13:layer3=8,6,4,4 in one chain."""
     warmup_rounds: int = 0
     """Rounds of local SGD before the first round of ResIST."""
     batchnorm: Literal["recalibrate", "average", "batch"] = "recalibrate"
@@ -120,10 +124,21 @@ class MethodConfig:
     sampling: Literal["all", "shard"] = config_key("all")
     """all: each worker draws from the whole training set. shard: each worker draws from its own part of it."""
 
+    def all_capacities(self) -> Capacities:
+        """Return the record of capacities, by worker, chain and round. Raises UserError for a text of another form."""
+        return capacities_of(
+            by_worker=self.capacities,
+            by_chain=self.capacities_by_chain,
+            by_round=self.capacities_by_round,
+            min_depth=self.min_depth,
+        )
+
     def without_effect(self) -> dict[str, Any]:
         """Return the options that were changed and have no effect with the strategy, with their defaults."""
         method = METHODS[self.strategy]
         unused = {name for other in METHODS.values() for name in other.options} - method.options
+        if "capacities" in unused:
+            unused |= {"capacities_by_chain", "capacities_by_round"}
         if method.build(1).every_step:  # nothing is exchanged at the end of a round
             unused |= set(ROUND_OPTIONS)
         return {
@@ -135,7 +150,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """SGD, its learning rate over the run, and the length of the run."""
+    """The optimizer, its learning rate over the run, and the length of the run."""
 
     epochs: float = 40.0
     """Passes of each worker over the images that it draws from."""
@@ -143,16 +158,34 @@ class OptimizationConfig:
     """Images per worker and step."""
     grad_accum_steps: int = 1
     """Parts that each batch is split into; their gradients are accumulated: less memory for the same batch."""
-    lr: float = 0.03
-    """Learning rate of SGD."""
-    momentum: float = config_key(0.9)
-    """Momentum of SGD."""
-    nesterov: bool = config_key(False)
-    """Use Nesterov momentum."""
-    weight_decay: float = 5e-4
-    """Weight decay of every parameter."""
+    optimizer: str = "sgd"
+    """A class of torch.optim by its name, as in sgd, adamw or rmsprop, or timm:NAME, as in timm:lamb."""
+    optimizer_args: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
+    """Further arguments of the optimizer by name, as in {"betas": [0.9, 0.95], "eps": 1e-6}."""
+    lr: float | None = None
+    """Learning rate. Default: 0.03 for sgd, for another optimizer its own default."""
+    momentum: float | None = config_key(None)
+    """Momentum. Default: 0.9 for sgd, for another optimizer its own default."""
+    nesterov: bool | None = config_key(None)
+    """Use Nesterov momentum. Default: no for sgd, for another optimizer its own default."""
+    weight_decay: float | None = None
+    """Weight decay of every parameter. Default: 5e-4 for sgd, for another optimizer its own default."""
+    no_decay_norm_and_bias: bool = config_key(False)
+    """No weight decay of biases and of parameters with one dimension, which are those of norms."""
+    clip_grad_norm: float | None = config_key(None)
+    """Largest norm of a worker's gradient; a longer one is scaled down to it."""
+    model_ema_decay: float | None = None
+    """Also keep an exponential moving average (EMA) of the weights with this decay, as in 0.999; it is tested and saved
+    beside the weights."""
     label_smoothing: float = config_key(0.0)
     """Part of each label that is distributed evenly over all classes; 0.1 is usual for ImageNet."""
+    mixup: float = config_key(0.0)
+    """Mix pairs of images and their labels, in a share drawn from Beta(mixup, mixup); 0.2 is usual for ImageNet."""
+    cutmix: float = config_key(0.0)
+    """Paste a part of another image, and that share of its label; the area is drawn from Beta(cutmix, cutmix). With
+    `mixup` too, each batch has one of the two at random."""
+    rand_augment: tuple[int, int] | None = config_key(None)
+    """Augment photographs by RandAugment: number of operations and magnitude, 0 to 30, as in 2 9."""
     lr_schedule: Literal["step", "cosine", "constant"] = "step"
     """Learning rate over the run. step: divided by 10 after 50 % and again after 75 %. cosine: to 0. constant: no
     change."""
@@ -238,6 +271,8 @@ class TrainConfig:
             "lr_warmup_steps": (self.optimization.lr_warmup_steps, 0),
             "warmup_rounds": (self.method.warmup_rounds, 0),
             "label_smoothing": (self.optimization.label_smoothing, 0),
+            "mixup": (self.optimization.mixup, 0),
+            "cutmix": (self.optimization.cutmix, 0),
             "image_size": (self.network.image_size, 32),
             "data_workers": (self.network.data_workers, 0),
             "processes": (self.machine.processes, 1),
@@ -263,10 +298,9 @@ class TrainConfig:
             )
         if self.network.task == "detection" and self.machine.compile:
             raise UserError("`compile` does not support detection, whose tensor shapes vary by image; remove it")
-        if o.nesterov and o.momentum == 0:
-            raise UserError("`nesterov` needs `momentum` above 0; give one, or remove `nesterov`")
         if o.label_smoothing >= 1:
             raise UserError(f"`label_smoothing={o.label_smoothing}`; must be less than 1")
+        check_recipe(o, network.data)
         for name, given in (
             ("image_size", network.image_size is not None),
             ("data_workers", network.data_workers != NetworkConfig.data_workers),
@@ -297,8 +331,7 @@ class TrainConfig:
             m.strategy,
             m.workers,
             m.local_steps,
-            min_depth=m.min_depth,
-            capacities=m.capacities or None,
+            capacities=m.all_capacities(),
             optimizer_state=m.optimizer_state,
             outer=outer,
             warmup_rounds=m.warmup_rounds,

@@ -193,6 +193,8 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return tuple(_value(inner[0], item, where) for item in value)
     if get_origin(hint) is Literal and value in inner:
         return value
+    if get_origin(hint) is dict and isinstance(value, dict):  # its values are checked where they are used
+        return value
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and (isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)):  # else too large
@@ -209,4 +211,6 @@ def _form(hint: Any) -> str:
         return f"one of {', '.join(inner)}"
     if get_origin(hint) is tuple:
         return f"a list, each entry {_form(inner[0])}" if inner[-1] is Ellipsis else f"a list of {len(inner)} numbers"
+    if get_origin(hint) is dict:
+        return "a table of names and values"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a string")

@@ -89,7 +89,8 @@ def restore_state(
         if any(name.startswith(f"{BUFFERS}.") for name in own):
             pairs += _matched(f"{BUFFERS}.", _counters(worker), own, source)
         if any(name.startswith(f"{VELOCITY}.") for name in own):
-            velocity = worker.state.setdefault(VELOCITY, torch.zeros_like(worker.subnet.flat))
+            zeros = {dtype: torch.zeros_like(flat) for dtype, flat in worker.subnet.flats.items()}
+            velocity = worker.state.setdefault(VELOCITY, zeros)
             pairs += _matched(f"{VELOCITY}.", worker.subnet.state(held, velocity), own, source)
     for view, tensor in pairs:
         view.copy_(tensor)

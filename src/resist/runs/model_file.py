@@ -16,6 +16,7 @@ from resist.subnet.chains import Chain
 from resist.subnet.scaling import scale_branches
 
 FILE = "model.safetensors"
+EMA_FILE = "model_ema.safetensors"  # of the averaged weights, of a run that has them
 FORMAT = "resist full network 3"
 
 

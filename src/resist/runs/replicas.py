@@ -38,10 +38,12 @@ def write_replicas(folder: Path, job: Job, attempt: str = "") -> None:
         UserError: They cannot be written.
     """
     subnet = job.workers[0].subnet
-    num_tensors = len(subnet.shared_layout.pieces)
-    num_tensors += sum(
-        chain.num_blocks * len(layout.pieces) for chain, layout in zip(job.chains, subnet.block_layouts, strict=True)
-    )
+    num_tensors = 0
+    for layout in subnet.layouts.values():
+        num_tensors += len(layout.shared.pieces)
+        num_tensors += sum(
+            chain.num_blocks * len(block.pieces) for chain, block in zip(job.chains, layout.blocks, strict=True)
+        )
     for replica in job.replicas:
         metadata = {
             "round": replica.round,

@@ -22,9 +22,11 @@ from resist.errors import UserError
 from resist.subnet import compatibility, residual
 from resist.subnet.chain import COMPACT, IN_PLACE, Branch, Chain
 from resist.subnet.modules import named_modules
-from resist.subnet.outside import Forward, OutsideSkips
+from resist.subnet.outside import OutsideSkips
+from resist.subnet.rehearsal import Forward
 from resist.subnet.residual import Call
 from resist.subnet.runs import runs
+from resist.subnet.selection import ALL, all_chains
 from resist.subnet.trial import default_form, tried
 
 __all__ = ["COMPACT", "IN_PLACE", "Branch", "Chain", "choose_chains", "find_chains"]
@@ -60,7 +62,8 @@ def choose_chains(
 
     Args:
         model: The full network.
-        names: Names of chains: `layer3:1-22`, or `layer3` for the longest run in it. Default: the longest of all.
+        names: Names of chains: `layer3:1-22`, or `layer3` for the longest run in it; or "all", for all chains that can
+            be partitioned together. Default: the longest of all.
         calls: As in `find_chains`.
         forward: As in `find_chains`.
 
@@ -72,24 +75,42 @@ def choose_chains(
             nn.ModuleList, or the model has no chain.
     """
     found = _runs(model, calls, forward)
-    if not names:
+    if not names or tuple(names) == (ALL,):
         if found and found[0].skip_type in _FOUND:
-            return _checked(found[:1], model)
+            return _checked(_together(found, model)[0] if names else found[:1], model)
         reason = _miss(model, found, calls, forward)
         raise UserError(f"the model has no chain of residual blocks, so there is nothing to partition: {reason}")
     chosen = tuple(_parse(name, model, found, calls, forward) for name in names)
     for i, first in enumerate(chosen):
         for second in chosen[i + 1 :]:
-            apart = first.container != second.container or first.last < second.first or second.last < first.first
-            if not apart or _inside(first, second) or _inside(second, first):
-                raise UserError(f"chains {first.name} and {second.name} overlap; name each block once")
-            for inner, outer in ((first, second), (second, first)):
-                if _behind(inner, outer, model):
-                    raise UserError(
-                        f"chain {inner.name} comes after {outer.name} in an nn.ModuleList, whose children are "
-                        "renumbered; name one of the two"
-                    )
+            if conflict := _conflict(first, second, model):
+                raise UserError(conflict)
     return _checked(chosen, model)
+
+
+def every_chain(
+    model: nn.Module, calls: Mapping[str, Call] | None = None, forward: Forward | None = None
+) -> tuple[tuple[Chain, ...], tuple[str, ...]]:
+    """Choose all chains of a network that can be partitioned together; see `resist.subnet.selection.all_chains`."""
+    return _together(_runs(model, calls, forward), model)
+
+
+def _together(found: tuple[Chain, ...], model: nn.Module) -> tuple[tuple[Chain, ...], tuple[str, ...]]:
+    return all_chains(found, lambda first, second: _conflict(first, second, model))
+
+
+def _conflict(first: Chain, second: Chain, model: nn.Module) -> str:
+    """Reason why two chains cannot be partitioned together, or ""."""
+    apart = first.container != second.container or first.last < second.first or second.last < first.first
+    if not apart or _inside(first, second) or _inside(second, first):
+        return f"chains {first.name} and {second.name} overlap; name each block once"
+    for inner, outer in ((first, second), (second, first)):
+        if _behind(inner, outer, model):
+            return (
+                f"chain {inner.name} comes after {outer.name} in an nn.ModuleList, whose children are renumbered; name "
+                "one of the two"
+            )
+    return ""
 
 
 def _runs(model: nn.Module, calls: Mapping[str, Call] | None, forward: Forward | None) -> tuple[Chain, ...]:

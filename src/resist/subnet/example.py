@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from resist.errors import UserError
-from resist.subnet.modules import children_of, named_modules
+from resist.subnet.modules import named_modules
 from resist.subnet.rehearsal import Forward, Rehearsal, snapshot, stand_in
+from resist.subnet.runs import is_leaf
 from resist.subnet.streams import Call
 
 MOST_ITEMS = 4  # a larger batch is cut to so many items, where all its tensors have the same first dimension
@@ -122,8 +123,8 @@ def record_calls(model: nn.Module, forward: Forward) -> dict[str, Call]:
         forward: Function that calls a network, from `as_forward`.
 
     Returns:
-        The first call of every module that has children and whose class stands at several such places, by dotted name.
-        The arguments are copies. A module that is not called is left out.
+        The first call of every module that may be a block and whose class stands at several such places, by dotted
+        name. The arguments are copies. A module that is not called is left out.
 
     Raises:
         UserError: If the network cannot be run.
@@ -158,11 +159,13 @@ def calls_in(rehearsal: Rehearsal, model: nn.Module) -> dict[str, Call]:
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Modules with children that have a sibling of their class, or one at a place that differs in a number."""
+    """Modules that may be blocks and have a sibling of their class, or one at a place that differs in a number."""
     places: dict[str, tuple[object, object]] = {}
     for name, module in named_modules(model):
-        if name and children_of(module):
-            parent = name.rpartition(".")[0]
+        parent = name.rpartition(".")[0]
+        # A layer of torch can only be a block in a list, with its skip connection outside.
+        listed = not is_leaf(module) or isinstance(model.get_submodule(parent), nn.ModuleList | nn.ModuleDict)
+        if name and listed:
             places[name] = (parent, type(module)), (re.sub(r"\d+", "*", name), type(module), "numbered")
     number = Counter(place for found in places.values() for place in found)
     return [name for name, found in places.items() if any(number[place] > 1 for place in found)]

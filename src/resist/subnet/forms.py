@@ -9,7 +9,7 @@ from torch import nn
 from resist.errors import UserError
 from resist.subnet.bypass import in_place
 from resist.subnet.chain import COMPACT, Chain
-from resist.subnet.outside import Forward
+from resist.subnet.rehearsal import Forward
 from resist.subnet.residual import Call
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,10 @@
-"""Layout of a sub-network: positions of its tensors in the flat tensor.
+"""Layout of a sub-network: positions of its tensors in the flat tensors, one for each dtype.
 
-The flat tensor reads `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. This file is arithmetic on names, shapes and
+A flat tensor reads `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. This file is arithmetic on names, shapes and
 capacities; `resist.subnet.network.Subnet` applies it to a model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -47,33 +47,67 @@ class Piece:
 class Layout:
     """Order of the tensors of the shared part, or of one block.
 
-    Parameters come before buffers: an outer optimizer moves the first `num_trained` elements and no running statistics.
-    Within both groups, tensors whose size is not a multiple of 16 elements come last. So the others stay aligned to 64
+    Parameters that train come first, then running statistics, other buffers, and frozen parameters. So what changes in
+    a round is usually one range, and an outer optimizer moves the first `num_trained` elements and no statistics.
+    Within each group, tensors whose size is not a multiple of 16 elements come last. So the others stay aligned to 64
     bytes without padding, and the bytes on the wire are exactly those of the weights.
 
     Args:
-        tensors: Parameters and buffers of the part by name.
+        tensors: Parameters and buffers of the part by name, of one dtype.
         channels_last: Store 4-D tensors with the channels innermost.
 
     Attributes:
         pieces: Position of each tensor by name.
         numel: Elements of the part.
-        num_trained: Elements of its parameters.
+        num_trained: Elements of the parameters that train.
+        statistics: Names of the running statistics of norms.
+        frozen: Names of the parameters that do not train.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
         self.pieces: dict[str, Piece] = {}
         self.numel = self.num_trained = 0
+        groups = {name: _group(name, tensor) for name, tensor in tensors.items()}
+        self.statistics = frozenset(name for name, group in groups.items() if group == _STATISTICS)
+        self.frozen = frozenset(name for name, group in groups.items() if group == _FROZEN)
 
-        def order(name: str) -> tuple[bool, bool]:
-            return not isinstance(tensors[name], nn.Parameter), tensors[name].numel() % 16 != 0
+        def order(name: str) -> tuple[int, bool]:
+            return groups[name], tensors[name].numel() % 16 != 0
 
         for name in sorted(tensors, key=order):
             shape = tensors[name].shape
             self.pieces[name] = Piece(self.numel, shape, channels_last and len(shape) == 4)
             self.numel += shape.numel()
-            if isinstance(tensors[name], nn.Parameter):
+            if groups[name] == _TRAINED:
                 self.num_trained = self.numel
+
+    def ranges(self, changing: Set[str]) -> list[tuple[int, int]]:
+        """List the ranges that train or change.
+
+        Args:
+            changing: Names of the pieces that change besides those that train.
+
+        Returns:
+            (first element, end) of each range, ascending, neighbors as one.
+        """
+        ranges = [(0, self.num_trained)]
+        for name, piece in self.pieces.items():
+            if piece.offset >= self.num_trained and name in changing and piece.shape.numel():
+                start, end = piece.offset, piece.offset + piece.shape.numel()
+                if start == ranges[-1][1]:
+                    start = ranges.pop()[0]
+                ranges.append((start, end))
+        return [(start, end) for start, end in ranges if start < end]
+
+
+# Groups of tensors, in the order in which they are in their part.
+_TRAINED, _STATISTICS, _BUFFER, _FROZEN = range(4)
+
+
+def _group(name: str, tensor: Tensor) -> int:
+    if isinstance(tensor, nn.Parameter):
+        return _TRAINED if tensor.requires_grad else _FROZEN
+    return _STATISTICS if name.endswith(("running_mean", "running_var")) else _BUFFER
 
 
 @dataclass(frozen=True)
@@ -119,7 +153,7 @@ class Child:
 
 @dataclass(frozen=True)
 class SubnetLayout:
-    """Layout of a sub-network with given capacities.
+    """Layout of a sub-network's tensors of one dtype, with given capacities.
 
     Attributes:
         chains: Chains of the full network.
@@ -316,6 +350,6 @@ def common_buffers(
     copies = {
         id(buffer): buffer.detach().to(buffer.device if buffer.is_meta else device, copy=True)
         for _, buffer in buffers
-        if len(users[id(buffer)]) > 1 and buffer.is_floating_point()
+        if len(users[id(buffer)]) > 1 and (buffer.is_floating_point() or buffer.is_complex())
     }
     return {layout.place(name).key: copies[id(buffer)] for name, buffer in buffers if id(buffer) in copies}

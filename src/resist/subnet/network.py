@@ -1,9 +1,10 @@
-"""Sub-networks: shallow models whose weights are in one flat tensor.
+"""Sub-networks: shallow models whose weights are in one flat tensor for each dtype.
 
 A sub-network is the same model with only `capacity` blocks in each chain. Every parameter and float buffer is a view
-into the flat tensor `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. So the shared part is averaged in one
-collective, a block is one message, and nothing is packed or copied. A plan only decides whose weights are in which
-slot: modules, parameters and the optimizer's references stay the same from round to round.
+into the flat tensor of its dtype, `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. So the shared part is averaged
+in one collective, a block is one message, and nothing is packed or copied. A plan only decides whose weights are in
+which slot: modules, parameters and the optimizer's references stay the same from round to round. Most networks have one
+dtype, and so one flat tensor.
 
 The full network is a sub-network with every block in its slots, so it is built and filled in the same way.
 """
@@ -18,30 +19,33 @@ from torch import Tensor, nn
 
 from resist.errors import UserError
 from resist.subnet.chain import IN_PLACE, Chain
-from resist.subnet.layout import Child, Layout, Place, SubnetLayout, common_buffers
+from resist.subnet.layout import Child, Place, SubnetLayout, common_buffers
 from resist.subnet.modules import buffers_of, children_of, named_modules, parameters_of
+
+# One flat tensor for each dtype of the weights, which is the key. The tensors of an optimizer state have the layouts of
+# the weights, and may have another dtype.
+Flats = dict[torch.dtype, Tensor]
 
 
 class Subnet:
-    """One worker's network: an ordinary, shallow `nn.Module` over one flat tensor.
+    """One worker's network: an ordinary, shallow `nn.Module` over one flat tensor for each dtype.
 
     Args:
         template: Network to take the structure from. It is copied without its weights, and may be on the meta device.
         chains: Chains of the full network.
         capacities: Number of blocks of each chain in the sub-network.
-        device: Device of the flat tensor.
+        device: Device of the flat tensors.
         channels_last: Store 4-D weights with the channels innermost.
         template_capacities: Number of blocks of each chain in `template`. Default: all blocks.
         template_held: Blocks of each chain in `template`, the `layout.held` of its sub-network.
 
     Attributes:
         model: The shallow network.
-        flat: All its weights and float buffers, (numel,). New ones are not initialized: see `load`.
-        layout: Position of each tensor in `flat`.
-        dtype: Type of all weights and float buffers.
+        flats: All its weights and float buffers, by dtype, (numel,) each. New ones are not initialized: see `load`.
+        layouts: Position of each tensor in the flat tensor of its dtype.
 
     Raises:
-        UserError: If the parameters and float buffers of `template` have more than one dtype.
+        UserError: If `template` has no parameters and float buffers.
     """
 
     def __init__(
@@ -65,11 +69,21 @@ class Subnet:
         layout = SubnetLayout(self.chains, present, renumbered, template_held)
         self._common = common_buffers(template, layout, self.device)
         tensors = {name: t for name, t in _floats(self.model) if layout.place(name).key not in self._common}
-        self.dtype = _only_dtype(tensors)
+        if not tensors:
+            raise UserError("the model has no parameters; there is nothing to train")
+        self._dtype_of = {layout.place(name).key: tensor.dtype for name, tensor in tensors.items()}
+        self.layouts: dict[torch.dtype, SubnetLayout] = {}
+        for dtype in dict.fromkeys(self._dtype_of.values()):
+            own = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+            self.layouts[dtype] = replace(layout.with_tensors(own, channels_last), renumbered=frozenset(lists))
+        self.flats: Flats = {}
         self._bypasses: dict[object, nn.Module] = {}
-        self.layout = replace(layout.with_tensors(tensors, channels_last), renumbered=frozenset(lists))
-        self.flat = torch.empty(0, dtype=self.dtype, device=self.device)
         self.resize(capacities, self.empty(capacities))
+
+    @property
+    def layout(self) -> SubnetLayout:
+        """Layout of one dtype, for what does not depend on the dtype: names, places and children."""
+        return next(iter(self.layouts.values()))
 
     @property
     def capacities(self) -> tuple[int, ...]:
@@ -77,27 +91,26 @@ class Subnet:
         return self.layout.capacities
 
     @property
-    def shared_layout(self) -> Layout:
-        """Layout of the shared part."""
-        return self.layout.shared
+    def flat(self) -> Tensor:
+        """The flat tensor of a network with one dtype, (numel,)."""
+        (flat,) = self.flats.values()
+        return flat
 
     @property
-    def block_layouts(self) -> tuple[Layout, ...]:
-        """Layout of one block of each chain."""
-        return self.layout.blocks
+    def shared(self) -> Tensor:
+        """Shared part of `flat`, (layout.shared.numel,)."""
+        return self.slot(None, 0, self.flat)
 
     @property
     def block_bytes(self) -> tuple[int, ...]:
         """Bytes of one block of each chain."""
-        return tuple(layout.numel * self.dtype.itemsize for layout in self.block_layouts)
-
-    @property
-    def shared(self) -> Tensor:
-        """Shared part of the flat tensor, (shared_layout.numel,)."""
-        return self.flat[: self.shared_layout.numel]
+        return tuple(
+            sum(layout.blocks[chain].numel * dtype.itemsize for dtype, layout in self.layouts.items())
+            for chain in range(len(self.chains))
+        )
 
     def numel(self, capacities: Sequence[int]) -> int:
-        """Compute the size of a flat tensor.
+        """Count the elements of all flat tensors.
 
         Args:
             capacities: Number of blocks of each chain.
@@ -105,32 +118,57 @@ class Subnet:
         Returns:
             Number of elements.
         """
-        return self.layout.with_capacities(capacities).numel
+        return sum(layout.with_capacities(capacities).numel for layout in self.layouts.values())
 
-    def empty(self, capacities: Sequence[int]) -> Tensor:
-        """Allocate a flat tensor, not initialized.
+    def num_bytes(self, capacities: Sequence[int]) -> int:
+        """Count the bytes of all flat tensors.
 
         Args:
             capacities: Number of blocks of each chain.
 
         Returns:
-            The tensor, (numel(capacities),).
+            Number of bytes.
         """
-        return torch.empty(self.numel(capacities), dtype=self.dtype, device=self.device)
+        return sum(layout.with_capacities(capacities).numel * dtype.itemsize for dtype, layout in self.layouts.items())
 
-    def slot(self, chain: int | None, slot: int, flat: Tensor, *, capacities: Sequence[int] | None = None) -> Tensor:
+    def empty(self, capacities: Sequence[int]) -> Flats:
+        """Allocate flat tensors, not initialized.
+
+        Args:
+            capacities: Number of blocks of each chain.
+
+        Returns:
+            The tensors by dtype.
+        """
+        return {
+            dtype: torch.empty(layout.with_capacities(capacities).numel, dtype=dtype, device=self.device)
+            for dtype, layout in self.layouts.items()
+        }
+
+    def slot(
+        self,
+        chain: int | None,
+        slot: int,
+        flat: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        capacities: Sequence[int] | None = None,
+    ) -> Tensor:
         """Return one slot of a flat tensor, or its shared part.
 
         Args:
             chain: Number of the chain; None for the shared part.
             slot: Slot in the chain; 0 for the shared part.
             flat: Flat tensor, (numel,): the weights, or an optimizer state with the same layout.
+            dtype: Dtype of the weights that `flat` belongs to. Default: that of `flat`.
             capacities: Capacities that `flat` is laid out for. Default: the present ones.
 
         Returns:
-            A view of `flat`, (block_layouts[chain].numel,) or (shared_layout.numel,).
+            A view of `flat`, (numel of the part,).
         """
-        layout = self.layout if capacities is None else self.layout.with_capacities(capacities)
+        layout = self.layouts[dtype or flat.dtype]
+        if capacities is not None:
+            layout = layout.with_capacities(capacities)
         return layout.slot(chain, slot, flat)
 
     def place(self, name: str) -> Place:
@@ -144,17 +182,22 @@ class Subnet:
         """
         return self.layout.place(name)
 
-    def view(self, place: Place, flat: Tensor) -> Tensor:
-        """Return one tensor in a flat tensor.
+    def dtype_of(self, place: Place) -> torch.dtype:
+        """Return the dtype of the weights at a place, which is the key of their flat tensor."""
+        return self._dtype_of[place.key]
+
+    def view(self, place: Place, flats: Mapping[torch.dtype, Tensor]) -> Tensor:
+        """Return one tensor in the flat tensors.
 
         Args:
             place: Place of the tensor.
-            flat: Flat tensor, (numel,), with the present layout.
+            flats: Flat tensors with the present layouts, by dtype of the weights.
 
         Returns:
-            A view of `flat` in the shape of the tensor.
+            A view in the shape of the tensor.
         """
-        return self.layout.view(place, flat)
+        dtype = self._dtype_of[place.key]
+        return self.layouts[dtype].view(place, flats[dtype])
 
     def parameter_places(self) -> Iterator[tuple[nn.Parameter, Place]]:
         """Iterate over the parameters of `model` with their places.
@@ -165,23 +208,23 @@ class Subnet:
         for name, parameter in self.model.named_parameters():
             yield parameter, self.place(name)
 
-    def resize(self, capacities: Sequence[int], flat: Tensor) -> None:
-        """Change the number of blocks, and use another flat tensor.
+    def resize(self, capacities: Sequence[int], flats: Flats) -> None:
+        """Change the number of blocks, and use other flat tensors.
 
         Parameters that remain keep their identity, so an optimizer can continue with them. The values are those of
-        `flat`: the caller copies what has to be kept.
+        `flats`: the caller copies what has to be kept.
 
         Args:
             capacities: New number of blocks of each chain.
-            flat: Flat tensor laid out for `capacities`.
+            flats: Flat tensors laid out for `capacities`, by dtype.
         """
-        layout = self.layout.with_capacities(capacities)
-        self._arrange(layout)
-        self.flat = flat
+        self._arrange({dtype: layout.with_capacities(capacities) for dtype, layout in self.layouts.items()})
+        self.flats = flats
         self._attach()
 
-    def _arrange(self, layout: SubnetLayout) -> None:
-        """Put the children of the chains' containers where `layout` has them. New blocks are on the meta device."""
+    def _arrange(self, layouts: dict[torch.dtype, SubnetLayout]) -> None:
+        """Put the children of the chains' containers where `layouts` have them. New blocks are on the meta device."""
+        layout = next(iter(layouts.values()))
         for container in layout.containers:
             children = children_of(self.model.get_submodule(container))
             present = {
@@ -207,10 +250,10 @@ class Subnet:
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
-        self.layout = layout
+        self.layouts = layouts
 
     def _attach(self) -> None:
-        """Make every parameter and float buffer a view into the flat tensor.
+        """Make every parameter and float buffer a view into the flat tensor of its dtype.
 
         The views are set as `.data`, which gives each a version counter of its own. With a common counter, a forward
         pass that writes to a buffer would look to autograd as if it had overwritten the weights.
@@ -224,7 +267,7 @@ class Subnet:
                 if old is None:
                     continue
                 if id(old) not in parameters:
-                    view = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flat).data
+                    view = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flats).data
                     if old.is_meta:
                         # A parameter of a new block. It cannot change its device, so it is made here.
                         parameters[id(old)] = nn.Parameter(view, requires_grad=old.requires_grad)
@@ -239,10 +282,10 @@ class Subnet:
                 if place.key in self._common:
                     # One tensor for all blocks, outside of the flat tensor.
                     own_buffers[key] = self._common[place.key]
-                elif old.is_floating_point():
-                    # Statistics: averaged and sent with their block, so they are in the flat tensor too.
+                elif is_float(old):
+                    # Statistics: averaged and sent with their block, so they are in a flat tensor too.
                     if id(old) not in buffers:
-                        buffers[id(old)] = self.view(place, self.flat).data
+                        buffers[id(old)] = self.view(place, self.flats).data
                     own_buffers[key] = buffers[id(old)]
                 else:
                     # Counters and indices stay with the module. Those of a new block begin at zero.
@@ -254,7 +297,7 @@ class Subnet:
 
         Args:
             model: Deep copy of this sub-network's model, whose weights may differ (an average of them, for example).
-                They move into a new flat tensor.
+                They move into new flat tensors.
 
         Returns:
             The sub-network of `model`.
@@ -266,25 +309,25 @@ class Subnet:
         if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in values.items()}:
             raise ValueError("the two networks have different tensors")
         twin = copy.copy(self)
-        twin.model, twin.flat = model, torch.empty_like(self.flat)
+        twin.model, twin.flats = model, self.empty(self.capacities)
         with torch.no_grad():
             for name, value in values.items():
                 place = self.place(name)
                 if place.key not in self._common:
-                    twin.view(place, twin.flat).copy_(value)
+                    twin.view(place, twin.flats).copy_(value)
         twin._attach()
         return twin
 
     def check_attached(self) -> None:
-        """Check that every parameter is still a view into the flat tensor.
+        """Check that every parameter is still a view into the flat tensor of its dtype.
 
         Raises:
             UserError: If one is not: `model.to(...)`, `model.half()` and the like move the parameters.
         """
         for name, parameter in self.model.named_parameters():
             place = self.place(name)
-            known = place.piece in self.layout.part(place.chain).pieces
-            if not known or parameter.data_ptr() != self.view(place, self.flat).data_ptr():
+            known = place.key in self._dtype_of
+            if not known or parameter.data_ptr() != self.view(place, self.flats).data_ptr():
                 raise UserError(
                     f"parameter {name!r} was moved out of the sub-network's flat tensor (by .to(), .cuda() or "
                     ".half(), or replaced?); give Job the device, and use autocast for lower precision; change layers "
@@ -299,7 +342,8 @@ class Subnet:
                 their blocks at these positions.
         """
         if any(chain.form == IN_PLACE for chain in self.chains):
-            self._arrange(replace(self.layout, held=tuple(map(tuple, held))))
+            placed = tuple(map(tuple, held))
+            self._arrange({dtype: replace(layout, held=placed) for dtype, layout in self.layouts.items()})
         for number, chain in enumerate(self.chains):
             for slot, block in enumerate(held[number]) if chain.varying else ():
                 module = self.block(number, slot)
@@ -337,21 +381,25 @@ class Subnet:
             for name, view in self.state(held).items():
                 view.copy_(tensors[name])
 
-    def state(self, held: Sequence[Sequence[int]], flat: Tensor | None = None) -> dict[str, Tensor]:
+    def state(self, held: Sequence[Sequence[int]], flats: Flats | None = None) -> dict[str, Tensor]:
         """Return the weights and float buffers by global dotted name.
 
         Args:
             held: Blocks of each chain: block `held[chain][slot]` is in that slot.
-            flat: Flat tensor with the present layout. Default: the weights.
+            flats: Flat tensors with the present layouts. Default: the weights.
 
         Returns:
-            Views into the flat tensor, not copies.
+            Views into the flat tensors, not copies.
         """
-        flat = self.flat if flat is None else flat
+        flats = self.flats if flats is None else flats
         slots = [(chain, slot) for chain, blocks in enumerate(held) for slot in range(len(blocks))]
-        places = [Place(None, 0, piece) for piece in self.shared_layout.pieces]
-        places += [Place(chain, slot, piece) for chain, slot in slots for piece in self.block_layouts[chain].pieces]
-        return {self.layout.full_name(place, held): self.view(place, flat) for place in places}
+        parts: list[tuple[int | None, int]] = [(None, 0), *slots]
+        return {
+            layout.full_name(place, held): layout.view(place, flats[dtype])
+            for dtype, layout in self.layouts.items()
+            for chain, slot in parts
+            for place in (Place(chain, slot, piece) for piece in layout.part(chain).pieces)
+        }
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -379,7 +427,7 @@ def skeleton(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
-        if buffer.is_floating_point():
+        if is_float(buffer):
             memo[id(buffer)] = buffer.detach().to("meta")
     return copy.deepcopy(module, memo)
 
@@ -391,14 +439,11 @@ def _identity(child: Child) -> tuple[int | None, int | None, int]:
     return child.chain, child.slot, child.member
 
 
+def is_float(tensor: Tensor) -> bool:
+    """Check for a real or complex floating-point dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point())
-
-
-def _only_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1:
-        names = ", ".join(sorted(str(dtype) for dtype in dtypes)) or "none"
-        raise UserError(f"the model's parameters and float buffers have the types {names}; give it exactly one")
-    return dtypes.pop()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if is_float(buffer))

@@ -5,20 +5,18 @@ zero in place of the outputs of all blocks, the network has to go on behind each
 it. States are seen where modules are called.
 """
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resist.subnet.modules import fork_rng, named_modules
+from resist.subnet.modules import named_modules
+from resist.subnet.rehearsal import Forward, Rehearsal, stand_in
 from resist.subnet.residual import hidden_in, hidden_out, with_hidden
 
 SAMPLES = 64  # numbers of a state that are compared
-
-Forward = Callable[[nn.Module], object]
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class OutsideSkips:
 
     def __init__(self, model: nn.Module, forward: Forward) -> None:
         self._source, self._forward = model, forward
-        self._model: nn.Module | None = None
+        self._copied: tuple[Rehearsal, nn.Module] | None = None
 
     def branches(self, blocks: Sequence[Sequence[str]]) -> tuple[int, ...]:
         """Find the modules of a block whose outputs the network adds to its hidden state.
@@ -116,14 +114,14 @@ class OutsideSkips:
                 return False
         return True
 
-    @torch.no_grad()
     def _events(self, factors: Mapping[str, float]) -> list[_Event]:
         """Calls and returns of all modules, with the outputs of some multiplied by a factor."""
-        if self._model is None:
-            self._model = copy.deepcopy(self._source).eval()
+        if self._copied is None:
+            self._copied = Rehearsal(self._forward, self._source), stand_in(self._source)
+        rehearsal, model = self._copied
         events: list[_Event] = []
         handles: list[Any] = []
-        for name, module in named_modules(self._model):
+        for name, module in named_modules(model):
 
             def call(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = name) -> None:
                 _append(events, name, False, hidden_in(args, kwargs))
@@ -138,8 +136,7 @@ class OutsideSkips:
 
             handles += [module.register_forward_pre_hook(call, with_kwargs=True), module.register_forward_hook(ret)]
         try:
-            with fork_rng():
-                self._forward(self._model)
+            rehearsal.run(model)
         finally:
             for handle in handles:
                 handle.remove()

@@ -310,7 +310,8 @@ def output_of(block: nn.Module, call: Call | None = None) -> tuple[Call, object]
             return None
         for attempt in [call] if call is not None else _guesses(trial):
             try:
-                return attempt, trial(*attempt.args, **attempt.kwargs)
+                copied = snapshot(attempt)
+                return copied, trial(*copied.args, **copied.kwargs)
             except Exception:  # see skip_of
                 continue
     return None
@@ -357,7 +358,7 @@ def _response(block: nn.Module, call: Call | None) -> tuple[bool, str]:
                 continue
             x = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
             try:
-                with_value = attempt.with_input(x.clone())
+                with_value = snapshot(attempt).with_input(x.clone())
                 output = hidden_out(trial(*with_value.args, **with_value.kwargs))
             except Exception:  # see skip_of
                 continue

@@ -5,17 +5,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from resist.errors import AgreedError, DivergedError, UserError
 from resist.planning.strategy import Strategy
 from resist.subnet.chains import Chain
+from resist.subnet.network import Flats
 from resist.subnet.seeded import fingerprint
 from resist.sync.averaging import VELOCITY, all_finite
 from resist.sync.transport import Transport
-from resist.sync.worker import Worker
+from resist.sync.worker import StateTypes, Worker
 
 T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 def check_agreement(transport: Transport, values: Mapping[str, object]) -> None:
@@ -108,11 +112,12 @@ class RoundAgreement:
     """Values about a round's end that all processes agree on.
 
     Attributes:
-        state_names: Names of the optimizer states that any worker has, sorted.
+        states: Names of the optimizer states that any worker has, sorted, each with its dtype for each dtype of the
+            weights.
         nonfinite: Workers with NaN or inf in their round, each with the reason.
     """
 
-    state_names: list[str]
+    states: dict[str, StateTypes]
     nonfinite: dict[int, str]
 
 
@@ -137,19 +142,47 @@ def agree_on_round(transport: Transport, workers: Sequence[Worker], *, nonfinite
     hosted = [worker.index for worker in workers]
     if others := nonfinite.keys() - set(hosted):
         raise UserError(f"nonfinite has worker {min(others)}, and this process hosts {hosted}; name only those")
-    detected = {w.index: "weights that are not finite" for w in workers if not all_finite(w.subnet.flat)}
+    detected = {
+        w.index: "weights that are not finite" for w in workers if not all(map(all_finite, w.subnet.flats.values()))
+    }
     values = {
         "averages": any(worker.average for worker in workers),
-        "state": sorted({name for worker in workers for name in worker.state} - {VELOCITY}),
+        "state": _types(_merged([w.state for w in workers])),
         "nonfinite": {**detected, **nonfinite},
     }
     processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values))]
     if len({process["averages"] for process in processes}) > 1:
         raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
     return RoundAgreement(
-        state_names=sorted({name for process in processes for name in process["state"]}),
+        states={
+            name: {_dtype(dtype): _dtype(own) for dtype, own in sorted(types.items())}
+            for name, types in sorted(_merged([process["state"] for process in processes]).items())
+        },
         nonfinite={int(worker): reason for process in processes for worker, reason in process["nonfinite"].items()},
     )
+
+
+def _merged(tables: Sequence[Mapping[str, Mapping[K, V]]]) -> dict[str, dict[K, V]]:
+    """Tables of tables as one; of several entries the first counts."""
+    merged: dict[str, dict[K, V]] = {}
+    for table in tables:
+        for name, own in table.items():
+            merged[name] = {**own, **merged.get(name, {})}
+    return merged
+
+
+def _types(states: Mapping[str, Flats]) -> dict[str, dict[str, str]]:
+    """The dtypes of optimizer states, by dtype of the weights, for JSON."""
+    return {
+        name: {str(dtype): str(flat.dtype) for dtype, flat in flats.items()}
+        for name, flats in states.items()
+        if name != VELOCITY
+    }
+
+
+def _dtype(text: str) -> torch.dtype:
+    """The dtype of a text like "torch.float32"."""
+    return getattr(torch, text.removeprefix("torch."))
 
 
 def diverged(nonfinite: Mapping[int, str], *, round: int, step: int) -> DivergedError:

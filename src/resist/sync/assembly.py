@@ -36,14 +36,17 @@ def assemble(transport: Transport, subnets: Mapping[int, Subnet], *, plan: Round
         holders = plan.holders(chain, block)
         near = [worker for worker in holders if transport.process_of(worker) == transport.process_of(on)]
         source = on if on in holders else (near or holders)[block % len(near or holders)]
-        incoming = None if full is None else full.slot(chain, block, full.flat)
-        outgoing: Tensor | None = None
-        if source in subnets:
-            outgoing = subnets[source].slot(chain, plan.slot(chain, block, worker=source), subnets[source].flat)
-        if source != on:
-            moves.append(Move("evaluate", source, on, template.block_bytes[chain], outgoing, incoming))
-        elif incoming is not None and outgoing is not None:
-            incoming.copy_(outgoing)
+        for dtype, layout in template.layouts.items():
+            incoming = None if full is None else full.slot(chain, block, full.flats[dtype])
+            outgoing: Tensor | None = None
+            if source in subnets:
+                slot = plan.slot(chain, block, worker=source)
+                outgoing = subnets[source].slot(chain, slot, subnets[source].flats[dtype])
+            num_bytes = layout.blocks[chain].numel * dtype.itemsize
+            if source != on and num_bytes:
+                moves.append(Move("evaluate", source, on, num_bytes, outgoing, incoming))
+            elif incoming is not None and outgoing is not None:
+                incoming.copy_(outgoing)
     transport.transfer(moves).finish()
     return full
 
@@ -61,5 +64,6 @@ def _empty_full(subnet: Subnet) -> Subnet:
     )
     full.hold([range(chain.num_blocks) for chain in subnet.chains])
     with torch.no_grad():
-        full.shared.copy_(subnet.shared)
+        for dtype, flat in full.flats.items():
+            full.slot(None, 0, flat).copy_(subnet.slot(None, 0, subnet.flats[dtype]))
     return full

@@ -32,15 +32,26 @@ def all_finite(flat: Tensor) -> bool:
 def mean_into(first: Tensor, others: Sequence[Tensor]) -> None:
     """Replace `first` by the mean of itself and `others`, in place.
 
-    A running mean, m += (x - m) / k, which needs no additional memory. The mean of any number of equal tensors has
-    their bits.
+    A running mean, m += (x - m) / k, which needs no additional memory but for dtypes of fewer than 32 bits: their mean
+    is taken in float32 and rounded once. The mean of any number of equal tensors has their bits. Integers stay those of
+    `first`.
 
     Args:
         first: The first tensor, and the result.
         others: Tensors of the same shape.
     """
+    if not others or not (first.is_floating_point() or first.is_complex()):
+        return
+    mean = first.float() if is_short(first.dtype) else first
     for count, tensor in enumerate(others, start=2):
-        first.lerp_(tensor, 1 / count)
+        mean.lerp_(tensor.to(mean.dtype), 1 / count)
+    if mean is not first:
+        first.copy_(mean)
+
+
+def is_short(dtype: torch.dtype) -> bool:
+    """Check for a floating-point dtype of fewer than 32 bits, which is averaged in float32 and rounded once."""
+    return dtype.is_floating_point and dtype.itemsize < 4
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ the timeout, with a message that names the process. A process that ends closes i
 at once.
 """
 
+import contextlib
 import os
 import re
 import socket
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -28,6 +30,25 @@ from resist.sync.liveness import COMPUTING, WAITING, Liveness
 from resist.sync.local import Local
 from resist.sync.rendezvous import agree_on_attempt
 from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport, hosted_workers, local_moves, workers_of
+
+
+class _DefaultGroup:
+    """The default group that `connect` made, counted: the last transport that uses it destroys it."""
+
+    made: "_DefaultGroup | None" = None
+
+    def __init__(self) -> None:
+        self.group, self.users = dist.group.WORLD, 0
+
+    @classmethod
+    def present(cls) -> "_DefaultGroup | None":
+        """The default group, None if the caller made it."""
+        return cls.made if cls.made is not None and cls.made.group is dist.group.WORLD else None
+
+    def leave(self) -> None:
+        self.users -= 1
+        if self.users == 0 and self.group is dist.group.WORLD:
+            dist.destroy_process_group()
 
 
 def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> Transport:
@@ -67,12 +88,8 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
                 f"no process group at {where}: {first_line(error)}; check that the port is free on the first machine "
                 f"and that all {os.environ['WORLD_SIZE']} processes were started"
             ) from error
-    try:
-        return Distributed(workers, device, timeout_s)
-    except BaseException:
-        if initialize:  # threads of a group that was not destroyed abort the process when it ends
-            dist.destroy_process_group()
-        raise
+        _DefaultGroup.made = _DefaultGroup()
+    return Distributed(workers, device, timeout_s)
 
 
 def loopback_store(listener: socket.socket) -> object:
@@ -116,13 +133,34 @@ class Distributed:
         timeout = timedelta(seconds=timeout_s)
         self._hosted_workers = hosted_workers(workers, self.num_processes)
         self.hosted = self._hosted_workers[self.rank]
-        self._liveness = Liveness(_get_default_store(), self.rank, self.num_processes)
-        self._control_group = _group(timeout, "gloo")
-        backend = self._agree(torch.device(device))
         self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosted_workers) for worker in hosted}
-        self._collective = _group(timeout, backend)
-        self._peers = _group(timeout, backend)
+        self._liveness: Liveness | None = None
+        self._groups: list[dist.ProcessGroup] = []
+        self._closed = False
+        # Threads of a group that was not destroyed abort the process when it ends: so `close`, whatever happens.
+        self._default_group = _DefaultGroup.present()
+        if self._default_group is not None:
+            self._default_group.users += 1
+        try:
+            self._control_group = self._new_group(timeout, "gloo")
+            # Each transport has entries of its own in the store, which may serve others before, beside and after it.
+            name = f"resist/{self._gather(uuid.uuid4().bytes, 16)[0].hex()}"
+            store = dist.PrefixStore(name, _get_default_store())  # pyright: ignore[reportPrivateImportUsage]
+            self._liveness = Liveness(store, self.rank, self.num_processes)
+            backend = self._agree(torch.device(device))
+            self._collective = self._new_group(timeout, backend)
+            self._peers = self._new_group(timeout, backend)
+        except BaseException:
+            self.close()
+            raise
         self._staged = backend == "gloo"  # gloo sends from CPU memory only
+
+    def _new_group(self, timeout: timedelta, backend: str) -> dist.ProcessGroup:
+        """Create a group of all processes. Each process has to call it."""
+        group = dist.new_group(timeout=timeout, backend=backend)
+        assert isinstance(group, dist.ProcessGroup), "every process is a member"
+        self._groups.append(group)
+        return group
 
     def _agree(self, device: torch.device) -> str:
         """The backend for weights, after a check that all processes belong to the same job.
@@ -240,10 +278,21 @@ class Distributed:
         return [gathered.numpy().tobytes() for gathered in packets]
 
     def close(self) -> None:
-        """See `Transport.close`."""
-        self._liveness.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """See `Transport.close`.
+
+        Destroys the groups of this transport. The default group stays if the caller made it, or as long as another
+        transport uses it.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._liveness is not None:
+            self._liveness.close()
+        for group in reversed(self._groups):
+            with contextlib.suppress(ValueError, AssertionError):  # the caller has destroyed all groups
+                dist.destroy_process_group(group)
+        if self._default_group is not None:
+            self._default_group.leave()
 
     def run(self, doing: str, action: Any) -> Any:
         """Run an action that may wait for other processes.
@@ -256,15 +305,22 @@ class Distributed:
             The result of `action`.
 
         Raises:
+            UserError: If this transport is closed.
             WorkerLostError: If contact with another process is lost, or one does not come in time.
         """
-        self._liveness.report_state(WAITING)
+        if self._closed:
+            raise UserError("this job is closed, and its connections with it; call job.close() after the last use")
+        self._report_state(WAITING)
         try:
             return action()
         except RuntimeError as error:
             raise self._lost(doing, error) from error
         finally:
-            self._liveness.report_state(COMPUTING)
+            self._report_state(COMPUTING)
+
+    def _report_state(self, state: str) -> None:
+        if self._liveness is not None:
+            self._liveness.report_state(state)
 
     def _lost(self, doing: str, error: Exception) -> WorkerLostError:
         return WorkerLostError(
@@ -272,6 +328,8 @@ class Distributed:
         )
 
     def _cause(self) -> str:
+        if self._liveness is None:
+            return "not all processes have come"
         states = self._liveness.call()
         if states is None:
             return "the rendezvous store (process 0 or the launcher) is unreachable"
@@ -327,10 +385,3 @@ class _Mean:
 def _reason(error: Exception) -> str:
     """The message of gloo without the position in its source and without its advice."""
     return re.sub(r"^\[/\S+\] ", "", first_line(error)).partition(" This is typically")[0].rstrip(".")
-
-
-def _group(timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
-    """Create a group of all processes. Each process has to call it."""
-    group = dist.new_group(timeout=timeout, backend=backend)
-    assert isinstance(group, dist.ProcessGroup), "every process is a member"
-    return group

@@ -8,7 +8,7 @@
 The two are separate so that something else can be computed between them.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from torch import Tensor
 from resist.planning.plan import Key, RoundPlan
 from resist.planning.schedule import Message, schedule
 from resist.planning.strategy import Strategy
+from resist.subnet.network import Flats
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
 from resist.sync.payload import Payload, collect_payloads
-from resist.sync.transport import Handle, Move, Transport
-from resist.sync.worker import Worker
+from resist.sync.shared import SharedMean
+from resist.sync.transport import Move, Transport
+from resist.sync.worker import StateTypes, Worker
 
 
 class Exchange:
@@ -31,7 +33,8 @@ class Exchange:
         transport: Connects the workers.
         workers: The hosted workers. With an outer optimizer, or workers that are dropped, they have anchors.
         strategy: Strategy of the round that ends: its policy for the optimizer's state, and its outer optimizer.
-        state_names: Names of the optimizer states that any worker has, equal in all processes.
+        states: Names of the optimizer states that any worker has, each with its dtype for each dtype of weights, equal
+            in all processes.
         plan: Plan of the round that ends.
         next_plan: Plan of the next round.
         dropped: Workers that are left out of every mean. Blocks that only they held return to their anchors.
@@ -51,7 +54,7 @@ class Exchange:
         *,
         workers: Sequence[Worker],
         strategy: Strategy,
-        state_names: Sequence[str],
+        states: Mapping[str, StateTypes],
         plan: RoundPlan,
         next_plan: RoundPlan,
         dropped: Set[int] = frozenset(),
@@ -61,7 +64,7 @@ class Exchange:
         self.workers = {worker.index: worker for worker in workers}
         self.plan, self.next_plan = plan, next_plan
         self.outer, self.dropped = strategy.outer, dropped
-        self.payloads = collect_payloads(workers, strategy, state_names)
+        self.payloads = collect_payloads(workers, strategy, states)
         # 1. List the messages. Every process computes the same list, so no message says which block goes where.
         self.schedule = schedule(plan, next_plan, workers[0].subnet.block_bytes, replicate=replicate)
         # 2. Undo the round of dropped workers, before anything of it is sent.
@@ -69,33 +72,30 @@ class Exchange:
             self._discard(worker)
         # 3. Begin the mean of the shared part: one collective for each payload, in place. It runs while blocks are
         #    exchanged, and nothing reads the shared part until `finish` has waited for all workers.
-        self.means: list[tuple[Handle, list[Tensor]]] = []
-        for payload in self.payloads:
-            if payload.average_shared and transport.num_workers > 1:
-                self._begin_mean(payload)
+        averaged = [payload for payload in self.payloads if payload.average_shared and transport.num_workers > 1]
+        self.means = [
+            SharedMean(transport, payload, self.workers, self.dropped, blocks=self.schedule.held_by_all)
+            for payload in averaged
+        ]
         # 4. Send the blocks with several holders to their owners: one batch for all payloads. The owners need memory
         #    for each block they receive; the slots are only read. No process waits before `finish`.
         self.moving = [payload for payload in self.payloads if payload.moves]
-        self.averaged = [payload for payload in self.moving if payload.average_blocks]
-        self.averaging = transport.transfer(
-            [self._average_move(payload, m) for payload in self.averaged for m in self.schedule.average]
-        )
+        self.sent = self._messages([payload for payload in self.moving if payload.average_blocks], "average")
+        self.averaging = transport.transfer([self._average_move(payload, m) for payload, m in self.sent])
 
-    def finish(self) -> dict[Key, Tensor]:
+    def finish(self) -> dict[Key, Flats]:
         """Wait until everything has arrived.
 
         Afterwards the workers have the sub-networks of the next plan.
 
         Returns:
-            (chain number, block) -> flat tensor (numel,) of each replica that this process keeps.
+            (chain number, block) -> flat tensors, by dtype, of each replica that this process keeps.
 
         Raises:
             WorkerLostError: If another process is lost.
         """
         # 1. Owners wait for the other holders of their blocks, and average. Their slots then have the means.
-        arrived, size = self.averaging.finish(), len(self.schedule.average)
-        for number, payload in enumerate(self.averaged):
-            self._average(payload, arrived[number * size : (number + 1) * size])
+        self._average(self.averaging.finish())
         # 2. Owners take the outer step on their blocks, before they hand them over: its momentum goes along.
         for (chain, block), owner in self.schedule.owners.items():
             if owner in self.workers:
@@ -105,16 +105,14 @@ class Exchange:
         #    tensors of their own. Each process waits for the owners that send to it, and for those that it sends to.
         for payload in self.payloads:
             self._prepare(payload)
-        moves = [self._hand_over_move(payload, m) for payload in self.moving for m in self.schedule.hand_over]
+        moves = [self._hand_over_move(payload, m) for payload, m in self._messages(self.moving, "hand_over")]
         replicas = self._make_replicas()
-        moves += [self._replica_move(m, replicas) for m in self.schedule.replicas]
+        weights = [payload for payload in self.payloads if payload.name == WEIGHTS]
+        moves += [self._replica_move(payload, m, replicas) for payload, m in self._messages(weights, "replicas")]
         self.transport.transfer(moves).finish()
-        # 4. Wait for all workers: the mean of the shared part. Dropped workers have contributed zeros to a sum that was
-        #    divided by the number of all workers.
-        for mean, parts in self.means:
+        # 4. Wait for all workers: the mean of the shared part.
+        for mean in self.means:
             mean.finish()
-            for part in parts if self.dropped else ():
-                part.mul_(self.transport.num_workers / (self.transport.num_workers - len(self.dropped)))
         # 5. The outer step on the shared part: every worker takes it for itself, from equal values. If all workers hold
         #    all blocks, these were part of the same mean.
         for worker in self.workers:
@@ -125,7 +123,9 @@ class Exchange:
         for payload in self.payloads:
             self._settle(payload)
         for index, worker in self.workers.items():
-            flats = {payload.name: payload.flats[index] for payload in self.payloads}
+            flats: dict[str, Flats] = {}
+            for payload in self.payloads:
+                flats.setdefault(payload.name, {})[payload.dtype] = payload.flats[index]
             worker.finish_round(flats, self.next_plan.held(index))
         return replicas
 
@@ -134,52 +134,54 @@ class Exchange:
         """Undo the round of a dropped worker: weights as at its beginning, optimizer state zero."""
         for payload in self.payloads:
             if payload.name in (WEIGHTS, AVERAGE):
-                payload.flats[worker].copy_(self._anchor(worker))
+                payload.flats[worker].copy_(self._anchor(payload.dtype, worker))
             elif payload.name != VELOCITY:
                 payload.flats[worker].zero_()
 
-    def _anchor(self, worker: int) -> Tensor:
+    def _anchor(self, dtype: torch.dtype, worker: int) -> Tensor:
         anchor = self.workers[worker].anchor
         assert anchor is not None, "`Job.mark_anchors` copies them where an option needs them"
-        return anchor
+        return anchor[dtype]
 
-    def _begin_mean(self, payload: Payload) -> None:
-        """Begin the mean over all workers: of the shared part, or of everything if all workers hold all blocks."""
-        parts: list[Tensor] = []
-        for worker, flat in payload.flats.items():
-            parts.append(flat if self.schedule.held_by_all else self.workers[worker].subnet.slot(None, 0, flat))
-            if worker in self.dropped:
-                parts[-1].zero_()
-        self.means.append((self.transport.mean(parts, payload.traffic_kind("shared")), parts))
+    def _messages(self, payloads: Sequence[Payload], phase: str) -> list[tuple[Payload, Message]]:
+        """The messages of a phase, for each payload. A block without weights of a dtype is no message."""
+        messages: Sequence[Message] = getattr(self.schedule, phase)
+        return [(payload, m) for payload in payloads for m in messages if self._numel(payload, m.chain)]
+
+    def _numel(self, payload: Payload, chain: int) -> int:
+        subnet = next(iter(self.workers.values())).subnet
+        return subnet.layouts[payload.dtype].blocks[chain].numel
 
     def _slot(self, payload: Payload, chain: int, block: int, worker: int) -> Tensor:
         """The slot in which `worker` holds `block` before the synchronization."""
         slot = self.plan.slot(chain, block, worker=worker)
-        return self.workers[worker].subnet.slot(chain, slot, payload.flats[worker])
+        return self.workers[worker].subnet.slot(chain, slot, payload.flats[worker], dtype=payload.dtype)
 
     def _move(self, payload: Payload, m: Message, incoming: Tensor | None, traffic_kind: str) -> Move:
         """Send the slot of the source, if it is hosted here; receive in `incoming`."""
         outgoing = self._slot(payload, m.chain, m.block, m.source) if m.source in self.workers else None
-        return Move(traffic_kind, m.source, m.target, m.num_bytes, outgoing, incoming)
+        num_bytes = self._numel(payload, m.chain) * payload.itemsize
+        return Move(traffic_kind, m.source, m.target, num_bytes, outgoing, incoming)
 
-    def _new_block(self, chain: int) -> Tensor:
-        subnet = next(iter(self.workers.values())).subnet
-        return subnet.flat.new_empty(subnet.block_layouts[chain].numel)
+    def _new_block(self, payload: Payload, chain: int) -> Tensor:
+        return next(iter(payload.flats.values())).new_empty(self._numel(payload, chain))
 
     def _average_move(self, payload: Payload, m: Message) -> Move:
         # Between two workers of this process, the owner reads the slot itself.
         received = m.target in self.workers and m.source not in self.workers
-        return self._move(payload, m, self._new_block(m.chain) if received else None, payload.traffic_kind("blocks"))
+        return self._move(
+            payload, m, self._new_block(payload, m.chain) if received else None, payload.traffic_kind("blocks")
+        )
 
     @torch.no_grad()
-    def _average(self, payload: Payload, arrived: Sequence[Tensor | None]) -> None:
+    def _average(self, arrived: Sequence[Tensor | None]) -> None:
         """Average the blocks whose owners are hosted here, in the slots of the owners."""
-        received: dict[Key, list[Tensor]] = {}
-        for message, tensor in zip(self.schedule.average, arrived, strict=True):
-            if message.target in self.workers and message.source not in self.dropped:
+        received: dict[tuple[int, int, int], tuple[Payload, list[Tensor]]] = {}
+        for (payload, m), tensor in zip(self.sent, arrived, strict=True):
+            if m.target in self.workers and m.source not in self.dropped:
                 assert tensor is not None
-                received.setdefault((message.chain, message.block), []).append(tensor)
-        for (chain, block), tensors in received.items():
+                received.setdefault((id(payload), m.chain, m.block), (payload, []))[1].append(tensor)
+        for (_, chain, block), (payload, tensors) in received.items():
             owner = self.schedule.owners[chain, block]
             slot = self._slot(payload, chain, block, owner)
             if owner in self.dropped:
@@ -192,20 +194,22 @@ class Exchange:
         return self._move(payload, m, incoming, payload.traffic_kind("blocks"))
 
     @torch.no_grad()
-    def _make_replicas(self) -> dict[Key, Tensor]:
+    def _make_replicas(self) -> dict[Key, Flats]:
         """Copy the blocks that their keepers hand over, and make room for replicas that arrive."""
-        replicas: dict[Key, Tensor] = {}
+        replicas: dict[Key, Flats] = {}
+        weights = [payload for payload in self.payloads if payload.name == WEIGHTS]
         for (chain, block), keeper in self.schedule.keepers.items():
             if keeper in self.workers:
-                if keeper == self.schedule.owners[chain, block]:
-                    replicas[chain, block] = self._slot(self.payloads[0], chain, block, keeper).clone()
-                else:
-                    replicas[chain, block] = self._new_block(chain)
+                here = keeper == self.schedule.owners[chain, block]
+                replicas[chain, block] = {
+                    p.dtype: self._slot(p, chain, block, keeper).clone() if here else self._new_block(p, chain)
+                    for p in weights
+                }
         return replicas
 
-    def _replica_move(self, m: Message, replicas: dict[Key, Tensor]) -> Move:
-        incoming = replicas[m.chain, m.block] if m.target in self.workers else None
-        return self._move(self.payloads[0], m, incoming, "replica")
+    def _replica_move(self, payload: Payload, m: Message, replicas: dict[Key, Flats]) -> Move:
+        incoming = replicas[m.chain, m.block][payload.dtype] if m.target in self.workers else None
+        return self._move(payload, m, incoming, "replica")
 
     @torch.no_grad()
     def _prepare(self, payload: Payload) -> None:
@@ -218,9 +222,10 @@ class Exchange:
             return
         for index, worker in self.workers.items():
             subnet, capacities = worker.subnet, self.next_plan.capacities(index)
-            resized = subnet.empty(capacities) if capacities != subnet.capacities else None
-            if resized is not None:
-                payload.resized[index] = resized
+            resized = None
+            if capacities != subnet.capacities:
+                size = subnet.layouts[payload.dtype].with_capacities(capacities).numel
+                resized = payload.resized[index] = payload.flats[index].new_empty(size)
             for chain, (before, after) in enumerate(
                 zip(self.plan.held(index), self.next_plan.held(index), strict=True)
             ):
@@ -233,9 +238,9 @@ class Exchange:
                     # Everything else goes to a tensor of its own, since the slot may still have to be read: for a
                     # message, or for another slot of this worker. In a new flat tensor, its place is free already.
                     if resized is None:
-                        arriving = self._new_block(chain)
+                        arriving = self._new_block(payload, chain)
                     else:
-                        arriving = subnet.slot(chain, slot, resized, capacities=capacities)
+                        arriving = subnet.slot(chain, slot, resized, dtype=payload.dtype, capacities=capacities)
                     payload.arriving[index, chain, slot] = arriving
                     # From another slot of this worker, or zero for a state that does not move. Otherwise the owner
                     # sends it.
@@ -249,13 +254,12 @@ class Exchange:
         if self.outer is None:
             return
         subnet = self.workers[worker].subnet
-        num_trained = subnet.layout.part(chain).num_trained
-        velocities = next(payload.flats for payload in self.payloads if payload.name == VELOCITY)
-        weights, anchor, velocity = (
-            subnet.slot(chain, slot, flat)[:num_trained]
-            for flat in (self.payloads[0].flats[worker], self._anchor(worker), velocities[worker])
-        )
-        outer_step(weights, anchor, velocity, self.outer)
+        for payload in self.payloads:
+            if payload.name == VELOCITY:
+                flats = subnet.flats[payload.dtype], self._anchor(payload.dtype, worker), payload.flats[worker]
+                num_trained = subnet.layouts[payload.dtype].part(chain).num_trained
+                parts = [subnet.slot(chain, slot, flat, dtype=payload.dtype)[:num_trained] for flat in flats]
+                outer_step(parts[0], parts[1], parts[2], self.outer)
 
     @torch.no_grad()
     def _settle(self, payload: Payload) -> None:
@@ -264,10 +268,12 @@ class Exchange:
         # it is copied last, since its mean was complete only now. The old tensor is freed when the network is resized.
         for worker, resized in payload.resized.items():
             subnet = self.workers[worker].subnet
-            subnet.slot(None, 0, resized).copy_(subnet.slot(None, 0, payload.flats[worker]))
+            before = subnet.slot(None, 0, payload.flats[worker], dtype=payload.dtype)
+            subnet.slot(None, 0, resized, dtype=payload.dtype).copy_(before)
             payload.flats[worker] = resized
         # Elsewhere the flat tensor stays, with the parameters on it, and blocks are copied from where they arrived.
         for (worker, chain, slot), arriving in payload.arriving.items():
             if worker not in payload.resized:
-                self.workers[worker].subnet.slot(chain, slot, payload.flats[worker]).copy_(arriving)
+                subnet = self.workers[worker].subnet
+                subnet.slot(chain, slot, payload.flats[worker], dtype=payload.dtype).copy_(arriving)
         payload.arriving.clear()

@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist.errors import UserError
-from resist.subnet.network import Place, Subnet
+from resist.subnet.network import Flats, Place, Subnet, is_float
 
 OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
 
 
-def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]) -> None:
+def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Flats]) -> None:
     """Move the optimizer's state into flat tensors laid out as the weights.
 
-    Each state name has one flat tensor. The optimizer then works on views of these tensors. States that are views of
-    them already are not copied. Two cases are left to the optimizer: a state whose shape is not that of its parameter
-    (Adam's step count), and a state that only zero-dimensional parameters have in their own shape (again the step
-    count).
+    Each state name has one flat tensor for each dtype of the weights, with the dtype of the state. The optimizer then
+    works on views of these tensors. States that are views of them already are not copied. Two cases are left to the
+    optimizer: a state whose shape is not that of its parameter (Adam's step count), and a state that only
+    zero-dimensional parameters have in their own shape (again the step count).
 
     Args:
         subnet: The sub-network whose parameters the optimizer trains.
         optimizer: The optimizer; its state is replaced by views.
-        adopted: State name -> flat tensor (numel of the sub-network,). Missing ones are added, filled with zeros:
-            memory for one more copy of the weights each.
+        adopted: State name -> flat tensors by dtype of the weights. Missing ones are added, filled with zeros: memory
+            for one more copy of the weights each.
     """
     places = list(subnet.parameter_places())
     names = {
@@ -44,11 +44,12 @@ def adopt_state(subnet: Subnet, optimizer: Optimizer, adopted: dict[str, Tensor]
     }
     for parameter, place in places:
         for name, value in optimizer.state.get(parameter, {}).items():
-            if name not in names or value.shape != parameter.shape or not value.is_floating_point():
+            if name not in names or value.shape != parameter.shape or not is_float(value):
                 continue
-            if name not in adopted:
-                adopted[name] = torch.zeros_like(subnet.flat)
-            view = subnet.view(place, adopted[name])
+            flats, dtype = adopted.setdefault(name, {}), subnet.dtype_of(place)
+            if dtype not in flats:
+                flats[dtype] = torch.zeros_like(subnet.flats[dtype], dtype=value.dtype)
+            view = subnet.view(place, flats)
             if value.data_ptr() != view.data_ptr() or value.stride() != view.stride():
                 view.copy_(value)
                 optimizer.state[parameter][name] = view
@@ -93,14 +94,14 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
     return grouped
 
 
-def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopted: Mapping[str, Tensor]) -> None:
+def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopted: Mapping[str, Flats]) -> None:
     """Update an optimizer after its parameters have changed in `subnet.resize`.
 
     Args:
         subnet: The sub-network, with its new capacities.
         optimizer: Its optimizer; groups and state are changed in place.
         before: Ids of the parameters before the resize.
-        adopted: State name -> flat tensor that the exchange filled, laid out for the new capacities.
+        adopted: State name -> flat tensors that the exchange filled, laid out for the new capacities.
     """
     places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
     # 1. Remove parameters that are gone from their groups, and drop their state, which also frees its memory. Note the
@@ -122,9 +123,9 @@ def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], adopte
             optimizer.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
         # 3. State that is laid out as the weights becomes a view of the new flat tensors, for old and new parameters:
         #    the exchange has put there what belongs to the blocks that are now in the slots.
-        for name, flat in adopted.items():
-            if name in optimizer.state.get(parameter, {}):
-                optimizer.state[parameter][name] = subnet.view(place, flat)
+        for name, flats in adopted.items():
+            if name in optimizer.state.get(parameter, {}) and subnet.dtype_of(place) in flats:
+                optimizer.state[parameter][name] = subnet.view(place, flats)
 
 
 def _in_first_slot(places: Mapping[int, tuple[nn.Parameter, Place]], place: Place) -> nn.Parameter:

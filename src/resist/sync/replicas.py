@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from resist.planning.plan import Key, RoundPlan
+from resist.subnet.network import Flats
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker
 
@@ -31,7 +32,7 @@ class Replica:
 
 @torch.no_grad()
 def collect_replica(
-    workers: Sequence[Worker], *, plan: RoundPlan, blocks: Mapping[Key, Tensor], round: int, step: int
+    workers: Sequence[Worker], *, plan: RoundPlan, blocks: Mapping[Key, Flats], round: int, step: int
 ) -> Replica:
     """Collect the weights that one process keeps.
 
@@ -40,7 +41,7 @@ def collect_replica(
     Args:
         workers: The hosted workers; their anchors are the weights as they were synchronized.
         plan: Plan of the round that begins.
-        blocks: Blocks kept for other workers: (chain number, block) -> flat tensor (numel,).
+        blocks: Blocks kept for other workers: (chain number, block) -> flat tensor of each dtype.
         round: Rounds done.
         step: Optimizer steps done.
 
@@ -50,10 +51,11 @@ def collect_replica(
     tensors: dict[str, Tensor] = {}
     for worker in workers:
         tensors |= worker.subnet.state(plan.held(worker.index), worker.anchor)
-    chains, layouts = workers[0].subnet.chains, workers[0].subnet.block_layouts
-    for (chain, block), flat in blocks.items():
-        pieces = layouts[chain].pieces.items()
-        tensors |= {chains[chain].tensor_name(block, key): piece.view(flat) for key, piece in pieces}
+    chains, layouts = workers[0].subnet.chains, workers[0].subnet.layouts
+    for (chain, block), flats in blocks.items():
+        for dtype, flat in flats.items():
+            pieces = layouts[dtype].blocks[chain].pieces
+            tensors |= {chains[chain].tensor_name(block, key): piece.view(flat) for key, piece in pieces.items()}
     return Replica(round, step, tensors)
 
 

@@ -8,9 +8,12 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from resist.errors import UserError
-from resist.subnet.network import Subnet
+from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.optimizer_state import adopt_state, follow_resize, optimizers_of
+
+# Dtype of the weights -> dtype of an optimizer state of theirs.
+StateTypes = dict[torch.dtype, torch.dtype]
 
 
 class Worker:
@@ -26,9 +29,9 @@ class Worker:
         index: The number of the worker.
         model: Its sub-network as an ordinary `nn.Module`: train it, and make the optimizer from its parameters. Stays
             the same object from round to round.
-        subnet: The same network, with its flat tensor.
-        state: Optimizer state by name, each in one flat tensor laid out as the weights; also that of an outer
-            optimizer.
+        subnet: The same network, with its flat tensors.
+        state: Optimizer state by name, each in flat tensors laid out as the weights, by dtype of the weights; also that
+            of an outer optimizer.
         optimizers: The optimizers that `Job.step` was given for this worker.
         anchor: The weights at the beginning of the round, or None if no option needs them in this round.
         average: An average of the weights over time, or None; see `Job.follow`.
@@ -37,9 +40,9 @@ class Worker:
     def __init__(self, index: int, subnet: Subnet) -> None:
         self.index, self.subnet = index, subnet
         self.model: nn.Module = subnet.model
-        self.state: dict[str, Tensor] = {}
+        self.state: dict[str, Flats] = {}
         self.optimizers: list[Optimizer] = []
-        self.anchor: Tensor | None = None
+        self.anchor: Flats | None = None
         self.average: Subnet | None = None
 
     def begin_round(self, *, keep_anchor: bool, outer: bool) -> None:
@@ -49,9 +52,26 @@ class Worker:
             keep_anchor: Copy them, with or without an outer optimizer.
             outer: Copy them for an outer optimizer, and create its momentum if there is none yet.
         """
-        self.anchor = self.subnet.flat.clone() if keep_anchor or outer else None
+        flats = self.subnet.flats
+        self.anchor = {dtype: flat.clone() for dtype, flat in flats.items()} if keep_anchor or outer else None
         if outer:
-            self.state.setdefault(VELOCITY, torch.zeros_like(self.subnet.flat))
+            self.state.setdefault(VELOCITY, {dtype: torch.zeros_like(flat) for dtype, flat in flats.items()})
+
+    def state_flat(self, name: str, dtype: torch.dtype, own: torch.dtype | None = None) -> Tensor:
+        """Return a flat tensor of a state, zeros if there is none yet.
+
+        Args:
+            name: Name of the state.
+            dtype: Dtype of the weights.
+            own: Dtype of the state. Default: that of the weights.
+
+        Returns:
+            The tensor, laid out as the weights of `dtype`.
+        """
+        flats = self.state.setdefault(name, {})
+        if dtype not in flats:
+            flats[dtype] = torch.zeros_like(self.subnet.flats[dtype], dtype=own or dtype)
+        return flats[dtype]
 
     def collect_state(self, policy: str) -> None:
         """Move the state of the optimizers into `state` before a synchronization.
@@ -69,7 +89,7 @@ class Worker:
 
     def forget_state(self) -> None:
         """Drop the state of all optimizers but the outer one."""
-        self.state = {name: flat for name, flat in self.state.items() if name == VELOCITY}
+        self.state = {name: flats for name, flats in self.state.items() if name == VELOCITY}
 
     def follow(self, average: AveragedModel) -> None:
         """Exchange an average of the weights with their blocks.
@@ -77,7 +97,7 @@ class Worker:
         See `Job.follow`.
 
         Args:
-            average: An average of `model`. Its parameters stay, in a new flat tensor.
+            average: An average of `model`. Its parameters stay, in new flat tensors.
 
         Raises:
             UserError: If it is not an average of `model`.
@@ -90,15 +110,15 @@ class Worker:
                 "torch.optim.swa_utils.AveragedModel(model)"
             ) from error
 
-    def finish_round(self, flats: Mapping[str, Tensor], held: Sequence[Sequence[int]]) -> None:
+    def finish_round(self, flats: Mapping[str, Flats], held: Sequence[Sequence[int]]) -> None:
         """Take over the result of a synchronization, for the next plan.
 
         Args:
-            flats: Payload name -> flat tensor, laid out for the next plan.
+            flats: Payload name -> flat tensors, laid out for the next plan.
             held: Blocks of each chain in the next round, in the order of the slots.
         """
         capacities = tuple(len(blocks) for blocks in held)
-        self.state = {name: flat for name, flat in flats.items() if name not in (WEIGHTS, AVERAGE)}
+        self.state = {name: own for name, own in flats.items() if name not in (WEIGHTS, AVERAGE)}
         if capacities != self.subnet.capacities:
             # The flat tensors are new ones. Parameters that remain are the same objects, on other memory.
             before = {id(parameter) for parameter in self.model.parameters()}

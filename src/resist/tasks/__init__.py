@@ -9,7 +9,7 @@ from resist.data.annotation import CLASSES
 from resist.errors import UserError
 from resist.models import read_model_args
 from resist.models.third_party import is_third_party
-from resist.runs.config import NetworkConfig
+from resist.runs.config import NetworkConfig, OptimizationConfig
 from resist.tasks import classification
 from resist.tasks.classification import Classification
 from resist.tasks.task import Batches, Task
@@ -17,25 +17,26 @@ from resist.tasks.task import Batches, Task
 __all__ = ["Batches", "Classification", "Task", "image_shape", "network_builder", "open_task"]
 
 
-def open_task(config: NetworkConfig, *, download: bool = True, label_smoothing: float = 0.0) -> Task:
+def open_task(config: NetworkConfig, optimization: OptimizationConfig | None = None, *, download: bool = True) -> Task:
     """Open the task of a configuration, with its data.
 
     Args:
         config: Options of network and data.
+        optimization: Options of training: label smoothing, mixed and augmented images. Default: none of them.
         download: Download missing files; otherwise they are an error.
-        label_smoothing: Share of each label that is spread over all classes in training, for classification.
 
     Raises:
         UserError: Options contradict each other, or files are missing or damaged.
     """
     check(config)
+    optimization = optimization or OptimizationConfig()
     if config.task == "detection":
-        if label_smoothing:
+        if optimization.label_smoothing:
             raise UserError(f"`label_smoothing` has no effect with `data={config.data}`; remove it")
         from resist.tasks.detection import Detection  # with torchvision's detector, slow to import
 
         return Detection.open(config, download=download)
-    return Classification.open(config, download=download, label_smoothing=label_smoothing)
+    return Classification.open(config, optimization, download=download)
 
 
 def network_builder(

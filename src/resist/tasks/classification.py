@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resist.data import Images, Photographs, Sampler, image_size_of, load
+from resist.data import Images, Mixed, Photographs, Sampler, image_size_of, load
 from resist.models import build, read_model_args
 from resist.models.pretrained import start_from
 from resist.models.third_party import is_third_party
-from resist.runs.config import NetworkConfig
+from resist.runs.config import NetworkConfig, OptimizationConfig
 from resist.tasks.task import Batches
 
 # Training images on which BatchNorm statistics are re-estimated.
@@ -28,13 +28,16 @@ TOP5_CLASSES = 20
 class Classification:
     """Task of classifying images; see `Task` for the methods.
 
-    A batch is (images (batch, channels, height, width) float32, labels (batch,) int64).
+    A batch is (images (batch, channels, height, width) float32, labels (batch,) int64). Labels of mixed images are
+    shares of the classes, (batch, num_classes) float32.
 
     Attributes:
         build: Builds the full network.
         train: Training images.
         held_out: Test images.
         label_smoothing: Share of each label that is spread over all classes in training.
+        mixup: Parameter of the Beta distribution by which pairs of training images are mixed; 0: none.
+        cutmix: The same for pasting a part of one image into another.
         notes: Lines for the user before training.
     """
 
@@ -42,10 +45,12 @@ class Classification:
     train: Images | Photographs
     held_out: Images | Photographs
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     notes: tuple[str, ...] = ()
 
     @staticmethod
-    def open(config: NetworkConfig, *, download: bool = True, label_smoothing: float = 0.0) -> "Classification":
+    def open(config: NetworkConfig, optimization: OptimizationConfig, *, download: bool = True) -> "Classification":
         """Open the data of a configuration; see `resist.tasks.open_task`."""
         train, held_out = load(
             config.data,
@@ -54,12 +59,14 @@ class Classification:
             image_size=config.image_size,
             data_workers=config.data_workers,
             skip_bad_files=config.skip_bad_files,
+            rand_augment=optimization.rand_augment,
         )
         build_model, notes = builder(config, train.num_classes), (*train.notes, *held_out.notes)
         if config.init_from is not None:
             with torch.device("meta"):
                 notes += (start_from(build_model(), config.init_from),)
-        return Classification(build_model, train, held_out, label_smoothing, notes)
+        o = optimization
+        return Classification(build_model, train, held_out, o.label_smoothing, o.mixup, o.cutmix, notes)
 
     @property
     def num_images(self) -> int:
@@ -72,7 +79,10 @@ class Classification:
         return replace(self, train=self.train.to(device), held_out=self.held_out.to(device))
 
     def batches(self, sampler: Sampler) -> Batches:
-        return self.train.loader(sampler)
+        loader = self.train.loader(sampler)
+        if not (self.mixup or self.cutmix):
+            return loader
+        return Mixed(loader, sampler, self.train.num_classes, mixup=self.mixup, cutmix=self.cutmix)
 
     def split(self, batch: tuple[Tensor, Tensor], parts: int) -> list[tuple[Tensor, Tensor]]:
         images, labels = batch
@@ -89,7 +99,7 @@ class Classification:
             max_size, num_images = CALIBRATION_PHOTOGRAPHS, min(num_images, len(self.train))
         size = min(max_size, len(self.train))
         sampler = Sampler(len(self.train), batch_size=size, seed=seed, worker=-1, workers=1)  # -1: of no worker
-        loader = self.train.loader(sampler)
+        loader = self.batches(sampler)
         for step in range(-(-num_images // size)):
             yield loader.batch(step)[0]
 

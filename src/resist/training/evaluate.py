@@ -11,7 +11,7 @@ from resist.errors import UserError
 from resist.runs.atomic import write_atomically
 from resist.runs.config import TrainConfig
 from resist.runs.config_file import read_config
-from resist.runs.model_file import FILE, load_full
+from resist.runs.model_file import EMA_FILE, FILE, load_full
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.tasks import Task, open_task
@@ -20,7 +20,7 @@ READINGS = "evaluation.json"
 
 
 def evaluate_run(path: Path, *, data_dir: Path | None = None, device: torch.device | str = "cpu") -> dict[str, float]:
-    """Test the final network of a run.
+    """Test the final network of a run, and the average of its weights (EMA) if the run has one.
 
     Args:
         path: Run directory.
@@ -28,13 +28,18 @@ def evaluate_run(path: Path, *, data_dir: Path | None = None, device: torch.devi
         device: Where to test.
 
     Returns:
-        The scores, 0 to 1, by name; the main one comes first.
+        The scores, 0 to 1, by name; the main one comes first. Those of the average begin with "EMA".
 
     Raises:
         UserError: The run has not finished, or a file is damaged.
     """
     config, task = _open(path, data_dir)
-    return task.to(device).test(_load(path, config, task, scaled=True).to(device))
+    task = task.to(device)
+    scores = task.test(_load(path, config, task, scaled=True).to(device))
+    if config.optimization.model_ema_decay is not None:
+        average = _load(path, config, task, scaled=True, file=EMA_FILE).to(device)
+        scores |= {f"EMA {name}": score for name, score in task.test(average).items()}
+    return scores
 
 
 def readings_of_run(
@@ -81,12 +86,12 @@ def _open(path: Path, data_dir: Path | None) -> tuple[TrainConfig, Task]:
     config = read_config(path)
     # The initial weights are not needed for the final ones, and their files may be gone.
     network = replace(config.network, data_dir=data_dir or config.network.data_dir, init_from=None)
-    return config, open_task(network)
+    return config, open_task(network, config.optimization)
 
 
-def _load(path: Path, config: TrainConfig, task: Task, *, scaled: bool) -> nn.Module:
+def _load(path: Path, config: TrainConfig, task: Task, *, scaled: bool, file: str = FILE) -> nn.Module:
     """Load the final network of a run, its chain blocks' branches scaled as in the run, or not at all."""
     model = task.network()  # with weights: buffers that are not saved, such as position tables, have to be right
     if config.method.batchnorm == "batch":
         use_batch_statistics(model)
-    return load_full(model, choose_chains(model, config.network.chain) if scaled else (), path / FILE)
+    return load_full(model, choose_chains(model, config.network.chain) if scaled else (), path / file)

@@ -19,7 +19,8 @@ from resist.planning.plan import RoundPlan
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run
-from resist.runs.model_file import FILE, save_full
+from resist.runs.model_file import EMA_FILE, FILE, save_full
+from resist.subnet.batchnorm import has_running_statistics, recalibrate
 from resist.subnet.randomness import seeded_rng
 from resist.tasks import Task
 from resist.training.device import Clock
@@ -228,18 +229,27 @@ class Training:
     def _evaluate(self, *, last: bool) -> dict[str, float]:
         """Test the full network in the main process; returns its scores ({} elsewhere). Saves the last network.
 
-        Where an image cannot be read, all processes end with that error at the end of the next round.
+        The network of averaged weights, if there is one, comes second. Where an image cannot be read, all processes end
+        with that error at the end of the next round.
         """
-        full = self.job.full_model(self.task.calibration(self.job.seed))
-        if full is None or self.run is None:
-            return {}
-        if last:
-            save_full(full, self.job.chains, self.job.scales, self.run.path / FILE)
-        try:
-            return {name: round(value, 6) for name, value in self.task.test(full).items()}
-        except UserError as error:
-            self.failed = str(error)
-            return {}
+        scores: dict[str, float] = {}
+        for averaged in (False, True) if self.trainers[0].average is not None else (False,):
+            full = self.job.full_model(self.task.calibration(self.job.seed), averaged=averaged)
+            if full is None or self.run is None:
+                continue
+            if averaged and self.job.batchnorm == "average" and has_running_statistics(full):
+                # The statistics belong to the weights of the last step, not to their average.
+                recalibrate(full, self.task.calibration(self.job.seed), self.device)
+            if last:
+                file = self.run.path / (EMA_FILE if averaged else FILE)
+                save_full(full, self.job.chains, self.job.scales, file)
+            try:
+                found = self.task.test(full)
+            except UserError as error:
+                self.failed = str(error)
+                continue
+            scores |= {f"EMA {name}" if averaged else name: round(value, 6) for name, value in found.items()}
+        return scores
 
 
 def _record(job: Job, report: RoundReport, plan: RoundPlan) -> dict[str, object]:

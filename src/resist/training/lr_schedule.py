@@ -17,7 +17,8 @@ def evaluation_rounds(rounds: int, evaluations: int) -> set[int]:
 
 
 def rate(config: OptimizationConfig, step: int, steps: int) -> float:
-    """Learning rate of `step`, counted from 0, in a run of `steps` steps."""
+    """Learning rate of `step`, counted from 0, in a run of `steps` steps; `config.lr` has to be a number."""
+    assert config.lr is not None  # `resist.training.optimizers.resolve` has filled it in
     if step < config.lr_warmup_steps:
         return config.lr * (step + 1) / config.lr_warmup_steps
     if config.lr_schedule == "step":

@@ -117,8 +117,9 @@ class Recorder:
             return
         self.display.stop()
         summary, workers, subnet = self.summary, job.strategy.workers, job.workers[0].subnet
-        full = subnet.numel([chain.num_blocks for chain in job.chains])
-        local_sgd = workers * allreduce_bytes(full * subnet.dtype.itemsize, workers) * summary.done
+        everything = [chain.num_blocks for chain in job.chains]
+        full = subnet.numel(everything)
+        local_sgd = workers * allreduce_bytes(subnet.num_bytes(everything), workers) * summary.done
         largest = max(subnet.numel(job.plan.capacities(worker)) for worker in range(workers))
         phases = ", ".join(f"{name} {summary.seconds.get(name, 0.0):.1f}" for name in TRAINING_PHASES)
         evaluation_s = summary.seconds.get("evaluate", 0.0)

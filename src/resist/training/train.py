@@ -24,6 +24,7 @@ from resist.training.device import pick_device
 from resist.training.loggers import open_loggers
 from resist.training.loop import Training
 from resist.training.lr_schedule import num_steps
+from resist.training.optimizers import resolve
 from resist.training.resume import ResumePoint, find_resume_point
 from resist.training.trainer import Trainer, make_sampler
 
@@ -49,6 +50,8 @@ def train(config: TrainConfig, task: Task | None = None) -> int:
     device = pick_device(config.machine.device)
     transport = connect(config.method.workers, device, config.machine.timeout_s)
     try:
+        optimization = run_everywhere(transport, lambda: resolve(config.optimization))
+        config = replace(config, optimization=optimization)
         task = _open_everywhere(config, transport) if task is None else task
         check_agreement(transport, {**config.digest(), "resist": resist.__version__, "data set": task.digest()})
         return _train(config, task.to(device), transport, device)
@@ -69,7 +72,7 @@ def open_data(config: TrainConfig, *, download: bool = True) -> Task:
     network, resume = config.network, config.run.resume
     if resume is not None and any(resume.glob("checkpoints/*")):  # all weights come from there
         network = replace(network, init_from=None)
-    return open_task(network, download=download, label_smoothing=config.optimization.label_smoothing)
+    return open_task(network, config.optimization, download=download)
 
 
 def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.device) -> int:
@@ -87,7 +90,11 @@ def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.
         _log_chains(job)
     if job.step_index >= steps:
         return _all_done(resume or Path(), steps, is_main)
-    trainers = [Trainer(config, worker, task, samplers[worker.index]) for worker in job.workers]
+    trainers = run_everywhere(
+        transport, lambda: [Trainer(config, worker, task, samplers[worker.index]) for worker in job.workers]
+    )
+    if averages := [trainer.average for trainer in trainers if trainer.average is not None]:
+        job.follow(*averages)
     run_everywhere(transport, lambda: point.restore(job, tuple(trainer.optimizer for trainer in trainers)))
     run = run_everywhere(transport, lambda: Run(out, config, job.round if resume else None) if is_main else None)
     out = Path(transport.all_gather_text(str(out))[0])  # of the first process: the name may contain the time
@@ -133,9 +140,14 @@ def _make_job(config: TrainConfig, task: Task, transport: Transport, device: tor
 
 
 def _log_chains(job: Job) -> None:
-    for chain, plan in zip(job.chains, job.plan.plans, strict=True):
-        capacities = " ".join(map(str, plan.capacities))
-        log.info("chain %s: %d blocks, the workers hold %s", chain.name, chain.num_blocks, capacities)
+    changes = [(round, job.plan_of(round).plans) for round in job.strategy.change_rounds if round > job.round]
+    for number, (chain, plan) in enumerate(zip(job.chains, job.plan.plans, strict=True)):
+        text = " ".join(map(str, plan.capacities))
+        last = plan.capacities
+        for round, plans in changes:
+            if (later := plans[number].capacities) != last:
+                text, last = f"{text}; after {round} rounds {' '.join(map(str, later))}", later
+        log.info("chain %s: %d blocks, the workers hold %s", chain.name, chain.num_blocks, text)
         if chain.caveat:
             log.info("note: %s", chain.caveat)
 

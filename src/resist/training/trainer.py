@@ -1,12 +1,14 @@
 """Optimizer steps of one worker, and the sampler of its images."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resist.data import Sampler
 from resist.runs.config import TrainConfig
 from resist.sync.worker import Worker
 from resist.tasks import Task
+from resist.training.optimizers import build_optimizer, resolve
 
 
 def make_sampler(config: TrainConfig, num_images: int, worker: int) -> Sampler:
@@ -38,14 +40,17 @@ class Trainer:
         worker: The worker, hosted by this process.
         task: Data and loss.
         sampler: The images of each batch.
+
+    Attributes:
+        average: The average of the weights (EMA), if the options ask for one; `Job.follow` moves it with its blocks.
     """
 
     def __init__(self, config: TrainConfig, worker: Worker, task: Task, sampler: Sampler) -> None:
-        o = config.optimization
+        o = resolve(config.optimization)
         self.index, self.sampler, self._task = worker.index, sampler, task
-        self.optimizer = torch.optim.SGD(
-            worker.model.parameters(), lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay
-        )
+        self.optimizer = build_optimizer(o, worker.model)
+        self.average = None if o.model_ema_decay is None else start_average(worker.subnet.model, o.model_ema_decay)
+        self._network, self._clip_norm = worker.subnet.model, o.clip_grad_norm
         self._batches = task.batches(sampler)
         self._model = torch.compile(worker.model) if config.machine.compile else worker.model
         self._parts, self._bf16 = o.grad_accum_steps, config.machine.precision == "bf16"
@@ -67,8 +72,26 @@ class Trainer:
                 loss = self._task.loss(self._model, part) / self._parts
             loss.backward()
             total += loss.detach()
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._network.parameters(), self._clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self._network)
         return total
+
+
+def start_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Begin an exponential moving average of the weights, from what they are now.
+
+    Its buffers are those of the network at each step: statistics of BatchNorm have to be estimated again.
+
+    Args:
+        model: The network of a worker.
+        decay: Weight of the average in each step; that of the new weights is 1 - decay.
+    """
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    average.n_averaged.fill_(1)  # so the first step is averaged as all others are, also after a resume
+    return average
