@@ -104,9 +104,9 @@ def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> t
 
 def _choose_checked(model: nn.Module, names: Sequence[str], forward: Forward) -> tuple[Chain, ...]:
     rehearsal = Rehearsal(forward, model)
-    calls = calls_in(rehearsal, model)
-    chains = choose_chains(model, names, calls, forward)
     examiner = Examiner(rehearsal, model)
+    calls = calls_in(rehearsal, examiner.base)
+    chains = choose_chains(model, names, calls, forward)
     found: dict[tuple[Chain, ...], Checked] = {}
 
     def check(_model: nn.Module, chains: Sequence[Chain], _forward: Forward) -> None:
@@ -129,8 +129,8 @@ class Examiner:
     def __init__(self, rehearsal: Rehearsal, model: nn.Module) -> None:
         self.rehearsal = rehearsal
         check_references(rehearsal, model)
-        self.base = with_larger_weights(rehearsal, model)
         rehearsal.forbid(model)
+        self.base = with_larger_weights(rehearsal, model)
 
     def examine(self, chains: Sequence[Chain]) -> Checked:
         """Check the laws for some chains.
