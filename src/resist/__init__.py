@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from resist.planning.schedule import Message, Schedule, allreduce_bytes, schedule
     from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
     from resist.subnet.chains import Chain, find_chains
+    from resist.subnet.validate import check_network
     from resist.sync.worker import Worker
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "Worker",
     "WorkerLostError",
     "allreduce_bytes",
+    "check_network",
     "ddp",
     "diloco",
     "find_chains",
@@ -61,6 +63,7 @@ _HOME = {  # the module of each public name
     "Worker": "resist.sync.worker",
     "WorkerLostError": "resist.errors",
     "allreduce_bytes": "resist.planning.schedule",
+    "check_network": "resist.subnet.validate",
     "ddp": "resist.planning.strategy",
     "diloco": "resist.planning.strategy",
     "find_chains": "resist.subnet.chains",

@@ -25,7 +25,7 @@ from resist.subnet.network import Flats, Subnet, tensors_of
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
-from resist.subnet.shallow import forget_shallow, note_shallow, note_unchecked
+from resist.subnet.unchecked import note_unchecked
 from resist.subnet.validate import choose_checked
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, job_values, run_everywhere
 from resist.sync.assembly import assemble
@@ -187,7 +187,6 @@ class Job:
         """Line 1 of the algorithm: give a worker the sub-network of the present plan."""
         subnet = Subnet(full, self.chains, self.plan.capacities(index), device=device, channels_last=channels_last)
         subnet.load(tensors_of(full), self.plan.held(index))
-        note_shallow(subnet, index)
         worker = Worker(index, subnet)
         if self.strategy.every_step:
             worker.model = self.transport.average_gradients(subnet.model)
@@ -391,7 +390,6 @@ class Job:
         full = assemble(self.transport, subnets, plan=self.plan, on=on)
         if full is None:
             return None
-        forget_shallow(full.model)
         scale_branches(full.model, self.chains, self.scales)
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
             # What the network and the batches draw here must not change the training that goes on.
