@@ -47,7 +47,7 @@ digits = load_digits()
 images, labels = torch.tensor(digits.images[:, None], dtype=torch.float32) / 8 - 1, torch.tensor(digits.target)
 test, train = (torch.nonzero((torch.arange(len(labels)) % 5 == 0) == which)[:, 0] for which in (True, False))
 
-job = resist.Job(Mixer, resist.resist(workers=3, local_steps=20))  # to select blocks: chains=("blocks:1-7",)
+job = resist.Job(Mixer, resist.resist(workers=3, local_steps=20), example=images[:4])  # or chains=("blocks:1-7",)
 for worker in job.workers:
     print(f"worker {worker.index} holds {len(worker.model.blocks)} blocks of {job.chains[0].name}")
 

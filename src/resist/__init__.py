@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
     from resist.runs.library import load_checkpoint, save_checkpoint
     from resist.subnet.chains import Chain, find_chains
+    from resist.subnet.validate import check_network
     from resist.sync.worker import Worker
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "Worker",
     "WorkerLostError",
     "allreduce_bytes",
+    "check_network",
     "ddp",
     "diloco",
     "find_chains",
@@ -64,6 +66,7 @@ _HOME = {  # the module of each public name
     "Worker": "resist.sync.worker",
     "WorkerLostError": "resist.errors",
     "allreduce_bytes": "resist.planning.schedule",
+    "check_network": "resist.subnet.validate",
     "ddp": "resist.planning.strategy",
     "diloco": "resist.planning.strategy",
     "find_chains": "resist.subnet.chains",

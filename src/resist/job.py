@@ -28,6 +28,7 @@ from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.skeleton import own_storages
+from resist.subnet.unchecked import note_unchecked
 from resist.subnet.validate import choose_checked
 from resist.subnet.wrappers import check_blocks
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
@@ -104,7 +105,8 @@ class Job:
             a function that calls a network, `lambda model: model(batch, steps=3)`. Blocks are tried with the arguments
             that they get with it, and a network whose sub-networks would compute something else is refused, see
             `resist.subnet.validate`. This runs on copies of the network, on the CPU; processes may have different
-            batches. Default: blocks are tried with guesses, and nothing else is checked.
+            batches. Default: blocks are tried with guesses, and nothing else is checked, which is logged once. False:
+            the same, without a word.
 
     Attributes:
         workers: The hosted workers, ascending.
@@ -156,7 +158,8 @@ class Job:
         if batchnorm == "batch":
             use_batch_statistics(full)
         names = (chains,) if isinstance(chains, str) else tuple(chains)
-        self.chains = choose_chains(full, names) if example is None else ()
+        unchecked = example is None or example is False
+        self.chains = choose_chains(full, names) if unchecked else ()
         if self.chains:  # chosen in every process alike, so this may fail before they wait for each other
             self._draw_first()
         self.transport = CountingTransport(
@@ -166,7 +169,7 @@ class Job:
             raise UserError(
                 f"a transport for {self.transport.num_workers} workers, a strategy for {strategy.workers}; match them"
             )
-        if example is not None:  # each process may have another batch, and all fail if one does
+        if not unchecked:  # each process may have another batch, and all fail if one does
             try:
                 self.chains = run_everywhere(self.transport, lambda: choose_checked(full, names, example))
                 self._draw_first()
@@ -188,6 +191,8 @@ class Job:
         self.mark_anchors()
         if 0 in self.transport.hosted:
             log_holdings(full, self.chains, strategy)
+            if example is None:
+                note_unchecked()
 
     def _draw_first(self) -> None:
         """Line 1 of the algorithm: draw sub-networks."""

@@ -164,7 +164,7 @@ class _Tuple(nn.Module):
     ("model", "chain", "message"),
     [
         ("torchvision:inception_v3", (), r"does not accept images of 32 x 32: .*; choose data with larger images"),
-        ("torchvision:shufflenet_v2_x0_5", ("stage3:1-7",), r"stage3.1 is not a residual block"),
+        ("torchvision:shufflenet_v2_x0_5", ("stage3:1-7",), r"chain .stage3:1-7.: its blocks have no skip connection"),
         ("torchvision:googlenet", (), r"has no chain of residual blocks"),
         ("torchvision:mobilenet_v3_small", (), ""),
         ("timm:test_vit", (), ""),

@@ -11,7 +11,11 @@ from resist.planning.plan import RoundPlan
 from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig, check_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
+
+    from resist.subnet.chain import Chain
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,12 @@ class PlanConfig:
     """Also draw the rounds into this file, which must not exist yet."""
 
 
-def describe_plan(config: PlanConfig) -> dict[str, Any]:
+def describe_plan(config: PlanConfig, chains: "Sequence[Chain] | None" = None) -> dict[str, Any]:
     """Describe the network and the first plans of `config` without allocating weights.
+
+    Args:
+        config: The options.
+        chains: The chains, if they are known from an example. Default: found by guesses.
 
     Returns:
         The dictionary of `describe`.
@@ -51,7 +59,7 @@ def describe_plan(config: PlanConfig) -> dict[str, Any]:
         check_size(name, number)
     whole = TrainConfig(network=network, method=config.method, run=RunConfig(seed=config.seed))
     whole.check()
-    return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds)
+    return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds, chains)
 
 
 def run_plan(config: PlanConfig, given: frozenset[str]) -> int:
@@ -61,8 +69,7 @@ def run_plan(config: PlanConfig, given: frozenset[str]) -> int:
     from resist.report.plan_view import partition_svg, print_plan
     from resist.tasks.preflight import try_network
 
-    description = describe_plan(config)
-    try_network(config.network, config.num_classes)
+    description = describe_plan(config, try_network(config.network, config.num_classes))
     if config.svg is not None:
         try:
             with config.svg.open("x", encoding="utf-8") as file:
@@ -76,13 +83,16 @@ def run_plan(config: PlanConfig, given: frozenset[str]) -> int:
     return 0
 
 
-def describe(model: "nn.Module", config: TrainConfig, rounds: int) -> dict[str, Any]:
+def describe(
+    model: "nn.Module", config: TrainConfig, rounds: int, chains: "Sequence[Chain] | None" = None
+) -> dict[str, Any]:
     """Describe a network's chains, capacities and first plans as JSON data.
 
     Args:
         model: The full network; it may be on the meta device.
         config: The strategy, the chains and the seed.
         rounds: Number of rounds, from the first one, whose plans are returned.
+        chains: The chains, if they are known from an example. Default: found by guesses.
 
     Returns:
         Numbers of parameters (in all, outside the chains, held by each worker), a table of the chains, changes of the
@@ -95,7 +105,9 @@ def describe(model: "nn.Module", config: TrainConfig, rounds: int) -> dict[str, 
     from resist.subnet.chains import choose_chains, find_chains
     from resist.subnet.holdings import notes_on_holdings, weights_of
 
-    chains, strategy = choose_chains(model, config.network.chain), config.strategy()
+    strategy = config.strategy()
+    if chains is None:
+        chains = choose_chains(model, config.network.chain)
     weights, notes = weights_of(model, chains), notes_on_holdings(model, chains, strategy)
     plans = [strategy.plan(chains, seed=config.run.seed, round=number) for number in range(rounds)]
 

@@ -61,6 +61,8 @@ def compute_out_of_place(block: nn.Module, stream: Stream | None, scale: float, 
     """
 
     def compute(x: Tensor, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, target: Path) -> Any:
+        if scale == 1.0:
+            return output
         return with_hidden(output, y * scale if outside else torch.lerp(x.to(y.dtype), y, scale), target)
 
     _wrap(block, stream, compute, outside)

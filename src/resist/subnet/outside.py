@@ -116,7 +116,7 @@ class OutsideSkips:
         returns = {event.name: number for number, event in enumerate(events) if event.returns}
         called = [event.name for event in events if not event.returns]
         for block in blocks:
-            if any(called.count(name) != 1 for name in block):
+            if any(called.count(name) != 1 or name not in returns for name in block):
                 return False
             begin = min(calls[name] for name in block)
             for position in zeroed:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from resist.errors import UserError
 from resist.subnet.modules import children_of, named_modules, parameters_of
 from resist.subnet.network import Subnet
 from resist.subnet.rehearsal import Rehearsal, stand_in
@@ -32,8 +33,10 @@ def with_larger_weights(rehearsal: Rehearsal, model: nn.Module) -> nn.Module:
         trial, trace = stand_in(copied), Trace()
         trace.follow({name: module for name, module in named_modules(trial) if name and children_of(module)})
         try:
-            if level == 0 or trace.end(rehearsal.run(trial)).finite:
+            if trace.end(rehearsal.run(trial)).finite or level == 0:
                 break
+        except UserError:
+            raise
         except Exception:  # models of users can raise anything
             continue
     return copied

@@ -29,6 +29,7 @@ from resist.subnet.chains import choose_chains
 from resist.subnet.example import as_forward, calls_in
 from resist.subnet.forms import choose_forms
 from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.references import check_references, preserved
 from resist.subnet.rehearsal import Forward, Rehearsal, describe, snapshot, stand_in
 from resist.subnet.residual import OUTSIDE, Call, Stream
 from resist.subnet.scaling import scale_branches
@@ -71,7 +72,8 @@ def check_network(model: nn.Module, chains: Sequence[Chain], example: object) ->
     Raises:
         UserError: If the network breaks a law, with the chain and the reason, or if it cannot be run.
     """
-    return Examiner(Rehearsal(as_forward(example), model), model).examine(chains).difference
+    with preserved(model):
+        return Examiner(Rehearsal(as_forward(example), model), model).examine(chains).difference
 
 
 def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> tuple[Chain, ...]:
@@ -88,11 +90,23 @@ def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> t
     Raises:
         UserError: If there is no such chain, or if the network breaks a law; see `check_network`.
     """
-    forward = as_forward(example)
+    try:
+        with preserved(model):
+            return _choose_checked(model, names, as_forward(example))
+    except UserError:
+        raise
+    except Exception as error:  # models of users can do anything; all processes have to go on together
+        raise UserError(
+            f"the network could not be checked with `example` ({describe(error)}); give another batch, or "
+            "example=False to go without"
+        ) from error
+
+
+def _choose_checked(model: nn.Module, names: Sequence[str], forward: Forward) -> tuple[Chain, ...]:
     rehearsal = Rehearsal(forward, model)
-    calls = calls_in(rehearsal, model)
-    chains = choose_chains(model, names, calls, forward)
     examiner = Examiner(rehearsal, model)
+    calls = calls_in(rehearsal, examiner.base)
+    chains = choose_chains(model, names, calls, forward)
     found: dict[tuple[Chain, ...], Checked] = {}
 
     def check(_model: nn.Module, chains: Sequence[Chain], _forward: Forward) -> None:
@@ -114,8 +128,9 @@ class Examiner:
 
     def __init__(self, rehearsal: Rehearsal, model: nn.Module) -> None:
         self.rehearsal = rehearsal
-        self.base = with_larger_weights(rehearsal, model)
+        check_references(rehearsal, model)
         rehearsal.forbid(model)
+        self.base = with_larger_weights(rehearsal, model)
 
     def examine(self, chains: Sequence[Chain]) -> Checked:
         """Check the laws for some chains.

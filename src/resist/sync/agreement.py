@@ -57,15 +57,15 @@ def run_everywhere(transport: Transport, action: Callable[[], T]) -> T:
     Raises:
         AgreedError: In every process, with the text of the first UserError that any process raised.
     """
-    result, failure = None, ""
+    result, failure, cause = None, "", None
     try:
         result = action()
     except UserError as error:
-        failure = str(error)
+        failure, cause = str(error), error.__cause__
     for process, text in enumerate(transport.all_gather_text(failure)):
         if text.strip():
             where = f" (process {process})" if transport.num_processes > 1 else ""
-            raise AgreedError(text.strip() + where)
+            raise AgreedError(text.strip() + where) from cause
     return result  # type: ignore[return-value]  # it is set: no process failed
 
 

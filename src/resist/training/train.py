@@ -19,7 +19,7 @@ from resist.sync.agreement import check_agreement, run_everywhere
 from resist.sync.distributed import connect
 from resist.sync.transport import Transport
 from resist.tasks import Task, open_task
-from resist.tasks.preflight import try_network
+from resist.tasks.preflight import example_of, try_logits
 from resist.training.device import pick_device
 from resist.training.loggers import open_loggers
 from resist.training.loop import Training
@@ -120,7 +120,7 @@ def _check_before(config: TrainConfig, task: Task, out: Path) -> None:
         log.info("resist: %s", note)
     if config.run.resume is None:
         check_free(out)
-    try_network(config.network)
+    try_logits(config.network)
 
 
 def _make_job(config: TrainConfig, task: Task, transport: Transport, device: torch.device, point: ResumePoint) -> Job:
@@ -137,6 +137,7 @@ def _make_job(config: TrainConfig, task: Task, transport: Transport, device: tor
         on_nonfinite=config.method.on_nonfinite,
         replicate=config.method.replicate,
         resume_at=(point.round, point.step),
+        example=example_of(config.network),
     )
 
 
