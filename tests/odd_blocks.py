@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import functools
 import logging
+import random
 import re
 import threading
 import types
@@ -453,6 +454,35 @@ class Recurrent(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.lstm(x[:, None])[0][:, 0]
+
+
+class Buffers(Block):
+    """A table of integers, a mask with infinities, and flags, which differ."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(WIDTH).roll(number))
+        self.register_buffer("mask", torch.full((WIDTH,), float("-inf")).roll(1), persistent=False)
+        self.register_buffer("flags", torch.arange(WIDTH) % (number + 2) == 0)
+        self.mask[: number + 1] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)[:, self.table] * self.mask.softmax(0) * self.flags
+
+
+KINDS["Buffers"] = Buffers
+
+
+@kind
+class Drawn(Block):
+    """Values drawn by Python and numpy."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.a, self.b = random.random(), float(np.random.rand())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a * self.b * self.branch(x)
 
 
 @kind

@@ -22,10 +22,12 @@ from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.chains import choose_chains
 from resist.subnet.holdings import log_holdings
+from resist.subnet.modes import train_except
 from resist.subnet.network import Flats, Subnet, values_of
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
+from resist.subnet.skeleton import own_storages
 from resist.subnet.validate import choose_checked
 from resist.subnet.wrappers import check_blocks
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
@@ -34,12 +36,14 @@ from resist.sync.distributed import connect
 from resist.sync.exchange import Exchange
 from resist.sync.job_values import job_values
 from resist.sync.loose import LooseExchange, Rule
+from resist.sync.optimizers import check_optimizers
 from resist.sync.options import check_options
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.stateful import load_state_dict, state_dict_of
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
+from resist.sync.wrappers import check_unwrapped
 
 
 class Job:
@@ -279,6 +283,8 @@ class Job:
         """
         if optimizers != self._optimizers or not optimizers:
             self.attach(*optimizers)
+        if not self.begun:  # now they have made a step, and have their state
+            check_optimizers(optimizers, self.strategy)
         self.begun = True
         self.step_index += 1
         self._steps_in_round += 1
@@ -304,6 +310,8 @@ class Job:
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
+            if self.transport.num_processes > 1 and not self.strategy.every_step:
+                check_unwrapped(worker.subnet.model for worker in self.workers)
             assign_optimizers(self.workers, optimizers, self.strategy)
             self._optimizers = optimizers
 
@@ -441,12 +449,13 @@ class Job:
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
-        full.train_as_noted()
+        train_except(full.model, full.place, full.frozen_modules)
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
             # What the network and the batches draw here must not change the training that goes on.
             with seeded_rng(keyed_int("full model", self.seed, self.round), full.device):
                 recalibrate(full.model, batches, full.device)
-        return full.own_storages().eval()
+        own_storages(full.model)
+        return full.model.eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the job between two rounds, as far as this process has it.

@@ -16,7 +16,6 @@ from resist.sync.averaging import VELOCITY
 from resist.sync.job_values import strategy_values
 from resist.sync.local import Local
 from resist.sync.loose import Rule
-from resist.sync.worker import assign_optimizers
 from support import make, tiny
 
 
@@ -127,11 +126,11 @@ def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
     }
     with torch.no_grad():
         second.model.get_parameter("head.weight")[0, 0] = torch.nan
-    transport = answering(state={"exp_avg": types, "step": types}, nonfinite={"3": "a loss of nan"}, changed="1")
+    transport = answering(state={"exp_avg": types, "step": types}, changed="1", nonfinite={"3": "a loss"})
     agreed = agree_on_round(transport, job.workers, **ROUND, nonfinite={0: "inf"})
     assert list(agreed.states) == ["exp_avg", "momentum", "step"]
     assert agreed.states["momentum"] == {torch.float64: torch.float32}
-    assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite (head.weight)", 3: "a loss of nan"}
+    assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite (head.weight)", 3: "a loss"}
     assert len(first.subnet.changing) == 1, "what changed in the other process"
     assert first.subnet.changing == second.subnet.changing
     assert transport.num_texts == 2  # the second time with the states of both
@@ -153,6 +152,6 @@ def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
 )
 def test_a_round_ends_for_all_processes_at_the_same_point(changes: dict[str, Any], message: str) -> None:
     job, optimizers = make(resist(2, 1))
-    assign_optimizers(job.workers, optimizers, job.strategy)
+    job.attach(*optimizers)
     with pytest.raises(AgreedError, match=message):
         agree_on_round(answering(**changes), job.workers, **ROUND, nonfinite={})

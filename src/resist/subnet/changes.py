@@ -5,6 +5,7 @@ change, or change in some workers only; equal copies are left alone, so that the
 """
 
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -87,7 +88,9 @@ def _sums(subnet: Subnet) -> dict[Place, int]:
     for place, tensor in _watched(subnet):
         places.append(place)
         sums.append(tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
-    values: list[int] = torch.stack(sums).tolist() if sums else []  # pyright: ignore[reportUnknownMemberType]
+    if not sums:
+        return {}
+    values = cast(list[int], torch.stack(sums).tolist())  # pyright: ignore[reportUnknownMemberType]
     return dict(zip(places, values, strict=True))
 
 

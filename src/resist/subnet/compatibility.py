@@ -1,18 +1,16 @@
 """Block compatibility: properties that must match within one slot.
 
-Classes, shapes and integer buffers must match. Attributes and hooks may differ if they can go with their block, see
+Classes and shapes must match. Attributes and hooks may differ if they can go with their block, see
 `resist.subnet.attributes`.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from hashlib import blake2b
 from itertools import pairwise
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.utils import parametrize
 
@@ -118,7 +116,8 @@ def fixed(block: nn.Module) -> dict[str, object]:
                 )
         for name, buffer in buffers_of(module).items():
             if buffer is not None:
-                properties[f"buffer {dot}{name}"] = (tuple(buffer.shape), buffer.dtype, _digest(name, buffer))
+                persistent = name not in vars(module)["_non_persistent_buffers_set"]
+                properties[f"buffer {dot}{name}"] = (tuple(buffer.shape), buffer.dtype, persistent)
     properties[""] = Attributes(block)
     return properties
 
@@ -246,10 +245,3 @@ def _short(value: object) -> str:
         value = value.__name__
     text = value if isinstance(value, str) else repr(cast(object, value))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _digest(name: str, buffer: Tensor) -> str:
-    """Digest of a buffer that must match, because it stays in its slot; "" for others."""
-    if buffer.is_floating_point() or buffer.is_meta or name == "num_batches_tracked":
-        return ""
-    return blake2b(buffer.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()

@@ -23,6 +23,7 @@ from resist.subnet.buffers import Buffer, loose, put_loose, take_back
 from resist.subnet.chains import Chain
 from resist.subnet.copying import relink, tensors_by_name
 from resist.subnet.layout import Place, SubnetLayout, common_buffers
+from resist.subnet.modes import frozen_modules
 from resist.subnet.modules import buffers_of, children_of, is_float, named_modules, parameters_of
 from resist.subnet.skeleton import next_hook, skeleton
 
@@ -52,7 +53,7 @@ class Subnet:
         changing: `Place.key` of frozen parameters and buffers that are known to change in some worker.
         hooks_before: Hooks with smaller numbers belong to the network, others are the user's.
         has_loose: True if some worker has loose buffers, from the first synchronization on.
-        frozen_modules: Modules that stay in eval mode while the network trains, as (chain, name); see `note_modes`.
+        frozen_modules: Keys of the modules that stay in eval mode in training; see `resist.subnet.modes`.
 
     Raises:
         UserError: If `template` has no parameters and float buffers.
@@ -102,7 +103,7 @@ class Subnet:
         self.resize(capacities, self.empty(capacities))
         self.frozen_modules: set[tuple[int | None, str]] = set() if like is None else like.frozen_modules
         if like is None and self.model.training:
-            self.note_modes()
+            self.frozen_modules = frozen_modules(self.model, self.place)
         self.has_loose = bool(self.loose()) if like is None else like.has_loose
 
     def _lay_out(self, template: nn.Module, layout: SubnetLayout, renumbered: frozenset[str]) -> None:
@@ -382,26 +383,6 @@ class Subnet:
         twin._attach()
         return twin
 
-    def note_modes(self) -> None:
-        """Note which modules are in eval mode now, in training: the user froze them.
-
-        A block counts as frozen where it is in all slots of its chain.
-        """
-        modes: dict[tuple[int | None, str], bool] = {}
-        for key, module in self._module_keys():
-            modes[key] = module.training or modes.get(key, False)
-        self.frozen_modules = {key for key, training in modes.items() if not training}
-
-    def train_as_noted(self) -> None:
-        """Put all modules into train mode but those that `note_modes` found in eval mode."""
-        for key, module in self._module_keys():
-            module.training = key not in self.frozen_modules
-        self.model.training = True
-
-    def _module_keys(self) -> Iterator[tuple[tuple[int | None, str], nn.Module]]:
-        for name, module in named_modules(self.model):
-            yield self.place(f"{name}.".lstrip(".")).key, module
-
     def take_back(self) -> None:
         """Copy tensors that were assigned into the flat tensors, as if they had been written to in place.
 
@@ -439,26 +420,6 @@ class Subnet:
             values: All loose buffers of the block, as `loose` names them. They are copied.
         """
         put_loose(self.buffers, (chain, slot), values)
-
-    def own_storages(self) -> nn.Module:
-        """Give every tensor of the model a storage of its own, so that it can be saved alone. Ends its use here.
-
-        Returns:
-            The model.
-        """
-        copies: dict[int, Tensor] = {}
-        with torch.no_grad():
-            for _, module in named_modules(self.model):
-                for parameter in parameters_of(module).values():
-                    if parameter is not None and id(parameter) not in copies:
-                        parameter.data = copies[id(parameter)] = parameter.detach().clone()
-                own_buffers = buffers_of(module)
-                for key, buffer in own_buffers.items():
-                    if buffer is not None:
-                        own_buffers[key] = copied = copies.setdefault(id(buffer), buffer.detach().clone())
-                        copies[id(copied)] = copied  # a module may be visited again
-        self.flats, self.buffers = {}, {}
-        return self.model
 
     def check_attached(self) -> None:
         """Check that every parameter is still a view into the flat tensor of its dtype.

@@ -1,7 +1,11 @@
 """Seeded building: the same full network in every process."""
 
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +19,13 @@ from resist.subnet.wrappers import check_layers, unwrapped
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Call `build_model()` with a seeded generator, and restore the random state.
 
-    Only torch's CPU generator is seeded. `torch.manual_seed` would also seed the generators of all devices, which are
-    not restored here.
+    The generators of torch (of the CPU), of Python and, if it is imported, of numpy are seeded, so that attributes
+    which are drawn are equal in all processes. `torch.manual_seed` would also seed the generators of all devices, which
+    are not restored here.
 
     Args:
         build_model: Function without arguments that returns the full network.
-        seed: Seed of torch's CPU generator.
+        seed: Seed of the generators.
 
     Returns:
         The network, without wrappers.
@@ -34,8 +39,7 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
             f"Job was given a {type(build_model).__name__}; give it the function that builds one, as in "
             "Job(lambda: Net(), ...), so that all processes begin with the same weights"
         )
-    with fork_rng():
-        torch.default_generator.manual_seed(seed)
+    with _seeded(seed):
         model = build_model()
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UserError(f"build_model() returned a {type(model).__name__}; it has to return the network, an nn.Module")
@@ -45,6 +49,24 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
         raise UserError(f"parameter {lazy[0]!r} has no shape yet; run a batch through the network in build_model")
     check_layers(model)
     return model
+
+
+@contextmanager
+def _seeded(seed: int) -> Generator[None]:
+    """Seed the generators of the CPU within a context, and restore them at its end."""
+    numpy: Any = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    with fork_rng():
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:

@@ -5,12 +5,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Set
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from resist.subnet.copying import copied_module, outside
-from resist.subnet.modules import is_float, tables_of_hooks
+from resist.subnet.modules import buffers_of, is_float, named_modules, parameters_of, tables_of_hooks
 
 
 def next_hook() -> int:
@@ -92,3 +93,21 @@ class _Detaching(TorchFunctionMode):
             memo[id(tensor)] = tensor.detach().clone()
             return memo[id(tensor)]
         return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def own_storages(model: nn.Module) -> None:
+    """Give every tensor of a network a storage of its own, so that it can be saved alone. Tied tensors stay tied.
+
+    Args:
+        model: A network of views, changed in place. It takes memory for a second copy until the views are gone.
+    """
+    copies: dict[int, Tensor] = {}
+    for _, module in named_modules(model):
+        for parameter in parameters_of(module).values():
+            if parameter is not None and id(parameter) not in copies:
+                parameter.data = copies[id(parameter)] = parameter.detach().clone()
+        own_buffers = buffers_of(module)
+        for key, buffer in own_buffers.items():
+            if buffer is not None:
+                own_buffers[key] = copies.setdefault(id(buffer), buffer.detach().clone())

@@ -180,8 +180,9 @@ def _check_progress(processes: Sequence[Mapping[str, Any]]) -> None:
                 "job.full_model too"
             )
         if len(process["optimizers"]) > 1 or process["optimizers"] != first["optimizers"]:
-            own, others = cast(list[list[str]], first["optimizers"])[0], cast(list[list[str]], process["optimizers"])
-            other = next((names for names in others if names != own), [])
+            others = cast(list[list[str]], process["optimizers"])
+            own = cast(list[list[str]], first["optimizers"])[0]
+            other = next((names for names in others if names != own), list[str]())
             raise AgreedError(
                 f"process {number} trains a worker with {', '.join(other) or 'no optimizer'}, process 0 with "
                 f"{', '.join(own) or 'no optimizer'}; give all workers the same optimizers"

@@ -156,6 +156,7 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
             follow_resize(worker.subnet, optimizer, before, {})
         if worker.average is not None:
             worker.average.resize(capacities, worker.average.empty(capacities))
+    worker.reset_state()
     for subnet in filter(None, (worker.subnet, worker.average)):
         subnet.hold(held)
         subnet.changing = set(changing)

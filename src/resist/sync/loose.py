@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from resist.planning.plan import RoundPlan
 from resist.planning.schedule import Schedule
+from resist.subnet.buffers import Part
 from resist.subnet.network import Place, Subnet
 from resist.sync.optimizer_state import StateTypes, begin_anew, movable_state
 from resist.sync.packing import Entry, InFlat, Unmovable, Value, combine, entry_of, pack, unpack
 from resist.sync.transport import Move, Transport
 from resist.sync.worker import Worker
 
-Part = tuple[int | None, int]  # (chain number, slot), or (None, 0): the shared part
 SHARED: Part = (None, 0)
 STATE, BUFFERS, AVERAGED = "state", "buffers", "average"  # kinds of values of a part; the last: buffers of an average
 _ROOT = 0  # the worker that combines what all workers have
@@ -97,7 +97,7 @@ def collect_loose(
             if isinstance(tree[place.piece], Unmovable):
                 loose.unmovable.add(part)
     for kind, subnet in ((BUFFERS, worker.subnet), (AVERAGED, worker.average)):
-        for part, buffers in loose_buffers(subnet).items() if subnet is not None else ():
+        for part, buffers in subnet.loose().items() if subnet is not None else ():
             # All workers have the shared part, and each keeps its own counters and indices.
             moving = {n: b for n, b in buffers.items() if not rule.of_everyone(part) or b.is_floating_point()}
             if moving:
@@ -110,11 +110,6 @@ def collect_loose(
 def parts_of(subnet: Subnet) -> list[Part]:
     """List the shared part and the slots of a sub-network, ascending."""
     return [SHARED, *((chain, slot) for chain, capacity in enumerate(subnet.capacities) for slot in range(capacity))]
-
-
-def loose_buffers(subnet: Subnet) -> dict[Part, dict[str, Tensor]]:
-    """Return the buffers of a sub-network that are in no flat tensor and may change, by part and name."""
-    return getattr(subnet, "loose", dict)()
 
 
 def to_text(loose: Mapping[int, LooseParts]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from resist.subnet.buffers import put_loose
 from resist.subnet.layout import Place
 from resist.subnet.network import Subnet
 
@@ -95,7 +94,7 @@ def put_buffers(subnet: Subnet, model: nn.Module, held: Held, values: Mapping[st
         if name in values:
             own[place.piece] = values[name]
     for part, own in parts.items():
-        put_loose(subnet.buffers, part, own)
+        subnet.put_loose(*part, own)
     for name, buffer in other_buffers(subnet, model, held).items():  # common ones, which no part has for itself
         if name in values and values[name].shape == buffer.shape:
             buffer.copy_(values[name])

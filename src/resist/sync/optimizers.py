@@ -1,14 +1,13 @@
 """Optimizers that a loop gives to `Job.step`: whose parameters they train, and whether their state can move."""
 
-import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from resist.errors import UserError
+from resist.planning.strategy import Strategy
 from resist.subnet.network import Flats, Subnet
 
 # Optimizers of torch.distributed that average gradients or weights, or shard state, over processes themselves.
@@ -28,6 +27,20 @@ def innermost(optimizer: Optimizer) -> Optimizer:
         if isinstance(value, Optimizer) and value.param_groups is optimizer.param_groups:
             return innermost(value)
     return optimizer
+
+
+def check_alone(optimizers: Sequence[Optimizer]) -> None:
+    """Raise UserError for optimizers of an Accelerator over several processes, which averages gradients itself.
+
+    Its gradients would be means over different blocks.
+    """
+    for optimizer in optimizers:
+        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
+        if spanned > 1:
+            raise UserError(
+                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
+                "resist.integrations.alone()"
+            )
 
 
 def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> list[list[Optimizer]]:
@@ -69,32 +82,20 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
     return grouped
 
 
-def check_alone(optimizers: Sequence[Optimizer]) -> None:
-    """Raise UserError for optimizers of an Accelerator over several processes, which averages gradients itself.
-
-    Its gradients would be means over different blocks.
-    """
-    for optimizer in optimizers:
-        spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
-        if spanned > 1:
-            raise UserError(
-                f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
-                "resist.integrations.alone()"
-            )
-
-
-def check_optimizers(optimizers: Iterable[Optimizer], policies: Iterable[str]) -> None:
+def check_optimizers(optimizers: Iterable[Optimizer], strategy: Strategy) -> None:
     """Refuse optimizers whose state cannot go with a block.
 
     Args:
         optimizers: Optimizers as they were given to `Job.step`.
-        policies: The values of `optimizer_state` in all stages of the strategy.
+        strategy: The strategy. With one worker, or an average of the gradients in every step, no state has to move.
 
     Raises:
         UserError: If one communicates by itself, keeps one history over all parameters with another policy than
             "reset", or keeps tensors outside of its state.
     """
-    moving = [policy for policy in policies if policy != "reset"]
+    if strategy.workers == 1 or strategy.every_step:
+        return
+    moving = [stage.optimizer_state for stage in strategy.stages if stage.optimizer_state != "reset"]
     for optimizer in optimizers:
         inner, name = innermost(optimizer), type(optimizer).__name__
         if any(cls.__name__ in _COLLECTIVE for cls in type(inner).__mro__):
@@ -187,32 +188,3 @@ def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], flats_
         for name, flats in flats_of.items():
             if name in optimizer.state.get(parameter, {}) and parameter.dtype in flats:
                 optimizer.state[parameter][name] = subnet.view(place, flats)
-
-
-def refuse_wrappers(model: nn.Module) -> None:
-    """Refuse a sub-network in a wrapper of torch.distributed.
-
-    Args:
-        model: The sub-network of a worker.
-
-    Raises:
-        UserError: If its parameters are sharded, or its gradients averaged with those of other workers.
-    """
-    sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
-    flat = next((name for name, _ in model.named_parameters() if "_flat_param" in name), None)
-    if sharded or flat:
-        raise UserError(
-            f"parameter {sharded or flat!r} is sharded by FSDP or tensor parallelism, and a worker's sub-network has "
-            "to be whole in its process; leave it out, and use more workers for a larger network"
-        )
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    ours = {id(parameter) for parameter in model.parameters()}
-    for wrapper in gc.get_objects():  # nothing in a parameter tells that a wrapper averages its gradient
-        if not issubclass(type(wrapper), nn.parallel.DistributedDataParallel):
-            continue
-        if wrapper.process_group.size() > 1 and any(id(parameter) in ours for parameter in wrapper.parameters()):
-            raise UserError(
-                "DistributedDataParallel averages the gradients of workers that have different blocks; train job.model "
-                "itself: the job averages the weights, and resist.ddp is the strategy that averages gradients"
-            )

@@ -156,9 +156,9 @@ def combine(values: Sequence[Value]) -> Value:
     if isinstance(first, list | tuple):
         sequences = cast(Sequence[Sequence[Value]], values)
         if len(set(map(len, sequences))) > 1:
-            return first
+            return sequences[0]
         combined: list[Value] = [combine(items) for items in zip(*sequences, strict=True)]
-        return tuple(combined) if isinstance(first, tuple) else combined
+        return combined if type(sequences[0]) is list else tuple(combined)
     if isinstance(first, Tensor):
         return _mean(cast(Sequence[Tensor], values))
     if isinstance(first, float) and not all(value.is_integer() for value in values):

@@ -10,10 +10,11 @@ from torch.optim.swa_utils import AveragedModel
 from resist.errors import UserError
 from resist.planning.strategy import Strategy
 from resist.subnet.changes import Watch
+from resist.subnet.modes import frozen_modules
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.optimizer_state import StateTypes, adopt_state, begin_anew
-from resist.sync.optimizers import check_alone, check_optimizers, follow_resize, optimizers_of, refuse_wrappers
+from resist.sync.optimizers import check_alone, check_optimizers, follow_resize, optimizers_of
 
 
 class Worker:
@@ -74,8 +75,8 @@ class Worker:
         self.watches = [Watch(subnet) for subnet in (self.subnet, self.average) if subnet is not None]
 
     def note_modes(self) -> None:
-        """Note which modules the user keeps in eval mode; see `Subnet.note_modes`."""
-        self.subnet.note_modes()
+        """Note which modules the user keeps in eval mode, at a step of the training."""
+        self.subnet.frozen_modules = frozen_modules(self.subnet.model, self.subnet.place)
         if self.average is not None:
             self.average.frozen_modules = self.subnet.frozen_modules
 
@@ -176,14 +177,10 @@ def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer]
             cannot go with the blocks; if a parameter was moved out of the flat tensor.
     """
     check_alone(optimizers)
-    exchanges = strategy.workers > 1 and not strategy.every_step
     for worker in workers:
-        if exchanges:
-            refuse_wrappers(worker.subnet.model)
         worker.subnet.check_attached()
         worker.forget_state()
     grouped = optimizers_of([w.subnet for w in workers], optimizers)
-    if exchanges:
-        check_optimizers(optimizers, [stage.optimizer_state for stage in strategy.stages])
+    check_optimizers(optimizers, strategy)
     for worker, assigned in zip(workers, grouped, strict=True):
         worker.optimizers = assigned
