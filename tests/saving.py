@@ -82,6 +82,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], list[Optimizer]]] = {
     "nadam": lambda model: [torch.optim.NAdam(model.parameters(), lr=0.01)],
     "adafactor": lambda model: [torch.optim.Adafactor(model.parameters(), lr=0.05)],
     "rmsprop": lambda model: [torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.5, centered=True)],
+    "adagrad": lambda model: [torch.optim.Adagrad(model.parameters(), lr=0.05)],  # its state begins with it
     "asgd": lambda model: [torch.optim.ASGD(model.parameters(), lr=0.05)],
     "two": halves,
     "python": lambda model: [Counting(model.parameters(), lr=0.05)],

@@ -116,7 +116,7 @@ def test_in_the_middle_of_a_round_it_is_refused() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("optimizer", ["adamw", "two"])
+@pytest.mark.parametrize("optimizer", ["adamw", "two", "adagrad"])
 def test_another_number_of_workers_takes_over_the_network(workers: int, optimizer: str) -> None:
     loop = Loop(warmed_up(), OPTIMIZERS[optimizer], averaged=True).train(6)
     state = loop.job.state_dict()
@@ -131,7 +131,7 @@ def test_another_number_of_workers_takes_over_the_network(workers: int, optimize
         for name, value in mine.items():
             if value.is_floating_point():
                 assert torch.equal(value, theirs[name]), name
-    assert all(not one.state for one in again.optimizers)
+    assert all(optimizer == "adagrad" or not one.state for one in again.optimizers)
     assert [group["lr"] for group in again.optimizers[0].param_groups] == [
         group["lr"] for group in loop.optimizers[0].param_groups
     ]

@@ -149,9 +149,6 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
     changing: as `Subnet.changing`.
     """
     capacities = tuple(len(blocks) for blocks in held)
-    worker.state.clear()
-    for optimizer in worker.optimizers:
-        optimizer.state.clear()
     if capacities != worker.subnet.capacities:
         before = {id(parameter) for parameter in worker.model.parameters()}
         worker.subnet.resize(capacities, worker.subnet.empty(capacities))
@@ -163,6 +160,8 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
     for subnet in filter(None, (worker.subnet, worker.average)):
         subnet.hold(held)
         subnet.changing = set(changing)
+    worker.reset_state()
+    worker.state.clear()
 
 
 def _from_record(
