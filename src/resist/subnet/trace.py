@@ -14,6 +14,8 @@ ROUNDING = 1e-4  # relative difference that another order of summation can cause
 COARSE = 2e-2  # the same for numbers of 16 bits and less
 # Fields of outputs of transformers with an entry for each layer; a sub-network has fewer.
 PER_LAYER = ("hidden_states", "attentions", "router_logits", "router_probs", "past_key_values")
+# Sums over the layers, in outputs with an entry of routers: a sub-network has the terms of its own layers.
+WITH_ROUTERS = ("loss", "aux_loss", "z_loss")
 
 
 @dataclass
@@ -177,8 +179,10 @@ def without_layers(output: object) -> object:
     """
     if not (isinstance(output, Mapping) and is_dataclass(cast(object, output))):
         return cast(object, output)
-    fields = cast(Mapping[str, object], output).items()
-    return {name: value for name, value in fields if not name.endswith(PER_LAYER)}
+    fields = {name: value for name, value in cast(Mapping[str, object], output).items() if value is not None}
+    routed = any("router" in name for name in fields)
+    left_out = (*PER_LAYER, *(WITH_ROUTERS if routed else ()))
+    return {name: value for name, value in fields.items() if not name.endswith(left_out)}
 
 
 def tensors_in(value: object) -> list[Tensor]:
