@@ -152,7 +152,7 @@ class Job:
         self.dropped: dict[int, str] = {}
         self.round, self.step_index = resume_at
         self._steps_in_round = 0
-        self.begun = False
+        self.begun = self._checked = False
         self._optimizers: tuple[Optimizer, ...] = ()
         full = build_seeded(build_model, seed)
         if batchnorm == "batch":
@@ -290,9 +290,9 @@ class Job:
         """
         if optimizers != self._optimizers or not optimizers:
             self.attach(*optimizers)
-        if not self.begun:  # now they have made a step, and have their state
+        if not self._checked:  # now they have made a step, and have their state
             check_optimizers(optimizers, self.strategy)
-        self.begun = True
+        self.begun = self._checked = True
         self.step_index += 1
         self._steps_in_round += 1
         if self._steps_in_round == 1:

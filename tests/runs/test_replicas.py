@@ -117,8 +117,7 @@ def run_safely(name: str, victim: int | None, fatal: int) -> list[Copies]:
     except WorkerLostError:
         history.append([(one.round, one.step, clones(one.tensors)) for one in job.replicas])
     job.close()
-    if victim is not None:
-        dist.destroy_process_group()  # of the pool, which would wait for the lost process
+    dist.destroy_process_group()  # of the pool, which would wait for the lost process
     return history
 
 
