@@ -37,7 +37,7 @@ from resist.sync.distributed import connect
 from resist.sync.exchange import Exchange
 from resist.sync.job_values import job_values
 from resist.sync.loose import LooseExchange, Rule
-from resist.sync.optimizers import check_optimizers
+from resist.sync.optimizers import check_alone, check_optimizers
 from resist.sync.options import check_options
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.stateful import load_state_dict, state_dict_of
@@ -152,7 +152,7 @@ class Job:
         self.dropped: dict[int, str] = {}
         self.round, self.step_index = resume_at
         self._steps_in_round = 0
-        self.begun = False
+        self.begun = self._checked = False
         self._optimizers: tuple[Optimizer, ...] = ()
         full = build_seeded(build_model, seed)
         if batchnorm == "batch":
@@ -290,9 +290,9 @@ class Job:
         """
         if optimizers != self._optimizers or not optimizers:
             self.attach(*optimizers)
-        if not self.begun:  # now they have made a step, and have their state
+        if not self._checked:  # now they have made a step, and have their state
             check_optimizers(optimizers, self.strategy)
-        self.begun = True
+        self.begun = self._checked = True
         self.step_index += 1
         self._steps_in_round += 1
         if self._steps_in_round == 1:
@@ -317,6 +317,7 @@ class Job:
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
+            check_alone(optimizers)
             if self.transport.num_processes > 1 and not self.strategy.every_step:
                 check_unwrapped(worker.subnet.model for worker in self.workers)
             assign_optimizers(self.workers, optimizers, self.strategy)

@@ -156,9 +156,9 @@ def wrapped(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("ddp", "DistributedDataParallel averages the gradients of workers that have different blocks"),
-        ("ddp around more", "DistributedDataParallel averages the gradients of workers that have different blocks"),
-        ("fully_shard", "is sharded by FSDP or tensor parallelism"),
+        ("ddp", "DistributedDataParallel around the network of a worker would mix it"),
+        ("ddp around more", "DistributedDataParallel around the network of a worker would mix it"),
+        ("fully_shard", "fully_shard around the network of a worker would mix it"),
         ("nothing", ""),
     ],
 )

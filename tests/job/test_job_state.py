@@ -280,3 +280,32 @@ def test_what_is_frozen_stays_unsent_after_loading() -> None:
         one.train(2)
     assert first.job.transport.take()["bytes"] == loop.job.transport.take()["bytes"]
     assert equal(first.everything(), loop.everything())
+
+
+class Half(nn.Module):
+    """One half of a block of two: with and without a norm, which has names and buffers of its own."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, momentum=None) if norm else nn.Identity()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.fc(self.norm(x).relu())
+
+
+def alternating() -> nn.Module:
+    halves = [Half(norm) for _ in range(6) for norm in (True, False)]
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Sequential(*halves), nn.Linear(8, 5))
+
+
+def test_blocks_of_two_children_one_without_buffers_come_back(tmp_path: Path) -> None:
+    first = Loop(warmed_up(), build=alternating, averaged=True, scheduled=False).train(4)
+    assert first.job.chains[0].num_blocks == 6
+    loop = Loop(warmed_up(), build=alternating, averaged=True, scheduled=False).attached()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"job": first.job}, checkpoint_id=tmp_path)
+        dcp.load({"job": loop.job}, checkpoint_id=tmp_path)
+    assert equal(first.everything(), loop.everything())
+    assert equal(first.train(4).everything(), loop.train(4).everything())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -116,6 +117,7 @@ def run_safely(name: str, victim: int | None, fatal: int) -> list[Copies]:
     except WorkerLostError:
         history.append([(one.round, one.step, clones(one.tensors)) for one in job.replicas])
     job.close()
+    dist.destroy_process_group()  # of the pool, which would wait for the lost process
     return history
 
 

@@ -181,6 +181,65 @@ def test_an_assigned_buffer_is_as_one_written_in_place(
         torch.testing.assert_close(second[name], value, rtol=1e-6, atol=1e-7)
 
 
+class Codebook(nn.Module):
+    """A module that all blocks use, with a statistic that each of them changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("usage", torch.zeros(WIDTH))
+        self.register_buffer("table", torch.rand(WIDTH) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        usage = 0.9 * self.get_buffer("usage") + 0.1 * x.detach().mean((0, 1))
+        if Statistic.how == "assigned":
+            self.usage = usage
+        else:
+            self.get_buffer("usage").copy_(usage)
+        return x + self.get_buffer("table")
+
+
+def with_codebook() -> nn.Module:
+    codebook = Codebook()
+
+    class Coded(Block):
+        def __init__(self, index: int) -> None:
+            super().__init__(index)
+            self.codebook = codebook
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.codebook(x)) - self.codebook.table
+
+    return Net(Coded)
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+@pytest.mark.parametrize(
+    "strategy",
+    [resist(3, 1, min_depth=0), local_sgd(3, 1), switch(resist(2, 1), local_sgd(2, 1), at_round=1)],
+    ids=["parts", "everything", "growing"],
+)
+def test_a_buffer_that_all_blocks_use_is_averaged_over_workers(
+    monkeypatch: pytest.MonkeyPatch, how: str, strategy: Strategy
+) -> None:
+    monkeypatch.setattr(Statistic, "how", how)
+    job, optimizers = make(with_codebook, strategy)
+    table = full_of(job).get_submodule("blocks.0.codebook").get_buffer("table").clone()
+    for _ in range(3):
+        seen: list[Tensor] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "step", lambda *_: None)
+            step(job, optimizers)
+        for worker in job.workers:
+            seen.append(worker.model.get_submodule("blocks.0.codebook").get_buffer("usage").clone())
+        job.step(*optimizers)
+        expected = torch.stack(seen).mean(0)
+        assert expected.abs().max() > 0
+        for model in (*(worker.model for worker in job.workers), full_of(job)):
+            for block in model.get_submodule("blocks").children():
+                torch.testing.assert_close(block.codebook.get_buffer("usage"), expected)
+                assert torch.equal(block.codebook.get_buffer("table"), table)
+
+
 class Growing(Block):
     """A cache that grows, and one that is made in the first forward pass."""
 

@@ -349,32 +349,3 @@ class SubnetLayout:
                 return Place(None, 0, f"{prefix}{child.full_key}.{inner}")
             return Place(child.chain, child.slot, self.chains[child.chain].piece(child.member, inner))
         return Place(None, 0, name)
-
-
-def common_buffers(
-    template: nn.Module, layout: SubnetLayout, device: torch.device
-) -> dict[tuple[int | None, str], Tensor]:
-    """Copy the buffers that several parts of the network use.
-
-    A table of rotary position embeddings is an example. Such a buffer belongs to no block, so every sub-network has a
-    copy of its own outside of the flat tensor, which no synchronization changes.
-
-    Args:
-        template: Network with the capacities of `layout`.
-        layout: Layout that names the places of its tensors.
-        device: Device of the copies. Buffers on the meta device stay there.
-
-    Returns:
-        The copies by `Place.key`, under each of their names.
-    """
-    buffers = list(template.named_buffers(remove_duplicate=False))
-    users: dict[int, set[tuple[int | None, int]]] = {}
-    for name, buffer in buffers:
-        place = layout.place(name)
-        users.setdefault(id(buffer), set()).add((place.chain, place.slot))
-    copies = {
-        id(buffer): buffer.detach().to(buffer.device if buffer.is_meta else device, copy=True)
-        for _, buffer in buffers
-        if len(users[id(buffer)]) > 1
-    }
-    return {layout.place(name).key: copies[id(buffer)] for name, buffer in buffers if id(buffer) in copies}

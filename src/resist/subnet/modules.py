@@ -2,7 +2,7 @@
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -70,9 +70,9 @@ def pre_hook_tables(module: nn.Module) -> tuple[dict[int, object], ...]:
     return cast(tuple[dict[int, object], ...], (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
 
 
-def fork_rng() -> AbstractContextManager[None]:
-    """Make a context that restores torch's CPU generator at its end."""
-    return torch.random.fork_rng(devices=[])
+def fork_rng(devices: Sequence[torch.device] = ()) -> AbstractContextManager[None]:
+    """Make a context that restores torch's generators of the CPU and of `devices` at its end."""
+    return torch.random.fork_rng(devices=list(devices))
 
 
 def is_float(tensor: Tensor) -> bool:

@@ -21,8 +21,9 @@ from resist.errors import UserError
 from resist.subnet.attributes import Placement
 from resist.subnet.buffers import Buffer, loose, put_loose, take_back
 from resist.subnet.chain import IN_PLACE, Chain
+from resist.subnet.common import common_buffers, common_modules
 from resist.subnet.copying import relink, tensors_by_name
-from resist.subnet.layout import Child, Place, SubnetLayout, common_buffers
+from resist.subnet.layout import Child, Place, SubnetLayout
 from resist.subnet.modes import frozen_modules
 from resist.subnet.modules import buffers_of, children_of, is_float, named_modules, parameters_of
 from resist.subnet.skeleton import next_hook, skeleton
@@ -30,6 +31,8 @@ from resist.subnet.skeleton import next_hook, skeleton
 # One flat tensor for each dtype of the weights, which is the key. The tensors of an optimizer state have the layouts of
 # the weights, and may have another dtype.
 Flats = dict[torch.dtype, Tensor]
+# Begins the names of buffers that several parts of the network use, and that are loose ones of the shared part.
+COMMON = "common "
 
 
 class Subnet:
@@ -82,12 +85,13 @@ class Subnet:
         if like is None:
             self.hooks_before = next_hook()
             self._common: dict[tuple[int | None, str], Tensor] = common_buffers(template, layout, self.device)
+            self._common_modules = common_modules(template, layout)
             self._lay_out(template, layout, frozenset(lists))
         else:
             self.hooks_before = like.hooks_before
             copies = {id(common): common.clone() for common in like._common.values()}
             self._common = {key: copies[id(common)] for key, common in like._common.items()}
-            self._dtype_of = like._dtype_of
+            self._common_modules, self._dtype_of = like._common_modules, like._dtype_of
             self.layouts = {dtype: own.with_capacities(present) for dtype, own in like.layouts.items()}
         self.held: tuple[tuple[int, ...], ...] = tuple(tuple(range(capacity)) for capacity in capacities)
         self.changing: set[tuple[int | None, str]] = set() if like is None else set(like.changing)
@@ -294,6 +298,7 @@ class Subnet:
         """Put the children of the chains' containers where `layouts` have them. New blocks are on the meta device."""
         layout = next(iter(layouts.values()))
         kept = self._kept(self.model, self.layout)
+        common = [m for name, m in named_modules(self.model) if self.place(name).key in self._common_modules]
         for container in layout.containers:
             children = children_of(self.model.get_submodule(container))
             present = {
@@ -315,7 +320,9 @@ class Subnet:
                 else:
                     first = present[child.chain, 0, child.member]
                     assert first is not None, "blocks are modules"
-                    wanted[child.key] = skeleton(first, keep=kept, hooks_before=self.hooks_before, root=self.model)
+                    wanted[child.key] = skeleton(
+                        first, same=common, keep=kept, hooks_before=self.hooks_before, root=self.model
+                    )
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
@@ -350,9 +357,16 @@ class Subnet:
             for key, old in own_buffers.items():
                 place = self.place(f"{prefix}.{key}".lstrip("."))
                 if old is not None and place.key in self._common:
-                    # One tensor for all blocks, outside of the flat tensors.
+                    # One tensor for all blocks, outside of the flat tensors: a loose one of the shared part.
+                    common = self._common[place.key]
                     if old.is_meta or self._fits(place, old):
-                        own_buffers[key] = self._common[place.key]
+                        if not old.is_meta and old is not common:
+                            common.copy_(old.detach())
+                        own_buffers[key] = common
+                    if id(common) not in buffers:
+                        buffers[id(common)] = common
+                        of_all = Place(None, 0, f"{COMMON}{place.chain}.{place.piece}")
+                        self.buffers[of_all] = Buffer(module, key, of_all, None)
                     continue
                 # Statistics are averaged and sent with their block, so they are in a flat tensor too. Loose buffers
                 # stay with the module.

@@ -1,11 +1,12 @@
 """Randomness of a training step: dropout, drop path and the like as a function of (seed, worker, step)."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
 
 from resist.planning.plan import keyed_int
+from resist.subnet.modules import fork_rng
 
 
 def step_seed(seed: int, worker: int, step: int) -> int:
@@ -23,7 +24,7 @@ def step_seed(seed: int, worker: int, step: int) -> int:
 
 
 @contextmanager
-def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
+def seeded_rng(seed: int, device: torch.device) -> Generator[None]:
     """Seed torch's generators of the CPU and of one device within a context, and restore them at its end.
 
     Args:
@@ -31,7 +32,7 @@ def seeded_rng(seed: int, device: torch.device) -> Iterator[None]:
         device: Device of the network; a GPU is not waited for.
     """
     gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpu):
+    with fork_rng(gpu):
         torch.default_generator.manual_seed(seed)
         if gpu:
             with torch.cuda.device(device):

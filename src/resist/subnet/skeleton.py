@@ -26,6 +26,7 @@ def skeleton(
     module: nn.Module,
     *,
     without: Iterable[nn.Module] = (),
+    same: Iterable[nn.Module] = (),
     keep: Set[int] = frozenset(),
     hooks_before: int | None = None,
     root: nn.Module | None = None,
@@ -38,6 +39,7 @@ def skeleton(
     Args:
         module: Module to copy. It is not changed.
         without: Modules in it that are not copied. An `nn.Identity` stands in their places.
+        same: Modules in it that are not copied, but used by the copy too.
         keep: Ids of the buffers that are copied with their values.
         hooks_before: Copy only hooks with smaller numbers; see `next_hook`. Default: all.
         root: Network that `module` is part of. The copy refers to the rest of it as `module` does.
@@ -47,8 +49,8 @@ def skeleton(
     """
     memo: dict[int, Any] = {} if root is None else outside(root, module)
     memo |= {id(left_out): nn.Identity() for left_out in without}
-    skipped = {id(inner) for left_out in without for inner in left_out.modules()}
-    copied = [inner for inner in module.modules() if id(inner) not in skipped]
+    memo |= {id(part): part for used in same for part in (used, *used.parameters(), *used.buffers())}
+    copied = _reached(module, {id(skipped) for skipped in (*without, *same)})
     for inner in copied:
         for parameter in inner.parameters(recurse=False):
             memo[id(parameter)] = meta_parameter(parameter)
@@ -59,6 +61,18 @@ def skeleton(
         if hooks_before is not None:
             _copy_hooks(copied, hooks_before, memo)
         return copied_module(module, memo)
+
+
+def _reached(module: nn.Module, skipped: Set[int]) -> list[nn.Module]:
+    """The modules within a module that are not only in skipped ones, itself included."""
+    reached: dict[int, nn.Module] = {}
+    waiting = [module]
+    while waiting:
+        inner = waiting.pop()
+        if id(inner) not in skipped and id(inner) not in reached:
+            reached[id(inner)] = inner
+            waiting += inner.children()
+    return list(reached.values())
 
 
 def meta_parameter(parameter: nn.Parameter) -> nn.Parameter:

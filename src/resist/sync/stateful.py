@@ -46,12 +46,15 @@ def state_dict_of(job: SavedJob, *, complete: bool) -> dict[str, Any]:
     state: dict[str, Any] = {ABOUT: json.dumps({"format": FORMAT, **about_job(job)})}
     outer = any(stage.outer is not None for stage in job.strategy.stages)
     kinds: dict[str, dict[str, Tensor]] = {}
-    buffers: dict[str, dict[str, Tensor]] = {}
+    buffers: dict[str, dict[str, Tensor]] = {"shared": {}}  # of each child of a held block, also where it has none
     records: dict[str, bytes] = {}
     for worker in job.workers:
         held = job.plan.held(worker.index)
         for kind, views in network_state(worker, held).items():
             kinds.setdefault(kind, {}).update(views)
+        for chain, blocks in zip(job.chains, held, strict=True):
+            for name in (name for block in blocks for name in chain.members(block)):
+                buffers.setdefault(name, {})
         for name, buffer in other_buffers(worker.subnet, worker.model, held).items():
             buffers.setdefault(_block(job, name), {})[name] = buffer
         records[str(worker.index)] = _pack(worker_record(job, worker))
@@ -59,7 +62,7 @@ def state_dict_of(job: SavedJob, *, complete: bool) -> dict[str, Any]:
     if complete:
         if job.transport.num_processes > 1:
             kinds = _whole_network(job)
-        for block in _blocks(job) if packed else ():
+        for block in _blocks(job):
             packed.setdefault(block, b"")
         records.setdefault("0", b"")
     if outer and VELOCITY not in kinds:  # it may begin in a later round, and a template has to name it

@@ -14,7 +14,7 @@ from resist.subnet.modes import frozen_modules
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.optimizer_state import StateTypes, adopt_state, begin_anew
-from resist.sync.optimizers import check_alone, check_optimizers, follow_resize, optimizers_of
+from resist.sync.optimizers import check_optimizers, follow_resize, optimizers_of
 
 
 class Worker:
@@ -176,7 +176,6 @@ def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer]
         UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if its state
             cannot go with the blocks; if a parameter was moved out of the flat tensor.
     """
-    check_alone(optimizers)
     for worker in workers:
         worker.subnet.check_attached()
         worker.forget_state()
