@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from resist.errors import UserError
-from resist.subnet.modules import named_modules
+from resist.subnet.bypass import is_bare
+from resist.subnet.modules import children_of, named_modules
 from resist.subnet.rehearsal import Forward, Rehearsal, snapshot, stand_in
 from resist.subnet.runs import is_leaf
 from resist.subnet.streams import Call
@@ -168,4 +169,8 @@ def _candidates(model: nn.Module) -> list[str]:
         if name and listed:
             places[name] = (parent, type(module)), (re.sub(r"\d+", "*", name), type(module), "numbered")
     number = Counter(place for found in places.values() for place in found)
-    return [name for name, found in places.items() if any(number[place] > 1 for place in found)]
+    names = [name for name, found in places.items() if any(number[place] > 1 for place in found)]
+    # A bare container may not be called itself, but its layers are.
+    bare = [(name, module) for name in names if is_bare(module := model.get_submodule(name))]
+    layers = [f"{name}.{key}" for name, module in bare for key, child in children_of(module).items() if child]
+    return list(dict.fromkeys((*names, *layers)))

@@ -57,7 +57,7 @@ def check_network(model: nn.Module, chains: Sequence[Chain], example: object) ->
     """Check that a network satisfies the laws above.
 
     The test runs copies with larger weights, because initial weights can be so small that a difference between blocks
-    is less than the rounding. It needs memory for one and a half copies of the network, and changes neither the network
+    is less than the rounding. It needs memory for about two copies of the network, and changes neither the network
     nor any random state.
 
     Args:
