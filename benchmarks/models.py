@@ -7,8 +7,8 @@
 
 Each architecture is counted as published, without allocating weights, and tested in a small version: less width, small
 images, equally many blocks. The tests use one batch of random inputs, in two processes with gloo:
-  validation    `resist.subnet.validate`: a sub-network with all blocks computes the same as the network; one with every
-                second block computes the same as the network without the others; the blocks are residual
+  validation    `resist.checking.validate`: a sub-network with all blocks computes the same as the network; one with
+                every second block computes the same as the network without the others; the blocks are residual
   conservation  after splitting, two new partitions and averaging, all weights are as before, bit for bit
   training      two rounds of two steps; every loss is finite
   evaluation    the full network with scaled branches; its output is finite and has the network's shape
@@ -37,12 +37,12 @@ import resist
 from architectures import CASES, Case
 from model_page import page
 from provenance import provenance
+from resist.blocks.chains import Chain, choose_chains
+from resist.checking.validate import check_network, tensors_in
 from resist.cost.footprint import build_on_meta, measure
 from resist.errors import UserError
-from resist.subnet.chains import Chain, choose_chains
 from resist.subnet.network import tensors_of
 from resist.subnet.seeded import build_seeded
-from resist.subnet.validate import check_network, tensors_in
 from resist.sync.local import Local
 
 HERE = Path(__file__).parent

@@ -9,13 +9,13 @@ from torch import nn
 
 import resist
 from page_parts import Record, fill, provenance, reached, rows, spread
+from resist.blocks.chains import choose_chains
 from resist.cost import Traffic
 from resist.cost.footprint import build_on_meta, sizes_of
 from resist.cost.traffic import mean_traffic, paper_bytes, round_traffic
 from resist.models import build
 from resist.planning.strategy import build_strategy
 from resist.subnet.batchnorm import use_batch_statistics
-from resist.subnet.chains import choose_chains
 from resist.sync.local import Local
 
 Build = Callable[[], nn.Module]

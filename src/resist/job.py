@@ -16,21 +16,21 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from resist.blocks.chains import choose_chains
+from resist.blocks.holdings import log_holdings
+from resist.blocks.wrappers import check_blocks
+from resist.checking.unchecked import note_unchecked
+from resist.checking.validate import choose_checked
 from resist.errors import UserError
 from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
-from resist.subnet.chains import choose_chains
-from resist.subnet.holdings import log_holdings
 from resist.subnet.modes import train_except
 from resist.subnet.network import Flats, Subnet, values_of
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.skeleton import own_storages
-from resist.subnet.unchecked import note_unchecked
-from resist.subnet.validate import choose_checked
-from resist.subnet.wrappers import check_blocks
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
@@ -104,7 +104,7 @@ class Job:
             arguments of the network, or if it does not take them the first item alone; a dict of keyword arguments; or
             a function that calls a network, `lambda model: model(batch, steps=3)`. Blocks are tried with the arguments
             that they get with it, and a network whose sub-networks would compute something else is refused, see
-            `resist.subnet.validate`. This runs on copies of the network, on the CPU; processes may have different
+            `resist.checking.validate`. This runs on copies of the network, on the CPU; processes may have different
             batches. Default: blocks are tried with guesses, and nothing else is checked, which is logged once. False:
             the same, without a word.
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from resist.blocks.chains import Chain, choose_chains
 from resist.cost import Link, Report, Row, Speed, predict
 from resist.cost.footprint import Network, build_on_meta, measure, sizes_of
 from resist.planning.strategy import METHODS, Strategy, build_strategy
-from resist.subnet.chains import Chain, choose_chains
 from resist.subnet.network import tensors_of
 from support import tiny
 

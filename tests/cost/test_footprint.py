@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
+from resist.blocks.chains import choose_chains
 from resist.cost import predict
 from resist.cost.footprint import LiveBytes, build_on_meta, measure
 from resist.job import Job
 from resist.models import PreActResNet
 from resist.planning.strategy import ddp, diloco, local_sgd, resist
-from resist.subnet.chains import choose_chains
 from resist.sync.averaging import VELOCITY
 from support import local_step, make, tiny
 

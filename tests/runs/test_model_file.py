@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from resist.blocks.chains import choose_chains
 from resist.errors import UserError
 from resist.models import build
 from resist.runs.config import NetworkConfig
 from resist.runs.model_file import load_full, save_full
-from resist.subnet.chains import choose_chains
 from resist.subnet.scaling import scale_branches
 from resist.tasks import network_builder
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from pool import Pool
+from resist.blocks.chains import choose_chains
 from resist.cost.footprint import build_on_meta, sizes_of
 from resist.cost.traffic import round_traffic
 from resist.job import Job
 from resist.planning.schedule import allreduce_bytes
 from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist
-from resist.subnet.chains import choose_chains
 
 WIDTH = 8
 

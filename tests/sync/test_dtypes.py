@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pool import Pool
+from resist.blocks.chains import choose_chains
 from resist.cost.footprint import build_on_meta, sizes_of
 from resist.cost.traffic import round_traffic
 from resist.job import Job
 from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist, switch
-from resist.subnet.chains import choose_chains
 from resist.subnet.network import tensors_of
 from resist.sync.worker import Worker
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from resist.subnet.chain import Chain
+    from resist.blocks.chain import Chain
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def describe(
     Raises:
         UserError: Where no plan is possible.
     """
-    from resist.subnet.chains import choose_chains, find_chains
-    from resist.subnet.holdings import notes_on_holdings, weights_of
+    from resist.blocks.chains import choose_chains, find_chains
+    from resist.blocks.holdings import notes_on_holdings, weights_of
 
     strategy = config.strategy()
     if chains is None:

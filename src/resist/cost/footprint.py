@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from resist.blocks.chains import Chain
+from resist.checking.validate import tensors_in
 from resist.cost.traffic import Part, Sizes
 from resist.errors import UserError, first_line
-from resist.subnet.chains import Chain
 from resist.subnet.network import Subnet
 from resist.subnet.seeded import build_seeded
-from resist.subnet.validate import tensors_in
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Loss = Callable[[nn.Module, Tensor], Tensor]

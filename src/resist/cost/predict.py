@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from resist.blocks.chains import choose_chains, find_chains
 from resist.cost.footprint import BuildOptimizer, Loss, Network, build_on_meta, mean_square, measure, sgd, sizes_of
 from resist.cost.report import Report, Row
 from resist.cost.timing import Link, Seconds, Speed, ddp_step_s, exchange_s
@@ -16,7 +17,6 @@ from resist.errors import UserError
 from resist.planning.plan import RoundPlan, partition
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import use_batch_statistics
-from resist.subnet.chains import choose_chains, find_chains
 from resist.sync.options import check_options
 
 

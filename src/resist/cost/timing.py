@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from resist.blocks.chains import choose_chains
 from resist.cost.footprint import BuildOptimizer, Loss, count_flops, mean_square, sgd
 from resist.cost.traffic import RoundTraffic
 from resist.errors import UserError
-from resist.subnet.chains import choose_chains
 from resist.subnet.network import Subnet, tensors_of
 from resist.subnet.seeded import build_seeded
 

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from resist.blocks.chains import Chain
 from resist.planning.plan import RoundPlan
 from resist.planning.schedule import Message, allreduce_bytes, schedule
 from resist.planning.strategy import Strategy
-from resist.subnet.chains import Chain
 
 Way = tuple[str, int]  # ("out" or "in", worker): one direction of a worker's link to the network
 

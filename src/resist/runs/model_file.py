@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from resist.blocks.chain import Chain
 from resist.errors import UserError
 from resist.runs.tensor_file import read_tensors, verify_tensors, write_tensors
-from resist.subnet.chain import Chain
 from resist.subnet.scaling import ScaleRecord, records_for, scale_blocks
 
 FILE = "model.safetensors"

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from resist.subnet.chain import IN_PLACE, Chain
+from resist.blocks.chain import IN_PLACE, Chain
 
 
 @dataclass(frozen=True)

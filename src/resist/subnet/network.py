@@ -17,15 +17,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from resist.blocks.attributes import Placement
+from resist.blocks.chain import IN_PLACE, Chain
+from resist.blocks.copying import relink, tensors_by_name
+from resist.blocks.modules import buffers_of, children_of, is_float, named_modules, parameters_of
 from resist.errors import UserError
-from resist.subnet.attributes import Placement
 from resist.subnet.buffers import Buffer, loose, put_loose, take_back
-from resist.subnet.chain import IN_PLACE, Chain
 from resist.subnet.common import common_buffers, common_modules
-from resist.subnet.copying import relink, tensors_by_name
 from resist.subnet.layout import Child, Place, SubnetLayout
 from resist.subnet.modes import frozen_modules
-from resist.subnet.modules import buffers_of, children_of, is_float, named_modules, parameters_of
 from resist.subnet.skeleton import next_hook, skeleton
 
 # One flat tensor for each dtype of the weights, which is the key. The tensors of an optimizer state have the layouts of

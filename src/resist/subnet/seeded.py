@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from resist.blocks.modules import fork_rng
+from resist.blocks.wrappers import check_layers, unwrapped
 from resist.errors import UserError
-from resist.subnet.modules import fork_rng
 from resist.subnet.network import tensors_of
-from resist.subnet.wrappers import check_layers, unwrapped
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -32,7 +32,7 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
 
     Raises:
         UserError: If `build_model` is a network, does not return one, leaves a lazy parameter without a shape, or
-            returns one with layers that a sub-network cannot have; see `resist.subnet.wrappers`.
+            returns one with layers that a sub-network cannot have; see `resist.blocks.wrappers`.
     """
     if isinstance(build_model, nn.Module):  # a network can be called too
         raise UserError(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from resist.subnet.copying import copied_module, outside
-from resist.subnet.modules import buffers_of, is_float, named_modules, parameters_of, tables_of_hooks
+from resist.blocks.copying import copied_module, outside
+from resist.blocks.modules import buffers_of, is_float, named_modules, parameters_of, tables_of_hooks
 
 
 def next_hook() -> int:

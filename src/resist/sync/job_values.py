@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import nn
 
+from resist.blocks.chains import Chain
 from resist.planning.strategy import Strategy
-from resist.subnet.chains import Chain
 from resist.subnet.seeded import fingerprint
 
 

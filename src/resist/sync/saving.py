@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from resist.blocks.chains import Chain
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan
 from resist.planning.strategy import Strategy
-from resist.subnet.chains import Chain
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.names import Held, other_buffers, weight_places
 from resist.sync.optimizer_record import arrived_state, optimizer_record

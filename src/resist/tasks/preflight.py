@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from resist.blocks.chain import Chain
+from resist.checking.validate import choose_checked
 from resist.data import image_size_of, num_classes_of
 from resist.models.third_party import check_logits, is_third_party
 from resist.runs.config import NetworkConfig
-from resist.subnet.chain import Chain
 from resist.subnet.seeded import build_seeded
-from resist.subnet.validate import choose_checked
 from resist.tasks import network_builder
 
 
@@ -41,7 +41,7 @@ def try_network(config: NetworkConfig, num_classes: int | None = None) -> Sequen
 
     Raises:
         UserError: The network does not accept the data set's images, does not return logits, or breaks a law of
-            `resist.subnet.validate`.
+            `resist.checking.validate`.
     """
     images = example_of(config)
     if isinstance(images, bool):
