@@ -25,12 +25,14 @@ from resist.errors import UserError
 from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
+from resist.subnet.flats import Flats
 from resist.subnet.modes import train_except
-from resist.subnet.network import Flats, Subnet, values_of
+from resist.subnet.network import Subnet
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.skeleton import own_storages
+from resist.subnet.tensors import values_of
 from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect

@@ -16,7 +16,7 @@ from torch import Tensor
 from resist.planning.plan import Key, RoundPlan
 from resist.planning.schedule import Message, schedule
 from resist.planning.strategy import Strategy
-from resist.subnet.network import Flats
+from resist.subnet.flats import Flats
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
 from resist.sync.optimizer_state import StateTypes
 from resist.sync.payload import Payload, collect_payloads

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from resist.planning.plan import RoundPlan
 from resist.planning.schedule import Schedule
 from resist.subnet.buffers import Part
-from resist.subnet.network import Place, Subnet
+from resist.subnet.layout import Place
+from resist.subnet.network import Subnet
 from resist.sync.optimizer_state import StateTypes, begin_anew, movable_state
 from resist.sync.packing import Entry, InFlat, Unmovable, Value, combine, entry_of, pack, unpack
 from resist.sync.transport import Move, Transport

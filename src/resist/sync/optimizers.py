@@ -8,7 +8,8 @@ from torch.optim import LBFGS, Optimizer
 
 from resist.errors import UserError
 from resist.planning.strategy import Strategy
-from resist.subnet.network import Flats, Subnet
+from resist.subnet.flats import Flats
+from resist.subnet.network import Subnet
 
 # Optimizers of torch.distributed that average gradients or weights, or shard state, over processes themselves.
 _COLLECTIVE = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
