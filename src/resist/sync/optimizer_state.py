@@ -18,7 +18,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from resist.subnet.network import Flats, Subnet
 from resist.sync.packing import InFlat, Unmovable, Value, can_move
@@ -144,6 +144,42 @@ def _first_state(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, An
         return dict(type(optimizer)([{**group, "params": [parameter]}], **options).state.get(parameter, {}))
     except Exception:  # of a class that cannot be called like this: it begins without state, as almost all do
         return {}
+
+
+def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], flats_of: Mapping[str, Flats]) -> None:
+    """Update an optimizer after its parameters have changed in `subnet.resize`.
+
+    New parameters have no state yet.
+
+    Args:
+        subnet: The sub-network, with its new capacities.
+        optimizer: Its optimizer; groups and state are changed in place.
+        before: Ids of the parameters before the resize.
+        flats_of: State name -> flat tensors that the exchange filled, laid out for the new capacities.
+    """
+    places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
+    # 1. Remove parameters that are gone from their groups, and drop their state, which also frees its memory. Note the
+    #    group of each remaining one: all slots of a chain have the same tensors, with equal `Place.key`s. The lists
+    #    stay the same objects, since an optimizer may refer to them elsewhere.
+    group_of: dict[tuple[int | None, str], int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) in places:
+                group_of[places[id(parameter)][1].key] = number
+            elif id(parameter) in before:
+                optimizer.state.pop(parameter, None)
+        group["params"][:] = [p for p in group["params"] if id(p) in places or id(p) not in before]
+    if isinstance(optimizer, LBFGS):
+        optimizer._numel_cache = None  # pyright: ignore[reportPrivateUsage]
+    for key, (parameter, place) in places.items():
+        # 2. A new parameter joins the group of its counterparts in other slots.
+        if key not in before and place.key in group_of:
+            optimizer.param_groups[group_of[place.key]]["params"].append(parameter)
+        # 3. State that is laid out as the weights becomes a view of the new flat tensors: the exchange has put there
+        #    what belongs to the blocks that are now in the slots.
+        for name, flats in flats_of.items():
+            if name in optimizer.state.get(parameter, {}) and parameter.dtype in flats:
+                optimizer.state[parameter][name] = subnet.view(place, flats)
 
 
 def _like_a_weight(value: object, parameter: Tensor) -> TypeGuard[Tensor]:

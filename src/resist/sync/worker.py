@@ -13,8 +13,8 @@ from resist.subnet.changes import Watch
 from resist.subnet.modes import frozen_modules
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.optimizer_state import StateTypes, adopt_state, begin_anew
-from resist.sync.optimizers import check_optimizers, follow_resize, optimizers_of
+from resist.sync.optimizer_state import StateTypes, adopt_state, begin_anew, follow_resize
+from resist.sync.optimizers import check_alone, check_optimizers, optimizers_of
 
 
 class Worker:
@@ -81,9 +81,14 @@ class Worker:
             self.average.frozen_modules = self.subnet.frozen_modules
 
     def take_back(self) -> None:
-        """Copy tensors that were assigned into the flat tensors; see `Subnet.take_back`."""
+        """Copy tensors that were assigned into the flat tensors; see `Subnet.take_back`.
+
+        Raises:
+            UserError: If a parameter was moved out of the flat tensor.
+        """
         for subnet in filter(None, (self.subnet, self.average)):
             subnet.take_back()
+        self.subnet.check_attached()
 
     def state_flat(self, name: str, dtype: torch.dtype, own: torch.dtype | None = None) -> Tensor:
         """Return a flat tensor of a state, zeros if there is none yet.
@@ -101,12 +106,15 @@ class Worker:
             flats[dtype] = torch.zeros_like(self.subnet.flats[dtype], dtype=own or dtype)
         return flats[dtype]
 
-    def collect_state(self, states: Mapping[str, StateTypes]) -> None:
+    def collect_state(self, states: Mapping[str, StateTypes], *, reset: bool = False) -> None:
         """Move the state of the optimizers that is laid out as the weights into `state`.
 
         Args:
             states: Names of the states that any worker has, each with its dtype for each dtype of weights.
+            reset: Drop what this worker has.
         """
+        if reset:
+            self.reset_state()
         for name, types in states.items():
             for dtype, own in types.items():
                 self.state_flat(name, dtype, own)
@@ -164,18 +172,23 @@ class Worker:
             subnet.hold(held)
 
 
-def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer], strategy: Strategy) -> None:
+def assign_optimizers(
+    workers: Sequence[Worker], optimizers: Sequence[Optimizer], strategy: Strategy, num_processes: int
+) -> None:
     """Assign optimizers to the hosted workers whose parameters they train.
 
     Args:
         workers: The hosted workers. They forget the state of their previous optimizers.
         optimizers: The optimizers of all of them, in any order.
         strategy: The strategy, with all its stages.
+        num_processes: The number of processes that host the workers.
 
     Raises:
         UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if its state
-            cannot go with the blocks; if a parameter was moved out of the flat tensor.
+            cannot go with the blocks; if a wrapper joins the workers; if a parameter was moved out of the flat tensor.
     """
+    apart = num_processes > 1 and not strategy.every_step
+    check_alone(optimizers, [worker.subnet.model for worker in workers] if apart else ())
     for worker in workers:
         worker.subnet.check_attached()
         worker.forget_state()

@@ -1,4 +1,4 @@
-"""Loading: give a job the state that `resist.sync.saving` describes.
+"""Loading: give a job the state that `resist.state.saving` describes.
 
 Where the job has the same plan as the saved one, everything comes back. With other workers, chains or capacities, the
 network comes back (weights, averages, outer momentum, buffers); optimizers keep their settings and begin anew; the step
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
+from resist.state.names import Held, other_buffer_names, put_buffers, weight_places
+from resist.state.optimizers import check_optimizers, load_arrived, load_groups, load_state
+from resist.state.saving import Record, SavedJob, held_by_all, network_state
+from resist.state.values import decode, keys_of
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.names import Held, other_buffer_names, put_buffers, weight_places
-from resist.sync.optimizer_record import check_optimizers, load_arrived, load_groups, load_state
-from resist.sync.optimizers import follow_resize
-from resist.sync.saving import Record, SavedJob, held_by_all, network_state
-from resist.sync.values import decode, keys_of
+from resist.sync.optimizer_state import follow_resize
 from resist.sync.worker import Worker
 
 LEAST = {"round": 0, "step": 0, "workers": 1, "processes": 1}

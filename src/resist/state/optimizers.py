@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist.errors import UserError
+from resist.state.names import Held, parameters_by_name
+from resist.state.values import decode, encode, join
 from resist.subnet.layout import Place
 from resist.sync.averaging import VELOCITY
-from resist.sync.names import Held, parameters_by_name
-from resist.sync.values import decode, encode, join
 from resist.sync.worker import Worker
 
 
