@@ -446,7 +446,7 @@ class Job:
         """Take over the state of a job, and continue at its round and step. Every process has to call it.
 
         Call `attach` before, and `follow` if there are averages. With other workers, chains or capacities than those of
-        the state, the network, its averages and the outer momentum are taken over, and the optimizers begin anew.
+        the state, the network, its averages and the outer momentum are taken over, and the optimizers start over.
 
         Args:
             state: What `state_dict` has returned in this process, or what `torch.distributed.checkpoint` has loaded.

@@ -12,7 +12,7 @@ from resist.planning.schedule import Schedule
 from resist.subnet.buffers import Part
 from resist.subnet.network import Place
 from resist.sync.loose import AVERAGED, BUFFERS, STATE
-from resist.sync.optimizer_state import begin_anew
+from resist.sync.optimizer_state import start_over
 from resist.sync.packing import Entry, InFlat, Unmovable, Value, combine, pack, unpack
 from resist.sync.round_agreement import RoundAgreement
 from resist.sync.round_end import SHARED, RoundEnd
@@ -236,7 +236,7 @@ class _Slots:
             elif isinstance(state, dict):
                 optimizer.state[parameter] = self._linked(part, piece, cast(dict[str, Value], state))
             else:
-                begin_anew(optimizer, [parameter])
+                start_over(optimizer, [parameter])
 
     @torch.no_grad()
     def _linked(self, part: Part, piece: str, state: Mapping[str, Value]) -> dict[str, Value]:

@@ -1,6 +1,7 @@
 """Optimizers that a loop gives to `Job.step`: whose parameters they train, and what is refused."""
 
 import gc
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -10,6 +11,8 @@ from torch.optim import LBFGS, Optimizer
 from resist.errors import UserError
 from resist.planning.strategy import Strategy
 from resist.subnet.network import Subnet
+
+log = logging.getLogger(__name__)
 
 # Optimizers of torch.distributed that average gradients or weights, or shard state, over processes themselves.
 _COLLECTIVE = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
@@ -99,6 +102,14 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
                 "one"
             )
         trained_by |= dict.fromkeys(parameters, number)
+        if outside := len(parameters - subnet_of.keys()):
+            log.warning(
+                "optimizer %d trains %d parameter%s outside of the network: each worker trains its own, and it is "
+                "neither averaged nor saved; move it into the module that build_model returns",
+                number,
+                outside,
+                "s" * (outside > 1),
+            )
         grouped[trained.pop()].append(innermost(optimizer))
     if not all(grouped):
         raise UserError(f"{len(optimizers)} optimizers, none for job.workers[{grouped.index([])}]; pass one for each")

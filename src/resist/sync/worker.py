@@ -13,7 +13,7 @@ from resist.subnet.changes import Watch
 from resist.subnet.modes import frozen_modules
 from resist.subnet.network import Flats, Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.optimizer_state import StateTypes, adopt_state, begin_anew, follow_resize
+from resist.sync.optimizer_state import StateTypes, adopt_state, follow_resize, start_over
 from resist.sync.optimizers import check_alone, check_optimizers, optimizers_of
 
 
@@ -121,10 +121,10 @@ class Worker:
         adopt_state(self.subnet, self.optimizers, {name: self.state[name] for name in states})
 
     def reset_state(self) -> None:
-        """Drop the state of all optimizers but the outer one, so that they begin anew."""
+        """Drop the state of all optimizers but the outer one, so that they start over."""
         for optimizer in self.optimizers:
             optimizer.state.clear()
-            begin_anew(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+            start_over(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
         self.forget_state()
 
     def forget_state(self) -> None:
@@ -164,8 +164,7 @@ class Worker:
             # The flat tensors are new ones. Parameters that remain are the same objects, on other memory.
             before = {id(parameter) for parameter in self.model.parameters()}
             self.subnet.resize(capacities, flats[WEIGHTS])
-            for optimizer in self.optimizers:
-                follow_resize(self.subnet, optimizer, before, self.state)
+            follow_resize(self.subnet, self.optimizers, before, self.state)
             if self.average is not None:
                 self.average.resize(capacities, flats[AVERAGE])
         for subnet in filter(None, (self.subnet, self.average)):
