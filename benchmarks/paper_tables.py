@@ -11,7 +11,8 @@ import resist
 from page_parts import Record, fill, provenance, reached, rows, spread
 from resist.blocks.chains import choose_chains
 from resist.cost import Traffic
-from resist.cost.footprint import build_on_meta, sizes_of
+from resist.cost.footprint import build_on_meta, sgd, sizes_of
+from resist.cost.states import StateMeter
 from resist.cost.traffic import mean_traffic, paper_bytes, round_traffic
 from resist.models import build
 from resist.planning.strategy import build_strategy
@@ -71,7 +72,8 @@ def formula(build: Build, strategy: resist.Strategy, rounds: int, *, statistics:
     chains = choose_chains(template)
     sizes = sizes_of(template, chains)
     plans = [strategy.plan(chains, seed=SEED, round=number) for number in range(rounds + 1)]
-    run = [round_traffic(sizes, now, then, strategy=strategy, num_states=1) for now, then in pairwise(plans)]
+    state = StateMeter(sgd).sizes(template, chains, [plans[0].capacities(w) for w in range(strategy.workers)])
+    run = [round_traffic(sizes, now, then, strategy=strategy, state=state) for now, then in pairwise(plans)]
     paper = paper_bytes(sizes, plans[0], workers=strategy.workers)
     return Formula(mean_traffic(run, strategy.workers, paper), [sum(round_.bytes.values()) for round_ in run])
 
