@@ -26,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import resist
+from resist.blocks.chains import Chain, choose_chains
 from resist.planning.plan import Plan
 from resist.subnet.batchnorm import use_batch_statistics
-from resist.subnet.chains import Chain, choose_chains
 from resist.subnet.seeded import build_seeded
 from resist.sync.optimizer_state import OPTIMIZER_STATES
 from resist.sync.transport import PACKET_BYTES

@@ -1,5 +1,6 @@
 """One thread everywhere, processes that the tests share, and the order of the tests under pytest-xdist."""
 
+import logging
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported here, and for every process that a test starts
@@ -65,6 +66,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 def pytest_runtest_setup() -> None:
     seed_everything()
+    # As it is after an import; a command that a test runs in this process shows the log.
+    log = logging.getLogger("resist")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from torch import nn
 
+from resist.blocks.chains import choose_chains
 from resist.cli import main
 from resist.job import build_seeded
 from resist.runs.config import NetworkConfig, TrainConfig
 from resist.runs.directory import Run
 from resist.runs.model_file import FILE, save_full
-from resist.subnet.chains import choose_chains
 from resist.subnet.scaling import scale_branches
 from resist.tasks import network_builder
 

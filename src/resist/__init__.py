@@ -7,11 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from resist import blocks as blocks
+    from resist import checking as checking
     from resist import errors as errors
     from resist import job as job
     from resist import planning as planning
     from resist import subnet as subnet
     from resist import sync as sync
+    from resist.blocks.chains import Chain, find_chains
+    from resist.checking.validate import check_network
     from resist.errors import UserError, WorkerLostError
     from resist.job import Job
     from resist.planning.capacities import Capacities
@@ -19,8 +23,6 @@ if TYPE_CHECKING:
     from resist.planning.schedule import Message, Schedule, allreduce_bytes, schedule
     from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
     from resist.runs.library import load_checkpoint, save_checkpoint
-    from resist.subnet.chains import Chain, find_chains
-    from resist.subnet.validate import check_network
     from resist.sync.worker import Worker
 
 __version__ = "0.1.0"
@@ -54,7 +56,7 @@ __all__ = [
 
 _HOME = {  # the module of each public name
     "Capacities": "resist.planning.capacities",
-    "Chain": "resist.subnet.chains",
+    "Chain": "resist.blocks.chains",
     "Job": "resist.job",
     "Message": "resist.planning.schedule",
     "OuterSGD": "resist.planning.strategy",
@@ -66,10 +68,10 @@ _HOME = {  # the module of each public name
     "Worker": "resist.sync.worker",
     "WorkerLostError": "resist.errors",
     "allreduce_bytes": "resist.planning.schedule",
-    "check_network": "resist.subnet.validate",
+    "check_network": "resist.checking.validate",
     "ddp": "resist.planning.strategy",
     "diloco": "resist.planning.strategy",
-    "find_chains": "resist.subnet.chains",
+    "find_chains": "resist.blocks.chains",
     "load_checkpoint": "resist.runs.library",
     "local_sgd": "resist.planning.strategy",
     "partition": "resist.planning.plan",
@@ -79,7 +81,7 @@ _HOME = {  # the module of each public name
     "switch": "resist.planning.strategy",
 }
 # Imported on first use; their modules need an import: import resist.planning.plan
-_SUBMODULES = {"errors", "job", "planning", "subnet", "sync"}
+_SUBMODULES = {"blocks", "checking", "errors", "job", "planning", "subnet", "sync"}
 
 
 if not TYPE_CHECKING:  # so that type checkers report names that do not exist

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from exported import noise, own
+from resist.blocks.chains import find_chains
 from resist.cli import main
 from resist.errors import UserError
 from resist.export import onnx
@@ -22,7 +23,6 @@ from resist.export.recipe import Recipe
 from resist.export.run import TARGETS
 from resist.models import build
 from resist.runs.model_file import save_full
-from resist.subnet.chains import find_chains
 from resist.subnet.scaling import scale_blocks, scale_branches, scales_of
 
 SMALL = [

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from resist.blocks.chains import choose_chains
 from resist.errors import UserError
 from resist.planning.strategy import resist
 from resist.runs.checkpoint import FORMAT, Checkpoints, _digest, complete, newest, read_job, verify
@@ -23,7 +24,6 @@ from resist.runs.directory import Run
 from resist.runs.history import read_history, read_past
 from resist.runs.restore import restore
 from resist.runs.tensor_file import read_description, read_tensors, verify_tensors, write_tensors
-from resist.subnet.chains import choose_chains
 from resist.training.progress import Summary
 from support import make, tiny, train, weights
 

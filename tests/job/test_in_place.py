@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from resist import job as job_module
+from resist.blocks.bypass import in_place
+from resist.blocks.chains import choose_chains
 from resist.job import Job
 from resist.planning.strategy import Strategy, resist, switch
-from resist.subnet.bypass import in_place
-from resist.subnet.chains import choose_chains
 
 WIDTH = 8
 STRATEGY = switch(resist(2, 2, capacities=(3, 2)), resist(2, 2, capacities=(2, 4)), at_round=2)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
+from resist.blocks.chains import choose_chains
 from resist.errors import UserError
 from resist.job import Job
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
-from resist.subnet.chains import choose_chains
 from resist.subnet.seeded import build_seeded
 from resist.sync.local import Local
 from support import (

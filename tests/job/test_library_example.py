@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import resist
 from pool import Pool
 from resist import Job, UserError
-from resist.subnet.unchecked import note_unchecked
+from resist.checking.unchecked import note_unchecked
 from support import batch, make, sgd, tiny, train, weights
 
 TWO = resist.resist(2, 2, min_depth=0)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from resist.blocks.chains import choose_chains
 from resist.errors import UserError
 from resist.models import PreActResNet, build, read_model_args
 from resist.models.preact_cifar import PreActBlock
-from resist.subnet.chains import choose_chains
 
 
 def count(model: nn.Module) -> int:

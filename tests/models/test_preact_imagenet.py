@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from resist.blocks.chains import choose_chains
 from resist.models import build
 from resist.models.preact_imagenet import IMAGENET_DEPTHS, PreActBottleneck, PreActResNetImageNet
 from resist.models.pretrained import from_timm, our_name, timm_name, to_timm
 from resist.planning.plan import equal_capacities
-from resist.subnet.chains import choose_chains
 
 # With 1,000 classes, as timm counts them; it has no 200, which is the 152 with 16 more blocks of section 2.
 PARAMETERS = {50: 25_549_352, 101: 44_541_480, 152: 60_185_128, 200: 60_185_128 + 16 * 280_064}

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from resist.blocks.chains import choose_chains
 from resist.cli import main
 from resist.cost.footprint import build_on_meta
 from resist.errors import UserError
 from resist.models import build
 from resist.models.third_party import TakeLogits, check_logits
 from resist.runs.config import NetworkConfig
-from resist.subnet.chains import choose_chains
 from resist.tasks import network_builder
 from resist.tasks.preflight import try_network
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from pool import Pool
+from resist.blocks.chains import choose_chains
 from resist.cost.footprint import build_on_meta, sizes_of
 from resist.cost.traffic import round_traffic
 from resist.job import Job
 from resist.planning.schedule import allreduce_bytes
 from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist
-from resist.subnet.chains import choose_chains
 
 WIDTH = 8
 
@@ -112,7 +112,7 @@ def test_the_cost_model_counts_what_is_sent(strategy: Strategy) -> None:
         plans = job.plan_of(number), job.plan_of(number + 1)
         step(job, optimizers)
         taken: Any = job.transport.take()["bytes"]
-        expected = round_traffic(sizes, *plans, strategy=strategy, num_states=1)
+        expected = round_traffic(sizes, *plans, strategy=strategy)
         assert taken["shared"] == expected.bytes["shared"]
         assert taken.get("blocks", 0) == expected.bytes["blocks"]
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from resist.blocks.chains import choose_chains
 from resist.errors import UserError
 from resist.job import Job
 from resist.models import PreActResNet, build
@@ -15,9 +16,10 @@ from resist.models.preact_cifar import PreActBlock
 from resist.planning.plan import Plan, partition
 from resist.planning.strategy import Strategy, resist
 from resist.subnet.batchnorm import use_batch_statistics
-from resist.subnet.chains import choose_chains
-from resist.subnet.network import Subnet, skeleton, tensors_of
+from resist.subnet.network import Subnet
 from resist.subnet.scaling import scale_branches
+from resist.subnet.skeleton import skeleton
+from resist.subnet.tensors import tensors_of
 from support import BLOCKS, by_name, floats, make, sgd, tiny, train
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from resist.blocks.chains import choose_chains
+from resist.blocks.residual import Stream
 from resist.export import fold_scale
-from resist.subnet.chains import choose_chains
-from resist.subnet.residual import Stream
 from resist.subnet.scaling import KeepInput, ScaleBranch, scale_blocks, scale_branches, scales_of, unhook
 
 SCALE = 0.4

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from resist.blocks.residual import Call, hidden_in
 from resist.errors import UserError
-from resist.subnet.residual import Call, hidden_in
 from resist.subnet.scaling import adds_outside, scales_of, unhook
 
 TOLERANCE = 1e-5

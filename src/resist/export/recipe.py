@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from resist.blocks.modules import fork_rng
 from resist.errors import UserError, first_line
 from resist.export.folding import TOLERANCE, difference
 from resist.models.preact_imagenet import IMAGENET_DEPTHS
 from resist.models.pretrained import timm_name, to_timm
-from resist.subnet.modules import fork_rng
 from resist.subnet.scaling import records_of, scale_blocks
 
 # Library -> module and function that build a network by name, and the import statement for users.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from resist.blocks.modules import BatchNorm
 from resist.data import Images, image_size_of, normalization_of, num_classes_of
 from resist.errors import UserError
 from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_program, write_state
@@ -19,7 +20,6 @@ from resist.runs.config import NetworkConfig, TrainConfig
 from resist.runs.config_file import read_config
 from resist.runs.model_file import EMA_FILE, FILE, load_full
 from resist.subnet.batchnorm import recalibrate, use_batch_statistics
-from resist.subnet.modules import BatchNorm
 from resist.subnet.scaling import records_of, scale_blocks, scales_of
 from resist.subnet.seeded import build_seeded
 from resist.tasks import network_builder, open_task

@@ -182,7 +182,7 @@ class Assign(Protocol):
 class ChainLike(Protocol):
     """Properties of a chain that its plans depend on.
 
-    See `resist.subnet.chains.Chain`.
+    See `resist.blocks.chains.Chain`.
     """
 
     @property

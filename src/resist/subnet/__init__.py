@@ -1,1 +1,1 @@
-"""Sub-networks: chains of blocks, and shallower networks in one flat tensor."""
+"""Sub-networks: shallower networks in one flat tensor."""

@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from resist.blocks.modules import NORMS, BatchNorm, Norm, buffers_of
 from resist.errors import UserError
-from resist.subnet.modules import NORMS, BatchNorm, Norm, buffers_of
 
 BATCHNORMS = ("recalibrate", "average", "batch")
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from resist.blocks.modules import BatchNorm, buffers_of
 from resist.subnet.layout import Place
-from resist.subnet.modules import BatchNorm, buffers_of
 
 Part = tuple[int | None, int]  # chain and slot; None and 0 for the shared part
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from resist.blocks.modules import named_modules
 from resist.subnet.layout import SubnetLayout
-from resist.subnet.modules import named_modules
 
 
 def common_buffers(

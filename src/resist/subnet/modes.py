@@ -4,8 +4,8 @@ from collections.abc import Callable, Set
 
 from torch import nn
 
+from resist.blocks.modules import named_modules
 from resist.subnet.layout import Place
-from resist.subnet.modules import named_modules
 
 ModuleKey = tuple[int | None, str]  # chain, and name in the block; None and the name for the shared part
 

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from resist.blocks.modules import fork_rng
 from resist.planning.plan import keyed_int
-from resist.subnet.modules import fork_rng
 
 
 def step_seed(seed: int, worker: int, step: int) -> int:

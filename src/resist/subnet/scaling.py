@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from resist.blocks.chain import Chain
+from resist.blocks.modules import hook_tables, named_modules, pre_hook_tables
+from resist.blocks.residual import OUTSIDE
+from resist.blocks.streams import Stream, default_source, hidden_in, hidden_out, replaced, with_hidden
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan
-from resist.subnet.chain import Chain
-from resist.subnet.modules import hook_tables, named_modules, pre_hook_tables
-from resist.subnet.residual import OUTSIDE
-from resist.subnet.streams import Stream, default_source, hidden_in, hidden_out, replaced, with_hidden
 
 ScaleRecord = float | Mapping[str, Any]  # scale of a block; a mapping if its hook needs more than that
 
