@@ -5,8 +5,12 @@ The values are those of build time; `resist.blocks.placement` puts them into the
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
+import dis
+import functools
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,8 +32,8 @@ class _Missing:
     def __repr__(self) -> str:
         return "missing"
 
-    def __deepcopy__(self, memo: object) -> "_Missing":
-        return self
+    def __reduce__(self) -> str:
+        return "MISSING"
 
 
 MISSING = _Missing()
@@ -112,7 +116,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copy of a value that refers to modules or tensors of its own block.
+    """Copy of a value that may refer to modules or tensors of its own block.
 
     Attributes:
         value: The copy, with placeholders for them.
@@ -120,9 +124,14 @@ class Snapshot:
     """
 
     value: Any
-    own: tuple[_Own, ...]
+    own: tuple[_Own, ...] = ()
 
-    def in_block(self, block: nn.Module) -> dict[int, object]:
+    @property
+    def scope(self) -> Scope:
+        """Scope of the copy: its placeholders."""
+        return Scope(positions={id(own): own.position for own in self.own})
+
+    def parts_in(self, block: nn.Module) -> dict[int, object]:
         """Find what the placeholders stand for.
 
         Args:
@@ -131,25 +140,22 @@ class Snapshot:
         Returns:
             Module or tensor of the block by id of the placeholder.
         """
-        return {id(own): _part(block, own.position) for own in self.own}
+        return {id(own): part_of(block, own.position) for own in self.own}
 
 
-def _part(block: nn.Module, position: str) -> object:
+def snapshot_of(value: Any) -> Snapshot:
+    """Return a value of `Varying.values` as a snapshot."""
+    return value if isinstance(value, Snapshot) else Snapshot(value)
+
+
+def part_of(block: nn.Module, position: str) -> object:
+    """Find the module or tensor at a position of `Scope.positions`."""
     kind, _, name = position.partition(" ")
     if kind == "module":
         return block.get_submodule(name)
     prefix, _, key = name.rpartition(".")
     module = block.get_submodule(prefix)
     return parameters_of(module).get(key, buffers_of(module).get(key))
-
-
-class _SnapshotScope(Scope):
-    """Scope of a snapshot: its placeholders."""
-
-    def __init__(self, value: Any) -> None:
-        own = value.own if isinstance(value, Snapshot) else ()
-        self.objects = list(own)
-        self.positions = {id(one): one.position for one in own}
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,8 @@ class Varying:
             The attribute of the part; None if it does not differ there.
         """
         values = self.values[start:end]
-        differs = any(not _same_snapshots(values[0], value) for value in values)
+        first, *others = map(snapshot_of, values)
+        differs = any(not Comparison(first.scope, other.scope).same(first.value, other.value) for other in others)
         return Varying(self.module, self.name, values) if differs else None
 
     def put(self, block: nn.Module, number: int) -> None:
@@ -187,17 +194,17 @@ class Varying:
             block: Block of a sub-network to change.
             number: Number of the chain's block whose value is set.
         """
-        module, value = block.get_submodule(self.module), self.values[number]
-        new = copied(value.value, value.in_block(block)) if isinstance(value, Snapshot) else copied(value, {})
+        module, value = block.get_submodule(self.module), snapshot_of(self.values[number])
+        new = copied(value.value, value.parts_in(block))
         if self.name == HOOKS:
             (Hooks(module, frozenset()) if new is MISSING else new).put(module, self._numbers)
         else:
-            _set(module, self.name, new)
+            set_value(module, self.name, new)
 
     @property
     def _numbers(self) -> frozenset[int]:
         """Numbers of the hooks of all blocks."""
-        values = [value.value if isinstance(value, Snapshot) else value for value in self.values]
+        values = [snapshot_of(value).value for value in self.values]
         return frozenset[int]().union(*(value.numbers for value in values if isinstance(value, Hooks)))
 
     def is_put(self, block: nn.Module, number: int | None) -> bool:
@@ -212,23 +219,69 @@ class Varying:
         """
         if number is None:
             return True
-        value = self.values[number]
-        module = block.get_submodule(self.module)
-        hooks = Hooks(module, self._numbers) or MISSING
-        present = hooks if self.name == HOOKS else _get(module, self.name)
+        value, module = self.values[number], block.get_submodule(self.module)
+        present = (Hooks(module, self._numbers) or MISSING) if self.name == HOOKS else value_of(module, self.name)
         if is_leaf(value) and type(value) is type(present):
             return value == present or repr(value) == repr(present)
-        expected = value.value if isinstance(value, Snapshot) else value
-        return Comparison(_SnapshotScope(value), Scope(block)).same(expected, present)
+        expected = snapshot_of(value)
+        return Comparison(expected.scope, Scope(block)).same(expected.value, present)
+
+    def is_changed_by_itself(self, block: nn.Module, number: int | None) -> bool:
+        """Check whether the block has changed the attribute itself; see the function of this name.
+
+        Args:
+            block: Block of a sub-network, in which it is no longer as it was put.
+            number: As in `is_put`.
+        """
+        if number is None or self.name in (CLASS, HOOKS):
+            return False
+        module, before = block.get_submodule(self.module), snapshot_of(self.values[number]).value
+        return is_changed_by_itself(module, self.name, before, value_of(module, self.name))
 
 
-def _same_snapshots(left: Any, right: Any) -> bool:
-    scopes = _SnapshotScope(left), _SnapshotScope(right)
-    left, right = (value.value if isinstance(value, Snapshot) else value for value in (left, right))
-    return Comparison(*scopes).same(left, right)
+def is_changed_by_itself(module: nn.Module, name: str, before: object, now: object) -> bool:
+    """Check whether the code of a module has changed one of its attributes, and not the user.
+
+    Args:
+        module: The module.
+        name: Name of the attribute.
+        before: A value of the attribute.
+        now: Another one, later.
+
+    Returns:
+        True if the module did not have it before; if it is a container or another object before and now; if code that
+        runs in `forward` or `train` assigns it.
+    """
+    if before is MISSING or not (is_leaf(before) or is_leaf(now)):
+        return True
+    return _assigns(type(module), name)
 
 
-def _get(module: nn.Module, name: str) -> Any:
+@functools.cache
+def _assigns(kind: type, name: str) -> bool:
+    """True if the code that `forward` or `train` of a class runs assigns this attribute, or it is a cached property."""
+    if isinstance(inspect.getattr_static(kind, name, None), functools.cached_property):
+        return True
+    seen: set[str] = set()
+    names = ["forward", "train"]
+    while names:
+        method = names.pop()
+        if method in seen:
+            continue
+        seen.add(method)
+        function = inspect.getattr_static(kind, method, None)
+        codes = [function.__code__] if isinstance(function, FunctionType) else []
+        while codes:
+            code = codes.pop()
+            if any(i.opname in ("STORE_ATTR", "DELETE_ATTR") and i.argval == name for i in dis.get_instructions(code)):
+                return True
+            names += code.co_names
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return False
+
+
+def value_of(module: nn.Module, name: str) -> Any:
+    """Return an attribute as it is kept, past any property; `MISSING` if there is none."""
     if name == CLASS:
         return type(module)
     if name in module.__dict__:
@@ -240,14 +293,14 @@ def _get(module: nn.Module, name: str) -> Any:
         return MISSING
 
 
-def _set(module: nn.Module, name: str, value: Any) -> None:
+def set_value(module: nn.Module, name: str, value: Any) -> None:
     """Set an attribute as it is kept, past any `__setattr__` or property that would derive other values from it."""
     if name == CLASS:
         object.__setattr__(module, name, value)
     elif name in slots_of(type(module)):
         if value is not MISSING:
             object.__setattr__(module, name, value)
-        elif _get(module, name) is not MISSING:
+        elif value_of(module, name) is not MISSING:
             object.__delattr__(module, name)
     elif value is MISSING:
         module.__dict__.pop(name, None)
