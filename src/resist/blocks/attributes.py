@@ -269,7 +269,7 @@ def _assigns(kind: type, name: str) -> bool:
         if method in seen:
             continue
         seen.add(method)
-        function = inspect.getattr_static(kind, method, None)
+        function = inspect.unwrap(inspect.getattr_static(kind, method, None))  # without decorators
         codes = [function.__code__] if isinstance(function, FunctionType) else []
         while codes:
             code = codes.pop()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from resist.blocks.attributes import (
     CLASS,
@@ -30,8 +31,9 @@ from resist.blocks.attributes import (
 )
 from resist.blocks.chain import Chain
 from resist.blocks.comparison import Comparison
-from resist.blocks.contents import Scope, clear_caches, touches
+from resist.blocks.contents import Scope, attributes_of_module, clear_caches, touches
 from resist.blocks.copying import copied
+from resist.blocks.modules import named_modules
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class PythonState:
         built = [_snapshot(block) for block in blocks]
         self._built = [snapshot for snapshot, _ in built]  # the attributes of a block, as one dictionary
         self._unknown = [unknown for _, unknown in built]
+        self._varying = [{(one.module, one.name): one.values for one in chain.varying} for chain in chains]
 
     def pack(self, block: nn.Module, chain: int, number: int) -> Tensor | None:
         """Pack the attributes that have changed.
@@ -99,31 +102,32 @@ class PythonState:
 
     def _value(self, chain: int, key: AttributeKey, number: int) -> Snapshot:
         """The value that an attribute of a block was built with."""
-        for one in self._chains[chain].varying:
-            if (one.module, one.name) == key:
-                return snapshot_of(one.values[number])
+        if key in self._varying[chain]:
+            return snapshot_of(self._varying[chain][key][number])
         built = self._built[chain]
         return Snapshot(built.value.get(key, MISSING), built.own)
 
     def _changed(self, block: nn.Module, chain: int, number: int) -> dict[AttributeKey, object]:
         """The present values of the attributes that the block's own code has changed."""
-        built, scope = self._built[chain], Scope(block)
-        comparison, changed = Comparison(built.scope, scope), dict[AttributeKey, object]()
-        varying = {(one.module, one.name) for one in self._chains[chain].varying}
-        for key in dict.fromkeys((*built.value, *varying, *attributes(block))):
-            module, name = block.get_submodule(key[0]), key[1]
-            if (
-                name in (CLASS, HOOKS)
-                or key in self._unknown[chain]
-                or type(module).__module__.startswith("torch.nn.modules.")
-            ):
-                continue
-            now, before = value_of(module, name), self._value(chain, key, number)
-            same = Comparison(before.scope, scope).same if key in varying else comparison.same
-            if same(before.value, now) or touches(now, _is_result):
-                continue
-            if is_changed_by_itself(module, name, before.value, now):
-                changed[key] = now
+        known, changed = dict[str, list[str]](), dict[AttributeKey, object]()
+        for prefix, name in (*self._built[chain].value, *self._varying[chain]):
+            known.setdefault(prefix, []).append(name)
+        comparison: Comparison | None = None
+        for prefix, module in named_modules(block):
+            if isinstance(module, ScriptModule) or type(module).__module__.startswith("torch.nn.modules."):
+                continue  # they change no attributes
+            for name in dict.fromkeys((*attributes_of_module(module), *known.get(prefix, ()))):
+                key, now = (prefix, name), value_of(module, name)
+                before = self._value(chain, key, number)
+                if now is before.value or name in (CLASS, HOOKS) or key in self._unknown[chain]:
+                    continue
+                if key in self._varying[chain]:
+                    same = Comparison(before.scope, Scope(block)).same(before.value, now)
+                else:
+                    comparison = comparison or Comparison(before.scope, Scope(block))
+                    same = comparison.same(before.value, now)
+                if not same and not touches(now, _is_result) and is_changed_by_itself(module, name, before.value, now):
+                    changed[key] = now
         return changed
 
     def _note(self, chain: int, key: AttributeKey, reason: str) -> None:
