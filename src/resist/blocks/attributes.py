@@ -5,157 +5,23 @@ The values are those of build time; `resist.blocks.placement` puts them into the
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
-import dis
-import functools
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from resist.blocks.comparison import Comparison
-from resist.blocks.contents import Scope, attributes_of_module, is_importable, is_leaf, slots_of, touches
+from resist.blocks.contents import Scope, attributes_of_module, is_importable, is_leaf, slots_of
 from resist.blocks.copying import copied
 from resist.blocks.hooks import Hooks
-from resist.blocks.modules import buffers_of, named_modules, parameters_of
+from resist.blocks.modules import named_modules
+from resist.blocks.own_changes import is_changed_by_itself
+from resist.blocks.snapshots import MISSING, Content, snapshot_of
 
 AttributeKey = tuple[str, str]  # dotted name of a module within the block, name of its attribute
 CLASS, HOOKS = "__class__", "hooks"  # names of what is no attribute in the table of a module
-
-
-class _Missing:
-    """Value of an attribute that a block does not have."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-    def __reduce__(self) -> str:
-        return "MISSING"
-
-
-MISSING = _Missing()
-
-
-class _Own:
-    """Stands for a module or tensor of the block that a copied value is put into."""
-
-    def __init__(self, position: str) -> None:
-        self.position = position
-
-
-@dataclass(frozen=True)
-class Content:
-    """Value of an attribute in one block.
-
-    Attributes:
-        value: The value.
-        scope: Scope of the block.
-    """
-
-    value: Any
-    scope: Scope = field(compare=False)
-
-    def __repr__(self) -> str:
-        """Text that differs for values that differ."""
-        if is_leaf(self.value):
-            return repr(self.value)
-        if isinstance(self.value, tuple | list) and all(map(is_leaf, self.value)):
-            return repr(self.value)
-        return f"<{type(self.value).__name__} {id(self.value)}>"
-
-    def snapshot(self) -> Any:
-        """Copy the value, so that it refers to nothing of the network.
-
-        Returns:
-            The value, or a `Snapshot` of one that refers to modules or tensors of its own block.
-
-        Raises:
-            Exception: If the value cannot be copied.
-        """
-        if is_leaf(self.value) or isinstance(self.value, type):
-            return self.value
-        own: dict[int, object] = {}
-
-        def collect(part: object) -> bool:
-            if part in self.scope:
-                own[id(part)] = _Own(self.scope.positions[id(part)])
-            return False
-
-        touches(self.value, collect)
-        value = copied(self.value, own)
-        return Snapshot(value, tuple(own.values())) if own else value  # type: ignore[arg-type]
-
-    def obstacle(self) -> str:
-        """Explain why the value cannot go with its block.
-
-        Returns:
-            A part of a sentence; "" if it can.
-        """
-        reasons: list[str] = []
-
-        def check(part: object) -> bool:
-            if part in self.scope:
-                return False
-            if isinstance(part, Tensor) and part.requires_grad and part.is_leaf:
-                reasons.append("holds a parameter that is not registered in the network")
-            elif isinstance(part, nn.Module) and any(True for _ in (*part.parameters(), *part.buffers())):
-                reasons.append(f"refers to a {type(part).__name__} that is not registered in the block")
-            return bool(reasons)
-
-        if touches(self.value, check):
-            return reasons[0]
-        try:
-            self.snapshot()
-        except Exception as error:  # values of users can raise anything
-            return f"cannot be copied ({type(error).__name__})"
-        return ""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Copy of a value that may refer to modules or tensors of its own block.
-
-    Attributes:
-        value: The copy, with placeholders for them.
-        own: The placeholders.
-    """
-
-    value: Any
-    own: tuple[_Own, ...] = ()
-
-    @property
-    def scope(self) -> Scope:
-        """Scope of the copy: its placeholders."""
-        return Scope(positions={id(own): own.position for own in self.own})
-
-    def parts_in(self, block: nn.Module) -> dict[int, object]:
-        """Find what the placeholders stand for.
-
-        Args:
-            block: A block.
-
-        Returns:
-            Module or tensor of the block by id of the placeholder.
-        """
-        return {id(own): part_of(block, own.position) for own in self.own}
-
-
-def snapshot_of(value: Any) -> Snapshot:
-    """Return a value of `Varying.values` as a snapshot."""
-    return value if isinstance(value, Snapshot) else Snapshot(value)
-
-
-def part_of(block: nn.Module, position: str) -> object:
-    """Find the module or tensor at a position of `Scope.positions`."""
-    kind, _, name = position.partition(" ")
-    if kind == "module":
-        return block.get_submodule(name)
-    prefix, _, key = name.rpartition(".")
-    module = block.get_submodule(prefix)
-    return parameters_of(module).get(key, buffers_of(module).get(key))
 
 
 @dataclass(frozen=True)
@@ -237,47 +103,6 @@ class Varying:
             return False
         module, before = block.get_submodule(self.module), snapshot_of(self.values[number]).value
         return is_changed_by_itself(module, self.name, before, value_of(module, self.name))
-
-
-def is_changed_by_itself(module: nn.Module, name: str, before: object, now: object) -> bool:
-    """Check whether the code of a module has changed one of its attributes, and not the user.
-
-    Args:
-        module: The module.
-        name: Name of the attribute.
-        before: A value of the attribute.
-        now: Another one, later.
-
-    Returns:
-        True if the module did not have it before; if it is a container or another object before and now; if code that
-        runs in `forward` or `train` assigns it.
-    """
-    if before is MISSING or not (is_leaf(before) or is_leaf(now)):
-        return True
-    return _assigns(type(module), name)
-
-
-@functools.cache
-def _assigns(kind: type, name: str) -> bool:
-    """True if the code that `forward` or `train` of a class runs assigns this attribute, or it is a cached property."""
-    if isinstance(inspect.getattr_static(kind, name, None), functools.cached_property):
-        return True
-    seen: set[str] = set()
-    names = ["forward", "train"]
-    while names:
-        method = names.pop()
-        if method in seen:
-            continue
-        seen.add(method)
-        function = inspect.unwrap(inspect.getattr_static(kind, method, None))  # without decorators
-        codes = [function.__code__] if isinstance(function, FunctionType) else []
-        while codes:
-            code = codes.pop()
-            if any(i.opname in ("STORE_ATTR", "DELETE_ATTR") and i.argval == name for i in dis.get_instructions(code)):
-                return True
-            names += code.co_names
-            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return False
 
 
 def value_of(module: nn.Module, name: str) -> Any:

@@ -1,8 +1,8 @@
 """Copies of modules and of their attributes that refer to nothing of the original.
 
 `copy.deepcopy` leaves functions and weak references as they are. A lambda that uses a layer of its block would go on
-using the layer of the original network, whose weights are never trained. `copied` and
-`copied_module` replace such references.
+using the layer of the original network, whose weights are never trained. `copied` and `copied_module` replace such
+references.
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -11,7 +11,7 @@ import copy
 import functools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
@@ -67,7 +67,10 @@ def copied_module(module: nn.Module, replacements: Mapping[int, object]) -> nn.M
     for part in clone.modules():
         for name, value in attributes_of(part).items():
             if name not in TABLES and (new := relinked(value)) is not value:
-                object.__setattr__(part, name, new)
+                if name in part.__dict__:
+                    part.__dict__[name] = new
+                else:  # in a slot
+                    object.__setattr__(part, name, new)
         if parametrize.is_parametrized(part):
             # torch makes a class for each module. A copy has one too: removing a parametrization changes the class.
             own = {name: value for name, value in vars(type(part)).items() if name not in ("__dict__", "__weakref__")}
@@ -110,12 +113,9 @@ def activations(module: nn.Module) -> list[Tensor]:
             found[id(part)] = part
         return False
 
-    for part in module.modules():
-        for name, value in part.__dict__.items():
-            if name not in TABLES and not is_leaf(value):
-                touches(value, collect)
-        for buffer in buffers_of(part).values():
-            collect(buffer)
+    _search(module, collect)
+    for buffer in module.buffers():
+        collect(buffer)
     return list(found.values())
 
 
@@ -132,11 +132,16 @@ def _uncopyable(module: nn.Module) -> dict[int, object]:
                 shared[id(part)] = part
         return False
 
+    _search(module, collect)
+    return shared
+
+
+def _search(module: nn.Module, collect: Callable[[object], bool]) -> None:
+    """Show all parts of the attributes of a network to a function."""
     for part in module.modules():
         for name, value in part.__dict__.items():
             if name not in TABLES and not is_leaf(value):
                 touches(value, collect)
-    return shared
 
 
 class _Relinking:

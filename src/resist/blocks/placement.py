@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from torch import nn
 from torch.jit import ScriptModule
 
-from resist.blocks.attributes import AttributeKey, Varying, is_changed_by_itself
+from resist.blocks.attributes import AttributeKey, Varying
 from resist.blocks.compiling import allow_graphs, num_combinations
 from resist.blocks.contents import attributes_of_module, clear_caches, is_leaf
 from resist.blocks.modules import named_modules
+from resist.blocks.own_changes import is_changed_by_itself
 
 log = logging.getLogger(__name__)
 

@@ -15,25 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
-from resist.blocks.attributes import (
-    CLASS,
-    HOOKS,
-    MISSING,
-    AttributeKey,
-    Content,
-    Snapshot,
-    attributes,
-    is_changed_by_itself,
-    part_of,
-    set_value,
-    snapshot_of,
-    value_of,
-)
+from resist.blocks.attributes import CLASS, HOOKS, AttributeKey, attributes, set_value, value_of
 from resist.blocks.chain import Chain
 from resist.blocks.comparison import Comparison
 from resist.blocks.contents import Scope, attributes_of_module, clear_caches, touches
 from resist.blocks.copying import copied
 from resist.blocks.modules import named_modules
+from resist.blocks.own_changes import is_changed_by_itself
+from resist.blocks.snapshots import MISSING, Content, Snapshot, part_of, snapshot_of
 
 log = logging.getLogger(__name__)
 
