@@ -397,8 +397,9 @@ class Job:
         forward hooks: deepcopy and pickle keep them, a state dict does not.
 
         Args:
-            batches: Training batches (images, or tuples that begin with them), on which the BatchNorm statistics are
-                estimated. Needed with batchnorm="recalibrate" if the network has running statistics.
+            batches: Training batches on which the BatchNorm statistics are estimated: images, dictionaries of the
+                network's keyword arguments, or tuples that begin with one of these. Needed with
+                batchnorm="recalibrate" if the network has running statistics.
             on: The worker whose process assembles the network.
             averaged: Assemble the averages that `follow` was given, instead of the weights.
 
@@ -412,6 +413,9 @@ class Job:
         if not 0 <= on < self.strategy.workers:
             raise UserError(f"on={on} is outside 0 to {self.strategy.workers - 1}, the workers; change it")
         self.finish()
+        for worker in self.workers:
+            if not self._checked and worker.subnet.model.training:  # layers may have been frozen since, before any step
+                worker.note_modes()
         subnets: dict[int, Subnet] = {}
         for worker in self.workers:
             if (subnet := worker.average if averaged else worker.subnet) is None:
