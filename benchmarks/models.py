@@ -41,8 +41,8 @@ from resist.blocks.chains import Chain, choose_chains
 from resist.checking.validate import check_network, tensors_in
 from resist.cost.footprint import build_on_meta, measure
 from resist.errors import UserError
-from resist.subnet.network import tensors_of
 from resist.subnet.seeded import build_seeded
+from resist.subnet.tensors import tensors_of
 from resist.sync.local import Local
 
 HERE = Path(__file__).parent

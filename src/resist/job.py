@@ -26,12 +26,14 @@ from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
 from resist.state.stateful import load_state_dict, state_dict_of
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
+from resist.subnet.flats import Flats
 from resist.subnet.modes import train_except
-from resist.subnet.network import Flats, Subnet, values_of
+from resist.subnet.network import Subnet
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.skeleton import own_storages
+from resist.subnet.tensors import values_of
 from resist.sync.agreement import check_agreement, job_values, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
@@ -357,8 +359,8 @@ class Job:
         end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan)
         for worker in self.workers:
             worker.take_back()
-            if strategy.optimizer_state == "reset":
-                worker.reset_state()
+        for worker in self.workers if strategy.optimizer_state == "reset" else ():
+            worker.reset_state()
         # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
         agreed = agree_on_round(self.transport, self.workers, end, nonfinite or {})
         self.dropped = agreed.nonfinite

@@ -9,7 +9,7 @@ from resist.blocks.chains import Chain, choose_chains
 from resist.cost import Link, Report, Row, Speed, predict
 from resist.cost.footprint import Network, build_on_meta, measure, sizes_of
 from resist.planning.strategy import METHODS, Strategy, build_strategy
-from resist.subnet.network import tensors_of
+from resist.subnet.tensors import tensors_of
 from support import tiny
 
 SMALL = {"batch_size": 4, "image_shape": (3, 8, 8), "rounds": 4}

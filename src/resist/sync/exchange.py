@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resist.planning.plan import Key
 from resist.planning.schedule import Message, schedule
-from resist.subnet.network import Flats
+from resist.subnet.flats import Flats
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
 from resist.sync.payload import Payload, SharedMean, collect_payloads
 from resist.sync.round_agreement import RoundAgreement

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resist.planning.schedule import Schedule
 from resist.subnet.buffers import Part
-from resist.subnet.network import Place
+from resist.subnet.layout import Place
 from resist.sync.loose import AVERAGED, BUFFERS, STATE
 from resist.sync.optimizer_state import start_over
 from resist.sync.packing import Entry, InFlat, Unmovable, Value, combine, pack, unpack

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from resist.subnet.network import Flats, Subnet
+from resist.subnet.flats import Flats
+from resist.subnet.network import Subnet
 from resist.sync.packing import InFlat, Unmovable, Value, can_move
 
 OPTIMIZER_STATES = ("reset", "keep", "travel", "average")

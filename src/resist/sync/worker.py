@@ -10,8 +10,9 @@ from torch.optim.swa_utils import AveragedModel
 from resist.errors import UserError
 from resist.planning.strategy import Strategy
 from resist.subnet.changes import Watch
+from resist.subnet.flats import Flats
 from resist.subnet.modes import frozen_modules
-from resist.subnet.network import Flats, Subnet
+from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.optimizer_state import StateTypes, adopt_state, follow_resize, start_over
 from resist.sync.optimizers import check_alone, check_optimizers, optimizers_of
