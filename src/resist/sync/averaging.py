@@ -1,7 +1,6 @@
 """Averaging: each weight becomes its mean over its holders, followed by the optional outer step."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -53,10 +52,10 @@ def all_finite(flat: Tensor) -> bool:
         return True
     if flat.is_complex():
         flat = torch.view_as_real(flat)
-    if flat.element_size() == 1:  # float8 has no norm
+    if flat.element_size() == 1:  # float8 has no order
         flat = flat.float()
-    norm = cast(Tensor, torch.linalg.vector_norm(flat, ord=torch.inf))  # pyright: ignore[reportUnknownMemberType]
-    return bool(torch.isfinite(norm))
+    low, high = torch.aminmax(flat)  # ten times as fast as a norm; NaN in either if there is one
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 @torch.no_grad()
