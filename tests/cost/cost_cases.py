@@ -8,7 +8,8 @@ from torch import nn
 from resist.blocks.chains import Chain, choose_chains
 from resist.cost import Link, Report, Row, Speed, predict
 from resist.cost.footprint import Network, build_on_meta, measure, sizes_of
-from resist.planning.strategy import METHODS, Strategy, build_strategy
+from resist.planning.methods import METHODS, build_strategy
+from resist.planning.strategy import Strategy
 from resist.subnet.tensors import tensors_of
 from support import tiny
 

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from resist.cost import predict
 from resist.cost.traffic import round_traffic
 from resist.job import Job
+from resist.planning.methods import build_strategy
 from resist.planning.schedule import schedule
-from resist.planning.strategy import OuterSGD, build_strategy, ddp, local_sgd, resist
+from resist.planning.strategy import OuterSGD, ddp, local_sgd, resist
 from resist.sync.optimizer_state import OPTIMIZER_STATES
 from support import BLOCKS, adamw, local_step, make, sgd, tiny
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from resist.errors import UserError
-from resist.planning.strategy import METHODS, Strategy, build_strategy
+from resist.planning.methods import METHODS, build_strategy
+from resist.planning.strategy import Strategy
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.config import NetworkConfig, check_size, config_key
 
