@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from resist.blocks.chains import Chain, choose_chains
+from resist.blocks.chain import Chain
+from resist.blocks.chains import choose_chains
 from resist.blocks.holdings import log_holdings
 from resist.blocks.wrappers import check_blocks
 from resist.checking.unchecked import note_unchecked

@@ -208,5 +208,5 @@ def test_bytes_of_several_dtypes_are_those_of_the_cost_model() -> None:
     local_steps(job, optimizers)
     job.step(*optimizers)
     taken = job.transport.take()["bytes"]
-    expected = round_traffic(sizes, job.plan_of(0), job.plan_of(1), strategy=strategy, num_states=0)
+    expected = round_traffic(sizes, job.plan_of(0), job.plan_of(1), strategy=strategy)
     assert taken == {kind: number for kind, number in expected.bytes.items() if number}

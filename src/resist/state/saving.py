@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from resist.blocks.chains import Chain
+from resist.blocks.chain import Chain
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan
 from resist.planning.strategy import Strategy
