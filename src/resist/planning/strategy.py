@@ -145,7 +145,7 @@ class Strategy:
 
     @property
     def capacities(self) -> Capacities | None:
-        """Capacities of this strategy, without those that it switches to; None if every worker holds every block."""
+        """Capacities of this stage; None if workers hold every block."""
         return self.assign.capacities if isinstance(self.assign, PartitionBlocks) else None
 
     @property

@@ -64,7 +64,10 @@ def _source(transport: Transport, plan: RoundPlan, key: Key, on: int) -> int:
 
 
 def _empty_full(subnet: Subnet) -> Subnet:
-    """A network with all blocks in its slots: the shared part of `subnet`, and no values yet in the blocks."""
+    """A network of all blocks, with the shared part of `subnet`.
+
+    Its blocks have no values yet.
+    """
     full = Subnet(
         subnet.model,
         subnet.chains,
@@ -89,7 +92,9 @@ def _assemble_loose(
     sources: Mapping[Key, int],
     on: int,
 ) -> None:
-    """Bring the loose buffers of all blocks to `full`. Waits for all processes: only they know the sizes.
+    """Bring the loose buffers of all blocks to `full`.
+
+    Waits for all processes: only they know the sizes.
 
     Nothing is sent for a block whose loose buffers are those of the first block of its chain that `on` holds.
     """

@@ -15,7 +15,9 @@ WEIGHTS, VELOCITY, AVERAGE = "weights", "outer velocity", "average of weights"
 
 
 def first_nonfinite(subnet: Subnet) -> str | None:
-    """Look for NaN and inf in what is averaged: in weights that train, and buffers that change. Waits for the device.
+    """Look for NaN and inf in what is averaged.
+
+    That is weights that train, and buffers that change. Waits for the device.
 
     Args:
         subnet: A sub-network.
@@ -83,7 +85,7 @@ def mean_into(first: Tensor, others: Sequence[Tensor], scale: float = 1.0) -> No
 
 
 def total(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum tensors of fewer than 32 bits in float32. Equal ones have an exact sum."""
+    """Sum tensors of fewer than 32 bits in float32."""
     (first, *others) = tensors
     wide = first.float()
     for tensor in others:
@@ -92,7 +94,10 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def is_short(dtype: torch.dtype) -> bool:
-    """Check for a floating-point dtype of fewer than 32 bits, which is averaged in float32 and rounded once."""
+    """Check for a floating-point dtype of fewer than 32 bits.
+
+    Its means are taken in float32 and rounded once.
+    """
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
