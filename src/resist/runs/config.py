@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from resist.errors import UserError
 from resist.planning.capacities import Capacities
-from resist.planning.strategy import DEFAULT, METHODS, ROUND_OPTIONS, OuterSGD, Strategy, build_strategy
+from resist.planning.methods import DEFAULT, METHODS, build_strategy
+from resist.planning.strategy import ROUND_OPTIONS, OuterSGD, Strategy
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.recipe import DETECTION, STREAMED, check_recipe
 
