@@ -416,7 +416,7 @@ class Job:
             raise UserError(f"on={on} is outside 0 to {self.strategy.workers - 1}, the workers; change it")
         self.finish()
         for worker in self.workers:
-            if not self._checked and worker.subnet.model.training:  # layers may have been frozen since, before any step
+            if worker.subnet.model.training:  # layers may have been frozen since
                 worker.note_modes()
         subnets: dict[int, Subnet] = {}
         for worker in self.workers:
