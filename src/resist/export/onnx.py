@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
+from resist.export.comparing import detached
 from resist.export.files import check_target, write_file
-from resist.export.folding import TOLERANCE, detached
+from resist.export.folding import TOLERANCE
 
 INPUT, OUTPUT = "images", "logits"
 MAX_BYTES = 2**31 - 2**20  # a file is one message of protobuf, and has a little more than the weights

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from resist.errors import UserError, first_line
-from resist.runs.config import LARGEST, TrainConfig
+from resist.runs.bounds import LARGEST
+from resist.runs.config import TrainConfig
 
 # Entries of config.json that an earlier version wrote: the entry in place of each, and a value of it or "". Most were
 # options, too.

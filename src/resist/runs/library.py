@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from resist.errors import UserError
 from resist.job import Job
-from resist.runs.checkpoint import JOB, KEEP, Checkpoints, complete, newest, read_job, verify
+from resist.runs.checkpoint import KEEP, Checkpoints
 from resist.runs.restore import restore
+from resist.runs.saved import JOB, complete, newest, read_job, verify
 from resist.runs.tensor_file import FormatError
 from resist.sync.agreement import run_everywhere
 
