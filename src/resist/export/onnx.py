@@ -26,7 +26,7 @@ def check_installed() -> None:
 
 
 def write_onnx(path: Path, model: nn.Module, images: Tensor, metadata: Mapping[str, str]) -> float | None:
-    """Convert a model for any batch size, compare it with onnxruntime, and write it.
+    """Convert a model for any batch size, compare and write it.
 
     Args:
         path: A new file with the suffix .onnx.

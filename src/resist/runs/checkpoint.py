@@ -41,7 +41,9 @@ POLL_S = 0.05  # between two looks at the folder
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run in the background, one at a time, and keeps the newest.
+    """Writer of the checkpoints of one run, in the background.
+
+    They are written one at a time, and the newest stay.
 
     Args:
         folder: RUN/checkpoints, the same for all processes.
@@ -78,9 +80,9 @@ class Checkpoints:
         metadata: Mapping[str, object],
         extra: Mapping[str, object] | None = None,
     ) -> None:
-        """Copy the job's state, as it is after a synchronization, and begin to write it. Every process has to call it.
+        """Copy the job's state after a synchronization, and begin to write it.
 
-        Waits for the checkpoint before.
+        Every process has to call it. Waits for the checkpoint before.
 
         Args:
             job: The job, between two rounds.
@@ -123,7 +125,9 @@ class Checkpoints:
         self._save.thread.start()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that was begun is complete. Every process has to call it.
+        """Wait until the checkpoint that was begun is complete.
+
+        Every process has to call it.
 
         Raises:
             AgreedError: It could not be written.

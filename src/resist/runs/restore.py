@@ -19,11 +19,13 @@ from resist.sync.values import decode, split
 def restore(
     job: Job, optimizers: Sequence[Optimizer] | None, path: Path, *, extra: Mapping[str, object] | None = None
 ) -> dict[str, Any]:
-    """Give a job the state of a checkpoint, and set its round and step. Each process reads what it needs.
+    """Give a job the state of a checkpoint, with its round and step.
+
+    Each process reads what it needs.
 
     Args:
         job: The job; it is left as it was if the checkpoint cannot be read, or belongs to another job.
-        optimizers: Those of the hosted workers. None: those that the job knows. Empty: they begin anew.
+        optimizers: Those of the hosted workers. None: those that the job knows. Empty: no state is loaded.
         path: Folder of a checkpoint that `resist.runs.saved.verify` found sound.
         extra: Things to load in place, by the names under which they were saved.
 

@@ -41,7 +41,9 @@ def newest(folder: Path) -> tuple[Path | None, list[UserError]]:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """Read the job.json of a checkpoint: round, step, workers, processes, files and their digests.
+    """Read the job.json of a checkpoint.
+
+    It has the round, step, numbers of workers and processes, and the files with their digests.
 
     Raises:
         UserError: It is missing or damaged.
@@ -67,7 +69,7 @@ def read_job(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Read all files of a checkpoint and compare them with their digests. Returns the contents of job.json.
+    """Compare the files of a checkpoint with their digests; return its job.json.
 
     Raises:
         UserError: A file is missing or damaged.

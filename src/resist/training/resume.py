@@ -82,7 +82,7 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
 
 
 def _restore_replicas(job: Job, folder: Path, source: dict[str, Any]) -> None:
-    """Restore the weights. Averages of them (EMA), of which there are no replicas, begin anew with these weights."""
+    """Restore the weights. Averages of them (EMA), of which there are no replicas, start from these weights."""
     restore_replicas(job, folder, source)
     with torch.no_grad():
         for worker in job.workers:
