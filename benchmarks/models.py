@@ -1,53 +1,59 @@
-"""Rebuild docs/models.md: which architectures ResIST trains, and why it refuses the others.
+"""Rebuild docs/models.md: which architectures and optimizers are right, and why others are refused.
 
     python benchmarks/models.py                    # run all (minutes on two cores), write results and page
     python benchmarks/models.py --only "BERT"      # run those whose name contains this, keep the others' results
-    python benchmarks/models.py --page             # rebuild the page from benchmarks/results/models.json
+    python benchmarks/models.py --page             # rebuild the page from benchmarks/results/
     python benchmarks/models.py --check            # write nothing; exit status 1 if the page is out of date
 
 Each architecture is counted as published, without allocating weights, and tested in a small version: less width, small
-images, equally many blocks. The tests use one batch of random inputs, in two processes with gloo:
-  validation    `resist.checking.validate`: a sub-network with all blocks computes the same as the network; one with
-                every second block computes the same as the network without the others; the blocks are residual
-  conservation  after splitting, two new partitions and averaging, all weights are as before, bit for bit
-  training      two rounds of two steps; every loss is finite
-  evaluation    the full network with scaled branches; its output is finite and has the network's shape
+images, equally many blocks. Each is tested in a process of its own, with S = 2 and S = 4 workers, a batch of random
+inputs as `example=`, and weights with noise, so that every branch counts. References: benchmarks/reference.py.
+  sub-networks  under three plans each worker's network computes what the plain network computes with the other blocks
+                bypassed; its gradients are the same
+  conservation  after these two synchronizations all weights are as before, bit for bit
+  training      three rounds of two steps; every loss is finite
+  evaluation    the full network computes what the plain network computes with scaled branches
 """
 
 import argparse
+import importlib.util
 import json
 import math
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")  # kernels for AVX2 write past the end of small weights' gradients
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import resist
-from architectures import CASES, Case
+from architectures import CASES, Case, Inputs, called
 from model_page import page
 from provenance import provenance
-from resist.blocks.chains import Chain, choose_chains
-from resist.checking.validate import check_network, tensors_in
-from resist.cost.footprint import build_on_meta, measure
+from reference import apart, main_output, preact_formula, with_gains, with_noise
+from resist.blocks.chain import Chain
+from resist.cost.footprint import build_on_meta
 from resist.errors import UserError
-from resist.subnet.network import tensors_of
 from resist.subnet.seeded import build_seeded
-from resist.sync.local import Local
 
 HERE = Path(__file__).parent
-PAGE, RESULTS = HERE.parent / "docs" / "models.md", HERE / "results" / "models.json"
-WORKERS, PROCESSES, ROUNDS, LOCAL_STEPS, BATCH = 4, 2, 2, 2, 4
+PAGE, RESULTS, OPTIMIZERS = (HERE.parent / "docs" / "models.md", HERE / "results" / "models.json",
+                             HERE / "results" / "optimizers.json")  # fmt: skip
+WORKERS, ROUNDS, LOCAL_STEPS, BATCH, SEED = (2, 4), 3, 2, 4, 1
+LIMIT_S = 120  # of processor time, for one network
+TOLERANCE = 1e-4  # another order of summation, after up to a hundred layers
 Record = dict[str, Any]
 
 
@@ -57,14 +63,9 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="run nothing, rebuild the page")
     parser.add_argument("--check", action="store_true", help="run nothing, write nothing, compare the page")
     parser.add_argument("--json", action="store_true", help="print the results, write nothing")
-    parser.add_argument("--as-part", help=argparse.SUPPRESS)  # one of the two processes: rank, folder, names
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # from the code of other libraries
-    if args.as_part:
-        return take_part(**json.loads(args.as_part))
     if args.check:
-        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(kept())
+        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(kept(), kept(OPTIMIZERS))
         sys.exit(0 if same else f"{PAGE.name} is out of date")
     if not args.page:
         chosen = [c for c in CASES if not args.only or any(text.lower() in c.name.lower() for text in args.only)]
@@ -72,158 +73,198 @@ def main() -> None:
         if args.json:
             print(json.dumps(list(results.values())))
             return
-        before = {result["name"]: result for result in kept()} if RESULTS.exists() else {}
+        before = {result["name"]: result for result in kept()} if args.only else {}
         merged = [(before | results)[case.name] for case in CASES if case.name in before | results]
         RESULTS.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(kept()), encoding="utf-8")
+    PAGE.write_text(page(kept(), kept(OPTIMIZERS)), encoding="utf-8")
     print(f"wrote {PAGE}")
 
 
-def kept() -> list[Record]:
-    return json.loads(RESULTS.read_text(encoding="utf-8"))
+def kept(file: Path = RESULTS) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def run(cases: Iterable[Case]) -> list[Record]:
-    """Count each at full size, then test those with a chain, in one pair of processes until one fails."""
-    versions = {name: version(name) for name in ("torchvision", "timm", "transformers")}
-    origin = {**provenance(), **versions}
-    records = {case.name: {**count(case), **origin} for case in cases}
-    waiting = [name for name, record in records.items() if "refused" not in record]
-    while waiting:
-        for name, outcome in pair(list(waiting)):
-            waiting.remove(name)
-            records[name] |= outcome
-            print(f"{name}: {outcome.get('refused') or 'passed'}", file=sys.stderr, flush=True)
-    return list(records.values())
+    """Test each in a process of its own, two at a time."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # from the code of other libraries
+    missing = {case.library for case in cases if importlib.util.find_spec(case.library) is None}
+    for library in sorted(missing):
+        print(f"{library} is not installed: its networks are skipped", file=sys.stderr)
+    cases = [case for case in cases if case.library not in missing]
+    origin = provenance()
+    for library in {case.library for case in cases} - {"resist"}:
+        importlib.import_module(library)  # once, before the processes are forked
+        origin[library] = version(library)
+    records: list[Record] = []
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        waiting = [pool.apply_async(outcome, (case.name,)) for case in cases]
+        for case, result in zip(cases, waiting, strict=True):
+            found = result.get(timeout=10 * LIMIT_S)
+            print(
+                f"{case.name}: {found.get('refused') or found.get('failed') or 'passed'}", file=sys.stderr, flush=True
+            )
+            records.append({"name": case.name, **found, **origin})
+    return records
 
 
-def count(case: Case) -> Record:
-    """Count chains, parameters and FLOPs as published, without weights; or return the reason of the refusal."""
-    record: Record = {"name": case.name, "input": case.input_name}
-    record |= {"small": case.small_name, "small_input": case.small_input}
-    template = build_on_meta(case.build)
-    record["parameters"] = sum(p.numel() for p in template.parameters())
+class OutOfTime(BaseException):
+    """The processor time of a network is used up. No `Exception`, since those of networks are caught."""
+
+
+def outcome(name: str) -> Record:
+    """Test one network: its results, the reason of a refusal, or what failed."""
+    case = next(case for case in CASES if case.name == name)
+
+    def stop(*_: object) -> None:
+        raise OutOfTime
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
+    start, about = time.process_time(), {"input": case.input_name, "small": case.small_name}
+    found: Record
     try:
-        chains = choose_chains(template, case.chains)
+        found = examine(case)
     except UserError as error:
-        return {**record, "refused": str(error)}
-    record["chains"] = [describe(template, chain) for chain in chains]
-    record["named"] = bool(case.chains)
-    counts = tuple(chain.num_blocks for chain in chains)
-    record["full_flops"] = footprint(case, template, chains, counts).forward_flops
-    held = resist.resist(WORKERS, 1).plan(chains, seed=0, round=0).capacities(0)
-    small = footprint(case, template, chains, held)
-    return {**record, "held": held, "held_parameters": small.parameters, "held_flops": small.forward_flops}
+        found = {"refused": str(error)}
+    except OutOfTime:
+        found = {"failed": f"no result after {LIMIT_S} s of processor time"}
+    except Exception as error:  # networks can raise anything
+        traceback.print_exc()
+        found = {"failed": f"{type(error).__name__}: {error}"}
+    return {**about, "small_input": case.small_input, **found, "run_s": round(time.process_time() - start, 1)}
 
 
-def describe(template: nn.Module, chain: Chain) -> Record:
-    block = sum(p.numel() for name in chain.members(0) for p in template.get_submodule(name).parameters())
-    differ = [f"{attribute.module}.{attribute.name}".lstrip(".") for attribute in chain.varying]
-    record: Record = {"name": chain.name, "blocks": chain.num_blocks, "block_parameters": block}
-    return {**record, "kind": chain.skip_type, "differ": differ}
-
-
-def footprint(case: Case, template: nn.Module, chains: tuple[Chain, ...], blocks: tuple[int, ...]) -> Any:
-    """Measure on the meta device, per input. A number stands for each image: the case makes its own inputs."""
-
-    def loss(model: nn.Module, _images: Tensor) -> Tensor:
-        outputs = tensors_in(model(case.inputs(2, full=True).to("meta")))
-        return torch.stack([t.float().square().mean() for t in outputs if t.is_floating_point()]).sum()
-
-    return measure(template, chains, blocks, batch_size=2, image_shape=(1,), loss=loss)
-
-
-def pair(names: list[str]) -> Iterable[tuple[str, Record]]:
-    """Test these in two processes until one fails; yield the outcome of each, the failed one last."""
-    with tempfile.TemporaryDirectory() as folder:
-        running = []
-        for rank in range(PROCESSES):
-            part = json.dumps({"rank": rank, "folder": folder, "names": names})
-            command = [sys.executable, __file__, "--as-part", part]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
-        try:
-            outputs = [process.communicate(timeout=120 + 60 * len(names))[0] for process in running]
-        finally:
-            for process in running:
-                process.kill()
-    by_name: dict[str, list[Record]] = {}
-    for output in outputs:
-        for line in output.splitlines():
-            if line.startswith("{"):
-                outcome = json.loads(line)
-                by_name.setdefault(outcome.pop("name"), []).append(outcome)
-    for name in names:
-        outcomes = by_name.get(name, [])
-        refused = next((outcome for outcome in outcomes if "refused" in outcome), None)
-        if refused is None and len(outcomes) < PROCESSES:
-            raise SystemExit(f"{name}: a process ended without a result; see the error above")
-        yield name, refused or outcomes[0]
-        if refused is not None and refused.pop("fatal", False):
-            return
-
-
-def take_part(rank: int, folder: str, names: list[str]) -> None:
-    """Be one of the two processes: print a line of JSON for each architecture."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
-    try:
-        for case in (c for c in CASES if c.name in names):
-            start = time.perf_counter()
-            outcome: Record
-            try:
-                outcome = live(case, rank)
-            except UserError as error:  # the same in both processes
-                outcome = {"refused": str(error)}
-            except Exception as error:
-                traceback.print_exc()
-                outcome = {"refused": f"{type(error).__name__}: {error}", "fatal": True}
-            run_s = round(time.perf_counter() - start, 1)
-            print(json.dumps({"name": case.name, **outcome, "run_s": run_s}), flush=True)
-            if outcome.get("fatal"):
-                os._exit(1)
-    finally:
-        dist.destroy_process_group()
-
-
-def live(case: Case, rank: int) -> Record:
-    """Test validation, conservation, training and evaluation. Raises UserError for a refused network."""
+def examine(case: Case) -> Record:
+    """Count and test one network. Raises UserError if it is refused."""
     batch = case.inputs(BATCH, full=False)
-    model = build_seeded(case.small, 0)
-    chains = choose_chains(model, case.chains)
-    apart = check_network(model, chains, lambda network: network(batch))
-    conserved(case, chains)
-    job = resist.Job(case.small, resist.resist(PROCESSES, LOCAL_STEPS, min_depth=0), chains=case.chains)
-    optimizer = torch.optim.SGD(job.model.parameters(), lr=0.01, momentum=0.9)
-    losses = []
-    for step in range(ROUNDS * LOCAL_STEPS):
-        job.model.train()
-        loss = case.loss(job.model, case.inputs(BATCH, full=False, seed=PROCESSES * step + rank))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(job.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        job.step(optimizer)
-    assert job.round == ROUNDS
-    assert all(map(math.isfinite, losses)), losses
-    full = job.full_model([batch])
-    outcome: Record = {
-        "run_chains": [f"{c.name} ({c.num_blocks})" for c in chains],
-        "run_parameters": sum(p.numel() for p in model.parameters()),
-        "apart": apart,
-    }
-    if full is None:
-        return outcome
+    build = partial(lively, case)
+    plain = build_seeded(build, SEED).eval()
+    job, differences = partitioned(case, WORKERS[0], plain, batch)
+    chains = job.chains
+    losses = train(case, job)
+    full = job.full_model()
+    assert full is not None
+    trained = build_seeded(build, SEED).eval()
+    trained.load_state_dict(full.state_dict())
+    scales = {n: scale_of(c, WORKERS[0]) for c in chains for b in range(c.num_blocks) for n in c.members(b)}
     with torch.no_grad():
-        scaled, before = tensors_in(full(batch)), tensors_in(model(batch))
-    assert [t.shape for t in scaled] == [t.shape for t in before]
-    assert all(t.isfinite().all() for t in scaled)
-    assert job.scales == [scale_of(c, PROCESSES) for c in chains]
-    return {
-        **outcome,
+        scaled = apart(main_output(called(full, batch)), expected(case, trained, scales, batch))
+    most = min(WORKERS[1], *(chain.num_blocks for chain in chains))
+    _, others = partitioned(case, most, plain, batch)
+    result = {
+        **count(case, chains),
+        "small_parameters": sum(p.numel() for p in plain.parameters()),
+        "workers": [WORKERS[0], most],
+        "forward": max(differences[0], others[0]),
+        "backward": max(differences[1], others[1]),
+        "scaled": scaled,
         "losses": [round(losses[0], 3), round(losses[-1], 3)],
-        "scales": [round(s, 3) for s in job.scales],
+        "scales": [round(scale, 3) for scale in job.scales],
     }
+    wrong = [name for name in ("forward", "backward", "scaled") if not result[name] < TOLERANCE]
+    assert not wrong, ", ".join(f"{name} differs by {result[name]:.0e}" for name in wrong)
+    assert all(map(math.isfinite, losses)), losses
+    return result
+
+
+def lively(case: Case) -> nn.Module:
+    return with_noise(case.small())
+
+
+def partitioned(case: Case, workers: int, plain: nn.Module, batch: Inputs) -> tuple[resist.Job, tuple[float, float]]:
+    """Test sub-networks and conservation.
+
+    Args:
+        case: The network.
+        workers: Number of workers.
+        plain: The plain network.
+        batch: The example.
+
+    Returns:
+        The job, and the largest differences of an output and of a gradient.
+    """
+    strategy = resist.resist(workers, LOCAL_STEPS, min_depth=0)
+    job = resist.Job(partial(lively, case), strategy, chains=case.chains, example=batch, batchnorm="average", seed=SEED)
+    differences = [compare(case, job, worker.index, plain, batch) for worker in job.workers]
+    for _ in range(2):
+        job.synchronize()
+        differences += [compare(case, job, worker.index, plain, batch) for worker in job.workers]
+    full, original = job.full_model(), plain.state_dict()
+    assert full is not None
+    found = full.state_dict()
+    lost = [name for name in original.keys() | found.keys() if not _equal(found.get(name), original.get(name))]
+    assert not lost, f"not conserved: {lost[:3]}"
+    forward, backward = map(max, zip(*differences, strict=True))
+    return job, (forward, backward)
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    return left is not None and right is not None and torch.equal(left, right)
+
+
+def compare(case: Case, job: resist.Job, worker: int, plain: nn.Module, batch: Inputs) -> tuple[float, float]:
+    """Compare a worker's network with the plain one with other blocks bypassed: output and gradients."""
+    subnet = job.workers[worker].model.eval()
+    missing = [
+        name
+        for chain, held in zip(job.chains, job.plan.held(worker), strict=True)
+        for block in range(chain.num_blocks)
+        if block not in held
+        for name in chain.members(block)
+    ]
+    gains = dict.fromkeys(missing, 0.0)
+    with torch.no_grad():
+        forward = apart(main_output(called(subnet, batch)), expected(case, plain, gains, batch))
+    reference = with_gains(plain, gains, outside=case.outside)
+    for network in (subnet, reference):
+        case.loss(network, batch).backward()
+    pairs = zip(
+        subnet.parameters(),
+        (p for n, p in reference.named_parameters() if not n.startswith(tuple(f"{name}." for name in missing))),
+        strict=True,
+    )
+    gradients = [(own.grad, other.grad) for own, other in pairs]
+    subnet.zero_grad()
+    largest = max(float(other.abs().max()) for _, other in gradients if other is not None)
+    differences = [_difference(own, other) for own, other in gradients]
+    return forward, max(differences) / largest
+
+
+def _difference(own: Tensor | None, other: Tensor | None) -> float:
+    if own is None or other is None:
+        present = next((gradient for gradient in (own, other) if gradient is not None), None)
+        return 0.0 if present is None else float(present.abs().max())
+    return float((own - other).abs().max())
+
+
+def expected(case: Case, plain: nn.Module, gains: Mapping[str, float], batch: Inputs) -> Tensor:
+    """Compute the output of a reference: by hooks, or for our own networks by the formula."""
+    if case.library == "resist":
+        assert isinstance(batch, Tensor)
+        return preact_formula(plain, batch, gains)
+    return main_output(called(with_gains(plain, gains, outside=case.outside), batch))
+
+
+def train(case: Case, job: resist.Job) -> list[float]:
+    """Train some rounds. Returns the losses of worker 0."""
+    optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.01, momentum=0.9) for worker in job.workers]
+    losses: list[float] = []
+    start = job.round
+    for step in range(ROUNDS * LOCAL_STEPS):
+        for worker, optimizer in zip(job.workers, optimizers, strict=True):
+            torch.manual_seed(job.step_seed(worker.index))
+            seed = len(job.workers) * step + worker.index
+            loss = case.loss(worker.model.train(), case.inputs(BATCH, full=False, seed=seed))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(worker.model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if worker.index == 0:
+                losses.append(loss.item())
+        job.step(*optimizers)
+    assert job.round == start + ROUNDS
+    return losses
 
 
 def scale_of(chain: Chain, workers: int) -> float:
@@ -231,23 +272,49 @@ def scale_of(chain: Chain, workers: int) -> float:
     return -(-chain.num_blocks // workers) / chain.num_blocks
 
 
-def conserved(case: Case, chains: tuple[Chain, ...]) -> None:
-    """Test that splitting, two new partitions and averaging conserve all weights.
+def count(case: Case, chains: Sequence[Chain]) -> Record:
+    """Count the published network, without weights: parameters, FLOPs, and what a worker holds by default."""
+    template = build_on_meta(case.build)
+    flops = count_flops(template, case)
+    record: Record = {
+        "parameters": sum(p.numel() for p in template.parameters()),
+        "flops": flops.get("", 0) if flops else None,
+        "chains": [describe(template, chain, flops) for chain in chains],
+        "named": bool(case.chains),
+    }
+    possible = [workers for workers in WORKERS if all(chain.num_blocks >= workers for chain in chains)]
+    plans = {workers: resist.resist(workers, 1).plan(chains, seed=0, round=0) for workers in possible}
+    return {**record, "held": {str(workers): list(plan.capacities(0)) for workers, plan in plans.items()}}
 
-    Between processes with S = 2, and in this process with S = 4 (or the number of blocks, if it is smaller).
-    """
-    original = tensors_of(build_seeded(case.small, 0))
-    most = min(WORKERS, *(chain.num_blocks for chain in chains))
-    for workers, transport in ((PROCESSES, None), (most, Local(most))):
-        strategy = resist.resist(workers, 1, min_depth=0)
-        job = resist.Job(case.small, strategy, chains=case.chains, batchnorm="average", transport=transport)
-        for _ in range(2):
-            job.synchronize()
-        full = job.full_model()
-        if full is not None:
-            lost = [n for n, t in tensors_of(full).items() if not torch.equal(t, original[n])]
-            assert not lost, f"not conserved: {lost[:3]}"
-            assert len(tensors_of(full)) == len(original)
+
+def describe(template: nn.Module, chain: Chain, flops: Mapping[str, int] | None) -> Record:
+    blocks = [[template.get_submodule(name) for name in chain.members(block)] for block in range(chain.num_blocks)]
+    sizes = {sum(p.numel() for member in members for p in member.parameters()) for members in blocks}
+    assert len(sizes) == 1, f"as published, the blocks of {chain.name} differ"
+    per_block = [sum(flops[name] for name in chain.members(b)) for b in range(chain.num_blocks)] if flops else []
+    return {
+        "name": chain.name,
+        "blocks": chain.num_blocks,
+        "form": chain.form,
+        "kind": chain.skip_type,
+        "block_parameters": sizes.pop(),
+        "block_flops": sum(per_block) / len(per_block) if per_block else None,
+        "differ": [f"{attribute.module}.{attribute.name}".lstrip(".") for attribute in chain.varying],
+    }
+
+
+def count_flops(template: nn.Module, case: Case) -> dict[str, int] | None:
+    """Count the FLOPs of a forward pass of one input, in all and by module; None if it does not run without data."""
+    inputs = case.inputs(2, full=True)
+    moved = inputs.to("meta") if isinstance(inputs, Tensor) else {key: t.to("meta") for key, t in inputs.items()}
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            called(template.eval(), moved)
+    except Exception:  # networks can raise anything
+        return None
+    counts = {name: sum(kinds.values()) // 2 for name, kinds in counter.get_flop_counts().items()}
+    modules = {name: counts.get(f"{type(template).__name__}.{name}", 0) for name, _ in template.named_modules() if name}
+    return {"": counts.get("Global", 0), **modules}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/optimizers.py                # all of torch.optim and, where timm is installed, some of timm's
     python benchmarks/optimizers.py --only lamb    # those whose name contains this
-    python benchmarks/optimizers.py --json         # as JSON
+    python benchmarks/optimizers.py --write        # benchmarks/results/optimizers.json, for docs/models.md
 
 Two workers share no block. The oracle knows nothing of the package: in every round each worker gets a new, shallow
 network and new optimizers, which begin with the whole state of each parameter, by its global name. What belongs to no
@@ -15,6 +15,8 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +26,10 @@ from torch.optim import Optimizer
 
 import resist
 from page_parts import table
+from provenance import provenance
 from resist.subnet.seeded import build_seeded
 
+RESULTS = Path(__file__).parent / "results" / "optimizers.json"
 BLOCKS, WIDTH, CLASSES = 6, 16, 5
 WORKERS, ROUNDS, STEPS = 2, 6, 3
 Make = Callable[[nn.Module], Sequence[Optimizer]]
@@ -278,13 +282,17 @@ def difference(case: Case, rounds: int = ROUNDS) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="optimizers whose name contains one of these")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--write", action="store_true", help="write the results; `models.py --page` has them then")
     args = parser.parse_args()
+    if args.write and args.only:
+        parser.error("--write needs the results of all optimizers; leave out --only")
     torch.set_num_threads(1)
     chosen = [c for c in cases() if not args.only or any(text.lower() in c.name.lower() for text in args.only)]
     results = {case.name: difference(case) for case in chosen}
-    if args.json:
-        print(json.dumps({name: {"difference": apart, "trained": by} for name, (apart, by) in results.items()}))
+    if args.write:
+        origin = provenance() | ({"timm": version("timm")} if importlib.util.find_spec("timm") else {})
+        records = [{"name": name, "difference": d, "trained": by, **origin} for name, (d, by) in results.items()]
+        RESULTS.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         return
     lines = [(name, f"{apart:.1e}", f"{by:.1e}") for name, (apart, by) in results.items()]
     print(table(("optimizer", "largest difference", "largest change by training"), lines))

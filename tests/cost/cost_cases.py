@@ -10,8 +10,9 @@ from resist.cost import Link, Report, Row, Speed, predict
 from resist.cost.footprint import Network, build_on_meta, measure, sgd
 from resist.cost.sizes import sizes_of
 from resist.cost.states import StateMeter
-from resist.planning.strategy import METHODS, Strategy, build_strategy
-from resist.subnet.network import tensors_of
+from resist.planning.methods import METHODS, build_strategy
+from resist.planning.strategy import Strategy
+from resist.subnet.tensors import tensors_of
 from support import tiny
 
 SMALL = {"batch_size": 4, "image_shape": (3, 8, 8), "rounds": 4}

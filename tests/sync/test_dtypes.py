@@ -12,7 +12,7 @@ from resist.cost.sizes import sizes_of
 from resist.cost.traffic import round_traffic
 from resist.job import Job
 from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist, switch
-from resist.subnet.network import tensors_of
+from resist.subnet.tensors import tensors_of
 from resist.sync.worker import Worker
 
 WIDTH = 8

@@ -1,171 +1,27 @@
 """Attributes that differ along a chain: they go with their block, as its weights do.
 
-The values are those of build time. A value that the user, or the module itself, has changed since is left alone, and a
-note says so once: see `Placement`.
+The values are those of build time; `resist.blocks.placement` puts them into the slots.
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
-import dis
-import inspect
-import logging
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
-from resist.blocks.compiling import allow_graphs, num_combinations
-from resist.blocks.contents import (
-    Comparison,
-    Hooks,
-    Scope,
-    attributes_of_module,
-    is_importable,
-    is_leaf,
-    slots_of,
-    touches,
-)
+from resist.blocks.comparison import Comparison
+from resist.blocks.contents import Scope, attributes_of_module, is_importable, is_leaf, slots_of
 from resist.blocks.copying import copied
-from resist.blocks.modules import buffers_of, named_modules, parameters_of
-
-log = logging.getLogger(__name__)
+from resist.blocks.hooks import Hooks
+from resist.blocks.modules import named_modules
+from resist.blocks.own_changes import is_changed_by_itself
+from resist.blocks.snapshots import MISSING, Content, snapshot_of
 
 AttributeKey = tuple[str, str]  # dotted name of a module within the block, name of its attribute
 CLASS, HOOKS = "__class__", "hooks"  # names of what is no attribute in the table of a module
-
-
-class _Missing:
-    """Value of an attribute that a block does not have."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-    def __deepcopy__(self, memo: object) -> "_Missing":
-        return self
-
-
-MISSING = _Missing()
-
-
-class _Own:
-    """Stands for a module or tensor of the block that a copied value is put into."""
-
-    def __init__(self, position: str) -> None:
-        self.position = position
-
-
-@dataclass(frozen=True)
-class Content:
-    """Value of an attribute in one block.
-
-    Attributes:
-        value: The value.
-        scope: Scope of the block.
-    """
-
-    value: Any
-    scope: Scope = field(compare=False)
-
-    def __repr__(self) -> str:
-        """Text that differs for values that differ."""
-        if is_leaf(self.value):
-            return repr(self.value)
-        if isinstance(self.value, tuple | list) and all(map(is_leaf, self.value)):
-            return repr(self.value)
-        return f"<{type(self.value).__name__} {id(self.value)}>"
-
-    def snapshot(self) -> Any:
-        """Copy the value, so that it refers to nothing of the network.
-
-        Returns:
-            The value, or a `Snapshot` of one that refers to modules or tensors of its own block.
-
-        Raises:
-            Exception: If the value cannot be copied.
-        """
-        if is_leaf(self.value) or isinstance(self.value, type):
-            return self.value
-        own: dict[int, object] = {}
-
-        def collect(part: object) -> bool:
-            if part in self.scope:
-                own[id(part)] = _Own(self.scope.positions[id(part)])
-            return False
-
-        touches(self.value, collect)
-        value = copied(self.value, own)
-        return Snapshot(value, tuple(own.values())) if own else value  # type: ignore[arg-type]
-
-    def obstacle(self) -> str:
-        """Explain why the value cannot go with its block.
-
-        Returns:
-            A part of a sentence; "" if it can.
-        """
-        reasons: list[str] = []
-
-        def check(part: object) -> bool:
-            if part in self.scope:
-                return False
-            if isinstance(part, Tensor) and part.requires_grad and part.is_leaf:
-                reasons.append("holds a parameter that is not registered in the network")
-            elif isinstance(part, nn.Module) and any(True for _ in (*part.parameters(), *part.buffers())):
-                reasons.append(f"refers to a {type(part).__name__} that is not registered in the block")
-            return bool(reasons)
-
-        if touches(self.value, check):
-            return reasons[0]
-        try:
-            self.snapshot()
-        except Exception as error:  # values of users can raise anything
-            return f"cannot be copied ({type(error).__name__})"
-        return ""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Copy of a value that refers to modules or tensors of its own block.
-
-    Attributes:
-        value: The copy, with placeholders for them.
-        own: The placeholders.
-    """
-
-    value: Any
-    own: tuple[_Own, ...]
-
-    def in_block(self, block: nn.Module) -> dict[int, object]:
-        """Find what the placeholders stand for.
-
-        Args:
-            block: A block.
-
-        Returns:
-            Module or tensor of the block by id of the placeholder.
-        """
-        return {id(own): _part(block, own.position) for own in self.own}
-
-
-def _part(block: nn.Module, position: str) -> object:
-    kind, _, name = position.partition(" ")
-    if kind == "module":
-        return block.get_submodule(name)
-    prefix, _, key = name.rpartition(".")
-    module = block.get_submodule(prefix)
-    return parameters_of(module).get(key, buffers_of(module).get(key))
-
-
-class _SnapshotScope(Scope):
-    """Scope of a snapshot: its placeholders."""
-
-    def __init__(self, value: Any) -> None:
-        own = value.own if isinstance(value, Snapshot) else ()
-        self.objects = list(own)
-        self.positions = {id(one): one.position for one in own}
 
 
 @dataclass(frozen=True)
@@ -193,7 +49,8 @@ class Varying:
             The attribute of the part; None if it does not differ there.
         """
         values = self.values[start:end]
-        differs = any(not _same_snapshots(values[0], value) for value in values)
+        first, *others = map(snapshot_of, values)
+        differs = any(not Comparison(first.scope, other.scope).same(first.value, other.value) for other in others)
         return Varying(self.module, self.name, values) if differs else None
 
     def put(self, block: nn.Module, number: int) -> None:
@@ -203,17 +60,17 @@ class Varying:
             block: Block of a sub-network to change.
             number: Number of the chain's block whose value is set.
         """
-        module, value = block.get_submodule(self.module), self.values[number]
-        new = copied(value.value, value.in_block(block)) if isinstance(value, Snapshot) else copied(value, {})
+        module, value = block.get_submodule(self.module), snapshot_of(self.values[number])
+        new = copied(value.value, value.parts_in(block))
         if self.name == HOOKS:
             (Hooks(module, frozenset()) if new is MISSING else new).put(module, self._numbers)
         else:
-            _set(module, self.name, new)
+            set_value(module, self.name, new)
 
     @property
     def _numbers(self) -> frozenset[int]:
         """Numbers of the hooks of all blocks."""
-        values = [value.value if isinstance(value, Snapshot) else value for value in self.values]
+        values = [snapshot_of(value).value for value in self.values]
         return frozenset[int]().union(*(value.numbers for value in values if isinstance(value, Hooks)))
 
     def is_put(self, block: nn.Module, number: int | None) -> bool:
@@ -228,23 +85,28 @@ class Varying:
         """
         if number is None:
             return True
-        value = self.values[number]
-        module = block.get_submodule(self.module)
-        hooks = Hooks(module, self._numbers) or MISSING
-        present = hooks if self.name == HOOKS else _get(module, self.name)
+        value, module = self.values[number], block.get_submodule(self.module)
+        present = (Hooks(module, self._numbers) or MISSING) if self.name == HOOKS else value_of(module, self.name)
         if is_leaf(value) and type(value) is type(present):
             return value == present or repr(value) == repr(present)
-        expected = value.value if isinstance(value, Snapshot) else value
-        return Comparison(_SnapshotScope(value), Scope(block)).same(expected, present)
+        expected = snapshot_of(value)
+        return Comparison(expected.scope, Scope(block)).same(expected.value, present)
+
+    def is_changed_by_itself(self, block: nn.Module, number: int | None) -> bool:
+        """Check whether the block has changed the attribute itself; see the function of this name.
+
+        Args:
+            block: Block of a sub-network, in which it is no longer as it was put.
+            number: As in `is_put`.
+        """
+        if number is None or self.name in (CLASS, HOOKS):
+            return False
+        module, before = block.get_submodule(self.module), snapshot_of(self.values[number]).value
+        return is_changed_by_itself(module, self.name, before, value_of(module, self.name))
 
 
-def _same_snapshots(left: Any, right: Any) -> bool:
-    scopes = _SnapshotScope(left), _SnapshotScope(right)
-    left, right = (value.value if isinstance(value, Snapshot) else value for value in (left, right))
-    return Comparison(*scopes).same(left, right)
-
-
-def _get(module: nn.Module, name: str) -> Any:
+def value_of(module: nn.Module, name: str) -> Any:
+    """Return an attribute as it is kept, past any property; `MISSING` if there is none."""
     if name == CLASS:
         return type(module)
     if name in module.__dict__:
@@ -256,14 +118,14 @@ def _get(module: nn.Module, name: str) -> Any:
         return MISSING
 
 
-def _set(module: nn.Module, name: str, value: Any) -> None:
+def set_value(module: nn.Module, name: str, value: Any) -> None:
     """Set an attribute as it is kept, past any `__setattr__` or property that would derive other values from it."""
     if name == CLASS:
         object.__setattr__(module, name, value)
     elif name in slots_of(type(module)):
         if value is not MISSING:
             object.__setattr__(module, name, value)
-        elif _get(module, name) is not MISSING:
+        elif value_of(module, name) is not MISSING:
             object.__delattr__(module, name)
     elif value is MISSING:
         module.__dict__.pop(name, None)
@@ -333,117 +195,3 @@ def varying(blocks: Sequence[Mapping[AttributeKey, Content]]) -> tuple[Varying, 
         Varying(*key, tuple(block[key].snapshot() if key in block else MISSING for block in blocks))
         for key in sorted(differing, key=lambda key: order.get(key, len(order)))
     )
-
-
-class Placement:
-    """The attributes that differ, in the slots of one sub-network.
-
-    An attribute is put into the slots until somebody else changes it in one of them: the user, whose drop-path schedule
-    must not be undone by the next round, or the module's own `forward`. From then on it is left as it is, in all slots
-    of the chain; only a block that is new in the sub-network gets the value of build time.
-    """
-
-    def __init__(self) -> None:
-        # Number of the chain's block whose values were put last, and plain attributes as they were then.
-        self._last: dict[int, tuple[weakref.ref[nn.Module], int, dict[AttributeKey, object]]] = {}
-        self._left_alone: set[tuple[str, AttributeKey]] = set()
-
-    def put(
-        self, slots: Sequence[tuple[nn.Module, int]], varying: Sequence[Varying], *, chain: str, noted: set[str]
-    ) -> None:
-        """Put the values of the blocks held into the slots of a chain.
-
-        Args:
-            slots: Each block of the sub-network, with the number of the chain's block that is in it now.
-            varying: Attributes that differ along the chain.
-            chain: Name of the chain, for notes.
-            noted: What has been said about the chain; more is added.
-        """
-        # A block of several children is given in a new list each time.
-        named = [(block, number, _identity(block)) for block, number in slots]
-        last = {id(block): self._number(identity) for block, _, identity in named}
-        for attribute in varying:
-            key = chain, (attribute.module, attribute.name)
-            changed = next((block for block, _ in slots if not attribute.is_put(block, last[id(block)])), None)
-            if changed is not None and key not in self._left_alone:
-                self._left_alone.add(key)
-                self._say(changed, key[1], chain, noted)
-            for block, number in slots:
-                if last[id(block)] is None or (key not in self._left_alone and last[id(block)] != number):
-                    attribute.put(block, number)
-        self._expect_graphs(varying, len(slots), chain, noted)
-        known = {(attribute.module, attribute.name) for attribute in varying}
-        for block, number, identity in named:
-            plain = _plain(block)
-            _, _, before = self._last.get(id(identity), (None, None, plain))
-            for key, value in plain.items():
-                if key not in known and key in before and (type(before[key]), before[key]) != (type(value), value):
-                    self._say(block, key, chain, noted)
-            self._last[id(identity)] = weakref.ref(identity), number, plain
-
-    def _expect_graphs(self, varying: Sequence[Varying], capacity: int, chain: str, noted: set[str]) -> None:
-        """Prepare torch.compile for all combinations; it guards on everything but floats."""
-        texts = [[_text(value) for value in attribute.values] for attribute in varying]
-        texts = [text for text, attribute in zip(texts, varying, strict=True) if type(attribute.values[0]) is not float]
-        if texts:
-            number = num_combinations(list(zip(*texts, strict=True)), capacity)
-            allow_graphs(number, chain, noted)
-
-    def _number(self, module: nn.Module) -> int | None:
-        reference, number, _ = self._last.get(id(module), (None, None, None))
-        return number if reference is not None and reference() is module else None
-
-    def _say(self, block: nn.Module, key: AttributeKey, chain: str, noted: set[str]) -> None:
-        """Say once that an attribute has been changed; quietly if the module does that itself."""
-        name = ".".join(filter(None, key))
-        if name in noted:
-            return
-        noted.add(name)
-        level = logging.INFO if _sets_itself(block.get_submodule(key[0]), key[1]) else logging.WARNING
-        log.log(
-            level,
-            "%s of the blocks of %s was changed during training: it is left as it is, and does not go with the blocks",
-            name,
-            chain,
-        )
-
-
-def _identity(block: nn.Module) -> nn.Module:
-    """The block, or the first member of one that is a list of several children, which is a new list each time."""
-    return next(block.children()) if type(block) is nn.ModuleList else block
-
-
-def _plain(block: nn.Module) -> dict[AttributeKey, object]:
-    """Numbers, strings and flags of a block."""
-    return {
-        (prefix, name): value
-        for prefix, module in named_modules(block)
-        if not isinstance(module, ScriptModule)
-        for name, value in attributes_of_module(module).items()
-        if is_leaf(value) and value == value
-    }
-
-
-def _text(value: object) -> str:
-    """Text that is equal for equal numbers, and for the same object."""
-    return repr(value) if is_leaf(value) else repr(id(value))
-
-
-def _sets_itself(module: nn.Module, name: str) -> bool:
-    """True if the code that a forward pass of the module runs assigns this attribute."""
-    seen: set[str] = set()
-    names = ["forward"]
-    while names:
-        method = names.pop()
-        if method in seen:
-            continue
-        seen.add(method)
-        function = inspect.getattr_static(type(module), method, None)
-        codes = [function.__code__] if isinstance(function, FunctionType) else []
-        while codes:
-            code = codes.pop()
-            if any(i.opname in ("STORE_ATTR", "DELETE_ATTR") and i.argval == name for i in dis.get_instructions(code)):
-                return True
-            names += code.co_names
-            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return False

@@ -1,7 +1,8 @@
 """Copies of modules and of their attributes that refer to nothing of the original.
 
 `copy.deepcopy` leaves functions and weak references as they are. A lambda that uses a layer of its block would go on
-using the layer of the original network, whose weights are never trained. `relink` replaces such references in a copy.
+using the layer of the original network, whose weights are never trained. `copied` and `copied_module` replace such
+references.
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -10,29 +11,18 @@ import copy
 import functools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resist.blocks.contents import attributes_of, is_leaf, parts, touches
+from resist.blocks.contents import CACHED, TABLES, attributes_of, is_leaf, parts, slots_of, touches
 from resist.blocks.modules import buffers_of, parameters_of
 
-_COPYABLE = (
-    dict,
-    list,
-    tuple,
-    set,
-    frozenset,
-    deque,
-    FunctionType,
-    MethodType,
-    type,
-    ModuleType,
-)  # or shared by deepcopy
-TABLES = ("_parameters", "_buffers", "_modules")
+_COPYABLE = (dict, list, tuple, set, frozenset, deque, FunctionType, MethodType, ModuleType)  # or shared by deepcopy
 
 
 def copied(value: Any, replacements: Mapping[int, object]) -> Any:
@@ -68,31 +58,24 @@ def copied_module(module: nn.Module, replacements: Mapping[int, object]) -> nn.M
         memo = {**replacements, **_uncopyable(module)}
         clone = copy.deepcopy(module, memo)
     targets = {**replacements, **{id(part): memo[id(part)] for part in modules if id(part) in memo}}
-    relink(clone, targets, memo)
+    for part in modules:  # deepcopy leaves out what a module has in slots
+        new = memo.get(id(part), part)
+        for slot in slots_of(type(part)).values() if new is not part and type(new) is type(part) else ():
+            with suppress(AttributeError):
+                slot.__set__(new, copy.deepcopy(slot.__get__(part), memo))
+    relinked = _Relinking(memo, targets)
     for part in clone.modules():
+        for name, value in attributes_of(part).items():
+            if name not in TABLES and (new := relinked(value)) is not value:
+                if name in part.__dict__:
+                    part.__dict__[name] = new
+                else:  # in a slot
+                    object.__setattr__(part, name, new)
         if parametrize.is_parametrized(part):
             # torch makes a class for each module. A copy has one too: removing a parametrization changes the class.
             own = {name: value for name, value in vars(type(part)).items() if name not in ("__dict__", "__weakref__")}
             object.__setattr__(part, "__class__", type(type(part).__name__, type(part).__bases__, own))
     return clone
-
-
-def relink(model: nn.Module, targets: Mapping[int, object], memo: dict[int, Any] | None = None) -> None:
-    """Replace references to modules and tensors in the attributes and hooks of a network.
-
-    Args:
-        model: Network to change in place. Its tables of parameters, buffers and children stay as they are.
-        targets: Replacement by id of the object that it replaces.
-        memo: Memo of the `copy.deepcopy` that made the network. Default: it is not a copy.
-    """
-    replace = _Relinking({} if memo is None else memo, targets, everything=memo is None)
-    for module in list(model.modules()):
-        attributes = module.__dict__
-        for name, value in list(attributes.items()):
-            if name in TABLES or is_leaf(value):
-                continue
-            if (new := replace(value)) is not value:
-                attributes[name] = new
 
 
 def outside(root: nn.Module, module: nn.Module) -> dict[int, object]:
@@ -130,12 +113,9 @@ def activations(module: nn.Module) -> list[Tensor]:
             found[id(part)] = part
         return False
 
-    for part in module.modules():
-        for name, value in part.__dict__.items():
-            if name not in TABLES and not is_leaf(value):
-                touches(value, collect)
-        for buffer in buffers_of(part).values():
-            collect(buffer)
+    _search(module, collect)
+    for buffer in module.buffers():
+        collect(buffer)
     return list(found.values())
 
 
@@ -144,18 +124,24 @@ def _uncopyable(module: nn.Module) -> dict[int, object]:
     shared: dict[int, object] = {}
 
     def collect(part: object) -> bool:
-        if not issubclass(type(part), (nn.Module, Tensor, *_COPYABLE)):
+        if type(part) not in _COPYABLE and not issubclass(type(part), nn.Module | Tensor | type):
             try:
                 part.__reduce_ex__(4)
+                getattr(part, "__deepcopy__", None)  # a class with a `__getattr__` of its own may raise
             except Exception:
                 shared[id(part)] = part
         return False
 
+    _search(module, collect)
+    return shared
+
+
+def _search(module: nn.Module, collect: Callable[[object], bool]) -> None:
+    """Show all parts of the attributes of a network to a function."""
     for part in module.modules():
         for name, value in part.__dict__.items():
             if name not in TABLES and not is_leaf(value):
                 touches(value, collect)
-    return shared
 
 
 class _Relinking:
@@ -164,11 +150,10 @@ class _Relinking:
     Args:
         memo: Copy by id of the original, as `copy.deepcopy` writes it.
         targets: Replacement by id of the original.
-        everything: Change any container, not only those in `memo`.
     """
 
-    def __init__(self, memo: dict[int, Any], targets: Mapping[int, object], *, everything: bool = False) -> None:
-        self._memo, self._targets, self._everything = memo, targets, everything
+    def __init__(self, memo: dict[int, Any], targets: Mapping[int, object]) -> None:
+        self._memo, self._targets = memo, targets
         self._fresh = set(map(id, memo.values()))
         self._done: dict[int, tuple[object, object]] = {}
 
@@ -202,6 +187,9 @@ class _Relinking:
             old = value.func, value.args, value.keywords
             new = tuple(map(self, old))
             return value if all(map(_is, old, new)) else functools.partial(new[0], *new[1], **new[2])
+        if kind is CACHED:
+            new = self(value.__wrapped__)
+            return value if new is value.__wrapped__ else functools.lru_cache(**value.cache_parameters())(new)
         if kind is weakref.ref or kind is weakref.WeakMethod:
             target = value()
             new = target if target is None else self(target)
@@ -226,7 +214,7 @@ class _Relinking:
 
     def _shared(self, value: object) -> bool:
         """True for an object of the original, which must not be changed."""
-        return not self._everything and id(value) not in self._fresh
+        return id(value) not in self._fresh
 
     def _within(self, kind: type, value: Any) -> None:
         """Replace the items of a container in place."""
@@ -282,10 +270,8 @@ class _Relinking:
         """Copy and relink a content that refers to what is replaced; others are shared."""
         if not touches(content, lambda part: id(part) in self._targets):
             return content
-        if self._everything or isinstance(content, FunctionType | MethodType):
+        if id(content) in self._targets or isinstance(content, FunctionType | MethodType):
             return self(content)
-        if id(content) in self._targets:
-            return self._targets[id(content)]
         new = copy.deepcopy(content, self._memo)
         self._fresh = set(map(id, self._memo.values()))
         return self(new)
@@ -305,18 +291,3 @@ def detached(tensors: Iterable[Tensor]) -> dict[int, object]:
         The same values without their history, by id of the tensor.
     """
     return {id(tensor): tensor.detach() for tensor in tensors}
-
-
-def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Collect all parameters and buffers under each of their names.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Tensors by dotted name, tied ones under each name.
-    """
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.optim.swa_utils import AveragedModel
 
-from resist.blocks.contents import is_leaf, touches
-from resist.blocks.copying import TABLES
+from resist.blocks.contents import TABLES, is_leaf, touches
 from resist.blocks.modules import children_of, hook_tables_of, named_modules, tables_of
 from resist.errors import UserError
 
@@ -85,6 +84,11 @@ def check_layers(model: nn.Module) -> None:
             _check_hook(name, hook)
         _check_views(name, module)
     for name, tensor in model.named_parameters():
+        if tensor._post_accumulate_grad_hooks or tensor._backward_hooks:  # pyright: ignore
+            raise UserError(
+                f"parameter {name!r} has a gradient hook, which copies of the network do not have; register it on "
+                "job.model, or change gradients by a hook of the module or by the optimizer"
+            )
         if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
             raise UserError(f"parameter {name!r} is a DTensor, distributed already; return the plain network")
 

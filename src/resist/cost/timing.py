@@ -16,8 +16,9 @@ from resist.cost.footprint import Loss, choose, count_flops, mean_square, sgd
 from resist.cost.states import BuildOptimizer
 from resist.cost.traffic import RoundTraffic
 from resist.errors import UserError
-from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.network import Subnet
 from resist.subnet.seeded import build_seeded
+from resist.subnet.tensors import tensors_of
 
 # Share of payload of TCP over IPv4 with timestamps in a full-sized Ethernet frame with preamble and gap (1538 bytes).
 PAYLOAD = 1448 / 1538

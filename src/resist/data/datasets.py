@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from resist.data.classes import class_names
 from resist.data.image_folder import IMAGE_SIZE, MEAN, STD, Photographs, load_folder
 from resist.data.in_memory import Images
-from resist.data.listing import class_names
+from resist.data.naming import shown
 from resist.data.voc import VOC
 from resist.errors import UserError, first_line
 
@@ -42,7 +43,7 @@ def load(
     *,
     download: bool = True,
     image_size: int | None = None,
-    data_workers: int = 0,
+    data_workers: int | None = 0,
     skip_bad_files: bool = False,
     rand_augment: tuple[int, int] | None = None,
 ) -> tuple[Images, Images] | tuple[Photographs, Photographs]:
@@ -53,7 +54,8 @@ def load(
         data_dir: Directory of the files; missing files are downloaded to it.
         download: Download missing files; otherwise they are an error.
         image_size: Height and width of photographs in pixels; default: 224.
-        data_workers: Processes that read photographs; 0: this process reads.
+        data_workers: Processes that read photographs; 0: this process reads; None: as many as the cores allow one
+            worker.
         skip_bad_files: Leave out photographs that cannot be read, see `load_folder`.
         rand_augment: Operations and magnitude of RandAugment, for training photographs; None: without it.
 
@@ -87,7 +89,9 @@ def check_imagenet(data_dir: Path) -> None:
     """Raise UserError if `data_dir` does not have the 1,000 classes of ImageNet."""
     num_classes = len(class_names(data_dir))
     if num_classes != 1000:
-        raise UserError(f"{data_dir / 'train'}: has {num_classes} class folders, ImageNet 1,000; give `data=folder`")
+        raise UserError(
+            f"{shown(data_dir / 'train')}: has {num_classes} class folders, ImageNet 1,000; give `data=folder`"
+        )
 
 
 def image_size_of(name: str) -> int:
@@ -149,8 +153,8 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
                 sets = [dataset_class(data_dir, train=train, download=True) for train in (True, False)]
             except Exception as error:  # any error of the connection or of the files
                 raise UserError(
-                    f"`data={name}` is not complete below {data_dir} and cannot be downloaded ({first_line(error)}); "
-                    f"put the files of {dataset_class.filename} into {data_dir / folder}"
+                    f"`data={name}` is not complete below {shown(data_dir)} and cannot be downloaded "
+                    f"({first_line(error)}); put the files of {dataset_class.filename} into {shown(data_dir / folder)}"
                 ) from error
     mean, std = NORMALIZATION[name]
     train, test = (

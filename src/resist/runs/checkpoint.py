@@ -30,10 +30,10 @@ from resist.runs.job_state import owned_state, process_file, round_name
 from resist.runs.replicas import remove_replicas
 from resist.runs.saved import FORMAT, JOB, complete, digest_of, is_sound, reason_of, verify
 from resist.runs.tensor_file import read_description, write_tensors
+from resist.state.saving import about_job, check_boundary
+from resist.state.values import encode
 from resist.sync.agreement import run_everywhere
-from resist.sync.saving import about_job, check_boundary
 from resist.sync.transport import Transport
-from resist.sync.values import encode
 
 KEEP = 2
 ABANDON_S = 5.0  # how long a process that ends by an error waits for its checkpoint

@@ -10,10 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from resist.subnet.flats import PlaceKey
 from resist.subnet.layout import Place
 from resist.subnet.network import Subnet
 
-PlaceKey = tuple[int | None, str]  # see `Place.key`
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
@@ -98,6 +98,8 @@ def _versions(subnet: Subnet) -> dict[PlaceKey, tuple[int, ...]]:
     """Version counters, and the number of parameters that train now, summed over slots."""
     versions: dict[PlaceKey, tuple[int, ...]] = {}
     resting = {*resting_keys(subnet)} - subnet.changing
+    if not resting:
+        return {}
     for tensor, place in subnet.parameter_places():
         if place.key in resting:
             before = versions.get(place.key, (0, 0))

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from resist.errors import UserError, first_line
+from resist.state.loading import BROKEN, Saved, check_about, load
+from resist.state.names import other_buffers
+from resist.state.saving import Record, SavedJob, about_job, check_boundary, network_state, worker_record
+from resist.state.values import decode, encode
 from resist.subnet.network import Subnet
 from resist.sync.agreement import check_agreement, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.loading import BROKEN, Saved, check_about, load
-from resist.sync.names import other_buffers
-from resist.sync.saving import Record, SavedJob, about_job, check_boundary, network_state, worker_record
-from resist.sync.values import decode, encode
 
 FORMAT = "resist job 1"
 KINDS = (WEIGHTS, AVERAGE, VELOCITY)
@@ -79,7 +79,7 @@ def load_state_dict(job: SavedJob, state: Mapping[str, Any]) -> None:
 
 
 def _whole_network(job: SavedJob) -> dict[str, dict[str, Tensor]]:
-    """Assemble the weights, averages and outer momentum of all blocks in every process."""
+    """Assemble what `network_state` has of all blocks, in every process."""
     everything = [range(chain.num_blocks) for chain in job.chains]
     first_of: dict[int, int] = {}
     for worker in range(job.strategy.workers):

@@ -1,7 +1,7 @@
-"""Loading: give a job the state that `resist.sync.saving` describes.
+"""Loading: give a job the state that `resist.state.saving` describes.
 
 Where the job has the same plan as the saved one, everything comes back. With other workers, chains or capacities, the
-network comes back (weights, averages, outer momentum, buffers); optimizers keep their settings and begin anew; the step
+network comes back (weights, averages, outer momentum, buffers); optimizers keep their settings and start over; the step
 is the one at which all workers together have seen as many images.
 """
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
+from resist.state.names import Held, other_buffer_names, put_buffers, weight_places
+from resist.state.optimizers import check_optimizers, load_arrived, load_groups, load_state
+from resist.state.saving import Record, SavedJob, held_by_all, network_state
+from resist.state.values import decode, keys_of
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.names import Held, other_buffer_names, put_buffers, weight_places
-from resist.sync.optimizer_record import check_optimizers, load_arrived, load_groups, load_state
-from resist.sync.optimizers import follow_resize
-from resist.sync.saving import Record, SavedJob, held_by_all, network_state
-from resist.sync.values import decode, keys_of
+from resist.sync.optimizer_state import follow_resize
 from resist.sync.worker import Worker
 
 LEAST = {"round": 0, "step": 0, "workers": 1, "processes": 1}
@@ -48,12 +48,12 @@ class Saved:
     buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def same_plan(self, job: SavedJob) -> bool:
-        """Return True where the job's workers hold the same blocks in the saved round as when it was saved."""
+        """Return True if the job draws the plan that was saved."""
         held = held_by_all(job.chains, job.plan_of(self.about["round"]), job.strategy.workers)
         return held == self.about["held"]
 
     def step(self, job: SavedJob) -> int:
-        """The step at which all workers of the job together have seen as many images."""
+        """The step at which the workers have seen as many images."""
         return self.about["step"] * self.about["workers"] // job.strategy.workers
 
 
@@ -68,12 +68,12 @@ def check_about(about: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
-    """Give a job a state. Nothing is sent; every process has to do it.
+    """Give a job a state, in every process; nothing is sent.
 
     Args:
         job: The job. Its optimizers are those of its workers (`Worker.optimizers`).
         saved: The state.
-        with_optimizers: Load the state of the optimizers, too. Otherwise they begin anew.
+        with_optimizers: Load the state of the optimizers, too. Otherwise they start over.
 
     Raises:
         UserError: If the state is that of another network, other optimizers, or damaged. The job is then as it was.
@@ -113,7 +113,7 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
 
 
 def _check_kinds(job: SavedJob, saved: Saved) -> None:
-    """Raise UserError where only one of job and state has averages, or the state has unknown tensors."""
+    """Raise UserError where averages or tensors of the state do not fit."""
     follows = any(worker.average is not None for worker in job.workers)
     if follows and not saved.about["averages"]:
         raise UserError(f"{saved.source} has no averages of the weights; call job.follow after loading it")
@@ -144,7 +144,7 @@ def _check_network(worker: Worker, held: Held, saved: Saved) -> None:
 
 
 def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> None:
-    """Forget all state, and give the sub-network the capacities and attributes of a plan, without its weights.
+    """Forget all state, and take the structure of a plan.
 
     changing: as `Subnet.changing`.
     """
@@ -152,8 +152,7 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
     if capacities != worker.subnet.capacities:
         before = {id(parameter) for parameter in worker.model.parameters()}
         worker.subnet.resize(capacities, worker.subnet.empty(capacities))
-        for optimizer in worker.optimizers:
-            follow_resize(worker.subnet, optimizer, before, {})
+        follow_resize(worker.subnet, worker.optimizers, before, {})
         if worker.average is not None:
             worker.average.resize(capacities, worker.average.empty(capacities))
     worker.reset_state()
@@ -167,7 +166,7 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
 def _from_record(
     worker: Worker, held: Held, record: Record, source: str, *, whole: bool, with_optimizers: bool
 ) -> Iterator[Callable[[], None]]:
-    """Check a record, and yield what is to be done with it once the sub-network has its blocks.
+    """Check a record, and yield the actions that load it.
 
     whole: the record is that of this worker in the same plan; otherwise only settings are taken from it.
     """
@@ -193,7 +192,7 @@ def _from_record(
 
 
 def _set_count(worker: Worker, count: int) -> None:
-    """Set the number of steps that an average has seen; the next one would begin it anew otherwise."""
+    """Set the number of steps that an average has seen."""
     if worker.averaged is not None:
         worker.averaged.n_averaged.fill_(count)
 
@@ -206,7 +205,7 @@ def _buffers(
     tensors: Mapping[str, Tensor],
     source: str,
 ) -> Callable[[], None]:
-    """Check the buffers that are in no flat tensor, and return what puts them into `model`."""
+    """Check the buffers in no flat tensor; return what loads them."""
     values = {name: decode(value, tensors) for name, value in saved.items()}
     without, everything = other_buffer_names(subnet, model, held)
     if different := (without - values.keys()) | (values.keys() - everything):
