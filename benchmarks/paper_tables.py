@@ -11,7 +11,8 @@ import resist
 from page_parts import Record, fill, provenance, reached, rows, spread
 from resist.blocks.chains import Chain, choose_chains
 from resist.cost import Traffic
-from resist.cost.footprint import build_on_meta, sgd, sizes_of
+from resist.cost.footprint import build_on_meta, sgd
+from resist.cost.sizes import sizes_of
 from resist.cost.states import StateMeter
 from resist.cost.traffic import Sizes, mean_traffic, paper_bytes, round_traffic
 from resist.models import build

@@ -25,6 +25,7 @@ train, test = load("digits")  # 16x16 images, three equal channels
 job = resist.Job(
     lambda: build("preact_small", num_classes=10),
     resist.resist(workers=4, local_steps=options.local_steps, min_depth=0),
+    example=next(test.batches(2)),  # a batch, on which the network is checked
 )
 optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.05, momentum=0.9) for worker in job.workers]
 samplers = [Sampler(len(train), batch_size=32, seed=0, worker=worker.index, workers=4) for worker in job.workers]

@@ -42,7 +42,8 @@ else:
     test = datasets.CIFAR10(options.data, train=False, transform=v2.Compose(tensor))
 
 strategy = resist.resist(workers, local_steps=options.local_steps)
-job = resist.Job(lambda: build(options.network, num_classes=10), strategy, device=device)
+example = torch.stack([train[0][0], train[1][0]])
+job = resist.Job(lambda: build(options.network, num_classes=10), strategy, device=device, example=example)
 worker = job.workers[0]
 optimizer = torch.optim.SGD(job.model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
 

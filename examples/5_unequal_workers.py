@@ -30,7 +30,8 @@ def network() -> torch.nn.Module:
 
 def train_with(capacities: list[int]) -> list[float]:
     """Seconds of one step of each worker on its machine: its fastest step, divided by the speed."""
-    job = resist.Job(network, resist.resist(workers, options.local_steps, capacities=capacities))
+    strategy = resist.resist(workers, options.local_steps, capacities=capacities)
+    job = resist.Job(network, strategy, example=next(train.batches(2)))
     optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.05, momentum=0.9) for worker in job.workers]
     samplers = [Sampler(len(train), batch_size=32, seed=0, worker=index, workers=workers) for index in range(workers)]
     loaders = [train.loader(sampler) for sampler in samplers]

@@ -7,7 +7,8 @@ from torch import nn
 
 from resist.blocks.chains import Chain, choose_chains
 from resist.cost import Link, Report, Row, Speed, predict
-from resist.cost.footprint import Network, build_on_meta, measure, sgd, sizes_of
+from resist.cost.footprint import Network, build_on_meta, measure, sgd
+from resist.cost.sizes import sizes_of
 from resist.cost.states import StateMeter
 from resist.planning.methods import METHODS, build_strategy
 from resist.planning.strategy import Strategy

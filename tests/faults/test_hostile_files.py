@@ -17,12 +17,13 @@ from torch import Tensor
 from resist.blocks.chains import choose_chains
 from resist.errors import UserError
 from resist.planning.strategy import resist
-from resist.runs.checkpoint import FORMAT, Checkpoints, _digest, complete, newest, read_job, verify
+from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import NetworkConfig, RunConfig, TrainConfig
 from resist.runs.config_file import from_json, read_config
 from resist.runs.directory import Run
 from resist.runs.history import read_history, read_past
 from resist.runs.restore import restore
+from resist.runs.saved import FORMAT, complete, digest_of, newest, read_job, verify
 from resist.runs.tensor_file import read_description, read_tensors, verify_tensors, write_tensors
 from resist.training.progress import Summary
 from support import make, tiny, train, weights
@@ -191,7 +192,7 @@ def test_mutated_descriptions_of_a_checkpoint(
 ) -> None:
     path = tmp_path_factory.mktemp("checkpoint")
     about = json.loads(json.dumps(ABOUT | changes))
-    (path / "job.json").write_text(json.dumps(about | {"digest": _digest(about)}))  # by an author who knows the digest
+    (path / "job.json").write_text(json.dumps(about | {"digest": digest_of(about)}))
     one_line(lambda: read_job(path))
     assert not one_line(lambda: verify(path))  # it has no files
 

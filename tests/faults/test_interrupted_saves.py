@@ -22,8 +22,9 @@ from torch import Tensor
 from resist.cli import main
 from resist.job import Job
 from resist.planning.strategy import Strategy, resist
-from resist.runs.checkpoint import Checkpoints, newest, verify
+from resist.runs.checkpoint import Checkpoints
 from resist.runs.restore import restore
+from resist.runs.saved import newest, verify
 from support import make, train, weights
 
 STEPS = 2

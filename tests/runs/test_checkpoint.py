@@ -19,8 +19,9 @@ from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.job import Job
 from resist.planning.strategy import OuterSGD, Strategy, diloco, local_sgd, resist, switch
 from resist.runs import checkpoint
-from resist.runs.checkpoint import FORMAT, KEEP, Checkpoints, complete, newest, verify
+from resist.runs.checkpoint import KEEP, Checkpoints
 from resist.runs.restore import restore
+from resist.runs.saved import FORMAT, complete, newest, verify
 from resist.runs.tensor_file import FormatError, read_description, read_tensors, write_tensors
 from resist.sync.distributed import Distributed
 from resist.sync.local import Local

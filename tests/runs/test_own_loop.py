@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 import resist
 from pool import Pool
 from resist.errors import AgreedError, UserError
-from resist.runs.checkpoint import FORMAT, complete
+from resist.runs.saved import FORMAT, complete
 from resist.runs.tensor_file import read_description, read_tensors, write_tensors
 from saving import OPTIMIZERS, STEPS, Loop, equal, warmed_up
 
@@ -239,7 +239,7 @@ def test_no_checkpoint_and_damaged_ones_are_one_line(tmp_path: Path, caplog: pyt
 
 def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> None:
     """Change the tensors and the metadata of a checkpoint of one process, by an author who knows the digests."""
-    from resist.runs.checkpoint import _digest
+    from resist.runs.saved import digest_of
 
     file = path / "process-0.safetensors"
     tensors, metadata = read_tensors(file, FORMAT), read_description(file, FORMAT).metadata
@@ -248,7 +248,7 @@ def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, A
     about = json.loads((path / "job.json").read_text())
     about["files"]["process-0.safetensors"] = read_description(file, FORMAT).digest
     about.pop("digest")
-    (path / "job.json").write_text(json.dumps({**about, "digest": _digest(about)}))
+    (path / "job.json").write_text(json.dumps({**about, "digest": digest_of(about)}))
 
 
 CHANGES = {

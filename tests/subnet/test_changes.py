@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from pool import Pool
 from resist.blocks.chains import choose_chains
-from resist.cost.footprint import build_on_meta, sizes_of
+from resist.cost.footprint import build_on_meta
+from resist.cost.sizes import sizes_of
 from resist.cost.traffic import round_traffic
 from resist.job import Job
 from resist.planning.schedule import allreduce_bytes

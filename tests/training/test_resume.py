@@ -19,7 +19,7 @@ from pool import Pool
 from resist.cli.train import resumed
 from resist.errors import UserError
 from resist.planning.strategy import resist
-from resist.runs.checkpoint import Checkpoints, complete
+from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import (
     MachineConfig,
     MethodConfig,
@@ -29,6 +29,7 @@ from resist.runs.config import (
     TrainConfig,
 )
 from resist.runs.replicas import write_replicas
+from resist.runs.saved import complete
 from resist.sync.local import Local
 from resist.training.resume import find_resume_point
 from resist.training.train import train

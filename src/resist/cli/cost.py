@@ -8,8 +8,9 @@ from typing import Any, Literal
 from resist.errors import UserError
 from resist.planning.methods import METHODS, build_strategy
 from resist.planning.strategy import Strategy
+from resist.runs.bounds import check_size
 from resist.runs.capacity_keys import capacities_of
-from resist.runs.config import NetworkConfig, OptimizationConfig, TrainConfig, check_size, config_key
+from resist.runs.config import NetworkConfig, OptimizationConfig, TrainConfig, config_key
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> tuple[Any, 
     record, config, in_file = commands[command], TrainConfig(), frozenset[str]()
     options = options_of(record)
     _check_options(command, record, options, rest)
-    words = set(map(_option, rest))
-    given = {name for name, option in options.items() if words.intersection(option.flags)}
+    typed = set(map(_option, rest))
+    given = {name for name, option in options.items() if typed.intersection(option.flags)}
     for option in (options[name] for name in given):
-        if option.hint is bool and words.issuperset(option.flags):
+        if option.hint is bool and typed.issuperset(option.flags):
             raise UserError(f"{' and '.join(option.flags)} contradict each other; give one")
         if option.hint is not bool and not any(_values(option.flag, rest)):
             raise UserError(f"{option.flag} needs a value; see resist {command} --help")

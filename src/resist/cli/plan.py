@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from resist.cli.options import as_typed
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan
-from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig, check_size
+from resist.runs.bounds import check_size
+from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -99,7 +99,7 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
     import torch  # as late as possible: it takes seconds
 
     from resist.cost.footprint import build_on_meta
-    from resist.runs.checkpoint import newest
+    from resist.runs.saved import newest
     from resist.tasks import network_builder
     from resist.tasks.preflight import example_of
     from resist.training.device import pick_device

@@ -5,8 +5,9 @@
     print_table(report, Console())
     report.to_json()
 
-Predictions come from plans, schedules and tensors on the meta device. traffic.py counts messages, footprint.py memory
-and FLOPs, timing.py seconds; predict.py combines them.
+Predictions come from plans, schedules and tensors on the meta device. sizes.py has the parts of a network, states.py
+the state of an optimizer; traffic.py counts messages, footprint.py memory and FLOPs, timing.py seconds; predict.py
+combines them.
 """
 
 from resist.cost.footprint import Memory, Network

@@ -21,7 +21,6 @@ from resist.blocks.chains import choose_chains
 from resist.checking.trace import tensors_in
 from resist.checking.validate import choose_checked
 from resist.cost.states import BuildOptimizer, StateMeter
-from resist.cost.traffic import Part, Sizes
 from resist.errors import UserError, first_line
 from resist.subnet.network import Subnet
 from resist.subnet.seeded import build_seeded
@@ -133,32 +132,6 @@ def choose(
     if example is None or example is False:
         return choose_chains(template, names)
     return choose_checked(build_seeded(build_model, 0), names, example)
-
-
-def sizes_of(template: nn.Module, chains: Sequence[Chain]) -> Sizes:
-    """Count the bytes of the shared part and of each block.
-
-    Args:
-        template: The full network, on any device.
-        chains: Its chains.
-    """
-    subnet = Subnet(template, chains, [chain.num_blocks for chain in chains], device="meta")
-    return Sizes(_part(subnet, None), subnet.chains, tuple(_part(subnet, number) for number in range(len(chains))))
-
-
-def _part(subnet: Subnet, chain: int | None) -> Part:
-    """Bytes of a block of a chain, or of the shared part."""
-    parameters = [p for p, place in subnet.parameter_places() if (place.chain, place.slot) == (chain, 0)]
-    layouts = {dtype: layout.part(chain) for dtype, layout in subnet.layouts.items()}
-    changing = {
-        dtype: sum(end - start for start, end in layout.ranges(layout.statistics)) for dtype, layout in layouts.items()
-    }
-    return Part(
-        numel={dtype: layout.numel for dtype, layout in layouts.items()},
-        changing=changing,
-        parameters=sum(p.nbytes for p in parameters),
-        trainable=sum(p.nbytes for p in parameters if p.requires_grad),
-    )
 
 
 def measure(

@@ -9,11 +9,12 @@ from itertools import pairwise
 from torch import nn
 
 from resist.blocks.chains import find_chains
-from resist.cost.footprint import Loss, Network, build_on_meta, choose, mean_square, measure, sgd, sizes_of
+from resist.cost.footprint import Loss, Network, build_on_meta, choose, mean_square, measure, sgd
 from resist.cost.report import Report, Row
+from resist.cost.sizes import Sizes, StateSizes, sizes_of
 from resist.cost.states import BuildOptimizer, StateMeter
 from resist.cost.timing import Link, Seconds, Speed, ddp_step_s, exchange_s
-from resist.cost.traffic import RoundTraffic, Sizes, StateSizes, ddp_traffic, mean_traffic, paper_bytes, round_traffic
+from resist.cost.traffic import RoundTraffic, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan, partition
 from resist.planning.strategy import Strategy

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist.blocks.chains import Chain
-from resist.cost.traffic import StateSizes
+from resist.cost.sizes import StateSizes
 from resist.subnet.network import Subnet
 from resist.sync.loose import STATE
 from resist.sync.optimizer_state import flat_states, movable_state

@@ -5,9 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from resist.blocks.chains import Chain
+from resist.cost.sizes import NO_STATE, Sizes, StateSizes
 from resist.planning.plan import RoundPlan
 from resist.planning.schedule import Message, allreduce_bytes, schedule
 from resist.planning.strategy import Strategy
@@ -16,83 +14,6 @@ Way = tuple[str, int]  # ("out" or "in", worker): one direction of a worker's li
 
 # Buckets of gradients in DistributedDataParallel: the first one is small, so that the exchange begins early.
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20
-
-
-@dataclass(frozen=True)
-class Part:
-    """Size of the shared part or of one block.
-
-    Attributes:
-        numel: Parameters and float buffers, which are handed over with a block: number of elements by dtype.
-        changing: Those that change in training, in the same form. Each dtype has an all-reduce of its own.
-        parameters: Bytes of the parameters, which the paper counts.
-        trainable: Bytes of the parameters with a gradient, which DistributedDataParallel sends.
-    """
-
-    numel: Mapping[torch.dtype, int]
-    changing: Mapping[torch.dtype, int]
-    parameters: int
-    trainable: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of parameters and float buffers."""
-        return sum(number * dtype.itemsize for dtype, number in self.numel.items())
-
-    @property
-    def buffers(self) -> int:
-        """Bytes of float buffers."""
-        return self.num_bytes - self.parameters
-
-
-@dataclass(frozen=True)
-class StateSizes:
-    """Size of the optimizer's state, see `resist.cost.states`.
-
-    Attributes:
-        flat: For each state that is laid out as the weights, its dtype by dtype of the weights.
-        loose_shared: Bytes of all other state of the shared part.
-        loose_blocks: The same of a block of each chain; empty: none.
-    """
-
-    flat: tuple[Mapping[torch.dtype, torch.dtype], ...] = ()
-    loose_shared: int = 0
-    loose_blocks: tuple[int, ...] = ()
-
-    def flat_bytes(self, numel: Mapping[torch.dtype, int]) -> list[int]:
-        """List the bytes of each state, for numbers of weights by dtype."""
-        return [numel[d] * own.itemsize for types in self.flat for d, own in types.items() if numel.get(d)]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the parts of a network.
-
-    Attributes:
-        shared: The shared part.
-        chains: The chains.
-        blocks: A block of each chain.
-    """
-
-    shared: Part
-    chains: tuple[Chain, ...]
-    blocks: tuple[Part, ...]
-
-    @property
-    def block_bytes(self) -> tuple[int, ...]:
-        """Bytes of one block of each chain."""
-        return tuple(block.num_bytes for block in self.blocks)
-
-    def whole(self) -> Part:
-        """Return the full network as one part."""
-        parts = [self.shared]
-        for chain, block in zip(self.chains, self.blocks, strict=True):
-            parts += [block] * chain.num_blocks
-        numel, changing = Counter[torch.dtype](), Counter[torch.dtype]()
-        for part in parts:
-            numel.update(part.numel)
-            changing.update(part.changing)
-        return Part(numel, changing, sum(p.parameters for p in parts), sum(p.trainable for p in parts))
 
 
 @dataclass(frozen=True)
@@ -172,7 +93,7 @@ def round_traffic(
     next_plan: RoundPlan,
     *,
     strategy: Strategy,
-    state: StateSizes = StateSizes(),
+    state: StateSizes = NO_STATE,
     average: bool = False,
     replicate: bool = False,
 ) -> RoundTraffic:
@@ -195,7 +116,7 @@ def round_traffic(
     messages = schedule(plan, next_plan, sizes.block_bytes, replicate=replicate)
     # Where every worker holds every block, blocks are averaged in the all-reduce of the shared part.
     common = sizes.whole() if messages.held_by_all else sizes.shared
-    moving = state if policy in ("travel", "average") else StateSizes()
+    moving = state if policy in ("travel", "average") else NO_STATE
     collectives = [number * dtype.itemsize for dtype, number in common.changing.items() if number]
     of_state = moving.flat_bytes(common.changing) if policy == "average" else []
     of_state += collectives if average else []

@@ -3,7 +3,7 @@
     DIR/train/CLASS/*    DIR/val/CLASS/*        see `resist.data.listing` and `resist.data.picture`
 
 Training: a random crop (8 to 100 % of the area), resized, and mirrored with probability 0.5; then RandAugment, if it is
-asked for. Testing: the shorter side resized to 8/7 of the image size, then a center crop. Images are transferred as
+given. Testing: the shorter side resized to 8/7 of the image size, then a center crop. Images are transferred as
 bytes; the device normalizes batches.
 """
 
@@ -149,7 +149,9 @@ class Reader:
 
 
 def augmentation(size: int, rand_augment: tuple[int, int] | None = None) -> "v2.Transform":
-    """Return the transform for training: a random crop, mirrored at random, then RandAugment if it is given.
+    """Return the transform for training.
+
+    It is a random crop, mirrored at random, then RandAugment if it is given.
 
     Args:
         size: Height and width of the crop in pixels.

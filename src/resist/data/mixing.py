@@ -17,7 +17,9 @@ class LabeledBatches(Protocol):
 
 
 class Mixed:
-    """Training batches in which each image is mixed with its neighbor, and its label as much.
+    """Training batches whose images and labels are mixed.
+
+    Each image is mixed with its neighbor, and its label as much.
 
     One share is drawn for each batch. With both `mixup` and `cutmix`, each batch has one of the two at random.
 

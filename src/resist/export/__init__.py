@@ -19,8 +19,9 @@
 | `approximate` | as `fold`, also where an activation follows the sum; the accuracy of both networks is measured |
 """
 
+from resist.export.comparing import difference
 from resist.export.files import load_scaled
-from resist.export.folding import Fold, difference, fold, fold_scale
+from resist.export.folding import Fold, fold, fold_scale
 from resist.export.run import Export, export_run
 from resist.subnet.scaling import records_of, scale_blocks, scales_of
 

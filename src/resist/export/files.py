@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
-from resist.export.folding import detached
+from resist.export.comparing import detached
 from resist.subnet.scaling import scale_blocks
 
 FORMAT = "resist export 1"

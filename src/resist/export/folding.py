@@ -14,8 +14,7 @@ Two types of block cannot be folded exactly:
 - Two residual branches in one block, as in a transformer: the second branch reads the sum of x and the whole first one.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -24,10 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from resist.blocks.residual import Call, hidden_in
 from resist.errors import UserError
+from resist.export.comparing import call_of, copied, detached, difference, in_double, mapped, relative, run
 from resist.subnet.scaling import adds_outside, scales_of, unhook
 
 TOLERANCE = 1e-5
@@ -100,57 +99,13 @@ def fold(model: nn.Module, inputs: object, *, approximate: bool = False) -> tupl
     return folded, sorted(folds, key=lambda record: order.index(record.block))
 
 
-def detached(model: nn.Module) -> nn.Module:
-    """Copy a model; each parameter and buffer gets its own storage."""
-    memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(_cloned(parameter), requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = _cloned(buffer)
-    return copy.deepcopy(model, memo)
-
-
-def difference(reference: nn.Module, other: nn.Module, inputs: object) -> float:
-    """Compute the largest difference between the outputs of two networks.
-
-    Both run in double precision and in eval mode.
-
-    Args:
-        reference: The first network.
-        other: The second network.
-        inputs: Their input, as in `fold_scale`.
-
-    Returns:
-        The difference relative to the largest output of `reference`; inf where shapes differ or values are NaN.
-    """
-    call = _double(_call_of(inputs))
-    expected, actual = (_run(detached(model).double().eval(), call) for model in (reference, other))
-    return inf if expected.shape != actual.shape else _relative(expected - actual, expected)
-
-
-def first_tensor(output: object) -> Tensor:
-    """Return an output's tensor, `logits` of a mapping, or first tensor.
-
-    Raises:
-        UserError: The output contains no tensor.
-    """
-    while not isinstance(output, Tensor):
-        if isinstance(output, Mapping):
-            output = output["logits"] if "logits" in output else next(iter(output.values()))
-        elif isinstance(output, Sequence) and output:
-            output = output[0]
-        else:
-            raise UserError(f"an output of type {type(output).__name__} contains no tensor; nothing can be compared")
-    return output
-
-
 def _calls(model: nn.Module, scales: Mapping[str, float], inputs: object) -> dict[str, Call]:
     """Copies of the arguments of each scaled block when the model runs on `inputs`."""
     calls: dict[str, Call] = {}
 
     def recorder(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name] = _copied(Call(args, kwargs))
+            calls[name] = copied(Call(args, kwargs))
 
         return hook
 
@@ -159,7 +114,7 @@ def _calls(model: nn.Module, scales: Mapping[str, float], inputs: object) -> dic
         for name in scales
     ]
     try:
-        _run(model, _call_of(inputs))
+        run(model, call_of(inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -189,7 +144,7 @@ class _Trial:
 
     @classmethod
     def of(cls, name: str, block: nn.Module, scale: float, call: Call, outside: bool) -> "_Trial":
-        out, x = _run(block, call), _hidden(call)
+        out, x = run(block, call), _hidden(call)
         if outside:
             return cls(call, scale * out, scale * out, out > 0, rectified=False)
         if out.shape != x.shape:
@@ -200,8 +155,8 @@ class _Trial:
 
     def errors(self, block: nn.Module) -> tuple[float, float]:
         """The block's largest error, overall and where `passed`, relative to the scaled branch."""
-        error = _run(block, self.call) - self.target
-        return _relative(error, self.branch), _relative(error * self.passed, self.branch)
+        error = run(block, self.call) - self.target
+        return relative(error, self.branch), relative(error * self.passed, self.branch)
 
 
 def _fold_block(
@@ -212,7 +167,7 @@ def _fold_block(
     `first` are tried before all others. Without an exact fold, `approximate` accepts one that is exact where a final
     ReLU does not clip. With `outside`, the network adds what the block returns to its hidden state.
     """
-    copied, call = detached(block).double().eval(), _double(call)
+    copied, call = detached(block).double().eval(), in_double(call)
     example = _Trial.of(name, copied, scale, call, outside)
     noise = _Trial.of(name, copied, scale, _noisy(call), outside)
     rectified = example.rectified and noise.rectified
@@ -258,7 +213,7 @@ def _candidates(block: nn.Module, call: Call) -> list[tuple[str, ...]]:
         for key, module in block.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     ]
-    _run(block, call)
+    run(block, call)
     for handle in handles:
         handle.remove()
     candidates: list[tuple[str, ...]] = []
@@ -292,43 +247,4 @@ def _noisy(call: Call) -> Call:
     """The call with noise of equal mean and deviation as the block's input, the same every time."""
     x = _hidden(call)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
-    return _mapped(lambda tensor: x.mean() + x.std() * noise if tensor is x else tensor, call)
-
-
-def _run(module: nn.Module, call: Call) -> Tensor:
-    """The first tensor of the output. The arguments are copied, since modules may work in place."""
-    call = _copied(call)
-    with torch.no_grad():
-        return first_tensor(module(*call.args, **call.kwargs))
-
-
-def _call_of(inputs: object) -> Call:
-    if isinstance(inputs, Mapping):
-        return Call((), dict(inputs))
-    return Call(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,))
-
-
-def _copied(call: Call) -> Call:
-    return _mapped(Tensor.clone, call)
-
-
-def _double(call: Call) -> Call:
-    return _mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, call)
-
-
-def _mapped(function: Callable[[Tensor], Tensor], call: Call) -> Call:
-    """The call with `function` applied to every tensor among its arguments, nested ones included."""
-    tree = (call.args, dict(call.kwargs))
-    return Call(*tree_map(lambda value: function(value) if isinstance(value, Tensor) else value, tree))
-
-
-def _relative(error: Tensor, reference: Tensor) -> float:
-    """Largest error over the largest reference value; inf where anything is NaN."""
-    largest, worst = reference.abs().max().item(), error.abs().max().item()
-    if worst == 0:
-        return 0.0
-    return worst / largest if largest > 0 and worst == worst else inf
-
-
-def _cloned(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return mapped(lambda tensor: x.mean() + x.std() * noise if tensor is x else tensor, call)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
+from resist.export.comparing import detached
 from resist.export.files import check_target, write_file
-from resist.export.folding import TOLERANCE, detached
+from resist.export.folding import TOLERANCE
 
 INPUT, OUTPUT = "images", "logits"
 MAX_BYTES = 2**31 - 2**20  # a file is one message of protobuf, and has a little more than the weights
@@ -25,7 +26,7 @@ def check_installed() -> None:
 
 
 def write_onnx(path: Path, model: nn.Module, images: Tensor, metadata: Mapping[str, str]) -> float | None:
-    """Convert a model for any batch size, compare it with onnxruntime, and write it.
+    """Convert a model for any batch size, compare and write it.
 
     Args:
         path: A new file with the suffix .onnx.

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from resist.blocks.modules import fork_rng
 from resist.errors import UserError, first_line
-from resist.export.folding import TOLERANCE, difference
+from resist.export.comparing import difference
+from resist.export.folding import TOLERANCE
 from resist.models.preact_imagenet import IMAGENET_DEPTHS
 from resist.models.pretrained import timm_name, to_timm
 from resist.subnet.scaling import records_of, scale_blocks

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from resist.blocks.modules import BatchNorm
 from resist.data import Images, image_size_of, normalization_of, num_classes_of
 from resist.errors import UserError
+from resist.export.comparing import difference
 from resist.export.files import FORMAT, SUFFIXES, check_target, state_of, write_program, write_state
-from resist.export.folding import Fold, difference, fold
+from resist.export.folding import Fold, fold
 from resist.export.onnx import check_installed, write_onnx
 from resist.export.recipe import Recipe, check_loads, timm_counterpart
 from resist.models import read_model_args

@@ -11,7 +11,7 @@ from resist.job import Job
 from resist.subnet.batchnorm import has_running_statistics
 
 log = logging.getLogger(__name__)
-Batches = Callable[[], Iterable[object]]  # makes the training batches anew for each estimate of BatchNorm statistics
+Batches = Callable[[], Iterable[object]]  # makes the training batches, once for each estimate of BatchNorm statistics
 
 
 def assemble(job: Job, batches: Batches | None, *, everywhere: bool = False) -> nn.Module | None:

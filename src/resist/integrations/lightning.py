@@ -2,7 +2,7 @@
 
 In a script that is started by torchrun, one process for each worker:
 
-    job = resist.Job(build_model, resist.resist(workers=4, local_steps=50))
+    job = resist.Job(build_model, resist.resist(workers=4, local_steps=50), example=batch)
     module = MyModule(job.model)                   # a LightningModule around this worker's sub-network
     callback = ResIST(job, batches=lambda: some_training_batches, save_to="full.ckpt")
     trainer = Trainer(devices=1, callbacks=[callback], enable_checkpointing=False, use_distributed_sampler=False)

@@ -2,7 +2,7 @@
 
 In a script that is started by torchrun, one process for each worker:
 
-    job = resist.Job(build_model, resist.resist(workers=4, local_steps=50))
+    job = resist.Job(build_model, resist.resist(workers=4, local_steps=50), example=batch)
     with alone():                                     # accelerate must not join the processes, nor wrap the model
         arguments = TrainingArguments(folder, eval_strategy="epoch", seed=job.workers[0].index)   # own batches for each
         trainer = Trainer(job.model, arguments, train_dataset=data, eval_dataset=held_out)

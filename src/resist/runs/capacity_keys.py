@@ -43,7 +43,7 @@ def capacities_of(
 
 
 def _stage(first: int, entries: Sequence[tuple[str | None, Amount]]) -> Capacities:
-    """What holds from a round on, in all chains or by chain."""
+    """Capacities from a round on, in all chains or by chain."""
     every = [amount for chain, amount in entries if chain is None]
     if len(every) > 1:
         raise UserError(f"`capacities_by_round` has {first}=... twice; give it once")

@@ -16,7 +16,6 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,27 +23,27 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from resist.errors import AgreedError, UserError, WorkerLostError, first_line
+from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.job import Job
 from resist.runs.atomic import write_atomically
 from resist.runs.job_state import owned_state, process_file, round_name
 from resist.runs.replicas import remove_replicas
-from resist.runs.tensor_file import other_format, read_description, verify_tensors, write_tensors
+from resist.runs.saved import FORMAT, JOB, complete, digest_of, is_sound, reason_of, verify
+from resist.runs.tensor_file import read_description, write_tensors
 from resist.state.saving import about_job, check_boundary
 from resist.state.values import encode
 from resist.sync.agreement import run_everywhere
 from resist.sync.transport import Transport
 
-FORMAT = "resist checkpoint 4"
-JOB = "job.json"
 KEEP = 2
-LEAST = {"round": 0, "step": 0, "workers": 1, "processes": 1}
 ABANDON_S = 5.0  # how long a process that ends by an error waits for its checkpoint
 POLL_S = 0.05  # between two looks at the folder
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run in the background, one at a time, and keeps the newest.
+    """Writer of the checkpoints of one run, in the background.
+
+    They are written one at a time, and the newest stay.
 
     Args:
         folder: RUN/checkpoints, the same for all processes.
@@ -81,9 +80,9 @@ class Checkpoints:
         metadata: Mapping[str, object],
         extra: Mapping[str, object] | None = None,
     ) -> None:
-        """Copy the job's state, as it is after a synchronization, and begin to write it. Every process has to call it.
+        """Copy the job's state after a synchronization, and begin to write it.
 
-        Waits for the checkpoint before.
+        Every process has to call it. Waits for the checkpoint before.
 
         Args:
             job: The job, between two rounds.
@@ -126,7 +125,9 @@ class Checkpoints:
         self._save.thread.start()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that was begun is complete. Every process has to call it.
+        """Wait until the checkpoint that was begun is complete.
+
+        Every process has to call it.
 
         Raises:
             AgreedError: It could not be written.
@@ -159,7 +160,7 @@ class Checkpoints:
 
     def _agree(self, error: BaseException | None, text: str = "") -> str:
         """Raise the error of one process in all. Returns the text of process 0. Waits for all processes."""
-        reason = "" if error is None else _reason(error)
+        reason = "" if error is None else reason_of(error)
         try:
             answers = [json.loads(answer) for answer in self._transport.all_gather_text(json.dumps([reason, text]))]
         except WorkerLostError as lost:
@@ -249,9 +250,9 @@ class _Save:
         self._await(names)
         digests = {name: read_description(self._partial / name, FORMAT).digest for name in names}
         content = {**self._about, "files": digests}
-        write_atomically(self._partial / JOB, json.dumps({**content, "digest": _digest(content)}))
+        write_atomically(self._partial / JOB, json.dumps({**content, "digest": digest_of(content)}))
         final = self._final
-        if final.exists() and not _sound(final):  # saved before, by the run that this one resumes, and damaged since
+        if final.exists() and not is_sound(final):  # saved before, by the run that this one resumes, and damaged since
             final.rename(next(p for n in count(1) if not (p := final.with_name(f"damaged-{n}-{final.name}")).exists()))
         elif final.exists():  # the same round again, with other `extra` values: a name that sorts after it
             same = f"{final.name}-*"
@@ -279,80 +280,3 @@ class _Save:
                 processes = ", ".join(map(str, missing))
                 raise TimeoutError(f"process 0 does not see the file of process {processes}")
             self._given_up.wait(POLL_S)
-
-
-def _sound(path: Path) -> bool:
-    with contextlib.suppress(UserError):
-        verify(path)
-        return True
-    return False
-
-
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, sound or damaged, the newest first."""
-    return sorted((path for path in folder.glob("round-*") if path.is_dir()), reverse=True)
-
-
-def newest(folder: Path) -> tuple[Path | None, list[UserError]]:
-    """The newest sound checkpoint, and an error for each newer one, which is damaged or has another format."""
-    errors: list[UserError] = []
-    for path in complete(folder):
-        try:
-            verify(path)
-            return path, errors
-        except UserError as error:
-            errors.append(error)
-    return None, errors
-
-
-def read_job(path: Path) -> dict[str, Any]:
-    """Read the job.json of a checkpoint: round, step, workers, processes, files and their digests.
-
-    Raises:
-        UserError: It is missing or damaged.
-        FormatError: An earlier version of resist wrote it.
-    """
-    try:
-        about = json.loads((path / JOB).read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise other_format(f"checkpoint {path}", about["format"], FORMAT)
-        if about.pop("digest") != _digest(about):
-            raise ValueError(f"{JOB} does not match its digest")
-        for name, least in LEAST.items():
-            if type(about[name]) is not int or about[name] < least:
-                raise ValueError(f"{JOB} has {name}={about[name]!r}; must be an integer, at least {least}")
-        num_files = len(about["files"])
-        if num_files != about["processes"] or set(about["files"]) != {process_file(k) for k in range(num_files)}:
-            raise ValueError(f"{JOB} does not name a file for each process")
-    except UserError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {_reason(error)}") from error
-    return about
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """Read all files of a checkpoint and compare them with their digests. Returns the contents of job.json.
-
-    Raises:
-        UserError: A file is missing or damaged.
-        FormatError: An earlier version of resist wrote the checkpoint.
-    """
-    about = read_job(path)
-    for name, digest in about["files"].items():
-        if verify_tensors(path / name, FORMAT).digest != digest:
-            raise UserError(f"checkpoint {path} is damaged: {name} is not the file that {JOB} describes")
-    return about
-
-
-def _digest(content: Mapping[str, object]) -> str:
-    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    """The reason of an error on one line, without what the message about the checkpoint says anyway."""
-    if isinstance(error.__cause__, OSError):
-        error = error.__cause__
-    if isinstance(error, KeyError):
-        return f"{JOB} has no entry {first_line(error)}"
-    return getattr(error, "strerror", None) or first_line(error)

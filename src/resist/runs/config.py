@@ -10,12 +10,13 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal
 
 from resist.errors import UserError
 from resist.planning.capacities import Capacities
 from resist.planning.methods import DEFAULT, METHODS, build_strategy
 from resist.planning.strategy import ROUND_OPTIONS, OuterSGD, Strategy
+from resist.runs.bounds import check_values
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.recipe import DETECTION, STREAMED, check_recipe
 
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
     StrategyName = str
 else:
     StrategyName = Literal[tuple(METHODS)]
-
-# Upper bounds of numbers; those of all others are 1e9.
-LARGEST = {
-    "seed": 2**63 - 1, "lr": 10**20, "workers": 4096, "capacities": 10**6, "num_classes": 10**6, "rounds": 10**4,
-}  # fmt: skip
 
 
 def config_key(default: Any) -> Any:
@@ -252,17 +248,12 @@ class TrainConfig:
     def check(self) -> None:
         """Raise UserError for a value outside its bounds. Model, data and chain are checked where they are used."""
         for part in (getattr(self, f.name) for f in dataclasses.fields(self)):
-            for f in dataclasses.fields(part):
-                value = getattr(part, f.name)
-                choices = _choices(f.type)
-                for item in value if isinstance(value, tuple) and choices else (value,) if choices else ():
-                    if item not in choices:
-                        raise UserError(f"`{f.name}={item!r}` is not one of {', '.join(choices)}")
-                for number in value if isinstance(value, tuple) else (value,):
-                    if isinstance(number, float) and not math.isfinite(number):
-                        raise UserError(f"`{f.name}={number}` is not a finite number")
-                    if isinstance(number, int | float):
-                        check_size(f.name, number)
+            check_values(part)
+        self._check_bounds()
+        self._check_pairs()
+
+    def _check_bounds(self) -> None:
+        """Raise UserError for a number below its bound."""
         least: dict[str, tuple[float | None, float]] = {
             "batch_size": (self.optimization.batch_size, 1),
             "grad_accum_steps": (self.optimization.grad_accum_steps, 1),
@@ -287,7 +278,6 @@ class TrainConfig:
         for name, value in (("epochs", self.optimization.epochs), ("timeout_s", self.machine.timeout_s)):
             if value <= 0:
                 raise UserError(f"`{name}={value}` must be above 0")
-        self._check_pairs()
 
     def _check_pairs(self) -> None:
         """Raise UserError for values that are invalid only in combination."""
@@ -381,26 +371,3 @@ class TrainConfig:
     def to_json(self) -> dict[str, dict[str, object]]:
         """Return the fields of each part as JSON data."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
-
-
-def check_size(name: str, number: float) -> None:
-    """Raise UserError for a number above its bound, or below the negative of it."""
-    bound = LARGEST.get(name, 10**9)
-    if abs(number) > bound:
-        limit = f"large; give at most {bound}" if number > 0 else f"small; give at least {-bound}"
-        raise UserError(f"`{name}={_shortened(number)}` is too {limit}")
-
-
-def _shortened(number: float) -> str:
-    """Return a number for a message, in a few digits where it has many."""
-    if isinstance(number, float):
-        return str(number)
-    digits = number.bit_length() * math.log10(2)  # Python refuses to print very long ones
-    return str(number) if digits < 21 else f"{'-' * (number < 0)}about 1e{digits:.0f}"
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """Return the allowed values of a Literal, or of a tuple of literals; () for another type."""
-    if get_origin(hint) is tuple:
-        return _choices(get_args(hint)[0])
-    return get_args(hint) if get_origin(hint) is Literal else ()

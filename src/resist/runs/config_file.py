@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from resist.errors import UserError, first_line
-from resist.runs.config import LARGEST, TrainConfig
+from resist.runs.bounds import LARGEST
+from resist.runs.config import TrainConfig
 
 # Entries of config.json that an earlier version wrote: the entry in place of each, and a value of it or "". Most were
 # options, too.
@@ -29,7 +30,7 @@ EARLIER = {
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration of a run that resumes, or whose network is used.
+    """Read the configuration of a run that resumes, or whose network is used.
 
     Raises:
         UserError: There is none, it is damaged, its values are invalid, or another version of resist wrote it.
@@ -46,7 +47,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def read_config_file(file: Path) -> tuple[TrainConfig, frozenset[str]]:
-    """A configuration file in the form of a run's config.json, whole or in part.
+    """Read a configuration file, in the form of a run's config.json.
 
     Returns:
         The configuration, with defaults for all that the file leaves out, and the names of the fields in the file.
@@ -69,7 +70,9 @@ def read_config_file(file: Path) -> tuple[TrainConfig, frozenset[str]]:
 
 
 def read_options(path: Path, notes: list[str]) -> tuple[TrainConfig, dict[str, dict[str, Any]]]:
-    """The configuration of a run that is only looked at: an unknown entry or value is left out with a note.
+    """Read the configuration of a run that is only looked at.
+
+    An unknown entry or value is left out with a note.
 
     Args:
         path: The run directory.

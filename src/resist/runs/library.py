@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from resist.errors import UserError
 from resist.job import Job
-from resist.runs.checkpoint import JOB, KEEP, Checkpoints, complete, newest, read_job, verify
+from resist.runs.checkpoint import KEEP, Checkpoints
 from resist.runs.restore import restore
+from resist.runs.saved import JOB, complete, newest, read_job, verify
 from resist.runs.tensor_file import FormatError
 from resist.sync.agreement import run_everywhere
 
@@ -31,7 +32,9 @@ def save_checkpoint(
     extra: Mapping[str, object] | None = None,
     keep: int = KEEP,
 ) -> Path:
-    """Save a job between two rounds. Every process has to call it, and to see the folder.
+    """Save a job between two rounds.
+
+    Every process has to call it, and to see the folder.
 
     A checkpoint appears complete or not at all, as `folder/round-000012`; the newest ones stay. It has safetensors
     files and JSON, nothing that is unpickled, and the weights in them have the names of the full network.
@@ -85,18 +88,20 @@ def load_checkpoint(
     extra: Mapping[str, object] | None = None,
     missing_ok: bool = False,
 ) -> dict[str, Any] | None:
-    """Give a job the state of a checkpoint, and continue at its round and step. Every process has to call it.
+    """Give a job the state of a checkpoint, with its round and step.
+
+    Every process has to call it.
 
     The job may have another number of workers or processes, other chains or capacities. If it has the same plan, it
     continues as if nothing had happened, bit for bit with the same processes. Otherwise it gets the network: weights,
-    averages and outer momentum; the optimizers keep the saved settings, such as the learning rate, and begin anew; and
+    averages and outer momentum; the optimizers keep the saved settings, such as the learning rate, but no state; and
     the step is the one at which all workers together have seen as many images.
 
     Args:
         folder: Where `save_checkpoint` has written, of which the newest undamaged one is taken; or one checkpoint.
         job: The job, made as the saved one, after `follow` if it has averages.
         optimizers: The optimizers of all hosted workers. Default: those that `attach` or `step` was given. An empty
-            list: no state of optimizers is loaded, and they begin anew.
+            list: no state of optimizers is loaded.
         extra: Things to load in place, by their names: those with `load_state_dict()`, and random generators.
         missing_ok: Return None where there is no checkpoint yet.
 

@@ -56,7 +56,9 @@ def write_replicas(folder: Path, job: Job, attempt: str = "") -> None:
 
 
 def write_diverged(folder: Path, job: Job) -> None:
-    """Write the weights of the workers of this process, finite or not, as `workers.2.weights.conv1.weight`.
+    """Write the weights of the hosted workers, finite or not.
+
+    Their names are as in `workers.2.weights.conv1.weight`.
 
     Raises:
         UserError: They cannot be written.
@@ -96,7 +98,9 @@ def newest_replicas(folder: Path) -> tuple[dict[str, Any] | None, list[UserError
 
 
 def restore_replicas(job: Job, folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Give a job that was made for a round the weights of its replicas. Each process reads what it needs.
+    """Give a job the weights of its replicas.
+
+    Each process reads what it needs.
 
     Args:
         job: The job, with any number of workers.

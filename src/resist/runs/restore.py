@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from resist.errors import UserError, first_line
 from resist.job import Job
-from resist.runs.checkpoint import FORMAT, read_job
 from resist.runs.job_state import Wanted, process_file, saved_state
+from resist.runs.saved import FORMAT, read_job
 from resist.runs.tensor_file import read_description, read_tensors
 from resist.state.loading import BROKEN, check_about, load
 from resist.state.values import decode, split
@@ -19,12 +19,14 @@ from resist.state.values import decode, split
 def restore(
     job: Job, optimizers: Sequence[Optimizer] | None, path: Path, *, extra: Mapping[str, object] | None = None
 ) -> dict[str, Any]:
-    """Give a job the state of a checkpoint, and set its round and step. Each process reads what it needs.
+    """Give a job the state of a checkpoint, with its round and step.
+
+    Each process reads what it needs.
 
     Args:
         job: The job; it is left as it was if the checkpoint cannot be read, or belongs to another job.
-        optimizers: Those of the hosted workers. None: those that the job knows. Empty: they begin anew.
-        path: Folder of a checkpoint that `resist.runs.checkpoint.verify` found sound.
+        optimizers: Those of the hosted workers. None: those that the job knows. Empty: no state is loaded.
+        path: Folder of a checkpoint that `resist.runs.saved.verify` found sound.
         extra: Things to load in place, by the names under which they were saved.
 
     Returns:

@@ -31,7 +31,7 @@ def example_of(config: NetworkConfig) -> Tensor | bool:
 
 
 def try_network(config: NetworkConfig, num_classes: int | None = None) -> Sequence[Chain] | None:
-    """Validate a third-party network on two images, as `Job` does; skip other networks.
+    """Validate a third-party network as `Job` does; skip other networks.
 
     Args:
         config: Options of network and data.
@@ -49,7 +49,9 @@ def try_network(config: NetworkConfig, num_classes: int | None = None) -> Sequen
 
 
 def try_logits(config: NetworkConfig) -> None:
-    """Check that a third-party network maps two images to logits, where `Job` does the rest; skip other networks.
+    """Check that a third-party network returns logits; skip other networks.
+
+    `Job` does the rest.
 
     Args:
         config: Options of network and data.

@@ -19,7 +19,9 @@ READINGS = "evaluation.json"
 
 
 def evaluate_run(path: Path, *, data_dir: Path | None = None, device: torch.device | str = "cpu") -> dict[str, float]:
-    """Test the final network of a run, and the average of its weights (EMA) if the run has one.
+    """Test the final network of a run.
+
+    The average of its weights (EMA) is tested too, if the run has one.
 
     Args:
         path: Run directory.

@@ -8,7 +8,6 @@ process may only be forked safely while it has a single thread and has not initi
 workers where this process has other threads, are new Python processes.
 """
 
-import atexit
 import contextlib
 import json
 import os
@@ -18,12 +17,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from resist.runs.config import TrainConfig
 from resist.runs.directory import COMMAND, command
+from resist.training.forks import ENDING, Child, Forked
 
 # Seconds between two looks at the processes.
 POLL_S = 0.05
@@ -35,21 +34,7 @@ INTERRUPTED = 75
 LIFELINE = "RESIST_LIFELINE"
 # Environment variable: 0 starts new Python processes instead of forks.
 FORK = "RESIST_FORK"
-# Signals that ask the launcher to end the job.
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
 _prepared = False  # whether `prepare_fork` came before the import of torch
-
-
-class Child(Protocol):
-    """The part of `subprocess.Popen` that the launcher uses."""
-
-    @property
-    def pid(self) -> int: ...
-    def poll(self) -> int | None: ...
-    def wait(self) -> int: ...
-    def send_signal(self, sig: int, /) -> None: ...
-    def kill(self) -> None: ...
 
 
 def launched() -> bool:
@@ -146,100 +131,10 @@ def launch(
         del store  # the processes need it until here
 
 
-class Forked:
-    """A fork of this process that runs `action()` in a session of its own, used like `subprocess.Popen`.
-
-    Args:
-        action: What the process runs; it ends with the status of a SystemExit that this raises.
-        environment: The environment of the process.
-        closed: Open files of this process that the fork closes.
-
-    Attributes:
-        pid: The number of the process.
-        returncode: Exit status, negative for a signal; None while the process runs.
-    """
-
-    def __init__(
-        self,
-        action: Callable[[], object],
-        environment: Mapping[str, str],
-        closed: Sequence[int],
-    ) -> None:
-        self.returncode: int | None = None
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # A signal that comes before the fork has reset its handlers waits, and then ends it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        try:
-            self.pid = os.fork()
-            if self.pid == 0:
-                _run_fork(action, environment, closed)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    def poll(self) -> int | None:
-        return self._wait(os.WNOHANG)
-
-    def wait(self) -> int:
-        status = self._wait(0)
-        assert status is not None
-        return status
-
-    def send_signal(self, sig: int, /) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, sig)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def _wait(self, options: int) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, options)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-
-def _run_fork(action: Callable[[], object], environment: Mapping[str, str], closed: Sequence[int]) -> None:
-    """Become an independent process, run `action` and end. Never returns: the stack above belongs to the launcher."""
-    status = 1
-    try:
-        try:
-            os.setsid()
-            for number in ENDING:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-            for number in closed:
-                os.close(number)
-            os.environ.clear()
-            os.environ.update(environment)
-            _set_num_threads(environment["OMP_NUM_THREADS"])
-            action()
-            status = 0
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        except BaseException as error:
-            sys.excepthook(type(error), error, error.__traceback__)
-        # As at the end of the interpreter, which a fork does not reach: non-daemon threads, exit functions, output.
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
-
-
 def _num_threads() -> int:
     """Number of threads of this process, including those that libraries have started."""
     tasks = Path("/proc/self/task")
     return len(list(tasks.iterdir())) if tasks.exists() else 2
-
-
-def _set_num_threads(setting: str) -> None:
-    """Apply OMP_NUM_THREADS, which OpenMP has read before the fork."""
-    import torch
-
-    with contextlib.suppress(ValueError):  # a list of numbers for nested loops begins with the one for torch
-        torch.set_num_threads(max(1, int(setting.partition(",")[0])))
 
 
 def watch_launcher() -> None:

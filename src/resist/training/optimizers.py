@@ -31,7 +31,9 @@ REFUSED = {
 
 
 def resolve(o: OptimizationConfig) -> OptimizationConfig:
-    """Fill in the defaults of the optimizer, and check its options by a step on a small matrix.
+    """Fill in the defaults of the optimizer, and check its options.
+
+    One other than plain sgd takes a step on a small matrix.
 
     Returns:
         The options, with None only for those that the optimizer does not have.

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from resist.errors import UserError
 from resist.job import Job
-from resist.runs.checkpoint import newest, read_job
 from resist.runs.config import TrainConfig
 from resist.runs.library import check_visible
 from resist.runs.replicas import newest_replicas, restore_replicas
 from resist.runs.restore import restore
+from resist.runs.saved import newest, read_job
 from resist.runs.tensor_file import FormatError
 from resist.sync.agreement import run_everywhere
 from resist.sync.transport import Transport
@@ -82,7 +82,7 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
 
 
 def _restore_replicas(job: Job, folder: Path, source: dict[str, Any]) -> None:
-    """Restore the weights. Averages of them (EMA), of which there are no replicas, begin anew with these weights."""
+    """Restore the weights. Averages of them (EMA), of which there are no replicas, start from these weights."""
     restore_replicas(job, folder, source)
     with torch.no_grad():
         for worker in job.workers:
