@@ -16,11 +16,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from resist.blocks.chain import Chain
 from resist.blocks.chains import choose_chains
 from resist.blocks.holdings import log_holdings
 from resist.blocks.wrappers import check_blocks
 from resist.checking.unchecked import note_unchecked
-from resist.checking.validate import choose_checked
+from resist.checking.validate import choose_with_runs
 from resist.errors import UserError
 from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
@@ -159,6 +160,7 @@ class Job:
             use_batch_statistics(full)
         names = (chains,) if isinstance(chains, str) else tuple(chains)
         unchecked = example is None or example is False
+        runs: Sequence[Chain] | None = None
         self.chains = choose_chains(full, names) if unchecked else ()
         if self.chains:  # chosen in every process alike, so this may fail before they wait for each other
             self._draw_first()
@@ -171,7 +173,7 @@ class Job:
             )
         if not unchecked:  # each process may have another batch, and all fail if one does
             try:
-                self.chains = run_everywhere(self.transport, lambda: choose_checked(full, names, example))
+                self.chains, runs = run_everywhere(self.transport, lambda: choose_with_runs(full, names, example))
                 self._draw_first()
             except BaseException:
                 if transport is None:
@@ -190,7 +192,7 @@ class Job:
             self.workers.append(self._host(index, full, device, channels_last))
         self.mark_anchors()
         if 0 in self.transport.hosted:
-            log_holdings(full, self.chains, strategy)
+            log_holdings(full, self.chains, strategy, runs)
             if example is None:
                 note_unchecked()
 

@@ -5,8 +5,10 @@ import logging
 import pytest
 from torch import Tensor, nn
 
-from resist.blocks.chains import choose_chains, every_chain
+from resist.blocks.chain import Chain
+from resist.blocks.chains import choose_chains, try_runs
 from resist.blocks.holdings import Notes, notes_on_holdings, weights_of
+from resist.blocks.selection import all_chains
 from resist.errors import UserError
 from resist.job import Job
 from resist.models import PreActResNet
@@ -32,6 +34,10 @@ def blocks(num: int, width: int = WIDTH) -> nn.Sequential:
 
 def names(model: nn.Module) -> tuple[str, ...]:
     return tuple(chain.name for chain in choose_chains(model, ("all",)))
+
+
+def every_chain(model: nn.Module) -> tuple[tuple[Chain, ...], tuple[str, ...]]:
+    return all_chains(try_runs(model), model)
 
 
 def notes(model: nn.Module, strategy: Strategy, chains: tuple[str, ...] = ()) -> Notes:

@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_map
 
 from resist.blocks.modules import BatchNorm, children_of, fork_rng, pre_hook_tables
-from resist.blocks.rehearsal import snapshot, stand_in
+from resist.blocks.rehearsal import describe, snapshot, stand_in
 from resist.blocks.streams import (
     Call,
     Path,
@@ -41,15 +41,6 @@ __all__ = ["Call", "Skip", "Stream", "find_skip", "hidden_in", "hidden_out", "sk
 PLAIN, RELU, NORM, NONE, SHAPE, UNKNOWN = "plain", "relu", "norm", "none", "shape", "unknown"
 OUTSIDE = "outside"
 RESIDUAL = (PLAIN, RELU, NORM)
-PREFERENCE = {
-    PLAIN: 0,
-    RELU: 0,
-    NORM: 0,
-    OUTSIDE: 0,
-    UNKNOWN: 1,
-    SHAPE: 2,
-    NONE: 2,
-}  # lower is preferred when a chain is chosen
 SIZES = 6  # largest number of channel counts to try for a block
 TOKENS, MOST_TOKENS = 16, 1024  # default and largest number of tokens to try
 
@@ -315,6 +306,27 @@ def output_of(block: nn.Module, call: Call | None = None) -> tuple[Call, object]
             except Exception:  # see skip_of
                 continue
     return None
+
+
+def failure_of(block: nn.Module, call: Call) -> str:
+    """Describe why a copy of a block cannot be run.
+
+    Args:
+        block: A block on any device, meta included. It is not changed.
+        call: Arguments of a real call.
+
+    Returns:
+        Class and text of the exception; "" if it can be run.
+    """
+    with torch.device("cpu"), fork_rng(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trial, copied = _copy_on_cpu(block), snapshot(call)
+            _fill(trial, gain=0.0)
+            trial(*copied.args, **copied.kwargs)
+        except Exception as error:  # see skip_of
+            return describe(error)
+    return ""
 
 
 def returns_input(block: nn.Module, call: Call | None = None) -> bool:
