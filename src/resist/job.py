@@ -20,7 +20,7 @@ from resist.blocks.chain import Chain
 from resist.blocks.chains import choose_chains
 from resist.blocks.holdings import log_holdings
 from resist.blocks.wrappers import check_blocks
-from resist.checking.unchecked import note_unchecked
+from resist.checking.unchecked import add_depth_hints, note_unchecked
 from resist.checking.validate import choose_with_runs
 from resist.errors import UserError
 from resist.planning.plan import Key, RoundPlan, keyed_int
@@ -190,6 +190,8 @@ class Job:
         self.workers: list[Worker] = []
         for index in self.transport.hosted:
             self.workers.append(self._host(index, full, device, channels_last))
+        if unchecked and any(strategy.at(round).partitions for round in strategy.change_rounds):
+            add_depth_hints((worker.subnet.model for worker in self.workers), self.chains)
         self.mark_anchors()
         if 0 in self.transport.hosted:
             log_holdings(full, self.chains, strategy, runs)

@@ -9,7 +9,7 @@ using the layer of the original network, whose weights are never trained. `relin
 import copy
 import functools
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
@@ -89,10 +89,13 @@ def relink(model: nn.Module, targets: Mapping[int, object], memo: dict[int, Any]
     for module in list(model.modules()):
         attributes = module.__dict__
         for name, value in list(attributes.items()):
-            if name in TABLES or is_leaf(value):
-                continue
-            if (new := replace(value)) is not value:
+            if _may_refer(name, value) and (new := replace(value)) is not value:
                 attributes[name] = new
+
+
+def _may_refer(name: str, value: object) -> bool:
+    """False for a module's own tables of weights, and for values without parts: most tables of hooks are empty."""
+    return name not in TABLES and not is_leaf(value) and not (type(value) in (dict, OrderedDict) and not value)
 
 
 def outside(root: nn.Module, module: nn.Module) -> dict[int, object]:
@@ -132,7 +135,7 @@ def activations(module: nn.Module) -> list[Tensor]:
 
     for part in module.modules():
         for name, value in part.__dict__.items():
-            if name not in TABLES and not is_leaf(value):
+            if _may_refer(name, value):
                 touches(value, collect)
         for buffer in buffers_of(part).values():
             collect(buffer)
@@ -153,7 +156,7 @@ def _uncopyable(module: nn.Module) -> dict[int, object]:
 
     for part in module.modules():
         for name, value in part.__dict__.items():
-            if name not in TABLES and not is_leaf(value):
+            if _may_refer(name, value):
                 touches(value, collect)
     return shared
 
