@@ -141,6 +141,26 @@ def checkpointed(net: Net, x: Tensor) -> Any:
     return x
 
 
+def with_state(net: Net, x: Tensor) -> Tensor:
+    state = [x.new_zeros(len(x), WIDTH, BLOCKS)]
+    for block in net.blocks:
+        x, state = block(x, state)
+    return net.head(x)
+
+
+class Stateful(Block):
+    """It writes into its own part of a state, which it takes and returns, as RWKV does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = int(torch.randint(BLOCKS, ()))
+
+    def forward(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
+        f = self.f(x)
+        state[0][:, :, self.number] = f.detach()
+        return x + f, state
+
+
 class Cached(Block):
     """A table that is made in the first forward."""
 
@@ -241,6 +261,7 @@ RIGHT: dict[str, tuple[Callable[[Net, Tensor], Any], Callable[[], nn.Module]]] =
     "spectral norm": (loop, Spectral),
     "batchnorm": (loop, Normed),
     "zero init": (loop, ZeroInit),
+    "a state": (with_state, Stateful),
     "a class for each block": (loop, class_of_its_own),
 }
 

@@ -160,14 +160,14 @@ def test_the_share_of_a_worker_and_what_all_chains_would_make_of_it() -> None:
 
 def test_a_job_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="resist")
-    job = Job(lambda: stages(1, 1, 5, 1), resist(2, 1))
+    job = Job(lambda: stages(1, 1, 5, 1), resist(2, 1), example=False)
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
     assert caplog.messages[0].startswith("chain layer3:1-4: every worker holds all 4 blocks, since `min_depth=4`")
     assert caplog.messages[1] == "a worker holds 100% of the weights"
     assert caplog.messages[2].startswith("note: with `min_depth=0` a worker holds ")
     caplog.clear()
     job.close()
-    Job(lambda: stages(1, 1, 5, 1), local_sgd(2, 1))
+    Job(lambda: stages(1, 1, 5, 1), local_sgd(2, 1), example=False)
     assert caplog.records == []
 
 

@@ -129,14 +129,28 @@ class _Repeatable(TorchDispatchMode):
 @contextmanager
 def undisturbed() -> Generator[None]:
     """Context that seeds and restores the random states, compiles nothing and shows no warnings."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    with fork_rng(), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+    with seeded(0), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")
-        torch.default_generator.manual_seed(0)
-        random.seed(0)
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Generator[None]:
+    """Seed the generators of the CPU within a context, and restore them at its end.
+
+    Those of torch, of Python and, if it is imported, of numpy. `torch.manual_seed` would also seed the generators of
+    all devices, which are not restored here.
+
+    Args:
+        seed: Seed of the generators.
+    """
+    numpy: Any = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    with fork_rng():
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
         if numpy:
-            numpy.random.seed(0)
+            numpy.random.seed(seed % 2**32)
         try:
             yield
         finally:
