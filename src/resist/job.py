@@ -20,8 +20,8 @@ from resist.blocks.chain import Chain
 from resist.blocks.chains import choose_chains
 from resist.blocks.holdings import log_holdings
 from resist.blocks.wrappers import check_blocks
-from resist.checking.unchecked import note_unchecked
-from resist.checking.validate import choose_checked
+from resist.checking.unchecked import add_depth_hints, note_unchecked
+from resist.checking.validate import choose_with_runs
 from resist.errors import UserError
 from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
@@ -166,7 +166,7 @@ class Job:
         try:
             # Waits for all processes. Each may have another example, and two that disagree would later wait for each
             # other, or average different tensors.
-            self.chains = run_everywhere(self.transport, lambda: self._draw_first(full, chains, example))
+            self.chains, runs = run_everywhere(self.transport, lambda: self._draw_first(full, chains, example))
             values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
             check_agreement(self.transport, values)
         except BaseException:
@@ -176,23 +176,31 @@ class Job:
         self.workers: list[Worker] = []
         for index in self.transport.hosted:
             self.workers.append(self._host(index, full, device, channels_last))
+        if runs is None and any(strategy.at(round).partitions for round in strategy.change_rounds):
+            add_depth_hints((worker.subnet.model for worker in self.workers), self.chains)
         self.mark_anchors()
         if 0 in self.transport.hosted:
-            log_holdings(full, self.chains, strategy)
+            log_holdings(full, self.chains, strategy, runs)
             if example is None:
                 note_unchecked()
 
-    def _draw_first(self, full: nn.Module, chains: str | Sequence[str], example: object) -> tuple[Chain, ...]:
-        """Line 1 of the algorithm: choose chains and draw sub-networks."""
+    def _draw_first(
+        self, full: nn.Module, chains: str | Sequence[str], example: object
+    ) -> tuple[tuple[Chain, ...], Sequence[Chain] | None]:
+        """Line 1 of the algorithm: choose chains and draw sub-networks.
+
+        Returns:
+            The chains, and all runs of blocks that were tried with the example; None without one.
+        """
         if (hosted := self.transport.num_workers) != self.strategy.workers:
             raise UserError(f"a transport for {hosted} workers, a strategy for {self.strategy.workers}; match them")
         names = (chains,) if isinstance(chains, str) else tuple(chains)
         unchecked = example is None or example is False
-        found = choose_chains(full, names) if unchecked else choose_checked(full, names, example)
+        found, runs = (choose_chains(full, names), None) if unchecked else choose_with_runs(full, names, example)
         check_blocks(full, (n for chain in found for block in range(chain.num_blocks) for n in chain.members(block)))
         self.plan = self.strategy.plan(found, seed=self.seed, round=self.round)
         chain_scales(self.scale, self.plan)  # an invalid scale is an error now, not at the end
-        return found
+        return found, runs
 
     def _host(self, index: int, full: nn.Module, device: torch.device | str, channels_last: bool) -> Worker:
         """Line 1 of the algorithm: give a worker its sub-network."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resist.blocks.chain import COMPACT, IN_PLACE
-from resist.blocks.example import MOST_ITEMS, as_forward, record_calls
+from resist.blocks.example import MOST_ITEMS, as_forward, look
+from resist.blocks.rehearsal import Rehearsal
 from resist.checking.validate import choose_checked
 from resist.errors import UserError
 
@@ -140,6 +141,26 @@ def checkpointed(net: Net, x: Tensor) -> Any:
     return x
 
 
+def with_state(net: Net, x: Tensor) -> Tensor:
+    state = [x.new_zeros(len(x), WIDTH, BLOCKS)]
+    for block in net.blocks:
+        x, state = block(x, state)
+    return net.head(x)
+
+
+class Stateful(Block):
+    """It writes into its own part of a state, which it takes and returns, as RWKV does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = int(torch.randint(BLOCKS, ()))
+
+    def forward(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
+        f = self.f(x)
+        state[0][:, :, self.number] = f.detach()
+        return x + f, state
+
+
 class Cached(Block):
     """A table that is made in the first forward."""
 
@@ -206,6 +227,11 @@ class ZeroInit(Block):
         nn.init.zeros_(self.b.bias)
 
 
+def class_of_its_own() -> nn.Module:
+    """A class that is made for one block, by the same code for all."""
+    return type("Own", (Block,), {"gain": float(torch.rand(())), "forward": lambda m, x: x + m.gain * m.f(x)})()
+
+
 RIGHT: dict[str, tuple[Callable[[Net, Tensor], Any], Callable[[], nn.Module]]] = {
     "plain": (loop, Block),
     "in place": (loop, block_of(lambda m, x: x.add_(m.f(x)))),
@@ -235,6 +261,8 @@ RIGHT: dict[str, tuple[Callable[[Net, Tensor], Any], Callable[[], nn.Module]]] =
     "spectral norm": (loop, Spectral),
     "batchnorm": (loop, Normed),
     "zero init": (loop, ZeroInit),
+    "a state": (with_state, Stateful),
+    "a class for each block": (loop, class_of_its_own),
 }
 
 
@@ -375,6 +403,19 @@ def loop_of_the_last(x: Tensor) -> Tensor:
     return ELSEWHERE[0](x)
 
 
+def other_method(net: Net, x: Tensor) -> Tensor:
+    for block in net.blocks:
+        x = x + block.f(x)  # type: ignore[operator]
+    return net.head(x)
+
+
+class Fussy(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        if not bool(self.a.weight.any()):
+            raise ValueError("no weights")
+        return x + self.f(x)
+
+
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two streams": (
         lambda: Net(two_streams, block_of(lambda m, x, y: (x + m.f(x), y + m.f(x + y)))),
@@ -397,6 +438,14 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a module elsewhere": (Elsewhere, r"keeps a reference"),
     "never called": (lambda: Net(lambda net, x: x), r"the model has no chain"),
+    "another method": (
+        lambda: Net(other_method),
+        r"blocks:0-5 is a run of equal blocks, but the network does not call blocks.0 with `example`, or calls another",
+    ),
+    "a block that refuses zeros": (
+        lambda: Net(loop, Fussy),
+        r"a copy of blocks.0 could not be tested with the arguments .* with `example`: ValueError: no weights; without",
+    ),
     "another batch": (lambda: Net(lambda net, x: x @ x), r"cannot be run with `example` \(RuntimeError: mat1 and mat2"),
 }
 
@@ -483,7 +532,7 @@ def test_wrong_examples(given: object, message: str) -> None:
 
 def test_calls_are_recorded_as_they_are() -> None:
     net = Net(masked, block_of(lambda m, mask, x: x.add_(m.f(x, mask))))
-    calls = record_calls(net, as_forward(example()))
+    calls = look(Rehearsal(as_forward(example()), net), net, net).calls
     assert set(calls) == {f"blocks.{number}" for number in range(BLOCKS)}
     mask, x = calls["blocks.1"].args
     torch.testing.assert_close(mask, torch.sigmoid(net.stem(example())))

@@ -5,8 +5,10 @@ import logging
 import pytest
 from torch import Tensor, nn
 
-from resist.blocks.chains import choose_chains, every_chain
+from resist.blocks.chain import Chain
+from resist.blocks.chains import choose_chains, try_runs
 from resist.blocks.holdings import Notes, notes_on_holdings, weights_of
+from resist.blocks.selection import all_chains
 from resist.errors import UserError
 from resist.job import Job
 from resist.models import PreActResNet
@@ -32,6 +34,10 @@ def blocks(num: int, width: int = WIDTH) -> nn.Sequential:
 
 def names(model: nn.Module) -> tuple[str, ...]:
     return tuple(chain.name for chain in choose_chains(model, ("all",)))
+
+
+def every_chain(model: nn.Module) -> tuple[tuple[Chain, ...], tuple[str, ...]]:
+    return all_chains(try_runs(model), model)
 
 
 def notes(model: nn.Module, strategy: Strategy, chains: tuple[str, ...] = ()) -> Notes:
@@ -154,14 +160,14 @@ def test_the_share_of_a_worker_and_what_all_chains_would_make_of_it() -> None:
 
 def test_a_job_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="resist")
-    job = Job(lambda: stages(1, 1, 5, 1), resist(2, 1))
+    job = Job(lambda: stages(1, 1, 5, 1), resist(2, 1), example=False)
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
     assert caplog.messages[0].startswith("chain layer3:1-4: every worker holds all 4 blocks, since `min_depth=4`")
     assert caplog.messages[1] == "a worker holds 100% of the weights"
     assert caplog.messages[2].startswith("note: with `min_depth=0` a worker holds ")
     caplog.clear()
     job.close()
-    Job(lambda: stages(1, 1, 5, 1), local_sgd(2, 1))
+    Job(lambda: stages(1, 1, 5, 1), local_sgd(2, 1), example=False)
     assert caplog.records == []
 
 

@@ -1,10 +1,13 @@
 """`Job(..., example=batch)`: it changes nothing but what is refused, in all processes."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import resist
 from pool import Pool
@@ -93,3 +96,47 @@ def test_the_reason_has_its_cause() -> None:
     with pytest.raises(UserError, match=r"cannot be run with `example` \(RuntimeError: three items\)") as raised:
         Job(LastNorm, TWO, example=torch.randn(3, 4))
     assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+class ByRange(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in range(6):
+            x = self.blocks[number](x)
+        return x
+
+
+def test_an_error_of_a_sub_network_says_that_it_is_shallower() -> None:
+    job = Job(ByRange, TWO)
+    for worker in job.workers:
+        with pytest.raises(IndexError) as raised:
+            worker.model(torch.randn(2, 4))
+        (note,) = raised.value.__notes__
+        assert "holds only some of the 6 blocks of chain blocks:0-5. If the whole network takes this batch" in note
+    whole = Job(ByRange, resist.local_sgd(1))
+    assert whole.model(torch.randn(2, 4)).shape == (2, 4)
+    with pytest.raises(RuntimeError) as other:
+        whole.model(torch.randn(2, 5))
+    assert not hasattr(other.value, "__notes__")
+
+
+class InTurn(ByRange):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_the_hint_is_no_obstacle_to_copies_and_compilation() -> None:
+    """One graph without a break, and none of it in the full network."""
+    job = Job(InTurn, TWO)
+    model, counter, x = copy.deepcopy(job.workers[0].model), CompileCounter(), torch.randn(2, 4)
+    assert torch.equal(torch.compile(model, backend=counter, fullgraph=True)(x), job.workers[0].model(x))
+    assert counter.frame_count == 1
+    assert pickle.dumps(model)
+    full = job.full_model()
+    assert full is not None
+    assert not full._forward_hooks

@@ -101,6 +101,11 @@ class Chain:
         prefix = f"{self.container}." if self.container else ""
         return tuple(f"{prefix}{key}" for key in self.keys[start : start + self.period])
 
+    @property
+    def all_members(self) -> list[str]:
+        """Global dotted names of the children of all blocks."""
+        return [name for block in range(self.num_blocks) for name in self.members(block)]
+
     def block_name(self, block: int) -> str:
         """Return the global dotted name of a block.
 

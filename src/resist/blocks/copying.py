@@ -10,7 +10,7 @@ references.
 import copy
 import functools
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
@@ -78,6 +78,11 @@ def copied_module(module: nn.Module, replacements: Mapping[int, object]) -> nn.M
     return clone
 
 
+def _may_refer(name: str, value: object) -> bool:
+    """False for a module's own tables of weights, and for values without parts: most tables of hooks are empty."""
+    return name not in TABLES and not is_leaf(value) and not (type(value) in (dict, OrderedDict) and not value)
+
+
 def outside(root: nn.Module, module: nn.Module) -> dict[int, object]:
     """Collect the modules and tensors of a network outside of one of its modules.
 
@@ -140,7 +145,7 @@ def _search(module: nn.Module, collect: Callable[[object], bool]) -> None:
     """Show all parts of the attributes of a network to a function."""
     for part in module.modules():
         for name, value in part.__dict__.items():
-            if name not in TABLES and not is_leaf(value):
+            if _may_refer(name, value):
                 touches(value, collect)
 
 

@@ -5,19 +5,18 @@ network.
 """
 
 import inspect
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from resist.blocks.bypass import is_bare
-from resist.blocks.modules import children_of, named_modules
+from resist.blocks.outside import OutsideSkips
 from resist.blocks.rehearsal import Forward, Rehearsal, snapshot, stand_in
-from resist.blocks.runs import is_leaf
+from resist.blocks.runs import Run, runs
 from resist.blocks.streams import Call
+from resist.blocks.trial import called_names
 from resist.errors import UserError
 
 MOST_ITEMS = 4  # a larger batch is cut to so many items, where all its tensors have the same first dimension
@@ -113,37 +112,36 @@ def _shorter(leaf: object) -> object:
     return leaf[:MOST_ITEMS] if isinstance(leaf, Tensor) else leaf
 
 
-def record_calls(model: nn.Module, forward: Forward) -> dict[str, Call]:
-    """Run a copy of a network, and record the arguments of what may be blocks.
+@dataclass(frozen=True)
+class Seen:
+    """What runs with one example show of a network.
 
-    The copy shares the weights; the network, its buffers and the random state are not changed. It runs in evaluation
-    mode, or in training mode if it cannot be run otherwise.
-
-    Args:
-        model: The full network.
-        forward: Function that calls a network, from `as_forward`.
-
-    Returns:
-        The first call of every module that may be a block and whose class stands at several such places, by dotted
-        name. The arguments are copies. A module that is not called is left out.
-
-    Raises:
-        UserError: If the network cannot be run.
+    Attributes:
+        runs: Candidates for chains.
+        calls: First call of every module of their blocks, by dotted name. The arguments are copies. A module that is
+            not called is left out.
+        outside: Tests for skip connections outside of blocks.
     """
-    return calls_in(Rehearsal(forward, model), model)
+
+    runs: tuple[Run, ...]
+    calls: Mapping[str, Call]
+    outside: OutsideSkips
 
 
-def calls_in(rehearsal: Rehearsal, model: nn.Module) -> dict[str, Call]:
-    """Do the same as `record_calls`, with an example that has been tried.
+def look(rehearsal: Rehearsal, model: nn.Module, base: nn.Module) -> Seen:
+    """Run a copy of a network with an example, and record the calls of what may be blocks.
 
     Args:
         rehearsal: The example.
-        model: The full network.
+        model: The full network. It is not changed.
+        base: A copy of it, with any weights. It is not changed either.
 
     Returns:
-        The calls.
+        What has been seen.
     """
-    copied = stand_in(model)
+    candidates = tuple(runs(model))
+    names = {name for run in candidates for block in range(len(run.blocks)) for name in called_names(run, block)}
+    copied = stand_in(base)
     calls: dict[str, Call] = {}
 
     def recorder(name: str) -> Callable[..., None]:
@@ -153,24 +151,7 @@ def calls_in(rehearsal: Rehearsal, model: nn.Module) -> dict[str, Call]:
 
         return record
 
-    for name in _candidates(copied):
+    for name in names:
         copied.get_submodule(name).register_forward_pre_hook(recorder(name), with_kwargs=True)
     rehearsal.run(copied)
-    return calls
-
-
-def _candidates(model: nn.Module) -> list[str]:
-    """Modules that may be blocks and have a sibling of their class, or one at a place that differs in a number."""
-    places: dict[str, tuple[object, object]] = {}
-    for name, module in named_modules(model):
-        parent = name.rpartition(".")[0]
-        # A layer of torch can only be a block in a list, with its skip connection outside.
-        listed = not is_leaf(module) or isinstance(model.get_submodule(parent), nn.ModuleList | nn.ModuleDict)
-        if name and listed:
-            places[name] = (parent, type(module)), (re.sub(r"\d+", "*", name), type(module), "numbered")
-    number = Counter(place for found in places.values() for place in found)
-    names = [name for name, found in places.items() if any(number[place] > 1 for place in found)]
-    # A bare container may not be called itself, but its layers are.
-    bare = [(name, module) for name in names if is_bare(module := model.get_submodule(name))]
-    layers = [f"{name}.{key}" for name, module in bare for key, child in children_of(module).items() if child]
-    return list(dict.fromkeys((*names, *layers)))
+    return Seen(candidates, calls, OutsideSkips(rehearsal, base))

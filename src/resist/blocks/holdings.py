@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from resist.blocks.chains import Chain, every_chain
+from resist.blocks.chain import Chain
+from resist.blocks.chains import try_runs
+from resist.blocks.selection import all_chains
 from resist.errors import UserError
 from resist.planning.capacities import Capacities
 from resist.planning.strategy import Strategy
@@ -68,15 +70,18 @@ def weights_of(model: nn.Module, chains: Sequence[Chain]) -> Weights:
     return Weights(_numel(model), blocks, tuple(chain.num_blocks for chain in chains))
 
 
-def log_holdings(model: nn.Module, chains: Sequence[Chain], strategy: Strategy) -> None:
+def log_holdings(
+    model: nn.Module, chains: Sequence[Chain], strategy: Strategy, runs: Sequence[Chain] | None = None
+) -> None:
     """Log the notes on what the workers hold, each once: a warning where a chain is whole.
 
     Args:
         model: The full network.
         chains: The chains that are partitioned.
         strategy: The strategy.
+        runs: As in `notes_on_holdings`.
     """
-    notes = notes_on_holdings(model, chains, strategy)
+    notes = notes_on_holdings(model, chains, strategy, runs)
     for text in notes.warnings:
         log.warning("%s", text)
     if notes.share:
@@ -100,7 +105,9 @@ class Notes:
     remarks: tuple[str, ...] = ()
 
 
-def notes_on_holdings(model: nn.Module, chains: Sequence[Chain], strategy: Strategy) -> Notes:
+def notes_on_holdings(
+    model: nn.Module, chains: Sequence[Chain], strategy: Strategy, runs: Sequence[Chain] | None = None
+) -> Notes:
     """Describe what the workers hold in the first round that partitions.
 
     Another choice is named where the runs that are left undivided hold at least 1.3 times the weights of the chosen
@@ -110,6 +117,7 @@ def notes_on_holdings(model: nn.Module, chains: Sequence[Chain], strategy: Strat
         model: The full network, on any device.
         chains: The chains that are partitioned.
         strategy: The strategy.
+        runs: The runs of the network, from `resist.blocks.chains.try_runs`. Default: found by guesses.
 
     Returns:
         The notes; none if every worker holds every block in all rounds, as in local SGD.
@@ -118,7 +126,7 @@ def notes_on_holdings(model: nn.Module, chains: Sequence[Chain], strategy: Strat
     if round is None:
         return Notes()
     plans, record = strategy.plan(chains, seed=0, round=round).plans, strategy.at(round).capacities
-    everything, left_out = every_chain(model)
+    everything, left_out = all_chains(try_runs(model) if runs is None else runs, model)
     whole, depth = [], None
     if record is not None and strategy.workers > 1:
         by_rule = [chain for chain in chains if record.depth_of(chain.name, round) is not None]

@@ -5,9 +5,8 @@ can be compared bit for bit even if they drop paths or draw masks.
 """
 
 import copy
-import random
-import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from resist.blocks.copying import activations, copied_module, detached
-from resist.blocks.modules import fork_rng
+from resist.blocks.modules import hook_tables_of
+from resist.blocks.randomness import seeded_generators
 from resist.blocks.streams import Call
 from resist.errors import UserError, first_line
 
@@ -128,20 +128,9 @@ class _Repeatable(TorchDispatchMode):
 @contextmanager
 def undisturbed() -> Generator[None]:
     """Context that seeds and restores the random states, compiles nothing and shows no warnings."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    with fork_rng(), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+    with seeded_generators(0), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")
-        torch.default_generator.manual_seed(0)
-        random.seed(0)
-        if numpy:
-            numpy.random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            if numpy:
-                numpy.random.set_state(states[1])
+        yield
 
 
 def stand_in(model: nn.Module, *, own_weights: bool = False, to_cpu: bool = True) -> nn.Module:
@@ -163,6 +152,9 @@ def stand_in(model: nn.Module, *, own_weights: bool = False, to_cpu: bool = True
     for parameter in model.parameters() if not own_weights else ():
         if parameter.device.type == "cpu":
             memo[id(parameter)] = parameter
+    # Most tables of hooks are empty, and there are a dozen for each module: a new one takes less time than a copy.
+    empty = (table for module in model.modules() for table in hook_tables_of(module).values() if not table)
+    memo |= {id(table): OrderedDict[int, object]() for table in empty}
     try:
         copied = copied_module(model, memo)
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)

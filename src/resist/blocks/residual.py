@@ -10,20 +10,14 @@ block to the hidden state, see `resist.blocks.outside`), `NONE`, `SHAPE` (the sh
 `UNKNOWN` (the block could not be run).
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_map
 
-from resist.blocks.modules import BatchNorm, children_of, fork_rng, pre_hook_tables
-from resist.blocks.rehearsal import snapshot, stand_in
+from resist.blocks.rehearsal import describe, snapshot
 from resist.blocks.streams import (
     Call,
     Path,
@@ -35,23 +29,13 @@ from resist.blocks.streams import (
     tensors_at,
     with_hidden,
 )
+from resist.blocks.zeroing import alone, copy_on_cpu, fill, guesses
 
 __all__ = ["Call", "Skip", "Stream", "find_skip", "hidden_in", "hidden_out", "skip_of", "with_hidden"]
 
 PLAIN, RELU, NORM, NONE, SHAPE, UNKNOWN = "plain", "relu", "norm", "none", "shape", "unknown"
 OUTSIDE = "outside"
 RESIDUAL = (PLAIN, RELU, NORM)
-PREFERENCE = {
-    PLAIN: 0,
-    RELU: 0,
-    NORM: 0,
-    OUTSIDE: 0,
-    UNKNOWN: 1,
-    SHAPE: 2,
-    NONE: 2,
-}  # lower is preferred when a chain is chosen
-SIZES = 6  # largest number of channel counts to try for a block
-TOKENS, MOST_TOKENS = 16, 1024  # default and largest number of tokens to try
 
 
 @dataclass(frozen=True)
@@ -93,16 +77,14 @@ def find_skip(block: nn.Module, call: Call | None = None) -> Skip:
     Returns:
         The skip connection.
     """
-    # Run on the CPU, even if the caller has set another default device such as meta.
-    with torch.device("cpu"), fork_rng(), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with alone():
         try:
-            trial = _copy_on_cpu(block)
+            trial = copy_on_cpu(block)
         except Exception:  # blocks of users can raise anything; one that cannot be copied may still be residual
             return Skip(UNKNOWN)
         if call is not None:
             return _find(trial, call)
-        for guess in _guesses(trial):
+        for guess in guesses(trial):
             skip = _try(trial, guess, (0,))
             if skip.type != UNKNOWN:
                 return skip
@@ -123,7 +105,9 @@ def _find(trial: nn.Module, call: Call) -> Skip:
         return next((Skip(skip.type if skip.type not in RESIDUAL else NONE) for skip in tries.values()), Skip(UNKNOWN))
     main = found[0].stream
     assert main is not None, "a residual block has a stream"
-    others = [skip.stream for skip in found[1:] if skip.stream is not None and skip.stream.target != main.target]
+    # A state of which a block overwrites a part looks like a norm: close to what it was, and the same if applied twice.
+    like_main = [skip.stream for skip in found[1:] if skip.type == found[0].type]
+    others = [stream for stream in like_main if stream is not None and stream.target != main.target]
     return Skip(found[0].type, main, tuple(others))
 
 
@@ -166,7 +150,7 @@ def _try(trial: nn.Module, call: Call, source: Path) -> Skip:
 
     try:
         # All weights zero, gains included. A norm at the end then returns zero.
-        _fill(trial, gain=0.0)
+        fill(trial, gain=0.0)
         output = run(x)
         default = default_target(output)
         places = [path for path, tensor in tensors_at(output) if tensor.shape == x.shape and tensor.dtype == x.dtype]
@@ -180,7 +164,7 @@ def _try(trial: nn.Module, call: Call, source: Path) -> Skip:
                 return Skip(PLAIN, Stream(source, target))
         # Gains of one let a norm at the end pass its input on. Buffers can be weights too, as in a frozen BatchNorm.
         for with_buffers in (False, True):
-            if not _fill(trial, gain=1.0, with_buffers=with_buffers):
+            if not fill(trial, gain=1.0, with_buffers=with_buffers):
                 continue
             for target in places:
                 skip_type = _type_with_gains(lambda value, target=target: _at(run(value), target), x)
@@ -216,81 +200,6 @@ def _close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> bool:
     return torch.allclose(left.float(), right.float(), rtol=tolerance, atol=tolerance)
 
 
-def _copy_on_cpu(block: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, with BatchNorm in training mode."""
-    trial = stand_in(block, own_weights=True, to_cpu=False)
-    if any(tensor.is_meta for tensor in (*trial.parameters(), *trial.buffers())):
-        trial.to_empty(device="cpu")
-        for buffer in trial.buffers():
-            buffer.zero_()
-    trial.cpu().eval()
-    for module in trial.modules():
-        if isinstance(module, BatchNorm):
-            module.train()
-        if module is not trial and _is_normalized(module):  # its weight does not become zero with its parameters
-            module.register_forward_hook(_return_zeros)
-    return trial
-
-
-def _is_normalized(module: nn.Module) -> bool:
-    """True for a layer whose weight is computed: parametrizations, and the hooks of old weight and spectral norms."""
-    hooks = pre_hook_tables(module)[0].values()
-    return "parametrizations" in children_of(module) or any(isinstance(h, WeightNorm | SpectralNorm) for h in hooks)
-
-
-def _return_zeros(_module: nn.Module, _args: object, output: object) -> object:
-    return tree_map(_zeros, output)
-
-
-def _zeros(leaf: object) -> object:
-    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf
-
-
-def _fill(trial: nn.Module, gain: float, *, with_buffers: bool = False) -> bool:
-    """Set matrices and biases to zero, and gains to `gain`; False if there are no buffers to set."""
-    for name, parameter in trial.named_parameters():
-        vector = sum(size > 1 for size in parameter.shape) < 2 and "bias" not in name.rpartition(".")[2]
-        parameter.fill_(gain if vector else 0.0)
-    filled = not with_buffers
-    for module in trial.modules() if with_buffers else ():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and not isinstance(module, BatchNorm):
-                buffer.fill_(1.0 if "var" in name else 0.0)
-                filled = True
-    return filled
-
-
-def _guesses(block: nn.Module) -> Iterator[Call]:
-    """Images, tokens and vectors with channel counts that fit the weights."""
-    parameters = list(block.parameters())
-    if not parameters:
-        return
-    sizes: dict[int, None] = {}
-    for module in block.modules():
-        for name in ("in_channels", "num_features", "normalized_shape", "num_channels", "in_features"):
-            size: object = getattr(module, name, None)
-            if isinstance(size, tuple | list) and size:
-                size = cast(Sequence[object], size)[-1]
-            if isinstance(size, int) and size > 0:
-                sizes.setdefault(size)
-    for parameter in parameters:
-        sizes.update(dict.fromkeys((*parameter.shape[:2], parameter.shape[-1]) if parameter.dim() else ()))
-    channels = list(sizes)[:SIZES]
-    # The number of tokens of a mixer is a size of its weights, that of relative positions a size of their table.
-    tables = [buffer.shape[-1] for buffer in block.buffers() if buffer.dim() >= 2]
-    tokens = [n for n in dict.fromkeys((*channels, *tables)) if n <= MOST_TOKENS]
-    for shape in (
-        *(
-            (2, *rest)
-            for c in channels
-            for rest in ((c, 8, 8), (TOKENS, c), (8, 8, c), (c,), (c, TOKENS), (c, 2, 8, 8))
-        ),
-        *((2, n, c) for c, n in product(channels, tokens)),
-        *((2, *rest) for c in channels for rest in ((c, 14, 14), (14, 14, c))),  # windows of 7 by 7
-    ):
-        yield Call((torch.zeros(shape, dtype=parameters[0].dtype),))
-
-
 def output_of(block: nn.Module, call: Call | None = None) -> tuple[Call, object] | None:
     """Run a copy of a block.
 
@@ -301,20 +210,39 @@ def output_of(block: nn.Module, call: Call | None = None) -> tuple[Call, object]
     Returns:
         The call, and the block's output; None if the block accepts none of the inputs.
     """
-    with torch.device("cpu"), fork_rng(), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with alone():
         try:
-            trial = _copy_on_cpu(block)
-            _fill(trial, gain=1.0)
+            trial = copy_on_cpu(block)
+            fill(trial, gain=1.0)
         except Exception:  # see skip_of
             return None
-        for attempt in [call] if call is not None else _guesses(trial):
+        for attempt in [call] if call is not None else guesses(trial):
             try:
                 copied = snapshot(attempt)
                 return copied, trial(*copied.args, **copied.kwargs)
             except Exception:  # see skip_of
                 continue
     return None
+
+
+def failure_of(block: nn.Module, call: Call) -> str:
+    """Describe why a copy of a block cannot be run.
+
+    Args:
+        block: A block on any device, meta included. It is not changed.
+        call: Arguments of a real call.
+
+    Returns:
+        Class and text of the exception; "" if it can be run.
+    """
+    with alone():
+        try:
+            trial, copied = copy_on_cpu(block), snapshot(call)
+            fill(trial, gain=0.0)
+            trial(*copied.args, **copied.kwargs)
+        except Exception as error:  # see skip_of
+            return describe(error)
+    return ""
 
 
 def returns_input(block: nn.Module, call: Call | None = None) -> bool:
@@ -345,14 +273,13 @@ def reason_without_skip(block: nn.Module, call: Call | None = None) -> str:
 
 def _response(block: nn.Module, call: Call | None) -> tuple[bool, str]:
     """True if a block with all weights zero returns its input; else what it returns."""
-    with torch.device("cpu"), fork_rng(), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with alone():
         try:
-            trial = _copy_on_cpu(block)
+            trial = copy_on_cpu(block)
         except Exception:  # see skip_of
             return False, "a block cannot be copied"
-        _fill(trial, gain=0.0)
-        for attempt in [call] if call is not None else _guesses(trial):
+        fill(trial, gain=0.0)
+        for attempt in [call] if call is not None else guesses(trial):
             like = hidden_in(attempt.args, attempt.kwargs)
             if like is None or not like.is_floating_point():
                 continue

@@ -95,13 +95,13 @@ def runs(model: nn.Module) -> Iterator[Run]:
             members = [child for child in children[start:end] if child is not None]
             groups = [members[i : i + period] for i in range(0, end - start, period)]
             blocks = tuple(group[0] if period == 1 else nn.ModuleList(group) for group in groups)
-            leaves = all(is_leaf(member) for member in members)
+            leaves = all(is_layer(member) for member in members)
             if leaves and (by_name or isinstance(module, nn.Sequential)):
                 continue  # an nn.Sequential calls its layers one after another
             yield Run(Chain(container, start, end - 1, keys, period=period, by_name=by_name), blocks, leaves)
 
 
-def is_leaf(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
     """True for a layer of torch itself.
 
     Args:

@@ -15,7 +15,7 @@ from resist.blocks.chain import Branch, Chain
 from resist.blocks.modules import children_of
 from resist.blocks.outside import OutsideSkips
 from resist.blocks.residual import Call
-from resist.blocks.runs import Run, is_leaf
+from resist.blocks.runs import Run, is_layer
 
 _ORDER = (residual.PLAIN, residual.RELU, residual.NORM, residual.OUTSIDE, residual.UNKNOWN, residual.SHAPE)
 
@@ -84,6 +84,19 @@ def tried_outside(run: Run, outside: OutsideSkips) -> list[Chain]:
     return _split(run, {parts[i]: [residual.OUTSIDE] * len(run.blocks) for i in added}) if added else []
 
 
+def called_names(run: Run, block: int) -> list[str]:
+    """List the modules of a block that the network may call.
+
+    Args:
+        run: The candidate.
+        block: Number of the block.
+
+    Returns:
+        Dotted names: its members, and where these only hold modules, those too.
+    """
+    return [*run.chain.members(block), *(part.name(run, block) for part in _parts(run) if part.path)]
+
+
 def _parts(run: Run) -> list[Part]:
     members = [run.blocks[0]] if run.chain.period == 1 else list(run.blocks[0].children())
     return [Part(number, path) for number, member in enumerate(members) for path in _called(member)]
@@ -131,7 +144,7 @@ def _types(run: Run, part: Part, calls: Mapping[str, Call] | None) -> list[str]:
 
 
 def _skip_of(module: nn.Module, call: Call | None) -> str:
-    if is_leaf(module):
+    if is_layer(module):
         return residual.NONE
     if next(module.children(), None) is None and not residual.returns_input(module, call):
         return residual.NONE  # a norm or a gain, which a test with gains of one takes for residual

@@ -6,7 +6,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from resist.blocks.rehearsal import snapshot
 from resist.blocks.streams import (
+    Call,
     Path,
     Stream,
     default_source,
@@ -47,7 +49,8 @@ def bypass(block: nn.Module, stream: Stream | None, auxiliary: str = "computed",
                 output = with_hidden(output, torch.zeros_like(tensor), path)
         return output
 
-    _wrap(block, stream, compute, outside)
+    # As if the block were not there: what it would write into a list or a cache does not show either.
+    _wrap(block, stream, compute, outside, copy=_copied if auxiliary == "computed" else _copied_whole)
 
 
 def compute_out_of_place(block: nn.Module, stream: Stream | None, scale: float, *, outside: bool = False) -> None:
@@ -68,12 +71,19 @@ def compute_out_of_place(block: nn.Module, stream: Stream | None, scale: float, 
     _wrap(block, stream, compute, outside)
 
 
-def _wrap(block: nn.Module, stream: Stream | None, compute: Callable[..., Any], outside: bool) -> None:
+def _wrap(
+    block: nn.Module,
+    stream: Stream | None,
+    compute: Callable[..., Any],
+    outside: bool,
+    copy: Callable[[Any], Any] | None = None,
+) -> None:
+    copy = copy or _copied
     forward = block.forward
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         source = default_source(args, kwargs) if stream is None else stream.source
-        copies = tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}
+        copies = tuple(map(copy, args)), {name: copy(value) for name, value in kwargs.items()}
         output = forward(*copies[0], **copies[1])
         target = default_target(output) if stream is None else stream.target
         x, y = hidden_in(args, kwargs, source), hidden_out(output, target)
@@ -91,3 +101,7 @@ def _copied(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(map(_copied, cast(tuple[Any, ...], value)))
     return value
+
+
+def _copied_whole(value: Any) -> Any:
+    return snapshot(Call((value,))).args[0]

@@ -14,44 +14,27 @@ The network has to satisfy five laws, each in evaluation mode, and the second on
 The second law compares what every block gets and returns, and the output, so that the reason names the place.
 """
 
-import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from resist.blocks import residual
-from resist.blocks.chain import Chain
-from resist.blocks.chains import choose_chains
-from resist.blocks.example import as_forward, calls_in
-from resist.blocks.rehearsal import Forward, Rehearsal, describe, snapshot, stand_in
-from resist.blocks.residual import OUTSIDE, Call, Stream
-from resist.blocks.streams import Path, default_source, default_target, tensors_at
-from resist.checking.bypassing import AUXILIARY, bypass, compute_out_of_place
-from resist.checking.forms import choose_forms
+from resist.blocks.bypass import in_place
+from resist.blocks.chain import COMPACT, Chain
+from resist.blocks.chains import chosen_of, try_runs
+from resist.blocks.example import Seen, as_forward, look
+from resist.blocks.rehearsal import Rehearsal, describe
+from resist.blocks.selection import ALL, all_chains
+from resist.checking.examination import Checked, Examination
 from resist.checking.references import check_references, preserved
-from resist.checking.sharing import share_weights, with_larger_weights
-from resist.checking.trace import Difference, Trace, first_difference, relative, tensors_in
+from resist.checking.sharing import with_larger_weights
+from resist.checking.trace import tensors_in
 from resist.errors import UserError
-from resist.subnet.network import Subnet
-from resist.subnet.scaling import scale_branches
-from resist.subnet.tensors import values_of
 
-REMEDY = "partition another chain"
+__all__ = ["check_network", "choose_checked", "choose_with_runs", "tensors_in"]
 
-
-@dataclass(frozen=True)
-class Checked:
-    """A network that satisfies the laws.
-
-    Attributes:
-        chains: The chains, with the places of hidden states that are not the default ones.
-        difference: Largest difference of the first law, relative to the largest number; 0.0 means bit for bit.
-    """
-
-    chains: tuple[Chain, ...]
-    difference: float
+log = logging.getLogger(__name__)
 
 
 def check_network(model: nn.Module, chains: Sequence[Chain], example: object) -> float:
@@ -74,7 +57,7 @@ def check_network(model: nn.Module, chains: Sequence[Chain], example: object) ->
         UserError: If the network breaks a law, with the chain and the reason, or if it cannot be run.
     """
     with preserved(model):
-        return Examiner(Rehearsal(as_forward(example), model), model).examine(chains).difference
+        return Examiner(model, example).examine(chains).difference
 
 
 def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> tuple[Chain, ...]:
@@ -86,14 +69,29 @@ def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> t
         example: One batch, or a function that calls a network; see `resist.blocks.example.as_forward`.
 
     Returns:
-        The chains.
+        The chains. The log has a line for each whose blocks keep their places, and for each that "all" leaves out
+        because it breaks a law.
 
     Raises:
         UserError: If there is no such chain, or if the network breaks a law; see `check_network`.
     """
+    return choose_with_runs(model, names, example)[0]
+
+
+def choose_with_runs(
+    model: nn.Module, names: Sequence[str], example: object
+) -> tuple[tuple[Chain, ...], tuple[Chain, ...]]:
+    """Do the same as `choose_checked`, and return all runs of blocks that were tried, too."""
     try:
         with preserved(model):
-            return _choose_checked(model, names, as_forward(example))
+            examiner = Examiner(model, example)
+            seen = examiner.look()
+            runs = try_runs(model, seen, every=bool(names))
+            chosen = chosen_of(runs, model, names, seen)
+            if tuple(names) == (ALL,):
+                return examiner.choose_all(runs, seen), runs
+            chains = tuple(examiner.with_form(chain, seen) for chain in chosen)
+            return examiner.examine(chains).chains if len(chains) > 1 else chains, runs
     except UserError:
         raise
     except Exception as error:  # models of users can do anything; all processes have to go on together
@@ -103,35 +101,27 @@ def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> t
         ) from error
 
 
-def _choose_checked(model: nn.Module, names: Sequence[str], forward: Forward) -> tuple[Chain, ...]:
-    rehearsal = Rehearsal(forward, model)
-    examiner = Examiner(rehearsal, model)
-    calls = calls_in(rehearsal, examiner.base)
-    chains = choose_chains(model, names, calls, forward)
-    found: dict[tuple[Chain, ...], Checked] = {}
-
-    def check(_model: nn.Module, chains: Sequence[Chain], _forward: Forward) -> None:
-        found[tuple(chains)] = examiner.examine(chains)
-
-    return found[choose_forms(model, chains, forward, check, calls)].chains
-
-
 class Examiner:
     """A network with larger weights, and an example.
 
     Args:
-        rehearsal: The example.
-        model: The full network. It is not changed.
+        model: The full network. It is run, so attributes and modes have to be restored; see `preserved`.
+        example: One batch, or a function that calls a network.
 
     Raises:
-        UserError: If copies of the network do not compute what it computes.
+        UserError: If the network cannot be run, or copies of it do not compute what it computes.
     """
 
-    def __init__(self, rehearsal: Rehearsal, model: nn.Module) -> None:
-        self.rehearsal = rehearsal
-        check_references(rehearsal, model)
-        rehearsal.forbid(model)
-        self.base = with_larger_weights(rehearsal, model)
+    def __init__(self, model: nn.Module, example: object) -> None:
+        self._model = model
+        self._rehearsal = Rehearsal(as_forward(example), model)
+        check_references(self._rehearsal, model)
+        self._rehearsal.forbid(model)
+        self._base = with_larger_weights(self._rehearsal, model)
+
+    def look(self) -> Seen:
+        """Record what the example shows of the blocks."""
+        return look(self._rehearsal, self._model, self._base)
 
     def examine(self, chains: Sequence[Chain]) -> Checked:
         """Check the laws for some chains.
@@ -145,219 +135,65 @@ class Examiner:
         Raises:
             UserError: If the network breaks a law.
         """
-        return _Examination(self.rehearsal, self.base, tuple(chains)).run()
+        return Examination(self._rehearsal, self._base, tuple(chains)).run()
 
+    def with_form(self, chain: Chain, seen: Seen, others: tuple[Chain, ...] = ()) -> Chain:
+        """Choose the form of a chain by trials: compact where that is right, else in place.
 
-class _Examination:
-    """The laws, for one network, one example and some chains."""
+        Args:
+            chain: A chain of the network.
+            seen: What the example shows.
+            others: Chains that are partitioned together with it.
 
-    def __init__(self, rehearsal: Rehearsal, base: nn.Module, chains: tuple[Chain, ...]) -> None:
-        self.rehearsal, self.base, self.chains = rehearsal, base, chains
-        self.skip_types = {
-            name: skip_type
-            for chain in chains
-            for block in range(chain.num_blocks)
-            for name, skip_type in chain.scaled(block)
-        }
-        self.streams: dict[str, Stream] = {}
-        self.sources: dict[str, Path | None] = {}
-        self.auxiliary: tuple[str, ...] = AUXILIARY[:1]
+        Returns:
+            The chain, with places of hidden states. The log has a line if it is in place.
 
-    def run(self) -> Checked:
-        every = [list(range(chain.num_blocks)) for chain in self.chains]
-        expected = self._record()
-        difference = self._compare(every, self.rehearsal.modes[0], [expected])
-        for training in self.rehearsal.modes:
-            # Hold the even blocks, then the odd ones: neighbors are missing, and each end of a chain is missing once.
-            for keep in (0, 1):
-                held = [[block for block in blocks if block % 2 == keep] for blocks in every]
-                self._compare(held, training)
-        chains = tuple(self._with_streams(chain) for chain in self.chains)
-        self._check_scaling(chains, expected)
-        return Checked(chains, difference)
-
-    def _record(self) -> Trace:
-        """Laws 3 and 4: look at the first call of every block, and at what it returned."""
-        calls: dict[str, Call] = {}
-        outputs: dict[str, object] = {}
-        model, trace = stand_in(self.base), Trace()
-        for name in self.skip_types:
-
-            def enter(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                if name not in calls:
-                    calls[name] = snapshot(Call(args, kwargs))
-
-            def leave(_module: nn.Module, _args: object, output: object, name: str = name) -> None:
-                outputs.setdefault(name, snapshot(Call((output,))).args[0])
-
-            model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True)
-            model.get_submodule(name).register_forward_hook(leave)
-        trace.follow({name: model.get_submodule(name) for name in self.skip_types})
-        trace.end(self.rehearsal.run(model))
-        for chain in self.chains:
-            names = [name for block in range(chain.num_blocks) for name, _ in chain.scaled(block)]
-            missing = [name for name in names if name not in calls]
-            if missing:
-                raise UserError(
-                    f"the network does not call {_some(missing)} of chain {chain.name} with `example`, or not as "
-                    f"modules; give an example that runs through them, call block(x) and not block.forward(x), or "
-                    f"{REMEDY}"
-                )
-            self._find_streams(chain, calls, outputs)
-        return trace
-
-    def _find_streams(self, chain: Chain, calls: Mapping[str, Call], outputs: Mapping[str, object]) -> None:
-        """Find out what each block of a chain adds to."""
-        tried: dict[object, residual.Skip] = {}
-        for block in range(chain.num_blocks):
-            values = repr([attribute.values[block] for attribute in chain.varying])
-            for number, (name, skip_type) in enumerate(chain.scaled(block)):
-                call, output = calls[name], outputs[name]
-                if len(tensors_in(output)) > 1:
-                    self.auxiliary = AUXILIARY
-                self.sources[name] = default_source(call.args, call.kwargs)
-                if skip_type == OUTSIDE:
-                    continue
-                key = number, values, _form(call)  # blocks with the same attributes are tried once
-                if key not in tried:
-                    tried[key] = residual.find_skip(self.base.get_submodule(name), call)
-                self._check_skip(name, tried[key], call)
-                stream = tried[key].stream
-                if stream is not None and stream != Stream(self.sources[name] or (), default_target(output) or ()):
-                    self.streams[name], self.sources[name] = stream, stream.source
-
-    def _check_skip(self, name: str, skip: residual.Skip, call: Call) -> None:
-        if skip.type not in residual.RESIDUAL:
-            reason = residual.reason_without_skip(self.base.get_submodule(name), call)
-            raise UserError(f"{name} is not a residual block: {reason}; {REMEDY}")
-        if skip.others:
-            raise UserError(
-                f"{name} adds to {len(skip.others) + 1} tensors that it gets and returns, of which only one would be "
-                f"scaled in the full network; put them into one tensor, or {REMEDY}"
-            )
-
-    def _with_streams(self, chain: Chain) -> Chain:
-        names = [name for block in range(chain.num_blocks) for name, _ in chain.scaled(block)]
-        return replace(chain, streams=tuple((name, self.streams[name]) for name in names if name in self.streams))
-
-    def _compare(self, held: Sequence[Sequence[int]], training: bool, expected: Sequence[Trace] = ()) -> float:
-        """Laws 1 and 2: compare a sub-network with the network without the other blocks. Returns the difference."""
-        subnet = Subnet(stand_in(self.base), self.chains, [len(blocks) for blocks in held])
-        subnet.load(values_of(self.base), held)
-        share_weights(subnet, held, self.base)
-        trace = Trace()
-        trace.follow(_branches(subnet, held))
-        parts = zip(held, self.chains, strict=True)
-        names = " and ".join(f"{' '.join(map(str, blocks))} of {chain.name}" for blocks, chain in parts)
-        mode = " in training mode" if training else ""
+        Raises:
+            UserError: If it is right in neither form.
+        """
         try:
-            trace.end(self.rehearsal.run(subnet.model, training=training))
-        except UserError:
-            raise
-        except Exception as error:  # models of users can raise anything
-            raise UserError(
-                f"a sub-network with blocks {names} cannot be run{mode} ({describe(error)}): a worker's network is "
-                f"shallower than the whole one, and the network depends on its number of blocks; {REMEDY}"
-            ) from error
-        difference: Difference | None = None
-        for auxiliary in self.auxiliary if not expected else ("",):
-            reference = expected[0] if expected else self._reference(held, training, auxiliary)
-            found = first_difference(trace, reference)
-            if found is None:
-                pairs = zip(trace.output.values(), reference.output.values(), strict=True)
-                return max((relative(left, right) for left, right in pairs), default=0.0)
-            difference = difference or found
-        assert difference is not None, "there is a reference"
-        raise UserError(
-            f"a sub-network with blocks {names} does not compute the same as the network without the others{mode}: "
-            f"{self._cause(difference)}; {REMEDY}"
+            return self.examine((*others, replace(chain, form=COMPACT))).chains[-1]
+        except UserError as error:
+            placed = in_place(chain, self._model, seen.calls)
+            if placed is None:
+                raise
+            reason = error
+        try:
+            checked = self.examine((*others, placed)).chains[-1]
+        except UserError as error:
+            # Of a chain that is wrong in both forms, the reason for the usual one is given.
+            raise (error if chain.by_name else reason) from None
+        log.info(
+            "chain %s: the network takes its blocks by name or position, so sub-networks keep each block at its place, "
+            "and pass over the others; torch.compile compiles again in each round",
+            chain.name,
         )
+        return checked
 
-    def _reference(self, held: Sequence[Sequence[int]], training: bool | None = None, auxiliary: str = "") -> Trace:
-        """Run the network with the blocks that are not held bypassed."""
-        model, trace = stand_in(self.base), Trace()
-        followed: dict[str, nn.Module] = {}
-        for chain, blocks in zip(self.chains, held, strict=True):
-            for block in range(chain.num_blocks):
-                for name, skip_type in chain.scaled(block):
-                    module = model.get_submodule(name)
-                    if block in blocks:
-                        followed[name] = module
-                    else:
-                        bypass(module, self.streams.get(name), auxiliary, outside=skip_type == OUTSIDE)
-        trace.follow(followed)
-        try:
-            return trace.end(self.rehearsal.run(model, training=training))
-        except UserError:
-            raise
-        except Exception as error:  # models of users can raise anything
-            raise UserError(f"the network cannot be run with blocks left out ({describe(error)}); {REMEDY}") from error
+    def choose_all(self, runs: Sequence[Chain], seen: Seen) -> tuple[Chain, ...]:
+        """Choose all chains that are right together.
 
-    def _cause(self, difference: Difference) -> str:
-        """Reason why a sub-network differs, from the place where it does."""
-        name, place = difference.name, difference.place
-        if difference.kind == "end":
-            return (
-                "what it makes of the states of its blocks, as features, pooling or gains, depends on the position of "
-                "a block or on their number"
-            )
-        if difference.kind == "calls":
-            return f"whether it calls {name} depends on the position of a block"
-        if difference.kind == "output":
-            return f"what {name} computes depends on the position of a block"
-        if place[1:] == self.sources[name]:
-            return f"the state that {name} gets depends on the position of a block"
-        argument = place[1]
-        if place[0] == 0:
-            parameters = list(inspect.signature(self.base.get_submodule(name).forward).parameters)
-            argument = parameters[int(argument)] if int(argument) < len(parameters) else argument
-        return f"the argument {argument} of {name} depends on the position of a block"
+        Args:
+            runs: The runs of the network, the best first.
+            seen: What the example shows.
 
-    def _check_scaling(self, chains: Sequence[Chain], expected: Trace) -> None:
-        """Law 5: the network and the scaled network against ones that compute their blocks out of place."""
-        scaled = stand_in(self.base)
-        trace = self._following(scaled)
-        scale_branches(scaled, chains, [0.5] * len(chains))
-        trace.end(self.rehearsal.run(scaled))
-        for scale, found in ((1.0, expected), (0.5, trace)):
-            reference = stand_in(self.base)
-            for name, skip_type in self.skip_types.items():
-                block = reference.get_submodule(name)
-                compute_out_of_place(block, self.streams.get(name), scale, outside=skip_type == OUTSIDE)
-            expected = self._following(reference).end(self.rehearsal.run(reference))
-            difference = first_difference(found, expected, outputs=False)
-            if difference is not None:
-                names = " and ".join(chain.name for chain in self.chains)
-                raise UserError(
-                    f"the blocks of {names} write into a tensor that the network uses again"
-                    + (f", seen at {difference.name}" if difference.name else "")
-                    + ", so they cannot be scaled: let them compute out of place (x = x + f(x))"
-                )
+        Returns:
+            The chains. The log has a line for each that breaks a law.
 
-    def _following(self, model: nn.Module) -> Trace:
-        trace = Trace()
-        trace.follow({name: model.get_submodule(name) for name in self.skip_types}, inputs_only=True)
-        return trace
+        Raises:
+            UserError: If there is none.
+        """
+        reasons: list[UserError] = []
 
+        def accept(chosen: tuple[Chain, ...], run: Chain) -> Chain | str:
+            try:
+                return self.with_form(run, seen, chosen)
+            except UserError as error:
+                reasons.append(error)
+                log.warning("chain %s is left undivided: %s", run.name, error)
+                return str(error)
 
-def _branches(subnet: Subnet, held: Sequence[Sequence[int]]) -> dict[str, nn.Module]:
-    """The modules of a sub-network that have a branch, by their names in the full network."""
-    found: dict[str, nn.Module] = {}
-    for number, (chain, blocks) in enumerate(zip(subnet.chains, held, strict=True)):
-        for slot, block in enumerate(blocks):
-            whole, members = subnet.block(number, slot), chain.members(block)
-            modules = [whole] if chain.period == 1 else list(whole.children())
-            for name, _ in chain.scaled(block):
-                member = next(i for i, one in enumerate(members) if f"{name}.".startswith(f"{one}."))
-                found[name] = modules[member].get_submodule(name.removeprefix(members[member]).lstrip("."))
-    return found
-
-
-def _form(call: Call) -> str:
-    """Shapes and types of a call, as text."""
-    tensors = [(path, tuple(t.shape), t.dtype) for path, t in tensors_at((call.args, dict(call.kwargs)))]
-    return repr((tensors, [type(value).__name__ for value in (*call.args, *call.kwargs.values())]))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+        chosen, _ = all_chains(runs, self._model, accept)
+        if not chosen:
+            raise reasons[0]
+        return chosen

@@ -5,6 +5,7 @@
 - `batch`: no running statistics, as in the authors' code. Every batch is normalized by its own, at test time too.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -72,9 +73,8 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torc
             if isinstance(inputs, Tensor):
                 model(inputs.to(device))
             else:
-                model(
-                    **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-                )
+                _check_names(model, inputs)
+                model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()})
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
@@ -98,6 +98,17 @@ def _inputs(batches: Iterable[object]) -> Iterator[Tensor | Mapping[str, object]
         yield cast(Tensor | Mapping[str, object], first)
     if batch is None:
         raise UserError("full_model got no batches (an iterator that is used up?); give some training batches")
+
+
+def _check_names(model: nn.Module, inputs: Mapping[str, object]) -> None:
+    """Raise UserError unless a network takes these keyword arguments."""
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError as error:
+        raise UserError(
+            f"full_model got batches with {', '.join(map(str, inputs)) or 'nothing'}, and the network's forward: "
+            f"{error}; give dictionaries of its arguments, or tensors"
+        ) from error
 
 
 def has_running_statistics(model: nn.Module) -> bool:

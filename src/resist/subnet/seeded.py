@@ -15,7 +15,8 @@ from resist.subnet.tensors import tensors_of
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Call `build_model()` with a seeded generator, and restore the random state.
 
-    Those of Python and numpy are seeded too, so that attributes which are drawn are equal in all processes.
+    The generators of torch (of the CPU), of Python and, if it is imported, of numpy are seeded, so that attributes
+    which are drawn are equal in all processes.
 
     Args:
         build_model: Function without arguments that returns the full network.
