@@ -75,7 +75,7 @@ def tested(r: Record) -> list[str]:
     return [
         r["name"], r["small"], r["small_input"], f"{r['small_parameters'] / 1e6:.2f} M",
         ", ".join(f"`{c['name']}`" + (", in place" if c["form"] == "in_place" else "") for c in r["chains"]),
-        " and ".join(map(str, r["workers"])), digits(r["forward"]), digits(r["backward"]), "bit for bit",
+        str(r["workers"]), digits(r["forward"]), digits(r["backward"]), "bit for bit",
         digits(r["scaled"]), " ".join(f"{s:.2f}" for s in r["scales"]),
         f"{r['losses'][0]:.2f}, {r['losses'][1]:.2f}",
     ]  # fmt: skip
