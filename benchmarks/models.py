@@ -6,7 +6,8 @@
     python benchmarks/models.py --check            # write nothing; exit status 1 if the page is out of date
 
 Each architecture is counted as published, without allocating weights, and tested in a small version: less width, small
-images, equally many blocks. Each is tested in a process of its own, with four workers, a batch of random inputs as `example=`, and weights with noise, so that every branch counts. References: benchmarks/reference.py.
+images, equally many blocks. Each is tested in a process of its own, with four workers, a batch of random inputs as
+`example=`, and weights with noise, so that every branch counts. References: benchmarks/reference.py.
   sub-networks  under two plans each worker's network computes what the plain network computes with the other blocks
                 bypassed; its gradients are the same
   conservation  after two synchronizations all weights are as before, bit for bit
@@ -139,21 +140,21 @@ def examine(case: Case) -> Record:
     batch = case.inputs(BATCH, full=False)
     build = partial(lively, case)
     plain = build_seeded(build, SEED).eval()
-    job = fitting_job(case, batch)
-    workers, chains = job.strategy.workers, job.chains
+    strategy = resist.resist(WORKERS[-1], LOCAL_STEPS, min_depth=0)
+    job = resist.Job(build, strategy, chains=case.chains, example=batch, batchnorm="average", seed=SEED)
+    chains = job.chains
     forward, backward = partitioned(case, job, plain, batch)
     losses = train(case, job)
     full = job.full_model()
     assert full is not None
     trained = build_seeded(build, SEED).eval()
     trained.load_state_dict(full.state_dict())
-    scales = {n: scale_of(c, workers) for c in chains for b in range(c.num_blocks) for n in c.members(b)}
+    scales = {n: scale_of(c, WORKERS[-1]) for c in chains for b in range(c.num_blocks) for n in c.members(b)}
     with torch.no_grad():
         scaled = apart(main_output(called(full, batch)), expected(case, trained, scales, batch))
     result = {
         **count(case, chains),
         "small_parameters": sum(p.numel() for p in plain.parameters()),
-        "workers": workers,
         "forward": forward,
         "backward": backward,
         "scaled": scaled,
@@ -168,25 +169,6 @@ def examine(case: Case) -> Record:
 
 def lively(case: Case) -> nn.Module:
     return with_noise(case.small())
-
-
-def fitting_job(case: Case, batch: Inputs) -> resist.Job:
-    """Make a job of four workers, or of as many as there are blocks."""
-    build = partial(lively, case)
-    for workers in range(WORKERS[-1], 1, -1):
-        try:
-            return resist.Job(
-                build,
-                resist.resist(workers, LOCAL_STEPS, min_depth=0),
-                chains=case.chains,
-                example=batch,
-                batchnorm="average",
-                seed=SEED,
-            )
-        except UserError as error:
-            if "workers" not in str(error):
-                raise
-    raise AssertionError("a chain has at least two blocks")
 
 
 def partitioned(case: Case, job: resist.Job, plain: nn.Module, batch: Inputs) -> tuple[float, float]:
@@ -297,8 +279,7 @@ def count(case: Case, chains: Sequence[Chain]) -> Record:
         "chains": [describe(template, chain, flops) for chain in chains],
         "named": bool(case.chains),
     }
-    possible = [workers for workers in WORKERS if all(chain.num_blocks >= workers for chain in chains)]
-    plans = {workers: resist.resist(workers, 1).plan(chains, seed=0, round=0) for workers in possible}
+    plans = {workers: resist.resist(workers, 1).plan(chains, seed=0, round=0) for workers in WORKERS}
     return {**record, "held": {str(workers): list(plan.capacities(0)) for workers, plan in plans.items()}}
 
 
