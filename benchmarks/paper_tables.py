@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 from torch import nn
 
 import resist
 from page_parts import Record, fill, provenance, reached, rows, spread
-from resist.blocks.chains import choose_chains
+from resist.blocks.chains import Chain, choose_chains
 from resist.cost import Traffic
-from resist.cost.footprint import build_on_meta, sizes_of
-from resist.cost.traffic import mean_traffic, paper_bytes, round_traffic
+from resist.cost.footprint import build_on_meta, sgd, sizes_of
+from resist.cost.states import StateMeter
+from resist.cost.traffic import Sizes, mean_traffic, paper_bytes, round_traffic
 from resist.models import build
 from resist.planning.strategy import build_strategy
 from resist.subnet.batchnorm import use_batch_statistics
@@ -65,15 +66,22 @@ def formula(build: Build, strategy: resist.Strategy, rounds: int, *, statistics:
         rounds: Number of rounds.
         statistics: Whether BatchNorm's running statistics are sent too.
     """
+    template, chains, sizes = _measured(build, statistics)
+    plans = [strategy.plan(chains, seed=SEED, round=number) for number in range(rounds + 1)]
+    state = StateMeter(sgd).sizes(template, chains, [plans[0].capacities(w) for w in range(strategy.workers)])
+    run = [round_traffic(sizes, now, then, strategy=strategy, state=state) for now, then in pairwise(plans)]
+    paper = paper_bytes(sizes, plans[0], workers=strategy.workers)
+    return Formula(mean_traffic(run, strategy.workers, paper), [sum(round_.bytes.values()) for round_ in run])
+
+
+@cache
+def _measured(build: Build, statistics: bool) -> tuple[nn.Module, tuple[Chain, ...], Sizes]:
+    """Return a network on the meta device, its chains, and the sizes of their parts."""
     template = build_on_meta(build)
     if not statistics:
         use_batch_statistics(template)
     chains = choose_chains(template)
-    sizes = sizes_of(template, chains)
-    plans = [strategy.plan(chains, seed=SEED, round=number) for number in range(rounds + 1)]
-    run = [round_traffic(sizes, now, then, strategy=strategy, num_states=1) for now, then in pairwise(plans)]
-    paper = paper_bytes(sizes, plans[0], workers=strategy.workers)
-    return Formula(mean_traffic(run, strategy.workers, paper), [sum(round_.bytes.values()) for round_ in run])
+    return template, chains, sizes_of(template, chains)
 
 
 def count_bytes(build: Build, strategy: resist.Strategy, rounds: int) -> list[int]:

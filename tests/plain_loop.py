@@ -67,7 +67,7 @@ class Plain:
         """Average the state of each parameter over the holders of its block that have one, and give it to every worker.
 
         Counts are those of the block's owner. Where no holder has any state (a GradScaler left out all their steps, or
-        the parameter had no gradient), every optimizer begins anew.
+        the parameter had no gradient), every optimizer starts over.
         """
         for name in self.trained:
             block = block_of(name)

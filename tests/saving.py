@@ -97,7 +97,7 @@ def warmed_up(workers: int = 3, policy: str = "travel") -> Strategy:
 
 @dataclass
 class Loop:
-    """A user's loop: a job, the optimizers of its workers, averages if asked for, a schedule of the learning rate."""
+    """A user's loop: a job, the optimizers of its workers, averages where wanted, a schedule of the learning rate."""
 
     strategy: Strategy
     optimizer: Callable[[nn.Module], list[Optimizer]] = OPTIMIZERS["sgd"]

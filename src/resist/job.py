@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from resist.blocks.chain import Chain
 from resist.blocks.chains import choose_chains
 from resist.blocks.holdings import log_holdings
 from resist.blocks.wrappers import check_blocks
@@ -24,27 +25,29 @@ from resist.checking.validate import choose_checked
 from resist.errors import UserError
 from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
+from resist.state.stateful import load_state_dict, state_dict_of
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
+from resist.subnet.flats import Flats
 from resist.subnet.modes import train_except
-from resist.subnet.network import Flats, Subnet, values_of
+from resist.subnet.network import Subnet
 from resist.subnet.randomness import seeded_rng, step_seed
 from resist.subnet.scaling import chain_scales, scale_branches
 from resist.subnet.seeded import build_seeded
 from resist.subnet.skeleton import own_storages
-from resist.sync.agreement import agree_on_round, check_agreement, diverged, run_everywhere
+from resist.subnet.tensors import values_of
+from resist.sync.agreement import check_agreement, job_values, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
 from resist.sync.exchange import Exchange
-from resist.sync.job_values import job_values
-from resist.sync.loose import LooseExchange, Rule
-from resist.sync.optimizers import check_alone, check_optimizers
+from resist.sync.loose_exchange import LooseExchange
+from resist.sync.optimizers import check_optimizers
 from resist.sync.options import check_options
 from resist.sync.replicas import Replica, collect_replica, keep_newest
-from resist.sync.stateful import load_state_dict, state_dict_of
+from resist.sync.round_agreement import agree_on_round, diverged
+from resist.sync.round_end import RoundEnd
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
-from resist.sync.wrappers import check_unwrapped
 
 
 class Job:
@@ -152,39 +155,24 @@ class Job:
         self.dropped: dict[int, str] = {}
         self.round, self.step_index = resume_at
         self._steps_in_round = 0
-        self.begun = self._checked = False
+        self.begun = False
         self._optimizers: tuple[Optimizer, ...] = ()
         full = build_seeded(build_model, seed)
         if batchnorm == "batch":
             use_batch_statistics(full)
-        names = (chains,) if isinstance(chains, str) else tuple(chains)
-        unchecked = example is None or example is False
-        self.chains = choose_chains(full, names) if unchecked else ()
-        if self.chains:  # chosen in every process alike, so this may fail before they wait for each other
-            self._draw_first()
-        self.transport = CountingTransport(
-            transport if transport is not None else connect(strategy.workers, device, timeout_s)
-        )
-        if self.transport.num_workers != strategy.workers:
-            raise UserError(
-                f"a transport for {self.transport.num_workers} workers, a strategy for {strategy.workers}; match them"
-            )
-        if not unchecked:  # each process may have another batch, and all fail if one does
-            try:
-                self.chains = run_everywhere(self.transport, lambda: choose_checked(full, names, example))
-                self._draw_first()
-            except BaseException:
-                if transport is None:
-                    self.transport.close()
-                raise
-        # Waits for all processes. Two that disagree would later wait for each other, or average different tensors.
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
-        check_blocks(
-            full, (n for chain in self.chains for block in range(chain.num_blocks) for n in chain.members(block))
-        )
-        values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
-        check_agreement(self.transport, values)
+        self.transport = CountingTransport(transport or connect(strategy.workers, device, timeout_s))
+        try:
+            # Waits for all processes. Each may have another example, and two that disagree would later wait for each
+            # other, or average different tensors.
+            self.chains = run_everywhere(self.transport, lambda: self._draw_first(full, chains, example))
+            values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
+            check_agreement(self.transport, values)
+        except BaseException:
+            if transport is None:
+                self.transport.close()
+            raise
         self.workers: list[Worker] = []
         for index in self.transport.hosted:
             self.workers.append(self._host(index, full, device, channels_last))
@@ -194,10 +182,17 @@ class Job:
             if example is None:
                 note_unchecked()
 
-    def _draw_first(self) -> None:
-        """Line 1 of the algorithm: draw sub-networks."""
-        self.plan = self.plan_of(self.round)
-        _ = self.scales  # an invalid scale is an error now, not at the end
+    def _draw_first(self, full: nn.Module, chains: str | Sequence[str], example: object) -> tuple[Chain, ...]:
+        """Line 1 of the algorithm: draw sub-networks of the chains that are found or named."""
+        if (hosted := self.transport.num_workers) != self.strategy.workers:
+            raise UserError(f"a transport for {hosted} workers, a strategy for {self.strategy.workers}; match them")
+        names = (chains,) if isinstance(chains, str) else tuple(chains)
+        unchecked = example is None or example is False
+        found = choose_chains(full, names) if unchecked else choose_checked(full, names, example)
+        check_blocks(full, (n for chain in found for block in range(chain.num_blocks) for n in chain.members(block)))
+        self.plan = self.strategy.plan(found, seed=self.seed, round=self.round)
+        chain_scales(self.scale, self.plan)  # an invalid scale is an error now, not at the end
+        return found
 
     def _host(self, index: int, full: nn.Module, device: torch.device | str, channels_last: bool) -> Worker:
         """Line 1 of the algorithm: give a worker the sub-network of the present plan."""
@@ -290,14 +285,13 @@ class Job:
         """
         if optimizers != self._optimizers or not optimizers:
             self.attach(*optimizers)
-        if not self._checked:  # now they have made a step, and have their state
-            check_optimizers(optimizers, self.strategy)
-        self.begun = self._checked = True
-        self.step_index += 1
-        self._steps_in_round += 1
-        if self._steps_in_round == 1:
+        if self._steps_in_round == 0:
+            check_optimizers(optimizers, self.strategy)  # they have made a step, and so have their state
             for worker in self.workers:
                 worker.note_modes()
+        self.begun = True
+        self.step_index += 1
+        self._steps_in_round += 1
         if self.steps_left > 0:
             return False
         self.synchronize(nonfinite)
@@ -317,10 +311,7 @@ class Job:
         if len(optimizers) < len(self.workers):
             raise UserError(f"{len(optimizers)} optimizers for {len(self.workers)} hosted workers; pass one for each")
         if optimizers != self._optimizers:
-            check_alone(optimizers)
-            if self.transport.num_processes > 1 and not self.strategy.every_step:
-                check_unwrapped(worker.subnet.model for worker in self.workers)
-            assign_optimizers(self.workers, optimizers, self.strategy)
+            assign_optimizers(self.workers, optimizers, self.strategy, self.transport.num_processes)
             self._optimizers = optimizers
 
     def follow(self, *averages: AveragedModel) -> None:
@@ -362,59 +353,32 @@ class Job:
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost. The sub-networks may then be of neither round.
         """
-        strategy = self.strategy.at(self.round)
+        strategy, next_plan = (
+            self.strategy.at(self.round),
+            self.plan_of(self.round + 1),
+        )  # line 6: draw new sub-networks
+        end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan)
         for worker in self.workers:
             worker.take_back()
-            worker.subnet.check_attached()
-        for worker in self.workers if strategy.optimizer_state == "reset" else ():
-            worker.reset_state()
-        next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
-        rule = Rule(strategy.optimizer_state, held_by_all=self.plan.held_by_all and next_plan.held_by_all)
+            if strategy.optimizer_state == "reset":
+                worker.reset_state()
         # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
-        agreed = agree_on_round(
-            self.transport,
-            self.workers,
-            rule=rule,
-            round=self.round,
-            step=self.step_index,
-            nonfinite=nonfinite or {},
-        )
+        agreed = agree_on_round(self.transport, self.workers, end, nonfinite or {})
         self.dropped = agreed.nonfinite
         if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
             raise diverged(self.dropped, round=self.round, step=self.step_index)
         for worker in self.workers:
-            if worker.index in self.dropped:
-                worker.reset_state()
-            worker.collect_state(agreed.states)
-        kept: dict[Key, Flats] = {}
-        if not strategy.every_step:
-            exchange = Exchange(  # line 5: average each weight over its holders, and hand the blocks over
-                self.transport,
-                workers=self.workers,
-                strategy=strategy,
-                states=agreed.states,
-                plan=self.plan,
-                next_plan=next_plan,
-                dropped=self.dropped.keys(),
-                replicate=self.replicate,
-            )
-            kept = exchange.finish()
-            LooseExchange(
-                self.transport,
-                workers=self.workers,
-                loose=agreed.loose,
-                described=agreed.described,
-                rule=rule,
-                schedule=exchange.schedule,
-                plan=self.plan,
-                next_plan=next_plan,
-                dropped=self.dropped.keys(),
-            ).run()
+            worker.collect_state(agreed.states, reset=worker.index in self.dropped)
+        replicas: dict[Key, Flats] = {}
+        if not strategy.every_step:  # line 5: average each weight over its holders, and hand the blocks over
+            exchange = Exchange(self.transport, self.workers, end, agreed, replicate=self.replicate)
+            replicas = exchange.finish()
+            LooseExchange(self.transport, self.workers, end, agreed, exchange.schedule).run()
         self.plan, self.round, self._steps_in_round = next_plan, self.round + 1, 0
         self.mark_anchors()
         if self.replicate:
-            replica = collect_replica(self.workers, plan=next_plan, blocks=kept, round=self.round, step=self.step_index)
-            keep_newest(self.transport, self.replicas, replica)
+            own = collect_replica(self.workers, plan=next_plan, blocks=replicas, round=self.round, step=self.step_index)
+            keep_newest(self.transport, self.replicas, own)
 
     def finish(self) -> None:
         """Synchronize if the present round has steps already.
@@ -485,7 +449,7 @@ class Job:
         """Take over the state of a job, and continue at its round and step. Every process has to call it.
 
         Call `attach` before, and `follow` if there are averages. With other workers, chains or capacities than those of
-        the state, the network, its averages and the outer momentum are taken over, and the optimizers begin anew.
+        the state, the network, its averages and the outer momentum are taken over, and the optimizers start over.
 
         Args:
             state: What `state_dict` has returned in this process, or what `torch.distributed.checkpoint` has loaded.

@@ -15,8 +15,9 @@ from resist.blocks.chains import choose_chains, find_chains
 from resist.blocks.runs import spans
 from resist.checking.validate import choose_checked
 from resist.errors import UserError
-from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.network import Subnet
 from resist.subnet.scaling import records_for, records_of, scale_blocks, scale_branches, scales_of, unhook
+from resist.subnet.tensors import tensors_of
 
 WIDTH = 8
 X = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))

@@ -7,9 +7,10 @@ from torch import nn
 
 from resist.blocks.chains import Chain, choose_chains
 from resist.cost import Link, Report, Row, Speed, predict
-from resist.cost.footprint import Network, build_on_meta, measure, sizes_of
+from resist.cost.footprint import Network, build_on_meta, measure, sgd, sizes_of
+from resist.cost.states import StateMeter
 from resist.planning.strategy import METHODS, Strategy, build_strategy
-from resist.subnet.network import tensors_of
+from resist.subnet.tensors import tensors_of
 from support import tiny
 
 SMALL = {"batch_size": 4, "image_shape": (3, 8, 8), "rounds": 4}
@@ -18,6 +19,7 @@ SMALL = {"batch_size": 4, "image_shape": (3, 8, 8), "rounds": 4}
 TINY = build_on_meta(tiny)
 (CHAIN,) = choose_chains(TINY)
 SIZES = sizes_of(TINY, [CHAIN])
+MOMENTUM = StateMeter(sgd).sizes(TINY, [CHAIN], [[1]])
 
 KNOWN: dict[object, Network] = {}
 

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from resist.blocks.chains import choose_chains
 from resist.cost import predict
 from resist.cost.footprint import LiveBytes, build_on_meta, measure
+from resist.cost.states import StateMeter
 from resist.job import Job
 from resist.models import PreActResNet
 from resist.planning.strategy import ddp, diloco, local_sgd, resist
@@ -82,10 +83,51 @@ def test_memory_has_its_parts() -> None:
     )
     weights = sum(p.numel() * 4 for p in small().parameters())
     assert one.memory.gradients == one.memory.optimizer == weights
-    assert (one.num_states, two.num_states) == (1, 2)
     assert two.memory.optimizer == pytest.approx(2 * weights, rel=0.01)  # and Adam's counts of steps
     assert one.memory.activations == two.memory.activations
     assert one.memory.peak < one.memory.weights + 2 * weights + one.memory.activations + weights
+
+
+def factored(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.Adafactor(parameters)
+
+
+class WideState(torch.optim.SGD):
+    """An optimizer that keeps its state in single precision, whatever the weights are."""
+
+    def step(self, closure: object = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["wide"] = torch.zeros_like(parameter, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("build_optimizer", [momentum, adam, factored, WideState])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_has_the_bytes_of_a_real_step(
+    build_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], dtype: torch.dtype
+) -> None:
+    """Also where it is factored, of another dtype than the weights, or read in the optimizer's step."""
+    model = small().to(dtype)
+    predicted = StateMeter(build_optimizer).num_bytes(model.to("meta").parameters())
+    model = small().to(dtype)
+    optimizer = build_optimizer(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    assert predicted == sum(value.nbytes for value in values)
+
+
+def test_an_average_of_the_weights_is_counted() -> None:
+    plain, averaged = (
+        predict(tiny, [resist(2), ddp(2)], build_optimizer=factored, average=average, **SMALL).rows
+        for average in (False, True)
+    )
+    for one, two in zip(plain, averaged, strict=True):
+        before, after = one.networks[0].memory, two.networks[0].memory
+        assert after.peak - before.peak == after.average == before.weights
+        assert 0 < before.optimizer < before.weights  # factored
+    assert averaged[0].traffic.bytes["state"] > plain[0].traffic.bytes["state"]
+    assert averaged[1].traffic == plain[1].traffic  # DDP's averages are equal in all workers
 
 
 def test_live_bytes_follow_storages() -> None:

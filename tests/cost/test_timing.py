@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from cost_cases import CHAIN, SIZES, timed
+from cost_cases import CHAIN, MOMENTUM, SIZES, timed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def test_a_better_link_is_never_slower(rate: float, factor: float, latency: floa
     better, worse = Link(rate * factor, latency), Link(rate, latency + more)
     strategy = resist(workers, optimizer_state="average")
     plans = [strategy.plan([CHAIN], seed=0, round=number) for number in (0, 1)]
-    apart = round_traffic(SIZES, plans[0], plans[1], strategy=strategy, num_states=1)
+    apart = round_traffic(SIZES, plans[0], plans[1], strategy=strategy, state=MOMENTUM)
     assert exchange_s(apart, better, workers) <= exchange_s(apart, worse, workers) * (1 + 1e-9)
     every_step = ddp_traffic(SIZES, workers=workers, local_steps=5)
     quick, slow = (sum(ddp_step_s(every_step, link, workers, 5, 0.1, 0.3)) for link in (better, worse))

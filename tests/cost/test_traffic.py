@@ -1,31 +1,44 @@
 """Bytes: what is predicted is what a job counts."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
-from cost_cases import SIZES, SMALL
+import torch
+from cost_cases import SIZES, SMALL, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resist.cost import predict
+from resist.cost.states import BuildOptimizer, StateMeter
 from resist.cost.traffic import round_traffic
 from resist.job import Job
 from resist.planning.schedule import schedule
-from resist.planning.strategy import OuterSGD, build_strategy, ddp, local_sgd, resist
+from resist.planning.strategy import OuterSGD, Strategy, build_strategy, ddp, local_sgd, resist
 from resist.sync.optimizer_state import OPTIMIZER_STATES
-from support import BLOCKS, adamw, local_step, make, sgd, tiny
+from support import BLOCKS, local_step, make, tiny
+
+OPTIMIZERS: dict[str, BuildOptimizer] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "adamw": torch.optim.AdamW,
+    "adafactor": torch.optim.Adafactor,
+    "asgd": torch.optim.ASGD,
+}
 
 
-def follow(job: Job, optimizers: Sequence[Optimizer], num_states: int, rounds: int) -> None:
+def follow(job: Job, optimizers: Sequence[Optimizer], build_optimizer: BuildOptimizer, rounds: int) -> None:
     """Train some rounds; compare the bytes of each with `round_traffic`, by traffic kind and by link."""
     strategy, workers = job.strategy, job.strategy.workers
+    capacities = [job.plan.capacities(worker) for worker in range(workers)]
+    state = StateMeter(build_optimizer).sizes(TINY, job.chains, capacities)
+    averages = bool(job.workers[0].average)
     job.transport.take()
     for number in range(rounds):
         expected = round_traffic(
             SIZES, job.plan_of(number), job.plan_of(number + 1),
-            strategy=strategy, num_states=num_states,
+            strategy=strategy, state=state, average=averages,
         )  # fmt: skip
         while True:
             local_step(job, optimizers)
@@ -60,14 +73,27 @@ def shares(draw: st.DrawFn) -> list[int]:
 @settings(max_examples=20)
 def test_bytes_are_those_of_the_ledger(capacities: list[int], policy: str, adam: bool, outer: OuterSGD | None) -> None:
     strategy = resist(len(capacities), 1, capacities=capacities, optimizer_state=policy, outer=outer)
-    job, optimizers = make(strategy, adamw if adam else sgd)
-    follow(job, optimizers, 2 if adam else 1, rounds=2)
+    build_optimizer = OPTIMIZERS["adamw" if adam else "sgd"]
+    job, optimizers = make(strategy, lambda model: build_optimizer(model.parameters()))
+    follow(job, optimizers, build_optimizer, rounds=2)
 
 
 @pytest.mark.parametrize("policy", OPTIMIZER_STATES)
 def test_bytes_of_local_sgd_are_those_of_the_ledger(policy: str) -> None:
     job, optimizers = make(local_sgd(3, 2, optimizer_state=policy))
-    follow(job, optimizers, 1, rounds=2)
+    follow(job, optimizers, OPTIMIZERS["sgd"], rounds=2)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd"])
+@pytest.mark.parametrize("strategy", [resist, local_sgd])
+@pytest.mark.parametrize("policy", ["travel", "average"])
+def test_state_of_any_form_is_counted(name: str, strategy: Callable[..., Strategy], policy: str) -> None:
+    """Moments, step counts, factors of another shape, and an average of the weights besides."""
+    build_optimizer = OPTIMIZERS[name]
+    job, optimizers = make(strategy(3, 1, optimizer_state=policy), lambda model: build_optimizer(model.parameters()))
+    if name == "adamw":
+        job.follow(*(AveragedModel(worker.model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) for worker in job.workers))
+    follow(job, optimizers, build_optimizer, rounds=2)
 
 
 @pytest.mark.parametrize(

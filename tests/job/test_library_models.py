@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 from resist.errors import UserError
 from resist.job import Job
 from resist.planning.strategy import resist, switch
-from resist.subnet.network import tensors_of
 from resist.subnet.seeded import build_seeded
+from resist.subnet.tensors import tensors_of
 
 
 class Rotation(nn.Module):

@@ -9,6 +9,7 @@ from resist.errors import UserError
 from resist.models import build
 from resist.runs.config import NetworkConfig
 from resist.runs.model_file import load_full, save_full
+from resist.runs.tensor_file import write_tensors
 from resist.subnet.scaling import scale_branches
 from resist.tasks import network_builder
 
@@ -29,6 +30,27 @@ def test_a_saved_network_comes_back_scaled(tmp_path) -> None:
     assert not torch.equal(model(images), again(images))
     scale_branches(model, chains, [0.5])
     assert torch.equal(model(images), again(images))
+
+
+def test_a_file_of_the_format_before_is_read(tmp_path) -> None:
+    """It names the first and last child of a chain, and one scale."""
+    model, _ = saved(tmp_path)
+    images, file = torch.randn(2, 3, 16, 16), tmp_path / "model.safetensors"
+    expected = load_full(build("preact_small", num_classes=10, width=4), file).eval()(images)
+    chain = {"container": "layer3", "first": 1, "last": 8, "scale": 0.5}
+    write_tensors(file, model.state_dict(), "resist full network 3", {"chains": [chain]})
+    again = load_full(build("preact_small", num_classes=10, width=4), file).eval()
+    assert torch.equal(again(images), expected)
+    for metadata, problem in (
+        ({"chains": [{**chain, "last": 9}]}, "has no scales; it is damaged"),
+        ({"chains": [{"container": "layer3"}]}, "has no scales; it is damaged"),
+    ):
+        write_tensors(file, model.state_dict(), "resist full network 3", metadata)
+        with pytest.raises(UserError, match=problem):
+            load_full(again, file)
+    write_tensors(file, model.state_dict(), "resist full network 2", {"chains": [chain]})
+    with pytest.raises(UserError, match="has the format 'resist full network 2', not 'resist full network 4'; train"):
+        load_full(again, file)
 
 
 def test_damaged_and_foreign_weights_are_refused_in_one_line(tmp_path) -> None:

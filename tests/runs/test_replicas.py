@@ -136,7 +136,10 @@ def union(parts: list[Copies], round: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("alone", "outer") else pytest.param(name, marks=pytest.mark.nightly) for name in STRATEGIES],
+)
 def test_the_network_outlives_a_process_that_is_killed_in_any_phase(pool: Pool, name: str) -> None:
     """One process kills itself before each thing that it does in the round after the second synchronization: the
     others' copies are the whole network as it was synchronized last, bit for bit."""

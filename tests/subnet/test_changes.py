@@ -112,7 +112,7 @@ def test_the_cost_model_counts_what_is_sent(strategy: Strategy) -> None:
         plans = job.plan_of(number), job.plan_of(number + 1)
         step(job, optimizers)
         taken: Any = job.transport.take()["bytes"]
-        expected = round_traffic(sizes, *plans, strategy=strategy, num_states=1)
+        expected = round_traffic(sizes, *plans, strategy=strategy)
         assert taken["shared"] == expected.bytes["shared"]
         assert taken.get("blocks", 0) == expected.bytes["blocks"]
 

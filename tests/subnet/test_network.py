@@ -16,8 +16,10 @@ from resist.models.preact_cifar import PreActBlock
 from resist.planning.plan import Plan, partition
 from resist.planning.strategy import Strategy, resist
 from resist.subnet.batchnorm import use_batch_statistics
-from resist.subnet.network import Subnet, skeleton, tensors_of
+from resist.subnet.network import Subnet
 from resist.subnet.scaling import scale_branches
+from resist.subnet.skeleton import skeleton
+from resist.subnet.tensors import tensors_of
 from support import BLOCKS, by_name, floats, make, sgd, tiny, train
 
 

@@ -11,11 +11,11 @@ import torch
 from resist.errors import AgreedError, UserError
 from resist.job import Job
 from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist, switch
-from resist.sync.agreement import agree_on_round, check_agreement, run_everywhere
+from resist.sync.agreement import check_agreement, run_everywhere, strategy_values
 from resist.sync.averaging import VELOCITY
-from resist.sync.job_values import strategy_values
 from resist.sync.local import Local
-from resist.sync.loose import Rule
+from resist.sync.round_agreement import agree_on_round
+from resist.sync.round_end import RoundEnd
 from support import make, tiny
 
 
@@ -78,7 +78,7 @@ def test_jobs_agree_on_the_outer_optimizer_and_the_round(
     monkeypatch.setattr(transport, "all_gather_text", record)
     Job(tiny, resist(2, outer=outer), transport=transport, resume_at=resume_at)
     with pytest.raises(AgreedError, match=message):
-        Job(tiny, resist(2), transport=Two(sent[0]))
+        Job(tiny, resist(2), transport=Two(lambda own: sent[-1] if own else ""))
 
 
 def test_an_action_fails_everywhere_or_nowhere() -> None:
@@ -114,7 +114,8 @@ def test_every_field_of_every_stage_is_compared() -> None:
     json.dumps(values)
 
 
-ROUND = {"rule": Rule("travel", held_by_all=False), "round": 2, "step": 8}
+def round_end(job: Job) -> RoundEnd:
+    return RoundEnd(2, 8, job.strategy, job.plan, job.plan_of(1))
 
 
 def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
@@ -127,14 +128,14 @@ def test_a_round_has_the_states_and_the_failures_of_all_processes() -> None:
     with torch.no_grad():
         second.model.get_parameter("head.weight")[0, 0] = torch.nan
     transport = answering(state={"exp_avg": types, "step": types}, changed="1", nonfinite={"3": "a loss"})
-    agreed = agree_on_round(transport, job.workers, **ROUND, nonfinite={0: "inf"})
+    agreed = agree_on_round(transport, job.workers, round_end(job), {0: "inf"})
     assert list(agreed.states) == ["exp_avg", "momentum", "step"]
     assert agreed.states["momentum"] == {torch.float64: torch.float32}
     assert agreed.nonfinite == {0: "inf", 1: "weights that are not finite (head.weight)", 3: "a loss"}
     assert len(first.subnet.changing) == 1, "what changed in the other process"
     assert first.subnet.changing == second.subnet.changing
     assert transport.num_texts == 2  # the second time with the states of both
-    agree_on_round(transport := answering(), job.workers, **ROUND, nonfinite={})
+    agree_on_round(transport := answering(), job.workers, round_end(job), {})
     assert transport.num_texts == 1
 
 
@@ -154,4 +155,4 @@ def test_a_round_ends_for_all_processes_at_the_same_point(changes: dict[str, Any
     job, optimizers = make(resist(2, 1))
     job.attach(*optimizers)
     with pytest.raises(AgreedError, match=message):
-        agree_on_round(answering(**changes), job.workers, **ROUND, nonfinite={})
+        agree_on_round(answering(**changes), job.workers, round_end(job), {})

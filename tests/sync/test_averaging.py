@@ -60,7 +60,7 @@ def test_state_at_a_synchronization(optimizer, names: list[str], policy: str, ca
         assert job.step(*optimizers)
         for state_name in names:
             for worker, after in enumerate(states(job, optimizers, state_name)):
-                if policy == "keep":  # the optimizer begins anew on blocks that arrive
+                if policy == "keep":  # the optimizer starts over on blocks that arrive
                     assert after.keys() == {n for n in before[state_name][worker] if stays(job, worker, n)}
                 else:
                     assert len(after) == len(list(job.workers[worker].model.parameters()))

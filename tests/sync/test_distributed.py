@@ -277,7 +277,7 @@ def test_an_error_without_text_is_reported_too(monkeypatch: pytest.MonkeyPatch) 
         raise TimeoutError
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("resist.sync.distributed.rendezvous", fail)
+    monkeypatch.setattr("resist.sync.process_group.rendezvous", fail)
     with pytest.raises(UserError, match=r"no process group at .*: TimeoutError; check that the port is free"):
         connect(2)
 

@@ -11,7 +11,7 @@ from resist.cost.footprint import build_on_meta, sizes_of
 from resist.cost.traffic import round_traffic
 from resist.job import Job
 from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist, switch
-from resist.subnet.network import tensors_of
+from resist.subnet.tensors import tensors_of
 from resist.sync.worker import Worker
 
 WIDTH = 8
@@ -208,5 +208,5 @@ def test_bytes_of_several_dtypes_are_those_of_the_cost_model() -> None:
     local_steps(job, optimizers)
     job.step(*optimizers)
     taken = job.transport.take()["bytes"]
-    expected = round_traffic(sizes, job.plan_of(0), job.plan_of(1), strategy=strategy, num_states=0)
+    expected = round_traffic(sizes, job.plan_of(0), job.plan_of(1), strategy=strategy)
     assert taken == {kind: number for kind, number in expected.bytes.items() if number}

@@ -10,60 +10,55 @@ from torch.optim import Optimizer
 
 from optimizers import STEPS, TIMM_NAMES, TORCH, WORKERS, Case, Net, difference, one, timm_optimizer, train_step
 from pool import Pool
-from resist import Job, UserError
+from resist import Capacities, Job, UserError
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
 from resist.sync.local import Local
 
 CLASSES = {name for name, value in vars(torch.optim).items() if isinstance(value, type)} - {"Optimizer"}
 
 
-class RowWise(Optimizer):
+class ByHand(Optimizer):
+    """An optimizer with one rule, applied to each parameter with a gradient."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, p.grad, self.state[p], group["lr"])
+
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], lr: float) -> None:
+        raise NotImplementedError
+
+
+class RowWise(ByHand):
     """A second moment for each row, as in Adam-mini; numbers of Python; a list of tensors."""
 
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    rows = p.new_zeros(p.shape[:1])
-                    state |= {"step": 0, "scale": 1.0, "rows": rows, "past": [rows.clone(), None], "warm": True}
-                state["step"] += 1
-                state["scale"] = 0.9 * state["scale"] + 0.1 * float(p.grad.norm())
-                dims = tuple(range(1, p.dim()))
-                square = p.grad.square().mean(dims) if dims else p.grad.square()
-                state["past"] = [state["rows"].clone(), state["past"][0]]
-                state["rows"].lerp_(square, 0.1)
-                rate = (state["rows"] + state["past"][0]).sqrt().add(1e-3).reshape(-1, *[1] * len(dims))
-                p.sub_(
-                    p.grad / rate.reshape(rate.shape if p.dim() else ()),
-                    alpha=group["lr"] / state["scale"] / state["step"] ** 0.5,
-                )
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], lr: float) -> None:
+        if not state:
+            rows = p.new_zeros(p.shape[:1])
+            state |= {"step": 0, "scale": 1.0, "rows": rows, "past": [rows.clone(), None], "warm": True}
+        state["step"] += 1
+        state["scale"] = 0.9 * state["scale"] + 0.1 * float(grad.norm())
+        dims = tuple(range(1, p.dim()))
+        state["past"] = [state["rows"].clone(), state["past"][0]]
+        state["rows"].lerp_(grad.square().mean(dims) if dims else grad.square(), 0.1)
+        rate = (state["rows"] + state["past"][0]).sqrt().add(1e-3).reshape(-1, *[1] * len(dims))
+        p.sub_(grad / rate.reshape(rate.shape if p.dim() else ()), alpha=lr / state["scale"] / state["step"] ** 0.5)
 
 
-class Codes(Optimizer):
+class Codes(ByHand):
     """Momentum in 8 bits with a scale, of the weight's shape but in integers."""
 
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                before = state["codes"].float() * state["absmax"] if state else torch.zeros_like(p)
-                momentum = 0.9 * before + p.grad
-                state["absmax"] = momentum.abs().max().clamp(min=1e-8) / 127
-                state["codes"] = (momentum / state["absmax"]).round().to(torch.int8)
-                p.sub_(momentum, alpha=group["lr"])
+    def update(self, p: Tensor, grad: Tensor, state: dict[str, Any], lr: float) -> None:
+        before = state["codes"].float() * state["absmax"] if state else torch.zeros_like(p)
+        momentum = 0.9 * before + grad
+        state["absmax"] = momentum.abs().max().clamp(min=1e-8) / 127
+        state["codes"] = (momentum / state["absmax"]).round().to(torch.int8)
+        p.sub_(momentum, alpha=lr)
 
 
 USERS = [Case("row-wise", one(RowWise, lr=0.01)), Case("8-bit", one(Codes, lr=0.05))]
@@ -168,7 +163,7 @@ def go(job: Job, optimizers: list[Optimizer], steps: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["keep", "reset"])
 def test_steps_after_an_exchange_are_no_larger_than_the_rate(policy: str) -> None:
-    """Adam's bias correction begins anew where its moments do: with `keep`, steps were 3 to 5 times the rate.
+    """Adam's bias correction starts over where its moments do: with `keep`, steps were 3 to 5 times the rate.
 
     Over the first five steps of blocks that have just arrived, when Adam has made 100 steps and more.
     """
@@ -206,7 +201,7 @@ def test_a_dropped_round_leaves_no_step_count() -> None:
 
 
 def test_state_arrives_where_there_is_none_and_goes_where_there_is_none() -> None:
-    """Worker 1 has made no step: what it held begins anew elsewhere, and what it gets brings its state along."""
+    """Worker 1 has made no step: what it held starts over elsewhere, and what it gets brings its state along."""
     job, optimizers = make(resist(2, 2, min_depth=0), lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
     own = set(job.plan.held(0)[0])
     for step in range(2):
@@ -271,7 +266,7 @@ def test_state_that_cannot_move_begins_anew_and_is_named_once(caplog: pytest.Log
     with caplog.at_level(logging.WARNING, logger="resist"):
         go(job, optimizers, 3)
     assert [r.getMessage() for r in caplog.records if "cannot move" in r.getMessage()] == [
-        "the state 'object' of Remembers (object) cannot move with its block: the optimizer begins anew on blocks that "
+        "the state 'object' of Remembers (object) cannot move with its block: the optimizer starts over on blocks that "
         "arrive"
     ]
     go(job, optimizers, 1)
@@ -327,6 +322,46 @@ def test_l_bfgs_with_reset_and_other_capacities() -> None:
         assert optimizer._numel() == sum(p.numel() for p in worker.model.parameters())
     job, optimizers = make(resist(1, 2), lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=2))
     go(job, optimizers, 4)
+
+
+def by_slot(model: nn.Module) -> list[Optimizer]:
+    """The first block has an optimizer of its own; the others have groups of their own."""
+    first, *blocks = model.get_submodule("blocks").children()
+    rest = [*model.get_submodule("stem").parameters(), *model.get_submodule("head").parameters()]
+    rest += model.get_submodule("norm").parameters()
+    groups = [{"params": list(block.parameters()), "lr": 0.01 * n} for n, block in enumerate(blocks, start=1)]
+    return [torch.optim.SGD(first.parameters(), lr=0.1), torch.optim.SGD([{"params": rest}, *groups], lr=0.1)]
+
+
+def test_a_new_slot_joins_the_group_of_the_last_one_only() -> None:
+    """Whatever optimizers and groups its counterparts are in; loading expects the same."""
+    strategy = resist(2, 2, capacities=Capacities(by_round={0: 3, 1: 4, 2: 5}))
+    job, again = (Job(lambda: Net(False), strategy, scale=1.0, example=False) for _ in range(2))
+    owned = [[by_slot(worker.model) for worker in one.workers] for one in (job, again)]
+    for step in range(4):
+        for worker, own in zip(job.workers, owned[0], strict=True):
+            train_step(worker.index, step, worker.model, own)
+        job.step(*(optimizer for own in owned[0] for optimizer in own))
+    again.attach(*(optimizer for own in owned[1] for optimizer in own))
+    again.load_state_dict(job.state_dict())
+    for worker, own in zip((*job.workers, *again.workers), (*owned[0], *owned[1]), strict=True):
+        groups = [group["params"] for optimizer in own for group in optimizer.param_groups]
+        trained = [id(parameter) for group in groups for parameter in group]
+        assert sorted(trained) == sorted(map(id, worker.model.parameters()))
+        assert [len(group) for group in groups] == [5, 6, 5, 3 * 5]
+
+
+def test_parameters_outside_of_the_network_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    job, _ = make(resist(2, 1, min_depth=0), torch.optim.SGD)
+    outside = nn.Parameter(torch.zeros(()))
+    optimizers = [torch.optim.SGD([*worker.model.parameters(), outside], lr=0.1) for worker in job.workers[:1]]
+    optimizers += [torch.optim.SGD(job.workers[1].model.parameters(), lr=0.1)]
+    with caplog.at_level(logging.WARNING, logger="resist"):
+        job.attach(*optimizers)
+    assert [r.getMessage() for r in caplog.records if "outside" in r.getMessage()] == [
+        "optimizer 0 trains 1 parameter outside of the network: each worker trains its own, and it is neither averaged "
+        "nor saved; move it into the module that build_model returns"
+    ]
 
 
 def test_equal_counts_send_nothing_and_a_factor_is_sent_once() -> None:

@@ -19,7 +19,7 @@ from resist.models import build
 from resist.models.faster_rcnn import build_detector, dense_pass
 from resist.planning.strategy import local_sgd, resist
 from resist.runs.config import MachineConfig, OptimizationConfig, TrainConfig
-from resist.subnet.network import tensors_of
+from resist.subnet.tensors import tensors_of
 from resist.sync.local import Local
 from resist.tasks import image_shape, network_builder, open_task
 from resist.tasks.detection import Detection, image_transform

@@ -13,7 +13,8 @@ from resist.data import load
 from resist.errors import UserError
 from resist.models import build
 from resist.runs.config import OptimizationConfig, TrainConfig
-from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.network import Subnet
+from resist.subnet.tensors import tensors_of
 from resist.sync.worker import Worker
 from resist.tasks import Classification
 from resist.training.optimizers import build_optimizer, resolve

@@ -6,7 +6,8 @@ from torch import nn
 
 from resist.data import load
 from resist.runs.config import OptimizationConfig, TrainConfig
-from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.network import Subnet
+from resist.subnet.tensors import tensors_of
 from resist.sync.worker import Worker
 from resist.tasks import Classification
 from resist.training.trainer import Trainer, make_sampler

@@ -1,7 +1,8 @@
 """Copies of modules and of their attributes that refer to nothing of the original.
 
 `copy.deepcopy` leaves functions and weak references as they are. A lambda that uses a layer of its block would go on
-using the layer of the original network, whose weights are never trained. `relink` replaces such references in a copy.
+using the layer of the original network, whose weights are never trained. `copied` and
+`copied_module` replace such references.
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -17,7 +18,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resist.blocks.contents import attributes_of, is_leaf, parts, touches
+from resist.blocks.contents import TABLES, attributes_of, is_leaf, parts, touches
 from resist.blocks.modules import buffers_of, parameters_of
 
 _COPYABLE = (
@@ -32,7 +33,6 @@ _COPYABLE = (
     type,
     ModuleType,
 )  # or shared by deepcopy
-TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def copied(value: Any, replacements: Mapping[int, object]) -> Any:
@@ -68,31 +68,16 @@ def copied_module(module: nn.Module, replacements: Mapping[int, object]) -> nn.M
         memo = {**replacements, **_uncopyable(module)}
         clone = copy.deepcopy(module, memo)
     targets = {**replacements, **{id(part): memo[id(part)] for part in modules if id(part) in memo}}
-    relink(clone, targets, memo)
+    relinked = _Relinking(memo, targets)
     for part in clone.modules():
+        for name, value in list(part.__dict__.items()):
+            if name not in TABLES and (new := relinked(value)) is not value:
+                part.__dict__[name] = new
         if parametrize.is_parametrized(part):
             # torch makes a class for each module. A copy has one too: removing a parametrization changes the class.
             own = {name: value for name, value in vars(type(part)).items() if name not in ("__dict__", "__weakref__")}
             object.__setattr__(part, "__class__", type(type(part).__name__, type(part).__bases__, own))
     return clone
-
-
-def relink(model: nn.Module, targets: Mapping[int, object], memo: dict[int, Any] | None = None) -> None:
-    """Replace references to modules and tensors in the attributes and hooks of a network.
-
-    Args:
-        model: Network to change in place. Its tables of parameters, buffers and children stay as they are.
-        targets: Replacement by id of the object that it replaces.
-        memo: Memo of the `copy.deepcopy` that made the network. Default: it is not a copy.
-    """
-    replace = _Relinking({} if memo is None else memo, targets, everything=memo is None)
-    for module in list(model.modules()):
-        attributes = module.__dict__
-        for name, value in list(attributes.items()):
-            if name in TABLES or is_leaf(value):
-                continue
-            if (new := replace(value)) is not value:
-                attributes[name] = new
 
 
 def outside(root: nn.Module, module: nn.Module) -> dict[int, object]:
@@ -164,11 +149,10 @@ class _Relinking:
     Args:
         memo: Copy by id of the original, as `copy.deepcopy` writes it.
         targets: Replacement by id of the original.
-        everything: Change any container, not only those in `memo`.
     """
 
-    def __init__(self, memo: dict[int, Any], targets: Mapping[int, object], *, everything: bool = False) -> None:
-        self._memo, self._targets, self._everything = memo, targets, everything
+    def __init__(self, memo: dict[int, Any], targets: Mapping[int, object]) -> None:
+        self._memo, self._targets = memo, targets
         self._fresh = set(map(id, memo.values()))
         self._done: dict[int, tuple[object, object]] = {}
 
@@ -226,7 +210,7 @@ class _Relinking:
 
     def _shared(self, value: object) -> bool:
         """True for an object of the original, which must not be changed."""
-        return not self._everything and id(value) not in self._fresh
+        return id(value) not in self._fresh
 
     def _within(self, kind: type, value: Any) -> None:
         """Replace the items of a container in place."""
@@ -282,10 +266,8 @@ class _Relinking:
         """Copy and relink a content that refers to what is replaced; others are shared."""
         if not touches(content, lambda part: id(part) in self._targets):
             return content
-        if self._everything or isinstance(content, FunctionType | MethodType):
+        if id(content) in self._targets or isinstance(content, FunctionType | MethodType):
             return self(content)
-        if id(content) in self._targets:
-            return self._targets[id(content)]
         new = copy.deepcopy(content, self._memo)
         self._fresh = set(map(id, self._memo.values()))
         return self(new)
@@ -305,18 +287,3 @@ def detached(tensors: Iterable[Tensor]) -> dict[int, object]:
         The same values without their history, by id of the tensor.
     """
     return {id(tensor): tensor.detach() for tensor in tensors}
-
-
-def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Collect all parameters and buffers under each of their names.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Tensors by dotted name, tied ones under each name.
-    """
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }

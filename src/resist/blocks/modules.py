@@ -78,11 +78,3 @@ def fork_rng(devices: Sequence[torch.device] = ()) -> AbstractContextManager[Non
 def is_float(tensor: Tensor) -> bool:
     """Check for a real or complex floating-point dtype."""
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def tables_of_hooks(module: nn.Module) -> list[dict[int, object]]:
-    """Return all of the module's own tables of hooks, by number: forward, backward, state dict."""
-    return [table for name, table in vars(module).items() if name.endswith("_hooks") and isinstance(table, dict)] + [
-        *hook_tables(module)[1:],
-        module._forward_pre_hooks_with_kwargs,
-    ]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.optim.swa_utils import AveragedModel
 
-from resist.blocks.contents import is_leaf, touches
-from resist.blocks.copying import TABLES
+from resist.blocks.contents import TABLES, is_leaf, touches
 from resist.blocks.modules import children_of, hook_tables_of, named_modules, tables_of
 from resist.errors import UserError
 

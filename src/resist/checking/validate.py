@@ -34,8 +34,9 @@ from resist.checking.references import check_references, preserved
 from resist.checking.sharing import share_weights, with_larger_weights
 from resist.checking.trace import Difference, Trace, first_difference, relative, tensors_in
 from resist.errors import UserError
-from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.network import Subnet
 from resist.subnet.scaling import scale_branches
+from resist.subnet.tensors import tensors_of
 
 REMEDY = "partition another chain"
 

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from resist.errors import UserError
 from resist.planning.strategy import METHODS, Strategy, build_strategy
 from resist.runs.capacity_keys import capacities_of
-from resist.runs.config import NetworkConfig, check_size, config_key
+from resist.runs.config import NetworkConfig, OptimizationConfig, TrainConfig, check_size, config_key
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class CostConfig:
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
     """Momentum at a synchronization. reset: set to zero. travel: moves with its block. average: as travel, and that of
     the shared part is averaged too. keep: stays where it is."""
+    optimizer: str = "sgd"
+    """A class of torch.optim by its name, or timm:NAME, whose state is counted."""
+    momentum: float | None = config_key(None)
+    optimizer_args: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
+    model_ema_decay: float | None = None
+    """Count an exponential moving average (EMA) of the weights, with any decay."""
     replicate: bool = False
     """Count the memory and the bytes of a replica of every block."""
     link_gbit_s: float | None = None
@@ -58,7 +65,9 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     from resist.cost import Link, Speed, calibrate, predict, print_table
     from resist.cost.footprint import mean_square
     from resist.tasks import image_shape, network_builder
+    from resist.tasks.preflight import example_of
     from resist.training.device import pick_device
+    from resist.training.optimizers import optimizer_for, resolve
 
     strategies = _strategies(config)
     network, shape = config.network, image_shape(config.network)
@@ -66,6 +75,8 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     if network.task == "detection":
         from resist.models.faster_rcnn import dense_pass as loss
     build_model = network_builder(network, config.num_classes, shape[-1])
+    optimization = resolve(_optimization(config))
+    example, build_optimizer = example_of(network), partial(optimizer_for, optimization)
     if config.calibrate and config.images_s:
         raise UserError("--calibrate measures --images-s; give one of the two")
     if config.latency_ms and config.link_gbit_s is None:
@@ -79,6 +90,8 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
                 batch_size=config.batch_size,
                 image_shape=shape,
                 chains=network.chain,
+                example=example,
+                build_optimizer=build_optimizer,
                 loss=loss,
                 device=pick_device(config.device),
             )
@@ -89,10 +102,13 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         build_model,
         strategies,
         chains=network.chain,
+        example=example,
         batch_size=config.batch_size,
         image_shape=shape,
+        build_optimizer=build_optimizer,
         loss=loss,
         replicate=config.replicate,
+        average=config.model_ema_decay is not None,
         link=link,
         speed=speeds or None,
     )
@@ -103,6 +119,20 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         if link is None:
             print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
     return 0
+
+
+def _optimization(config: CostConfig) -> OptimizationConfig:
+    """Collect the options of the optimizer that decide its state. Raises UserError where one of them is invalid."""
+    o = OptimizationConfig(
+        optimizer=config.optimizer,
+        optimizer_args=config.optimizer_args,
+        momentum=config.momentum,
+        model_ema_decay=config.model_ema_decay,
+        lr=1e-3,  # any: some optimizers have no default
+        lr_schedule="constant",  # which all optimizers take
+    )
+    TrainConfig(optimization=o).check()
+    return o
 
 
 def _strategies(config: CostConfig) -> list[Strategy]:

@@ -36,12 +36,13 @@ class PlanConfig:
     """Also draw the rounds into this file, which must not exist yet."""
 
 
-def describe_plan(config: PlanConfig, chains: "Sequence[Chain] | None" = None) -> dict[str, Any]:
-    """Describe the network and the first plans of `config` without allocating weights.
+def describe_plan(config: PlanConfig) -> dict[str, Any]:
+    """Describe the network and the first plans of some options.
+
+    No weights are allocated, but for a network of another library.
 
     Args:
         config: The options.
-        chains: The chains, if they are known from an example. Default: found by guesses.
 
     Returns:
         The dictionary of `describe`.
@@ -51,6 +52,7 @@ def describe_plan(config: PlanConfig, chains: "Sequence[Chain] | None" = None) -
     """
     from resist.cost.footprint import build_on_meta
     from resist.tasks import network_builder
+    from resist.tasks.preflight import try_network
 
     network = config.network
     if config.rounds < 1:
@@ -59,7 +61,11 @@ def describe_plan(config: PlanConfig, chains: "Sequence[Chain] | None" = None) -
         check_size(name, number)
     whole = TrainConfig(network=network, method=config.method, run=RunConfig(seed=config.seed))
     whole.check()
-    return describe(build_on_meta(network_builder(network, config.num_classes)), whole, config.rounds, chains)
+    model, chains = (
+        build_on_meta(network_builder(network, config.num_classes)),
+        try_network(network, config.num_classes),
+    )
+    return describe(model, whole, config.rounds, chains)
 
 
 def run_plan(config: PlanConfig, given: frozenset[str]) -> int:
@@ -67,9 +73,8 @@ def run_plan(config: PlanConfig, given: frozenset[str]) -> int:
     from rich.console import Console
 
     from resist.report.plan_view import partition_svg, print_plan
-    from resist.tasks.preflight import try_network
 
-    description = describe_plan(config, try_network(config.network, config.num_classes))
+    description = describe_plan(config)
     if config.svg is not None:
         try:
             with config.svg.open("x", encoding="utf-8") as file:
@@ -109,41 +114,38 @@ def describe(
     if chains is None:
         chains = choose_chains(model, config.network.chain)
     weights, notes = weights_of(model, chains), notes_on_holdings(model, chains, strategy)
-    plans = [strategy.plan(chains, seed=config.run.seed, round=number) for number in range(rounds)]
+    warmup = config.method.warmup_rounds
+
+    def plan(round: int) -> RoundPlan:
+        return strategy.plan(chains, seed=config.run.seed, round=round)
 
     def held(plan: RoundPlan) -> list[int]:
         return [weights.held(plan.capacities(worker)) for worker in range(strategy.workers)]
 
-    first = strategy.plan(chains, seed=config.run.seed, round=config.method.warmup_rounds)
-    later = [round for round in strategy.change_rounds if round > config.method.warmup_rounds]
-    changes = [(round, strategy.plan(chains, seed=config.run.seed, round=round)) for round in later]
+    def by_chain(plan: RoundPlan, values: str) -> dict[str, Any]:
+        return {chain.name: getattr(own, values) for chain, own in zip(chains, plan.plans, strict=True)}
+
+    changes = {round: plan(round) for round in strategy.change_rounds if round > warmup}
     return {
         "parameters": weights.total,
         "shared": weights.shared,
-        "held_by_worker": held(first),
+        "held_by_worker": held(plan(warmup)),
         "chains": [
             {
                 "name": chain.name,
                 "blocks": chain.num_blocks,
                 "parameters_of_a_block": block,
-                "capacities": plan.capacities,
+                "capacities": own.capacities,
                 "attributes_that_differ": [f"{entry.module}.{entry.name}".lstrip(".") for entry in chain.varying],
                 "caveat": chain.caveat,
             }
-            for chain, block, plan in zip(chains, weights.blocks, first.plans, strict=True)
+            for chain, block, own in zip(chains, weights.blocks, plan(warmup).plans, strict=True)
         ],
         "changes": [
-            {
-                "after_rounds": round,
-                "capacities": {chain.name: p.capacities for chain, p in zip(chains, plan.plans, strict=True)},
-                "held_by_worker": held(plan),
-            }
-            for round, plan in changes
+            {"after_rounds": round, "capacities": by_chain(then, "capacities"), "held_by_worker": held(then)}
+            for round, then in changes.items()
         ],
         "other_chains": [run.name for run in find_chains(model) if run not in chains],
         "notes": [as_typed(note) for note in (*notes.warnings, *notes.remarks)],
-        "rounds": [
-            {"round": number, "plan": {c.name: p.blocks for c, p in zip(chains, plan.plans, strict=True)}}
-            for number, plan in enumerate(plans, start=1)
-        ],
+        "rounds": [{"round": number + 1, "plan": by_chain(plan(number), "blocks")} for number in range(rounds)],
     }

@@ -101,6 +101,7 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
     from resist.cost.footprint import build_on_meta
     from resist.runs.checkpoint import newest
     from resist.tasks import network_builder
+    from resist.tasks.preflight import example_of
     from resist.training.device import pick_device
     from resist.training.optimizers import build_optimizer, resolve
     from resist.training.train import open_data, train  # before the forks, which then have it
@@ -110,7 +111,8 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
         torch.set_num_threads(1)  # OpenMP keeps the threads that it has started, and then the process cannot be forked
     config = replace(config, optimization=resolve(config.optimization))
     model = build_on_meta(network_builder(config.network))
-    describe(model, config, rounds=1)
+    if example_of(config.network) is False:  # otherwise `Job` chooses the chains, with the example
+        describe(model, config, rounds=1)
     if config.optimization.optimizer != "sgd":  # which takes any parameters, and should start at once
         build_optimizer(config.optimization, model)
     device = pick_device(config.machine.device)

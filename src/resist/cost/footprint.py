@@ -16,14 +16,16 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from resist.blocks.chains import Chain
-from resist.checking.validate import tensors_in
+from resist.blocks.chain import Chain
+from resist.blocks.chains import choose_chains
+from resist.checking.trace import tensors_in
+from resist.checking.validate import choose_checked
+from resist.cost.states import BuildOptimizer, StateMeter
 from resist.cost.traffic import Part, Sizes
 from resist.errors import UserError, first_line
 from resist.subnet.network import Subnet
 from resist.subnet.seeded import build_seeded
 
-BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -35,19 +37,21 @@ class Memory:
         weights: Parameters and float buffers.
         gradients: Gradients of all parameters.
         optimizer: State of the optimizer.
+        average: An average of the weights (EMA).
         buckets: Copy of all gradients from which DistributedDataParallel sends.
         outer: State of an outer optimizer: the round's first weights and its momentum.
         replicas: The round's first weights, and replicas of blocks. While workers synchronize there are two of each,
             but no activations.
         activations: Tensors that exist after the forward pass in addition to weights and optimizer: those that backward
             needs, and the batch.
-        peak: The most that exists at one time, `buckets`, `outer` and `replicas` included. Activations are freed as
+        peak: The most that exists at one time, with all of these. Activations are freed as
             gradients appear, so that it is less than the sum.
     """
 
     weights: int
     gradients: int
     optimizer: int
+    average: int = 0
     buckets: int = 0
     outer: int = 0
     replicas: int = 0
@@ -64,7 +68,6 @@ class Network:
         parameters: Number of parameters.
         forward_flops: FLOPs of a forward pass per image; a multiply-add counts as two.
         training_flops: FLOPs of a training step per image.
-        num_states: Values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
         memory: Bytes of a training step.
     """
 
@@ -72,7 +75,6 @@ class Network:
     parameters: int
     forward_flops: float
     training_flops: float
-    num_states: int
     memory: Memory
 
     @property
@@ -113,6 +115,26 @@ def build_on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
     return model.to("meta")
 
 
+def choose(
+    build_model: Callable[[], nn.Module], template: nn.Module, chains: str | Sequence[str], example: object
+) -> tuple[Chain, ...]:
+    """Choose the chains that a `Job` with these arguments partitions.
+
+    Args:
+        build_model: Builds the full network, with its weights.
+        template: A network that it has built, on any device.
+        chains: Names of the chains, as in `Job`.
+        example: One batch, as in `Job`. None or False: blocks are tried with guesses, on `template`.
+
+    Raises:
+        UserError: There is no such chain, or the network breaks a law of `resist.checking.validate`.
+    """
+    names = (chains,) if isinstance(chains, str) else tuple(chains)
+    if example is None or example is False:
+        return choose_chains(template, names)
+    return choose_checked(build_seeded(build_model, 0), names, example)
+
+
 def sizes_of(template: nn.Module, chains: Sequence[Chain]) -> Sizes:
     """Count the bytes of the shared part and of each block.
 
@@ -126,15 +148,17 @@ def sizes_of(template: nn.Module, chains: Sequence[Chain]) -> Sizes:
 
 def _part(subnet: Subnet, chain: int | None) -> Part:
     """Bytes of a block of a chain, or of the shared part."""
-    parameters = [(p, place) for p, place in subnet.parameter_places() if (place.chain, place.slot) == (chain, 0)]
+    parameters = [p for p, place in subnet.parameter_places() if (place.chain, place.slot) == (chain, 0)]
     layouts = {dtype: layout.part(chain) for dtype, layout in subnet.layouts.items()}
-    total = sum(layout.numel * dtype.itemsize for dtype, layout in layouts.items())
-    held = sum(p.nbytes for p, _ in parameters)
     changing = {
-        str(dtype): sum(end - start for start, end in layout.ranges(layout.statistics)) * dtype.itemsize
-        for dtype, layout in layouts.items()
+        dtype: sum(end - start for start, end in layout.ranges(layout.statistics)) for dtype, layout in layouts.items()
     }
-    return Part(total, changing, held, sum(p.nbytes * p.requires_grad for p, _ in parameters), total - held)
+    return Part(
+        numel={dtype: layout.numel for dtype, layout in layouts.items()},
+        changing=changing,
+        parameters=sum(p.nbytes for p in parameters),
+        trainable=sum(p.nbytes for p in parameters if p.requires_grad),
+    )
 
 
 def measure(
@@ -164,40 +188,36 @@ def measure(
     subnet = Subnet(template, chains, blocks, device="meta")
     model = subnet.model.train()
     images = torch.empty(batch_size, *image_shape, dtype=next(subnet.model.parameters()).dtype, device="meta")
-    optimizer = build_optimizer(model.parameters())
+    meter = StateMeter(build_optimizer)
+    state_bytes = meter.num_bytes(model.parameters())
+    # An optimizer that reads numbers, which tensors on the meta device do not have, takes no step here.
+    optimizer = None if meter.reads_numbers else build_optimizer(model.parameters())
     try:
         forward_flops, training_flops = count_flops(model, optimizer, images, loss)
-        memory = _memory(subnet, optimizer, images, loss)
+        memory = _memory(subnet, optimizer, state_bytes, images, loss)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = first_line(error)
         raise UserError(
             f"the model does not train on images of shape {tuple(image_shape)} on the meta device: {reason}; give "
             "the shape that it expects, or the loss that it is trained with"
         ) from error
-    state_names = {
-        name
-        for parameter, state in optimizer.state.items()
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
-    }
     return Network(
         tuple(blocks),
         sum(parameter.numel() for parameter in model.parameters()),
         forward_flops / batch_size,
         training_flops / batch_size,
-        len(state_names),
         memory,
     )
 
 
-def count_flops(model: nn.Module, optimizer: Optimizer, images: Tensor, loss: Loss) -> tuple[int, int]:
+def count_flops(model: nn.Module, optimizer: Optimizer | None, images: Tensor, loss: Loss) -> tuple[int, int]:
     """Run one training step and count its floating-point operations.
 
     Counted are convolutions, matrix products and attention; a multiply-add counts as two.
 
     Args:
         model: The network in train mode; the step changes it.
-        optimizer: Its optimizer.
+        optimizer: Its optimizer; None: the step is not taken.
         images: (batch, channels, height, width).
         loss: `loss(model, images)` returns the scalar from which backward starts.
 
@@ -211,29 +231,31 @@ def count_flops(model: nn.Module, optimizer: Optimizer, images: Tensor, loss: Lo
         value = loss(model, images)
         forward = counter.get_total_flops()
         value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad()
     if not forward:
         raise UserError("the model has no convolution, matrix product or attention, so that no FLOPs can be compared")
     return forward, counter.get_total_flops()
 
 
-def _memory(subnet: Subnet, optimizer: Optimizer, images: Tensor, loss: Loss) -> Memory:
+def _memory(subnet: Subnet, optimizer: Optimizer | None, state_bytes: int, images: Tensor, loss: Loss) -> Memory:
     """Bytes of one step; a first step must have created the optimizer's state."""
     tracker = LiveBytes()
     for tensor in (*subnet.model.parameters(), *subnet.model.buffers()):
         tracker.watch(tensor)
     weights = tracker.live
-    for state in optimizer.state.values():
-        for value in tensors_in(state):
-            tracker.watch(value)
+    in_place_of_state = torch.empty(state_bytes, dtype=torch.uint8, device="meta")
+    for value in tensors_in(list(optimizer.state.values())) if optimizer is not None else [in_place_of_state]:
+        tracker.watch(value)
     optimizer_bytes = tracker.live - weights
     tracker.watch(images)
     with tracker:
         value = loss(subnet.model, images)
         after_forward = tracker.live
         value.backward()
-        optimizer.step()
+        if optimizer is not None:
+            optimizer.step()
         gradients = {p.grad.untyped_storage()._cdata: p.grad for p in subnet.model.parameters() if p.grad is not None}
     return Memory(
         weights=weights,

@@ -8,11 +8,12 @@ from itertools import pairwise
 
 from torch import nn
 
-from resist.blocks.chains import choose_chains, find_chains
-from resist.cost.footprint import BuildOptimizer, Loss, Network, build_on_meta, mean_square, measure, sgd, sizes_of
+from resist.blocks.chains import find_chains
+from resist.cost.footprint import Loss, Network, build_on_meta, choose, mean_square, measure, sgd, sizes_of
 from resist.cost.report import Report, Row
+from resist.cost.states import BuildOptimizer, StateMeter
 from resist.cost.timing import Link, Seconds, Speed, ddp_step_s, exchange_s
-from resist.cost.traffic import RoundTraffic, Sizes, ddp_traffic, mean_traffic, paper_bytes, round_traffic
+from resist.cost.traffic import RoundTraffic, Sizes, StateSizes, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan, partition
 from resist.planning.strategy import Strategy
@@ -25,9 +26,11 @@ def predict(
     strategies: Sequence[Strategy],
     *,
     chains: str | Sequence[str] = (),
+    example: object = None,
     batch_size: int = 128,
     image_shape: Sequence[int] = (3, 32, 32),
     replicate: bool = False,
+    average: bool = False,
     batchnorm: str = "recalibrate",
     link: Link | None = None,
     speed: Speed | Sequence[Speed] | None = None,
@@ -43,9 +46,12 @@ def predict(
         strategies: The strategies to compare, with the same number of local steps, and without switches. Two of the
             same name have different numbers of workers. Capacities may change by round.
         chains: Names of the chains, as in `Job`.
+        example: One batch, as in `Job`, which finds the chains that a `Job` with it partitions. It needs the weights
+            of the network. Default: blocks are tried with guesses.
         batch_size: Images in a worker's step.
         image_shape: (channels, height, width) of an image.
         replicate: As in `Job`.
+        average: Count an average of the weights (EMA) that each worker keeps, see `Job.follow`.
         batchnorm: As in `Job`.
         link: Connection of each worker. Seconds are predicted if `link` and `speed` are given.
         speed: Speed of the devices, one for all workers or one for each.
@@ -62,9 +68,7 @@ def predict(
         UserError: An argument has an invalid type or value, a strategy does not fit the others or the model's chains,
             the number of speeds is wrong, or the model does not run on the meta device.
     """
-    for name, values in (("batch_size", [batch_size]), ("image_shape", image_shape), ("rounds", [rounds])):
-        if min(values, default=0) < 1:
-            raise UserError(f"`{name}={','.join(map(str, values))}`; must be at least 1")
+    _check_numbers(batch_size=[batch_size], image_shape=image_shape, rounds=[rounds])
     speeds = () if speed is None else (speed,) if isinstance(speed, Speed) else tuple(speed)
     _check_strategies(strategies, speeds, batchnorm)
     template = build_on_meta(build_model)
@@ -72,12 +76,11 @@ def predict(
         use_batch_statistics(template)
     # Strategies that train the full network need no chain.
     needs_chain = bool(chains) or any(strategy.partitions for strategy in strategies)
-    names = (chains,) if isinstance(chains, str) else tuple(chains)
-    chosen = choose_chains(template, names) if needs_chain else find_chains(template)[:1]
+    chosen = choose(build_model, template, chains, example) if needs_chain else find_chains(template)[:1]
 
     @cache
     def network(blocks: tuple[int, ...]) -> Network:
-        return measure(
+        measured = measure(
             template,
             chosen,
             blocks,
@@ -86,13 +89,17 @@ def predict(
             build_optimizer=build_optimizer,
             loss=loss,
         )
+        return _with_average(measured) if average else measured
 
+    meter = StateMeter(build_optimizer)
     prediction = _Prediction(
         sizes=sizes_of(template, chosen),
         network=network,
+        state=lambda capacities: meter.sizes(template, chosen, capacities),
         full=network(tuple(chain.num_blocks for chain in chosen)),
         batch_size=batch_size,
         replicate=replicate,
+        average=average,
         rounds=rounds,
         seed=seed,
         link=link,
@@ -104,13 +111,19 @@ def predict(
 
 @dataclass(frozen=True, kw_only=True)
 class _Prediction:
-    """Values that all rows of a report share; `network` measures each sub-network once, by its blocks in each chain."""
+    """Values that all rows of a report share.
+
+    `network` measures each sub-network once, by its blocks in each chain; `state` the optimizer's state, by the blocks
+    of each worker.
+    """
 
     sizes: Sizes
     network: Callable[[tuple[int, ...]], Network]
+    state: Callable[[Sequence[Sequence[int]]], StateSizes]
     full: Network
     batch_size: int
     replicate: bool
+    average: bool
     rounds: int
     seed: int
     link: Link | None
@@ -145,20 +158,23 @@ class _Prediction:
         workers, plans = strategy.workers, self._plans(strategy, first)
         name = strategy.name if len(strategy.change_rounds) == 1 else f"{strategy.name} after {first} rounds"
         replicate = self.replicate and workers > 1
+        capacities = [plans[0].capacities(worker) for worker in range(workers)]
+        state = self.state(capacities)
         run = [
             round_traffic(
                 self.sizes,
                 plan,
                 next_plan,
                 strategy=strategy,
-                num_states=self.full.num_states,
+                state=state,
+                average=self.average,
                 replicate=replicate,
             )
             for plan, next_plan in pairwise(plans)
         ]
         networks: list[Network] = []
-        for worker in range(workers):
-            network = self.network(plans[0].capacities(worker))
+        for worker, blocks in enumerate(capacities):
+            network = self.network(blocks)
             network = network if strategy.outer is None else _with_outer(network)
             networks.append(_with_replicas(network, run, worker) if replicate else network)
         seconds = None
@@ -195,6 +211,12 @@ class _Prediction:
         return Seconds(compute, exchange, hidden, images / (compute + exchange))
 
 
+def _with_average(network: Network) -> Network:
+    """The network with the memory of an average of its weights."""
+    memory, average = network.memory, network.memory.weights
+    return replace(network, memory=replace(memory, average=average, peak=memory.peak + average))
+
+
 def _with_outer(network: Network) -> Network:
     """The network with the memory of an outer optimizer: two tensors of the size of the weights."""
     memory, outer = network.memory, 2 * network.memory.weights
@@ -207,6 +229,12 @@ def _with_replicas(network: Network, run: Sequence[RoundTraffic], worker: int) -
     blocks = max(traffic.replica_bytes.get(worker, 0) for traffic in run)
     replicas = blocks + (0 if memory.outer else memory.weights)
     return replace(network, memory=replace(memory, replicas=replicas, peak=memory.peak + replicas))
+
+
+def _check_numbers(**given: Sequence[int]) -> None:
+    for name, values in given.items():
+        if min(values, default=0) < 1:
+            raise UserError(f"`{name}={','.join(map(str, values))}`; must be at least 1")
 
 
 def _check_strategies(strategies: Sequence[Strategy], speeds: Sequence[Speed], batchnorm: str) -> None:

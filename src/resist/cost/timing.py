@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from resist.blocks.chains import choose_chains
-from resist.cost.footprint import BuildOptimizer, Loss, count_flops, mean_square, sgd
+from resist.cost.footprint import Loss, choose, count_flops, mean_square, sgd
+from resist.cost.states import BuildOptimizer
 from resist.cost.traffic import RoundTraffic
 from resist.errors import UserError
-from resist.subnet.network import Subnet, tensors_of
+from resist.subnet.network import Subnet
 from resist.subnet.seeded import build_seeded
+from resist.subnet.tensors import tensors_of
 
 # Share of payload of TCP over IPv4 with timestamps in a full-sized Ethernet frame with preamble and gap (1538 bytes).
 PAYLOAD = 1448 / 1538
@@ -160,6 +161,7 @@ def calibrate(
     batch_size: int,
     image_shape: Sequence[int],
     chains: str | Sequence[str] = (),
+    example: object = None,
     device: torch.device | str = "cpu",
     steps: int = 5,
     build_optimizer: BuildOptimizer = sgd,
@@ -175,6 +177,7 @@ def calibrate(
         batch_size: Images in a step.
         image_shape: (channels, height, width) of an image.
         chains: Names of the chains, as in `Job`.
+        example: One batch, as in `Job`. Default: blocks are tried with guesses.
         device: The device.
         steps: Number of steps to time, of which the median counts; at least 1.
         build_optimizer: Makes the optimizer from the parameters.
@@ -186,7 +189,7 @@ def calibrate(
     if steps < 1:
         raise UserError(f"steps={steps}; must be at least 1")
     full = build_seeded(build_model, 0)
-    chosen = choose_chains(full, (chains,) if isinstance(chains, str) else tuple(chains))
+    chosen = choose(build_model, full, chains, example)
     measured: list[tuple[float, int]] = []
     for blocks in ([chain.num_blocks for chain in chosen], [1] * len(chosen)):
         subnet = Subnet(full, chosen, blocks, device=device)

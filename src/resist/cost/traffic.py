@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from resist.blocks.chains import Chain
 from resist.planning.plan import RoundPlan
 from resist.planning.schedule import Message, allreduce_bytes, schedule
@@ -18,21 +20,48 @@ FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of the shared part or of one block.
+    """Size of the shared part or of one block.
 
     Attributes:
-        num_bytes: Parameters and float buffers, which are handed over with a block.
-        changing: Those that change in training, by dtype: each dtype has an all-reduce of its own.
-        parameters: Parameters, which the paper counts.
-        trainable: Parameters with a gradient, which DistributedDataParallel sends.
-        buffers: Float buffers.
+        numel: Parameters and float buffers, which are handed over with a block: number of elements by dtype.
+        changing: Those that change in training, in the same form. Each dtype has an all-reduce of its own.
+        parameters: Bytes of the parameters, which the paper counts.
+        trainable: Bytes of the parameters with a gradient, which DistributedDataParallel sends.
     """
 
-    num_bytes: int
-    changing: Mapping[str, int]
+    numel: Mapping[torch.dtype, int]
+    changing: Mapping[torch.dtype, int]
     parameters: int
     trainable: int
-    buffers: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of parameters and float buffers."""
+        return sum(number * dtype.itemsize for dtype, number in self.numel.items())
+
+    @property
+    def buffers(self) -> int:
+        """Bytes of float buffers."""
+        return self.num_bytes - self.parameters
+
+
+@dataclass(frozen=True)
+class StateSizes:
+    """Size of the optimizer's state, see `resist.cost.states`.
+
+    Attributes:
+        flat: For each state that is laid out as the weights, its dtype by dtype of the weights.
+        loose_shared: Bytes of all other state of the shared part.
+        loose_blocks: The same of a block of each chain; empty: none.
+    """
+
+    flat: tuple[Mapping[torch.dtype, torch.dtype], ...] = ()
+    loose_shared: int = 0
+    loose_blocks: tuple[int, ...] = ()
+
+    def flat_bytes(self, numel: Mapping[torch.dtype, int]) -> list[int]:
+        """List the bytes of each state, for numbers of weights by dtype."""
+        return [numel[d] * own.itemsize for types in self.flat for d, own in types.items() if numel.get(d)]
 
 
 @dataclass(frozen=True)
@@ -59,16 +88,11 @@ class Sizes:
         parts = [self.shared]
         for chain, block in zip(self.chains, self.blocks, strict=True):
             parts += [block] * chain.num_blocks
-        changing = Counter[str]()
+        numel, changing = Counter[torch.dtype](), Counter[torch.dtype]()
         for part in parts:
+            numel.update(part.numel)
             changing.update(part.changing)
-        return Part(
-            num_bytes=sum(part.num_bytes for part in parts),
-            changing=changing,
-            parameters=sum(part.parameters for part in parts),
-            trainable=sum(part.trainable for part in parts),
-            buffers=sum(part.buffers for part in parts),
-        )
+        return Part(numel, changing, sum(p.parameters for p in parts), sum(p.trainable for p in parts))
 
 
 @dataclass(frozen=True)
@@ -148,7 +172,8 @@ def round_traffic(
     next_plan: RoundPlan,
     *,
     strategy: Strategy,
-    num_states: int,
+    state: StateSizes = StateSizes(),
+    average: bool = False,
     replicate: bool = False,
 ) -> RoundTraffic:
     """Count the messages of the synchronization between two rounds.
@@ -159,41 +184,56 @@ def round_traffic(
         next_plan: Plan of the next round.
         strategy: Strategy of the round that ends: its workers, its policy for the optimizer's state (see
             `resist.sync.optimizer_state`), and its outer optimizer, whose momentum is handed over with each block.
-        num_states: Values that the optimizer keeps for each weight (momentum: 1, Adam: 2).
+        state: The optimizer's state. Default: it has none.
+        average: Count an average of the weights (EMA), which is exchanged as the weights are.
         replicate: Keep a replica of each block with a single next holder, as in `Job`.
 
     Returns:
-        The traffic. The momentum of the outer optimizer is part of "state".
+        The traffic. The momentum of the outer optimizer and the average of the weights are part of "state".
     """
     workers, policy = strategy.workers, strategy.optimizer_state
-    block_bytes = sizes.block_bytes
-    messages = schedule(plan, next_plan, block_bytes, replicate=replicate)
+    messages = schedule(plan, next_plan, sizes.block_bytes, replicate=replicate)
     # Where every worker holds every block, blocks are averaged in the all-reduce of the shared part.
     common = sizes.whole() if messages.held_by_all else sizes.shared
-    collectives = [num_bytes for num_bytes in common.changing.values() if num_bytes]
-    ring = sum(allreduce_bytes(num_bytes, workers) for num_bytes in collectives)
-    moving = num_states if policy in ("travel", "average") else 0
-    averaged = num_states if policy == "average" else 0
-    # All holders of a block have the same outer momentum, so it is handed over, but not averaged.
-    velocities = 1 if strategy.outer is not None else 0
-    average_bytes = sum(message.num_bytes for message in messages.average)
-    hand_over_bytes = sum(message.num_bytes for message in messages.hand_over)
-    blocks = average_bytes + hand_over_bytes
+    moving = state if policy in ("travel", "average") else StateSizes()
+    collectives = [number * dtype.itemsize for dtype, number in common.changing.items() if number]
+    of_state = moving.flat_bytes(common.changing) if policy == "average" else []
+    of_state += collectives if average else []
+    ring, state_ring = (sum(allreduce_bytes(n, workers) for n in tensors) for tensors in (collectives, of_state))
+    # State that goes with a block of each chain. All holders of a block have the same outer momentum, so it is handed
+    # over, but not averaged.
+    loose = moving.loose_blocks or (0,) * len(sizes.blocks)
+    with_block = [
+        sum(moving.flat_bytes(block.numel)) + rest + average * block.num_bytes
+        for block, rest in zip(sizes.blocks, loose, strict=True)
+    ]
+    handed = [
+        own + (strategy.outer is not None) * block.num_bytes
+        for own, block in zip(with_block, sizes.blocks, strict=True)
+    ]
+    # State of another form that is averaged goes to worker 0 and back.
+    to_root = moving.loose_shared if policy == "average" else 0
+    if policy == "average" and messages.held_by_all:
+        to_root += sum(chain.num_blocks * rest for chain, rest in zip(sizes.chains, loose, strict=True))
+    there, back = _through_root(workers, to_root)
     num_bytes = {
         "shared": workers * ring,
-        "blocks": blocks,
-        "state": workers * ring * averaged + blocks * moving + hand_over_bytes * velocities,
+        "blocks": sum(message.num_bytes for message in (*messages.average, *messages.hand_over)),
+        "state": workers * state_ring
+        + 2 * (workers - 1) * to_root
+        + sum(with_block[message.chain] for message in messages.average)
+        + sum(handed[message.chain] for message in messages.hand_over),
         **({"replica": sum(message.num_bytes for message in messages.replicas)} if replicate else {}),
     }
     replica_bytes = Counter[int]()
     for (chain, _), keeper in messages.keepers.items():
-        replica_bytes[keeper] += block_bytes[chain]
+        replica_bytes[keeper] += sizes.block_bytes[chain]
     return RoundTraffic(
         num_bytes,
-        ring * (1 + averaged),
-        (1 + averaged) * len(collectives) if workers > 1 else 0,
-        _links(messages.average, 1 + moving),
-        Counter(_links(messages.hand_over, 1 + moving + velocities)) + Counter(_links(messages.replicas, 1)),
+        ring + state_ring,
+        len(collectives) + len(of_state) if workers > 1 else 0,
+        _links(messages.average, with_block) + there,
+        _links(messages.hand_over, handed) + _links(messages.replicas, [0] * len(sizes.blocks)) + back,
         replica_bytes,
     )
 
@@ -255,10 +295,20 @@ def mean_traffic(rounds: Sequence[RoundTraffic], workers: int, paper: int) -> Tr
     )
 
 
-def _links(messages: Sequence[Message], times: int) -> dict[Way, int]:
-    """Bytes by direction of a link, each message sent `times` times (weights, and each optimizer state that moves)."""
+def _links(messages: Sequence[Message], further: Sequence[int]) -> Counter[Way]:
+    """Bytes by direction of a link; with a block of each chain go `further` bytes."""
     links: Counter[Way] = Counter()
     for message in messages:
-        links["out", message.source] += times * message.num_bytes
-        links["in", message.target] += times * message.num_bytes
-    return dict(links)
+        num_bytes = message.num_bytes + further[message.chain]
+        links["out", message.source] += num_bytes
+        links["in", message.target] += num_bytes
+    return links
+
+
+def _through_root(workers: int, num_bytes: int) -> tuple[Counter[Way], Counter[Way]]:
+    """Bytes by direction of a link where each other worker sends to worker 0, and gets as much back."""
+    others = range(1, workers)
+    total = (workers - 1) * num_bytes
+    there = Counter[Way]({("in", 0): total, **{("out", worker): num_bytes for worker in others}})
+    back = Counter[Way]({("out", 0): total, **{("in", worker): num_bytes for worker in others}})
+    return there, back

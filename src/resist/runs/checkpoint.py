@@ -30,10 +30,10 @@ from resist.runs.atomic import write_atomically
 from resist.runs.job_state import owned_state, process_file, round_name
 from resist.runs.replicas import remove_replicas
 from resist.runs.tensor_file import other_format, read_description, verify_tensors, write_tensors
+from resist.state.saving import about_job, check_boundary
+from resist.state.values import encode
 from resist.sync.agreement import run_everywhere
-from resist.sync.saving import about_job, check_boundary
 from resist.sync.transport import Transport
-from resist.sync.values import encode
 
 FORMAT = "resist checkpoint 4"
 JOB = "job.json"

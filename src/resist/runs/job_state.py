@@ -1,6 +1,6 @@
 """The state of a job in files: their names, the part of each process, and the way back.
 
-The names of the tensors are those of `resist.sync.saving`. A file's metadata has the records of its workers.
+The names of the tensors are those of `resist.state.saving`. A file's metadata has the records of its workers.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from resist.errors import UserError
 from resist.job import Job
+from resist.state.loading import Saved
+from resist.state.names import weight_places
+from resist.state.saving import Record, owned_network, worker_part, worker_record
+from resist.state.values import decode, split
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.loading import Saved
-from resist.sync.names import weight_places
-from resist.sync.saving import Record, owned_network, worker_part, worker_record
-from resist.sync.values import decode, split
 
 
 def round_name(round: int) -> str:
@@ -56,7 +56,7 @@ class Wanted:
 
     Args:
         job: The job.
-        about: The values of `resist.sync.saving.about_job` that were saved.
+        about: The values of `resist.state.saving.about_job` that were saved.
     """
 
     def __init__(self, job: Job, about: Mapping[str, Any]) -> None:

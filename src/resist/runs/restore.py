@@ -12,8 +12,8 @@ from resist.job import Job
 from resist.runs.checkpoint import FORMAT, read_job
 from resist.runs.job_state import Wanted, process_file, saved_state
 from resist.runs.tensor_file import read_description, read_tensors
-from resist.sync.loading import BROKEN, check_about, load
-from resist.sync.values import decode, split
+from resist.state.loading import BROKEN, check_about, load
+from resist.state.values import decode, split
 
 
 def restore(

@@ -10,10 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from resist.subnet.flats import PlaceKey
 from resist.subnet.layout import Place
 from resist.subnet.network import Subnet
 
-PlaceKey = tuple[int | None, str]  # see `Place.key`
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 

@@ -8,108 +8,12 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resist.blocks.chain import IN_PLACE, Chain
+from resist.subnet.pieces import Layout
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Position of one tensor in its part of the flat tensor.
-
-    Attributes:
-        offset: First element, counted from the beginning of the part.
-        shape: Shape of the tensor.
-        channels_last: Store a tensor (out_channels, in_channels, height, width) with the input channels innermost.
-    """
-
-    offset: int
-    shape: torch.Size
-    channels_last: bool
-
-    def view(self, part: Tensor) -> Tensor:
-        """View this piece in its own shape.
-
-        Args:
-            part: The part of the flat tensor, 1-D.
-
-        Returns:
-            A view of `part`.
-        """
-        flat = part[self.offset : self.offset + self.shape.numel()]
-        if self.channels_last:
-            n, c, h, w = self.shape
-            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
-        return flat.view(self.shape)
-
-
-class Layout:
-    """Order of the tensors of the shared part, or of one block.
-
-    Parameters that train come first, then running statistics, other buffers, and frozen parameters. So what changes in
-    a round is usually one range, and an outer optimizer moves the first `num_trained` elements and no statistics.
-    Within each group, tensors whose size is not a multiple of 16 elements come last. So the others stay aligned to 64
-    bytes without padding, and the bytes on the wire are exactly those of the weights.
-
-    Args:
-        tensors: Parameters and buffers of the part by name, of one dtype.
-        channels_last: Store 4-D tensors with the channels innermost.
-
-    Attributes:
-        pieces: Position of each tensor by name.
-        numel: Elements of the part.
-        num_trained: Elements of the parameters that train.
-        statistics: Names of the running statistics of norms.
-        frozen: Names of the parameters that do not train.
-        resting: Names of everything that does not train.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
-        self.pieces: dict[str, Piece] = {}
-        self.numel = self.num_trained = 0
-        groups = {name: _group(name, tensor) for name, tensor in tensors.items()}
-        self.statistics = frozenset(name for name, group in groups.items() if group == _STATISTICS)
-        self.frozen = frozenset(name for name, group in groups.items() if group == _FROZEN)
-        self.resting = tuple(name for name, group in groups.items() if group != _TRAINED)
-
-        def order(name: str) -> tuple[int, bool]:
-            return groups[name], tensors[name].numel() % 16 != 0
-
-        for name in sorted(tensors, key=order):
-            shape = tensors[name].shape
-            self.pieces[name] = Piece(self.numel, shape, channels_last and len(shape) == 4)
-            self.numel += shape.numel()
-            if groups[name] == _TRAINED:
-                self.num_trained = self.numel
-
-    def ranges(self, changing: Set[str]) -> list[tuple[int, int]]:
-        """List the ranges that train or change.
-
-        Args:
-            changing: Names of the pieces that change besides those that train.
-
-        Returns:
-            (first element, end) of each range, ascending, neighbors as one.
-        """
-        ranges = [(0, self.num_trained)]
-        for name, piece in self.pieces.items():
-            if piece.offset >= self.num_trained and name in changing and piece.shape.numel():
-                start, end = piece.offset, piece.offset + piece.shape.numel()
-                if start == ranges[-1][1]:
-                    start = ranges.pop()[0]
-                ranges.append((start, end))
-        return [(start, end) for start, end in ranges if start < end]
-
-
-# Groups of tensors, in the order in which they are in their part.
-_TRAINED, _STATISTICS, _BUFFER, _FROZEN = range(4)
-
-
-def _group(name: str, tensor: Tensor) -> int:
-    if isinstance(tensor, nn.Parameter):
-        return _TRAINED if tensor.requires_grad else _FROZEN
-    return _STATISTICS if name.endswith(("running_mean", "running_var")) else _BUFFER
+Identity = tuple[int | None, int | None, int]  # chain, slot and member of a child; or its index
 
 
 @dataclass(frozen=True)
@@ -151,6 +55,13 @@ class Child:
     chain: int | None
     slot: int | None
     member: int = 0
+
+    @property
+    def identity(self) -> Identity:
+        """Identity of the child, whatever the capacities and positions."""
+        if self.chain is None or self.slot is None:
+            return self.chain, None, self.index
+        return self.chain, self.slot, self.member
 
 
 @dataclass(frozen=True)

@@ -10,32 +10,31 @@ The full network is a sub-network with every block in its slots, so it is built 
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from resist.blocks.attributes import Placement
 from resist.blocks.chain import IN_PLACE, Chain
-from resist.blocks.copying import relink, tensors_by_name
-from resist.blocks.modules import buffers_of, children_of, is_float, named_modules, parameters_of
+from resist.blocks.modules import buffers_of, children_of, is_float, named_modules
+from resist.blocks.placement import Placement
 from resist.errors import UserError
 from resist.subnet.buffers import Buffer, loose, put_loose, take_back
 from resist.subnet.common import common_buffers, common_modules
-from resist.subnet.layout import Child, Place, SubnetLayout
+from resist.subnet.flats import Flats, FlatTensors, PlaceKey, laid_out
+from resist.subnet.layout import Child, Identity, Place, SubnetLayout
 from resist.subnet.modes import frozen_modules
 from resist.subnet.skeleton import next_hook, skeleton
+from resist.subnet.tensors import tensors_of
 
-# One flat tensor for each dtype of the weights, which is the key. The tensors of an optimizer state have the layouts of
-# the weights, and may have another dtype.
-Flats = dict[torch.dtype, Tensor]
 # Begins the names of buffers that several parts of the network use, and that are loose ones of the shared part.
 COMMON = "common "
 
 
-class Subnet:
+class Subnet(FlatTensors):
     """One worker's network: an ordinary, shallow `nn.Module` over one flat tensor for each dtype.
 
     Args:
@@ -50,7 +49,7 @@ class Subnet:
     Attributes:
         model: The shallow network.
         flats: All its weights and float buffers, by dtype, (numel,) each. New ones are not initialized: see `load`.
-        layouts: Position of each tensor in the flat tensor of its dtype.
+        channels_last: As above.
         buffers: Its buffers by place.
         held: Blocks of each chain whose values are in the slots; see `hold`.
         changing: `Place.key` of frozen parameters and buffers that are known to change in some worker.
@@ -73,203 +72,52 @@ class Subnet:
         template_capacities: Sequence[int] | None = None,
         like: "Subnet | None" = None,
     ) -> None:
-        self.chains = tuple(chains)
-        self.device, self.channels_last = torch.device(device), channels_last
-        self._placement = Placement()
-        present = tuple(template_capacities or (chain.num_blocks for chain in self.chains))
-        lists = {c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList)}
+        self.channels_last = channels_last
+        present = tuple(template_capacities or (chain.num_blocks for chain in chains))
+        lists = frozenset(c.container for c in chains if isinstance(template.get_submodule(c.container), nn.ModuleList))
         # Only the template of a sub-network is renumbered already.
-        renumbered = frozenset(lists if template_capacities else ())
-        placed = like.layout.held if like is not None and template_capacities else ()
-        layout = SubnetLayout(self.chains, present, renumbered, placed)
+        layout = SubnetLayout(
+            tuple(chains),
+            present,
+            renumbered=lists if template_capacities else frozenset(),
+            held=like.layout.held if like is not None and template_capacities else (),
+        )
         if like is None:
             self.hooks_before = next_hook()
-            self._common: dict[tuple[int | None, str], Tensor] = common_buffers(template, layout, self.device)
+            self._common: dict[PlaceKey, Tensor] = common_buffers(template, layout, torch.device(device))
             self._common_modules = common_modules(template, layout)
-            self._lay_out(template, layout, frozenset(lists))
+            layouts = laid_out(template, layout, loose=self._common, channels_last=channels_last)
+            layouts = {dtype: replace(own, renumbered=lists) for dtype, own in layouts.items()}
         else:
             self.hooks_before = like.hooks_before
             copies = {id(common): common.clone() for common in like._common.values()}
             self._common = {key: copies[id(common)] for key, common in like._common.items()}
-            self._common_modules, self._dtype_of = like._common_modules, like._dtype_of
-            self.layouts = {dtype: own.with_capacities(present) for dtype, own in like.layouts.items()}
+            self._common_modules = like._common_modules
+            layouts = {dtype: own.with_capacities(present) for dtype, own in like.layouts.items()}
+        super().__init__(layouts, torch.device(device))
         self.held: tuple[tuple[int, ...], ...] = tuple(tuple(range(capacity)) for capacity in capacities)
-        self.changing: set[tuple[int | None, str]] = set() if like is None else set(like.changing)
-        # Blocks without a slot are not copied: the work and the memory follow the sub-network, not the full one.
-        left_out: list[nn.Module] = []
-        for container in layout.containers:
-            children = children_of(template.get_submodule(container)).values()
-            for child, module in zip(layout.children(container), children, strict=True):
-                if module is None or child.chain is None or child.slot is None:
-                    continue
-                if child.slot >= capacities[child.chain]:
-                    left_out.append(module)
-        self._bypasses: dict[object, nn.Module] = {}
-        self.model = skeleton(
-            template, without=left_out, keep=self._kept(template, layout), hooks_before=self.hooks_before
-        )
-        self.flats: Flats = {}
+        self.changing: set[PlaceKey] = set() if like is None else set(like.changing)
+        self.buffers: dict[Place, Buffer] = {}
+        self._placement, self._bypasses = Placement(), dict[object, nn.Module]()
+        self.model = self._copier(template, layout, _left_out(template, layout, capacities))(template)
         self.resize(capacities, self.empty(capacities))
-        self.frozen_modules: set[tuple[int | None, str]] = set() if like is None else like.frozen_modules
+        self.frozen_modules: set[PlaceKey] = set() if like is None else like.frozen_modules
         if like is None and self.model.training:
             self.frozen_modules = frozen_modules(self.model, self.place)
         self.has_loose = bool(self.loose()) if like is None else like.has_loose
 
-    def _lay_out(self, template: nn.Module, layout: SubnetLayout, renumbered: frozenset[str]) -> None:
-        """Find the dtype and the position of each tensor."""
-        tensors = {name: tensor for name, tensor in _floats(template) if layout.place(name).key not in self._common}
-        # Buffers that are not finite in the beginning are not averaged, in no block of their chain: they are loose.
-        infinite = {
-            layout.place(name).key
-            for name, buffer in template.named_buffers()
-            if name in tensors and not buffer.is_meta and not bool(buffer.isfinite().all())
-        }
-        tensors = {name: tensor for name, tensor in tensors.items() if layout.place(name).key not in infinite}
-        if not tensors:
-            raise UserError("the model has no parameters; there is nothing to train")
-        self._dtype_of = {layout.place(name).key: tensor.dtype for name, tensor in tensors.items()}
-        self.layouts: dict[torch.dtype, SubnetLayout] = {}
-        for dtype in dict.fromkeys(self._dtype_of.values()):
-            own = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
-            with_tensors = layout.with_tensors(own, self.channels_last)
-            self.layouts[dtype] = replace(with_tensors, renumbered=renumbered)
-
-    def _kept(self, template: nn.Module, layout: SubnetLayout) -> set[int]:
-        """Ids of the float buffers of a module that are not in the flat tensors, and are copied with their values."""
-        return {
-            id(buffer)
-            for name, buffer in template.named_buffers()
-            if is_float(buffer) and not self._fits(layout.place(name), buffer)
-        }
-
-    def _fits(self, place: Place, tensor: Tensor) -> bool:
-        """True for a tensor that has a piece in the flat tensors, or is common, and still has its shape and dtype."""
-        if place.key in self._common:
-            like = self._common[place.key]
-            return (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
-        dtype = self._dtype_of.get(place.key)
-        if dtype is None or dtype != tensor.dtype:
-            return False
-        return self.layouts[dtype].part(place.chain).pieces[place.piece].shape == tensor.shape
-
-    @property
-    def layout(self) -> SubnetLayout:
-        """Layout of one dtype, for what does not depend on the dtype: names, places and children."""
-        return next(iter(self.layouts.values()))
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        """Number of blocks of each chain in the sub-network."""
-        return self.layout.capacities
-
-    @property
-    def flat(self) -> Tensor:
-        """The flat tensor of a network with one dtype, (numel,)."""
-        (flat,) = self.flats.values()
-        return flat
-
-    @property
-    def shared(self) -> Tensor:
-        """Shared part of `flat`, (layout.shared.numel,)."""
-        return self.slot(None, 0, self.flat)
-
-    @property
-    def block_bytes(self) -> tuple[int, ...]:
-        """Bytes of one block of each chain."""
-        return tuple(
-            sum(layout.blocks[chain].numel * dtype.itemsize for dtype, layout in self.layouts.items())
-            for chain in range(len(self.chains))
-        )
-
-    def numel(self, capacities: Sequence[int]) -> int:
-        """Count the elements of all flat tensors.
-
-        Args:
-            capacities: Number of blocks of each chain.
-
-        Returns:
-            Number of elements.
-        """
-        return sum(layout.with_capacities(capacities).numel for layout in self.layouts.values())
-
-    def num_bytes(self, capacities: Sequence[int]) -> int:
-        """Count the bytes of all flat tensors.
-
-        Args:
-            capacities: Number of blocks of each chain.
-
-        Returns:
-            Number of bytes.
-        """
-        return sum(layout.with_capacities(capacities).numel * dtype.itemsize for dtype, layout in self.layouts.items())
-
-    def empty(self, capacities: Sequence[int]) -> Flats:
-        """Allocate flat tensors, not initialized.
-
-        Args:
-            capacities: Number of blocks of each chain.
-
-        Returns:
-            The tensors by dtype.
-        """
-        return {
-            dtype: torch.empty(layout.with_capacities(capacities).numel, dtype=dtype, device=self.device)
-            for dtype, layout in self.layouts.items()
-        }
-
-    def slot(
-        self,
-        chain: int | None,
-        slot: int,
-        flat: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
-        capacities: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Return one slot of a flat tensor, or its shared part.
-
-        Args:
-            chain: Number of the chain; None for the shared part.
-            slot: Slot in the chain; 0 for the shared part.
-            flat: Flat tensor, (numel,): the weights, or an optimizer state with the same layout.
-            dtype: Dtype of the weights that `flat` belongs to. Default: that of `flat`.
-            capacities: Capacities that `flat` is laid out for. Default: the present ones.
-
-        Returns:
-            A view of `flat`, (numel of the part,).
-        """
-        layout = self.layouts[dtype or flat.dtype]
-        if capacities is not None:
-            layout = layout.with_capacities(capacities)
-        return layout.slot(chain, slot, flat)
-
-    def place(self, name: str) -> Place:
-        """Find the place of a tensor.
-
-        Args:
-            name: Dotted name of the tensor in `model`.
-
-        Returns:
-            The place.
-        """
-        return self.layout.place(name)
-
-    def dtype_of(self, place: Place) -> torch.dtype:
-        """Return the dtype of the weights at a place, which is the key of their flat tensor."""
-        return self._dtype_of[place.key]
-
-    def view(self, place: Place, flats: Mapping[torch.dtype, Tensor]) -> Tensor:
-        """Return one tensor in the flat tensors.
-
-        Args:
-            place: Place of the tensor.
-            flats: Flat tensors with the present layouts, by dtype of the weights.
-
-        Returns:
-            A view in the shape of the tensor.
-        """
-        dtype = self._dtype_of[place.key]
-        return self.layouts[dtype].view(place, flats[dtype])
+    def _copier(self, network: nn.Module, layout: SubnetLayout, instead: Mapping[int, object]) -> partial[nn.Module]:
+        """Return a function that copies a network with the given layout, or a module in it, without weights."""
+        common, kept = dict[int, object](), set[int]()
+        for name, buffer in network.named_buffers():
+            place = layout.place(name)
+            like = self._common.get(place.key)
+            if like is not None and (like.shape, like.dtype) == (buffer.shape, buffer.dtype):
+                common[id(buffer)] = like
+            elif is_float(buffer) and not self.fits(place, buffer):
+                kept.add(id(buffer))
+        options = {"device": self.device, "keep": kept, "hooks_before": self.hooks_before, "root": network}
+        return partial(skeleton, instead={**instead, **common}, **options)
 
     def parameter_places(self) -> Iterator[tuple[nn.Parameter, Place]]:
         """Iterate over the parameters of `model` with their places.
@@ -295,94 +143,75 @@ class Subnet:
         self._attach()
 
     def _arrange(self, layouts: dict[torch.dtype, SubnetLayout]) -> None:
-        """Put the children of the chains' containers where `layouts` have them. New blocks are on the meta device."""
+        """Put the children of the chains' containers where `layouts` have them. New blocks have no memory yet."""
         layout = next(iter(layouts.values()))
-        kept = self._kept(self.model, self.layout)
-        common = [m for name, m in named_modules(self.model) if self.place(name).key in self._common_modules]
+        copied = self._copier(self.model, self.layout, self._common_parts)
         for container in layout.containers:
             children = children_of(self.model.get_submodule(container))
-            present = {
-                _identity(child): module
-                for child, module in zip(self.layout.children(container), children.values(), strict=True)
-            }
-            # Keep the children that remain. A new block gets the structure of slot 0, which every sub-network has,
-            # with parameters on the meta device: no memory is allocated for them until they are attached.
-            wanted: dict[str, nn.Module | None] = {}
-            for child in layout.children(container):
-                identity = _identity(child)
-                if child.chain is not None and child.slot is None:
-                    # The same one each time, so that compiled code of a plan that was seen before fits again.
-                    if identity not in self._bypasses:
-                        self._bypasses[identity] = copy.deepcopy(self.chains[child.chain].bypass(child.index))
-                    wanted[child.key] = self._bypasses[identity]
-                elif child.chain is None or identity in present:
-                    wanted[child.key] = present[identity]
-                else:
-                    first = present[child.chain, 0, child.member]
-                    assert first is not None, "blocks are modules"
-                    wanted[child.key] = skeleton(
-                        first, same=common, keep=kept, hooks_before=self.hooks_before, root=self.model
-                    )
+            old = zip(self.layout.children(container), children.values(), strict=True)
+            present = {child.identity: module for child, module in old}
+            wanted = {child.key: self._child(child, present, copied) for child in layout.children(container)}
             # Replace the children in place. Their keys follow each other as in the full network, or by position.
             children.clear()
             children.update(wanted)
         self.layouts = layouts
 
+    def _child(
+        self, child: Child, present: Mapping[Identity, nn.Module | None], copied: Callable[[nn.Module], nn.Module]
+    ) -> nn.Module | None:
+        """Return a child that remains, a bypass, or a new block with the structure of that in slot 0."""
+        if child.chain is not None and child.slot is None:
+            # The same one each time, so that compiled code of a plan that was seen before fits again.
+            if child.identity not in self._bypasses:
+                self._bypasses[child.identity] = copy.deepcopy(self.chains[child.chain].bypass(child.index))
+            return self._bypasses[child.identity]
+        if child.chain is None or child.identity in present:
+            return present[child.identity]
+        first = present[child.chain, 0, child.member]
+        assert first is not None, "blocks are modules"
+        return copied(first)
+
+    @property
+    def _common_parts(self) -> dict[int, object]:
+        """The modules that several parts of the network use, and their tensors, each by its own id."""
+        modules = [m for name, m in named_modules(self.model) if self.place(name).key in self._common_modules]
+        tensors = (t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
+        return {id(part): part for part in (*modules, *tensors)}
+
     def _attach(self) -> None:
         """Make every parameter and float buffer a view into the flat tensor of its dtype.
 
-        The views are set as `.data`, which gives each a version counter of its own. With a common counter, a forward
-        pass that writes to a buffer would look to autograd as if it had overwritten the weights.
+        The tensors keep their identity, for optimizers and whatever else refers to them: only their `.data` changes,
+        which leaves each a version counter of its own. With a common counter, a forward pass that writes to a buffer
+        would look to autograd as if it had overwritten the weights.
         """
-        before = tensors_by_name(self.model)
-        # By id of the old tensor, so that tied tensors stay tied.
-        parameters: dict[int, nn.Parameter] = {}
-        buffers: dict[int, Tensor] = {}
-        self.buffers: dict[Place, Buffer] = {}
+        for parameter, place in self.parameter_places():
+            parameter.data = self.view(place, self.flats)
+        before, self.buffers = self.buffers, {}
+        tied: dict[int, Tensor | None] = {}  # views by id of the buffer, None for common ones
         for prefix, module in named_modules(self.model):
-            own_parameters, own_buffers = parameters_of(module), buffers_of(module)
-            for key, old in own_parameters.items():
-                if old is None:
-                    continue
-                if id(old) not in parameters:
-                    view = self.view(self.place(f"{prefix}.{key}".lstrip(".")), self.flats).data
-                    if old.is_meta:
-                        # A parameter of a new block. It cannot change its device, so it is made here.
-                        parameters[id(old)] = nn.Parameter(view, requires_grad=old.requires_grad)
-                        vars(parameters[id(old)]).update(vars(old))
-                    else:
-                        # A parameter that remains: the optimizer refers to it, so only its data changes.
-                        old.data, parameters[id(old)] = view, old
-                own_parameters[key] = parameters[id(old)]
-            for key, old in own_buffers.items():
+            own = buffers_of(module)
+            for key, now in own.items():
                 place = self.place(f"{prefix}.{key}".lstrip("."))
-                if old is not None and place.key in self._common:
+                if now is not None and (common := self._common.get(place.key)) is not None:
                     # One tensor for all blocks, outside of the flat tensors: a loose one of the shared part.
-                    common = self._common[place.key]
-                    if old.is_meta or self._fits(place, old):
-                        if not old.is_meta and old is not common:
-                            common.copy_(old.detach())
-                        own_buffers[key] = common
-                    if id(common) not in buffers:
-                        buffers[id(common)] = common
-                        of_all = Place(None, 0, f"{COMMON}{place.chain}.{place.piece}")
-                        self.buffers[of_all] = Buffer(module, key, of_all, None)
+                    if now is not common and (now.shape, now.dtype) == (common.shape, common.dtype):
+                        own[key] = common.copy_(now.detach())
+                    if id(common) not in tied:
+                        tied[id(common)], place = None, Place(None, 0, f"{COMMON}{place.chain}.{place.piece}")
+                        self.buffers[place] = Buffer(module, key, place, None)
                     continue
                 # Statistics are averaged and sent with their block, so they are in a flat tensor too. Loose buffers
                 # stay with the module.
-                view = None if old is None else buffers.get(id(old))
-                if view is None and place.key in self._dtype_of:
-                    view = self.view(place, self.flats).data
+                view = None if now is None else tied.get(id(now))
+                if view is None and self.has(place):
+                    view = before[place].view if place in before else now
+                    if view is None or not self.fits(place, view):
+                        view = self.view(place, self.flats).data
+                    view.data = self.view(place, self.flats)
                 self.buffers[place] = Buffer(module, key, place, view)
-                if old is None:
-                    continue
-                if view is not None and (view.shape, view.dtype) == (old.shape, old.dtype):
-                    own_buffers[key] = buffers[id(old)] = view
-                else:
-                    new = torch.zeros_like(old, device=self.device) if old.is_meta else old.detach().to(self.device)
-                    own_buffers[key] = new
-        after = tensors_by_name(self.model)
-        relink(self.model, {id(old): after[name] for name, old in before.items() if after[name] is not old})
+                if view is not None and now is not None and (view.shape, view.dtype) == (now.shape, now.dtype):
+                    own[key] = tied[id(now)] = view
 
     def twin(self, model: nn.Module) -> "Subnet":
         """Build a sub-network of the same blocks around another model.
@@ -397,12 +226,14 @@ class Subnet:
         Raises:
             ValueError: If `model` has another structure.
         """
-        tensors, values = dict(_floats(self.model)), dict(_floats(model))
+        tensors, values = tensors_of(self.model), tensors_of(model)
         if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in values.items()}:
             raise ValueError("the two networks have different tensors")
         twin = copy.copy(self)
-        twin.model, twin.flats = model, self.empty(self.capacities)
-        twin._placement = Placement()
+        twin.model, twin.flats, twin.buffers = model, self.empty(self.capacities), {}
+        twin._placement, twin._bypasses = Placement(), {}
+        buffers = ((self.place(name).key, b) for name, b in model.named_buffers(remove_duplicate=False))
+        twin._common = {key: buffer for key, buffer in buffers if key in self._common}
         with torch.no_grad():
             for name, value in values.items():
                 place = self.place(name)
@@ -421,7 +252,7 @@ class Subnet:
         take_back(self.buffers)
         with torch.no_grad():
             for parameter, place in self.parameter_places():
-                view = self.view(place, self.flats) if place.key in self._dtype_of else parameter
+                view = self.view(place, self.flats) if self.has(place) else parameter
                 if view.data_ptr() != parameter.data_ptr() and _form(view) == _form(parameter):
                     view.copy_(parameter)
                     parameter.data = view.data
@@ -457,8 +288,7 @@ class Subnet:
         """
         for name, parameter in self.model.named_parameters():
             place = self.place(name)
-            known = place.key in self._dtype_of
-            if not known or parameter.data_ptr() != self.view(place, self.flats).data_ptr():
+            if not self.has(place) or parameter.data_ptr() != self.view(place, self.flats).data_ptr():
                 raise UserError(
                     f"parameter {name!r} was moved out of the sub-network's flat tensor (by .to(), .cuda() or "
                     ".half(), or replaced?); give Job the device, and use autocast for lower precision; change layers "
@@ -542,37 +372,12 @@ def _form(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """Collect all parameters and buffers, those of integers too.
-
-    Args:
-        model: Any network.
-
-    Returns:
-        Tensors by dotted name, tied ones once.
-    """
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Collect all parameters and float buffers.
-
-    Args:
-        model: Any network.
-
-    Returns:
-        Tensors by dotted name, tied ones once.
-    """
-    return dict(_floats(model))
-
-
-def _identity(child: Child) -> tuple[int | None, int | None, int]:
-    """What a child is, whatever the capacities and positions."""
-    if child.chain is None or child.slot is None:
-        return child.chain, None, child.index
-    return child.chain, child.slot, child.member
-
-
-def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if is_float(buffer))
+def _left_out(template: nn.Module, layout: SubnetLayout, capacities: Sequence[int]) -> dict[int, object]:
+    """Stand-ins for the blocks without a slot, so that work and memory follow the sub-network, not the full one."""
+    left_out: dict[int, object] = {}
+    for container in layout.containers:
+        children = children_of(template.get_submodule(container)).values()
+        for child, module in zip(layout.children(container), children, strict=True):
+            if child.chain is not None and child.slot is not None and child.slot >= capacities[child.chain]:
+                left_out[id(module)] = nn.Identity()
+    return left_out

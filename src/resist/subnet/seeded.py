@@ -1,27 +1,21 @@
 """Seeded building: the same full network in every process."""
 
-import random
-import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import nn
 
-from resist.blocks.modules import fork_rng
+from resist.blocks.randomness import seeded_generators
 from resist.blocks.wrappers import check_layers, unwrapped
 from resist.errors import UserError
-from resist.subnet.network import tensors_of
+from resist.subnet.tensors import tensors_of
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Call `build_model()` with a seeded generator, and restore the random state.
 
-    The generators of torch (of the CPU), of Python and, if it is imported, of numpy are seeded, so that attributes
-    which are drawn are equal in all processes. `torch.manual_seed` would also seed the generators of all devices, which
-    are not restored here.
+    Those of Python and numpy are seeded too, so that attributes which are drawn are equal in all processes.
 
     Args:
         build_model: Function without arguments that returns the full network.
@@ -39,7 +33,7 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
             f"Job was given a {type(build_model).__name__}; give it the function that builds one, as in "
             "Job(lambda: Net(), ...), so that all processes begin with the same weights"
         )
-    with _seeded(seed):
+    with seeded_generators(seed):
         model = build_model()
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UserError(f"build_model() returned a {type(model).__name__}; it has to return the network, an nn.Module")
@@ -49,24 +43,6 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
         raise UserError(f"parameter {lazy[0]!r} has no shape yet; run a batch through the network in build_model")
     check_layers(model)
     return model
-
-
-@contextmanager
-def _seeded(seed: int) -> Generator[None]:
-    """Seed the generators of the CPU within a context, and restore them at its end."""
-    numpy: Any = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    with fork_rng():
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        if numpy:
-            numpy.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            if numpy:
-                numpy.random.set_state(states[1])
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:

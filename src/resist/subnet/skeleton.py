@@ -2,7 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Set
+from collections.abc import Container, Iterable, Mapping, Set
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from resist.blocks.copying import copied_module, outside
-from resist.blocks.modules import buffers_of, is_float, named_modules, parameters_of, tables_of_hooks
+from resist.blocks.modules import hook_tables_of, is_float
 
 
 def next_hook() -> int:
@@ -25,8 +26,8 @@ def next_hook() -> int:
 def skeleton(
     module: nn.Module,
     *,
-    without: Iterable[nn.Module] = (),
-    same: Iterable[nn.Module] = (),
+    device: torch.device | str = "meta",
+    instead: Mapping[int, object] = MappingProxyType({}),
     keep: Set[int] = frozenset(),
     hooks_before: int | None = None,
     root: nn.Module | None = None,
@@ -38,32 +39,42 @@ def skeleton(
 
     Args:
         module: Module to copy. It is not changed.
-        without: Modules in it that are not copied. An `nn.Identity` stands in their places.
-        same: Modules in it that are not copied, but used by the copy too.
-        keep: Ids of the buffers that are copied with their values.
+        device: Device of the copy's parameters and buffers.
+        instead: Objects to use instead of some modules and tensors in it, by their ids.
+        keep: Ids of the float buffers that are copied with their values.
         hooks_before: Copy only hooks with smaller numbers; see `next_hook`. Default: all.
         root: Network that `module` is part of. The copy refers to the rest of it as `module` does.
 
     Returns:
-        The copy, with parameters and float buffers on the meta device.
+        The copy. Its parameters and float buffers have no values and no memory yet: set their `.data`.
     """
     memo: dict[int, Any] = {} if root is None else outside(root, module)
-    memo |= {id(left_out): nn.Identity() for left_out in without}
-    memo |= {id(part): part for used in same for part in (used, *used.parameters(), *used.buffers())}
-    copied = _reached(module, {id(skipped) for skipped in (*without, *same)})
+    copied = _reached(module, instead)
     for inner in copied:
         for parameter in inner.parameters(recurse=False):
-            memo[id(parameter)] = meta_parameter(parameter)
+            bone = nn.Parameter(_bone(parameter, device), requires_grad=parameter.requires_grad)
+            vars(bone).update(vars(parameter))
+            memo[id(parameter)] = bone
         for buffer in inner.buffers(recurse=False):
             if is_float(buffer) and id(buffer) not in keep:
-                memo[id(buffer)] = buffer.detach().to("meta")
+                memo[id(buffer)] = _bone(buffer, device)
+            elif buffer.is_meta:
+                memo[id(buffer)] = torch.zeros_like(buffer, device=device)
+            else:
+                memo[id(buffer)] = buffer.detach().to(device, copy=True)
+    memo |= instead
     with _Detaching():
         if hooks_before is not None:
             _copy_hooks(copied, hooks_before, memo)
         return copied_module(module, memo)
 
 
-def _reached(module: nn.Module, skipped: Set[int]) -> list[nn.Module]:
+def _bone(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the same form without memory for its elements."""
+    return torch.empty((), dtype=tensor.dtype, device=device).expand(tensor.shape)
+
+
+def _reached(module: nn.Module, skipped: Container[int]) -> list[nn.Module]:
     """The modules within a module that are not only in skipped ones, itself included."""
     reached: dict[int, nn.Module] = {}
     waiting = [module]
@@ -75,16 +86,11 @@ def _reached(module: nn.Module, skipped: Set[int]) -> list[nn.Module]:
     return list(reached.values())
 
 
-def meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    """Copy a parameter to the meta device, with the attributes that were set on it."""
-    bone = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    vars(bone).update(vars(parameter))
-    return bone
-
-
 def _copy_hooks(modules: Iterable[nn.Module], before: int, memo: dict[int, Any]) -> None:
     """Copy those tables that have hooks of the user, without them."""
-    tables = [table for module in modules for table in tables_of_hooks(module) if any(key >= before for key in table)]
+    tables = [
+        table for module in modules for table in hook_tables_of(module).values() if any(key >= before for key in table)
+    ]
     for table in tables:
         memo[id(table)] = OrderedDict[int, object]()
     for table in tables:
@@ -116,12 +122,5 @@ def own_storages(model: nn.Module) -> None:
     Args:
         model: A network of views, changed in place. It takes memory for a second copy until the views are gone.
     """
-    copies: dict[int, Tensor] = {}
-    for _, module in named_modules(model):
-        for parameter in parameters_of(module).values():
-            if parameter is not None and id(parameter) not in copies:
-                parameter.data = copies[id(parameter)] = parameter.detach().clone()
-        own_buffers = buffers_of(module)
-        for key, buffer in own_buffers.items():
-            if buffer is not None:
-                own_buffers[key] = copies.setdefault(id(buffer), buffer.detach().clone())
+    for tensor in {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values():
+        tensor.data = tensor.detach().clone()

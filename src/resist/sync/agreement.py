@@ -1,20 +1,17 @@
 """Agreement: values that all processes of a job must share, and actions that succeed or fail in all of them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import fields, is_dataclass
+from typing import TypeVar, cast
 
-import torch
+from torch import nn
 
-from resist.errors import AgreedError, DivergedError, UserError
-from resist.subnet.changes import PlaceKey, from_text, to_text
-from resist.sync import loose as loose_values
-from resist.sync.averaging import VELOCITY, first_nonfinite
-from resist.sync.loose import Described, LooseParts, Rule, collect_loose
-from resist.sync.optimizer_state import StateTypes, flat_states
+from resist.blocks.chains import Chain
+from resist.errors import AgreedError, UserError
+from resist.planning.strategy import Strategy
+from resist.subnet.seeded import fingerprint
 from resist.sync.transport import Transport
-from resist.sync.worker import Worker
 
 T = TypeVar("T")
 
@@ -69,160 +66,79 @@ def run_everywhere(transport: Transport, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # it is set: no process failed
 
 
-@dataclass(frozen=True)
-class RoundAgreement:
-    """Values about a round's end that all processes agree on.
+def job_values(
+    strategy: Strategy, *, seed: int, chains: Sequence[Chain], model: nn.Module, options: Mapping[str, object]
+) -> dict[str, object]:
+    """Collect the values that must be equal in all processes.
 
-    Attributes:
-        states: Names of the optimizer states that any worker has in flat tensors, sorted, each with its dtype for each
-            dtype of weights.
-        nonfinite: Workers with NaN or inf in their round, each with the reason.
-        loose: Hosted worker -> its loose values; see `resist.sync.loose`.
-        described: The descriptions of those of all workers.
-    """
-
-    states: dict[str, StateTypes]
-    nonfinite: dict[int, str]
-    loose: dict[int, LooseParts]
-    described: Described
-
-
-def agree_on_round(
-    transport: Transport,
-    workers: Sequence[Worker],
-    *,
-    rule: Rule,
-    round: int,
-    step: int,
-    nonfinite: Mapping[int, str],
-) -> RoundAgreement:
-    """Agree on the payloads of the exchange at a round's end.
-
-    Waits for all processes, and for the device. A worker has no optimizer state yet if a GradScaler has skipped all its
-    steps. The list of payloads has to be the same in all processes, so it has the states that any worker has; if they
-    differ, processes answer a second time.
+    They are compared by `check_agreement`. Causes come before their consequences, since the first difference is the one
+    that is reported: another strategy also has other capacities, and another seed other initial weights.
 
     Args:
-        transport: Connects the processes.
-        workers: The hosted workers. Weights with NaN or inf are found here.
-        rule: What moves at this synchronization.
-        round: Number of the round that ends, from 0.
-        step: Optimizer steps done.
-        nonfinite: Hosted workers with NaN or inf elsewhere, each with the reason.
+        strategy: The strategy.
+        seed: The seed of plans and initial weights.
+        chains: The chains that are partitioned.
+        model: The full network; its tensors are compared by digests of their shapes and of their values.
+        options: Further options by name.
 
     Returns:
-        The states and the workers with NaN or inf of all processes, and the loose values.
-
-    Raises:
-        UserError: If `nonfinite` has a worker that is not hosted here.
-        AgreedError: If processes are at different steps, if workers have other optimizers, or if only some processes
-            have averages.
+        The values by name.
     """
-    hosted = [worker.index for worker in workers]
-    if others := nonfinite.keys() - set(hosted):
-        raise UserError(f"nonfinite has worker {min(others)}, and this process hosts {hosted}; name only those")
-    changed: set[PlaceKey] = set()
-    for worker in workers:
-        changed |= {key for watch in worker.watches for key in watch.changed()}
-    for worker in workers:  # before the check for NaN: what changed is averaged too
-        worker.subnet.changing |= changed
-    names = {worker.index: first_nonfinite(worker.subnet) for worker in workers}
-    detected = {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
-    failed = {**detected, **nonfinite}
-    own = [flat_states(w.optimizers, {n: f for n, f in w.state.items() if n != VELOCITY}) for w in workers]
-    states = _merged_states([_state_texts(types) for types in own])
-    loose: dict[int, LooseParts] = {}
-    processes: list[Any] = []
-    for _ in range(2):
-        loose = {w.index: collect_loose(w, states, rule, without_state=w.index in failed) for w in workers}
-        values = {
-            "round": [round, step],
-            "optimizers": _distinct([[type(optimizer).__name__ for optimizer in w.optimizers] for w in workers]),
-            "averages": any(worker.average for worker in workers),
-            "state": _state_texts(states),
-            "nonfinite": failed,
-            "changed": to_text(changed, workers[0].subnet),
-            "loose": loose_values.to_text(loose),
-            "has_loose": any(worker.subnet.loose() for worker in workers),
+    network, values = fingerprint(model), strategy_values(strategy)
+    rules = values.pop("assign", None)  # capacities say more clearly what is different about them
+    return {
+        **values,
+        "seed": seed,
+        **options,
+        "model": network["structure"],
+        "chains": [chain.name for chain in chains],
+        "capacities": [
+            (round, [chain.capacities for chain in strategy.plan(chains, seed=seed, round=round).plans])
+            for round in strategy.change_rounds
+        ],
+        "rules of the capacities": rules,
+        "initial weights": network["weights"],
+    }
+
+
+def strategy_values(strategy: Strategy) -> dict[str, object]:
+    """Collect all values of a strategy, in a form for JSON.
+
+    Args:
+        strategy: The strategy.
+
+    Returns:
+        Name of each field -> its value, or the values of all stages if there are several. Functions have no value that
+        two processes could compare; their plans are compared instead.
+    """
+    stages = [
+        {
+            f.name: value
+            for f in fields(stage)
+            if f.name != "then" and (value := _comparable(getattr(stage, f.name))) is not _FUNCTION
         }
-        processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values, separators=(",", ":")))]
-        _check_progress(processes)
-        states = _merged_states([process["state"] for process in processes])
-        if all(process["state"] == _state_texts(states) for process in processes):
-            break  # all have described the same states; else all do so now
-    for worker in workers:
-        for process in processes:
-            worker.subnet.changing |= from_text(process["changed"], worker.subnet)
-            worker.subnet.has_loose |= process["has_loose"]
-        if worker.average is not None:
-            worker.average.changing, worker.average.has_loose = worker.subnet.changing, worker.subnet.has_loose
-    return RoundAgreement(
-        states=states,
-        nonfinite={int(worker): reason for process in processes for worker, reason in process["nonfinite"].items()},
-        loose=loose,
-        described=Described([process["loose"] for process in processes]),
-    )
+        for stage in strategy.stages
+    ]
+    names = dict.fromkeys(name for stage in stages for name in stage)
+    values = {name: [stage.get(name) for stage in stages] for name in ("workers", "name", *names)}
+    values["workers"] = values["workers"][:1]  # equal in all stages
+    return {"strategy" if k == "name" else k: v if len(v) > 1 else v[0] for k, v in values.items()}
 
 
-def _distinct(values: Sequence[list[str]]) -> list[list[str]]:
-    return [value for number, value in enumerate(values) if value not in values[:number]]
+_FUNCTION = object()
 
 
-def _check_progress(processes: Sequence[Mapping[str, Any]]) -> None:
-    """Raise if the processes are not at the same point of the same training."""
-    first = processes[0]
-    for number, process in enumerate(processes):
-        if process["round"] != first["round"]:
-            (round, step), (first_round, first_step) = process["round"], first["round"]
-            raise AgreedError(
-                f"process {number} ends round {round + 1} at step {step}, process 0 ends round {first_round + 1} at "
-                f"step {first_step}; call job.step equally often in all processes, before job.synchronize and "
-                "job.full_model too"
-            )
-        if len(process["optimizers"]) > 1 or process["optimizers"] != first["optimizers"]:
-            others = cast(list[list[str]], process["optimizers"])
-            own = cast(list[list[str]], first["optimizers"])[0]
-            other = next((names for names in others if names != own), list[str]())
-            raise AgreedError(
-                f"process {number} trains a worker with {', '.join(other) or 'no optimizer'}, process 0 with "
-                f"{', '.join(own) or 'no optimizer'}; give all workers the same optimizers"
-            )
-        if process["averages"] != first["averages"]:
-            raise AgreedError("job.follow was called in some processes and not in others; call it in all of them")
-
-
-def _state_texts(states: Mapping[str, StateTypes]) -> dict[str, dict[str, str]]:
-    """The states in a form for JSON."""
-    return {name: {str(dtype): str(own) for dtype, own in types.items()} for name, types in states.items()}
-
-
-def _merged_states(processes: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, StateTypes]:
-    """The states of all processes, in the same order in all of them."""
-    merged: dict[str, dict[str, str]] = {}
-    for states in processes:
-        for name, types in states.items():
-            merged[name] = {**types, **merged.get(name, {})}
-    return {name: {_dtype(d): _dtype(own) for d, own in sorted(merged[name].items())} for name in sorted(merged)}
-
-
-def _dtype(text: str) -> torch.dtype:
-    """The dtype of a text like "torch.float32"."""
-    return getattr(torch, text.removeprefix("torch."))
-
-
-def diverged(nonfinite: Mapping[int, str], *, round: int, step: int) -> DivergedError:
-    """Make the error for workers that have diverged.
-
-    Args:
-        nonfinite: The workers, each with the reason. The first one is named.
-        round: Number of the round that cannot be completed, from 0.
-        step: Optimizer steps done.
-
-    Returns:
-        The error.
-    """
-    worker, reason = min(nonfinite.items())
-    return DivergedError(
-        f"worker {worker} has {reason} at the end of round {round + 1} (step {step}): training diverged; lower the "
-        "learning rate or let it rise slowly"
-    )
+def _comparable(value: object) -> object:
+    """A value in a form for JSON that is equal in all processes if the value is; `_FUNCTION` for a function."""
+    if isinstance(value, str | int | float | None):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        values = {f.name: _comparable(getattr(value, f.name)) for f in fields(value)}
+        return {name: item for name, item in values.items() if item is not _FUNCTION}
+    if isinstance(value, Mapping):
+        items = cast(Mapping[object, object], value).items()
+        return {str(key): kept for key, item in items if (kept := _comparable(item)) is not _FUNCTION}
+    if isinstance(value, Sequence | Set):
+        items = [_comparable(item) for item in cast(Iterable[object], value)]
+        return sorted(map(str, items)) if isinstance(value, Set) else [item for item in items if item is not _FUNCTION]
+    return _FUNCTION if callable(value) else type(value).__name__

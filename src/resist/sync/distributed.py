@@ -1,4 +1,4 @@
-"""Transport over torch.distributed; the only module that uses it. A process (a rank) hosts one or more workers.
+"""Transport over torch.distributed. A process (a rank) hosts one or more workers.
 
 Three long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
 waits for the other), and a CPU gloo group for control messages. Every call that waits for another process fails after
@@ -9,7 +9,6 @@ at once.
 import contextlib
 import os
 import re
-import socket
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -20,35 +19,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.distributed_c10d import _get_default_store  # pyright: ignore[reportPrivateUsage]
-from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 from torch.nn.parallel import DistributedDataParallel
 
 from resist.errors import AgreedError, UserError, WorkerLostError, first_line
 from resist.sync.agreement import check_agreement
-from resist.sync.averaging import is_short, mean_into, total
+from resist.sync.averaging import is_short, mean_into
 from resist.sync.liveness import COMPUTING, WAITING, Liveness
 from resist.sync.local import Local
-from resist.sync.rendezvous import agree_on_attempt
+from resist.sync.pending import PendingMean, PendingMoves, PendingShortMean
+from resist.sync.process_group import DefaultGroup
 from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport, hosted_workers, local_moves, workers_of
-
-
-class _DefaultGroup:
-    """The default group that `connect` made, counted: the last transport that uses it destroys it."""
-
-    made: "_DefaultGroup | None" = None
-
-    def __init__(self) -> None:
-        self.group, self.users = dist.group.WORLD, 0
-
-    @classmethod
-    def present(cls) -> "_DefaultGroup | None":
-        """The default group, None if the caller made it."""
-        return cls.made if cls.made is not None and cls.made.group is dist.group.WORLD else None
-
-    def leave(self) -> None:
-        self.users -= 1
-        if self.users == 0 and self.group is dist.group.WORLD:
-            dist.destroy_process_group()
 
 
 def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> Transport:
@@ -70,40 +50,11 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
         AgreedError: If the processes were started for different jobs.
         WorkerLostError: If another process is lost after that.
     """
-    device = torch.device(device)
-    initialize = not dist.is_initialized()
-    if initialize:
+    if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return Local(workers)
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        try:
-            timeout = timedelta(seconds=timeout_s)
-            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-            attempt = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
-                agree_on_attempt(store, rank, size, timeout_s), store
-            )
-            dist.init_process_group("gloo", store=attempt, rank=rank, world_size=size, timeout=timeout)
-        except (RuntimeError, ValueError, TimeoutError) as error:  # errors of torch are RuntimeErrors
-            raise UserError(
-                f"no process group at {where}: {first_line(error)}; check that the port is free on the first machine "
-                f"and that all {os.environ['WORLD_SIZE']} processes were started"
-            ) from error
-        _DefaultGroup.made = _DefaultGroup()
-    return Distributed(workers, device, timeout_s)
-
-
-def loopback_store(listener: socket.socket) -> object:
-    """Serve a store for the processes of this machine.
-
-    Args:
-        listener: Listening socket of the loopback address; the store takes it over.
-
-    Returns:
-        The store, which serves as long as this object exists.
-    """
-    port = listener.getsockname()[1]
-    options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-    return dist.TCPStore("127.0.0.1", port, **options)  # pyright: ignore[reportPrivateImportUsage]
+        DefaultGroup.join(timeout_s)
+    return Distributed(workers, torch.device(device), timeout_s)
 
 
 class Distributed:
@@ -139,7 +90,7 @@ class Distributed:
         self._groups: list[dist.ProcessGroup] = []
         self._closed = False
         # Threads of a group that was not destroyed abort the process when it ends: so `close`, whatever happens.
-        self._default_group = _DefaultGroup.present()
+        self._default_group = DefaultGroup.present()
         if self._default_group is not None:
             self._default_group.users += 1
         try:
@@ -217,7 +168,7 @@ class Distributed:
         # One batch: sends and receives progress together, so no order of the processes can lead to a deadlock. It
         # returns at once; `finish` waits for the processes at the other ends.
         works = self.run("sending blocks", lambda: dist.batch_isend_irecv(operations) if operations else [])
-        return _Pending(self, works, arrived, operations, copies)
+        return PendingMoves(self, works, arrived, operations, copies)
 
     @torch.no_grad()
     def mean(self, tensors: Sequence[Tensor], traffic_kind: str, scale: float = 1.0) -> Handle:
@@ -227,10 +178,10 @@ class Distributed:
         tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
         first = tensors[0]
         if is_short(first.dtype):
-            return _ShortMean(self, tensors, scale)
+            return PendingShortMean(self, tensors, scale)
         if not first.is_floating_point():  # integers have no mean: those of worker 0
             work = self.run("averaging", lambda: dist.broadcast(first, 0, group=self._collective, async_op=True))
-            return _Mean(self, work, tensors)
+            return PendingMean(self, work, tensors)
         # 1. Within the process: the first hosted worker's tensor becomes the mean of the hosted ones, without memory
         #    for a copy. The others keep theirs until `finish`.
         mean_into(first, tensors[1:])
@@ -241,7 +192,7 @@ class Distributed:
         # 3. Between processes: one all-reduce, in the background. `finish` waits for all processes, divides, and copies
         #    the mean to the other hosted workers.
         work = self.run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
-        return _Mean(self, work, tensors, self.num_processes, scale)
+        return PendingMean(self, work, tensors, self.num_processes, scale)
 
     def exchange_pieces(self, received: Tensor, sent: Tensor) -> Any:
         """Send a piece of `sent` to each process, in the background; returns the work to wait for."""
@@ -338,109 +289,11 @@ class Distributed:
             self._liveness.report_state(state)
 
     def _lost(self, doing: str, error: Exception) -> WorkerLostError:
-        return WorkerLostError(
-            f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {self._cause()}"
-        )
-
-    def _cause(self) -> str:
-        if self._liveness is None:
-            return "not all processes have come"
-        states = self._liveness.call()
-        if states is None:
-            return "the rendezvous store (process 0 or the launcher) is unreachable"
-        missing, working = states
-        if missing:
-            return f"no answer from {self._named(missing)}"
-        if working:
-            return f"{self._named(working)} did not come in time: it hangs, or needs a longer `timeout_s`"
-        return "all processes are alive but blocked; check the network between them"
+        cause = "not all processes have come" if self._liveness is None else self._liveness.cause(self._named)
+        return WorkerLostError(f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {cause}")
 
     def _named(self, ranks: Sequence[int]) -> str:
         return ", ".join(f"process {rank} ({workers_of(rank, self._hosted_workers)})" for rank in ranks)
-
-
-class _Pending:
-    """Point-to-point messages in progress. Holds the tensors that they read and write until they are complete."""
-
-    def __init__(
-        self,
-        transport: Distributed,
-        works: Any,
-        arrived: list[Tensor | None],
-        operations: Any,
-        copies: list[tuple[Tensor, Tensor]],
-    ) -> None:
-        self._transport, self._works = transport, works
-        self._arrived, self._operations, self._copies = arrived, operations, copies
-
-    @torch.no_grad()
-    def finish(self) -> list[Tensor | None]:
-        for work in self._works:
-            self._transport.run("exchanging blocks", work.wait)
-        for wire, final in self._copies:
-            final.copy_(wire)
-        return self._arrived
-
-
-class _Mean:
-    """An all-reduce in progress, whose sum becomes the mean in the tensors of all hosted workers."""
-
-    def __init__(
-        self, transport: Distributed, work: Any, tensors: Sequence[Tensor], divisor: int = 1, scale: float = 1.0
-    ) -> None:
-        self._transport, self._work, self._tensors = transport, work, tensors
-        self._divisor, self._scale = divisor, scale
-
-    @torch.no_grad()
-    def finish(self) -> list[Tensor | None]:
-        self._transport.run("averaging the shared part", self._work.wait)
-        first = self._tensors[0]
-        if self._divisor != 1:
-            first.div_(self._divisor)
-        if self._scale != 1.0:
-            first.mul_(self._scale)
-        for tensor in self._tensors[1:]:
-            tensor.copy_(first)
-        return []
-
-
-class _ShortMean:
-    """The mean of numbers of fewer than 32 bits, in progress: summed in float32, and rounded once.
-
-    Each process sends a piece of its tensor to every other one, which sums the pieces that it gets, rounds their mean,
-    and sends it to all: as many bytes as an all-reduce. A process that hosts several workers has to send their sum in
-    float32, and then all do.
-    """
-
-    def __init__(self, transport: Distributed, tensors: Sequence[Tensor], scale: float) -> None:
-        self._transport, self._tensors = transport, tensors
-        self._factor = scale / transport.num_workers
-        processes, first = transport.num_processes, tensors[0]
-        own = first if processes == transport.num_workers else total(tensors)
-        piece = -(-own.numel() // processes)
-        # gloo sends from CPU memory only. The pieces are equally long: the last one is padded.
-        device = "cpu" if transport.staged else first.device
-        sent = torch.zeros(processes * piece, dtype=own.dtype, device=device)
-        sent[: own.numel()].copy_(own.reshape(-1))
-        self._sent, self._received = sent, torch.empty_like(sent)  # kept until the messages are complete
-        self._work = transport.run(
-            "averaging", lambda: transport.exchange_pieces(self._received.view(torch.uint8), sent.view(torch.uint8))
-        )
-
-    @torch.no_grad()
-    def finish(self) -> list[Tensor | None]:
-        self._transport.run("averaging the shared part", self._work.wait)
-        pieces = self._received.chunk(self._transport.num_processes)
-        first = self._tensors[0]
-        mean = total(pieces).mul_(self._factor).to(first.dtype)
-        means = mean.new_empty(len(pieces) * mean.numel())
-        self._transport.run(
-            "averaging the shared part",
-            lambda: self._transport.gather_pieces(means.view(torch.uint8), mean.view(torch.uint8)),
-        )
-        for tensor in self._tensors:
-            tensor.copy_(means[: first.numel()].view(first.shape))
-        return []
 
 
 def _sendable(tensor: Tensor) -> Tensor:

@@ -8,19 +8,18 @@
 The two are separate so that something else can be computed between them.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from resist.planning.plan import Key, RoundPlan
+from resist.planning.plan import Key
 from resist.planning.schedule import Message, schedule
-from resist.planning.strategy import Strategy
-from resist.subnet.network import Flats
+from resist.subnet.flats import Flats
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
-from resist.sync.optimizer_state import StateTypes
-from resist.sync.payload import Payload, collect_payloads
-from resist.sync.shared import SharedMean
+from resist.sync.payload import Payload, SharedMean, collect_payloads
+from resist.sync.round_agreement import RoundAgreement
+from resist.sync.round_end import RoundEnd
 from resist.sync.transport import Move, Transport
 from resist.sync.worker import Worker
 
@@ -33,12 +32,9 @@ class Exchange:
     Args:
         transport: Connects the workers.
         workers: The hosted workers. With an outer optimizer, or workers that are dropped, they have anchors.
-        strategy: Strategy of the round that ends: its policy for the optimizer's state, and its outer optimizer.
-        states: Names of the optimizer states that any worker has, each with its dtype for each dtype of weights, equal
-            in all processes.
-        plan: Plan of the round that ends.
-        next_plan: Plan of the next round.
-        dropped: Workers that are left out of every mean. Blocks that only they held return to their anchors.
+        end: The end of the round.
+        agreed: The optimizer states that any worker has, and workers that are left out of every mean. Blocks that only
+            they held return to their anchors.
         replicate: Keep, or send, a replica of each block that would have only one holder.
 
     Attributes:
@@ -52,22 +48,19 @@ class Exchange:
     def __init__(
         self,
         transport: Transport,
-        *,
         workers: Sequence[Worker],
-        strategy: Strategy,
-        states: Mapping[str, StateTypes],
-        plan: RoundPlan,
-        next_plan: RoundPlan,
-        dropped: Set[int] = frozenset(),
+        end: RoundEnd,
+        agreed: RoundAgreement,
+        *,
         replicate: bool = False,
     ) -> None:
         self.transport = transport
         self.workers = {worker.index: worker for worker in workers}
-        self.plan, self.next_plan = plan, next_plan
-        self.outer, self.dropped = strategy.outer, dropped
-        self.payloads = collect_payloads(workers, strategy, states)
+        self.plan, self.next_plan = end.plan, end.next_plan
+        self.outer, self.dropped = end.strategy.outer, agreed.nonfinite.keys()
+        self.payloads = collect_payloads(workers, end.strategy, agreed.states)
         # 1. List the messages. Every process computes the same list, so no message says which block goes where.
-        self.schedule = schedule(plan, next_plan, workers[0].subnet.block_bytes, replicate=replicate)
+        self.schedule = schedule(self.plan, self.next_plan, workers[0].subnet.block_bytes, replicate=replicate)
         # 2. Undo the round of dropped workers, before anything of it is sent.
         for worker in self.dropped & self.workers.keys():
             self._discard(worker)

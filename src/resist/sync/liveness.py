@@ -9,6 +9,7 @@ computing is the one that the others wait for.
 import threading
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 REQUEST, STATE = "resist/liveness/request", "resist/liveness/state/"  # keys in the store
@@ -72,6 +73,25 @@ class Liveness:
         except RuntimeError:
             return None
         return missing, [rank for rank, state in states.items() if state == COMPUTING]
+
+    def cause(self, named: Callable[[Sequence[int]], str]) -> str:
+        """Query all processes, and describe why contact was lost.
+
+        Args:
+            named: Names processes by their numbers.
+
+        Returns:
+            The end of an error message.
+        """
+        states = self.call()
+        if states is None:
+            return "the rendezvous store (process 0 or the launcher) is unreachable"
+        missing, working = states
+        if missing:
+            return f"no answer from {named(missing)}"
+        if working:
+            return f"{named(working)} did not come in time: it hangs, or needs a longer `timeout_s`"
+        return "all processes are alive but blocked; check the network between them"
 
 
 def _respond(store: Any, rank: int, state: list[str], closed: threading.Event) -> None:

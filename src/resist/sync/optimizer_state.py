@@ -1,7 +1,7 @@
 """Optimizer state policies: momentum or Adam's moments at a synchronization.
 
 - `reset`: cleared, as in the authors' code.
-- `keep`: stays with the shared part and with blocks that stay; the optimizer begins anew on blocks that arrive.
+- `keep`: stays with the shared part and with blocks that stay; the optimizer starts over on blocks that arrive.
 - `travel`: moves with its block, averaged over holders as the weights are; that of the shared part stays.
 - `average`: as `travel`, and that of the shared part is averaged over all workers.
 
@@ -18,9 +18,10 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
-from resist.subnet.network import Flats, Subnet
+from resist.subnet.flats import Flats
+from resist.subnet.network import Subnet
 from resist.sync.packing import InFlat, Unmovable, Value, can_move
 
 OPTIMIZER_STATES = ("reset", "keep", "travel", "average")
@@ -101,7 +102,7 @@ def movable_state(optimizer: Optimizer, parameter: Tensor, types: Mapping[str, S
 
     Returns:
         State name -> value, `InFlat` where it is in a flat tensor; `Unmovable` if one of them cannot move. Then the
-        optimizer begins anew on this parameter wherever it arrives.
+        optimizer starts over on this parameter wherever it arrives.
     """
     moving: dict[str | int, Value] = {}
     for name, value in optimizer.state[parameter].items():
@@ -116,8 +117,8 @@ def movable_state(optimizer: Optimizer, parameter: Tensor, types: Mapping[str, S
     return moving
 
 
-def begin_anew(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Drop the whole state of some parameters, so that the optimizer begins anew on them.
+def start_over(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Drop the whole state of some parameters, so that the optimizer starts over on them.
 
     An optimizer that creates its state with itself (Adagrad) gets that state again.
 
@@ -146,6 +147,48 @@ def _first_state(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, An
         return {}
 
 
+def follow_resize(
+    subnet: Subnet, optimizers: Sequence[Optimizer], before: set[int], flats_of: Mapping[str, Flats]
+) -> None:
+    """Update the optimizers of a worker after its parameters have changed in `subnet.resize`.
+
+    New parameters have no state yet.
+
+    Args:
+        subnet: The sub-network, with its new capacities.
+        optimizers: Its optimizers; groups and state are changed in place.
+        before: Ids of the parameters before the resize.
+        flats_of: State name -> flat tensors that the exchange filled, laid out for the new capacities.
+    """
+    places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
+    # 1. Remove parameters that are gone from their groups, and drop their state, which also frees its memory. Note the
+    #    group of the last slot of each remaining one: all slots of a chain have the same tensors, with equal
+    #    `Place.key`s. The lists stay the same objects, since an optimizer may refer to them elsewhere.
+    last: dict[tuple[int | None, str], tuple[int, list[Tensor]]] = {}
+    for optimizer in optimizers:
+        for parameters in (cast(list[Tensor], group["params"]) for group in optimizer.param_groups):
+            for parameter in parameters:
+                if id(parameter) in places:
+                    place = places[id(parameter)][1]
+                    if place.key not in last or place.slot > last[place.key][0]:
+                        last[place.key] = place.slot, parameters
+                elif id(parameter) in before:
+                    optimizer.state.pop(parameter, None)
+            parameters[:] = [p for p in parameters if id(p) in places or id(p) not in before]
+        if isinstance(optimizer, LBFGS):
+            optimizer._numel_cache = None  # pyright: ignore[reportPrivateUsage]
+    for key, (parameter, place) in places.items():
+        # 2. A new parameter joins the group of its counterpart in the last slot.
+        if key not in before and place.key in last:
+            last[place.key][1].append(parameter)
+        # 3. State that is laid out as the weights becomes a view of the new flat tensors: the exchange has put there
+        #    what belongs to the blocks that are now in the slots.
+        for state in (optimizer.state.get(parameter, {}) for optimizer in optimizers):
+            for name, flats in flats_of.items():
+                if name in state and parameter.dtype in flats:
+                    state[name] = subnet.view(place, flats)
+
+
 def _like_a_weight(value: object, parameter: Tensor) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
@@ -160,7 +203,7 @@ def _name_once(optimizer: Optimizer, name: str, value: object) -> None:
     if key not in _named:
         _named.add(key)
         log.warning(
-            "the state %r of %s (%s) cannot move with its block: the optimizer begins anew on blocks that arrive",
+            "the state %r of %s (%s) cannot move with its block: the optimizer starts over on blocks that arrive",
             name,
             key[0],
             type(value).__name__,

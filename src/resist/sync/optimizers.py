@@ -1,17 +1,23 @@
-"""Optimizers that a loop gives to `Job.step`: whose parameters they train, and whether their state can move."""
+"""Optimizers that a loop gives to `Job.step`: whose parameters they train, and what is refused."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import gc
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from resist.errors import UserError
 from resist.planning.strategy import Strategy
-from resist.subnet.network import Flats, Subnet
+from resist.subnet.network import Subnet
+
+log = logging.getLogger(__name__)
 
 # Optimizers of torch.distributed that average gradients or weights, or shard state, over processes themselves.
 _COLLECTIVE = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
+# Its modules that do so. All by name, since this file imports no torch.distributed.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
@@ -29,10 +35,18 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def check_alone(optimizers: Sequence[Optimizer]) -> None:
-    """Raise UserError for optimizers of an Accelerator over several processes, which averages gradients itself.
+def check_alone(optimizers: Sequence[Optimizer], models: Iterable[nn.Module]) -> None:
+    """Refuse what joins the workers beside the job: means over workers would be means over different blocks.
 
-    Its gradients would be means over different blocks.
+    Looks at all objects of the process once, some hundredths of a second, if there are models.
+
+    Args:
+        optimizers: Optimizers as they were given to `Job.step`.
+        models: The sub-networks of the hosted workers.
+
+    Raises:
+        UserError: If an optimizer is that of an Accelerator over several processes, if a wrapper of torch.distributed
+            holds one of the models, or if its parameters are sharded.
     """
     for optimizer in optimizers:
         spanned = int(getattr(getattr(optimizer, "accelerator_state", None), "num_processes", 1))
@@ -41,6 +55,18 @@ def check_alone(optimizers: Sequence[Optimizer]) -> None:
                 f"accelerate spans {spanned} processes and averages gradients itself; create the Accelerator within "
                 "resist.integrations.alone()"
             )
+    networks = {id(model): model for model in models}
+    sharded = any(type(p).__name__ == "DTensor" for model in networks.values() for p in model.parameters())
+    wrapper = "fully_shard" if sharded else None
+    for found in gc.get_objects() if networks and not sharded else ():
+        name = type(found).__name__
+        if name in _WRAPPERS and isinstance(found, nn.Module) and any(id(m) in networks for m in found.modules()):
+            wrapper = name
+    if wrapper is not None:
+        raise UserError(
+            f"{wrapper} around the network of a worker would mix it with those of other workers, which hold other "
+            "blocks; use job.model itself, and resist.ddp or resist.local_sgd to train the full network on each worker"
+        )
 
 
 def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) -> list[list[Optimizer]]:
@@ -76,6 +102,14 @@ def optimizers_of(subnets: Sequence[Subnet], optimizers: Sequence[Optimizer]) ->
                 "one"
             )
         trained_by |= dict.fromkeys(parameters, number)
+        if outside := len(parameters - subnet_of.keys()):
+            log.warning(
+                "optimizer %d trains %d parameter%s outside of the network: each worker trains its own, and it is "
+                "neither averaged nor saved; move it into the module that build_model returns",
+                number,
+                outside,
+                "s" * (outside > 1),
+            )
         grouped[trained.pop()].append(innermost(optimizer))
     if not all(grouped):
         raise UserError(f"{len(optimizers)} optimizers, none for job.workers[{grouped.index([])}]; pass one for each")
@@ -152,39 +186,3 @@ def _tensors_in(value: object) -> Iterable[Tensor]:
     elif isinstance(value, list | tuple):
         for item in cast(Sequence[object], value):
             yield from _tensors_in(item)
-
-
-def follow_resize(subnet: Subnet, optimizer: Optimizer, before: set[int], flats_of: Mapping[str, Flats]) -> None:
-    """Update an optimizer after its parameters have changed in `subnet.resize`.
-
-    New parameters have no state yet.
-
-    Args:
-        subnet: The sub-network, with its new capacities.
-        optimizer: Its optimizer; groups and state are changed in place.
-        before: Ids of the parameters before the resize.
-        flats_of: State name -> flat tensors that the exchange filled, laid out for the new capacities.
-    """
-    places = {id(parameter): (parameter, place) for parameter, place in subnet.parameter_places()}
-    # 1. Remove parameters that are gone from their groups, and drop their state, which also frees its memory. Note the
-    #    group of each remaining one: all slots of a chain have the same tensors, with equal `Place.key`s. The lists
-    #    stay the same objects, since an optimizer may refer to them elsewhere.
-    group_of: dict[tuple[int | None, str], int] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if id(parameter) in places:
-                group_of[places[id(parameter)][1].key] = number
-            elif id(parameter) in before:
-                optimizer.state.pop(parameter, None)
-        group["params"][:] = [p for p in group["params"] if id(p) in places or id(p) not in before]
-    if isinstance(optimizer, LBFGS):
-        optimizer._numel_cache = None  # pyright: ignore[reportPrivateUsage]
-    for key, (parameter, place) in places.items():
-        # 2. A new parameter joins the group of its counterparts in other slots.
-        if key not in before and place.key in group_of:
-            optimizer.param_groups[group_of[place.key]]["params"].append(parameter)
-        # 3. State that is laid out as the weights becomes a view of the new flat tensors: the exchange has put there
-        #    what belongs to the blocks that are now in the slots.
-        for name, flats in flats_of.items():
-            if name in optimizer.state.get(parameter, {}) and parameter.dtype in flats:
-                optimizer.state[parameter][name] = subnet.view(place, flats)

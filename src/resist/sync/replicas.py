@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from resist.planning.plan import Key, RoundPlan
-from resist.subnet.network import Flats
+from resist.subnet.flats import Flats
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker
 

@@ -10,11 +10,12 @@ from torch.optim.swa_utils import AveragedModel
 from resist.errors import UserError
 from resist.planning.strategy import Strategy
 from resist.subnet.changes import Watch
+from resist.subnet.flats import Flats
 from resist.subnet.modes import frozen_modules
-from resist.subnet.network import Flats, Subnet
+from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.optimizer_state import StateTypes, adopt_state, begin_anew
-from resist.sync.optimizers import check_optimizers, follow_resize, optimizers_of
+from resist.sync.optimizer_state import StateTypes, adopt_state, follow_resize, start_over
+from resist.sync.optimizers import check_alone, check_optimizers, optimizers_of
 
 
 class Worker:
@@ -81,9 +82,14 @@ class Worker:
             self.average.frozen_modules = self.subnet.frozen_modules
 
     def take_back(self) -> None:
-        """Copy tensors that were assigned into the flat tensors; see `Subnet.take_back`."""
+        """Copy tensors that were assigned into the flat tensors; see `Subnet.take_back`.
+
+        Raises:
+            UserError: If a parameter was moved out of the flat tensor.
+        """
         for subnet in filter(None, (self.subnet, self.average)):
             subnet.take_back()
+        self.subnet.check_attached()
 
     def state_flat(self, name: str, dtype: torch.dtype, own: torch.dtype | None = None) -> Tensor:
         """Return a flat tensor of a state, zeros if there is none yet.
@@ -101,22 +107,25 @@ class Worker:
             flats[dtype] = torch.zeros_like(self.subnet.flats[dtype], dtype=own or dtype)
         return flats[dtype]
 
-    def collect_state(self, states: Mapping[str, StateTypes]) -> None:
+    def collect_state(self, states: Mapping[str, StateTypes], *, reset: bool = False) -> None:
         """Move the state of the optimizers that is laid out as the weights into `state`.
 
         Args:
             states: Names of the states that any worker has, each with its dtype for each dtype of weights.
+            reset: Drop what this worker has.
         """
+        if reset:
+            self.reset_state()
         for name, types in states.items():
             for dtype, own in types.items():
                 self.state_flat(name, dtype, own)
         adopt_state(self.subnet, self.optimizers, {name: self.state[name] for name in states})
 
     def reset_state(self) -> None:
-        """Drop the state of all optimizers but the outer one, so that they begin anew."""
+        """Drop the state of all optimizers but the outer one, so that they start over."""
         for optimizer in self.optimizers:
             optimizer.state.clear()
-            begin_anew(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+            start_over(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
         self.forget_state()
 
     def forget_state(self) -> None:
@@ -156,26 +165,30 @@ class Worker:
             # The flat tensors are new ones. Parameters that remain are the same objects, on other memory.
             before = {id(parameter) for parameter in self.model.parameters()}
             self.subnet.resize(capacities, flats[WEIGHTS])
-            for optimizer in self.optimizers:
-                follow_resize(self.subnet, optimizer, before, self.state)
+            follow_resize(self.subnet, self.optimizers, before, self.state)
             if self.average is not None:
                 self.average.resize(capacities, flats[AVERAGE])
         for subnet in filter(None, (self.subnet, self.average)):
             subnet.hold(held)
 
 
-def assign_optimizers(workers: Sequence[Worker], optimizers: Sequence[Optimizer], strategy: Strategy) -> None:
+def assign_optimizers(
+    workers: Sequence[Worker], optimizers: Sequence[Optimizer], strategy: Strategy, num_processes: int
+) -> None:
     """Assign optimizers to the hosted workers whose parameters they train.
 
     Args:
         workers: The hosted workers. They forget the state of their previous optimizers.
         optimizers: The optimizers of all of them, in any order.
         strategy: The strategy, with all its stages.
+        num_processes: The number of processes that host the workers.
 
     Raises:
         UserError: If an optimizer is missing, or does not train the parameters of one hosted worker; if its state
-            cannot go with the blocks; if a parameter was moved out of the flat tensor.
+            cannot go with the blocks; if a wrapper joins the workers; if a parameter was moved out of the flat tensor.
     """
+    apart = num_processes > 1 and not strategy.every_step
+    check_alone(optimizers, [worker.subnet.model for worker in workers] if apart else ())
     for worker in workers:
         worker.subnet.check_attached()
         worker.forget_state()

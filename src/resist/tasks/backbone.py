@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from resist.errors import UserError
 from resist.runs.config import NetworkConfig
 from resist.runs.config_file import read_config
-from resist.runs.model_file import FILE, ChainScale, read_full
+from resist.runs.model_file import FILE, read_full
 
 BODY, LAST_NORM = "backbone.body.", "backbone.norms.layer4."
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -23,13 +23,13 @@ class BackboneInit:
         run: Run directory.
         network: Options of the run's network.
         tensors: Its weights by their names in a detector, without the head.
-        chains: The chains, with the scale of their blocks' branches in the run's full network.
+        scales: Factor of each block's branch in the run's full network, by dotted name.
     """
 
     run: Path
     network: NetworkConfig
     tensors: dict[str, Tensor]
-    chains: list[ChainScale]
+    scales: dict[str, float]
 
     @staticmethod
     def read(run: Path) -> "BackboneInit":
@@ -43,9 +43,11 @@ class BackboneInit:
             raise UserError(
                 f"`init_from={run}`: a run with `data={network.data}`, of detection; give a classification run"
             )
-        tensors, chains = read_full(run / FILE)
+        tensors, scales = read_full(run / FILE)
         named = {_name(name): tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-        return BackboneInit(run, network, named, chains)
+        factors = {name: scale for name, scale in scales.items() if isinstance(scale, float)}
+        assert len(factors) == len(scales), "blocks of preact networks are scaled in the plain form"
+        return BackboneInit(run, network, named, factors)
 
     def check(self, model: nn.Module) -> None:
         """Raise UserError if a detector's backbone differs from the run's network."""
@@ -80,12 +82,12 @@ class BackboneInit:
         self.check(model)
         model.load_state_dict(self.tensors, strict=False)
         with torch.no_grad():
-            for chain in self.chains:
-                for block in (model.get_submodule(BODY + name) for name in chain.blocks):
-                    convolution = [module for module in block.modules() if isinstance(module, nn.Conv2d)][-1]
-                    convolution.weight *= chain.scale
-                    if convolution.bias is not None:
-                        convolution.bias *= chain.scale
+            for name, scale in self.scales.items():
+                block = model.get_submodule(BODY + name)
+                convolution = [module for module in block.modules() if isinstance(module, nn.Conv2d)][-1]
+                convolution.weight *= scale
+                if convolution.bias is not None:
+                    convolution.bias *= scale
 
 
 def _name(name: str) -> str:

@@ -112,7 +112,7 @@ def launch(
         The exit status: that of the first process that failed (1 where a signal ended it), or 128 plus the number of a
         signal that ended the job before it could save.
     """
-    from resist.sync.distributed import loopback_store
+    from resist.sync.process_group import loopback_store
 
     forked = fork if fork is not None and _num_threads() == 1 else None
     listener = socket.create_server(("127.0.0.1", 0))

@@ -81,14 +81,23 @@ def build_optimizer(o: OptimizationConfig, model: nn.Module) -> Optimizer:
         UserError: The optimizer does not take the network's parameters.
     """
     if not o.no_decay_norm_and_bias:
-        return _make(o, model.parameters())
+        return optimizer_for(o, model.parameters())
     groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
         groups[parameter.dim() <= 1 or name.endswith(".bias")]["params"].append(parameter)
-    return _make(o, groups)
+    return optimizer_for(o, groups)
 
 
-def _make(o: OptimizationConfig, params: Iterable[Any]) -> Optimizer:
+def optimizer_for(o: OptimizationConfig, params: Iterable[Any]) -> Optimizer:
+    """Make the optimizer of some parameters, or groups of them.
+
+    Args:
+        o: Options that `resolve` has completed.
+        params: As the optimizer takes them.
+
+    Raises:
+        UserError: The optimizer does not take them.
+    """
     options = {name: value for name in PAPER if (value := getattr(o, name)) is not None}
     further = {name: tuple(value) if isinstance(value, list) else value for name, value in o.optimizer_args.items()}
     try:
@@ -104,7 +113,7 @@ def _try(o: OptimizationConfig) -> None:
     weight = nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     with torch.random.fork_rng(devices=[]):
-        optimizer = _make(o, [weight])
+        optimizer = optimizer_for(o, [weight])
         try:
             optimizer.step()
         except Exception as error:  # any error of the optimizer's own code

@@ -1,7 +1,7 @@
-"""Loading: give a job the state that `resist.sync.saving` describes.
+"""Loading: give a job the state that `resist.state.saving` describes.
 
 Where the job has the same plan as the saved one, everything comes back. With other workers, chains or capacities, the
-network comes back (weights, averages, outer momentum, buffers); optimizers keep their settings and begin anew; the step
+network comes back (weights, averages, outer momentum, buffers); optimizers keep their settings and start over; the step
 is the one at which all workers together have seen as many images.
 """
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
+from resist.state.names import Held, other_buffer_names, put_buffers, weight_places
+from resist.state.optimizers import check_optimizers, load_arrived, load_groups, load_state
+from resist.state.saving import Record, SavedJob, held_by_all, network_state
+from resist.state.values import decode, keys_of
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.names import Held, other_buffer_names, put_buffers, weight_places
-from resist.sync.optimizer_record import check_optimizers, load_arrived, load_groups, load_state
-from resist.sync.optimizers import follow_resize
-from resist.sync.saving import Record, SavedJob, held_by_all, network_state
-from resist.sync.values import decode, keys_of
+from resist.sync.optimizer_state import follow_resize
 from resist.sync.worker import Worker
 
 LEAST = {"round": 0, "step": 0, "workers": 1, "processes": 1}
@@ -73,7 +73,7 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
     Args:
         job: The job. Its optimizers are those of its workers (`Worker.optimizers`).
         saved: The state.
-        with_optimizers: Load the state of the optimizers, too. Otherwise they begin anew.
+        with_optimizers: Load the state of the optimizers, too. Otherwise they start over.
 
     Raises:
         UserError: If the state is that of another network, other optimizers, or damaged. The job is then as it was.
@@ -152,8 +152,7 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
     if capacities != worker.subnet.capacities:
         before = {id(parameter) for parameter in worker.model.parameters()}
         worker.subnet.resize(capacities, worker.subnet.empty(capacities))
-        for optimizer in worker.optimizers:
-            follow_resize(worker.subnet, optimizer, before, {})
+        follow_resize(worker.subnet, worker.optimizers, before, {})
         if worker.average is not None:
             worker.average.resize(capacities, worker.average.empty(capacities))
     worker.reset_state()
@@ -193,7 +192,7 @@ def _from_record(
 
 
 def _set_count(worker: Worker, count: int) -> None:
-    """Set the number of steps that an average has seen; the next one would begin it anew otherwise."""
+    """Set the number of steps that an average has seen; the next one would start it over otherwise."""
     if worker.averaged is not None:
         worker.averaged.n_averaged.fill_(count)
 

@@ -5,7 +5,7 @@
 - A record for each worker: the state and the groups of its optimizers, the buffers that are not synchronized, and the
   random state of its process. It fits a job with the same plan.
 
-A tensor's key has one or more parts; `resist.sync.values.split` gives them back:
+A tensor's key has one or more parts; `resist.state.values.split` gives them back:
 
     conv1.weight    average of weights/conv1.weight    outer velocity/conv1.weight
     workers.2/optimizer/layer3.5.conv1.weight/exp_avg
@@ -18,15 +18,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from resist.blocks.chains import Chain
+from resist.blocks.chain import Chain
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan
 from resist.planning.strategy import Strategy
+from resist.state.names import Held, other_buffers, weight_places
+from resist.state.optimizers import arrived_state, optimizer_record
+from resist.state.values import encode, join
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.names import Held, other_buffers, weight_places
-from resist.sync.optimizer_record import arrived_state, optimizer_record
 from resist.sync.transport import Transport
-from resist.sync.values import encode, join
 from resist.sync.worker import Worker
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from resist.errors import UserError, first_line
+from resist.state.loading import BROKEN, Saved, check_about, load
+from resist.state.names import other_buffers
+from resist.state.saving import Record, SavedJob, about_job, check_boundary, network_state, worker_record
+from resist.state.values import decode, encode
 from resist.subnet.network import Subnet
 from resist.sync.agreement import check_agreement, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.loading import BROKEN, Saved, check_about, load
-from resist.sync.names import other_buffers
-from resist.sync.saving import Record, SavedJob, about_job, check_boundary, network_state, worker_record
-from resist.sync.values import decode, encode
 
 FORMAT = "resist job 1"
 KINDS = (WEIGHTS, AVERAGE, VELOCITY)

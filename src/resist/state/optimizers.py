@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist.errors import UserError
+from resist.state.names import Held, parameters_by_name
+from resist.state.values import decode, encode, join
 from resist.subnet.layout import Place
 from resist.sync.averaging import VELOCITY
-from resist.sync.names import Held, parameters_by_name
-from resist.sync.values import decode, encode, join
 from resist.sync.worker import Worker
 
 
@@ -161,22 +161,22 @@ def _known_names(worker: Worker, held: Held) -> dict[tuple[int, int], set[str]]:
     subnet = worker.subnet
     place_of = {id(parameter): place for parameter, place in subnet.parameter_places()}
     found: dict[tuple[int, int], set[str]] = {}
+    last: dict[tuple[int | None, str], tuple[int, set[str]]] = {}
     for number, optimizer in enumerate(worker.optimizers):
         for at, group in enumerate(optimizer.param_groups):
-            names = found.setdefault((number, at), set())
-            keys: dict[tuple[int | None, str], set[int]] = {}
+            names = found[number, at] = set[str]()
             for position, parameter in enumerate(group["params"]):
                 place = place_of.get(id(parameter))
                 if place is None:
                     names.add(f"#{number}.{at}.{position}")
-                else:
-                    keys.setdefault(place.key, set()).add(place.slot)
-            for (chain, piece), slots in keys.items():
-                present = subnet.capacities[chain] if chain is not None else 1
-                # A new slot joins the group of its counterparts, see `follow_resize`.
-                wanted = len(held[chain]) if chain is not None else 1
-                slots = {slot for slot in range(wanted) if slot in slots or slot >= present}
-                names |= {subnet.layout.full_name(Place(chain, slot, piece), held) for slot in slots}
+                elif place.chain is None or place.slot < len(held[place.chain]):
+                    names.add(subnet.layout.full_name(place, held))
+                    if place.key not in last or place.slot > last[place.key][0]:
+                        last[place.key] = place.slot, names
+    for (chain, piece), (_, names) in last.items():  # a new slot joins the group of the last one, see `follow_resize`
+        if chain is not None:
+            new = range(subnet.capacities[chain], len(held[chain]))
+            names |= {subnet.layout.full_name(Place(chain, slot, piece), held) for slot in new}
     return found
 
 

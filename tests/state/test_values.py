@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from resist.sync.optimizer_record import placed
-from resist.sync.values import decode, encode, join, keys_of, split
+from resist.state.optimizers import placed
+from resist.state.values import decode, encode, join, keys_of, split
 
 
 @given(st.lists(st.text(max_size=6), min_size=1, max_size=4))

@@ -1,0 +1,113 @@
+"""Transfers and means over torch.distributed in progress: the handles of `resist.sync.distributed`."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from resist.sync.averaging import total
+
+
+class Collectives(Protocol):
+    """The part of `Distributed` that the handles use."""
+
+    num_workers: int
+    num_processes: int
+    staged: bool
+
+    def run(self, doing: str, action: Any) -> Any:
+        """See `Distributed.run`."""
+        ...
+
+    def exchange_pieces(self, received: Tensor, sent: Tensor) -> Any:
+        """See `Distributed.exchange_pieces`."""
+        ...
+
+    def gather_pieces(self, received: Tensor, sent: Tensor) -> None:
+        """See `Distributed.gather_pieces`."""
+        ...
+
+
+class PendingMoves:
+    """Point-to-point messages in progress. Holds the tensors that they read and write until they are complete."""
+
+    def __init__(
+        self,
+        transport: Collectives,
+        works: Any,
+        arrived: list[Tensor | None],
+        operations: Any,
+        copies: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        self._transport, self._works = transport, works
+        self._arrived, self._operations, self._copies = arrived, operations, copies
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor | None]:
+        for work in self._works:
+            self._transport.run("exchanging blocks", work.wait)
+        for wire, final in self._copies:
+            final.copy_(wire)
+        return self._arrived
+
+
+class PendingMean:
+    """An all-reduce in progress, whose sum becomes the mean in the tensors of all hosted workers."""
+
+    def __init__(
+        self, transport: Collectives, work: Any, tensors: Sequence[Tensor], divisor: int = 1, scale: float = 1.0
+    ) -> None:
+        self._transport, self._work, self._tensors = transport, work, tensors
+        self._divisor, self._scale = divisor, scale
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor | None]:
+        self._transport.run("averaging the shared part", self._work.wait)
+        first = self._tensors[0]
+        if self._divisor != 1:
+            first.div_(self._divisor)
+        if self._scale != 1.0:
+            first.mul_(self._scale)
+        for tensor in self._tensors[1:]:
+            tensor.copy_(first)
+        return []
+
+
+class PendingShortMean:
+    """The mean of numbers of fewer than 32 bits, in progress: summed in float32, and rounded once.
+
+    Each process sends a piece of its tensor to every other one, which sums the pieces that it gets, rounds their mean,
+    and sends it to all: as many bytes as an all-reduce. A process that hosts several workers has to send their sum in
+    float32, and then all do.
+    """
+
+    def __init__(self, transport: Collectives, tensors: Sequence[Tensor], scale: float) -> None:
+        self._transport, self._tensors = transport, tensors
+        self._factor = scale / transport.num_workers
+        processes, first = transport.num_processes, tensors[0]
+        own = first if processes == transport.num_workers else total(tensors)
+        piece = -(-own.numel() // processes)
+        # gloo sends from CPU memory only. The pieces are equally long: the last one is padded.
+        device = "cpu" if transport.staged else first.device
+        sent = torch.zeros(processes * piece, dtype=own.dtype, device=device)
+        sent[: own.numel()].copy_(own.reshape(-1))
+        self._sent, self._received = sent, torch.empty_like(sent)  # kept until the messages are complete
+        self._work = transport.run(
+            "averaging", lambda: transport.exchange_pieces(self._received.view(torch.uint8), sent.view(torch.uint8))
+        )
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor | None]:
+        self._transport.run("averaging the shared part", self._work.wait)
+        pieces = self._received.chunk(self._transport.num_processes)
+        first = self._tensors[0]
+        mean = total(pieces).mul_(self._factor).to(first.dtype)
+        means = mean.new_empty(len(pieces) * mean.numel())
+        self._transport.run(
+            "averaging the shared part",
+            lambda: self._transport.gather_pieces(means.view(torch.uint8), mean.view(torch.uint8)),
+        )
+        for tensor in self._tensors:
+            tensor.copy_(means[: first.numel()].view(first.shape))
+        return []
