@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -62,16 +62,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="architectures whose name contains one of these")
     parser.add_argument("--page", action="store_true", help="run nothing, rebuild the page")
     parser.add_argument("--check", action="store_true", help="run nothing, write nothing, compare the page")
-    parser.add_argument("--json", action="store_true", help="print the results, write nothing")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each, write nothing")
     args = parser.parse_args()
     if args.check:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(kept(), kept(OPTIMIZERS))
         sys.exit(0 if same else f"{PAGE.name} is out of date")
     if not args.page:
         chosen = [c for c in CASES if not args.only or any(text.lower() in c.name.lower() for text in args.only)]
-        results = {result["name"]: result for result in run(chosen)}
+        results: dict[str, Record] = {}
+        for result in run(chosen):
+            results[result["name"]] = result
+            print(json.dumps(result) if args.json else f"{result['name']}: {verdict(result)}", flush=True)
         if args.json:
-            print(json.dumps(list(results.values())))
             return
         before = {result["name"]: result for result in kept()} if args.only else {}
         merged = [(before | results)[case.name] for case in CASES if case.name in before | results]
@@ -84,7 +86,11 @@ def kept(file: Path = RESULTS) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def run(cases: Iterable[Case]) -> list[Record]:
+def verdict(result: Record) -> str:
+    return result.get("refused") or result.get("failed") or "passed"
+
+
+def run(cases: Iterable[Case]) -> Iterator[Record]:
     """Test each in a process of its own, two at a time."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # from the code of other libraries
@@ -96,16 +102,10 @@ def run(cases: Iterable[Case]) -> list[Record]:
     for library in {case.library for case in cases} - {"resist"}:
         importlib.import_module(library)  # once, before the processes are forked
         origin[library] = version(library)
-    records: list[Record] = []
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         waiting = [pool.apply_async(outcome, (case.name,)) for case in cases]
         for case, result in zip(cases, waiting, strict=True):
-            found = result.get(timeout=10 * LIMIT_S)
-            print(
-                f"{case.name}: {found.get('refused') or found.get('failed') or 'passed'}", file=sys.stderr, flush=True
-            )
-            records.append({"name": case.name, **found, **origin})
-    return records
+            yield {"name": case.name, **result.get(timeout=10 * LIMIT_S), **origin}
 
 
 class OutOfTime(BaseException):

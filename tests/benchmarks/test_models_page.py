@@ -96,7 +96,7 @@ def test_some_of_them_again() -> None:
     versions = {"torch", "torchvision", "timm", "transformers", "python"}
     free = versions | {"date", "commit", "machine", "cores", "gpu", "run_s"}
     measured = {"losses", "forward", "backward", "scaled"}
-    found = json.loads(done.stdout)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(AGAIN)
     for record in found:
         old = before[record["name"]]
