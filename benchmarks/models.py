@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -49,8 +49,8 @@ from resist.errors import UserError
 from resist.subnet.seeded import build_seeded
 
 HERE = Path(__file__).parent
-PAGE, RESULTS, OPTIMIZERS = (HERE.parent / "docs" / "models.md", HERE / "results" / "models.json",
-                             HERE / "results" / "optimizers.json")  # fmt: skip
+PAGE = HERE.parent / "docs" / "models.md"
+RESULTS, OPTIMIZERS = HERE / "results" / "models.json", HERE / "results" / "optimizers.json"
 WORKERS, ROUNDS, LOCAL_STEPS, BATCH, SEED = (2, 4), 3, 2, 4, 1
 LIMIT_S = 120  # of processor time, for one network
 TOLERANCE = 1e-4  # another order of summation, after up to a hundred layers
@@ -90,7 +90,7 @@ def verdict(result: Record) -> str:
     return result.get("refused") or result.get("failed") or "passed"
 
 
-def run(cases: Iterable[Case]) -> Iterator[Record]:
+def run(cases: Sequence[Case]) -> Iterator[Record]:
     """Test each in a process of its own, two at a time."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # from the code of other libraries
@@ -100,7 +100,8 @@ def run(cases: Iterable[Case]) -> Iterator[Record]:
     cases = [case for case in cases if case.library not in missing]
     origin = provenance()
     for library in {case.library for case in cases} - {"resist"}:
-        importlib.import_module(library)  # once, before the processes are forked
+        # Once, before the processes are forked.
+        importlib.import_module("transformers.modeling_utils" if library == "transformers" else library)
         origin[library] = version(library)
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         waiting = [pool.apply_async(outcome, (case.name,)) for case in cases]
