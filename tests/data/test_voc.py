@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torchvision.datasets import voc as torchvision_voc
 
 import vockit
-from resist.data.annotation import CLASSES, MAX_BYTES, read_annotation
+from resist.data.annotation import CLASSES, MAX_BYTES, parse, read_annotation
 from resist.data.loader import Stream
 from resist.data.sampler import Sampler
 from resist.data.voc import LONGER, fitted, load_voc, longer, mirrored
@@ -124,14 +124,14 @@ BAD = {
         "object 1 has the class 'unicorn', which is not one of VOC's",
     ),
     "no class": (with_object(BOX.format(1, 1, 5, 5), ""), "object 1 has the class ''"),
-    "no width": (with_object(BOX.format(5, 1, 5, 5)), "(bus), 5 1 5 5, has no area"),
+    "no width": (with_object(BOX.format(5, 1, 5, 5)), "object 1 (bus) has the box 5 1 5 5, which has no area"),
     "upside down": (with_object(BOX.format(1, 9, 5, 5)), "has no area"),
-    "right of it": (with_object(BOX.format(1, 1, 99, 5)), "1 1 99 5, exceeds the picture of 96 x 72 pixels"),
+    "right of it": (with_object(BOX.format(1, 1, 99, 5)), "1 1 99 5, which exceeds the picture of 96 x 72 pixels"),
     "wholly outside": (with_object(BOX.format(97, 1, 97.5, 5)), "exceeds the picture"),
     "above it": (with_object(BOX.format(1, -3, 9, 5)), "exceeds the picture"),
-    "no numbers": (with_object(BOX.format("a", 1, 9, 5)), "is a 1 9 5, not four numbers"),
+    "no numbers": (with_object(BOX.format("a", 1, 9, 5)), "has the box a 1 9 5, not four numbers"),
     "not finite": (with_object(BOX.format("nan", 1, "inf", 5)), "not four numbers"),
-    "no box": ("<annotation><object><name>bus</name></object></annotation>", "is - - - -, not four numbers"),
+    "no box": ("<annotation><object><name>bus</name></object></annotation>", "has the box - - - -, not four numbers"),
     "another size": (
         vockit.annotation([], 500, 375),
         "describes a picture of 500 x 375 pixels; the picture has 96",
@@ -157,9 +157,9 @@ def test_a_bad_annotation_is_named_and_can_be_skipped(kit, problem: str) -> None
     assert "\n" not in message
     train, test = load_voc("voc2007", kit, image_size=36, skip_bad_files=True)
     assert len(train) == len(test) == 3
-    assert len(train.skipped) == len(test.skipped) == 1
-    listed = base(kit) / "ImageSets" / "Main" / "trainval.txt"
-    assert train.notes[0].startswith(f"{listed}: left out 1 photograph, first {file}: ")
+    headline, error = train.notes
+    assert headline == f"{base(kit) / 'ImageSets' / 'Main' / 'trainval.txt'}: left out 1 photograph:"
+    assert message.startswith(error)
 
 
 @pytest.mark.parametrize("problem", ["missing", "empty", "no picture", "folder", "pipe", "no annotation"])
@@ -178,18 +178,18 @@ def test_a_bad_photograph_is_named_and_can_be_skipped(kit, problem: str) -> None
         load_voc("voc2007", kit, image_size=36)
     assert str(raised.value).startswith(f"{file}: ")
     train, _ = load_voc("voc2007", kit, image_size=36, skip_bad_files=True)
-    assert (len(train), len(train.skipped)) == (3, 1)
+    assert (len(train), len(train.skipped)) == (3, 2)
 
 
 def test_a_photograph_that_is_cut_is_found_when_decoded_or_before_when_skipping(kit) -> None:
     file = base(kit) / "JPEGImages" / "000003.jpg"
     file.write_bytes(file.read_bytes()[:-400])
     train, _ = load_voc("voc2007", kit, image_size=36)
-    with pytest.raises(UserError, match="cannot be read as a picture") as raised:
+    with pytest.raises(UserError, match="cannot be read") as raised:
         train[2, 0]
     assert str(raised.value).startswith(f"{file}: ")
     train, _ = load_voc("voc2007", kit, image_size=36, skip_bad_files=True)
-    assert (len(train), len(train.skipped)) == (3, 1)
+    assert (len(train), len(train.skipped)) == (3, 2)
     assert [train[index, 0][0].shape for index in range(3)] == [(3, 36, 48)] * 3
 
 
@@ -199,6 +199,188 @@ def test_nothing_is_left(kit) -> None:
     with pytest.raises(UserError, match="none of its 4 photographs can be used; first, ") as raised:
         load_voc("voc2007", kit, skip_bad_files=True)
     assert str(raised.value).startswith(str(base(kit) / "ImageSets" / "Main" / "trainval.txt"))
+
+
+WIDE = "<xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax>"
+TEMPLATE = (
+    "<annotation>{size}<object><name>bus</name>{difficult}<bndbox>" + WIDE + "</bndbox></object>{more}</annotation>"
+)
+
+
+def annotated(kit: Path, *, size: str = "", difficult: str = "", more: str = "") -> Path:
+    """The annotation of photograph 000003, of a bus and `more`."""
+    file = base(kit) / "Annotations" / "000003.xml"
+    file.write_text(TEMPLATE.format(size=size, difficult=difficult, more=more))
+    return file
+
+
+def sized(width: str, height: str) -> str:
+    return f"<size><width>{width}</width><height>{height}</height></size>"
+
+
+@pytest.mark.parametrize("size", ["", sized("0", "0"), sized("96.0", "72.00"), sized(" 96 ", ""), sized("", "72"),
+                                  sized("0", "72"), "<size/>", sized("9.6e1", "+72")])  # fmt: skip
+def test_a_size_that_is_written_otherwise_is_a_size(kit, size: str) -> None:
+    assert len(read_annotation(annotated(kit, size=size), 96, 72).boxes) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "complaint"),
+    [
+        (sized("95", "72"), "95 x 72 pixels; the picture has 96 x 72"),
+        (sized("96.5", "72"), "96.5 x 72 pixels; the picture has 96 x 72"),
+        (sized("72", "96"), "72 x 96 pixels, as after a rotation by EXIF; the picture has 96 x 72"),
+        (sized("wide", "72"), "wide x 72 pixels; the picture"),
+        (sized("9_6", "72"), "9_6 x 72 pixels; the picture"),
+        (sized("nan", "nan"), "nan x nan pixels; the picture"),
+        (sized("-96", "72"), "-96 x 72 pixels; the picture"),
+    ],
+)
+def test_another_size_is_another_picture(kit, size: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=rf"000003\.xml: describes a picture of {complaint}"):
+        read_annotation(annotated(kit, size=size), 96, 72)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", False), ("1", True), ("", False), ("true", True), ("False", False), ("1.0", True), ("0.0", False),
+     (" 1 ", True), ("YES", True)],
+)  # fmt: skip
+def test_marks_of_difficult_objects(kit, text: str, expected: bool) -> None:
+    file = annotated(kit, difficult=f"<difficult>{text}</difficult>")
+    assert read_annotation(file, 96, 72).difficult.tolist() == [expected]
+
+
+@pytest.mark.parametrize("text", ["2", "-1", "0.5", "nan", "maybe", "Unspecified", "1_0", "1,0"])
+def test_other_marks_are_named(kit, text: str) -> None:
+    file = annotated(kit, difficult=f"<difficult>{text}</difficult>")
+    with pytest.raises(ValueError, match=rf"^{file}: object 1 \(bus\) has '{text}' for difficult, not 0 or 1$"):
+        read_annotation(file, 96, 72)
+
+
+def test_a_bad_object_is_left_out_and_not_its_neighbors(kit) -> None:
+    bad = [BOX.format(5, 5, 5, 9), BOX.format(50, 50, 120, 60), BOX.format("a", 1, 2, 3)]
+    more = "".join(f"<object><name>boat</name><bndbox>{box}</bndbox></object>" for box in bad)
+    file = annotated(kit, more=more + "<object><name>unicorn</name><bndbox>" + WIDE + "</bndbox></object>")
+    with pytest.raises(UserError, match=rf"^{file}: object 2 \(boat\) has the box 5 5 5 9, which has no area; fix or"):
+        load_voc("voc2007", kit)
+    train, _ = load_voc("voc2007", kit, skip_bad_files=True)
+    assert len(train) == 4
+    assert [CLASSES[label - 1] for label in train.photographs[2].objects.labels.tolist()] == ["bus"]
+    assert train.notes[0].endswith("trainval.txt: left out 4 objects:")
+    assert [note.removeprefix(f"{file}: object ")[:6] for note in train.notes[1:]] == [
+        "2 (boa",
+        "3 (boa",
+        "4 (boa",
+        "5 has ",
+    ]
+
+
+def test_five_of_many_are_named(kit) -> None:
+    more = f"<object><name>boat</name><bndbox>{BOX.format(5, 5, 5, 9)}</bndbox></object>" * 7
+    annotated(kit, more=more)
+    train, _ = load_voc("voc2007", kit, skip_bad_files=True)
+    assert train.notes[0].endswith("left out 7 objects, the first 5:")
+    assert len(train.notes) == 6
+
+
+def test_a_photograph_without_a_usable_object_is_left_out(kit) -> None:
+    """It would teach the detector that nothing is there."""
+    file = base(kit) / "Annotations" / "000003.xml"
+    file.write_text(with_object(BOX.format(5, 1, 5, 5)))
+    assert len(load_voc("voc2007", kit, skip_bad_files=True)[0]) == 3
+    file.write_text("<annotation/>")
+    assert len(load_voc("voc2007", kit, skip_bad_files=True)[0]) == 4
+
+
+def test_photographs_of_other_suffixes_are_found(kit) -> None:
+    file = base(kit) / "JPEGImages" / "000001.jpg"
+    for name in ("000001.JPG", "000001.jpeg", "000001.png"):
+        file = file.rename(file.with_name(name))
+        assert load_voc("voc2007", kit)[0].photographs[0].file == file
+
+
+def declared(encoding: str) -> str:
+    return f'<?xml version="1.0" encoding="{encoding}"?>\n'
+
+
+TEXTS = {
+    **dict.fromkeys(["GBK", "gb2312", "cp936", "gb18030", "Big5", "Shift_JIS", "EUC-JP", "ISO-2022-JP"], "中文"),
+    **dict.fromkeys(["UTF-8", "utf8", "utf-8-sig", "UTF-7"], "中文"),
+    **dict.fromkeys(["windows-1251", "koi8-r"], "папка"),
+    "iso-8859-1": "dossi\xe9r",
+    "ascii": "folder",
+    "euc-kr": "폴더",
+}
+
+
+@pytest.mark.parametrize("encoding", TEXTS)
+def test_annotations_in_any_encoding(kit, encoding: str) -> None:
+    folder = TEXTS[encoding]
+    content = declared(encoding) + TEMPLATE.format(size=f"<folder>{folder}</folder>", difficult="", more="")
+    file = annotated(kit)
+    file.write_bytes(content.encode(encoding))
+    assert parse(file).findtext("folder") == folder
+    for codec in (encoding, "utf-8"):  # as declared, or not
+        file.write_bytes(content.encode(codec))
+        assert len(read_annotation(file, 96, 72).boxes) == 1
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf8mb4", "ANSI", "unicode", "UTF-16", "UTF-32", "ebcdic", "cp037", "hex", "rot13", "zip", "idna",
+                 "undefined", "unicode_escape", "../x", "x" * 60, "mbcs"],
+)  # fmt: skip
+def test_encodings_that_do_not_exist_or_are_not_meant(kit, encoding: str) -> None:
+    content, file = (
+        declared(encoding) + TEMPLATE.format(size="<folder>図</folder>", difficult="", more=""),
+        annotated(kit),
+    )
+    for text in (content, content.replace("図", "x")):
+        file.write_bytes(text.encode())
+        assert len(read_annotation(file, 96, 72).boxes) == 1
+    file.write_bytes(content.encode("shift_jis"))
+    with pytest.raises(
+        ValueError, match=rf"^{file}: declares the encoding '{encoding}'.* nor in UTF-8 \(byte \d+\); save"
+    ):
+        read_annotation(file, 96, 72)
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "utf-32", "utf-32-le", "utf-32-be"]
+)
+@pytest.mark.parametrize("head", ["", declared("UTF-16"), declared("UTF-8"), declared("GBK")])
+def test_byte_order_marks_and_texts_of_two_bytes(kit, encoding: str, head: str) -> None:
+    file = annotated(kit)
+    content = (head + TEMPLATE.format(size="<folder>図</folder>", difficult="", more="")).encode(encoding)
+    file.write_bytes(content)
+    assert len(read_annotation(file, 96, 72).boxes) == 1
+    file.write_bytes(content[:-3])
+    with pytest.raises(ValueError, match=rf"^{file}: "):
+        read_annotation(file, 96, 72)
+
+
+def test_a_text_that_is_not_in_utf_8_and_declares_nothing(kit) -> None:
+    file = annotated(kit, size="<folder>図</folder>")
+    file.write_bytes(file.read_text().encode("gbk"))
+    with pytest.raises(
+        ValueError, match=r"is not UTF-8, and declares no other encoding \(byte 21\); save it as UTF-8$"
+    ):
+        read_annotation(file, 96, 72)
+    train, _ = load_voc("voc2007", kit, skip_bad_files=True)
+    assert len(train) == 3
+
+
+@settings(max_examples=100)
+@given(encoding=st.text(st.characters(exclude_characters="<>\"'"), max_size=70), body=st.binary(max_size=60))
+def test_whatever_a_file_declares_it_is_read_or_named(tmp_path_factory, encoding: str, body: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "declares.xml"
+    file.write_bytes(declared(encoding).encode("utf-8", "surrogatepass") + b"<annotation>" + body + b"</annotation>")
+    try:
+        read_annotation(file, 96, 72)
+    except ValueError as error:
+        assert str(error).startswith(f"{file}: ")
+        assert "\n" not in str(error)
+        assert str(error).isprintable() or "mismatched" in str(error)
 
 
 @settings(max_examples=300)

@@ -90,11 +90,11 @@ def test_bad_files_end_the_run_or_are_counted(capsys, tmp_path) -> None:
     assert (status, err) == (0, "")
     for split in ("trainval", "test"):
         listed = root / "ImageSets" / "Main" / f"{split}.txt"
-        assert f"resist: {listed}: left out 2 photographs, first {photograph}: cannot be read as a picture" in text_out
+        assert f"resist: {listed}: left out 2 photographs:\nresist: {photograph}: cannot be read" in text_out
     text.write_text(whole)  # what is only seen when it is decoded ends the run then
     status, _, err = cli(capsys, "train", *common, "--out", str(tmp_path / "c"))
     assert (status, err.count("\n")) == (2, 1)
-    assert err.startswith(f"resist: {photograph}: cannot be read as a picture")
+    assert err.startswith(f"resist: {photograph}: cannot be read")
 
 
 def test_training_that_diverges_says_so(capsys, kit, tmp_path) -> None:

@@ -67,7 +67,7 @@ def test_train_and_evaluate(capsys: pytest.CaptureFixture[str], folder: Path, tm
     reading = "reading all {} files once to find those that cannot be read"
     expected = [f"resist: {folder / 'train'}: {reading.format(48)}", f"resist: {folder / 'val'}: {reading.format(9)}"]
     assert err.splitlines() == expected
-    assert f"resist: {folder / 'train'}: left out 1 file that cannot be read, first bee/bee_0.png\n" in text
+    assert f"resist: {folder / 'train'}: left out 1 file: bee/bee_0.png (the file is empty)\n" in text
     records = rounds_of(out)
     assert [max(held) for held in (r["capacity"]["layer3:1-4"] for r in records)] == [4] * 3 + [2] * 3
     assert json.loads((out / "config.json").read_text())["optimization"]["label_smoothing"] == 0.1

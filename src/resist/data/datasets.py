@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from resist.data.classes import class_names
 from resist.data.image_folder import IMAGE_SIZE, MEAN, STD, Photographs, load_folder
 from resist.data.in_memory import Images
-from resist.data.listing import class_names
+from resist.data.naming import shown
 from resist.data.voc import VOC
 from resist.errors import UserError, first_line
 
@@ -87,7 +88,9 @@ def check_imagenet(data_dir: Path) -> None:
     """Raise UserError if `data_dir` does not have the 1,000 classes of ImageNet."""
     num_classes = len(class_names(data_dir))
     if num_classes != 1000:
-        raise UserError(f"{data_dir / 'train'}: has {num_classes} class folders, ImageNet 1,000; give `data=folder`")
+        raise UserError(
+            f"{shown(data_dir / 'train')}: has {num_classes} class folders, ImageNet 1,000; give `data=folder`"
+        )
 
 
 def image_size_of(name: str) -> int:
@@ -149,8 +152,8 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
                 sets = [dataset_class(data_dir, train=train, download=True) for train in (True, False)]
             except Exception as error:  # any error of the connection or of the files
                 raise UserError(
-                    f"`data={name}` is not complete below {data_dir} and cannot be downloaded ({first_line(error)}); "
-                    f"put the files of {dataset_class.filename} into {data_dir / folder}"
+                    f"`data={name}` is not complete below {shown(data_dir)} and cannot be downloaded "
+                    f"({first_line(error)}); put the files of {dataset_class.filename} into {shown(data_dir / folder)}"
                 ) from error
     mean, std = NORMALIZATION[name]
     train, test = (

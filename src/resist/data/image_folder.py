@@ -1,6 +1,6 @@
 """Photographs in one folder for each class: the data sets "folder" and "imagenet".
 
-    DIR/train/CLASS/*    DIR/val/CLASS/*        see `resist.data.listing`
+    DIR/train/CLASS/*    DIR/val/CLASS/*        see `resist.data.listing` and `resist.data.picture`
 
 Training: a random crop (8 to 100 % of the area), resized, and mirrored with probability 0.5; then RandAugment, if it is
 asked for. Testing: the shorter side resized to 8/7 of the image size, then a center crop. Images are transferred as
@@ -10,24 +10,23 @@ bytes; the device normalizes batches.
 import json
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from resist.data.classes import alike, class_names
 from resist.data.in_memory import normalize
-from resist.data.listing import Listing, class_names, list_split
+from resist.data.listing import Listing, list_split
 from resist.data.loader import Stream, in_order, seeded
+from resist.data.naming import shown
+from resist.data.picture import problem_of, read
 from resist.data.sampler import Sampler
-from resist.errors import UserError, first_line
+from resist.errors import UserError
 
 if TYPE_CHECKING:  # its import takes seconds, which only users of photographs should wait for
     from torchvision.transforms import v2
@@ -106,7 +105,7 @@ class Photographs:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines for the user about files and folders that were left out."""
+        """Lines for the user about files and folders that were left out, or that may not be meant."""
         return self.listing.left_out
 
     @property
@@ -171,28 +170,6 @@ def middle(size: int) -> "v2.Transform":
     return v2.Compose([v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size), v2.PILToTensor()])
 
 
-def read(path: Path) -> Image.Image:
-    """Read an image file as RGB.
-
-    Raises:
-        UserError: The file is not an image, incomplete, or cannot be read.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual palettes and damaged comments, which do not harm the image
-            with Image.open(path) as image:
-                return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        reason = "unknown image format" if path.stat().st_size else "the file is empty"
-        raise _bad(path, reason) from error
-    except Exception as error:  # it is not documented which exceptions the decoders raise
-        raise _bad(path, f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from error
-
-
-def _bad(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: {reason}; fix or delete it, or give `skip_bad_files`")
-
-
 def load_folder(
     data_dir: Path, *, size: int | None = None, data_workers: int = 0, skip_bad: bool = False
 ) -> tuple[Photographs, Photographs]:
@@ -202,52 +179,57 @@ def load_folder(
         data_dir: Folder with train/CLASS/* and val/CLASS/*.
         size: Height and width in pixels of the images in a batch; default: 224.
         data_workers: Processes that read; 0: this process reads.
-        skip_bad: Leave out files that cannot be read, and folders that are empty or not a class. For this, every file
-            is read once, with `data_workers` processes; the result is kept in the user's cache folder until a name,
-            size or time of a file changes.
+        skip_bad: Leave out files that cannot be read, and folders that are empty, missing or not a class. For this,
+            every file is read once, with `data_workers` processes; the result is kept in the user's cache folder until
+            a name, size or time of a file changes.
 
     Returns:
         Training photographs and test photographs.
 
     Raises:
-        UserError: Folders are missing, empty or not a class, or no image can be read.
+        UserError: Folders are missing, empty or not a class, there is one class only, or no image can be read.
     """
     classes = class_names(data_dir)
     splits: list[Photographs] = []
     for split in ("train", "val"):
         listing = list_split(data_dir / split, classes, skip_bad=skip_bad)
         if skip_bad:
-            listing = listing.without(unreadable(listing, data_workers), "cannot be read")
+            listing = listing.without(unreadable(listing, data_workers))
         if not len(listing):
-            raise UserError(f"{data_dir / split}: contains no image that can be read")
+            raise UserError(f"{shown(data_dir / split)}: contains no image that can be read")
+        if split == "train" and (line := alike(classes)):
+            listing = replace(listing, left_out=(*listing.left_out, f"{shown(data_dir / split)}: {line}"))
         splits.append(Photographs(listing, len(classes), size or IMAGE_SIZE, data_workers))
     return splits[0], splits[1]
 
 
-def unreadable(listing: Listing, data_workers: int) -> np.ndarray:
-    """Find unreadable files in the cache, or by reading all files.
+def unreadable(listing: Listing, data_workers: int) -> dict[int, str]:
+    """Find the files that cannot be used in the cache, or by reading all files.
 
     Args:
         listing: The files.
         data_workers: Processes that read; 0: this process reads.
 
     Returns:
-        (num_bad,) int64: indices of the files, ascending.
+        The reason for each of them, by its index.
     """
-    key = blake2b(f"{listing.root.absolute()} {listing.digest(times=True)}".encode(), digest_size=12).hexdigest()
+    where = os.fsencode(listing.root.absolute())
+    key = blake2b(b"%b %b" % (where, listing.digest(times=True).encode()), digest_size=12).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resist"
-    file = folder / f"unreadable-{key}.json"
+    file = folder / f"unusable-{key}.json"
     try:
-        return np.array(json.loads(file.read_text(encoding="utf-8"))["unreadable"], np.int64)
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(file.read_text(encoding="utf-8"))["unusable"]
+        return {index: str(reason) for text, reason in kept.items() if (index := int(text)) < len(listing)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # A warning, since this may take minutes: Python shows it on stderr also where logging is not configured.
         text = "%s: reading all %s files once to find those that cannot be read"
-        logger.warning(text, listing.root, f"{len(listing):,}")
-    flags = list(in_order(_Trial(listing), 64, num_data_workers=data_workers, collate=partial(np.array, dtype=bool)))
-    bad = np.flatnonzero(~np.concatenate(flags))
+        logger.warning(text, shown(listing.root), f"{len(listing):,}")
+    batches = in_order(_Trial(listing), 64, num_data_workers=data_workers, collate=list)
+    reasons = [reason for batch in batches for reason in batch]
+    bad = {index: reason for index, reason in enumerate(reasons) if reason}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"folder": str(listing.root.absolute()), "files": len(listing), "unreadable": bad.tolist()}
+        content = {"folder": str(listing.root.absolute()), "files": len(listing), "unusable": bad}
         new = folder / f".{file.name}.{os.getpid()}"
         new.write_text(json.dumps(content) + "\n", encoding="utf-8")
         new.replace(file)
@@ -258,16 +240,17 @@ def unreadable(listing: Listing, data_workers: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Items of the search for bad files: True where a file can be read."""
+    """Items of the search for bad files: why a file cannot be used, "" where it can."""
 
     listing: Listing
 
     def __len__(self) -> int:
         return len(self.listing)
 
-    def __getitem__(self, index_and_seed: tuple[int, int]) -> Any:
+    def __getitem__(self, index_and_seed: tuple[int, int]) -> str:
+        path = self.listing.path(index_and_seed[0])
         try:
-            read(self.listing.path(index_and_seed[0]))
-        except UserError:
-            return False
-        return True
+            read(path)
+        except UserError as error:
+            return problem_of(error, path)
+        return ""

@@ -8,12 +8,11 @@ Annotations are read and checked when a set is opened; photographs are decoded w
 top, right, bottom in pixels from the corner of the picture: pixel 1 of the files extends from 0 to 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from resist.data.annotation import Objects, read_annotation
+from resist.data.naming import NAMED, REMEDY, count, shown
+from resist.data.picture import as_rgb, size_of, use
+from resist.data.suffixes import SUFFIXES
 from resist.errors import UserError, first_line
 
 # Data set -> year, and the sets to train and to test on. The objects of the test set of 2012 are not published.
@@ -28,7 +30,6 @@ VOC = {"voc2007": ("2007", ("trainval", "test")), "voc2012": ("2012", ("train", 
 # Upper bound of the longer side of a resized photograph, relative to `image_size`, as in Faster R-CNN.
 LONGER = 5 / 3
 IMAGE_SIZE = 600
-REMEDY = "fix or delete it, or leave it out with `skip_bad_files`"
 
 Item = tuple[Tensor, Tensor, Tensor, Tensor, int]
 
@@ -60,7 +61,7 @@ class VocSet:
             `LONGER` times that.
         augment: Mirror photographs with probability 0.5, and leave out difficult objects.
         list_file: File that lists the names of the photographs.
-        skipped: The error of each photograph that was left out.
+        skipped: Lines about photographs and objects that were left out.
     """
 
     photographs: tuple[Photograph, ...]
@@ -74,11 +75,8 @@ class VocSet:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines for the user about photographs that were left out."""
-        num = len(self.skipped)
-        if not num:
-            return ()
-        return (f"{self.list_file}: left out {num} photograph{'s' * (num > 1)}, first {self.skipped[0]}",)
+        """Lines for the user about photographs and objects that were left out."""
+        return self.skipped
 
     def __getitem__(self, index_and_seed: tuple[int, int]) -> Item:
         """Decode and resize a photograph.
@@ -133,7 +131,8 @@ def load_voc(
         data_dir: Directory that contains VOCdevkit; missing archives are downloaded to it.
         image_size: Length in pixels to which the shorter side is resized, at least 32; default: 600.
         splits: Names of the two sets; default: those of `VOC`.
-        skip_bad_files: Leave out photographs with missing or damaged files. For this, every photograph is decoded once.
+        skip_bad_files: Leave out photographs with missing or damaged files, and bad objects of the others. For this,
+            every photograph is decoded once.
         download: Download missing archives; otherwise they are an error.
 
     Returns:
@@ -183,15 +182,17 @@ def _names(root: Path, year: str, split: str, data_dir: Path, download: bool) ->
     if not file.is_file():
         _fetch(file, year, split, data_dir, download)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({first_line(error)}); restore it") from error
+        raise UserError(f"{shown(file)}: cannot be read ({first_line(error)}); restore it") from error
     names = [line.strip() for line in lines if line.strip()]
     for number, name in enumerate(names, 1):
         if not name.replace("_", "").replace("-", "").isalnum():  # nothing that could lead out of the directory
-            raise UserError(f"{file}: name {number} is {name[:60]!r}, not that of a photograph; give a list of names")
+            raise UserError(
+                f"{shown(file)}: name {number} is {name[:60]!r}, not that of a photograph; give a list of names"
+            )
     if not names:
-        raise UserError(f"{file}: lists no photograph; restore it, or name another set with `splits`")
+        raise UserError(f"{shown(file)}: lists no photograph; restore it, or name another set with `splits`")
     return file, names
 
 
@@ -201,7 +202,7 @@ def _fetch(file: Path, year: str, split: str, data_dir: Path, download: bool) ->
     published = ("train", "val", "trainval", *(("test",) if year == "2007" else ()))
     if split not in published:
         available = sorted(p.stem for p in file.parent.glob("*.txt") if "_" not in p.stem) or published
-        raise UserError(f"{file}: not found; give `splits` two of {', '.join(available)}")
+        raise UserError(f"{shown(file)}: not found; give `splits` two of {', '.join(available)}")
     try:
         if not download:
             raise RuntimeError("downloading is off")
@@ -209,57 +210,76 @@ def _fetch(file: Path, year: str, split: str, data_dir: Path, download: bool) ->
         VOCDetection(data_dir, year=year, image_set=split, download=True)
     except Exception as error:  # any error of the connection or of the archive
         raise UserError(
-            f"{file}: not found, and cannot be downloaded ({first_line(error)}); unpack the archives of VOC{year} into "
-            f"{data_dir}"
+            f"{shown(file)}: not found, and cannot be downloaded ({first_line(error)}); unpack the archives of "
+            f"VOC{year} into {shown(data_dir)}"
         ) from error
 
 
 def _open(
     root: Path, file: Path, names: list[str], skip_bad_files: bool
 ) -> tuple[tuple[Photograph, ...], tuple[str, ...]]:
-    """The photographs of the set that `file` lists, and the errors of those that were left out."""
+    """The photographs of the set that `file` lists, and lines about what was left out."""
     with ThreadPoolExecutor(8) as pool:  # threads, since reading waits for the disk and decoding releases Python's lock
-        read = _tolerant if skip_bad_files else _photograph
+        read = _tolerant if skip_bad_files else _strict
         results = list(pool.map(lambda name: read(root, name), names))
-    photographs = tuple(result for result in results if isinstance(result, Photograph))
-    skipped = tuple(result for result in results if isinstance(result, str))
+    photographs = tuple(result for result, _ in results if result is not None)
+    bad = [errors[0] for result, errors in results if result is None]
     if not photographs:
-        raise UserError(f"{file}: none of its {len(names)} photographs can be used; first, {skipped[0]}")
-    return photographs, skipped
+        raise UserError(f"{shown(file)}: none of its {len(names)} photographs can be used; first, {bad[0]}")
+    objects = [error for result, errors in results if result is not None for error in errors]
+    return photographs, (*_lines(file, "photograph", bad), *_lines(file, "object", objects))
 
 
-def _tolerant(root: Path, name: str) -> Photograph | str:
-    """A photograph that can be decoded, or the error."""
+def _lines(file: Path, noun: str, errors: list[str]) -> Iterator[str]:
+    """Lines about what was left out: its number, and the first errors, one a line."""
+    if errors:
+        more = "" if len(errors) <= NAMED else f", the first {NAMED}"
+        yield f"{shown(file)}: left out {count(len(errors), noun)}{more}:"
+        yield from errors[:NAMED]
+
+
+def _strict(root: Path, name: str) -> tuple[Photograph | None, list[str]]:
+    return _photograph(root, name), []
+
+
+def _tolerant(root: Path, name: str) -> tuple[Photograph | None, list[str]]:
+    """A photograph that can be decoded, None where it cannot, and the errors."""
+    errors: list[str] = []
     try:
-        photograph = _photograph(root, name)
+        photograph = _photograph(root, name, errors)
         _decode(photograph.file, (1, 1))
-        return photograph
+        return photograph, errors
     except UserError as error:
-        return str(error).removesuffix(f"; {REMEDY}")
+        return None, [str(error).removesuffix(f"; {REMEDY}")]
 
 
-def _photograph(root: Path, name: str) -> Photograph:
-    file = root / "JPEGImages" / f"{name}.jpg"
-    width, height = _picture(file, lambda picture: picture.size)
+def _photograph(root: Path, name: str, bad: list[str] | None = None) -> Photograph:
+    """A photograph with its objects; with `bad`, without the bad ones, whose errors are added to it.
+
+    Raises:
+        UserError: A file is missing or damaged, an object is bad and there is no `bad`, or all objects are bad.
+    """
+    file = _file(root / "JPEGImages", name)
+    width, height = size_of(file)
     annotation = root / "Annotations" / f"{name}.xml"
     try:
-        return Photograph(file, width, height, read_annotation(annotation, width, height))
+        objects = read_annotation(annotation, width, height, bad)
     except ValueError as error:
         raise UserError(f"{error}; {REMEDY}") from error
+    return Photograph(file, width, height, objects)
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The file of a photograph: a .jpg, or where there is none, a file with another suffix of pictures."""
+    file = folder / f"{name}.jpg"
+    if file.exists():
+        return file
+    suffixes = [suffix.decode() for suffix in sorted(SUFFIXES)]
+    others = (folder / f"{name}{suffix}" for suffix in (*suffixes, *map(str.upper, suffixes)))
+    return next((other for other in others if other.is_file()), file)
 
 
 def _decode(file: Path, size: tuple[int, int]) -> Tensor:
     """Decode a photograph to (3, height, width) uint8, resized to size (width, height)."""
-    picture = _picture(file, lambda picture: picture.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+    picture = use(file, lambda picture: as_rgb(picture).resize(size, Image.Resampling.BILINEAR))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
-
-def _picture(file: Path, use: Callable[[Image.Image], Any]) -> Any:
-    """Open a picture and return `use` of it; every error becomes a UserError that begins with the file."""
-    if not file.is_file():
-        raise UserError(f"{file}: not found; {REMEDY}")
-    try:
-        with Image.open(file, formats=("JPEG", "PNG")) as picture:
-            return use(picture)
-    except Exception as error:  # it is not documented which exceptions the decoders raise
-        raise UserError(f"{file}: cannot be read as a picture ({first_line(error)}); {REMEDY}") from error
