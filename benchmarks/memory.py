@@ -40,7 +40,7 @@ import resist
 from competitors import momentum_sgd
 from provenance import provenance
 from resist.models import build
-from resist.planning.strategy import build_strategy
+from resist.planning.methods import build_strategy
 from resist.sync.local import Local
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"

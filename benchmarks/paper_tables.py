@@ -15,7 +15,7 @@ from resist.cost.footprint import build_on_meta, sgd, sizes_of
 from resist.cost.states import StateMeter
 from resist.cost.traffic import Sizes, mean_traffic, paper_bytes, round_traffic
 from resist.models import build
-from resist.planning.strategy import build_strategy
+from resist.planning.methods import build_strategy
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.sync.local import Local
 

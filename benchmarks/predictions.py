@@ -7,7 +7,7 @@ from namespaces import parse_rate
 from page_parts import Record, fill, provenance, rows, signed, spread
 from paper_tables import ROUNDS, builder, short, strategy_of
 from resist.cost import Link, Speed, predict
-from resist.planning.strategy import build_strategy
+from resist.planning.methods import build_strategy
 
 MAX_TIME_ERROR, MAX_MEMORY_ERROR = 15.0, 10.0  # percent
 

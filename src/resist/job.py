@@ -183,7 +183,7 @@ class Job:
                 note_unchecked()
 
     def _draw_first(self, full: nn.Module, chains: str | Sequence[str], example: object) -> tuple[Chain, ...]:
-        """Line 1 of the algorithm: draw sub-networks of the chains that are found or named."""
+        """Line 1 of the algorithm: choose chains and draw sub-networks."""
         if (hosted := self.transport.num_workers) != self.strategy.workers:
             raise UserError(f"a transport for {hosted} workers, a strategy for {self.strategy.workers}; match them")
         names = (chains,) if isinstance(chains, str) else tuple(chains)
@@ -195,7 +195,7 @@ class Job:
         return found
 
     def _host(self, index: int, full: nn.Module, device: torch.device | str, channels_last: bool) -> Worker:
-        """Line 1 of the algorithm: give a worker the sub-network of the present plan."""
+        """Line 1 of the algorithm: give a worker its sub-network."""
         like = self.workers[0].subnet if self.workers else None
         capacities = self.plan.capacities(index)
         subnet = Subnet(full, self.chains, capacities, device=device, channels_last=channels_last, like=like)
@@ -236,7 +236,9 @@ class Job:
         return self.strategy.plan(self.chains, seed=self.seed, round=round)
 
     def step_seed(self, worker: int | None = None) -> int:
-        """Return the seed of everything that a worker draws in the next step: of dropout and drop path, for example.
+        """Return the seed of everything that a worker draws next.
+
+        The masks of dropout and drop path, for example.
 
         A function of the job's seed, the worker and the number of steps done. So workers draw different masks, equal
         runs are equal, and a job that was loaded continues exactly:
@@ -360,8 +362,8 @@ class Job:
         end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan)
         for worker in self.workers:
             worker.take_back()
-            if strategy.optimizer_state == "reset":
-                worker.reset_state()
+        for worker in self.workers if strategy.optimizer_state == "reset" else ():
+            worker.reset_state()
         # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
         agreed = agree_on_round(self.transport, self.workers, end, nonfinite or {})
         self.dropped = agreed.nonfinite
@@ -397,8 +399,9 @@ class Job:
         forward hooks: deepcopy and pickle keep them, a state dict does not.
 
         Args:
-            batches: Training batches (images, or tuples that begin with them), on which the BatchNorm statistics are
-                estimated. Needed with batchnorm="recalibrate" if the network has running statistics.
+            batches: Training batches on which the BatchNorm statistics are estimated: images, dictionaries of the
+                network's keyword arguments, or tuples that begin with one of these. Needed with
+                batchnorm="recalibrate" if the network has running statistics.
             on: The worker whose process assembles the network.
             averaged: Assemble the averages that `follow` was given, instead of the weights.
 
@@ -412,6 +415,9 @@ class Job:
         if not 0 <= on < self.strategy.workers:
             raise UserError(f"on={on} is outside 0 to {self.strategy.workers - 1}, the workers; change it")
         self.finish()
+        for worker in self.workers:
+            if not self._checked and worker.subnet.model.training:  # layers may have been frozen since, before any step
+                worker.note_modes()
         subnets: dict[int, Subnet] = {}
         for worker in self.workers:
             if (subnet := worker.average if averaged else worker.subnet) is None:
@@ -430,7 +436,7 @@ class Job:
         return full.model.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the job between two rounds, as far as this process has it.
+        """Return this process's state of the job between two rounds.
 
         The form is that of `torch.distributed.checkpoint`: save it there as `{"job": job}`, from all processes. Or save
         it by `resist.save_checkpoint`, which needs no such library and can be loaded with other optimizers or none.
@@ -446,7 +452,7 @@ class Job:
         return state_dict_of(self, complete=not self.begun)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a job, and continue at its round and step. Every process has to call it.
+        """Take over the state of a job, in every process.
 
         Call `attach` before, and `follow` if there are averages. With other workers, chains or capacities than those of
         the state, the network, its averages and the outer momentum are taken over, and the optimizers start over.

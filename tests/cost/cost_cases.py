@@ -9,7 +9,8 @@ from resist.blocks.chains import Chain, choose_chains
 from resist.cost import Link, Report, Row, Speed, predict
 from resist.cost.footprint import Network, build_on_meta, measure, sgd, sizes_of
 from resist.cost.states import StateMeter
-from resist.planning.strategy import METHODS, Strategy, build_strategy
+from resist.planning.methods import METHODS, build_strategy
+from resist.planning.strategy import Strategy
 from resist.subnet.tensors import tensors_of
 from support import tiny
 

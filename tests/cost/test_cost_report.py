@@ -8,7 +8,8 @@ from cost_cases import SMALL, all_of, timed
 from rich.console import Console
 
 from resist.cost import Link, Speed, predict, print_table
-from resist.planning.strategy import build_strategy, ddp, local_sgd, resist
+from resist.planning.methods import build_strategy
+from resist.planning.strategy import ddp, local_sgd, resist
 from support import tiny
 
 

@@ -15,8 +15,9 @@ from resist.cost import predict
 from resist.cost.states import BuildOptimizer, StateMeter
 from resist.cost.traffic import round_traffic
 from resist.job import Job
+from resist.planning.methods import build_strategy
 from resist.planning.schedule import schedule
-from resist.planning.strategy import OuterSGD, Strategy, build_strategy, ddp, local_sgd, resist
+from resist.planning.strategy import OuterSGD, Strategy, ddp, local_sgd, resist
 from resist.sync.optimizer_state import OPTIMIZER_STATES
 from support import BLOCKS, local_step, make, tiny
 

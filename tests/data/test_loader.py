@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from resist.data import handover, loader
 from resist.data.loader import Stream, in_order, seeded
+from resist.data.readers import num_readers, workers_here
 from resist.data.sampler import Sampler
 from resist.errors import UserError
 
@@ -113,6 +117,135 @@ def test_a_reading_process_that_is_killed_is_one_line() -> None:
     os.kill(int(one.batch(0)[2][0]), signal.SIGKILL)
     with pytest.raises(UserError, match=r"^a process that reads data was lost: .*; give fewer `data_workers`, or 0$"):
         _ = [one.batch(step) for step in range(1, 9)]
+
+
+class Large(Numbers):
+    """Items of more bytes than a file may have, where that is limited."""
+
+    def __init__(self, lack: str) -> None:
+        super().__init__(23)
+        self.lack = lack
+
+    def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        if self.lack == "files in a reader":
+            limit(resource.RLIMIT_NOFILE, 3)
+        if self.lack == "shared memory":  # the error of a /dev/shm that is full, but for its number
+            limit(resource.RLIMIT_FSIZE, 1000)
+        return torch.zeros(3, 64, 64), torch.zeros(3), os.getpid()
+
+
+def limit(kind: int, number: int) -> int:
+    """Set the soft limit of this process. Returns the previous one."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (number, hard))
+    return soft
+
+
+TAKEN, GIVEN = "data cannot be taken from the process that has read it", "a process that reads data cannot hand it over"
+FILES, MEMORY = (
+    r"raise the limit of open files \(ulimit -n, now \d+\)",
+    r"enlarge /dev/shm \(docker run --shm-size=8g\)",
+)
+HERE = ("files before the start", "files in this process")
+LACKS = {
+    "files before the start": f"cannot start the 1 processes that read data: Too many open files; {FILES}",
+    "files in a reader": f"{GIVEN}: .*; {FILES}",
+    "files in this process": f"{TAKEN}: .*; {FILES}",
+    "shared memory": f"{GIVEN}: .*; {MEMORY}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+@pytest.mark.parametrize("lack", LACKS)
+def test_readers_that_cannot_hand_over_are_one_line(lack: str, capfd: pytest.CaptureFixture[str]) -> None:
+    one = Stream(Large(lack), make_sampler(), num_data_workers=1)
+    start = int(lack == "files in this process")
+    _ = [one.batch(step) for step in range(start)]
+    before = limit(resource.RLIMIT_NOFILE, 3) if lack in HERE else 0
+    try:
+        with pytest.raises(UserError) as raised:
+            _ = [one.batch(step) for step in range(start, 9)]
+    finally:
+        if before:
+            limit(resource.RLIMIT_NOFILE, before)
+    assert re.fullmatch(rf"{LACKS[lack]}, or give fewer `data_workers`, or 0", str(raised.value))
+    one.close()
+    assert capfd.readouterr() == ("", "")
+
+
+class Stopping(Numbers):
+    """Item 7 stops the reading process, as a disk does that does not answer."""
+
+    def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        if pair[0] == 7:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().__getitem__(pair)
+
+
+@pytest.mark.slow
+def test_readers_that_are_stuck_are_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "SLICE_S", 0.1)
+    monkeypatch.setattr(handover, "STUCK_S", 0.5)
+    others = psutil.Process().children()
+    with pytest.raises(
+        UserError, match=r"^the processes that read data gave none for 0\.5 s; .*ulimit -n.* /dev/shm, or"
+    ):
+        list(in_order(Stopping(23), 5, num_data_workers=1))
+    assert set(psutil.Process().children()) <= set(others)
+
+
+@pytest.mark.slow
+def test_slow_readers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Numbers):
+        def __getitem__(self, pair: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+            time.sleep(0.15)
+            return super().__getitem__(pair)
+
+    monkeypatch.setattr(handover, "SLICE_S", 0.05)
+    assert len(list(in_order(Slow(4), 2, num_data_workers=1))) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "cores", "expected"),
+    [(None, 1, 1, 1), (None, 1, 2, 2), (None, 1, 64, 4), (None, 4, 2, 0), (None, 4, 8, 2), (None, 4096, 2, 0),
+     (0, 9, 1, 0), (4, 4, 2, 4), (16, 1, 1, 16), (128, 4, 64, 128)],
+)  # fmt: skip
+def test_readers_are_as_many_as_the_cores_allow(given: int | None, workers: int, cores: int, expected: int) -> None:
+    assert num_readers(given, workers, cores) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "cores", "message"),
+    [
+        (100_000, 1, 2, "`data_workers=100000` on 2 cores; give 0 to 16"),
+        (5, 4, 2, "`data_workers=5`, 20 processes for 4 workers on 2 cores; give 0 to 4"),
+        (1, 17, 1, "`data_workers=1`, 17 processes for 17 workers on 1 cores; give 0 to 0"),
+        (-1, 4, 2, "`data_workers=-1` on 2 cores; give 0 to 4"),
+    ],
+)
+def test_more_readers_are_refused(given: int, workers: int, cores: int, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        num_readers(given, workers, cores)
+    assert str(raised.value) == message
+
+
+def test_no_stream_starts_more_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "DataLoader", None)  # nothing is started
+    for number in (10**5, 10**30):
+        with pytest.raises(UserError, match=r"^`data_workers=10+` on .* cores; give 0 to "):
+            stream(num_data_workers=number)
+        with pytest.raises(UserError, match=r"^`data_workers=10+` on .* cores; give 0 to "):
+            next(in_order(Numbers(23), 1, num_data_workers=number))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, 8), ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, 4), ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1"}, 3),
+     ({"WORLD_SIZE": "", "LOCAL_WORLD_SIZE": "x"}, 8), ({"WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, 8)],
+)  # fmt: skip
+def test_workers_of_a_host(environment: dict[str, str], expected: int) -> None:
+    assert workers_here(8, environment) == expected
 
 
 class LockHolder(Numbers):

@@ -1,7 +1,12 @@
 """Initial weights of timm: the same logits, a fresh head for other classes, errors of one line."""
 
+import argparse
+import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -44,10 +49,90 @@ def test_every_weight_is_taken(tmp_path: Path) -> None:
     file, model = tmp_path / "w.pth", small()
     expected = weights()
     torch.save({"state_dict": expected, "epoch": 3}, file)  # as a training script of timm saves it
-    assert start_from(model, f"timm:{file}") == f"initial weights from {file}"
+    assert start_from(model, f"timm:{file}") == f"initial weights from {file} (state_dict)"
     found = to_timm(model.state_dict())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def checkpoint() -> dict[str, object]:
+    """What timm's training script saves beside the weights."""
+    options = argparse.Namespace(model="resnetv2_50", lr=0.1, mean=(0.5, 0.5), opt_kwargs={}, resume="", clip=None)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1, momentum=0.9)
+    return {
+        "epoch": 3, "arch": "resnetv2_50", "version": 2, "args": options, "optimizer": optimizer.state_dict(),
+        "amp_scaler": torch.amp.GradScaler("cpu").state_dict(), "metric": np.float64(71.5), "top1": np.float32(0.5),
+        "saver": {"checkpoint_files": [("checkpoint-3.pth.tar", np.float64(71.5))], "best_epoch": np.int64(3)},
+        "buffers": {"queue": torch.zeros(3)},
+    }  # fmt: skip
+
+
+FORMS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, object]], str]] = {
+    "training": (lambda w: {**checkpoint(), "state_dict": w}, "state_dict"),
+    "without an average": (lambda w: {**checkpoint(), "state_dict": w, "state_dict_ema": None}, "state_dict"),
+    "average": (lambda w: {"state_dict": empty(w), **checkpoint(), "state_dict_ema": w}, "state_dict_ema"),
+    "model": (lambda w: {"model": w}, "model"),
+    "model and average": (lambda w: {"model": empty(w), "model_ema": w, "step": 3}, "model_ema"),
+    "other name": (lambda w: {"net": w, "acc": 0.5}, "net"),
+    "deeper": (lambda w: {"ckpt": {"model": prefixed(w, "module.")}}, "ckpt.model"),
+    "DDP": (lambda w: prefixed(w, "module."), ""),
+    "compiled": (lambda w: prefixed(w, "_orig_mod."), ""),
+    "DDP of compiled": (lambda w: prefixed(w, "module._orig_mod."), ""),
+    "compiled DDP": (lambda w: {"state_dict": prefixed(w, "_orig_mod.module.")}, "state_dict"),
+    "compiled parts": (lambda w: {n.replace("stages.", "stages._orig_mod."): t for n, t in w.items()}, ""),
+    "Lightning": (lambda w: {**checkpoint(), "state_dict": prefixed(w, "model.")}, "state_dict"),
+    "average of torch": (lambda w: {**prefixed(w, "module."), "n_averaged": torch.tensor(7)}, ""),
+    "parameters": (lambda w: {n: nn.Parameter(t, t.is_floating_point()) for n, t in w.items()}, ""),
+}
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, object]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def empty(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpoints_of_training_scripts_are_read(tmp_path: Path, form: str) -> None:
+    make, entry = FORMS[form]
+    file, model, expected = tmp_path / "last.pth.tar", small(), weights()
+    torch.save(make(expected), file)
+    assert start_from(model, f"timm:{file}") == f"initial weights from {file}" + (f" ({entry})" if entry else "")
+    found = to_timm(model.state_dict())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_numbers_of_the_earlier_numpy_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    torch.save({"state_dict": weights(), "metric": np.float64(1)}, file)
+    content = file.read_bytes()
+    with zipfile.ZipFile(file) as read:
+        parts = {name: read.read(name) for name in read.namelist()}
+    assert b"numpy._core.multiarray" in content
+    with zipfile.ZipFile(file, "w") as new:
+        for name, part in parts.items():
+            new.writestr(name, part.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    start_from(small(), f"timm:{file}")
+
+
+def test_the_content_decides_the_format(tmp_path: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in weights().items()}
+    save_file(state, tmp_path / "w.pth")
+    torch.save(state, tmp_path / "w.safetensors")
+    for name in ("w.pth", "w.safetensors"):
+        start_from(small(), f"timm:{tmp_path / name}")
+
+
+def test_forms_that_are_not_loaded_are_named(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=r"w\.pth: a TorchScript archive, which is not loaded; save its state dict with"
+    ):
+        start_from(small(), f"timm:{tmp_path / 'w.pth'}")
 
 
 def test_another_number_of_classes_is_a_fresh_head(tmp_path: Path) -> None:
@@ -81,13 +166,31 @@ def test_the_task_notes_its_initial_weights(tmp_path: Path) -> None:
         network_builder(NetworkConfig(model=config.model, init_from="timm:gone.pth", model_args=MODEL_ARGS))()
 
 
+class Runs:
+    """An object whose pickle runs code."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('code of a file was run')",)
+
+
 WRONG: dict[str, tuple[object, str]] = {
     "missing": (None, r"No such file or directory; give timm:FILE"),
     "a list": ([1, 2], r"contains no dict of named tensors"),
     "numbers": ({"a": 1}, r"contains no dict of named tensors"),
     "text": (b"not weights at all", r"not a weight file, or damaged \(.*\); give a complete one"),
     "empty": (b"", r"not a weight file, or damaged"),
-    "a class": ({"model": Path("x")}, r"not a weight file, or damaged"),
+    "a class": (
+        {"model": Path("x")},
+        r"contains pathlib\.PosixPath, not loaded because such objects can run code; save",
+    ),
+    "a network": (
+        nn.Linear(2, 2),
+        r"contains .*torch\.nn\.modules\.linear\.Linear.*, not loaded because such objects can",
+    ),
+    "code": (
+        Runs(),
+        r"contains .*exec, not loaded because such objects can run code; save the state dict alone: torch",
+    ),
     "too few": (
         {"stem.conv.weight": torch.zeros(2, 3, 7, 7)},
         r"does not fit the network: stages\.0\.b",

@@ -8,7 +8,8 @@ import pytest
 
 import resist as package
 from resist.errors import UserError
-from resist.planning.strategy import METHODS, OuterSGD, Strategy, build_strategy, ddp, diloco, local_sgd, resist, switch
+from resist.planning.methods import METHODS, build_strategy
+from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
 
 
 def test_resist_gives_each_worker_its_share_and_four_blocks_at_least() -> None:

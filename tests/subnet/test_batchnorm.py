@@ -1,4 +1,6 @@
-"""Running statistics of the full network: which layers are estimated anew, and what that leaves alone."""
+"""Running statistics of the full network: which layers are estimated again, and what that leaves alone."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,6 +95,33 @@ def test_instance_norm_is_estimated_too() -> None:
     torch.testing.assert_close(mean, batches.mean((0, 2)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(var, batches.var(2).mean(0), rtol=1e-4, atol=1e-4)
     assert full.get_submodule("stem").momentum == 0.1
+
+
+def test_layers_frozen_before_the_first_step_are_left_alone() -> None:
+    job = Job(Net, resist(2, 2), seed=3)
+    for worker in job.workers:
+        worker.model.get_submodule("stem").eval()
+    full = job.full_model([data(99)])
+    assert full is not None
+    assert torch.equal(norms(full)["stem"][0], torch.zeros(4))
+    assert not torch.equal(norms(full)["blocks.0.norm"][0], torch.zeros(4))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"x": x, "other": "text"}, lambda x: ({"x": x}, 0), lambda x: [x, 0]])
+def test_batches_may_be_keyword_arguments(wrap: Callable[[Tensor], object]) -> None:
+    class Named(Net):
+        def forward(self, x: Tensor, other: str = "text") -> Tensor:
+            assert other == "text"
+            return super().forward(x)
+
+    found, expected = Named(), Net()
+    found.load_state_dict(expected.state_dict())
+    for model, batches in ((found, [wrap(data(1)), wrap(data(2))]), (expected, [data(1), data(2)])):
+        torch.manual_seed(0)
+        recalibrate(model, batches, torch.device("cpu"))
+    assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
+    with pytest.raises(UserError, match="full_model got batches of type int; give tensors, dictionaries of"):
+        recalibrate(found, [0], torch.device("cpu"))
 
 
 class Frozen(nn.Module):

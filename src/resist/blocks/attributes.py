@@ -6,150 +6,22 @@ The values are those of build time; `resist.blocks.placement` puts them into the
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from resist.blocks.comparison import Comparison
-from resist.blocks.contents import Scope, attributes_of_module, is_importable, is_leaf, slots_of, touches
+from resist.blocks.contents import Scope, attributes_of_module, is_importable, is_leaf, slots_of
 from resist.blocks.copying import copied
 from resist.blocks.hooks import Hooks
-from resist.blocks.modules import buffers_of, named_modules, parameters_of
+from resist.blocks.modules import named_modules
+from resist.blocks.own_changes import is_changed_by_itself
+from resist.blocks.snapshots import MISSING, Content, snapshot_of
 
 AttributeKey = tuple[str, str]  # dotted name of a module within the block, name of its attribute
 CLASS, HOOKS = "__class__", "hooks"  # names of what is no attribute in the table of a module
-
-
-class _Missing:
-    """Value of an attribute that a block does not have."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-    def __deepcopy__(self, memo: object) -> "_Missing":
-        return self
-
-
-MISSING = _Missing()
-
-
-class _Own:
-    """Stands for a module or tensor of the block that a copied value is put into."""
-
-    def __init__(self, position: str) -> None:
-        self.position = position
-
-
-@dataclass(frozen=True)
-class Content:
-    """Value of an attribute in one block.
-
-    Attributes:
-        value: The value.
-        scope: Scope of the block.
-    """
-
-    value: Any
-    scope: Scope = field(compare=False)
-
-    def __repr__(self) -> str:
-        """Text that differs for values that differ."""
-        if is_leaf(self.value):
-            return repr(self.value)
-        if isinstance(self.value, tuple | list) and all(map(is_leaf, self.value)):
-            return repr(self.value)
-        return f"<{type(self.value).__name__} {id(self.value)}>"
-
-    def snapshot(self) -> Any:
-        """Copy the value, so that it refers to nothing of the network.
-
-        Returns:
-            The value, or a `Snapshot` of one that refers to modules or tensors of its own block.
-
-        Raises:
-            Exception: If the value cannot be copied.
-        """
-        if is_leaf(self.value) or isinstance(self.value, type):
-            return self.value
-        own: dict[int, object] = {}
-
-        def collect(part: object) -> bool:
-            if part in self.scope:
-                own[id(part)] = _Own(self.scope.positions[id(part)])
-            return False
-
-        touches(self.value, collect)
-        value = copied(self.value, own)
-        return Snapshot(value, tuple(own.values())) if own else value  # type: ignore[arg-type]
-
-    def obstacle(self) -> str:
-        """Explain why the value cannot go with its block.
-
-        Returns:
-            A part of a sentence; "" if it can.
-        """
-        reasons: list[str] = []
-
-        def check(part: object) -> bool:
-            if part in self.scope:
-                return False
-            if isinstance(part, Tensor) and part.requires_grad and part.is_leaf:
-                reasons.append("holds a parameter that is not registered in the network")
-            elif isinstance(part, nn.Module) and any(True for _ in (*part.parameters(), *part.buffers())):
-                reasons.append(f"refers to a {type(part).__name__} that is not registered in the block")
-            return bool(reasons)
-
-        if touches(self.value, check):
-            return reasons[0]
-        try:
-            self.snapshot()
-        except Exception as error:  # values of users can raise anything
-            return f"cannot be copied ({type(error).__name__})"
-        return ""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Copy of a value that refers to modules or tensors of its own block.
-
-    Attributes:
-        value: The copy, with placeholders for them.
-        own: The placeholders.
-    """
-
-    value: Any
-    own: tuple[_Own, ...]
-
-    def in_block(self, block: nn.Module) -> dict[int, object]:
-        """Find what the placeholders stand for.
-
-        Args:
-            block: A block.
-
-        Returns:
-            Module or tensor of the block by id of the placeholder.
-        """
-        return {id(own): _part(block, own.position) for own in self.own}
-
-
-def _part(block: nn.Module, position: str) -> object:
-    kind, _, name = position.partition(" ")
-    if kind == "module":
-        return block.get_submodule(name)
-    prefix, _, key = name.rpartition(".")
-    module = block.get_submodule(prefix)
-    return parameters_of(module).get(key, buffers_of(module).get(key))
-
-
-class _SnapshotScope(Scope):
-    """Scope of a snapshot: its placeholders."""
-
-    def __init__(self, value: Any) -> None:
-        own = value.own if isinstance(value, Snapshot) else ()
-        self.objects = list(own)
-        self.positions = {id(one): one.position for one in own}
 
 
 @dataclass(frozen=True)
@@ -177,7 +49,8 @@ class Varying:
             The attribute of the part; None if it does not differ there.
         """
         values = self.values[start:end]
-        differs = any(not _same_snapshots(values[0], value) for value in values)
+        first, *others = map(snapshot_of, values)
+        differs = any(not Comparison(first.scope, other.scope).same(first.value, other.value) for other in others)
         return Varying(self.module, self.name, values) if differs else None
 
     def put(self, block: nn.Module, number: int) -> None:
@@ -187,17 +60,17 @@ class Varying:
             block: Block of a sub-network to change.
             number: Number of the chain's block whose value is set.
         """
-        module, value = block.get_submodule(self.module), self.values[number]
-        new = copied(value.value, value.in_block(block)) if isinstance(value, Snapshot) else copied(value, {})
+        module, value = block.get_submodule(self.module), snapshot_of(self.values[number])
+        new = copied(value.value, value.parts_in(block))
         if self.name == HOOKS:
             (Hooks(module, frozenset()) if new is MISSING else new).put(module, self._numbers)
         else:
-            _set(module, self.name, new)
+            set_value(module, self.name, new)
 
     @property
     def _numbers(self) -> frozenset[int]:
         """Numbers of the hooks of all blocks."""
-        values = [value.value if isinstance(value, Snapshot) else value for value in self.values]
+        values = [snapshot_of(value).value for value in self.values]
         return frozenset[int]().union(*(value.numbers for value in values if isinstance(value, Hooks)))
 
     def is_put(self, block: nn.Module, number: int | None) -> bool:
@@ -212,23 +85,28 @@ class Varying:
         """
         if number is None:
             return True
-        value = self.values[number]
-        module = block.get_submodule(self.module)
-        hooks = Hooks(module, self._numbers) or MISSING
-        present = hooks if self.name == HOOKS else _get(module, self.name)
+        value, module = self.values[number], block.get_submodule(self.module)
+        present = (Hooks(module, self._numbers) or MISSING) if self.name == HOOKS else value_of(module, self.name)
         if is_leaf(value) and type(value) is type(present):
             return value == present or repr(value) == repr(present)
-        expected = value.value if isinstance(value, Snapshot) else value
-        return Comparison(_SnapshotScope(value), Scope(block)).same(expected, present)
+        expected = snapshot_of(value)
+        return Comparison(expected.scope, Scope(block)).same(expected.value, present)
+
+    def is_changed_by_itself(self, block: nn.Module, number: int | None) -> bool:
+        """Check whether the block has changed the attribute itself; see the function of this name.
+
+        Args:
+            block: Block of a sub-network, in which it is no longer as it was put.
+            number: As in `is_put`.
+        """
+        if number is None or self.name in (CLASS, HOOKS):
+            return False
+        module, before = block.get_submodule(self.module), snapshot_of(self.values[number]).value
+        return is_changed_by_itself(module, self.name, before, value_of(module, self.name))
 
 
-def _same_snapshots(left: Any, right: Any) -> bool:
-    scopes = _SnapshotScope(left), _SnapshotScope(right)
-    left, right = (value.value if isinstance(value, Snapshot) else value for value in (left, right))
-    return Comparison(*scopes).same(left, right)
-
-
-def _get(module: nn.Module, name: str) -> Any:
+def value_of(module: nn.Module, name: str) -> Any:
+    """Return an attribute as it is kept, past any property; `MISSING` if there is none."""
     if name == CLASS:
         return type(module)
     if name in module.__dict__:
@@ -240,14 +118,14 @@ def _get(module: nn.Module, name: str) -> Any:
         return MISSING
 
 
-def _set(module: nn.Module, name: str, value: Any) -> None:
+def set_value(module: nn.Module, name: str, value: Any) -> None:
     """Set an attribute as it is kept, past any `__setattr__` or property that would derive other values from it."""
     if name == CLASS:
         object.__setattr__(module, name, value)
     elif name in slots_of(type(module)):
         if value is not MISSING:
             object.__setattr__(module, name, value)
-        elif _get(module, name) is not MISSING:
+        elif value_of(module, name) is not MISSING:
             object.__delattr__(module, name)
     elif value is MISSING:
         module.__dict__.pop(name, None)

@@ -14,9 +14,10 @@ from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.utils import parametrize
 
-from resist.blocks.attributes import AttributeKey, Content, Varying, attributes, unequal, varying
+from resist.blocks.attributes import AttributeKey, Varying, attributes, unequal, varying
 from resist.blocks.contents import class_content, is_importable
 from resist.blocks.modules import buffers_of, children_of, named_modules, parameters_of
+from resist.blocks.snapshots import Content
 
 __all__ = ["Varying", "difference", "fixed", "nearest_miss", "scalars", "varying"]
 

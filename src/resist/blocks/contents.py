@@ -26,6 +26,7 @@ from resist.blocks.modules import OF_MODULE, buffers_of, named_modules, paramete
 
 TABLES = ("_parameters", "_buffers", "_modules")  # attributes of a module that hold its tensors and children
 
+CACHED = type(functools.lru_cache(len))  # type of a function with a cache
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), EllipsisType, NotImplementedType, range)
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LEAVES = frozenset((*_PLAIN, *_TORCH))
@@ -37,15 +38,16 @@ class Scope:
 
     Args:
         block: The block.
+        positions: The positions, instead of a block.
 
     Attributes:
         positions: Position by id: "module norm" or "tensor norm.weight".
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.positions: dict[int, str] = {}
-        self.objects: list[object] = []  # keeps the ids valid
-        for prefix, module in named_modules(block):
+    def __init__(self, block: nn.Module | None = None, positions: dict[int, str] | None = None) -> None:
+        self.positions = positions or {}
+        self._objects: list[object] = []  # keeps the ids valid
+        for prefix, module in () if block is None else named_modules(block):
             self._add(module, f"module {prefix}")
             for name, tensor in (*parameters_of(module).items(), *buffers_of(module).items()):
                 if tensor is not None:
@@ -53,7 +55,7 @@ class Scope:
 
     def _add(self, value: object, position: str) -> None:
         self.positions.setdefault(id(value), position)
-        self.objects.append(value)
+        self._objects.append(value)
 
     def __contains__(self, value: object) -> bool:
         return id(value) in self.positions
@@ -136,6 +138,23 @@ def parts(value: object) -> Iterator[object]:
     elif issubclass(kind, deque):
         yield value.maxlen  # type: ignore[attr-defined]
     yield from attributes_of(value).values()
+
+
+def clear_caches(block: nn.Module) -> None:
+    """Clear the caches of functions in a block (`functools.lru_cache`), whose results may be those of another block.
+
+    Args:
+        block: A block whose attributes have been changed.
+    """
+    for module in block.modules():
+        for function in (*_cached_methods(type(module)), *attributes_of(module).values()):
+            if type(function) is CACHED:
+                function.cache_clear()
+
+
+@functools.cache
+def _cached_methods(kind: type) -> tuple[Any, ...]:
+    return tuple(value for base in kind.__mro__ for value in vars(base).values() if type(value) is CACHED)
 
 
 def contents_of(cells: Iterable[CellType]) -> Iterator[object]:

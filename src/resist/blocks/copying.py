@@ -1,8 +1,8 @@
 """Copies of modules and of their attributes that refer to nothing of the original.
 
 `copy.deepcopy` leaves functions and weak references as they are. A lambda that uses a layer of its block would go on
-using the layer of the original network, whose weights are never trained. `copied` and
-`copied_module` replace such references.
+using the layer of the original network, whose weights are never trained. `copied` and `copied_module` replace such
+references.
 """
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -11,28 +11,18 @@ import copy
 import functools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resist.blocks.contents import TABLES, attributes_of, is_leaf, parts, touches
+from resist.blocks.contents import CACHED, TABLES, attributes_of, is_leaf, parts, slots_of, touches
 from resist.blocks.modules import buffers_of, parameters_of
 
-_COPYABLE = (
-    dict,
-    list,
-    tuple,
-    set,
-    frozenset,
-    deque,
-    FunctionType,
-    MethodType,
-    type,
-    ModuleType,
-)  # or shared by deepcopy
+_COPYABLE = (dict, list, tuple, set, frozenset, deque, FunctionType, MethodType, ModuleType)  # or shared by deepcopy
 
 
 def copied(value: Any, replacements: Mapping[int, object]) -> Any:
@@ -68,11 +58,19 @@ def copied_module(module: nn.Module, replacements: Mapping[int, object]) -> nn.M
         memo = {**replacements, **_uncopyable(module)}
         clone = copy.deepcopy(module, memo)
     targets = {**replacements, **{id(part): memo[id(part)] for part in modules if id(part) in memo}}
+    for part in modules:  # deepcopy leaves out what a module has in slots
+        new = memo.get(id(part), part)
+        for slot in slots_of(type(part)).values() if new is not part and type(new) is type(part) else ():
+            with suppress(AttributeError):
+                slot.__set__(new, copy.deepcopy(slot.__get__(part), memo))
     relinked = _Relinking(memo, targets)
     for part in clone.modules():
-        for name, value in list(part.__dict__.items()):
+        for name, value in attributes_of(part).items():
             if name not in TABLES and (new := relinked(value)) is not value:
-                part.__dict__[name] = new
+                if name in part.__dict__:
+                    part.__dict__[name] = new
+                else:  # in a slot
+                    object.__setattr__(part, name, new)
         if parametrize.is_parametrized(part):
             # torch makes a class for each module. A copy has one too: removing a parametrization changes the class.
             own = {name: value for name, value in vars(type(part)).items() if name not in ("__dict__", "__weakref__")}
@@ -115,12 +113,9 @@ def activations(module: nn.Module) -> list[Tensor]:
             found[id(part)] = part
         return False
 
-    for part in module.modules():
-        for name, value in part.__dict__.items():
-            if name not in TABLES and not is_leaf(value):
-                touches(value, collect)
-        for buffer in buffers_of(part).values():
-            collect(buffer)
+    _search(module, collect)
+    for buffer in module.buffers():
+        collect(buffer)
     return list(found.values())
 
 
@@ -129,18 +124,24 @@ def _uncopyable(module: nn.Module) -> dict[int, object]:
     shared: dict[int, object] = {}
 
     def collect(part: object) -> bool:
-        if not issubclass(type(part), (nn.Module, Tensor, *_COPYABLE)):
+        if type(part) not in _COPYABLE and not issubclass(type(part), nn.Module | Tensor | type):
             try:
                 part.__reduce_ex__(4)
+                getattr(part, "__deepcopy__", None)  # a class with a `__getattr__` of its own may raise
             except Exception:
                 shared[id(part)] = part
         return False
 
+    _search(module, collect)
+    return shared
+
+
+def _search(module: nn.Module, collect: Callable[[object], bool]) -> None:
+    """Show all parts of the attributes of a network to a function."""
     for part in module.modules():
         for name, value in part.__dict__.items():
             if name not in TABLES and not is_leaf(value):
                 touches(value, collect)
-    return shared
 
 
 class _Relinking:
@@ -186,6 +187,9 @@ class _Relinking:
             old = value.func, value.args, value.keywords
             new = tuple(map(self, old))
             return value if all(map(_is, old, new)) else functools.partial(new[0], *new[1], **new[2])
+        if kind is CACHED:
+            new = self(value.__wrapped__)
+            return value if new is value.__wrapped__ else functools.lru_cache(**value.cache_parameters())(new)
         if kind is weakref.ref or kind is weakref.WeakMethod:
             target = value()
             new = target if target is None else self(target)

@@ -2,20 +2,18 @@
 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
-import dis
-import inspect
 import logging
 import weakref
 from collections.abc import Sequence
-from types import CodeType, FunctionType
 
 from torch import nn
 from torch.jit import ScriptModule
 
 from resist.blocks.attributes import AttributeKey, Varying
 from resist.blocks.compiling import allow_graphs, num_combinations
-from resist.blocks.contents import attributes_of_module, is_leaf
+from resist.blocks.contents import attributes_of_module, clear_caches, is_leaf
 from resist.blocks.modules import named_modules
+from resist.blocks.own_changes import is_changed_by_itself
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +21,10 @@ log = logging.getLogger(__name__)
 class Placement:
     """The attributes that differ, in the slots of one sub-network.
 
-    An attribute is put into the slots until somebody else changes it in one of them: the user, whose drop-path schedule
-    must not be undone by the next round, or the module's own `forward`. From then on it is left as it is, in all slots
-    of the chain; only a block that is new in the sub-network gets the value of build time.
+    An attribute is put into the slots until the user changes it in one of them: a drop-path schedule must not be undone
+    by the next round. From then on it is left as it is, in all slots of the chain, which a note says once; only a block
+    that is new in the sub-network gets the value of build time. What the blocks' own code changes goes with its block,
+    see `resist.subnet.python_state`.
     """
 
     def __init__(self) -> None:
@@ -47,23 +46,31 @@ class Placement:
         # A block of several children is given in a new list each time.
         named = [(block, number, _identity(block)) for block, number in slots]
         last = {id(block): self._number(identity) for block, _, identity in named}
+        new: dict[int, nn.Module] = {}
         for attribute in varying:
             key = chain, (attribute.module, attribute.name)
-            changed = next((block for block, _ in slots if not attribute.is_put(block, last[id(block)])), None)
-            if changed is not None and key not in self._left_alone:
+            changed = [block for block, _ in slots if not attribute.is_put(block, last[id(block)])]
+            own = {id(block) for block in changed if attribute.is_changed_by_itself(block, last[id(block)])}
+            if key not in self._left_alone and len(own) < len(changed):
                 self._left_alone.add(key)
-                self._say(changed, key[1], chain, noted)
+                _note(key[1], chain, noted)
             for block, number in slots:
-                if last[id(block)] is None or (key not in self._left_alone and last[id(block)] != number):
+                moves = key not in self._left_alone and last[id(block)] != number and id(block) not in own
+                if last[id(block)] is None or moves:
                     attribute.put(block, number)
+                    new[id(block)] = block
+        for block in new.values():
+            clear_caches(block)
         self._expect_graphs(varying, len(slots), chain, noted)
         known = {(attribute.module, attribute.name) for attribute in varying}
         for block, number, identity in named:
             plain = _plain(block)
             _, _, before = self._last.get(id(identity), (None, None, plain))
             for key, value in plain.items():
-                if key not in known and key in before and (type(before[key]), before[key]) != (type(value), value):
-                    self._say(block, key, chain, noted)
+                if key in known or key not in before or (type(before[key]), before[key]) == (type(value), value):
+                    continue
+                if not is_changed_by_itself(block.get_submodule(key[0]), key[1], before[key], value):
+                    _note(key, chain, noted)
             self._last[id(identity)] = weakref.ref(identity), number, plain
 
     def _expect_graphs(self, varying: Sequence[Varying], capacity: int, chain: str, noted: set[str]) -> None:
@@ -78,15 +85,13 @@ class Placement:
         reference, number, _ = self._last.get(id(module), (None, None, None))
         return number if reference is not None and reference() is module else None
 
-    def _say(self, block: nn.Module, key: AttributeKey, chain: str, noted: set[str]) -> None:
-        """Say once that an attribute has been changed; quietly if the module does that itself."""
-        name = ".".join(filter(None, key))
-        if name in noted:
-            return
+
+def _note(key: AttributeKey, chain: str, noted: set[str]) -> None:
+    """Say once that the user has changed an attribute."""
+    name = ".".join(filter(None, key))
+    if name not in noted:
         noted.add(name)
-        level = logging.INFO if _sets_itself(block.get_submodule(key[0]), key[1]) else logging.WARNING
-        log.log(
-            level,
+        log.warning(
             "%s of the blocks of %s was changed during training: it is left as it is, and does not go with the blocks",
             name,
             chain,
@@ -112,23 +117,3 @@ def _plain(block: nn.Module) -> dict[AttributeKey, object]:
 def _text(value: object) -> str:
     """Text that is equal for equal numbers, and for the same object."""
     return repr(value) if is_leaf(value) else repr(id(value))
-
-
-def _sets_itself(module: nn.Module, name: str) -> bool:
-    """True if the code that a forward pass of the module runs assigns this attribute."""
-    seen: set[str] = set()
-    names = ["forward"]
-    while names:
-        method = names.pop()
-        if method in seen:
-            continue
-        seen.add(method)
-        function = inspect.getattr_static(type(module), method, None)
-        codes = [function.__code__] if isinstance(function, FunctionType) else []
-        while codes:
-            code = codes.pop()
-            if any(i.opname in ("STORE_ATTR", "DELETE_ATTR") and i.argval == name for i in dis.get_instructions(code)):
-                return True
-            names += code.co_names
-            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return False

@@ -84,6 +84,11 @@ def check_layers(model: nn.Module) -> None:
             _check_hook(name, hook)
         _check_views(name, module)
     for name, tensor in model.named_parameters():
+        if tensor._post_accumulate_grad_hooks or tensor._backward_hooks:  # pyright: ignore
+            raise UserError(
+                f"parameter {name!r} has a gradient hook, which copies of the network do not have; register it on "
+                "job.model, or change gradients by a hook of the module or by the optimizer"
+            )
         if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
             raise UserError(f"parameter {name!r} is a DTensor, distributed already; return the plain network")
 

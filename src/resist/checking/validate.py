@@ -36,7 +36,7 @@ from resist.checking.trace import Difference, Trace, first_difference, relative,
 from resist.errors import UserError
 from resist.subnet.network import Subnet
 from resist.subnet.scaling import scale_branches
-from resist.subnet.tensors import tensors_of
+from resist.subnet.tensors import values_of
 
 REMEDY = "partition another chain"
 
@@ -243,7 +243,7 @@ class _Examination:
     def _compare(self, held: Sequence[Sequence[int]], training: bool, expected: Sequence[Trace] = ()) -> float:
         """Laws 1 and 2: compare a sub-network with the network without the other blocks. Returns the difference."""
         subnet = Subnet(stand_in(self.base), self.chains, [len(blocks) for blocks in held])
-        subnet.load(tensors_of(self.base), held)
+        subnet.load(values_of(self.base), held)
         share_weights(subnet, held, self.base)
         trace = Trace()
         trace.follow(_branches(subnet, held))

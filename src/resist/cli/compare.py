@@ -11,7 +11,7 @@ from rich.table import Table
 
 from resist.cli.train import start
 from resist.errors import UserError
-from resist.planning.strategy import BASELINE, DEFAULT, METHODS
+from resist.planning.methods import BASELINE, DEFAULT, METHODS
 from resist.report.compare import compare
 from resist.runs.config import (
     MachineConfig,

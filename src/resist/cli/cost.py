@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any, Literal
 
 from resist.errors import UserError
-from resist.planning.strategy import METHODS, Strategy, build_strategy
+from resist.planning.methods import METHODS, build_strategy
+from resist.planning.strategy import Strategy
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.config import NetworkConfig, OptimizationConfig, TrainConfig, check_size, config_key
 

@@ -43,7 +43,7 @@ def load(
     *,
     download: bool = True,
     image_size: int | None = None,
-    data_workers: int = 0,
+    data_workers: int | None = 0,
     skip_bad_files: bool = False,
     rand_augment: tuple[int, int] | None = None,
 ) -> tuple[Images, Images] | tuple[Photographs, Photographs]:
@@ -54,7 +54,8 @@ def load(
         data_dir: Directory of the files; missing files are downloaded to it.
         download: Download missing files; otherwise they are an error.
         image_size: Height and width of photographs in pixels; default: 224.
-        data_workers: Processes that read photographs; 0: this process reads.
+        data_workers: Processes that read photographs; 0: this process reads; None: as many as the cores allow one
+            worker.
         skip_bad_files: Leave out photographs that cannot be read, see `load_folder`.
         rand_augment: Operations and magnitude of RandAugment, for training photographs; None: without it.
 

@@ -25,6 +25,7 @@ from resist.data.listing import Listing, list_split
 from resist.data.loader import Stream, in_order, seeded
 from resist.data.naming import shown
 from resist.data.picture import problem_of, read
+from resist.data.readers import num_readers
 from resist.data.sampler import Sampler
 from resist.errors import UserError
 
@@ -171,14 +172,14 @@ def middle(size: int) -> "v2.Transform":
 
 
 def load_folder(
-    data_dir: Path, *, size: int | None = None, data_workers: int = 0, skip_bad: bool = False
+    data_dir: Path, *, size: int | None = None, data_workers: int | None = 0, skip_bad: bool = False
 ) -> tuple[Photographs, Photographs]:
     """List the training and test photographs below `data_dir`.
 
     Args:
         data_dir: Folder with train/CLASS/* and val/CLASS/*.
         size: Height and width in pixels of the images in a batch; default: 224.
-        data_workers: Processes that read; 0: this process reads.
+        data_workers: Processes that read; 0: this process reads; None: as many as the cores allow one worker.
         skip_bad: Leave out files that cannot be read, and folders that are empty, missing or not a class. For this,
             every file is read once, with `data_workers` processes; the result is kept in the user's cache folder until
             a name, size or time of a file changes.
@@ -189,7 +190,7 @@ def load_folder(
     Raises:
         UserError: Folders are missing, empty or not a class, there is one class only, or no image can be read.
     """
-    classes = class_names(data_dir)
+    classes, data_workers = class_names(data_dir), num_readers(data_workers)
     splits: list[Photographs] = []
     for split in ("train", "val"):
         listing = list_split(data_dir / split, classes, skip_bad=skip_bad)

@@ -17,13 +17,16 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from resist.data import handover
+from resist.data.handover import FEWER, Collate, Collated, Failure, Guarded, Stuck, loss_of, remedy_of
+from resist.data.readers import num_readers
 from resist.data.sampler import Sampler
 from resist.errors import UserError, first_line
 from resist.planning.plan import keyed_int
@@ -44,9 +47,6 @@ class Items(Protocol):
     def __getitem__(self, index_and_seed: tuple[int, int], /) -> Any: ...
 
 
-Collate = Callable[[list[Any]], Any]
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator within a context, and restore it after."""
@@ -61,7 +61,8 @@ class Stream:
     Args:
         dataset: The items.
         sampler: The items of each batch, and the key of their augmentation.
-        num_data_workers: Processes that read; 0: this process reads, when a batch is requested.
+        num_data_workers: Processes that read; 0: this process reads, when a batch is requested. The cores bound it,
+            see `resist.data.readers`.
         collate: Makes a batch from a list of items.
         pin_memory: Return batches in pinned memory, from which a GPU copies them while it computes.
 
@@ -80,7 +81,7 @@ class Stream:
     ) -> None:
         self.wait_s = 0.0
         self._steps = _Steps(sampler)
-        self._loader = _loader(dataset, self._steps, num_data_workers, collate, pin_memory, stay=True)
+        self._loader = _loader(dataset, self._steps, num_readers(num_data_workers), collate, pin_memory, stay=True)
         self._batches: Iterator[Any] | None = None
         self._next = 0
 
@@ -97,7 +98,7 @@ class Stream:
         if self._batches is None or step != self._next:
             self._steps.start = step
             self._batches = _begin(self._loader)
-        batch = _take(self._batches, self._loader.num_workers > 0)  # waits for the reading processes
+        batch = _take(self._batches)  # waits for the reading processes
         self._next = step + 1
         self.wait_s += time.perf_counter() - start
         return batch
@@ -133,12 +134,13 @@ def in_order(
     Raises:
         UserError: An item cannot be read, or a reading process was lost.
     """
+    num_data_workers = num_readers(num_data_workers)
     pairs = [(index, 0) for index in range(len(dataset))]
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)][:limit]
     loader = _loader(dataset, batches, min(num_data_workers, len(batches)), collate, pin_memory, stay=False)
     items = _begin(loader)
     for _ in batches:
-        yield _take(items, loader.num_workers > 0)
+        yield _take(items)
 
 
 class _Steps:
@@ -153,33 +155,6 @@ class _Steps:
             yield [(index, keyed_int(*key, place)) for place, index in enumerate(self.sampler.indices(step).tolist())]
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """Error message of an item, sent instead of a batch; an exception would add a page of traceback."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class _Guarded:
-    dataset: Items
-
-    def __getitem__(self, pair: tuple[int, int]) -> Any:
-        try:
-            return self.dataset[pair]
-        except UserError as error:
-            return _Failure(str(error))
-
-
-@dataclass(frozen=True)
-class _Collated:
-    collate: Collate
-
-    def __call__(self, items: list[Any]) -> Any:
-        failed = [item for item in items if isinstance(item, _Failure)]
-        return failed[0] if failed else self.collate(items)
-
-
 def _loader(
     dataset: Items,
     batches: Iterable[list[tuple[int, int]]],
@@ -192,6 +167,7 @@ def _loader(
     options: dict[str, Any] = {}
     if num_data_workers:
         options = {
+            "timeout": handover.SLICE_S,
             "num_workers": num_data_workers,
             "prefetch_factor": AHEAD,
             "persistent_workers": stay,
@@ -201,9 +177,9 @@ def _loader(
         }
     with _unwarned():
         return DataLoader(
-            _Guarded(dataset),  # type: ignore[arg-type]
+            Guarded(dataset),  # type: ignore[arg-type]
             batch_sampler=batches,
-            collate_fn=_Collated(collate),
+            collate_fn=Collated(collate),
             pin_memory=pin_memory,
             generator=torch.Generator(),  # otherwise each new iterator would draw from torch's global generator
             **options,
@@ -236,26 +212,55 @@ def _fork() -> multiprocessing.context.BaseContext:
 
 
 def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the reading processes; raise UserError where that is not possible."""
     with _unwarned():
         before = signal.getsignal(signal.SIGCHLD) if _signals() else None
-        batches = iter(loader)
+        try:
+            batches = iter(loader)
+        except OSError as error:
+            _abandon(error)
+            number, reason = loader.num_workers, error.strerror or first_line(error)
+            remedy = remedy_of(error) or FEWER
+            raise UserError(f"cannot start the {number} processes that read data: {reason}; {remedy}") from error
         if _signals() and signal.getsignal(signal.SIGCHLD) is not before:
             # When a process is lost, torch's handler raises anywhere in the training. `_take` notices it within 5 s.
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         return batches
 
 
-def _take(batches: Iterator[Any], has_processes: bool) -> Any:
-    """Wait for the next batch; raise UserError if an item failed or a reading process was lost."""
-    try:
-        batch = next(batches)
-    except (RuntimeError, OSError, EOFError) as error:
-        # An error of the items' own code, from this process or ("Caught ...") from a reading one, is not a loss.
-        if not has_processes or str(error).startswith("Caught"):
-            raise
-        reason = first_line(error).rstrip(".")
-        raise UserError(f"a process that reads data was lost: {reason}; give fewer `data_workers`, or 0") from error
-    if isinstance(batch, _Failure):
+def _abandon(error: BaseException) -> None:
+    """End what a start that failed has left; torch would fail at that too, and print a traceback."""
+    trace = error.__traceback__
+    while trace is not None:
+        batches = trace.tb_frame.f_locals.get("self")
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
+            batches._shutdown = True
+            for process in getattr(batches, "_workers", []):
+                process.kill()
+        trace = trace.tb_next
+
+
+def _take(batches: Iterator[Any]) -> Any:
+    """Wait for the next batch; raise UserError if an item failed, or a reading process was lost or is stuck."""
+    processes, slices = getattr(batches, "_workers", []), 0
+    while True:
+        try:
+            batch = next(batches)
+            break
+        except (RuntimeError, OSError, EOFError) as error:
+            # An error of the items' own code, from this process or ("Caught ...") from a reading one, is not a loss.
+            if not processes or str(error).startswith("Caught"):
+                raise
+            if "timed out after" not in str(error):
+                raise loss_of(error, [process.exitcode for process in processes]) from error
+            slices += 1
+            if slices * handover.SLICE_S >= handover.STUCK_S:
+                batch = handover.stuck()
+                break
+    if isinstance(batch, Stuck):
+        for process in processes:  # they would not end by themselves, and this process would wait for that
+            process.kill()
+    if isinstance(batch, Failure):
         raise UserError(batch.message)
     return batch
 

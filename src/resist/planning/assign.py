@@ -1,9 +1,28 @@
 """Assignments: functions that draw the plan of one chain for one round, as records that can be compared."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from resist.planning.capacities import Capacities
 from resist.planning.plan import Plan, partition
+
+
+class Assign(Protocol):
+    """Function that draws the plan of one chain for one round."""
+
+    def __call__(self, num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
+        """Draw the plan.
+
+        Args:
+            num_blocks: Number of blocks in the chain.
+            chain: Name of the chain.
+            seed: Seed of the run.
+            round: Number of the round.
+
+        Returns:
+            The plan, which depends on the arguments alone.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +38,7 @@ class PartitionBlocks:
     capacities: Capacities
 
     def __call__(self, num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
-        """Draw the plan; see `resist.planning.plan.Assign`."""
+        """Draw the plan; see `Assign`."""
         capacities = self.capacities.of(num_blocks, self.workers, chain=chain, round=round)
         return partition(num_blocks, capacities, seed=seed, round=round, chain=chain)
 
@@ -35,5 +54,5 @@ class AllBlocks:
     workers: int
 
     def __call__(self, num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
-        """Return the plan; see `resist.planning.plan.Assign`."""
+        """Return the plan; see `Assign`."""
         return Plan(num_blocks, (tuple(range(num_blocks)),) * self.workers)

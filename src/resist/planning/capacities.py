@@ -28,7 +28,7 @@ GivenByChain = Mapping[str, GivenAmount] | Iterable[tuple[str, GivenAmount]]
 
 @dataclass(frozen=True, init=False)
 class Capacities:
-    """Number of blocks of each chain that every worker holds, in every round.
+    """Number of blocks of every worker, by chain and round.
 
     The most specific entry that says something about a chain in a round decides:
 
@@ -142,7 +142,7 @@ class Capacities:
         return tuple(sorted({0, *(first for first, _ in self.by_round)}))
 
     def check(self, workers: int, chains: Sequence[ChainLike] = ()) -> None:
-        """Check the record for a number of workers, and for the chains if there are any.
+        """Check the record for a number of workers and for chains.
 
         Args:
             workers: Number of workers.
@@ -173,7 +173,10 @@ class Capacities:
                 self.of(chain.num_blocks, workers, chain=chain.name, round=round)
 
     def _deciding(self, chain: str, round: int) -> tuple[Amount | None, int]:
-        """The entry that decides about a chain in a round: an amount, or None and the minimum depth."""
+        """The entry that decides about a chain in a round.
+
+        An amount, or None and the minimum depth.
+        """
         records = [record for first, record in reversed(self.by_round) if first <= round]
         for record in (*records, self):
             for fits in (operator.eq, _fits):  # the full name before that of the container
@@ -243,7 +246,7 @@ def _round(first: object) -> int:
 
 
 def _amount(given: object, chain: object = None) -> Amount:
-    """Check a number for all workers, or one for each, and make it plain."""
+    """Check a number for all workers, or one for each."""
     of_chain = "" if chain is None else f" of chain {chain}"
     if isinstance(given, str) or not isinstance(given, Iterable):
         number = _whole(given, f"`capacities={given}`{of_chain}")
@@ -282,5 +285,5 @@ def _shown(values: Iterable[object]) -> str:
 
 
 def _fits(name: str, chain: str) -> bool:
-    """True if a chain has this name, or is in the container of this name."""
+    """True if this names a chain or its container."""
     return name in (chain, chain.partition(":")[0])

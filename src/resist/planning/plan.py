@@ -161,24 +161,6 @@ class RoundPlan:
         return self.plans[chain].slot(block, worker=worker)
 
 
-class Assign(Protocol):
-    """Function that draws the plan of one chain for one round."""
-
-    def __call__(self, num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
-        """Draw the plan.
-
-        Args:
-            num_blocks: Number of blocks in the chain.
-            chain: Name of the chain.
-            seed: Seed of the run.
-            round: Number of the round.
-
-        Returns:
-            The plan, which depends on the arguments alone.
-        """
-        ...
-
-
 class ChainLike(Protocol):
     """Properties of a chain that its plans depend on.
 

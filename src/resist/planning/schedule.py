@@ -113,7 +113,7 @@ def schedule(plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int], 
 def _choose_owners(
     links: "_Links", plan: RoundPlan, next_plan: RoundPlan, block_bytes: Sequence[int]
 ) -> dict[Key, int]:
-    """Choose the owner of each block among its holders; adds the messages to `links`."""
+    """Choose the owner of each block; adds messages to `links`."""
     owners: dict[Key, int] = {}
     # Blocks with few holders leave little choice: they are placed first, so that the others can avoid the links that
     # they use.
@@ -126,7 +126,10 @@ def _choose_owners(
 def _place_replicas(
     received: list[int], owners: Mapping[Key, int], next_plan: RoundPlan, block_bytes: Sequence[int]
 ) -> tuple[dict[Key, int], list[Message]]:
-    """Choose the keeper of each replica, and list the messages; adds their bytes to `received`, by worker."""
+    """Choose the keeper of each replica, and list the messages.
+
+    Adds their bytes to `received`, by worker.
+    """
     keepers: dict[Key, int] = {}
     replicas: list[Message] = []
     for chain, block in next_plan.keys:

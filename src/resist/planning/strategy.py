@@ -1,18 +1,20 @@
 """Strategies: records of the plans, length and averaging of rounds.
 
-A new training method is one more function that returns a `Strategy`, and a line in the table `METHODS`.
+A new training method is one more function that returns a `Strategy`, and a line in the table of
+`resist.planning.methods`.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from resist.errors import UserError
-from resist.planning.assign import AllBlocks, PartitionBlocks
+from resist.planning.assign import AllBlocks, Assign, PartitionBlocks
 from resist.planning.capacities import Capacities, Given, as_capacities
-from resist.planning.plan import Assign, ChainLike, RoundPlan
+from resist.planning.plan import ChainLike, RoundPlan
+
+# Options of the synchronization at the end of a round, which strategies with `every_step` do not have.
+ROUND_OPTIONS = ("replicate", "on_nonfinite")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Strategy:
         name: Name of the method, as in the command line and in reports.
         workers: Number of workers (the paper's S).
         local_steps: Optimizer steps between two synchronizations (the paper's l).
-        assign: Function that draws the plan of one chain; see `resist.planning.plan.Assign`.
+        assign: Function that draws the plan of one chain; see `resist.planning.assign.Assign`.
         optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.optimizer_state`.
         outer: Outer optimizer for the mean change of a round; None applies the mean as it is.
         every_step: Average the gradients over the workers in every step. Weights then never differ, and a round ends
@@ -143,7 +145,7 @@ class Strategy:
 
     @property
     def capacities(self) -> Capacities | None:
-        """Capacities of this strategy, without those that it switches to; None if every worker holds every block."""
+        """Capacities of this stage; None if workers hold every block."""
         return self.assign.capacities if isinstance(self.assign, PartitionBlocks) else None
 
     @property
@@ -292,65 +294,3 @@ def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
             raise UserError(f"at_round={at_round} comes before the switch at round {first.at_round}; order them")
         return replace(first, then=switch(first.then, then, at_round=at_round))
     return replace(first, then=then, at_round=at_round)
-
-
-@dataclass(frozen=True)
-class Method:
-    """Entry of `METHODS`: constructor and appearance in reports.
-
-    Attributes:
-        build: The constructor, called with the numbers of workers and of local steps, and options.
-        label: Name in sentences.
-        marker: Marker of its points in figures, as in matplotlib.
-    """
-
-    build: Callable[..., Strategy]
-    label: str
-    marker: str
-
-    @property
-    def name(self) -> str:
-        """Name on the command line and in files: that of the constructor."""
-        return self.build.__name__
-
-    @cached_property
-    def options(self) -> frozenset[str]:
-        """Names of the constructor's arguments; other options have no effect."""
-        return frozenset(inspect.signature(self.build).parameters)
-
-
-# All methods by name; `switch` combines their strategies. Their order is that of the colors in reports.
-METHODS = {
-    method.name: method
-    for method in (
-        Method(resist, "ResIST", "o"),
-        Method(local_sgd, "local SGD", "s"),
-        Method(diloco, "DiLoCo", "^"),
-        Method(ddp, "DDP", "D"),
-    )
-}
-# Options of the synchronization at the end of a round, which strategies with `every_step` do not have.
-ROUND_OPTIONS = ("replicate", "on_nonfinite")
-# The default method, and the one that speed-ups are relative to.
-DEFAULT, BASELINE = resist.__name__, local_sgd.__name__
-
-
-def build_strategy(name: str, workers: int, local_steps: int, **options: object) -> Strategy:
-    """Build the strategy of a method by its name.
-
-    Args:
-        name: A key of `METHODS`.
-        workers: Number of workers.
-        local_steps: Optimizer steps between two synchronizations.
-        **options: Arguments of the constructors. Those that this constructor does not take are left out.
-
-    Returns:
-        The strategy.
-
-    Raises:
-        UserError: If the name is unknown or an argument is out of range.
-    """
-    if name not in METHODS:
-        raise UserError(f"strategy {name!r} is not one of {', '.join(METHODS)}")
-    method = METHODS[name]
-    return method.build(workers, local_steps, **{key: options[key] for key in options.keys() & method.options})

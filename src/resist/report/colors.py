@@ -2,7 +2,7 @@
 
 import colorsys
 
-from resist.planning.strategy import METHODS
+from resist.planning.methods import METHODS
 
 # Eight hues that color-blind readers can distinguish, on light and dark backgrounds.
 COLORS = ("#3b7dd8", "#e08214", "#2a9d6f", "#c94f7c", "#8467c2", "#b8a11f", "#3ba7b5", "#8a6a4f")

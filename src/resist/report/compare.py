@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from resist.planning.strategy import BASELINE
+from resist.planning.methods import BASELINE
 from resist.report.colors import STRATEGIES, color_of
 from resist.runs.history import History
 

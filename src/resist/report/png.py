@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from resist.planning.strategy import METHODS
+from resist.planning.methods import METHODS
 from resist.report.aggregate import Holdings, holdings, map_rows, traffic
 from resist.report.colors import PHASES, color_of
 from resist.report.compare import labels

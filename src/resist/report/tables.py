@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from resist.planning.strategy import METHODS
+from resist.planning.methods import METHODS
 from resist.report.aggregate import all_reduced, holdings, traffic
 from resist.report.colors import PHASES
 from resist.report.units import amount, duration

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from resist.errors import UserError
 from resist.planning.capacities import Capacities
-from resist.planning.strategy import DEFAULT, METHODS, ROUND_OPTIONS, OuterSGD, Strategy, build_strategy
+from resist.planning.methods import DEFAULT, METHODS, build_strategy
+from resist.planning.strategy import ROUND_OPTIONS, OuterSGD, Strategy
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.recipe import DETECTION, STREAMED, check_recipe
 
@@ -51,9 +52,9 @@ class NetworkConfig:
     image_size: int | None = None
     """Height and width of the crops of photographs, by default 224. Detection: length of the shorter side, by default
     600; the longer side is at most 5/3 of that."""
-    data_workers: int = 4
+    data_workers: int | None = None
     """Processes that read and decode photographs for each worker; 0: the worker does it itself. The result does not
-    change."""
+    change. Default: the cores divided by the workers of the machine, at most 4."""
     skip_bad_files: bool = False
     """Skip and count files that cannot be read, and folders without images. All files are read before training; for
     folders of classes the result is kept in the user's cache folder."""

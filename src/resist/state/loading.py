@@ -48,12 +48,12 @@ class Saved:
     buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def same_plan(self, job: SavedJob) -> bool:
-        """Return True where the job's workers hold the same blocks in the saved round as when it was saved."""
+        """Return True if the job draws the plan that was saved."""
         held = held_by_all(job.chains, job.plan_of(self.about["round"]), job.strategy.workers)
         return held == self.about["held"]
 
     def step(self, job: SavedJob) -> int:
-        """The step at which all workers of the job together have seen as many images."""
+        """The step at which the workers have seen as many images."""
         return self.about["step"] * self.about["workers"] // job.strategy.workers
 
 
@@ -68,7 +68,7 @@ def check_about(about: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
-    """Give a job a state. Nothing is sent; every process has to do it.
+    """Give a job a state, in every process; nothing is sent.
 
     Args:
         job: The job. Its optimizers are those of its workers (`Worker.optimizers`).
@@ -113,7 +113,7 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
 
 
 def _check_kinds(job: SavedJob, saved: Saved) -> None:
-    """Raise UserError where only one of job and state has averages, or the state has unknown tensors."""
+    """Raise UserError where averages or tensors of the state do not fit."""
     follows = any(worker.average is not None for worker in job.workers)
     if follows and not saved.about["averages"]:
         raise UserError(f"{saved.source} has no averages of the weights; call job.follow after loading it")
@@ -144,7 +144,7 @@ def _check_network(worker: Worker, held: Held, saved: Saved) -> None:
 
 
 def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> None:
-    """Forget all state, and give the sub-network the capacities and attributes of a plan, without its weights.
+    """Forget all state, and take the structure of a plan.
 
     changing: as `Subnet.changing`.
     """
@@ -166,7 +166,7 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
 def _from_record(
     worker: Worker, held: Held, record: Record, source: str, *, whole: bool, with_optimizers: bool
 ) -> Iterator[Callable[[], None]]:
-    """Check a record, and yield what is to be done with it once the sub-network has its blocks.
+    """Check a record, and yield the actions that load it.
 
     whole: the record is that of this worker in the same plan; otherwise only settings are taken from it.
     """
@@ -192,7 +192,7 @@ def _from_record(
 
 
 def _set_count(worker: Worker, count: int) -> None:
-    """Set the number of steps that an average has seen; the next one would start it over otherwise."""
+    """Set the number of steps that an average has seen."""
     if worker.averaged is not None:
         worker.averaged.n_averaged.fill_(count)
 
@@ -205,7 +205,7 @@ def _buffers(
     tensors: Mapping[str, Tensor],
     source: str,
 ) -> Callable[[], None]:
-    """Check the buffers that are in no flat tensor, and return what puts them into `model`."""
+    """Check the buffers in no flat tensor; return what loads them."""
     values = {name: decode(value, tensors) for name, value in saved.items()}
     without, everything = other_buffer_names(subnet, model, held)
     if different := (without - values.keys()) | (values.keys() - everything):

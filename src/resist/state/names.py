@@ -13,7 +13,7 @@ Held = Sequence[Sequence[int]]
 
 
 def weight_places(subnet: Subnet, held: Held) -> Iterator[tuple[str, Place, torch.Size]]:
-    """Iterate over the tensors that a sub-network has when it holds certain blocks, whatever it holds now.
+    """Iterate over the tensors that a sub-network has for `held`.
 
     Args:
         subnet: The sub-network.
@@ -36,7 +36,7 @@ def parameters_by_name(subnet: Subnet, held: Held) -> dict[str, nn.Parameter]:
 
 
 def other_buffers(subnet: Subnet, model: nn.Module, held: Held) -> dict[str, Tensor]:
-    """Return the buffers whose values are in no flat tensor: counters, indices, tables, caches that have grown.
+    """Return the buffers whose values are in no flat tensor.
 
     Args:
         subnet: The sub-network, at the end of a round.
@@ -56,7 +56,7 @@ def other_buffers(subnet: Subnet, model: nn.Module, held: Held) -> dict[str, Ten
 
 
 def other_buffer_names(subnet: Subnet, model: nn.Module, held: Held) -> tuple[set[str], set[str]]:
-    """Name the buffers that a sub-network has when it holds certain blocks, whatever it holds now.
+    """Name the buffers that a sub-network has for `held`.
 
     Args:
         subnet: The sub-network.
@@ -101,7 +101,10 @@ def put_buffers(subnet: Subnet, model: nn.Module, held: Held, values: Mapping[st
 
 
 def _in_flats(subnet: Subnet, place: Place) -> Tensor | None:
-    """The view of a tensor into its flat tensor, on the meta device; None for one that has no place there."""
+    """The view of a tensor into its flat tensor, on meta.
+
+    None for one that has no place there.
+    """
     for dtype, layout in subnet.layouts.items():
         piece = layout.part(place.chain).pieces.get(place.piece)
         if piece is not None:

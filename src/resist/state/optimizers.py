@@ -95,7 +95,7 @@ def optimizer_record(
 
 
 def arrived_state(worker: Worker, held: Held, tensors: dict[str, Tensor], path: tuple[str, ...]) -> list[list[Any]]:
-    """Write the state that has come from other workers, and that no optimizer here refers to.
+    """Write the state from other workers that no optimizer uses yet.
 
     Args:
         worker: The worker.
@@ -126,7 +126,7 @@ def arrived_state(worker: Worker, held: Held, tensors: dict[str, Tensor], path: 
 def check_optimizers(
     worker: Worker, held: Held, saved: Sequence[Mapping[str, Any]], source: str, *, whole: bool
 ) -> None:
-    """Raise UserError where the optimizers of a worker are others than the saved ones, or have other parameters.
+    """Raise UserError where optimizers differ from the saved ones.
 
     Args:
         worker: The worker.
@@ -157,7 +157,10 @@ def check_optimizers(
 
 
 def _known_names(worker: Worker, held: Held) -> dict[tuple[int, int], set[str]]:
-    """Number of an optimizer and of a group -> names of the parameters that it will train when it holds `held`."""
+    """Names of the parameters of each group, for `held`.
+
+    The keys are the numbers of optimizer and group.
+    """
     subnet = worker.subnet
     place_of = {id(parameter): place for parameter, place in subnet.parameter_places()}
     found: dict[tuple[int, int], set[str]] = {}
@@ -198,7 +201,7 @@ def load_groups(optimizer: Optimizer, saved: Sequence[dict[str, Any]]) -> Callab
 def load_state(
     worker: Worker, number: int, saved: Sequence[Sequence[Any]], tensors: Mapping[str, Tensor], held: Held
 ) -> Callable[[], None]:
-    """Check the state of one optimizer for missing tensors, and return what gives it to the optimizer."""
+    """Check the state of one optimizer, and return what loads it."""
     for _, encoded, *_ in saved:
         decode(encoded, tensors)  # raises where something is missing
 
@@ -230,7 +233,7 @@ def load_state(
 
 
 def placed(tensor: Tensor, name: str, parameter: Tensor, group: Mapping[str, Any], *, host: bool) -> Tensor:
-    """Move a tensor of an optimizer's state to where the optimizer expects it.
+    """Move a tensor of an optimizer's state to its device.
 
     Args:
         tensor: The tensor, in CPU memory.
@@ -257,7 +260,7 @@ def placed(tensor: Tensor, name: str, parameter: Tensor, group: Mapping[str, Any
 def load_arrived(
     worker: Worker, saved: Sequence[Sequence[Any]], tensors: Mapping[str, Tensor], held: Held
 ) -> Callable[[], None]:
-    """Check what `arrived_state` has written, and return what puts it into the flat tensors."""
+    """Check what `arrived_state` has written; return what loads it."""
     found = {(name, state_name): decode(value, tensors) for name, state_name, value in saved}
 
     def apply() -> None:

@@ -90,7 +90,9 @@ def check_boundary(job: SavedJob) -> None:
 
 
 def about_job(job: SavedJob) -> dict[str, Any]:
-    """Return the values that all processes know: round, step, workers, processes, and who holds which blocks.
+    """Return the values that all processes know.
+
+    These are round, step, workers, processes, and who holds which blocks.
 
     "changing" has the frozen parameters and the buffers that all workers average, by chain and name.
     """
@@ -107,7 +109,7 @@ def about_job(job: SavedJob) -> dict[str, Any]:
 
 
 def held_by_all(chains: Sequence[Chain], plan: RoundPlan, workers: int) -> list[list[list[Any]]]:
-    """List for each worker the chains and the blocks of each that it holds, as JSON values."""
+    """List the blocks of each worker by chain, as JSON values."""
     return [
         [[chain.name, list(blocks)] for chain, blocks in zip(chains, plan.held(worker), strict=True)]
         for worker in range(workers)
@@ -196,7 +198,7 @@ def worker_record(job: SavedJob, worker: Worker) -> Record:
 
 
 def _encode_all(values: Mapping[str, Tensor], tensors: dict[str, Tensor], path: tuple[str, ...]) -> dict[str, Any]:
-    """Write buffers as JSON values. Equal ones, such as masks of all blocks, are there once."""
+    """Write buffers as JSON values, equal ones once."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         entry: Any = None
@@ -210,7 +212,7 @@ def _encode_all(values: Mapping[str, Tensor], tensors: dict[str, Tensor], path: 
 
 
 def _random_state(worker: Worker, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The state of torch's generators in this process: of the CPU, and of the device of the network."""
+    """The state of torch's generators in this process."""
     states = {"cpu": torch.get_rng_state()}
     if worker.subnet.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(worker.subnet.device)

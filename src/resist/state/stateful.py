@@ -79,7 +79,7 @@ def load_state_dict(job: SavedJob, state: Mapping[str, Any]) -> None:
 
 
 def _whole_network(job: SavedJob) -> dict[str, dict[str, Tensor]]:
-    """Assemble the weights, averages and outer momentum of all blocks in every process."""
+    """Assemble what `network_state` has of all blocks, in every process."""
     everything = [range(chain.num_blocks) for chain in job.chains]
     first_of: dict[int, int] = {}
     for worker in range(job.strategy.workers):

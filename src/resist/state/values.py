@@ -23,7 +23,10 @@ Place = Callable[[Tensor, bool], Tensor]
 
 
 def join(*parts: str) -> str:
-    """Join the parts of a tensor's key by slashes. `split` gives them back, whatever characters they have."""
+    """Join the parts of a tensor's key by slashes.
+
+    `split` gives them back, whatever characters they have.
+    """
     return "/".join(part.replace("%", "%25").replace("/", "%2F") for part in parts)
 
 
@@ -175,7 +178,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor], *, place: Place | None = N
 
 
 def keys_of(value: Any) -> set[str]:
-    """Return the keys of all tensors that a JSON value of `encode`, or one that has some inside, refers to."""
+    """Return the keys of all tensors in a JSON value."""
     if isinstance(value, list):
         return set[str]().union(*map(keys_of, cast(list[Any], value)))
     if not isinstance(value, dict):
@@ -197,7 +200,7 @@ def _tensor(entry: Mapping[str, Any], tensor: Tensor, place: Place | None, into:
 
 
 def _items(into: object, number: int) -> list[object]:
-    """The present items of a list or tuple, or None for each where there is none of this length."""
+    """The present items of a sequence of this length, or Nones."""
     if not isinstance(into, list | tuple):
         return [None] * number
     items = list(cast(list[object], into))

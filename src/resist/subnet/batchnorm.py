@@ -5,7 +5,7 @@
 - `batch`: no running statistics, as in the authors' code. Every batch is normalized by its own, at test time too.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -39,11 +39,12 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torc
     Args:
         model: The full network, changed in place. Its modules are in the modes in which it is trained, or all in eval
             mode.
-        batches: Batches of training images, (batch, channels, height, width), or tuples that begin with one.
-        device: Device of the model, to which the images are moved.
+        batches: Training batches: images, (batch, channels, height, width), or dictionaries of keyword arguments of the
+            network; or tuples that begin with one of these.
+        device: Device of the model, to which tensors are moved.
 
     Raises:
-        UserError: If there are no batches, or a batch is neither a tensor nor a tuple that begins with one.
+        UserError: If there are no batches, or a batch is none of these.
     """
     if batches is None:
         raise UserError(
@@ -65,10 +66,15 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torc
     for layer in layers:
         layer.reset_running_stats()
     try:
-        for number, images in enumerate(_images(batches), start=1):
+        for number, inputs in enumerate(_inputs(batches), start=1):
             for layer in layers:
                 layer.momentum = 1 / number  # the mean over the batches so far
-            model(images.to(device))
+            if isinstance(inputs, Tensor):
+                model(inputs.to(device))
+            else:
+                model(
+                    **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+                )
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
@@ -78,15 +84,18 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torc
             model.eval()
 
 
-def _images(batches: Iterable[object]) -> Iterator[Tensor]:
-    """Images of each batch; UserError without any, which would erase the statistics."""
+def _inputs(batches: Iterable[object]) -> Iterator[Tensor | Mapping[str, object]]:
+    """Inputs of the network in each batch; UserError without any, which would erase the statistics."""
     batch = None
     for batch in batches:
         type_name = type(batch).__name__
-        images: object = next(iter(cast(Sequence[object], batch)), None) if isinstance(batch, list | tuple) else batch
-        if not isinstance(images, Tensor):
-            raise UserError(f"full_model got batches of type {type_name}; give tensors, or tuples that begin with one")
-        yield images
+        first: object = next(iter(cast(Sequence[object], batch)), None) if isinstance(batch, list | tuple) else batch
+        if not isinstance(first, Tensor | Mapping):
+            raise UserError(
+                f"full_model got batches of type {type_name}; give tensors, dictionaries of the network's arguments, "
+                "or tuples that begin with one"
+            )
+        yield cast(Tensor | Mapping[str, object], first)
     if batch is None:
         raise UserError("full_model got no batches (an iterator that is used up?); give some training batches")
 

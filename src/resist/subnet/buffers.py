@@ -27,12 +27,14 @@ class Buffer:
         key: Its name there.
         place: Its place.
         view: The view into the flat tensor of its dtype; None for a buffer that has none.
+        late: True if it was registered in training.
     """
 
     module: nn.Module
     key: str
     place: Place
     view: Tensor | None
+    late: bool = False
 
     @property
     def now(self) -> Tensor | None:
@@ -86,7 +88,8 @@ def loose(buffers: Mapping[Place, Buffer]) -> dict[Part, dict[str, Tensor]]:
 def put_loose(buffers: Mapping[Place, Buffer], part: Part, values: Mapping[str, Tensor]) -> None:
     """Give a part the loose buffers of the block that is now there.
 
-    Buffers of the part that are not in `values` return to their views, or stay as they are if they have none.
+    Buffers of the part that are not in `values` return to their views, or stay as they are if they have none; those
+    that were registered in training are removed.
 
     Args:
         buffers: The buffers of a sub-network.
@@ -96,7 +99,9 @@ def put_loose(buffers: Mapping[Place, Buffer], part: Part, values: Mapping[str, 
     for buffer in _of_part(buffers, part):
         value, now = values.get(buffer.place.piece), buffer.now
         if value is None:
-            if buffer.view is not None and now is not None:
+            if buffer.late:
+                buffers_of(buffer.module).pop(buffer.key, None)
+            elif buffer.view is not None and now is not None:
                 buffers_of(buffer.module)[buffer.key] = buffer.view
         elif now is not None and now is not buffer.view and _fits(value, now):
             now.copy_(value)  # in place, since other parts of the module may refer to it

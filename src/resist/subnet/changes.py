@@ -98,6 +98,8 @@ def _versions(subnet: Subnet) -> dict[PlaceKey, tuple[int, ...]]:
     """Version counters, and the number of parameters that train now, summed over slots."""
     versions: dict[PlaceKey, tuple[int, ...]] = {}
     resting = {*resting_keys(subnet)} - subnet.changing
+    if not resting:
+        return {}
     for tensor, place in subnet.parameter_places():
         if place.key in resting:
             before = versions.get(place.key, (0, 0))

@@ -215,6 +215,9 @@ class SubnetLayout:
         Returns:
             The children, in their order.
         """
+        return list(self._children_by_key[container].values())
+
+    def _list_children(self, container: str) -> list[Child]:
         chains = [(number, chain) for number, chain in enumerate(self.chains) if chain.container == container]
         children: list[Child] = []
         for index, full_key in enumerate(chains[0][1].keys):
@@ -237,7 +240,14 @@ class SubnetLayout:
 
     @cached_property
     def _children_by_key(self) -> dict[str, dict[str, Child]]:
-        return {container: {child.key: child for child in self.children(container)} for container in self.containers}
+        return {
+            container: {child.key: child for child in self._list_children(container)} for container in self.containers
+        }
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        """Places that were found, by name: all workers with equal capacities have one layout."""
+        return {}
 
     def place(self, name: str) -> Place:
         """Find the place of a tensor.
@@ -248,6 +258,11 @@ class SubnetLayout:
         Returns:
             The place.
         """
+        if name not in self._places:
+            self._places[name] = self._find(name)
+        return self._places[name]
+
+    def _find(self, name: str) -> Place:
         for container in self.containers:
             prefix = f"{container}." if container else ""
             if not name.startswith(prefix):

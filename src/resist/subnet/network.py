@@ -27,6 +27,7 @@ from resist.subnet.common import common_buffers, common_modules
 from resist.subnet.flats import Flats, FlatTensors, PlaceKey, laid_out
 from resist.subnet.layout import Child, Identity, Place, SubnetLayout
 from resist.subnet.modes import frozen_modules
+from resist.subnet.python_state import PYTHON, PythonState
 from resist.subnet.skeleton import next_hook, skeleton
 from resist.subnet.tensors import tensors_of
 
@@ -98,9 +99,14 @@ class Subnet(FlatTensors):
         self.held: tuple[tuple[int, ...], ...] = tuple(tuple(range(capacity)) for capacity in capacities)
         self.changing: set[PlaceKey] = set() if like is None else set(like.changing)
         self.buffers: dict[Place, Buffer] = {}
+        self._registered: frozenset[PlaceKey] | None = None if like is None else like._registered
         self._placement, self._bypasses = Placement(), dict[object, nn.Module]()
         self.model = self._copier(template, layout, _left_out(template, layout, capacities))(template)
         self.resize(capacities, self.empty(capacities))
+        if self._registered is None:
+            self._registered = frozenset(place.key for place in self.buffers)
+        first = [self.block(chain, 0) for chain in range(len(self.chains))] if like is None else []
+        self._python = PythonState(self.chains, first) if like is None else like._python
         self.frozen_modules: set[PlaceKey] = set() if like is None else like.frozen_modules
         if like is None and self.model.training:
             self.frozen_modules = frozen_modules(self.model, self.place)
@@ -209,7 +215,7 @@ class Subnet(FlatTensors):
                     if view is None or not self.fits(place, view):
                         view = self.view(place, self.flats).data
                     view.data = self.view(place, self.flats)
-                self.buffers[place] = Buffer(module, key, place, view)
+                self.buffers[place] = Buffer(module, key, place, view, late=self._is_late(place))
                 if view is not None and now is not None and (view.shape, view.dtype) == (now.shape, now.dtype):
                     own[key] = tied[id(now)] = view
 
@@ -258,15 +264,27 @@ class Subnet(FlatTensors):
                     parameter.data = view.data
 
     def loose(self) -> dict[tuple[int | None, int], dict[str, Tensor]]:
-        """Collect the buffers whose values are not in the flat tensors.
+        """Collect what goes with the blocks and is not in the flat tensors.
 
         These are buffers of integers, float buffers that were not finite in the beginning, and those that have another
-        shape or dtype than in the beginning. The count of a BatchNorm with a momentum is without effect, and left out.
+        shape or dtype than in the beginning, or were registered later. The count of a BatchNorm with a momentum is
+        without effect, and left out. Attributes that a block has changed are one tensor of bytes, `PYTHON`.
 
         Returns:
             (chain, slot), or (None, 0) for the shared part -> name in the part -> the present tensor, not a copy.
         """
-        return loose(self.buffers)
+        for prefix, module in named_modules(self.model):
+            for key in buffers_of(module).keys():  # noqa: SIM118, of a scripted module too
+                place = self.place(f"{prefix}.{key}".lstrip("."))
+                if place not in self.buffers and self._is_late(place):
+                    self.buffers[place] = Buffer(module, key, place, None, late=True)
+        found = loose(self.buffers)
+        for chain, blocks in enumerate(self.held):
+            for slot, number in enumerate(blocks):
+                packed = self._python.pack(self.block(chain, slot), chain, number)
+                if packed is not None:
+                    found.setdefault((chain, slot), {})[PYTHON] = packed
+        return found
 
     def put_loose(self, chain: int | None, slot: int, values: Mapping[str, Tensor]) -> None:
         """Give a part the loose buffers of the block whose weights are now in it.
@@ -278,7 +296,19 @@ class Subnet(FlatTensors):
             slot: Slot in the chain; 0 for the shared part.
             values: All loose buffers of the block, as `loose` names them. They are copied.
         """
-        put_loose(self.buffers, (chain, slot), values)
+        buffers = {name: value for name, value in values.items() if name != PYTHON}
+        part = self.model if chain is None else self.block(chain, slot)
+        for name in buffers:
+            if (place := Place(chain, slot, name)) not in self.buffers and self._is_late(place):
+                module, _, key = name.rpartition(".")
+                self.buffers[place] = Buffer(part.get_submodule(module), key, place, None, late=True)
+        put_loose(self.buffers, (chain, slot), buffers)
+        if chain is not None:
+            self._python.put(part, chain, self.held[chain][slot], values.get(PYTHON))
+
+    def _is_late(self, place: Place) -> bool:
+        """True for a buffer that was not registered when the network was built."""
+        return self._registered is not None and place.key not in self._registered and place.key not in self._common
 
     def check_attached(self) -> None:
         """Check that every parameter is still a view into the flat tensor of its dtype.

@@ -129,7 +129,7 @@ _FUNCTION = object()
 
 
 def _comparable(value: object) -> object:
-    """A value in a form for JSON that is equal in all processes if the value is; `_FUNCTION` for a function."""
+    """A value in a form for JSON; `_FUNCTION` for a function."""
     if isinstance(value, str | int | float | None):
         return value
     if is_dataclass(value) and not isinstance(value, type):

@@ -1,16 +1,14 @@
 """Assembly: bring all blocks to one worker, to form the complete network."""
 
-import io
 import json
 from collections.abc import Mapping
-from hashlib import blake2b
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from resist.planning.plan import Key, RoundPlan
 from resist.subnet.network import Subnet
+from resist.sync.packing import entry_of, pack, unpack
 from resist.sync.transport import Move, Transport
 
 
@@ -66,7 +64,10 @@ def _source(transport: Transport, plan: RoundPlan, key: Key, on: int) -> int:
 
 
 def _empty_full(subnet: Subnet) -> Subnet:
-    """A network with all blocks in its slots: the shared part of `subnet`, and no values yet in the blocks."""
+    """A network of all blocks, with the shared part of `subnet`.
+
+    Its blocks have no values yet.
+    """
     full = Subnet(
         subnet.model,
         subnet.chains,
@@ -91,22 +92,24 @@ def _assemble_loose(
     sources: Mapping[Key, int],
     on: int,
 ) -> None:
-    """Bring the loose buffers of all blocks to `full`. Waits for all processes: only they know the sizes.
+    """Bring the loose buffers of all blocks to `full`.
+
+    Waits for all processes: only they know the sizes.
 
     Nothing is sent for a block whose loose buffers are those of the first block of its chain that `on` holds.
     """
-    packed: dict[Key, bytes] = {}
+    packed: dict[Key, Tensor] = {}
     for (chain, block), source in sources.items():
         if source in subnets:
             part = chain, plan.slot(chain, block, worker=source)
-            packed[chain, block] = _pack(subnets[source].loose().get(part, {}))
-    first = {}
+            packed[chain, block] = pack(subnets[source].loose().get(part, {}), subnets[source].device)
+    first: dict[int, Tensor] = {}
     if full is not None:
         own = subnets[on].loose()
-        first = {chain: _pack(own.get((chain, 0), {})) for chain in range(len(plan.plans))}
+        first = {chain: pack(own.get((chain, 0), {}), full.device) for chain in range(len(plan.plans))}
     values = {
-        "sizes": [[*key, len(value), _digest(value)] for key, value in packed.items()],
-        "first": {chain: _digest(value) for chain, value in first.items()},
+        "sizes": [[*key, len(value), entry_of(value).content] for key, value in packed.items()],
+        "first": {chain: entry_of(value).content for chain, value in first.items()},
     }
     texts = [json.loads(text) for text in transport.all_gather_text(json.dumps(values))]
     known = {int(chain): digest for text in texts for chain, digest in text["first"].items()}
@@ -117,36 +120,15 @@ def _assemble_loose(
         size, digest = sizes[chain, block]
         if transport.process_of(source) == transport.process_of(on) or digest == known[chain]:
             continue
-        outgoing = _as_tensor(packed[chain, block], subnets[source]) if source in subnets else None
+        outgoing = packed[chain, block].to(subnets[source].device) if source in subnets else None
         incoming = None if full is None else torch.empty(size, dtype=torch.uint8, device=full.device)
         moves.append(Move("evaluate", source, on, size, outgoing, incoming))
         keys.append((chain, block))
     arrived = transport.transfer(moves).finish()
     if full is None:
         return
-    received = {
-        key: tensor.cpu().numpy().tobytes() for key, tensor in zip(keys, arrived, strict=True) if tensor is not None
-    }
+    received = {key: tensor for key, tensor in zip(keys, arrived, strict=True) if tensor is not None}
     full.put_loose(None, 0, subnets[on].loose().get((None, 0), {}))
     for chain, block in sources:
         value = received.get((chain, block), packed.get((chain, block), first[chain]))
-        full.put_loose(chain, block, _unpack(value))
-
-
-def _pack(values: Mapping[str, Tensor]) -> bytes:
-    """Named tensors as bytes, equal for equal values."""
-    file = io.BytesIO()
-    torch.save({name: value.detach().cpu().contiguous().clone() for name, value in sorted(values.items())}, file)
-    return file.getvalue()
-
-
-def _unpack(packed: bytes) -> dict[str, Tensor]:
-    return cast(dict[str, Tensor], torch.load(io.BytesIO(packed), weights_only=True))
-
-
-def _as_tensor(packed: bytes, subnet: Subnet) -> Tensor:
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(subnet.device)
-
-
-def _digest(packed: bytes) -> str:
-    return blake2b(packed, digest_size=8).hexdigest()
+        full.put_loose(chain, block, unpack(value, full.device))

@@ -26,7 +26,7 @@ from resist.sync.agreement import check_agreement
 from resist.sync.averaging import is_short, mean_into
 from resist.sync.liveness import COMPUTING, WAITING, Liveness
 from resist.sync.local import Local
-from resist.sync.pending import PendingMean, PendingMoves, PendingShortMean
+from resist.sync.pending import PendingMean, PendingMoves, PendingShortMean, sendable
 from resist.sync.process_group import DefaultGroup
 from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport, hosted_workers, local_moves, workers_of
 
@@ -115,7 +115,7 @@ class Distributed:
         return group
 
     def _agree(self, device: torch.device) -> str:
-        """The backend for weights, after a check that all processes belong to the same job.
+        """The backend for weights, once all processes agree on the job.
 
         NCCL if each process has a GPU of its own; processes that share one, or use the CPU, need gloo. The check comes
         first, since a process that was started for another job would never join the calls that follow.
@@ -154,7 +154,7 @@ class Distributed:
                 assert move.outgoing is not None
                 # gloo sends from CPU memory: from a GPU this copies the block, and waits for the GPU. On the CPU, and
                 # with NCCL, the slot itself is sent, so it must not change before `finish`.
-                wire = _sendable(move.outgoing.cpu() if self.staged else move.outgoing)
+                wire = sendable(move.outgoing.cpu() if self.staged else move.outgoing)
                 operations.append(dist.P2POp(dist.isend, wire, target, self._peers, tag))
             if target != self.rank:
                 continue
@@ -164,7 +164,7 @@ class Distributed:
             wire = torch.empty_like(final, device="cpu") if self.staged and final.is_cuda else final
             if wire is not final:
                 copies.append((wire, final))
-            operations.append(dist.P2POp(dist.irecv, _sendable(wire), source, self._peers, tag))
+            operations.append(dist.P2POp(dist.irecv, sendable(wire), source, self._peers, tag))
         # One batch: sends and receives progress together, so no order of the processes can lead to a deadlock. It
         # returns at once; `finish` waits for the processes at the other ends.
         works = self.run("sending blocks", lambda: dist.batch_isend_irecv(operations) if operations else [])
@@ -195,7 +195,7 @@ class Distributed:
         return PendingMean(self, work, tensors, self.num_processes, scale)
 
     def exchange_pieces(self, received: Tensor, sent: Tensor) -> Any:
-        """Send a piece of `sent` to each process, in the background; returns the work to wait for."""
+        """Send a piece of `sent` to each process, in the background."""
         return dist.all_to_all_single(received, sent, group=self._collective, async_op=True)
 
     def gather_pieces(self, received: Tensor, sent: Tensor) -> None:
@@ -296,11 +296,6 @@ class Distributed:
         return ", ".join(f"process {rank} ({workers_of(rank, self._hosted_workers)})" for rank in ranks)
 
 
-def _sendable(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor whose dtype a backend may not know (complex, float8)."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.view(torch.uint8)
-
-
 def _reason(error: Exception) -> str:
-    """The message of gloo without the position in its source and without its advice."""
+    """The message of gloo without source position and advice."""
     return re.sub(r"^\[/\S+\] ", "", first_line(error)).partition(" This is typically")[0].rstrip(".")

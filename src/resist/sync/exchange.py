@@ -126,7 +126,10 @@ class Exchange:
 
     @torch.no_grad()
     def _discard(self, worker: int) -> None:
-        """Undo the round of a dropped worker: weights and averages as at its beginning, optimizer state zero."""
+        """Undo the round of a dropped worker.
+
+        Weights and averages are as at its beginning, optimizer state is zero.
+        """
         for payload in self.payloads:
             if payload.name == WEIGHTS:
                 payload.flats[worker].copy_(self._anchor(payload.dtype, worker))
@@ -143,7 +146,10 @@ class Exchange:
         return anchor[dtype]
 
     def _messages(self, payloads: Sequence[Payload], phase: str) -> list[tuple[Payload, Message]]:
-        """The messages of a phase, for each payload. A block without weights of a dtype is no message."""
+        """The messages of a phase, for each payload.
+
+        A block without weights of a dtype is no message.
+        """
         messages: Sequence[Message] = getattr(self.schedule, phase)
         return [(payload, m) for payload in payloads for m in messages if self._numel(payload, m.chain)]
 
@@ -157,7 +163,7 @@ class Exchange:
         return self.workers[worker].subnet.slot(chain, slot, payload.flats[worker], dtype=payload.dtype)
 
     def _move(self, payload: Payload, m: Message, incoming: Tensor | None, traffic_kind: str) -> Move:
-        """Send the slot of the source, if it is hosted here; receive in `incoming`."""
+        """The move of one slot; received in `incoming`."""
         outgoing = self._slot(payload, m.chain, m.block, m.source) if m.source in self.workers else None
         num_bytes = self._numel(payload, m.chain) * payload.itemsize
         return Move(traffic_kind, m.source, m.target, num_bytes, outgoing, incoming)
@@ -174,7 +180,7 @@ class Exchange:
 
     @torch.no_grad()
     def _average(self, arrived: Sequence[Tensor | None]) -> None:
-        """Average the blocks whose owners are hosted here, in the slots of the owners."""
+        """Average the blocks in the slots of owners hosted here."""
         received: dict[tuple[int, int, int], tuple[Payload, list[Tensor]]] = {}
         for (payload, m), tensor in zip(self.sent, arrived, strict=True):
             if m.target in self.workers and m.source not in self.dropped:
@@ -194,7 +200,7 @@ class Exchange:
 
     @torch.no_grad()
     def _make_replicas(self) -> dict[Key, Flats]:
-        """Copy the blocks that their keepers hand over, and make room for replicas that arrive."""
+        """Copy replicas that stay, and make room for those that arrive."""
         replicas: dict[Key, Flats] = {}
         weights = [payload for payload in self.payloads if payload.name == WEIGHTS]
         for (chain, block), keeper in self.schedule.keepers.items():
@@ -212,7 +218,7 @@ class Exchange:
 
     @torch.no_grad()
     def _prepare(self, payload: Payload) -> None:
-        """Make room for blocks that arrive, and copy blocks that change their slot within a worker.
+        """Make room for blocks that arrive or change their slot.
 
         Memory: one block for each block that arrives or changes its slot; a second flat tensor for each worker whose
         capacities change. `_settle` frees the former; `Worker.finish_round` frees the old flat tensors.
@@ -249,7 +255,10 @@ class Exchange:
                         arriving.zero_()
 
     def _outer_step(self, worker: int, chain: int | None, slot: int) -> None:
-        """Take the outer step, if there is one, on the mean in a slot, or in the shared part (`chain` is None)."""
+        """Take the outer step, if there is one, on one part.
+
+        The part is a slot, or the shared part (`chain` is None).
+        """
         if self.outer is None:
             return
         subnet = self.workers[worker].subnet
@@ -267,7 +276,10 @@ class Exchange:
 
     @torch.no_grad()
     def _settle(self, payload: Payload) -> None:
-        """Put the blocks of the next plan into their slots. Nothing reads the slots any more."""
+        """Put the blocks of the next plan into their slots.
+
+        Nothing reads the slots any more.
+        """
         # Where capacities change, the blocks are in the new flat tensor already, and only the shared part is missing:
         # it is copied last, since its mean was complete only now. The old tensor is freed when the network is resized.
         for worker, resized in payload.resized.items():

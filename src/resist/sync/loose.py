@@ -87,7 +87,9 @@ def parts_of(subnet: Subnet) -> list[Part]:
 
 
 def to_text(loose: Mapping[int, LooseParts]) -> dict[str, Any]:
-    """Describe the loose values of the hosted workers, in a form for JSON that is short where parts are equal.
+    """Describe the loose values of the hosted workers for JSON.
+
+    Short where parts are equal.
 
     Args:
         loose: Hosted worker -> its values.

@@ -67,7 +67,9 @@ class LooseExchange:
         self.values: dict[tuple[int, Part], Tensor] = {}  # what arrives: (worker, part afterwards) -> packed
 
     def run(self) -> None:
-        """Exchange all values. Every process has to call it; it waits only for processes that send to this one.
+        """Exchange all values.
+
+        Every process has to call it; it waits only for processes that send to this one.
 
         Raises:
             WorkerLostError: If another process is lost.
@@ -99,7 +101,10 @@ class LooseExchange:
         return self.described.entry(worker, self.plan, item.holders[worker])
 
     def _find_senders(self, item: _Item) -> None:
-        """Find the holders that send to the owner: all whose round counts, unless they have equal values."""
+        """Find the holders that send to the owner.
+
+        All whose round counts, unless they have equal values.
+        """
         live = [worker for worker in item.holders if worker not in self.dropped] or list(item.holders)
         entries = [self._entry(item, worker) for worker in live]
         if len(set(entries)) == 1:
@@ -124,7 +129,10 @@ class LooseExchange:
         return self.transport.transfer(batch).finish() if batch else []
 
     def _combine(self) -> dict[int, Tensor]:
-        """Combine the values at their owners. Returns item number -> packed, for owners that are hosted here."""
+        """Combine the values at their owners.
+
+        Returns item number -> packed, for owners that are hosted here.
+        """
         moves = [
             (source, item.owner, self._entry(item, source).size, self._own(item, source))
             for item in self.items
@@ -148,7 +156,10 @@ class LooseExchange:
         return self.loose[worker].packed[item.holders[worker]] if worker in self.loose else None
 
     def _agree_on_sizes(self, combined: Mapping[int, Tensor]) -> None:
-        """Agree on the sizes of combined values that the processes cannot know. Waits for all of them, if any is."""
+        """Agree on sizes of combined values that processes cannot know.
+
+        Waits for all of them, if there are any.
+        """
         unknown = [number for number, item in enumerate(self.items) if item.result is None]
         if not unknown:
             return
@@ -174,7 +185,10 @@ class LooseExchange:
                 self.values[target, part] = packed
 
     def _find_equal(self, item: _Item, worker: int) -> Part | None:
-        """A part that `worker` had before with the same content, the one in the same place first."""
+        """A part of `worker` that had the same content before.
+
+        The one in the same place comes first.
+        """
         assert item.result is not None
         part = item.targets[worker]
         before = [part] if part == SHARED else [(part[0], s) for s in range(self.plan.capacities(worker)[part[0] or 0])]
@@ -182,7 +196,7 @@ class LooseExchange:
         return next((p for p in before if self.described.entry(worker, self.plan, p) == item.result), None)
 
     def _place(self, worker: int, item: _Item, slots: "_Slots") -> None:
-        """Put the values of one part of a worker into their place, if they are not there already."""
+        """Put the values of one part of a worker into their place."""
         part, origin = item.targets[worker], item.holders.get(worker)
         loose, moves_state = self.loose[worker], self.end.moves_state(part)
         own = {} if origin is None else loose.states[origin]

@@ -35,7 +35,7 @@ _begins_with_state: dict[type, bool] = {}  # class of an optimizer -> its constr
 
 
 def flat_states(optimizers: Sequence[Optimizer], known: Mapping[str, Flats]) -> dict[str, StateTypes]:
-    """List the states that are laid out as the weights, each in flat tensors.
+    """List the states that are laid out as the weights.
 
     A state has flat tensors if most numbers of the parameters with any state have it in their own shape. States without
     (the factored moments of Adafactor) move by themselves. A state that only zero-dimensional parameters have in their
@@ -118,7 +118,7 @@ def movable_state(optimizer: Optimizer, parameter: Tensor, types: Mapping[str, S
 
 
 def start_over(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Drop the whole state of some parameters, so that the optimizer starts over on them.
+    """Drop the whole state of some parameters.
 
     An optimizer that creates its state with itself (Adagrad) gets that state again.
 
@@ -150,7 +150,7 @@ def _first_state(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, An
 def follow_resize(
     subnet: Subnet, optimizers: Sequence[Optimizer], before: set[int], flats_of: Mapping[str, Flats]
 ) -> None:
-    """Update the optimizers of a worker after its parameters have changed in `subnet.resize`.
+    """Update the optimizers of a worker after `subnet.resize`.
 
     New parameters have no state yet.
 

@@ -36,7 +36,9 @@ def innermost(optimizer: Optimizer) -> Optimizer:
 
 
 def check_alone(optimizers: Sequence[Optimizer], models: Iterable[nn.Module]) -> None:
-    """Refuse what joins the workers beside the job: means over workers would be means over different blocks.
+    """Refuse what joins the workers beside the job.
+
+    Means over workers would be means over different blocks.
 
     Looks at all objects of the process once, some hundredths of a second, if there are models.
 
@@ -155,7 +157,7 @@ def check_optimizers(optimizers: Iterable[Optimizer], strategy: Strategy) -> Non
 
 
 def _has_one_history(optimizer: Optimizer) -> bool:
-    """Check for state of all parameters under one of them, as that of L-BFGS."""
+    """Check for one state of all parameters, as that of L-BFGS."""
     if isinstance(optimizer, LBFGS):
         return True
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -167,7 +169,7 @@ def _has_one_history(optimizer: Optimizer) -> bool:
 
 
 def _outside_state(optimizer: Optimizer) -> str | None:
-    """The name of an attribute with tensors that are neither parameters nor single numbers."""
+    """The name of an attribute with tensors besides parameters and numbers."""
     ours = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, value in vars(optimizer).items():
         if name in ("state", "param_groups", "defaults"):

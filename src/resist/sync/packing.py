@@ -25,7 +25,7 @@ _INT64 = range(-(2**63), 2**63)
 
 @dataclass(frozen=True)
 class InFlat:
-    """In place of a value that is in a flat tensor already, and moves with it.
+    """In place of a value that is in a flat tensor already.
 
     Attributes:
         scale: Factor for the value in the flat tensor, which is a mean over holders that include some without a value.
@@ -262,7 +262,7 @@ def _value(header: Any, take: Callable[[int], Tensor], device: torch.device) -> 
 
 
 def _on_cpu(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The bytes of tensors; those of one device are copied to the CPU together."""
+    """The bytes of tensors, copied to the CPU together."""
     flats = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
     parts = dict[int, Tensor]()
     for device in {flat.device for flat in flats if flat.device.type != "cpu"}:

@@ -30,7 +30,7 @@ class Collectives(Protocol):
 
 
 class PendingMoves:
-    """Point-to-point messages in progress. Holds the tensors that they read and write until they are complete."""
+    """Point-to-point messages in progress, with the tensors that they use."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class PendingMoves:
 
 
 class PendingMean:
-    """An all-reduce in progress, whose sum becomes the mean in the tensors of all hosted workers."""
+    """An all-reduce in progress, whose sum becomes the mean."""
 
     def __init__(
         self, transport: Collectives, work: Any, tensors: Sequence[Tensor], divisor: int = 1, scale: float = 1.0
@@ -75,7 +75,9 @@ class PendingMean:
 
 
 class PendingShortMean:
-    """The mean of numbers of fewer than 32 bits, in progress: summed in float32, and rounded once.
+    """The mean of numbers of fewer than 32 bits, in progress.
+
+    Summed in float32, and rounded once.
 
     Each process sends a piece of its tensor to every other one, which sums the pieces that it gets, rounds their mean,
     and sends it to all: as many bytes as an all-reduce. A process that hosts several workers has to send their sum in
@@ -111,3 +113,8 @@ class PendingShortMean:
         for tensor in self._tensors:
             tensor.copy_(means[: first.numel()].view(first.shape))
         return []
+
+
+def sendable(tensor: Tensor) -> Tensor:
+    """Return a view in a dtype that every backend knows."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.view(torch.uint8)

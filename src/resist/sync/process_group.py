@@ -13,7 +13,9 @@ from resist.sync.rendezvous import agree_on_attempt
 
 
 class DefaultGroup:
-    """The default group that `join` made, counted: the last transport that uses it destroys it.
+    """The default group that `join` made, with its users counted.
+
+    The last transport that uses it destroys it.
 
     Attributes:
         users: Transports that use it.
@@ -26,7 +28,9 @@ class DefaultGroup:
 
     @classmethod
     def join(cls, timeout_s: float) -> None:
-        """Make the default group with the other processes that torchrun has started. Waits for all of them.
+        """Make the default group of all processes of torchrun.
+
+        Waits for all of them.
 
         Args:
             timeout_s: Seconds to wait for them, and for every later answer.

@@ -99,7 +99,10 @@ def agree_on_round(
 
 
 def _with_nonfinite_weights(workers: Sequence[Worker]) -> dict[int, str]:
-    """The workers with NaN or inf in their weights, each with the reason. Waits for the device."""
+    """The workers with NaN or inf in their weights.
+
+    Each with the reason. Waits for the device.
+    """
     names = {worker.index: first_nonfinite(worker.subnet) for worker in workers}
     return {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
 
@@ -109,7 +112,7 @@ def _distinct(values: Sequence[list[str]]) -> list[list[str]]:
 
 
 def _check_progress(processes: Sequence[Mapping[str, Any]]) -> None:
-    """Raise if the processes are not at the same point of the same training."""
+    """Raise if processes are not at the same point of training."""
     first = processes[0]
     for number, process in enumerate(processes):
         if process["round"] != first["round"]:
@@ -137,7 +140,7 @@ def _state_texts(states: Mapping[str, StateTypes]) -> dict[str, dict[str, str]]:
 
 
 def _merged_states(processes: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, StateTypes]:
-    """The states of all processes, in the same order in all of them."""
+    """The states of all processes, in one order."""
     merged: dict[str, dict[str, str]] = {}
     for states in processes:
         for name, types in states.items():

@@ -30,7 +30,10 @@ class RoundEnd:
 
     @cached_property
     def held_by_all(self) -> bool:
-        """True if every worker holds every block, before and after: blocks follow the rule of the shared part."""
+        """True if every worker holds every block, before and after.
+
+        Blocks then follow the rule of the shared part.
+        """
         return self.plan.held_by_all and self.next_plan.held_by_all
 
     def of_everyone(self, part: Part) -> bool:

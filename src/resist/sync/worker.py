@@ -55,7 +55,7 @@ class Worker:
         self.averaged: AveragedModel | None = None
 
     def begin_round(self, *, keep_anchor: bool, outer: bool, keep_average: bool = False) -> None:
-        """Copy the weights to `anchor` if an option needs them, else drop the last copy.
+        """Copy the weights to `anchor` if an option needs them.
 
         Args:
             keep_anchor: Copy them, with or without an outer optimizer.
@@ -76,7 +76,7 @@ class Worker:
         self.watches = [Watch(subnet) for subnet in (self.subnet, self.average) if subnet is not None]
 
     def note_modes(self) -> None:
-        """Note which modules the user keeps in eval mode, at a step of the training."""
+        """Note which modules the user keeps in eval mode."""
         self.subnet.frozen_modules = frozen_modules(self.subnet.model, self.subnet.place)
         if self.average is not None:
             self.average.frozen_modules = self.subnet.frozen_modules
@@ -92,7 +92,7 @@ class Worker:
         self.subnet.check_attached()
 
     def state_flat(self, name: str, dtype: torch.dtype, own: torch.dtype | None = None) -> Tensor:
-        """Return a flat tensor of a state, zeros if there is none yet.
+        """Return a flat tensor of a state; new ones are zero.
 
         Args:
             name: Name of the state.
@@ -108,7 +108,7 @@ class Worker:
         return flats[dtype]
 
     def collect_state(self, states: Mapping[str, StateTypes], *, reset: bool = False) -> None:
-        """Move the state of the optimizers that is laid out as the weights into `state`.
+        """Move the optimizers' state into `state` where its layout fits.
 
         Args:
             states: Names of the states that any worker has, each with its dtype for each dtype of weights.
@@ -122,14 +122,14 @@ class Worker:
         adopt_state(self.subnet, self.optimizers, {name: self.state[name] for name in states})
 
     def reset_state(self) -> None:
-        """Drop the state of all optimizers but the outer one, so that they start over."""
+        """Drop the state of all optimizers but the outer one."""
         for optimizer in self.optimizers:
             optimizer.state.clear()
             start_over(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
         self.forget_state()
 
     def forget_state(self) -> None:
-        """Drop the flat tensors of the state of all optimizers but the outer one."""
+        """Drop the flat tensors of all states but the outer momentum."""
         self.state = {name: flats for name, flats in self.state.items() if name == VELOCITY}
 
     def follow(self, average: AveragedModel) -> None:

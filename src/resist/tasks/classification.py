@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resist.data import Images, Mixed, Photographs, Sampler, image_size_of, load
+from resist.data.readers import allowed_readers
 from resist.models import build, read_model_args
 from resist.models.pretrained import start_from
 from resist.models.third_party import is_third_party
@@ -57,7 +58,7 @@ class Classification:
             config.data_dir,
             download=download,
             image_size=config.image_size,
-            data_workers=config.data_workers,
+            data_workers=allowed_readers(config.data_workers),
             skip_bad_files=config.skip_bad_files,
             rand_augment=optimization.rand_augment,
         )

@@ -13,6 +13,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from resist.data.annotation import CLASSES, Objects
 from resist.data.image_folder import MEAN, STD
 from resist.data.loader import Stream, in_order
+from resist.data.readers import allowed_readers
 from resist.data.sampler import Sampler
 from resist.data.voc import IMAGE_SIZE, Item, VocSet, fitted, load_voc, longer
 from resist.models.faster_rcnn import build_detector
@@ -78,7 +79,7 @@ class Detection:
                 start.check(build())
             elif config.init_from is not None:
                 notes += (start_from(classification.builder(config, 1)(), config.init_from),)
-        return Detection(build, train, held_out, scores, start, config.data_workers, notes)
+        return Detection(build, train, held_out, scores, start, allowed_readers(config.data_workers), notes)
 
     @property
     def num_images(self) -> int:

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 import resist
+from resist.data.readers import num_readers, workers_here
 from resist.errors import AgreedError, DivergedError, WorkerLostError
 from resist.job import Job
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run, check_free, default_out, mark, seen_after_a_while
 from resist.runs.model_file import FILE
+from resist.runs.recipe import STREAMED
 from resist.runs.replicas import write_diverged, write_replicas
 from resist.sync.agreement import check_agreement, run_everywhere
 from resist.sync.distributed import connect
@@ -72,6 +74,8 @@ def open_data(config: TrainConfig, *, download: bool = True) -> Task:
     network, resume = config.network, config.run.resume
     if resume is not None and any(resume.glob("checkpoints/*")):  # all weights come from there
         network = replace(network, init_from=None)
+    if network.data in STREAMED:
+        network = replace(network, data_workers=num_readers(network.data_workers, workers_here(config.method.workers)))
     return open_task(network, config.optimization, download=download)
 
 
