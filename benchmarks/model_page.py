@@ -50,9 +50,7 @@ def published(r: Record) -> list[str]:
 
 def holding(r: Record, workers: str) -> list[str]:
     """Return blocks, share of the parameters and share of the FLOPs of a worker."""
-    chains, held = r["chains"], r["held"].get(workers)
-    if held is None:
-        return [fill("workers", num_blocks=min(c["blocks"] for c in chains)), "", ""]
+    chains, held = r["chains"], r["held"][workers]
     blocks = ", ".join(f"{h} of {c['blocks']}" for h, c in zip(held, chains, strict=True))
     return [blocks, f"{left(r, held, 'block_parameters', 'parameters'):.0%}",
             f"{left(r, held, 'block_flops', 'flops'):.0%}" if r["flops"] else ""]  # fmt: skip
@@ -75,7 +73,7 @@ def tested(r: Record) -> list[str]:
     return [
         r["name"], r["small"], r["small_input"], f"{r['small_parameters'] / 1e6:.2f} M",
         ", ".join(f"`{c['name']}`" + (", in place" if c["form"] == "in_place" else "") for c in r["chains"]),
-        " and ".join(map(str, r["workers"])), digits(r["forward"]), digits(r["backward"]), "bit for bit",
+        digits(r["forward"]), digits(r["backward"]), "bit for bit",
         digits(r["scaled"]), " ".join(f"{s:.2f}" for s in r["scales"]),
         f"{r['losses'][0]:.2f}, {r['losses'][1]:.2f}",
     ]  # fmt: skip

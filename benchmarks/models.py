@@ -6,11 +6,11 @@
     python benchmarks/models.py --check            # write nothing; exit status 1 if the page is out of date
 
 Each architecture is counted as published, without allocating weights, and tested in a small version: less width, small
-images, equally many blocks. Each is tested in a process of its own, with S = 2 and S = 4 workers, a batch of random
-inputs as `example=`, and weights with noise, so that every branch counts. References: benchmarks/reference.py.
-  sub-networks  under three plans each worker's network computes what the plain network computes with the other blocks
+images, equally many blocks. Each is tested in a process of its own, with four workers, a batch of random inputs as
+`example=`, and weights with noise, so that every branch counts. References: benchmarks/reference.py.
+  sub-networks  under two plans each worker's network computes what the plain network computes with the other blocks
                 bypassed; its gradients are the same
-  conservation  after these two synchronizations all weights are as before, bit for bit
+  conservation  after two synchronizations all weights are as before, bit for bit
   training      three rounds of two steps; every loss is finite
   evaluation    the full network computes what the plain network computes with scaled branches
 """
@@ -26,7 +26,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -49,8 +49,8 @@ from resist.errors import UserError
 from resist.subnet.seeded import build_seeded
 
 HERE = Path(__file__).parent
-PAGE, RESULTS, OPTIMIZERS = (HERE.parent / "docs" / "models.md", HERE / "results" / "models.json",
-                             HERE / "results" / "optimizers.json")  # fmt: skip
+PAGE = HERE.parent / "docs" / "models.md"
+RESULTS, OPTIMIZERS = HERE / "results" / "models.json", HERE / "results" / "optimizers.json"
 WORKERS, ROUNDS, LOCAL_STEPS, BATCH, SEED = (2, 4), 3, 2, 4, 1
 LIMIT_S = 120  # of processor time, for one network
 TOLERANCE = 1e-4  # another order of summation, after up to a hundred layers
@@ -62,16 +62,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="architectures whose name contains one of these")
     parser.add_argument("--page", action="store_true", help="run nothing, rebuild the page")
     parser.add_argument("--check", action="store_true", help="run nothing, write nothing, compare the page")
-    parser.add_argument("--json", action="store_true", help="print the results, write nothing")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each, write nothing")
     args = parser.parse_args()
     if args.check:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(kept(), kept(OPTIMIZERS))
         sys.exit(0 if same else f"{PAGE.name} is out of date")
     if not args.page:
         chosen = [c for c in CASES if not args.only or any(text.lower() in c.name.lower() for text in args.only)]
-        results = {result["name"]: result for result in run(chosen)}
+        results: dict[str, Record] = {}
+        for result in run(chosen):
+            results[result["name"]] = result
+            print(json.dumps(result) if args.json else f"{result['name']}: {verdict(result)}", flush=True)
         if args.json:
-            print(json.dumps(list(results.values())))
             return
         before = {result["name"]: result for result in kept()} if args.only else {}
         merged = [(before | results)[case.name] for case in CASES if case.name in before | results]
@@ -84,7 +86,11 @@ def kept(file: Path = RESULTS) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def run(cases: Iterable[Case]) -> list[Record]:
+def verdict(result: Record) -> str:
+    return result.get("refused") or result.get("failed") or "passed"
+
+
+def run(cases: Sequence[Case]) -> Iterator[Record]:
     """Test each in a process of its own, two at a time."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # from the code of other libraries
@@ -94,18 +100,13 @@ def run(cases: Iterable[Case]) -> list[Record]:
     cases = [case for case in cases if case.library not in missing]
     origin = provenance()
     for library in {case.library for case in cases} - {"resist"}:
-        importlib.import_module(library)  # once, before the processes are forked
+        # Once, before the processes are forked.
+        importlib.import_module("transformers.modeling_utils" if library == "transformers" else library)
         origin[library] = version(library)
-    records: list[Record] = []
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         waiting = [pool.apply_async(outcome, (case.name,)) for case in cases]
         for case, result in zip(cases, waiting, strict=True):
-            found = result.get(timeout=10 * LIMIT_S)
-            print(
-                f"{case.name}: {found.get('refused') or found.get('failed') or 'passed'}", file=sys.stderr, flush=True
-            )
-            records.append({"name": case.name, **found, **origin})
-    return records
+            yield {"name": case.name, **result.get(timeout=10 * LIMIT_S), **origin}
 
 
 class OutOfTime(BaseException):
@@ -140,24 +141,23 @@ def examine(case: Case) -> Record:
     batch = case.inputs(BATCH, full=False)
     build = partial(lively, case)
     plain = build_seeded(build, SEED).eval()
-    job, differences = partitioned(case, WORKERS[0], plain, batch)
+    strategy = resist.resist(WORKERS[-1], LOCAL_STEPS, min_depth=0)
+    job = resist.Job(build, strategy, chains=case.chains, example=batch, batchnorm="average", seed=SEED)
     chains = job.chains
+    forward, backward = partitioned(case, job, plain, batch)
     losses = train(case, job)
     full = job.full_model()
     assert full is not None
     trained = build_seeded(build, SEED).eval()
     trained.load_state_dict(full.state_dict())
-    scales = {n: scale_of(c, WORKERS[0]) for c in chains for b in range(c.num_blocks) for n in c.members(b)}
+    scales = {n: scale_of(c, WORKERS[-1]) for c in chains for b in range(c.num_blocks) for n in c.members(b)}
     with torch.no_grad():
         scaled = apart(main_output(called(full, batch)), expected(case, trained, scales, batch))
-    most = min(WORKERS[1], *(chain.num_blocks for chain in chains))
-    _, others = partitioned(case, most, plain, batch)
     result = {
         **count(case, chains),
         "small_parameters": sum(p.numel() for p in plain.parameters()),
-        "workers": [WORKERS[0], most],
-        "forward": max(differences[0], others[0]),
-        "backward": max(differences[1], others[1]),
+        "forward": forward,
+        "backward": backward,
         "scaled": scaled,
         "losses": [round(losses[0], 3), round(losses[-1], 3)],
         "scales": [round(scale, 3) for scale in job.scales],
@@ -172,31 +172,29 @@ def lively(case: Case) -> nn.Module:
     return with_noise(case.small())
 
 
-def partitioned(case: Case, workers: int, plain: nn.Module, batch: Inputs) -> tuple[resist.Job, tuple[float, float]]:
+def partitioned(case: Case, job: resist.Job, plain: nn.Module, batch: Inputs) -> tuple[float, float]:
     """Test sub-networks and conservation.
 
     Args:
         case: The network.
-        workers: Number of workers.
+        job: The job, before training.
         plain: The plain network.
         batch: The example.
 
     Returns:
-        The job, and the largest differences of an output and of a gradient.
+        The largest differences of an output and of a gradient.
     """
-    strategy = resist.resist(workers, LOCAL_STEPS, min_depth=0)
-    job = resist.Job(partial(lively, case), strategy, chains=case.chains, example=batch, batchnorm="average", seed=SEED)
     differences = [compare(case, job, worker.index, plain, batch) for worker in job.workers]
-    for _ in range(2):
-        job.synchronize()
-        differences += [compare(case, job, worker.index, plain, batch) for worker in job.workers]
+    job.synchronize()
+    job.synchronize()
+    differences += [compare(case, job, worker.index, plain, batch) for worker in job.workers]
     full, original = job.full_model(), plain.state_dict()
     assert full is not None
     found = full.state_dict()
     lost = [name for name in original.keys() | found.keys() if not _equal(found.get(name), original.get(name))]
     assert not lost, f"not conserved: {lost[:3]}"
     forward, backward = map(max, zip(*differences, strict=True))
-    return job, (forward, backward)
+    return forward, backward
 
 
 def _equal(left: Tensor | None, right: Tensor | None) -> bool:
@@ -282,8 +280,7 @@ def count(case: Case, chains: Sequence[Chain]) -> Record:
         "chains": [describe(template, chain, flops) for chain in chains],
         "named": bool(case.chains),
     }
-    possible = [workers for workers in WORKERS if all(chain.num_blocks >= workers for chain in chains)]
-    plans = {workers: resist.resist(workers, 1).plan(chains, seed=0, round=0) for workers in possible}
+    plans = {workers: resist.resist(workers, 1).plan(chains, seed=0, round=0) for workers in WORKERS}
     return {**record, "held": {str(workers): list(plan.capacities(0)) for workers, plan in plans.items()}}
 
 

@@ -77,7 +77,7 @@ def test_hooks_and_formula_are_the_same_reference(small: Callable[[], torch.nn.M
         assert apart(preact_formula(model, images, {}), model(images)) < 1e-5
         by_hooks = with_gains(model, gains)(images)
         assert apart(preact_formula(model, images, gains), by_hooks) < 1e-5
-        assert apart(by_hooks, model(images)) > 1e-2
+        assert apart(by_hooks, model(images)) > 1e-3
 
 
 AGAIN = ["torchvision swin_t", "torchvision shufflenet", "timm vit_small_patch16_rope", "Hugging Face DistilBERT"]
@@ -96,7 +96,7 @@ def test_some_of_them_again() -> None:
     versions = {"torch", "torchvision", "timm", "transformers", "python"}
     free = versions | {"date", "commit", "machine", "cores", "gpu", "run_s"}
     measured = {"losses", "forward", "backward", "scaled"}
-    found = json.loads(done.stdout)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(AGAIN)
     for record in found:
         old = before[record["name"]]
