@@ -56,8 +56,11 @@ def put(model: nn.Module, name: str) -> None:
         (lambda: step_with(lambda model: put(model, "head")), r"'head.weight' was moved .* change layers in build_mo"),
         (lambda: step_with(lambda model: put(model, "extra")), r"'extra.weight' was moved .* change layers in build"),
         (lambda: Job(tiny, TWO).full_model(iter(())), r"full_model got no batches \(an iterator that is used up\?\)"),
-        (lambda: Job(tiny, TWO).full_model([{"image": 0}]), r"got batches with image, .* unexpected keyword .*; give dict"),
-        (lambda: Job(tiny, TWO).full_model([{}]), r"got batches with nothing, .* missing a required argument.*; give di"),
+        (
+            lambda: Job(tiny, TWO).full_model([{"image": 0}]),
+            r"got batches with image, .* missing a required argu.*; give dict",
+        ),
+        (lambda: Job(tiny, TWO).full_model([{}]), r"got batches with nothing, .* missing a required arg.*; give"),
         (lambda: Job(tiny, TWO).full_model([5]), r"full_model got batches of type int; give tensors"),
         (lambda: Job(tiny, TWO).full_model([()]), r"full_model got batches of type tuple; give tensors"),
     ],

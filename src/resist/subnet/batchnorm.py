@@ -74,7 +74,9 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None, device: torc
                 model(inputs.to(device))
             else:
                 _check_names(model, inputs)
-                model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()})
+                model(
+                    **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+                )
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
