@@ -36,7 +36,7 @@ def num_readers(given: int | None, workers: int = 1, cores: int | None = None) -
     """Return the number of processes that read data for each worker.
 
     Args:
-        given: The number that was asked for; None: the default, the cores divided by the workers, at most `USUAL`.
+        given: The number in the options; None: the default, the cores divided by the workers, at most `USUAL`.
         workers: Workers on this host.
         cores: Cores that they share; default: those of this process.
 

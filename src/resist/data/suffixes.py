@@ -2,7 +2,7 @@
 
 import os
 
-# What Pillow decodes. It is not asked, so that all machines list the same files, whatever was built into theirs.
+# What Pillow decodes. This list is fixed, so that all machines list the same files, whatever was built into theirs.
 SUFFIXES = frozenset(
     b".jpg .jpeg .jpe .jfif .jif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .avif .avifs "
     b".pbm .pgm .ppm .pnm .pfm .jp2 .j2k .j2c .jpc .jpf .jpx .tga .icb .vda .vst .ico .cur .icns .pcx .dcx "
