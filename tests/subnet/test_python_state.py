@@ -2,8 +2,11 @@
 
 import collections
 import functools
+import io
 import logging
+import pickle
 import random
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +20,7 @@ from pool import Pool
 from resist.errors import UserError
 from resist.job import Job
 from resist.planning.strategy import resist, switch
+from resist.subnet.python_state import _Unpickler
 
 
 class Meter:
@@ -154,6 +158,25 @@ def test_what_cannot_go_is_said_once(size: int, reason: str, caplog: pytest.LogC
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith(f"map of the blocks of blocks:0-{BLOCKS - 1} changes in training and does not")
     assert reason in caplog.messages[0]
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return subprocess.check_output, (["true"],)
+
+
+@pytest.mark.parametrize("kept", [Harmful(), [len], subprocess.Popen], ids=lambda kept: type(kept).__name__)
+def test_no_code_is_read_from_another_process(kept: object, caplog: pytest.LogCaptureFixture) -> None:
+    """What another process could have been made to send is refused where it is read; our own is not sent."""
+    block = Block()
+    with pytest.raises(pickle.UnpicklingError, match="is not read from another process"):
+        _Unpickler(io.BytesIO(pickle.dumps(kept)), block).load()
+    job = Job(lambda: Net(lambda number: Block()), resist(2, 1, min_depth=0), chains="blocks", example=False)
+    with caplog.at_level(logging.WARNING):
+        for worker in job.workers:
+            worker.model.blocks[0].kept = kept
+        job.synchronize()
+    assert "cannot be copied to another process (UnpicklingError)" in caplog.text
 
 
 def test_gradient_hooks_of_parameters_are_refused_by_name() -> None:

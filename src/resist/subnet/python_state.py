@@ -2,13 +2,15 @@
 
 A running mean that is a Python number, a deque of recent losses, a generator of random numbers, a cache. They are
 exchanged as loose buffers are: all changed attributes of a block are one tensor of bytes, pickled. It goes between the
-processes of one job only, and is never on disk. What the user sets is left alone, see `resist.blocks.placement`.
+processes of one job only, and is never on disk. Only plain values and classes of the block's own source are read back.
+What the user sets is left alone, see `resist.blocks.placement`.
 """
 
 import io
 import logging
 import pickle
 from collections.abc import Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -27,6 +29,27 @@ from resist.blocks.snapshots import MISSING, Content, Snapshot, part_of, snapsho
 log = logging.getLogger(__name__)
 
 PYTHON = "python state"  # name of the tensor of bytes among the loose buffers of a block
+# Classes and functions that are read back, besides classes of the modules in which a block's own classes are defined.
+PLAIN = {
+    "builtins": "bytearray complex frozenset range set slice",
+    "collections": "ChainMap Counter OrderedDict defaultdict deque",
+    "datetime": "date datetime time timedelta timezone",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "numpy": "dtype ndarray",
+    "numpy._core.multiarray": "_reconstruct scalar",
+    "numpy._core.numeric": "_frombuffer",
+    "numpy.core.multiarray": "_reconstruct scalar",
+    "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
+    "numpy.random._mt19937": "MT19937",
+    "numpy.random._pcg64": "PCG64 PCG64DXSM",
+    "numpy.random._philox": "Philox",
+    "numpy.random._sfc64": "SFC64",
+    "numpy.random.bit_generator": "SeedSequence __pyx_unpickle_SeedSequence",
+    "random": "Random",
+    "torch": "Size device",
+    "types": "SimpleNamespace",
+}
 MOST_BYTES = 1 << 20  # of one attribute; results that a module keeps, such as attention maps, can be large
 
 
@@ -59,7 +82,7 @@ class PythonState:
         scope, values = Scope(block), dict[AttributeKey, object]()
         for key, value in self._changed(block, chain, number).items():
             try:
-                size = len(_dumps(value, scope))
+                size = len(_dumps(value, scope, block))
             except Exception as error:  # values of users can raise anything
                 self._note(chain, key, f"cannot be copied to another process ({type(error).__name__})")
                 continue
@@ -67,7 +90,7 @@ class PythonState:
                 self._note(chain, key, f"has {size} bytes, more than {MOST_BYTES}")
                 continue
             values[key] = value
-        return torch.frombuffer(bytearray(_dumps(values, scope)), dtype=torch.uint8) if values else None
+        return torch.frombuffer(bytearray(_dumps(values, scope, block)), dtype=torch.uint8) if values else None
 
     def put(self, block: nn.Module, chain: int, number: int, packed: Tensor | None) -> None:
         """Give a block the attributes that `pack` returned for the block that is now there.
@@ -151,11 +174,18 @@ class _Pickler(pickle.Pickler):
     Args:
         file: File to write to.
         scope: Scope of the block.
+        block: The block.
     """
 
-    def __init__(self, file: io.BytesIO, scope: Scope) -> None:
+    def __init__(self, file: io.BytesIO, scope: Scope, block: nn.Module) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._scope = scope
+        self._scope, self._own = scope, _own_source(block)
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Refuse the classes and functions that `_Unpickler` refuses; pickle the rest as usual."""
+        if isinstance(obj, type | FunctionType | BuiltinFunctionType):
+            _check_allowed(obj.__module__, obj.__qualname__, obj, self._own)
+        return NotImplemented
 
     def persistent_id(self, obj: Any) -> tuple[object, ...] | None:
         """Return what stands for a part of a value.
@@ -188,7 +218,15 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: io.BytesIO, block: nn.Module) -> None:
         super().__init__(file)
-        self._block = block
+        self._block, self._own = block, _own_source(block)
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """Return a class or function, if it is harmless: bytes that were changed on the way must not run code."""
+        if module_name not in PLAIN and module_name not in self._own:
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not read from another process")
+        found = super().find_class(module_name, global_name)
+        _check_allowed(module_name, global_name, found, self._own)
+        return found
 
     def persistent_load(self, pid: Any) -> object:
         """Return the part that a tuple of `_Pickler.persistent_id` stands for.
@@ -218,7 +256,20 @@ def _tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
 
 
-def _dumps(value: object, scope: Scope) -> bytes:
+def _own_source(block: nn.Module) -> set[str]:
+    """Names of the modules in which the classes of a block are defined."""
+    return {type(module).__module__ for module in block.modules()}
+
+
+def _check_allowed(module_name: str, name: str, found: object, own: set[str]) -> None:
+    """Raise UnpicklingError unless a class or function may be read."""
+    constant = isinstance(found, torch.dtype | torch.memory_format | torch.layout)
+    plain = name in PLAIN.get(module_name, "").split()
+    if not (constant or plain or (isinstance(found, type) and module_name in own)):
+        raise pickle.UnpicklingError(f"{module_name}.{name} is not read from another process")
+
+
+def _dumps(value: object, scope: Scope, block: nn.Module) -> bytes:
     file = io.BytesIO()
-    _Pickler(file, scope).dump(value)
+    _Pickler(file, scope, block).dump(value)
     return file.getvalue()
