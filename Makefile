@@ -4,7 +4,7 @@
 # make docs: the documents as a site, in site/
 PYTHON ?= python3
 BIN := .venv/bin
-JOBS ?= 2
+JOBS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 

@@ -49,7 +49,7 @@ def install(fault):
 
     import resist.job
     from resist.runs.checkpoint import _Save
-    from resist.sync import distributed
+    from resist.sync import distributed, pending
 
     def saved(path, *_):
         return path.name.endswith(".partial") and path.parent.name == "checkpoints"
@@ -63,8 +63,8 @@ def install(fault):
         "before exchange": lambda: wrap(resist.job.Job, "synchronize", fault),
         "shared part begun": lambda: wrap(distributed.Distributed, "mean", fault, after=True),
         "sending blocks": lambda: wrap(distributed.Distributed, "transfer", fault),
-        "awaiting blocks": lambda: wrap(distributed._Pending, "finish", fault),
-        "awaiting shared part": lambda: wrap(distributed._Mean, "finish", fault),
+        "awaiting blocks": lambda: wrap(pending.PendingMoves, "finish", fault),
+        "awaiting shared part": lambda: wrap(pending.PendingMean, "finish", fault),
         "save begun": lambda: wrap(_Save, "_write", fault),
         "writing": lambda: wrap(pathlib.Path, "replace", fault, when=written),
         "completing": lambda: wrap(_Save, "_complete", fault),
