@@ -127,7 +127,7 @@ def test_plan_depends_on_the_seed(capsys) -> None:
         (["--chain", "layer9:1-2"], "chain 'layer9:1-2'"),
         (["--chain", "layer3:0-3"], "chain 'layer3:0-3': blocks 0 and 1 of layer3 differ in parameter"),
         (["--chain", "layer3:x"], "does not have the form NAME:FIRST-LAST"),
-        (["--chain", "all", "layer3"], "--chain all takes all chains that there are; give it alone, or name the chains"),
+        (["--chain", "all", "layer3"], "--chain all takes all chains that there are; give it alone, or name the"),
         (["--min-depth", "30"], "--min-depth 30 exceeds the 8 blocks of chain layer3:1-8; lower it or add chains"),
         (["--capacities", "1", "1", "1", "1"], "--capacities 1 1 1 1 hold 4 of the 8 blocks"),
         (["--model-args", "depths=1,1"], "--model-args depths=1,1; give four numbers"),
