@@ -363,10 +363,8 @@ class Job:
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost. The sub-networks may then be of neither round.
         """
-        strategy, next_plan = (
-            self.strategy.at(self.round),
-            self.plan_of(self.round + 1),
-        )  # line 6: draw new sub-networks
+        strategy = self.strategy.at(self.round)
+        next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
         end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan)
         for worker in self.workers:
             worker.take_back()
