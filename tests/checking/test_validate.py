@@ -159,3 +159,41 @@ def test_two_chains_and_batchnorm() -> None:
     chains = choose_chains(net, ("layer1", "layer3"))
     images = torch.randn(2, 3, 8, 8)
     assert check_network(net, chains, lambda network: network(images)) < 1e-6
+
+
+class Momentum(Block):
+    """A block that moves a frozen copy of its weights, and keeps a sparse table."""
+
+    def __init__(self, write: Callable[["Momentum"], None]) -> None:
+        super().__init__()
+        self.slow = nn.Parameter(self.linear.weight.detach().clone(), requires_grad=False)
+        self.write, self.table = write, torch.eye(3).to_sparse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.write(self)
+        return super().forward(x) + 0.1 * nn.functional.linear(x, self.slow)
+
+
+@torch.no_grad()
+def in_place(block: Momentum) -> None:
+    block.slow.lerp_(block.linear.weight, 0.1)
+
+
+def through_data(block: Momentum) -> None:
+    block.slow.data.mul_(0.9)
+
+
+def by_assignment(block: Momentum) -> None:
+    block.slow.data = 0.9 * block.slow.data
+
+
+@pytest.mark.parametrize("write", [in_place, through_data, by_assignment])
+def test_weights_that_a_forward_pass_writes_are_seen_alike_and_left_as_they_were(
+    write: Callable[[Momentum], None],
+) -> None:
+    model = Net(plain).train()
+    model.blocks = nn.ModuleList(Momentum(write) for _ in range(4))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert check(model) == 0.0
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from resist.blocks.comparison import same_tensor
 from resist.blocks.copying import activations, copied_module, detached
 from resist.blocks.modules import hook_tables_of
 from resist.blocks.randomness import seeded_generators
@@ -44,13 +45,17 @@ class Rehearsal:
         self._forward, self._built_in_training = forward, model.training
         self._ways: dict[bool, tuple[bool, bool]] = {}
         self._forbidden: frozenset[int] = frozenset()
+        self._writes_weights = False
         failure: Exception | None = None
         for training in (False, True):
             # Networks of forces differentiate within the forward pass; some kernels take no dispatch mode.
             for grad, repeatable in ((False, True), (True, True), (True, False)):
                 self._ways[training] = grad, repeatable
                 try:
-                    self.run(stand_in(model), training=training)
+                    trial = stand_in(model, own_weights=True)
+                    self.run(trial, training=training)
+                    pairs = zip(trial.parameters(), model.parameters(), strict=False)
+                    self._writes_weights |= not all(same_tensor(now, before) for now, before in pairs)
                     break
                 except Exception as error:  # models of users can raise anything
                     failure = failure or error
@@ -72,13 +77,18 @@ class Rehearsal:
         Args:
             model: The network.
         """
-        self._forbidden = frozenset(parameter.untyped_storage().data_ptr() for parameter in model.parameters())
+        self._forbidden = frozenset(
+            parameter.untyped_storage().data_ptr()
+            for parameter in model.parameters()
+            if parameter.layout == torch.strided
+        )
 
     def run(self, model: nn.Module, *, training: bool | None = None) -> object:
         """Run a network.
 
         Args:
-            model: A stand-in of the network, or a sub-network of one. Its buffers may change.
+            model: A stand-in of the network, or a sub-network of one. Its buffers may change. Weights that its forward
+                pass writes (a momentum encoder) are restored, since copies share them.
             training: The mode, one of `modes`. Default: the first of them.
 
         Returns:
@@ -92,8 +102,14 @@ class Rehearsal:
         if not (training and self._built_in_training):  # else in the modes as built: parts may be frozen
             model.train(training)
         mode = _Repeatable(self._forbidden)
+        kept = [(p, p.data, p.data.clone()) for p in model.parameters()] if self._writes_weights else []
         with undisturbed(), torch.device("cpu"), torch.set_grad_enabled(grad), mode if repeatable else nullcontext():
-            output = self._forward(model)
+            try:
+                output = self._forward(model)
+            finally:
+                for parameter, data, before in kept:
+                    parameter.data = data
+                    data.copy_(before)
         if mode.reads_forbidden:
             raise UserError(
                 "a copy of the network reads weights of the network that it was copied from: a function in it (a "
@@ -120,7 +136,7 @@ class _Repeatable(TorchDispatchMode):
             self._draws += 1
             torch.default_generator.manual_seed(0)
         if self._forbidden and not self.reads_forbidden:
-            tensors = (value for value in args if type(value) in (Tensor, nn.Parameter))
+            tensors = (v for v in args if type(v) in (Tensor, nn.Parameter) and v.layout == torch.strided)
             self.reads_forbidden = any(t.untyped_storage().data_ptr() in self._forbidden for t in tensors)
         return func(*args, **(kwargs or {}))
 

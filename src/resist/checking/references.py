@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resist.blocks.comparison import same_tensor
 from resist.blocks.modules import buffers_of, hook_tables, named_modules, pre_hook_tables
 from resist.blocks.rehearsal import Rehearsal, describe, stand_in
 from resist.checking.trace import Trace, first_difference
@@ -98,5 +99,5 @@ def _restore(module: nn.Module, own: dict[str, Any], containers: dict[str, Any],
             value.clear()
             value.update(before)
     for tensor, before in tensors:
-        if not torch.equal(tensor, before):
+        if not same_tensor(tensor, before):
             tensor.copy_(before)
