@@ -1,5 +1,6 @@
 """The laws that a network has to satisfy, and networks that break one each."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -197,3 +198,24 @@ def test_weights_that_a_forward_pass_writes_are_seen_alike_and_left_as_they_were
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     assert check(model) == 0.0
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+GAINS: "weakref.WeakKeyDictionary[nn.Module, float]" = weakref.WeakKeyDictionary()
+
+
+class Looked(Block):
+    """A block whose gain is in a table outside of the network."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        GAINS[self] = gain
+
+    def forward(self, x: Tensor, extra: Tensor | float = 0.0) -> Tensor:
+        return x + GAINS.get(self, 1.0) * self.out(torch.tanh(self.linear(x) + extra))
+
+
+def test_a_table_by_the_identity_of_modules_is_refused() -> None:
+    net = Net(plain)
+    net.blocks = nn.ModuleList(Looked(float(number)) for number in range(4))
+    with pytest.raises(UserError, match=r"a copy of the network does not compute the same .* such as a table"):
+        check(net)

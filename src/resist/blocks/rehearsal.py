@@ -53,7 +53,10 @@ class Rehearsal:
                 self._ways[training] = grad, repeatable
                 try:
                     trial = stand_in(model, own_weights=True)
+                    versions = [parameter._version for parameter in trial.parameters()]
                     self.run(trial, training=training)
+                    # Through `.data`, values are written without a new version; a copy may be written that is equal.
+                    self._writes_weights |= versions != [parameter._version for parameter in trial.parameters()]
                     pairs = zip(trial.parameters(), model.parameters(), strict=False)
                     self._writes_weights |= not all(same_tensor(now, before) for now, before in pairs)
                     break

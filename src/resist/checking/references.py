@@ -1,7 +1,8 @@
-"""References: functions in a network that refer to the network in which they were made.
+"""References: what a network computes with that is not in it, and that its copies do not have.
 
 A copy of a network has copies of its modules, but the same functions. A lambda, or a hook that is a closure, still
-refers to the modules and lists of the network that was copied, so a sub-network computes with them, or without them.
+refers to the modules and lists of the network that was copied, so a sub-network computes with them, or without them. A
+table outside of the network, by the identity of its modules, has no entries for those of a copy.
 """
 
 import copy
@@ -25,8 +26,6 @@ from resist.errors import UserError
 def check_references(rehearsal: Rehearsal, model: nn.Module) -> None:
     """Check that a copy of a network computes what the network computes.
 
-    Nothing is done for networks without functions that have a closure.
-
     Args:
         rehearsal: The example.
         model: The full network. It is run, and its attributes, buffers and modes are restored.
@@ -34,20 +33,28 @@ def check_references(rehearsal: Rehearsal, model: nn.Module) -> None:
     Raises:
         UserError: If a copy computes something else.
     """
-    found = [name or "the network itself" for name, module in named_modules(model) if _has_closure(module)]
-    if not found:
+    if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         return
-    reason = (
-        f"a copy of the network does not compute the same as the network: a function or hook of {found[0]} keeps a "
-        "reference to the network that it was made in; use the arguments of the hook, or a method of the module"
-    )
-    expected = Trace().end(rehearsal.run(model))
+    found = [name or "the network itself" for name, module in named_modules(model) if _has_closure(module)]
+    copied = stand_in(model)
+    with preserved(model):  # its modes too, which copies of it begin with
+        expected = Trace().end(rehearsal.run(model))
     try:
-        trace = Trace().end(rehearsal.run(stand_in(model)))
+        differs = first_difference(Trace().end(rehearsal.run(copied)), expected) is not None
     except Exception as error:  # models of users can raise anything
-        raise UserError(f"{reason} ({describe(error)})") from error
-    if first_difference(trace, expected) is not None:
-        raise UserError(reason)
+        raise UserError(f"{_reason(found)} ({describe(error)})") from error
+    if differs:
+        raise UserError(_reason(found))
+
+
+def _reason(closures: list[str]) -> str:
+    if closures:
+        cause = f"a function or hook of {closures[0]} keeps a reference to the network that it was made in"
+        remedy = "use the arguments of the hook, or a method of the module"
+    else:
+        cause = "something outside of it belongs to its modules, such as a table, or changes with each call"
+        remedy = "keep it in the modules"
+    return f"a copy of the network does not compute the same as the network: {cause}; {remedy}"
 
 
 def _has_closure(module: nn.Module) -> bool:
