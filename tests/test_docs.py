@@ -150,6 +150,7 @@ def run_resist(arguments: list[str]) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_python_of_the_library_page_runs() -> None:
     """Run one snippet after the other, as the page says."""
     namespace: dict[str, Any] = {"__name__": "library"}
@@ -293,6 +294,7 @@ def share_in_source(message: str) -> float:
 MESSAGES = [line for block in blocks(DOCS / "troubleshooting.md", "text") for line in block.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", MESSAGES)
 def test_quoted_messages_are_those_of_the_source(message: str) -> None:
     assert share_in_source(message) > 0.4, message

@@ -17,6 +17,8 @@ from resist.errors import UserError
 from resist.job import Job
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
 
+pytestmark = pytest.mark.slow
+
 STRATEGIES = {
     "all": local_sgd(1, 1),
     "two": resist(2, 1, min_depth=0),
@@ -69,7 +71,6 @@ def test_they_go_with_their_block(name: str) -> None:
         assert max(errors(name, strategy)) <= INEXACT.get(name, 0.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lambda._private", "ReferencesAndValue", "SpectralNorm", "Buffers", "Drawn"])
 def test_between_processes(pool: Pool, name: str) -> None:
     for found in pool.run(2, errors, name, "growing"):
@@ -285,7 +286,6 @@ class Flagged(Block):
         return x + self.branch(x.roll(1, -1) if self.shifted else x)
 
 
-@pytest.mark.slow
 def test_a_compiled_network_whose_flags_alternate_stays_compiled(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
     graphs: list[object] = []

@@ -19,6 +19,8 @@ from resist.subnet.network import Subnet
 from resist.subnet.scaling import records_for, records_of, scale_blocks, scale_branches, scales_of, unhook
 from resist.subnet.tensors import tensors_of
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 8
 X = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 Loop = Callable[[nn.Module, Tensor], Tensor]

@@ -19,6 +19,8 @@ from resist.blocks.rehearsal import Rehearsal
 from resist.checking.validate import choose_checked
 from resist.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 WIDTH, BLOCKS = 8, 6
 
 

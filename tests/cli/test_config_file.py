@@ -17,6 +17,8 @@ from resist.errors import UserError
 from resist.runs.config import MethodConfig, OptimizationConfig, RunConfig, TrainConfig
 from resist.runs.config_file import from_json, read_config_file
 
+pytestmark = pytest.mark.slow
+
 RECORDS = {name: record for name, (record, _) in COMMANDS.items()}
 SMALL = [
     "--workers", "2", "--min-depth", "0", "--model-args", "depths=1,1,3,1", "width=4", "--batch-size", "64",
@@ -130,7 +132,6 @@ def test_a_file_that_cannot_be_used_ends_in_one_line_with_its_name(capsys, tmp_p
     assert text in err
 
 
-@pytest.mark.slow
 def test_a_run_is_repeated_from_its_configuration(capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path / "more.json", {"method": {"sampling": "shard"}, "optimization": {"label_smoothing": 0.1}})
@@ -145,7 +146,6 @@ def test_a_run_is_repeated_from_its_configuration(capsys, tmp_path: Path, monkey
     assert all((again[name] == tensor).all() for name, tensor in weights.items())
 
 
-@pytest.mark.slow
 def test_processes_that_are_started_get_the_configuration_as_it_is(tmp_path: Path) -> None:
     """For a new run all of it; for one that resumes what may change, because the rest is that of the run."""
     config = TrainConfig(

@@ -21,6 +21,8 @@ from resist.planning.strategy import OuterSGD, Strategy, ddp, local_sgd, resist
 from resist.sync.optimizer_state import OPTIMIZER_STATES
 from support import BLOCKS, local_step, make, tiny
 
+pytestmark = pytest.mark.slow
+
 OPTIMIZERS: dict[str, BuildOptimizer] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
     "adamw": torch.optim.AdamW,
@@ -69,7 +71,6 @@ def shares(draw: st.DrawFn) -> list[int]:
     return capacities
 
 
-@pytest.mark.slow
 @given(shares(), st.sampled_from(OPTIMIZER_STATES), st.booleans(), st.sampled_from([None, OuterSGD()]))
 @settings(max_examples=20)
 def test_bytes_are_those_of_the_ledger(capacities: list[int], policy: str, adam: bool, outer: OuterSGD | None) -> None:

@@ -282,7 +282,7 @@ if sys.argv[2] == "wait":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["exit", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("end", ["exit", pytest.param("SIGTERM", marks=pytest.mark.nightly), "SIGKILL"])
 def test_no_process_is_left_however_the_training_ends(end: str) -> None:
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), "exit" if end == "exit" else "wait"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:

@@ -21,6 +21,8 @@ from resist.data.voc import LONGER, fitted, load_voc, longer, mirrored
 from resist.errors import UserError
 from resist.tasks.detection import collate
 
+pytestmark = pytest.mark.slow
+
 A = (10, 20, 40, 60)
 
 

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 
 from commands import Commands, free_port
 
-# Each kind, and with MORE_FAULTS each place that the design names: at the start, before and during the exchange,
+# With MORE_FAULTS each kind, and each place that the design names: at the start, before and during the exchange,
 # between the shared part and the blocks, during a save, during an evaluation.
 FAULTS = (
     Fault("kill", "sending blocks", 1, 5),
     Fault("stop", "awaiting blocks", 3, 4),
-    Fault("delay", "writing", 2, 2, 1.0),
     Fault("raise", "assembling", 1, 1),
 )
 MORE_FAULTS = (
+    Fault("delay", "writing", 2, 2, 1.0),
     Fault("kill", "joined", 2, 1),
     Fault("raise", "shared part begun", 3, 4),
     Fault("kill", "before rename", 0, 2),

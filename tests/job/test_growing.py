@@ -21,6 +21,8 @@ from resist.subnet.scaling import scales_of
 from resist.sync.local import Local
 from support import BLOCKS, adamw, batch, full_of, local_step, make, sgd, states, tiny, train, weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2  # in a round
 SIZES = (2, 2, 4, 4, 6, 6)  # blocks of each worker, by round
 GROWING = Capacities(by_round={0: 2, 2: 4, 4: BLOCKS})
@@ -34,7 +36,6 @@ def still(model: nn.Module) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capacities", [GROWING, (4,) * 8, Capacities(by_worker=(1, 2, 3), by_round={3: (6, 1, 5)})])
 def test_growth_is_what_the_algorithm_says(capacities: Capacities | tuple[int, ...]) -> None:
     """Against the oracle; also eight workers for six blocks, and unequal ones that grow and shrink."""
@@ -108,7 +109,6 @@ def ends(processes: bool) -> tuple[dict[str, Tensor] | None, list[dict[str, Tens
     return None if full is None else {name: p.detach() for name, p in full.named_parameters()}, own
 
 
-@pytest.mark.slow
 def test_two_processes_grow_as_one(pool: Pool) -> None:
     alone, momenta = ends(processes=False)
     results = pool.run(2, ends, True)
@@ -143,13 +143,11 @@ def continued(at: int, folder: Path, outer: OuterSGD | None = None) -> bool:
     return all(torch.equal(a, b) for a, b in zip(everything(job), everything(again), strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 3, 5])  # 2: the checkpoint is the first one with the new capacities
 def test_a_growing_job_is_resumed_bit_for_bit(at: int, tmp_path: Path) -> None:
     assert continued(at, tmp_path)
 
 
-@pytest.mark.slow
 def test_the_outer_momentum_grows_and_is_resumed(tmp_path: Path) -> None:
     assert continued(3, tmp_path, OuterSGD())
 
@@ -170,7 +168,6 @@ def test_a_new_job_takes_the_state_of_one_that_has_grown(capacities: Capacities)
     assert all(torch.equal(a, b) for a, b in zip(everything(job), everything(again), strict=True))
 
 
-@pytest.mark.slow
 def test_processes_resume_after_growth(pool: Pool, tmp_path: Path) -> None:
     assert all(pool.run(2, continued, 2, tmp_path))
 
@@ -214,7 +211,6 @@ def differ(growth: dict[int, int], other: dict[int, int]) -> str:
     return ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("other", [{0: 3}, {0: 3, 5: 5}, {0: 3, 4: 6}])
 def test_processes_agree_on_later_capacities(pool: Pool, other: dict[int, int]) -> None:
     """They are equal in round 0."""

@@ -15,6 +15,8 @@ from resist.planning.strategy import Strategy, resist, switch
 from resist.subnet.seeded import build_seeded
 from support import batch, floats, make, sgd, tiny, train_step, weights
 
+pytestmark = pytest.mark.slow
+
 Step = Callable[[int, int, nn.Module, Optimizer], None]
 
 
@@ -82,7 +84,6 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "strategy"),
     [(name, RESIZED) for name in OPTIMIZERS] + [("sgd", UNEQUAL), ("adamw", UNEQUAL)],
@@ -286,7 +287,6 @@ def test_a_skipped_step_skips_no_synchronization(optimizer: str, when: str, poli
     assert all(bool(value.isfinite().all()) for value in weights(job).values())
 
 
-@pytest.mark.slow
 def test_compiled_autocast_and_clipping_make_no_new_graph() -> None:
     """From round to round nothing is compiled again; a change of capacities compiles once for each new depth."""
     import torch._dynamo as dynamo

@@ -15,6 +15,8 @@ from resist import Job, UserError
 from resist.planning.strategy import local_sgd, resist, switch
 from support import batch, floats, make, sgd, tiny, weights
 
+pytestmark = pytest.mark.slow
+
 RESIZED = switch(resist(3, 2, capacities=(3, 4, 2)), resist(3, 2, capacities=(5, 1, 3)), at_round=1)
 
 

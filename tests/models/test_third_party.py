@@ -22,6 +22,8 @@ from resist.runs.config import NetworkConfig
 from resist.tasks import network_builder
 from resist.tasks.preflight import try_network
 
+pytestmark = pytest.mark.slow
+
 TINY_VIT = {
     "model_type": "vit", "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5,
     "patch_size": 4, "image_size": 224,
@@ -196,7 +198,6 @@ def run(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.slow
 def test_the_plan_lists_what_moves_with_a_block_and_approximations(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "--data", "cifar10", "--model", "torchvision:resnet18", "--workers", "2") == 0
     assert "note: the blocks of layer1:0-1 end in a ReLU" in capsys.readouterr().out
@@ -210,7 +211,6 @@ def test_the_plan_lists_what_moves_with_a_block_and_approximations(capsys: pytes
     assert "--data voc2007 needs a pre-activation ResNet" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_trained_and_tested_again_from_disk(vit: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     options = ["--epochs", "0.1", "--local-steps", "2", "--batch-size", "8", "--num-evals", "1", "--device", "cpu"]

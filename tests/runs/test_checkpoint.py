@@ -27,6 +27,8 @@ from resist.sync.distributed import Distributed
 from resist.sync.local import Local
 from support import adamw, make, sgd, train, weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2  # in a round
 
 
@@ -79,7 +81,6 @@ def test_adams_step_counts_come_back(tmp_path: Path) -> None:
     assert continued("travel", 3, tmp_path, "adamw")
 
 
-@pytest.mark.slow
 def test_processes_save_their_own_part(pool: Pool, tmp_path: Path) -> None:
     assert all(pool.run(2, continued, "travel", 3, tmp_path))
 
@@ -276,7 +277,6 @@ def broken_disk(path: Path, *_: object) -> None:
     raise UserError(f"{path} cannot be written") from OSError(28, "No space left on device")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_cannot_write_ends_all_with_one_line(pool: Pool, failing: int, tmp_path: Path) -> None:
     texts = pool.run(2, fail_in_one, tmp_path, failing)
@@ -311,7 +311,6 @@ def die(path: Path, *_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_a_process_that_dies_while_it_saves_costs_that_checkpoint_only(pool: Pool, tmp_path: Path) -> None:
     outcomes = pool.outcomes(2, die_while_saving, tmp_path)
     assert outcomes[0].error is None, outcomes[0].error

@@ -22,6 +22,8 @@ from resist.runs.saved import FORMAT, complete
 from resist.runs.tensor_file import read_description, read_tensors, write_tensors
 from saving import OPTIMIZERS, STEPS, Loop, equal, warmed_up
 
+pytestmark = pytest.mark.slow
+
 
 class Sampler:
     """Of a user: it has a state, with a tensor in it."""
@@ -54,7 +56,6 @@ def test_four_interruptions_change_nothing(optimizer: str, tmp_path: Path) -> No
     assert [path.name for path in complete(tmp_path / "new")] == ["round-000004", "round-000003"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "two", "adafactor", "python"])
 def test_four_interruptions_in_two_processes(optimizer: str, pool: Pool, tmp_path: Path) -> None:
     assert all(pool.run(2, uninterrupted_and_resumed, tmp_path, optimizer))
@@ -327,7 +328,6 @@ def elsewhere(folder: Path, workers: int) -> tuple[int, int, dict[str, Any], dic
     return loop.job.round, loop.job.step_index, numbers, weights
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "processes"), [(3, 2), (2, 2), (5, 1), (4, 2), (1, 1)])
 def test_other_workers_in_other_processes(pool: Pool, tmp_path: Path, workers: int, processes: int) -> None:
     loop = Loop(warmed_up(), averaged=True).train(6)
@@ -358,7 +358,6 @@ def one_cannot(folder: Path) -> str:
     return ""
 
 
-@pytest.mark.slow
 def test_a_value_of_one_process_that_cannot_be_saved_ends_in_all(pool: Pool, tmp_path: Path) -> None:
     texts = pool.run(2, one_cannot, tmp_path / "folder")
     assert texts[0] == texts[1]

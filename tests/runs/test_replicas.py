@@ -34,6 +34,8 @@ from resist.sync.distributed import Distributed
 from resist.sync.transport import Handle
 from support import local_step, make, train, weights
 
+pytestmark = pytest.mark.slow
+
 
 @given(st.data())
 def test_every_block_lies_with_two_workers_after_any_synchronization(data: st.DataObject) -> None:
@@ -135,10 +137,9 @@ def union(parts: list[Copies], round: int) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("alone", "outer") else pytest.param(name, marks=pytest.mark.nightly) for name in STRATEGIES],
+    [name if name == "alone" else pytest.param(name, marks=pytest.mark.nightly) for name in STRATEGIES],
 )
 def test_the_network_outlives_a_process_that_is_killed_in_any_phase(pool: Pool, name: str) -> None:
     """One process kills itself before each thing that it does in the round after the second synchronization: the

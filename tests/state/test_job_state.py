@@ -17,6 +17,8 @@ from resist.errors import UserError
 from resist.planning.strategy import Strategy, diloco, resist, switch
 from saving import OPTIMIZERS, STEPS, Loop, equal, network, warmed_up
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("averaged", [False, True], ids=["", "averaged"])
@@ -205,7 +207,6 @@ def test_the_library_of_torch_saves_and_loads_it(tmp_path: Path) -> None:
     assert save_and_load(tmp_path, 3)
 
 
-@pytest.mark.slow
 def test_the_library_of_torch_in_two_processes(pool: Pool, tmp_path: Path) -> None:
     assert pool.run(2, save_and_load, tmp_path, 3) == [True, True]
 
@@ -220,7 +221,6 @@ def load_elsewhere(folder: Path, workers: int) -> dict[str, torch.Tensor] | None
     return None if full is None else {name: t.clone() for name, t in full.state_dict().items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 5])
 def test_it_loads_with_other_workers_in_other_processes(pool: Pool, tmp_path: Path, workers: int) -> None:
     loop = Loop(warmed_up(), averaged=True).train(4)

@@ -15,6 +15,8 @@ from resist.job import Job
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
 from resist.subnet.network import Subnet
 
+pytestmark = pytest.mark.slow
+
 WIDTH, TOKENS, BLOCKS = 8, 4, 6
 
 
@@ -120,7 +122,6 @@ def test_constant_buffers_are_left_alone(strategy: Strategy) -> None:
         assert taken["shared"] == strategy.workers * (2 * (strategy.workers - 1) * 4 * parameters // strategy.workers)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [local_sgd(2, 2), resist(2, 2, min_depth=0)], ids=repr)
 def test_constant_buffers_are_left_alone_in_two_processes(pool: Pool, strategy: Strategy) -> None:
     expected = train_masked(resist(1, 2))[0]
@@ -432,7 +433,6 @@ def tallies(strategy: Strategy) -> dict[str, Tensor]:
     return {} if full is None else dict(full.named_buffers())
 
 
-@pytest.mark.slow
 def test_loose_buffers_of_other_processes_reach_the_full_network(pool: Pool) -> None:
     """Blocks go to and fro; each has been trained for ten steps, and keeps its mask."""
     strategy = resist(2, 2, min_depth=0)

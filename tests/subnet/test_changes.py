@@ -15,6 +15,8 @@ from resist.job import Job
 from resist.planning.schedule import allreduce_bytes
 from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 8
 
 
@@ -95,7 +97,6 @@ def test_frozen_weights_keep_their_bits_and_are_not_averaged(strategy: Strategy)
     assert taken["shared"] == workers * allreduce_bytes(trained, workers)
 
 
-@pytest.mark.slow
 def test_frozen_weights_keep_their_bits_in_two_processes(pool: Pool) -> None:
     expected, _ = train(resist(1, 1), 0)
     for strategy in (resist(5, 1, min_depth=3), local_sgd(3, 1)):
@@ -174,7 +175,6 @@ def unfreeze(rank_of_worker: int) -> dict[str, Tensor]:
     return {} if full is None else {n: t.clone() for n, t in full.state_dict().items()}
 
 
-@pytest.mark.slow
 def test_a_change_in_one_process_is_averaged(pool: Pool) -> None:
     expected = unfreeze(1)
     found = pool.run(2, unfreeze, 1)[0]

@@ -72,6 +72,7 @@ def partitions(draw: st.DrawFn) -> tuple[tuple[str, ...], Strategy]:
     return tuple(names), Strategy("any", workers, 1, assign)
 
 
+@pytest.mark.slow
 @given(partitions(), st.booleans(), st.integers(0, 99), st.integers(0, 3))
 @settings(max_examples=25)
 def test_splitting_and_averaging_restores_all_weights(

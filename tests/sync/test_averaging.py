@@ -11,6 +11,8 @@ from resist.planning.strategy import local_sgd, resist, switch
 from resist.sync.averaging import mean_into
 from support import adamw, local_step, make, sgd, states, train, train_step
 
+pytestmark = pytest.mark.slow
+
 
 @given(st.integers(1, 9), st.integers(0, 10**6))
 def test_mean(copies: int, seed: int) -> None:

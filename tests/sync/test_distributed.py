@@ -23,6 +23,8 @@ from resist.sync.traffic import CountingTransport
 from resist.sync.transport import PACKET_BYTES
 from support import adamw, floats, local_step, make, sgd, states, train, weights
 
+pytestmark = pytest.mark.slow
+
 # Worker counts of two sum in one order only; others differ by rounding, which a few rounds of training hardly enlarge.
 TOLERANCE = 1e-10
 
@@ -108,7 +110,6 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_the_number_of_processes_does_not_matter(pool: Pool, case: Case) -> None:
     """1, 2 and 4 processes that host 4 workers: equal weights, statistics and momentum, to 1e-10 in double precision.
@@ -314,7 +315,6 @@ def lose(how: str, at: str, folder: Path) -> tuple[str, float]:
     raise AssertionError("the loss of a worker went unnoticed")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "at", "processes"),
     [("raise", "step", 2), ("kill", "step", 4), ("kill", "step", 2), ("stall", "step", 2), ("kill", "full_model", 2)],
@@ -346,7 +346,6 @@ def sleep() -> None:
     time.sleep(600)
 
 
-@pytest.mark.slow
 def test_the_pool_itself(pool: Pool) -> None:
     """An exception arrives with its traceback, a hang ends with the timeout, and the pool works afterwards."""
     with pytest.raises(AssertionError, match=r"(?s)process 1: Traceback.*in boom.*ValueError: a text to be found"):
@@ -391,13 +390,11 @@ def join_by_environment() -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[0])}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_two_jobs_and_the_group_of_the_caller(pool: Pool, order: list[int]) -> None:
     assert pool.run(2, close_in_order, order, False) == [True, True]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_two_jobs_and_a_group_of_their_own(order: list[int]) -> None:
     with Pool() as pool:  # of its own: the environment of the processes is changed

@@ -14,6 +14,8 @@ from resist import Capacities, Job, UserError
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
 from resist.sync.local import Local
 
+pytestmark = pytest.mark.slow
+
 CLASSES = {name for name, value in vars(torch.optim).items() if isinstance(value, type)} - {"Optimizer"}
 
 
@@ -116,7 +118,6 @@ def run(optimizer: str, strategy: str, alone: bool = False) -> dict[str, Any]:
     return {"states": states, "traffic": traffic, "flats": {w.index: w.subnet.flat.clone() for w in job.workers}}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", SOME)
 @pytest.mark.parametrize("strategy", SHARED)
 def test_the_number_of_processes_does_not_matter(pool: Pool, optimizer: str, strategy: str) -> None:
@@ -160,7 +161,6 @@ def go(job: Job, optimizers: list[Optimizer], steps: int) -> None:
         job.step(*optimizers)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["keep", "reset"])
 def test_steps_after_an_exchange_are_no_larger_than_the_rate(policy: str) -> None:
     """Adam's bias correction starts over where its moments do: with `keep`, steps were 3 to 5 times the rate.

@@ -25,6 +25,8 @@ from resist.tasks import image_shape, network_builder, open_task
 from resist.tasks.detection import Detection, image_transform
 from resist.training.trainer import Trainer, make_sampler
 
+pytestmark = pytest.mark.slow
+
 
 def trainers_of(task: Detection, job: Job, config: TrainConfig) -> list[Trainer]:
     return [
@@ -103,7 +105,6 @@ def test_a_batch_in_parts_is_the_batch(task) -> None:
     assert trained(task, 1, config=parts_config)[1] == pytest.approx(losses, rel=0.2)  # other regions are drawn
 
 
-@pytest.mark.slow
 def test_autocast_keeps_boxes_in_float32(task) -> None:
     """bfloat16 has 8 bits: a box at pixel 500 would be known to 2 pixels."""
     model = build_seeded(task.network, 0).eval()
@@ -117,7 +118,6 @@ def test_autocast_keeps_boxes_in_float32(task) -> None:
     assert trained(task, 2, config=precise)[1] == pytest.approx(trained(task, 2)[1], rel=0.1)
 
 
-@pytest.mark.slow
 def test_channels_last_changes_nothing_but_the_layout(task) -> None:
     # Not as narrow as the others: on the CPU, torch 2.14 writes beyond its memory for a plain network of 4 channels.
     wide = replace(task, build=network_builder(replace(SMALL, model_args=("depths=1,1,5,1", "width=16"))))
@@ -187,7 +187,6 @@ def test_costs_count_every_weight() -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-@pytest.mark.slow
 def test_a_backbone_for_photographs_gives_the_usual_levels(task) -> None:
     """Strides of 4 to 64 and anchors up to 512 pixels, as in torchvision; the chain is the paper's."""
     other = replace(

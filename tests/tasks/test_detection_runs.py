@@ -8,8 +8,9 @@ import pytest
 import vockit
 from detectors import ARGUMENTS, classification_run, cli
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
     """Also without the run that the backbone started from, which is not needed any more."""
     vockit.draw(tmp_path)
@@ -74,7 +75,6 @@ def test_what_does_not_go_together_ends_in_one_line(
     assert not out.exists()
 
 
-@pytest.mark.slow
 def test_bad_files_end_the_run_or_are_counted(capsys, tmp_path) -> None:
     vockit.draw(tmp_path)
     root = tmp_path / "VOCdevkit" / "VOC2007"
@@ -116,7 +116,6 @@ def test_plan_and_cost_know_detectors(capsys) -> None:
     assert {row["strategy"] for row in json.loads(text)["strategies"]} == {"resist", "local_sgd", "diloco", "ddp"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_two_workers_learn_four_photographs(commands, tmp_path, processes: int) -> None:
     """They learn, which needs correct boxes, labels, averages, scale and evaluation."""

@@ -154,7 +154,7 @@ def test_from_any_number_of_workers_and_processes_to_any(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "processes"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize(("workers", "processes"), [pytest.param(4, 1, marks=pytest.mark.nightly), (2, 2)])
 def test_a_run_that_was_in_its_warm_up_ends_with_the_same_weights(
     pool: Pool, tmp_path: Path, workers: int, processes: int
 ) -> None:
