@@ -1,152 +1,241 @@
-"""Measure the accuracy on CIFAR-10 of a narrow ResNet101 that two cores can train, one run per call.
+"""Compare the accuracy of methods on CIFAR-10, seed by seed, with a narrow ResNet101 that two cores can train.
 
-    python benchmarks/cifar10.py --data-dir DIR --strategy resist --optimizer-state travel
+    python benchmarks/cifar10.py --data-dir DIR --list                       # the rows and settings
+    python benchmarks/cifar10.py --data-dir DIR --rows 'local SGD' 'ResIST, average' --seeds 0 1 2
+    python benchmarks/cifar10.py --summary                                   # differences to local SGD, paired by seed
 
-Setting (as in the first prototypes, so that figures can be compared): S = 4, depths 3,4,23,3, width 8, final
-norm, batch 64 per worker, 25 local steps, 120 rounds, SGD with lr 0.05 (divided by 10 after 50 % and 75 %), momentum
-0.9, weight decay 5e-4, crop and flip, every worker draws from the whole set, one thread, one process for all workers.
+S = 4, depths 3,4,23,3, width 8, final norm, batch 64 per worker, 25 local steps, SGD with momentum 0.9 and weight
+decay 5e-4, a rate that falls along a cosine to exactly zero in the last step, crop and flip. Every worker draws from
+the whole set. See `cifar10_rows.py` for rows and settings.
 
-During training, the full network is tested on the first 5,000 test images every 20 rounds. At the end it is tested on
-these and on all 10,000, with each source of BatchNorm statistics, with and without the scale. `train_cpu_s` is the
-processor time of training and synchronizing, without the evaluations; processor time, because the machine is shared.
-One line of JSON with the provenance is appended to benchmarks/results/cifar10.jsonl.
+A run is one process with one thread that hosts all workers; `--jobs` of them run at once. One line of JSON for each is
+appended to benchmarks/results/accuracy.jsonl, and runs that are there already are not repeated. The full network is
+tested on the first 5,000 test images after each quarter, and at the end on all 10,000, with averaged and with
+re-estimated statistics of BatchNorm. `train_cpu_s` is the processor time of training and synchronizing, without tests.
+`gmac` is the work of all workers' forward passes in 1e9 multiplications: a measure of compute that does not depend on
+how busy the machine is.
 """
 
 import argparse
-import copy
+import concurrent.futures
 import json
+import math
+import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
-import resist
+from cifar10_rows import BASE, LOCAL_STEPS, ROWS, SETTINGS, Row, Setting, Skipped
+from paired import summary
 from provenance import provenance
 from resist.data import Images, Sampler, load
 from resist.job import Job
-from resist.models import build
-from resist.subnet.batchnorm import recalibrate, use_batch_statistics
+from resist.planning.plan import keyed_int
+from resist.subnet.batchnorm import recalibrate
 from resist.tasks import Classification
 
-RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"
+RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+QUARTERS = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--strategy", choices=("resist", "local_sgd"), default="resist")
-    parser.add_argument("--optimizer-state", default="travel")
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=120)
-    parser.add_argument("--local-steps", type=int, default=25)
-    parser.add_argument("--min-depth", type=int, default=None)
-    parser.add_argument(
-        "--chain-lr", type=float, default=1.0, help="factor for the learning rate of the chain's blocks"
-    )
-    parser.add_argument("--local-sgd-first", type=int, default=0, help="rounds of local SGD before ResIST")
-    parser.add_argument("--local-sgd-last", type=int, default=0, help="rounds of local SGD after ResIST")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--setting", choices=SETTINGS, default="screen")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[BASE, "ResIST, average"], metavar="ROW")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.0], help="factors of each row's learning rate")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
+    parser.add_argument("--rounds", type=int, help="another number of rounds, to try the script; nothing is recorded")
+    parser.add_argument("--list", action="store_true", help="print the rows and settings")
+    parser.add_argument("--summary", action="store_true", help="print the table of the recorded runs")
     args = parser.parse_args()
+    if args.list:
+        print("\n".join(["settings: " + ", ".join(SETTINGS), "rows:", *(f"  {name}" for name in ROWS)]))
+        return
+    if not args.summary:
+        setting, recorded = SETTINGS[args.setting], read(RESULTS)
+        if args.rounds:
+            setting = replace(setting, name=f"{setting.name}, {args.rounds} rounds", rounds=args.rounds)
+        known = {(run["setting"], run["row"], run["seed"]) for run in recorded}
+        wanted = [
+            (setting, row, seed, args.data_dir)
+            for seed in args.seeds  # all rows of a seed first: a stopped comparison is then a complete smaller one
+            for row in (ROWS[name].at_rate(factor) for name in args.rows for factor in args.rates)
+            if (setting.name, row.name, seed) not in known
+        ]
+        for run in runs(wanted, args.jobs):
+            print(json.dumps(run), flush=True)
+            if not args.rounds:
+                RESULTS.parent.mkdir(exist_ok=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+    print(summary([run for run in read(RESULTS) if run["setting"] == args.setting], BASE))
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Return the recorded runs."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def runs(wanted: Iterable[tuple[Setting, Row, int, str]], jobs: int) -> Iterable[dict[str, Any]]:
+    """Train `jobs` runs at once, and yield each result when it is there."""
+    context = multiprocessing.get_context("fork")  # rows hold functions, which are not pickled
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(in_process, context, task) for task in wanted]):
+            yield done.result()
+
+
+def in_process(context: multiprocessing.context.ForkContext, task: tuple[Setting, Row, int, str]) -> dict[str, Any]:
+    """Train one run in a process of its own, and return its result."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(one(*task)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        raise SystemExit(f"{task[1].name}, seed {task[2]}: ended without a result; see above") from error
+    finally:
+        process.join()
+
+
+def one(setting: Setting, row: Row, seed: int, data_dir: str) -> dict[str, Any]:
+    """Train one run, and return its line of the results."""
     torch.set_num_threads(1)
-    train, test = load("cifar10", args.data_dir, download=False)
-    record = {"benchmark": "cifar10", **vars(args), **run(args, train, test), **provenance()}
-    record.pop("data_dir")
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    print(json.dumps(record, indent=1))
+    train, test = load("cifar10", data_dir, download=False)
+    assert isinstance(train, Images)
+    assert isinstance(test, Images)
+    train, test = smaller(train, setting.image_size), smaller(test, setting.image_size)
+    measured = trained(setting, row, seed, train, test)
+    return {"benchmark": "accuracy", "setting": setting.name, "row": row.name, "seed": seed, **measured, **provenance()}
 
 
-def run(args: argparse.Namespace, train: Images, test: Images) -> dict[str, object]:
-    job = Job(
-        lambda: build("preact_resnet101", num_classes=10, width=8, final_norm=True),
-        strategy_of(args),
-        seed=args.seed,
-        batchnorm="average",  # the other sources of statistics are applied to copies, at the end
-    )
-    optimizers = [optimizer_of(job, worker.index, args.chain_lr) for worker in job.workers]
-    loaders = [
-        train.loader(Sampler(len(train), batch_size=64, seed=args.seed, worker=worker.index, workers=args.workers))
+def smaller(data: Images, size: int) -> Images:
+    """Average the images to `size` pixels; shifts in training keep their share of the image."""
+    if size == data.images.shape[-1]:
+        return data
+    images = F.adaptive_avg_pool2d(data.images.float(), size).round().to(torch.uint8)
+    return replace(data, images=images, pad=data.pad * size // data.images.shape[-1])
+
+
+def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) -> dict[str, Any]:
+    """Train, and return accuracies and costs."""
+    rounds = max(1, round(setting.rounds * row.share))
+    strategy = row.strategy(rounds)
+    job = Job(row.network, strategy, seed=seed, batchnorm="average", example=False)
+    optimizers = [optimizer_of(worker.subnet.parameter_places(), row) for worker in job.workers]
+    averages = [
+        AveragedModel(worker.subnet.model, multi_avg_fn=get_ema_multi_avg_fn(row.ema))
         for worker in job.workers
+        if row.ema is not None
     ]
-    steps, train_s, curve = args.rounds * args.local_steps, 0.0, {}
-    start = time.process_time()
+    if averages:
+        job.follow(*averages)
+    loaders = [
+        train.loader(
+            Sampler(len(train), batch_size=setting.batch_size, seed=seed, worker=w.index, workers=len(job.workers))
+        )
+        for w in job.workers
+    ]
+    steps = rounds * LOCAL_STEPS
+    marks = {steps * quarter // QUARTERS: quarter for quarter in range(1, QUARTERS)}
+    curve: list[float] = []
+    train_s, gmac, work, start = 0.0, 0.0, [0.0], time.process_time()
     for step in range(steps):
+        if step % LOCAL_STEPS == 0:  # the plan of a round
+            work = [gmacs(worker.subnet.model, setting.image_size) for worker in job.workers]
+        gmac += sum(work) * setting.batch_size
+        # The last step is taken at a rate of exactly zero.
+        lr = setting.lr * row.lr * (1 + math.cos(math.pi * step / max(1, steps - 1))) / 2
         for worker, optimizer, loader in zip(job.workers, optimizers, loaders, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = 0.05 * group["factor"] * (1 if step < steps / 2 else 0.1 if step < 0.75 * steps else 0.01)
+                group["lr"] = lr * group["factor"]
+            torch.manual_seed(keyed_int("step", seed, worker.index, step))  # for stochastic depth
             images, labels = loader.batch(step)
             F.cross_entropy(worker.model(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-        if job.step(*optimizers) and job.round % 20 == 0:
+        for worker, average in zip(job.workers, averages, strict=False):
+            average.update_parameters(worker.subnet.model)
+        job.step(*optimizers)
+        if step + 1 in marks:
             train_s += time.process_time() - start
             full = job.full_model()
             assert full is not None
-            recalibrate(full, augmented_batches(train), torch.device("cpu"))
-            curve[job.round] = accuracy(full, test, 5000)
-            print(f"round {job.round}: {curve[job.round]:.2f} % after {train_s:.0f} s", flush=True)
+            curve.append(accuracy(full, test, 5000))
             start = time.process_time()
-    return {"percent_of_5000": curve, "train_cpu_s": round(train_s, 1), "readings": readings(job, train, test)}
+    train_s += time.process_time() - start
+    traffic = job.transport.take()
+    return {
+        "rounds": rounds,
+        "percent_at_quarters": curve,
+        "percent": readings(job, train, test, ema=row.ema is not None),
+        "train_cpu_s": round(train_s, 1),
+        "gmac": round(gmac),
+        "bytes": traffic["bytes"],
+        "weights_held": max(worker.subnet.numel(job.plan.capacities(worker.index)) for worker in job.workers),
+    }
 
 
-def strategy_of(args: argparse.Namespace) -> resist.Strategy:
-    state = args.optimizer_state
-    if args.strategy == "local_sgd":
-        return resist.local_sgd(args.workers, args.local_steps, optimizer_state=state)
-    strategy = resist.resist(args.workers, args.local_steps, min_depth=args.min_depth, optimizer_state=state)
-    local_sgd = resist.local_sgd(args.workers, args.local_steps, optimizer_state=state)
-    if args.local_sgd_first:
-        strategy = resist.switch(local_sgd, strategy, at_round=args.local_sgd_first)
-    if args.local_sgd_last:
-        strategy = resist.switch(strategy, local_sgd, at_round=args.rounds - args.local_sgd_last)
-    return strategy
-
-
-def optimizer_of(job: Job, index: int, chain_lr: float) -> torch.optim.SGD:
-    worker = next(worker for worker in job.workers if worker.index == index)
+def optimizer_of(places: Iterable[tuple[nn.Parameter, Any]], row: Row) -> torch.optim.SGD:
+    """Make SGD with a group for the shared part and one for the chain."""
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-    for parameter, place in worker.subnet.parameter_places():
+    for parameter, place in places:
         parts[place.chain is not None].append(parameter)
-    groups = [{"params": parts[0], "factor": 1.0}, {"params": parts[1], "factor": chain_lr}]
-    return torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    groups = [
+        {"params": part, "factor": factor} for part, factor in zip(parts, (1.0, row.chain_lr), strict=True) if part
+    ]
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
-def augmented_batches(train: Images) -> Iterator[Tensor]:
-    """Yield the training images on which `resist train` estimates statistics."""
-    return Classification(nn.Identity, train, train).calibration(0)
-
-
-def plain_batches(train: Images) -> list[Tensor]:
-    """Return the first 5,000 training images without augmentation, as the first runs used them."""
-    return [images for images, _ in train.batches(250, limit=20)]
+def gmacs(model: nn.Module, image_size: int) -> float:
+    """Return the 1e9 multiplications of a forward pass of one image; with stochastic depth, those that are expected."""
+    skipped = [module for module in model.modules() if isinstance(module, Skipped)]
+    counts = []
+    for forced in (0.0, 1.0) if skipped else (1.0,):
+        for module in skipped:
+            module.forced = forced
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter, torch.random.fork_rng(devices=[]):
+            statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            model(torch.zeros(2, 3, image_size, image_size))
+            for name, buffer in model.named_buffers():
+                buffer.copy_(statistics[name])
+        counts.append(counter.get_total_flops() / 2 / 2 / 1e9)
+    for module in skipped:
+        module.forced = None
+    return counts[0] + (counts[-1] - counts[0]) * skipped[0].survival if skipped else counts[0]
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, test: Images, num: int) -> float:
-    """Return the percentage of correct answers on the first `num` test images, in batches of 100."""
+    """Return the percentage of correct answers on the first `num` test images."""
     model.eval()
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in test.batches(100, limit=num // 100))
     return 100 * right / num
 
 
-def readings(job: Job, train: Images, test: Images) -> dict[str, dict[str, float]]:
-    """Return the accuracy of the final weights for each scale and each source of BatchNorm statistics."""
-    result: dict[str, dict[str, float]] = {}
-    for scale in ("inclusion", 1.0):
-        job.scale = scale
-        averaged = job.full_model()
-        assert averaged is not None
-        batch, augmented, plain = (copy.deepcopy(averaged) for _ in range(3))
-        use_batch_statistics(batch)
-        recalibrate(augmented, augmented_batches(train), torch.device("cpu"))
-        recalibrate(plain, plain_batches(train), torch.device("cpu"))
-        named = {"average": averaged, "batch": batch, "recalibrate": augmented, "recalibrate, not augmented": plain}
-        for name, model in named.items():
-            result[f"{name}, scale {scale}"] = {f"of_{num}": accuracy(model, test, num) for num in (5000, 10000)}
+def readings(job: Job, train: Images, test: Images, *, ema: bool) -> dict[str, float]:
+    """Return the accuracy of the final weights on all test images, with each source of BatchNorm statistics."""
+    result: dict[str, float] = {}
+    for averaged in (False, True) if ema else (False,):
+        full = job.full_model(averaged=averaged)
+        assert full is not None
+        name = "EMA, " if averaged else ""
+        if not averaged:  # the statistics of an average over time are those of the last step
+            result["averaged"] = accuracy(full, test, len(test))
+        # The images on which `resist train` estimates statistics: augmented training images.
+        recalibrate(full, Classification(nn.Identity, train, train).calibration(0), torch.device("cpu"))
+        result[f"{name}re-estimated"] = accuracy(full, test, len(test))
     return result
 
 

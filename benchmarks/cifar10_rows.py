@@ -1,0 +1,174 @@
+"""Rows of the accuracy benchmark: methods to compare, and the settings in which they are compared.
+
+A row is data: what it trains, with which strategy, at which rates. A new idea is one more row, and a rate of its own
+for a row is the same row with another factor (`Row.at_rate`). Rows of the same seed see the same batches, and rows of
+the same network begin with the same weights, so that differences between rows can be taken seed by seed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import resist
+from resist.models import build
+
+WORKERS = 4
+LOCAL_STEPS = 25
+CHAIN = "layer3"  # the section whose blocks after the first form the chain
+DEPTHS = (3, 4, 23, 3)  # of ResNet101
+NUM_BLOCKS = DEPTHS[2] - 1
+HELD = 6  # blocks of the chain that a worker of ResIST holds by default: ceil(22 / 4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a comparison have in common.
+
+    Attributes:
+        name: Name in the results.
+        image_size: Height and width; CIFAR-10's images of 32 pixels are averaged to it.
+        rounds: Rounds of the longest rows.
+        batch_size: Images of a worker's batch.
+        lr: Highest learning rate of rows with the factor 1; it falls to zero along a cosine.
+    """
+
+    name: str
+    image_size: int
+    rounds: int
+    batch_size: int = 64
+    lr: float = 0.05
+
+
+SETTINGS = {
+    setting.name: setting for setting in (Setting("screen", 16, 40), Setting("short", 32, 40), Setting("full", 32, 120))
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method.
+
+    Attributes:
+        name: Name in the results.
+        strategy: Number of rounds -> strategy.
+        share: Rounds as a share of the setting's.
+        lr: Factor of the setting's learning rate.
+        chain_lr: Further factor for the blocks of the chain.
+        depths: Blocks of each section.
+        width: Channels of the stem.
+        survival: Probability that a block of the chain is computed in a step (stochastic depth); None: always.
+        ema: Decay of an average of the weights over time that is tested too; None: without one.
+    """
+
+    name: str
+    strategy: Callable[[int], resist.Strategy]
+    share: float = 1.0
+    lr: float = 1.0
+    chain_lr: float = 1.0
+    depths: tuple[int, int, int, int] = DEPTHS
+    width: int = 8
+    survival: float | None = None
+    ema: float | None = None
+
+    def at_rate(self, factor: float) -> "Row":
+        """Return the row with `factor` times its learning rate, under a name that says so."""
+        return self if factor == 1 else replace(self, name=f"{self.name}, rate x {factor:g}", lr=self.lr * factor)
+
+    def network(self) -> nn.Module:
+        """Build the network."""
+        model = build("preact_resnet101", num_classes=10, depths=self.depths, width=self.width, final_norm=True)
+        if self.survival is not None:
+            section = model.get_submodule(CHAIN)
+            assert isinstance(section, nn.Sequential)
+            for number in range(1, len(section)):
+                section[number] = Skipped(section[number], self.survival)
+        return model
+
+
+class Skipped(nn.Module):
+    """A residual block that is skipped at random in training, and scaled by its probability in tests.
+
+    Stochastic depth: Huang et al., 2016. All images of a batch skip it together, so a skipped block costs nothing.
+
+    Args:
+        block: Maps x to x plus a branch.
+        survival: Probability that it is computed.
+
+    Attributes:
+        forced: Skip it (0.0) or compute it (1.0) in every step; None: at random.
+    """
+
+    def __init__(self, block: nn.Module, survival: float) -> None:
+        super().__init__()
+        self.block, self.survival = block, survival
+        self.forced: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x + self.survival * (self.block(x) - x)
+        chance = self.survival if self.forced is None else self.forced
+        return self.block(x) if torch.rand(()) < chance else x
+
+
+def resist_row(name: str, state: str = "average", *, held: int = HELD, lr: float = 1.0, chain_lr: float = 1.0) -> Row:
+    """Make a row of ResIST whose workers hold `held` blocks all the time."""
+
+    def strategy(rounds: int) -> resist.Strategy:
+        return resist.resist(WORKERS, LOCAL_STEPS, capacities=held, optimizer_state=state)
+
+    return Row(name, strategy, lr=lr, chain_lr=chain_lr)
+
+
+def growing(*held: int) -> Callable[[int], resist.Strategy]:
+    """Return the strategy of a ResIST whose workers hold more blocks in each of equal parts of the rounds."""
+
+    def strategy(rounds: int) -> resist.Strategy:
+        by_round = {rounds * part // len(held): number for part, number in enumerate(held)}
+        return resist.resist(
+            WORKERS, LOCAL_STEPS, capacities=resist.Capacities(by_round=by_round), optimizer_state="average"
+        )
+
+    return strategy
+
+
+def local_sgd(rounds: int) -> resist.Strategy:
+    return resist.local_sgd(WORKERS, LOCAL_STEPS, optimizer_state="average")
+
+
+def every_step(rounds: int) -> resist.Strategy:
+    """Averaging in every step: with each worker's own momentum this is SGD on the mean gradient."""
+    return resist.local_sgd(WORKERS, 1, optimizer_state="keep")
+
+
+def diloco(lr: float, momentum: float) -> Callable[[int], resist.Strategy]:
+    return lambda rounds: resist.diloco(WORKERS, LOCAL_STEPS, outer=resist.OuterSGD(lr, momentum))
+
+
+# Forgetting momentum at each synchronization lowers the mean effective rate: 1 - b(1 - b^l) / (l(1 - b)), b = 0.9.
+RESET_RATE = 1 - 0.9 * (1 - 0.9**LOCAL_STEPS) / (LOCAL_STEPS * (1 - 0.9))
+
+BASE = "local SGD"
+ROWS = {
+    row.name: row
+    for row in (
+        Row(BASE, local_sgd),
+        *(Row(f"local SGD, {percent} % of the rounds", local_sgd, share=percent / 100) for percent in (40, 60, 80)),
+        Row("averaging in every step", every_step),
+        Row("stochastic depth, averaging in every step", every_step, survival=HELD / NUM_BLOCKS),
+        Row("local SGD, depth 7", local_sgd, depths=(3, 4, HELD + 1, 3)),
+        Row("local SGD, width 6", local_sgd, width=6),
+        *(
+            Row(f"DiLoCo, outer rate {lr:g}, momentum {momentum:g}", diloco(lr, momentum))
+            for lr, momentum in ((0.7, 0.9), (0.7, 0.5), (1.0, 0.3))
+        ),
+        *(resist_row(f"ResIST, {state}", state) for state in ("average", "travel", "reset")),
+        resist_row("ResIST, reset, rate corrected", "reset", lr=1 / RESET_RATE),
+        *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 11, 16)),
+        *(resist_row(f"ResIST, chain's rate x {factor:g}", chain_lr=factor) for factor in (0.5, 2.0)),
+        Row("ResIST, growing 6, 11, 22", growing(6, 11, 22)),
+        Row("ResIST, growing 6, 11", growing(6, 11)),
+        replace(resist_row("ResIST, average, EMA 0.99"), ema=0.99),
+    )
+}

@@ -1,0 +1,88 @@
+"""The accuracy benchmark: rows that can be compared, and differences with their uncertainty."""
+
+import math
+
+import pytest
+import torch
+
+import cifar10
+import paired
+from cifar10_rows import BASE, ROWS, SETTINGS, WORKERS, Skipped
+from resist.data import Images
+
+
+def images(num: int, size: int = 32) -> Images:
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (num, 3, size, size), generator=random, dtype=torch.uint8)
+    return Images(pixels, torch.arange(num) % 10, 10, (0.5,) * 3, (0.25,) * 3, pad=4, flip=True)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
+def test_every_row_has_a_strategy_for_every_setting(row) -> None:
+    for setting in SETTINGS.values():
+        rounds = max(1, round(setting.rounds * row.share))
+        assert row.strategy(rounds).workers == WORKERS
+    assert row.at_rate(2.0).lr == 2 * row.lr
+    assert row.at_rate(2.0).name != row.name
+
+
+def test_a_skipped_block_passes_its_input_and_is_scaled_in_tests() -> None:
+    block = Skipped(torch.nn.Identity(), survival=0.25)  # the branch of a block that returns x is zero
+    doubled = Skipped(torch.nn.Upsample(scale_factor=1), survival=0.25)
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(block.eval()(x), x)
+
+    class Adds(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    doubled.block = Adds()
+    torch.manual_seed(0)
+    added = [float((doubled(x) - x).mean()) for _ in range(400)]
+    assert sum(added) / 400 == pytest.approx(0.25, abs=0.07)
+    assert torch.allclose(doubled.eval()(x), x + 0.25)
+
+
+def test_the_rate_ends_at_zero_and_rows_of_a_seed_begin_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1]
+    )
+    monkeypatch.setattr(cifar10, "LOCAL_STEPS", 1)
+    monkeypatch.setattr(cifar10, "accuracy", lambda model, test, num: 0.0)
+    monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
+    data = cifar10.smaller(images(64), 8)
+    assert data.pad == 1
+    setting = cifar10.replace(SETTINGS["screen"], rounds=3, image_size=8, batch_size=4)
+    row = cifar10.replace(ROWS[BASE], depths=(1, 1, 3, 1))
+    first = cifar10.trained(setting, row, 0, data, data)
+    assert rates[0] == pytest.approx(setting.lr)
+    assert rates[-1] == 0.0
+    assert first == {**cifar10.trained(setting, row, 0, data, data), "train_cpu_s": first["train_cpu_s"]}
+
+
+def test_a_narrower_share_of_blocks_costs_less() -> None:
+    torch.set_num_threads(1)
+    row = ROWS["stochastic depth, averaging in every step"]
+    full, part = ROWS[BASE].network(), row.network()
+    assert 0.4 < cifar10.gmacs(part, 16) / cifar10.gmacs(full, 16) < 0.6
+    before = {name: value.clone() for name, value in full.named_buffers()}
+    cifar10.gmacs(full, 16)
+    assert all(torch.equal(value, before[name]) for name, value in full.named_buffers())
+
+
+def test_differences_are_paired_by_seed() -> None:
+    mean, half, seeds = paired.difference({0: 61.0, 1: 63.0, 2: 62.0, 9: 0.0}, {0: 60.0, 1: 61.0, 2: 61.5})
+    assert (round(mean, 6), seeds) == (1.166667, 3)
+    assert half == pytest.approx(4.302653 * 0.763763 / math.sqrt(3), rel=1e-5)  # t(0.975, 2) x s / sqrt(n)
+    assert paired.difference({0: 1.0}, {0: 0.5}) == (0.5, math.inf, 1)
+
+
+def test_the_summary_leaves_out_the_bytes_of_tests() -> None:
+    def run(row: str, seed: int, percent: float, sent: int) -> dict[str, object]:
+        return {"row": row, "seed": seed, "percent": {"averaged": percent}, "gmac": 10, "weights_held": 5,
+                "train_cpu_s": 3.0, "bytes": {"shared": sent, "evaluate": 99}}  # fmt: skip
+
+    text = paired.summary([run(BASE, 0, 60, 10), run(BASE, 1, 62, 10), run("x", 0, 61, 5), run("x", 1, 63, 5)], BASE)
+    assert "| x | 62.00 | +1.00 +- 0.00 | 2 | 1.00 | 0.50 | 1.00 | 1.00 |" in text
