@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-# Signals that ask the launcher to end the job.
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Signals that ask the launcher to end the job, as far as the system has them. Batch systems send SIGUSR1 before a time
+# limit, as with `sbatch --signal=USR1@300`.
+ENDING = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 class Child(Protocol):

@@ -157,6 +157,8 @@ class Training:
         stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
         values = torch.stack(losses).cpu()
         nonfinite = self._nonfinite(values)
+        if self.run is not None:
+            self.failed = self.failed or self.run.taken_over()
         report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
         last, plan = report.stop or last, job.plan
         seconds = {"compute": report.compute_s, "wait": max(0.0, lap() - report.compute_s + compute_s)}
