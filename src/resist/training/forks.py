@@ -14,6 +14,11 @@ from typing import Protocol
 ENDING = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
+def ending_signals() -> list[signal.Signals]:
+    """The signals that ask a job to end, without SIGHUP where it is ignored, as under nohup."""
+    return [number for number in ENDING if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
+
+
 class Child(Protocol):
     """The part of `subprocess.Popen` that the launcher uses."""
 
