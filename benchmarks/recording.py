@@ -90,7 +90,7 @@ def per_round(path: Path, way: str, records: list[dict[str, Any]], rounds: int) 
     config = TrainConfig(machine=MachineConfig(no_progress=True, log=WAYS[way]))
     run = Run(path, config)
     loggers = open_loggers(config, path, [])
-    with Recorder(config, rounds, run, loggers, lambda: False) as recorder:
+    with Recorder(config, rounds, run, loggers) as recorder:
         mute = Display("", recorder.summary, console=silent(False))
         recorder.display = display(recorder) if way == "display" else mute
         recorder.round(records[0] | {"round": 1, "step": 50})
@@ -104,7 +104,7 @@ def drawing_per_second(records: list[dict[str, Any]]) -> float:
     """Return the processor seconds of the live display per second, while nothing happens."""
     config = TrainConfig()
     with tempfile.TemporaryDirectory() as folder:
-        recorder = Recorder(config, 100, Run(Path(folder) / "run", config), [], lambda: False)
+        recorder = Recorder(config, 100, Run(Path(folder) / "run", config), [])
         shown = display(recorder)
         shown.add(records[0])
         with shown:

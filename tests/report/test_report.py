@@ -251,17 +251,6 @@ def test_rounds_in_which_a_worker_was_left_out_are_noted(runs: Path, tmp_path: P
     assert "98.70 %" in text
 
 
-def test_of_rounds_that_were_done_twice_the_later_ones_count(runs: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(runs / "resist", run)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    again = [json.dumps({**json.loads(line), "loss": 7.0}) for line in lines[9:12]]
-    (run / "metrics.jsonl").write_text("\n".join([*lines[:15], *again]) + "\n")
-    history = read_history(run)
-    assert [record["round"] for record in history.rounds] == list(range(1, 13))
-    assert [record["loss"] == 7.0 for record in history.rounds] == [False] * 9 + [True] * 3
-
-
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 anything = st.recursive(values, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
 KEYS = (
@@ -285,6 +274,7 @@ KEYS = (
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_record_is_drawn_or_refused(runs: Path, tmp_path: Path, record: dict[str, object]) -> None:
     shutil.copyfile(runs / "resist" / "config.json", tmp_path / "config.json")
+    (tmp_path / "environment.json").write_text(json.dumps({"missing_rounds": [[1, 9]]}))
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({"round": 10, "step": 100}) + "\n")
     try:
         history = read_history(tmp_path)

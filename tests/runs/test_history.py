@@ -12,7 +12,8 @@ from resist.errors import UserError
 from resist.runs.config import TrainConfig
 from resist.runs.config_file import read_config, read_options
 from resist.runs.directory import Run
-from resist.runs.history import missing_rounds, read_history, read_past
+from resist.runs.follower import Follower
+from resist.runs.history import missing_rounds, read_history, read_past, warn_of_rounds
 from resist.training.progress import Summary
 
 
@@ -79,8 +80,13 @@ def test_bytes_of_replicas_count_in_the_report_as_in_the_display_and_in_until(tm
     assert summary.training_s == history.seconds[-1]
 
 
-def test_gaps_are_noted_in_reports_and_refused_on_resume(tmp_path: Path) -> None:
+def test_gaps_are_refused_but_for_those_that_a_resumption_has_recorded(tmp_path: Path) -> None:
     path = run(tmp_path, [GOOD[0], GOOD[2], json.dumps(record(7, None)) + "\n"])
+    for known in ([], [[2, 2]], "odd"):
+        (path / "environment.json").write_text(json.dumps({"missing_rounds": known}))
+        with pytest.raises(UserError, match=r"no record of round.*; restore the file, or keep only the lines"):
+            read_history(path)
+    (path / "environment.json").write_text(json.dumps({"missing_rounds": [[2, 2], [4, 6]]}))
     (note,) = [note for note in read_history(path).notes if "no record" in note]
     assert "no record of round 2 (and 1 other gap)" in note
     assert [line["round"] for _, line in read_past(path, 1)] == [1]
@@ -91,6 +97,28 @@ def test_gaps_are_noted_in_reports_and_refused_on_resume(tmp_path: Path) -> None
         with pytest.raises(UserError, match="no record of"):
             read_past(path, 7, odd)
     assert missing_rounds([3, 4, 6]) == [(1, 2), (5, 5)]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3, 2, 3), (1, 2, 2), (1, 1, 2, 2, 3, 3), (1, 3, 2)])
+def test_records_of_two_processes_are_not_added_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, numbers: tuple[int, ...]
+) -> None:
+    path = run(tmp_path, [json.dumps(record(number, None)) + "\n" for number in numbers])
+    twice = r"metrics\.jsonl has round . after round .* two processes have written to it; restore the file, or"
+    for read in (read_history, lambda path: read_past(path, 3), lambda path: Follower(path).read()):
+        with pytest.raises(UserError, match=twice):
+            read(path)
+    warn_of_rounds(path)  # its network may be used
+    (warning,) = caplog.messages
+    assert "two processes have written to it" in warning
+
+
+def test_a_run_without_records_or_with_all_of_them_gives_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_rounds(tmp_path)
+    warn_of_rounds(run(tmp_path, [*GOOD, GOOD[0][:30]]))
+    assert not caplog.messages
 
 
 def test_a_round_whose_record_was_lost_with_its_process_does_not_prevent_a_second_resumption(tmp_path: Path) -> None:

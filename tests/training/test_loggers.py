@@ -100,7 +100,7 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(capsys, tmp_path: P
 
     broken, records = Broken(), lines(make_run(tmp_path / "source", rounds=3))
     run = Run(tmp_path / "run", TrainConfig())
-    with Recorder(TrainConfig(), 3, run, [broken], lambda: False) as recorder:
+    with Recorder(TrainConfig(), 3, run, [broken]) as recorder:
         for record in records:
             recorder.round(record)
     assert broken.calls == 1
@@ -113,7 +113,7 @@ def test_a_run_that_fails_says_so_in_its_state(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", TrainConfig())
 
     def fail() -> None:
-        with Recorder(TrainConfig(), 3, run, [], lambda: False):
+        with Recorder(TrainConfig(), 3, run, []):
             assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "running"
             raise UserError("the disk is full")
 

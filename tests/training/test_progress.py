@@ -18,6 +18,7 @@ from rich.console import Console
 
 from report_runs import make_run
 from resist.cli import main, watch
+from resist.errors import UserError
 from resist.runs.follower import Follower, gone
 from resist.runs.history import read_history
 from resist.training.progress import Display, Summary, clock, picture, sent_by
@@ -177,12 +178,16 @@ def test_a_follower_reads_each_line_once_and_whole(tmp_path: Path) -> None:
     file, follower = tmp_path / "metrics.jsonl", Follower(tmp_path)
     assert follower.read() == []
     with file.open("w") as metrics:
-        for number, text in enumerate([lines[0], lines[1] + lines[2][:50], lines[2][50:], "damaged\n" + lines[3]]):
+        for number, text in enumerate([lines[0], lines[1] + lines[2][:50], lines[2][50:], lines[3]]):
             metrics.write(text)
             metrics.flush()
             expected = [[1], [2], [3], [4]][number]
             assert [record["round"] for record in follower.read()] == expected
             assert not follower.restarted
+        metrics.write("damaged\n" + lines[4].replace('"round": 5', '"round": 6'))
+        metrics.flush()
+        with pytest.raises(UserError, match="no record of round 5; restore the file"):
+            follower.read()
     (tmp_path / "partial").write_text(lines[0] + lines[1])
     (tmp_path / "partial").replace(file)  # as a run does that goes on from an earlier round
     assert [record["round"] for record in follower.read()] == [1, 2]

@@ -1,10 +1,13 @@
 """`resist export`: write the network of a run for use without this package."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from resist.runs.lock import RunLock
 
 if TYPE_CHECKING:
     from resist.export import Export
@@ -43,19 +46,27 @@ def run_export(config: ExportConfig, given: frozenset[str]) -> int:
     from resist.export import export_run
     from resist.training.device import pick_device
 
-    done = export_run(
-        config.run,
-        config.to,
-        config.out,
-        scale=config.scale,
-        ema=config.ema,
-        calibrate=config.calibrate,
-        data_dir=config.data_dir,
-        device=pick_device(config.device),
-    )
+    with _lock(config):
+        done = export_run(
+            config.run,
+            config.to,
+            config.out,
+            scale=config.scale,
+            ema=config.ema,
+            calibrate=config.calibrate,
+            data_dir=config.data_dir,
+            device=pick_device(config.device),
+        )
     print(f"wrote {done.path} ({done.path.stat().st_size / 1e6:.1f} MB)")
     print("\n".join([*_about_scale(done, config.scale), *_how_to_load(done, config)]))
     return 0
+
+
+def _lock(config: ExportConfig) -> contextlib.AbstractContextManager[object]:
+    """The lock of the run directory, if the file goes into it."""
+    inside = config.out is None or config.out.resolve().is_relative_to(config.run.resolve())
+    is_run = (config.run / "config.json").exists()  # otherwise there is a message about that
+    return RunLock(config.run, "export") if inside and is_run else contextlib.nullcontext()
 
 
 def _about_scale(done: "Export", scale: str) -> list[str]:

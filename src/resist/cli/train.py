@@ -87,7 +87,8 @@ def _train(config: TrainConfig, task: "Task | None" = None) -> int:
 
 def _launch(config: TrainConfig, forkable: bool) -> int:
     """Check the options without the workers, then start the workers and restart them where `restarts` says so."""
-    from resist.runs.directory import check_free, default_out
+    from resist.runs.directory import check_free, check_resumable, default_out
+    from resist.runs.lock import RunLock
     from resist.training.loggers import check_loggers
 
     check_loggers(config)
@@ -95,6 +96,10 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
     if config.run.resume is None:
         check_free(out)
         config = replace(config, run=replace(config.run, out=out))
+    else:
+        check_resumable(out, config)
+        with RunLock(out, "train", beat=False):  # it is refused here, before the process that writes takes the lock
+            pass
 
     import torch  # as late as possible: it takes seconds
 
@@ -104,6 +109,7 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
     from resist.tasks.preflight import example_of
     from resist.training.device import pick_device
     from resist.training.optimizers import build_optimizer, resolve
+    from resist.training.resume import all_done
     from resist.training.train import open_data, train  # before the forks, which then have it
 
     threads = torch.get_num_threads()
@@ -124,6 +130,8 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
     if forkable:
         import torch._dynamo  # once for all forks: every optimizer imports it
     task = open_data(config)  # a check for all processes, and for forks the data, whose memory they share
+    if all_done(config, task.num_images):
+        return 0
     if not forkable:
         task = None
     status = _start_processes(config, processes, task)

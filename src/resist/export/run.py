@@ -19,6 +19,7 @@ from resist.export.recipe import Recipe, check_loads, timm_counterpart
 from resist.models import read_model_args
 from resist.runs.config import NetworkConfig, TrainConfig
 from resist.runs.config_file import read_config
+from resist.runs.history import warn_of_rounds
 from resist.runs.model_file import EMA_FILE, FILE, load_full
 from resist.subnet.batchnorm import recalibrate, use_batch_statistics
 from resist.subnet.scaling import records_of, scale_blocks, scales_of
@@ -96,6 +97,7 @@ def export_run(
             raise UserError(f"`{name}={value!r}` is not one of {', '.join(allowed)}")
     path = out if out is not None else run / default_name(to)
     config = read_config(run)
+    warn_of_rounds(run)
     data_dir = data_dir or config.network.data_dir
     config = replace(config, network=replace(config.network, data_dir=data_dir, init_from=None))
     check_target(path, TARGETS[to])

@@ -8,6 +8,7 @@ state.json         the state of the run (see `Run.state`)
 checkpoints/       the states to resume from, see `resist.runs.checkpoint`
 evaluation.json    the full network read in several ways, by `resist.training.evaluate`
 model.safetensors  the full network at the end, see `resist.runs.model_file`
+lock               the process that writes into the directory, while there is one, see `resist.runs.lock`
 
 `resist.runs.history` reads these files.
 """
@@ -30,6 +31,7 @@ from resist.errors import UserError
 from resist.runs.atomic import write_atomically
 from resist.runs.config import TrainConfig
 from resist.runs.history import missing_rounds, read_past, read_table
+from resist.runs.lock import RunLock
 from resist.runs.records import Record
 
 # Environment variable: the command line of the launcher, as JSON, for the processes that it starts.
@@ -67,6 +69,34 @@ def check_free(path: Path) -> None:
         ) from error
 
 
+def check_resumable(path: Path, config: TrainConfig) -> None:
+    """Raise UserError where a run would begin at its first step again, and lose what it has done.
+
+    One that was ended before its first checkpoint may begin again.
+
+    Args:
+        path: The run directory.
+        config: Its configuration.
+    """
+    if any(path.glob("checkpoints/round-*")) or any(path.glob("replicas/round-*")):
+        return
+    try:
+        rounds = (path / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        rounds = None
+    done = f"{rounds} round{'s' * (rounds != 1)}"
+    state = read_table(path / "state.json", []).get("state")
+    if rounds is None:
+        found = "has neither a checkpoint to continue from nor a metrics.jsonl"
+    elif (path / "model.safetensors").exists() or state == "finished":
+        found = f"has ended after {done}, and has no checkpoint to continue from"
+    elif state == "interrupted" or rounds > 2 * config.run.checkpoint_rounds:
+        found = f"has the records of {done}, but no checkpoint to continue from"
+    else:
+        return
+    raise UserError(f"{path} {found}; copy one into {path / 'checkpoints'}, or train again with another `out`")
+
+
 def mark(path: Path) -> str:
     """A digest that distinguishes this run directory from others of the same name; "" where there is none."""
     try:
@@ -94,16 +124,20 @@ class Run:
         path: the directory. It must not exist yet, except where the run resumes.
         config: the configuration of the run.
         resume_round: the round after which an existing run resumes; records of later rounds are dropped.
+        lock: the lock of the directory; it is taken as soon as the directory exists. Default: there is none.
 
     Attributes:
         past: the records of the rounds up to `resume_round`.
 
     Raises:
-        UserError: the directory cannot be written, or a file of the run that resumes is damaged.
+        UserError: the directory cannot be written, another process has its lock, or a file of the run that resumes is
+            damaged.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, resume_round: int | None = None) -> None:
-        self.path, self.past, lines = path, list[Record](), list[bytes]()
+    def __init__(
+        self, path: Path, config: TrainConfig, resume_round: int | None = None, lock: RunLock | None = None
+    ) -> None:
+        self.path, self._lock, self.past, lines = path, lock, list[Record](), list[bytes]()
         if resume_round is None:
             check_free(path)
         metadata: dict[str, object] = environment()
@@ -117,9 +151,11 @@ class Run:
             metadata |= {"missing_rounds": missing} if missing else {}
         try:
             path.mkdir(parents=True, exist_ok=resume_round is not None)
-            self._write_json("config.json", config.to_json())
+            if lock is not None:
+                lock.acquire()
             self._write_json("environment.json", metadata)
             write_atomically(path / "metrics.jsonl", b"".join(lines))
+            self._write_json("config.json", config.to_json())  # the last one: with it there is a run to resume
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"`out={path}` cannot be written: {error.strerror}; give another directory") from error
@@ -131,22 +167,37 @@ class Run:
             record: the round's numbers, ready for JSON; `resist.runs.records.clean` lists the keys.
 
         Raises:
-            UserError: the line cannot be written.
+            UserError: the line cannot be written, or another process has taken the directory over.
         """
+        if taken := self.taken_over():
+            raise UserError(taken)
         try:
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
         except OSError as error:
             raise UserError(f"{self.path / 'metrics.jsonl'} cannot be written: {error.strerror}; make room") from error
 
+    def taken_over(self) -> str | None:
+        """Return a message where another process has taken the directory over, as while this machine slept."""
+        try:
+            if self._lock is not None:
+                self._lock.check()
+        except UserError as error:
+            return str(error)
+        return None
+
     def state(self, state: str, rounds: int, error: str = "") -> None:
-        """Write state.json. On a full disk the file stays as it was: that must not end the run.
+        """Write state.json, if the directory is still that of this process.
+
+        On a full disk the file stays as it was: that must not end the run.
 
         Args:
             state: "running", "finished", "interrupted" or "failed".
             rounds: the number of rounds that the run will have.
             error: the reason of a failure.
         """
+        if self.taken_over():
+            return
         content = {
             "state": state, "rounds": rounds, "error": error, "host": socket.gethostname(), "process": os.getpid(),
         }  # fmt: skip

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from resist.runs.history import read_table
+from resist.runs.history import check_sequence, read_table
 from resist.runs.records import Record, parse_record
 
 
@@ -23,11 +23,15 @@ class Follower:
     def __init__(self, path: Path) -> None:
         self.path, self.restarted = path, False
         self._file, self._offset, self._inode = path / "metrics.jsonl", 0, -1
+        self._numbers: list[int] = []  # of the rounds that have been read
 
     def read(self) -> list[Record]:
         """The records since the last call.
 
-        An incomplete line is left for the next call. A damaged line is left out: a display that stops would not help.
+        An incomplete line is left for the next call.
+
+        Raises:
+            UserError: A round is not there, also where its line is damaged, or is there twice.
         """
         self.restarted = False
         try:
@@ -35,14 +39,19 @@ class Follower:
                 stat = os.fstat(file.fileno())
                 if stat.st_ino != self._inode or stat.st_size < self._offset:
                     self.restarted, self._offset, self._inode = self._inode != -1, 0, stat.st_ino
+                    self._numbers.clear()
                 file.seek(self._offset)
                 content = file.read()
         except OSError:
             return []
         complete = content[: content.rfind(b"\n") + 1]
         self._offset += len(complete)
-        records = map(parse_record, complete.splitlines())
-        return [record for record in records if record is not None]
+        records = [record for record in map(parse_record, complete.splitlines()) if record is not None]
+        if records:
+            self._numbers += (record["round"] for record in records)
+            known = read_table(self.path / "environment.json", []).get("missing_rounds")
+            check_sequence(self.path, self._numbers, known)
+        return records
 
     def age_s(self) -> float:
         """Seconds since the run wrote a record, or since it started, by the clock of this machine."""

@@ -5,12 +5,15 @@ evaluation and export. A run may be unfinished, cut off within a line, resumed, 
 entry gets a default, and `History.notes` names what was left out.
 
 A damaged line of metrics.jsonl is left out where it is the last one (the process was killed while it wrote); anywhere
-else it is an error. Where round numbers go back, the later records count.
+else it is an error. So is a round that is there twice or not at all, because no total is right then: two processes have
+written, or lines are lost. Gaps that a resumption has recorded in environment.json are noted.
 """
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from resist.errors import UserError
 from resist.runs.config import TrainConfig
 from resist.runs.config_file import read_options
 from resist.runs.records import Record, parse_record, training_bytes, training_seconds
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,24 +96,27 @@ def read_history(path: Path) -> History:
         The run, with notes on what is missing.
 
     Raises:
-        UserError: `path` is not a run directory, is damaged, holds no round, or is of an incompatible version.
+        UserError: `path` is not a run directory, is damaged, holds no round, lacks one or has one twice, or is of an
+            incompatible version.
     """
     notes: list[str] = []
     config, given = read_options(path, notes)
+    environment = read_table(path / "environment.json", notes)
+    known = environment.get("missing_rounds")
     rounds = [record for _, record in _read_records(path / "metrics.jsonl", notes)]
     if not rounds:
         raise UserError(
             f"{path / 'metrics.jsonl'} holds no complete round; the run ended before its first one did, or the file is "
             "damaged; restore it, or train again"
         )
-    gaps = missing_rounds(record["round"] for record in rounds)
-    if gaps:
+    numbers = [record["round"] for record in rounds]
+    check_sequence(path, numbers, known)
+    if gaps := missing_rounds(numbers):
         notes.append(f"metrics.jsonl has no record of {_range_text(gaps)}; totals do not include what is missing.")
     seconds, sent = [0.0], [0]
     for record in rounds:
         seconds.append(seconds[-1] + training_seconds(record))
         sent.append(sent[-1] + training_bytes(record))
-    environment = read_table(path / "environment.json", notes)
     readings = {k: v for k, v in read_table(path / "evaluation.json", notes).items() if _is_share(v)}
     state = read_table(path / "state.json", notes)
     if not environment:
@@ -129,20 +137,55 @@ def read_past(path: Path, last_round: int, known_gaps: object = None) -> list[tu
         The lines of metrics.jsonl up to that round, each with its record.
 
     Raises:
-        UserError: A line is damaged, or the rounds have a gap that is not known.
+        UserError: A line is damaged, a round is there twice, or the rounds have a gap that is not known.
     """
     file = path / "metrics.jsonl"
     if not file.exists():
         return []
     past = [(line, record) for line, record in _read_records(file, [], last_round) if record["round"] <= last_round]
+    check_sequence(path, [record["round"] for _, record in past], known_gaps, "delete it to resume without its records")
+    return past
+
+
+def warn_of_rounds(path: Path) -> None:
+    """Log a warning where metrics.jsonl lacks a round or has one twice, before the network of a run is used.
+
+    A run without this file has no rounds: the network can be used without it.
+    """
+    try:
+        lines = (path / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return
+    known = read_table(path / "environment.json", []).get("missing_rounds")
+    try:
+        check_sequence(path, [record["round"] for record in map(parse_record, lines) if record is not None], known)
+    except UserError as error:
+        log.warning("%s", error)
+
+
+def check_sequence(
+    path: Path, numbers: Sequence[int], known_gaps: object = None, remedy: str = "keep only the lines before it"
+) -> None:
+    """Raise UserError where a sequence of rounds lacks one, or has one twice.
+
+    Args:
+        path: The run directory, for the message.
+        numbers: The rounds in the order of metrics.jsonl, which should be 1, 2 and so on.
+        known_gaps: The entry "missing_rounds" of environment.json: gaps that are no error.
+        remedy: What to do if the file cannot be restored.
+    """
+    file = path / "metrics.jsonl"
+    for line, (before, number) in enumerate(pairwise([0, *numbers]), start=1):
+        if number <= before:
+            raise UserError(
+                f"{file} has round {number} after round {before} (record {line}): two processes have written to it; "
+                f"restore the file, or {remedy}"
+            )
     known = [(gap[0], gap[1]) for gap in known_gaps if _is_gap(gap)] if isinstance(known_gaps, list) else []
-    gaps = missing_rounds(record["round"] for _, record in past)
+    gaps = missing_rounds(numbers)
     gaps = [(first, last) for first, last in gaps if not any(a <= first and last <= b for a, b in known)]
     if gaps:
-        raise UserError(
-            f"{file} has no record of {_range_text(gaps)}; restore the file, or delete it to resume without its records"
-        )
-    return past
+        raise UserError(f"{file} has no record of {_range_text(gaps)}; restore the file, or {remedy}")
 
 
 def missing_rounds(numbers: Iterable[int]) -> list[tuple[int, int]]:
@@ -189,8 +232,6 @@ def _read_records(file: Path, notes: list[str], last_round: int | None = None) -
             raise UserError(
                 f"line {damaged} of {file} is damaged; restore the file, or delete it to resume without its records"
             )
-        while rounds and rounds[-1][1]["round"] >= record["round"]:
-            rounds.pop()
         rounds.append((line, record))
     if damaged:
         notes.append("The last line of metrics.jsonl is cut off and was left out.")

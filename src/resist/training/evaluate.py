@@ -11,6 +11,8 @@ from resist.errors import UserError
 from resist.runs.atomic import write_atomically
 from resist.runs.config import TrainConfig
 from resist.runs.config_file import read_config
+from resist.runs.history import warn_of_rounds
+from resist.runs.lock import RunLock
 from resist.runs.model_file import EMA_FILE, FILE, load_full
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.tasks import Task, open_task
@@ -61,30 +63,33 @@ def readings_of_run(
         The main score, 0 to 1, by choice: "recalibrate, scaled", "batch, no scale" and so on.
 
     Raises:
-        UserError: The run has not finished, a file is damaged, or evaluation.json cannot be written.
+        UserError: The run has not finished, a file is damaged, another process writes into the directory, or
+            evaluation.json cannot be written.
     """
     config, task = _open(path, data_dir)
-    task, chosen = task.to(device), config.method.batchnorm
-    choices = ["batch"] if chosen == "batch" else list(dict.fromkeys([chosen, "recalibrate", "batch"]))
-    scores: dict[str, float] = {}
-    for scaled in (True, False):
-        for statistics in choices:
-            model = _load(path, config, task, scaled=scaled).to(device)
-            if statistics == "recalibrate" and has_running_statistics(model):
-                recalibrate(model, task.calibration(config.run.seed), torch.device(device))
-            elif statistics == "batch":
-                use_batch_statistics(model)
-            score = next(iter(task.test(model.eval()).values()))
-            scores[f"{statistics}, {'scaled' if scaled else 'no scale'}"] = round(score, 6)
-    try:
-        write_atomically(path / READINGS, json.dumps(scores, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path / READINGS} cannot be written: {error.strerror}; make room") from error
-    return scores
+    with RunLock(path, "evaluate"):
+        task, chosen = task.to(device), config.method.batchnorm
+        choices = ["batch"] if chosen == "batch" else list(dict.fromkeys([chosen, "recalibrate", "batch"]))
+        scores: dict[str, float] = {}
+        for scaled in (True, False):
+            for statistics in choices:
+                model = _load(path, config, task, scaled=scaled).to(device)
+                if statistics == "recalibrate" and has_running_statistics(model):
+                    recalibrate(model, task.calibration(config.run.seed), torch.device(device))
+                elif statistics == "batch":
+                    use_batch_statistics(model)
+                score = next(iter(task.test(model.eval()).values()))
+                scores[f"{statistics}, {'scaled' if scaled else 'no scale'}"] = round(score, 6)
+        try:
+            write_atomically(path / READINGS, json.dumps(scores, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{path / READINGS} cannot be written: {error.strerror}; make room") from error
+        return scores
 
 
 def _open(path: Path, data_dir: Path | None) -> tuple[TrainConfig, Task]:
     config = read_config(path)
+    warn_of_rounds(path)
     # The initial weights are not needed for the final ones, and their files may be gone.
     network = replace(config.network, data_dir=data_dir or config.network.data_dir, init_from=None)
     return config, open_task(network, config.optimization)

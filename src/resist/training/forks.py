@@ -9,8 +9,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-# Signals that ask the launcher to end the job.
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Signals that ask the launcher to end the job, as far as the system has them. Batch systems send SIGUSR1 before a time
+# limit, as with `sbatch --signal=USR1@300`.
+ENDING = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that ask a job to end, without SIGHUP where it is ignored, as under nohup."""
+    return [number for number in ENDING if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Child(Protocol):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from resist.runs.config import TrainConfig
 from resist.runs.directory import COMMAND, command
-from resist.training.forks import ENDING, Child, Forked
+from resist.training.forks import Child, Forked, ending_signals
 
 # Seconds between two looks at the processes.
 POLL_S = 0.05
@@ -82,8 +82,8 @@ def launch(
     """Run `resist` with `arguments` in several processes of this machine and wait for them.
 
     The processes print for themselves. When one fails, the others get a moment to report it and are then killed. On
-    SIGTERM, SIGINT or SIGHUP all of them get SIGTERM, and are killed if that takes longer than `timeout_s` (or at a
-    second SIGINT). SIGHUP stays ignored where it was, as under nohup.
+    SIGTERM, SIGINT, SIGHUP or SIGUSR1 all of them get SIGTERM, and are killed if that takes longer than `timeout_s` (or
+    at a second SIGINT). SIGHUP stays ignored where it was, as under nohup.
 
     Args:
         arguments: The command line, without the program's name.
@@ -198,7 +198,13 @@ def _watch(children: Sequence[Child], received: list[int], timeout_s: float, wor
     ended = _failures(children)  # the first ones, and those that failed after them
     for rank in stuck:
         _kill(children[rank])
-    _report(ended, stuck, workers, len(children))
+    obeyed = [rank for rank, code in ended.items() if received and code == -signal.SIGTERM]
+    if stuck and len(received) > 1:
+        print("resist: ended now; the round under way is not saved", file=sys.stderr)
+    else:
+        _report({rank: code for rank, code in ended.items() if rank not in obeyed}, stuck, workers, len(children))
+    if len(obeyed) == len(children):
+        print("resist: interrupted before the first round", file=sys.stderr)
     if received and (stuck or any(code != INTERRUPTED for code in failed.values())):
         return 128 + received[0]
     return next((code for code in failed.values() if code > 0), 1) if failed or stuck else 0
@@ -244,8 +250,7 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield received
         return
-    ours = [number for number in ENDING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in ours}
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in ending_signals()}
     before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how a fork ended
     try:
         yield received

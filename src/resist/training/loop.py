@@ -1,11 +1,9 @@
 """The training loop around a `Job`: steps, rounds, the record of each round, evaluation and checkpoints."""
 
-import contextlib
 import json
 import math
-import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +22,7 @@ from resist.subnet.batchnorm import has_running_statistics, recalibrate
 from resist.subnet.randomness import seeded_rng
 from resist.tasks import Task
 from resist.training.device import Clock
+from resist.training.interruption import Stage, interruption
 from resist.training.launcher import INTERRUPTED
 from resist.training.loggers import Logger
 from resist.training.lr_schedule import evaluation_rounds, rate
@@ -81,6 +80,7 @@ class Training:
         self.clock = Clock(self.device)
         self.round_number = job.round + 1  # of the round under way, until its record and checkpoint are begun
         self.failed: str | None = None  # an error that ends the run when all processes know of it
+        self.stage = Stage.ROUND
         self.exchange_s = 0.0  # of the last synchronization, in this process
         self.checkpoint_s = 0.0
 
@@ -99,10 +99,8 @@ class Training:
         rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
         self.tested = evaluation_rounds(rounds, config.run.num_evals)
         losses: list[Tensor] = []  # (hosted workers,) for each step of the round
-        with (
-            interruption() as interrupted,
-            Recorder(config, rounds, self.run, self.loggers, interrupted.is_set) as recorder,
-        ):
+        recorder = Recorder(config, rounds, self.run, self.loggers)
+        with interruption(lambda: recorder.ending(self.stage)) as interrupted, recorder:
             self.clock.lap()
             for step in range(job.step_index, steps):
                 lr = rate(config.optimization, step, steps)
@@ -119,6 +117,7 @@ class Training:
                     return INTERRUPTED if self.checkpoints.possible else NOT_SAVED
                 if report.stop:
                     break
+                self.stage = Stage.ROUND
                 self.clock.lap()
             self.checkpoints.finish()
             if self.failed is not None:
@@ -157,8 +156,11 @@ class Training:
         stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
         values = torch.stack(losses).cpu()
         nonfinite = self._nonfinite(values)
+        if self.run is not None:
+            self.failed = self.failed or self.run.taken_over()
         report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
         last, plan = report.stop or last, job.plan
+        self.stage = Stage.END if last or report.interrupted else Stage.BETWEEN
         seconds = {"compute": report.compute_s, "wait": max(0.0, lap() - report.compute_s + compute_s)}
         if not job.step(*self.optimizers, nonfinite=nonfinite):
             job.synchronize(nonfinite)  # the last round may be short
@@ -264,31 +266,3 @@ def _record(job: Job, report: RoundReport, plan: RoundPlan) -> dict[str, object]
         "plan": {name: chain_plan.blocks for name, chain_plan in plans.items()},
         "workers": report.workers,
     }
-
-
-@contextlib.contextmanager
-def interruption() -> Iterator[threading.Event]:
-    """Set an event on SIGTERM and SIGINT instead of ending the process; a second Ctrl-C ends it at once.
-
-    torch's launcher turns the second Ctrl-C into a SIGTERM, so that after a SIGINT either of them counts as one.
-
-    Yields:
-        The event.
-    """
-    event, seen = threading.Event(), set[int]()
-
-    def note(number: int, _frame: object) -> None:
-        if event.is_set() and signal.SIGINT in (number, *seen):
-            raise KeyboardInterrupt
-        seen.add(number)
-        event.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

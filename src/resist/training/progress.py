@@ -42,6 +42,7 @@ class Summary:
         score: the name of that score.
         tested: the round of that score.
         last: the last record.
+        recent: seconds, training seconds and images of the last rounds.
     """
 
     def __init__(self, rounds: int | None) -> None:
@@ -52,7 +53,7 @@ class Summary:
         self.accuracy: float | None = None
         self.score = "accuracy"
         self.last: Mapping[str, Any] = {}
-        self._recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT)  # seconds, training seconds, images
+        self.recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add a round.
@@ -69,17 +70,17 @@ class Summary:
         if record["accuracy"] is not None:
             self.accuracy, self.tested = record["accuracy"], record["round"]
             self.score = next(iter(record.get("scores") or ()), self.score)
-        self._recent.append((sum(record["seconds"].values()), training_s, record.get("images", 0)))
+        self.recent.append((sum(record["seconds"].values()), training_s, record.get("images", 0)))
 
     @property
     def round_s(self) -> float:
         """Mean seconds of the last rounds, including evaluations; 0 before the first."""
-        return sum(seconds for seconds, _, _ in self._recent) / max(1, len(self._recent))
+        return sum(seconds for seconds, _, _ in self.recent) / max(1, len(self.recent))
 
     @property
     def images_s(self) -> float:
         """Images per second of all workers together over the last five rounds, without evaluations."""
-        last = list(self._recent)[-5:]
+        last = list(self.recent)[-5:]
         training_s = sum(seconds for _, seconds, _ in last)
         return sum(images for _, _, images in last) / training_s if training_s > 0 else 0.0
 

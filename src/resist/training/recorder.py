@@ -1,7 +1,7 @@
 """The records of a run, in the main process: written to the run directory, to loggers and to the display."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +12,7 @@ from resist.report.units import amount
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run, title_of
 from resist.runs.records import TRAINING_PHASES
+from resist.training.interruption import Stage, announcement
 from resist.training.loggers import Logger
 from resist.training.progress import Display, Summary
 
@@ -26,19 +27,16 @@ class Recorder:
         rounds: the number of rounds that the run will have.
         run: the run directory, or None in processes that do not write.
         loggers: where else records go. One that fails is dropped, with a message.
-        ending: returns True once the run has been signaled to end after this round.
 
     Attributes:
         summary: running totals of the records.
         display: what the user sees of them.
     """
 
-    def __init__(
-        self, config: TrainConfig, rounds: int, run: Run | None, loggers: Sequence[Logger], ending: Callable[[], bool]
-    ) -> None:
-        self.run, self.rounds, self._loggers, self._ending = run, rounds, list(loggers), ending
+    def __init__(self, config: TrainConfig, rounds: int, run: Run | None, loggers: Sequence[Logger]) -> None:
+        self.run, self.rounds, self._loggers = run, rounds, list(loggers)
         self.summary = Summary(rounds)
-        self.display = Display(title_of(config), self.summary, live=not config.machine.no_progress, remark=self._remark)
+        self.display = Display(title_of(config), self.summary, live=not config.machine.no_progress)
         self._state = ""
         for record in run.past if run else ():
             self.display.add(record, fresh=False)
@@ -99,6 +97,15 @@ class Recorder:
         }
         return any(spent[name] >= budget for name, budget in budgets.items())
 
+    def ending(self, stage: Stage) -> None:
+        """Print when the run will end, because a signal asks for it.
+
+        Args:
+            stage: what the run does at this moment.
+        """
+        if self.run is not None:
+            self._print(announcement(stage, self.summary.recent, self.display.silent_s))
+
     def interrupted(self, *, saved: bool) -> None:
         """Print that a signal stopped the run, and how to resume it.
 
@@ -133,7 +140,3 @@ class Recorder:
 
     def _print(self, text: str) -> None:
         self.display.console.print(text, markup=False, soft_wrap=True)
-
-    def _remark(self) -> str:
-        ending = self._ending() and not self._state
-        return "ending after this round; Ctrl-C again ends at once, without saving" if ending else ""

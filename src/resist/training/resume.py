@@ -14,12 +14,15 @@ from resist.errors import UserError
 from resist.job import Job
 from resist.runs.config import TrainConfig
 from resist.runs.library import check_visible
+from resist.runs.model_file import FILE
 from resist.runs.replicas import newest_replicas, restore_replicas
 from resist.runs.restore import restore
-from resist.runs.saved import newest, read_job
+from resist.runs.saved import complete, newest, read_job
 from resist.runs.tensor_file import FormatError
 from resist.sync.agreement import run_everywhere
 from resist.sync.transport import Transport
+from resist.training.lr_schedule import num_steps
+from resist.training.trainer import make_sampler
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,40 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
     path = checkpoints / source["checkpoint"]
     run_everywhere(transport, lambda: check_visible(path))
     return ResumePoint(source["round"], step, lambda job, optimizers: restore(job, optimizers, path))
+
+
+def all_done(config: TrainConfig, num_images: int) -> bool:
+    """Find out whether a run that resumes has no step left, before the workers start.
+
+    Args:
+        config: The options; a run that does not resume is not done.
+        num_images: Number of training images.
+
+    Raises:
+        UserError: It has none, and its network is missing.
+    """
+    if config.run.resume is None:
+        return False
+    steps = num_steps(config.optimization, make_sampler(config, num_images, 0).images_per_epoch)
+    for path in complete(config.run.resume / "checkpoints"):
+        try:
+            about = read_job(path)
+        except UserError:  # it is reported when all of them are looked through
+            continue
+        done = about["step"] * about["workers"] // config.method.workers >= steps
+        return done and report_done(config.run.resume, steps)
+    return False
+
+
+def report_done(path: Path, steps: int) -> bool:
+    """Log that the run in `path` has done all its steps. Raises UserError where its network is missing, else True."""
+    if not (path / FILE).exists():
+        raise UserError(
+            f"the run has done all its {steps} steps, but {path / FILE} is not there; move the newest folder of "
+            f"{path / 'checkpoints'} to another place to continue from the previous checkpoint"
+        )
+    log.info("the run has done all its %d steps; its network is %s", steps, path / FILE)
+    return True
 
 
 def _restore_replicas(job: Job, folder: Path, source: dict[str, Any]) -> None:

@@ -2,19 +2,21 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import resist
+from resist.data import Sampler
 from resist.data.readers import num_readers, workers_here
-from resist.errors import AgreedError, DivergedError, WorkerLostError
+from resist.errors import DivergedError, WorkerLostError
 from resist.job import Job
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
-from resist.runs.directory import Run, check_free, default_out, mark, seen_after_a_while
-from resist.runs.model_file import FILE
+from resist.runs.directory import Run, check_free, check_resumable, default_out, mark, seen_after_a_while
+from resist.runs.lock import RunLock
 from resist.runs.recipe import STREAMED
 from resist.runs.replicas import write_diverged, write_replicas
 from resist.sync.agreement import check_agreement, run_everywhere
@@ -27,7 +29,7 @@ from resist.training.loggers import open_loggers
 from resist.training.loop import Training
 from resist.training.lr_schedule import num_steps
 from resist.training.optimizers import resolve
-from resist.training.resume import ResumePoint, find_resume_point
+from resist.training.resume import ResumePoint, find_resume_point, report_done
 from resist.training.trainer import Trainer, make_sampler
 
 log = logging.getLogger(__name__)
@@ -81,26 +83,40 @@ def open_data(config: TrainConfig, *, download: bool = True) -> Task:
 
 def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.device) -> int:
     """Make or resume the job and the run directory, and train. Returns the exit status."""
-    is_main, resume = 0 in transport.hosted, config.run.resume
+    is_main = 0 in transport.hosted
     indices, num_images = {0, *transport.hosted}, task.num_images
     samplers = run_everywhere(transport, lambda: {index: make_sampler(config, num_images, index) for index in indices})
     # Of worker 0, for all processes: shards may differ by one image, the number of rounds must not.
     steps = num_steps(config.optimization, samplers[0].images_per_epoch)
-    out = resume or config.run.out or default_out(config)
-    run_everywhere(transport, lambda: _check_before(config, task, out) if is_main else None)
+    out = config.run.resume or config.run.out or default_out(config)
+    lock = RunLock(out, "train")
+    try:
+        run_everywhere(transport, lambda: _check_before(config, task, out, lock) if is_main else None)
+        return _train_locked(config, task, transport, device, samplers, steps, out, lock)
+    finally:
+        lock.release()
+
+
+def _train_locked(
+    config: TrainConfig, task: Task, transport: Transport, device: torch.device, samplers: Mapping[int, Sampler],
+    steps: int, out: Path, lock: RunLock,
+) -> int:  # fmt: skip
+    """Train in the run directory `out`, which no other process writes into. Returns the exit status."""
+    is_main, resume = 0 in transport.hosted, config.run.resume
     point = find_resume_point(config, transport)
     job = _make_job(config, task, transport, device, point)
     if is_main:
         _log_chains(job)
     if job.step_index >= steps:
-        return _all_done(resume or Path(), steps, is_main)
+        run_everywhere(transport, lambda: report_done(out, steps) if is_main else None)
+        return 0
     trainers = run_everywhere(
         transport, lambda: [Trainer(config, worker, task, samplers[worker.index]) for worker in job.workers]
     )
     if averages := [trainer.average for trainer in trainers if trainer.average is not None]:
         job.follow(*averages)
     run_everywhere(transport, lambda: point.restore(job, tuple(trainer.optimizer for trainer in trainers)))
-    run = run_everywhere(transport, lambda: Run(out, config, job.round if resume else None) if is_main else None)
+    run = run_everywhere(transport, lambda: Run(out, config, job.round if resume else None, lock) if is_main else None)
     out = Path(transport.all_gather_text(str(out))[0])  # of the first process: the name may contain the time
     loggers = run_everywhere(transport, lambda: open_loggers(config, run.path, run.past) if run else [])
     attempt = transport.all_gather_text(mark(out))[0]
@@ -118,12 +134,18 @@ def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.
         checkpoints.abandon()
 
 
-def _check_before(config: TrainConfig, task: Task, out: Path) -> None:
-    """Log the notes on the data, and find errors that would show only after the job has been made."""
+def _check_before(config: TrainConfig, task: Task, out: Path, lock: RunLock) -> None:
+    """Log the notes on the data, and find errors that would show only after the job has been made.
+
+    The lock of a run that resumes is taken before its checkpoints are looked for.
+    """
     for note in task.notes:
         log.info("resist: %s", note)
     if config.run.resume is None:
         check_free(out)
+    else:
+        check_resumable(out, config)
+        lock.acquire()
     try_logits(config.network)
 
 
@@ -168,18 +190,6 @@ def _seen_by_all(out: Path, attempt: str, transport: Transport) -> bool:
             "directory that all machines share"
         )
     return not blind
-
-
-def _all_done(path: Path, steps: int, is_main: bool) -> int:
-    """The exit status of a resumed run that has no step left: 0 where its network is there."""
-    if not (path / FILE).exists():
-        raise AgreedError(
-            f"the run has done all its {steps} steps, but {path / FILE} is not there; move the newest folder of "
-            f"{path / 'checkpoints'} to another place to continue from the previous checkpoint"
-        )
-    if is_main:
-        log.info("the run has done all its %d steps; its network is %s", steps, path / FILE)
-    return 0
 
 
 def _surviving(out: Path, attempt: str, training: Training, steps: int) -> int:
