@@ -436,8 +436,9 @@ class Job:
         train_except(full.model, full.place, full.frozen_modules)
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
             # What the network and the batches draw here must not change the training that goes on.
-            with seeded_rng(keyed_int("full model", self.seed, self.round), full.device):
-                recalibrate(full.model, batches, full.device)
+            seed = keyed_int("full model", self.seed, self.round)
+            with seeded_rng(seed, full.device):
+                recalibrate(full.model, batches, full.device, seed=seed)
         own_storages(full.model)
         return full.model.eval()
 

@@ -101,7 +101,7 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
     from resist.cost.footprint import build_on_meta
     from resist.runs.saved import newest
     from resist.tasks import network_builder
-    from resist.tasks.preflight import example_of
+    from resist.tasks.preflight import check_parts, example_of
     from resist.training.device import pick_device
     from resist.training.optimizers import build_optimizer, resolve
     from resist.training.train import open_data, train  # before the forks, which then have it
@@ -115,6 +115,7 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
         describe(model, config, rounds=1)
     if config.optimization.optimizer != "sgd":  # which takes any parameters, and should start at once
         build_optimizer(config.optimization, model)
+    check_parts(config)
     device = pick_device(config.machine.device)
     processes = num_processes(config)
     if processes == 1:
