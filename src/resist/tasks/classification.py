@@ -96,12 +96,21 @@ class Classification:
         images, labels = batch
         return F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
 
+    @property
+    def test_images(self) -> tuple[int, int, int]:
+        num_images, size = self._calibration_size
+        return num_images, len(self.held_out), max(size, TEST_BATCH)
+
+    @property
+    def _calibration_size(self) -> tuple[int, int]:
+        """Images of the calibration, and those of a batch."""
+        if isinstance(self.train, Photographs):  # no image twice, since reading is slow
+            return min(CALIBRATION_IMAGES, len(self.train)), min(CALIBRATION_PHOTOGRAPHS, len(self.train))
+        return CALIBRATION_IMAGES, min(CALIBRATION_BATCH, len(self.train))
+
     def calibration(self, seed: int) -> NumberedBatches:
         """Return training images with training augmentation, to match the training statistics."""
-        max_size, num_images = CALIBRATION_BATCH, CALIBRATION_IMAGES
-        if isinstance(self.train, Photographs):  # no image twice, since reading is slow
-            max_size, num_images = CALIBRATION_PHOTOGRAPHS, min(num_images, len(self.train))
-        size = min(max_size, len(self.train))
+        num_images, size = self._calibration_size
         sampler = Sampler(len(self.train), batch_size=size, seed=seed, worker=-1, workers=1)  # -1: of no worker
 
         def read(steps: range) -> Iterator[Tensor]:

@@ -126,6 +126,10 @@ class Detection:
             losses = model(floats(images), targets)
         return torch.stack(list(losses.values())).sum()
 
+    @property
+    def test_images(self) -> tuple[int, int, int]:
+        return min(CALIBRATION_IMAGES, len(self.train)), len(self.held_out), max(CALIBRATION_BATCH, TEST_BATCH)
+
     def calibration(self, seed: int) -> NumberedBatches:
         """Return augmented, transformed photographs, (batch, 3, height, width)."""
         size = min(CALIBRATION_BATCH, len(self.train))

@@ -56,6 +56,11 @@ class Task(Protocol):
         """Compute the mean loss of a model in train mode, a scalar."""
         ...
 
+    @property
+    def test_images(self) -> tuple[int, int, int]:
+        """Numbers of images in the calibration, in a test, and in the largest batch of both."""
+        ...
+
     def calibration(self, seed: int) -> NumberedBatches:
         """Return inputs for `model(batch)` on which BatchNorm statistics are estimated."""
         ...
