@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"planning", "runs"},
     "export": {"planning", "blocks", "subnet", "job", "runs", "models", "data", "tasks"},
     "integrations": {"subnet", "job", "export"},
-    "training": {"planning", "blocks", "subnet", "sync", "job", "runs", "models", "data", "tasks", "report"},
+    "training": {"planning", "blocks", "subnet", "sync", "job", "runs", "models", "data", "tasks", "cost", "report"},
     "cli": {
         "planning", "blocks", "sync", "job", "runs", "models", "data", "tasks", "cost", "report", "export", "training",
     },

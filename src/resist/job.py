@@ -39,6 +39,7 @@ from resist.sync.agreement import check_agreement, job_values, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
 from resist.sync.exchange import Exchange
+from resist.sync.gathering import TogetherIn
 from resist.sync.loose_exchange import LooseExchange
 from resist.sync.optimizers import check_optimizers
 from resist.sync.options import check_options
@@ -397,7 +398,7 @@ class Job:
             self.synchronize()
 
     def full_model(
-        self, batches: Iterable[object] | None = None, *, on: int = 0, averaged: bool = False
+        self, batches: Iterable[object] | None = None, *, on: int | None = 0, averaged: bool = False
     ) -> nn.Module | None:
         """Assemble the complete network in eval mode, with scaled branches.
 
@@ -407,8 +408,10 @@ class Job:
         Args:
             batches: Training batches on which the BatchNorm statistics are estimated: images, dictionaries of the
                 network's keyword arguments, or tuples that begin with one of these. Needed with
-                batchnorm="recalibrate" if the network has running statistics.
-            on: The worker whose process assembles the network.
+                batchnorm="recalibrate" if the network has running statistics. A last batch of one example is part of
+                the batch before it.
+            on: The worker whose process assembles the network. None: every process does, and estimates on a share of
+                `batches`, which are the same in all of them; all get the same network.
             averaged: Assemble the averages that `follow` was given, instead of the weights.
 
         Returns:
@@ -416,9 +419,10 @@ class Job:
 
         Raises:
             UserError: If `on` is not a worker, or if batches or averages are missing.
+            AgreedError: With `on=None` in all processes, if one of them cannot use a batch.
             WorkerLostError: If another process is lost.
         """
-        if not 0 <= on < self.strategy.workers:
+        if on is not None and not 0 <= on < self.strategy.workers:
             raise UserError(f"on={on} is outside 0 to {self.strategy.workers - 1}, the workers; change it")
         self.finish()
         for worker in self.workers:
@@ -429,15 +433,18 @@ class Job:
             if (subnet := worker.average if averaged else worker.subnet) is None:
                 raise UserError("averaged=True, and there are no averages; give them to job.follow before training")
             subnets[worker.index] = subnet
-        full = assemble(self.transport, subnets, plan=self.plan, on=on)
+        together = self.together if on is None else None
+        targets = [on] if on is not None else self.together.first_workers
+        full = assemble(self.transport, subnets, plan=self.plan, on=targets)
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
         train_except(full.model, full.place, full.frozen_modules)
         if self.batchnorm == "recalibrate" and has_running_statistics(full.model):
             # What the network and the batches draw here must not change the training that goes on.
-            with seeded_rng(keyed_int("full model", self.seed, self.round), full.device):
-                recalibrate(full.model, batches, full.device)
+            seed = keyed_int("full model", self.seed, self.round)
+            with seeded_rng(seed, full.device):
+                recalibrate(full.model, batches, full.device, seed=seed, processes=together)
         own_storages(full.model)
         return full.model.eval()
 
@@ -499,6 +506,11 @@ class Job:
                 keep_average=self.on_nonfinite == "drop",
                 outer=self.strategy.at(self.round).outer is not None,
             )
+
+    @property
+    def together(self) -> TogetherIn:
+        """The processes, for work that they share."""
+        return TogetherIn(self.transport, self.workers[0].subnet.device)
 
     @property
     def scales(self) -> list[float]:

@@ -11,11 +11,12 @@ from resist.blocks.chains import choose_chains
 from resist.checking.validate import choose_checked
 from resist.cli.plan import PlanConfig, describe_plan
 from resist.cost.footprint import choose
+from resist.errors import UserError
 from resist.models.faster_rcnn import dense_pass
-from resist.runs.config import MethodConfig, NetworkConfig
+from resist.runs.config import MethodConfig, NetworkConfig, OptimizationConfig, TrainConfig
 from resist.subnet.seeded import build_seeded
 from resist.tasks import network_builder
-from resist.tasks.preflight import example_of
+from resist.tasks.preflight import check_parts, example_of
 
 SHAPE = ("depths=1,2,4,1", "width=4")
 
@@ -69,3 +70,16 @@ def test_plan_and_cost_choose_the_chains_of_a_job(monkeypatch: pytest.MonkeyPatc
     described = describe_plan(config)
     chains = choose(Net, Net(), (), example_of(config.network))
     assert [chain["name"] for chain in described["chains"]] == [chain.name for chain in chains] == ["blocks:0-5"]
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(1, 1), (4, 4)])
+def test_parts_of_one_image_are_refused_where_a_norm_gets_a_single_value(batch_size: int, parts: int) -> None:
+    optimization = OptimizationConfig(batch_size=batch_size, grad_accum_steps=parts)
+    last_is_a_pixel = NetworkConfig(data="synthetic", model="torchvision:resnet18")
+    with pytest.raises(
+        UserError, match=rf"layer layer4.*BatchNorm2d.* 1 x 1\); `batch_size={batch_size}`.* at least two"
+    ):
+        check_parts(TrainConfig(network=last_is_a_pixel, optimization=optimization))
+    assert check_parts(TrainConfig(network=last_is_a_pixel, optimization=OptimizationConfig(batch_size=2))) == []
+    larger = TrainConfig(network=NetworkConfig(data="synthetic", model_args=SHAPE), optimization=optimization)
+    assert "each image by its own statistics" in check_parts(larger)[0]

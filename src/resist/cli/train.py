@@ -106,7 +106,7 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
     from resist.cost.footprint import build_on_meta
     from resist.runs.saved import newest
     from resist.tasks import network_builder
-    from resist.tasks.preflight import example_of
+    from resist.tasks.preflight import check_parts, example_of
     from resist.training.device import pick_device
     from resist.training.optimizers import build_optimizer, resolve
     from resist.training.resume import all_done
@@ -121,6 +121,7 @@ def _launch(config: TrainConfig, forkable: bool) -> int:
         describe(model, config, rounds=1)
     if config.optimization.optimizer != "sgd":  # which takes any parameters, and should start at once
         build_optimizer(config.optimization, model)
+    check_parts(config)
     device = pick_device(config.machine.device)
     processes = num_processes(config)
     if processes == 1:

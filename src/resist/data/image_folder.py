@@ -27,6 +27,7 @@ from resist.data.naming import shown
 from resist.data.picture import problem_of, read
 from resist.data.readers import num_readers
 from resist.data.sampler import Sampler
+from resist.data.spans import WHOLE, Share
 from resist.errors import UserError
 
 if TYPE_CHECKING:  # its import takes seconds, which only users of photographs should wait for
@@ -81,18 +82,20 @@ class Photographs:
         )
         return PhotographLoader(self, stream)
 
-    def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: int, limit: int | None = None, share: Share = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the images in order, without augmentation, for evaluation.
 
         Args:
-            size: Images in a batch; the last one may have fewer.
+            size: Images in a batch; the last one may have fewer, or one more, see `spans`.
             limit: Number of batches, at most; default: all.
+            share: The part of the batches to iterate over.
 
         Yields:
             Images (batch, 3, size, size) float32 and labels (batch,) int64, on the device.
         """
         reader = Reader(self.listing, middle(self.size))
-        for batch in in_order(reader, size, num_data_workers=self.data_workers, pin_memory=self._pinned, limit=limit):
+        options = {"num_data_workers": self.data_workers, "pin_memory": self._pinned}
+        for batch in in_order(reader, size, limit=limit, share=share, **options):
             yield self.on_device(batch)
 
     def on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resist.data.sampler import Sampler, generator
+from resist.data.spans import WHOLE, Share, spans
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,19 @@ class Images:
         """Normalize uint8 images to float32 with the data set's mean and std."""
         return normalize(images, self.mean, self.std)
 
-    def batches(self, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: int, limit: int | None = None, share: Share = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the images in order, without augmentation, for evaluation.
 
         Args:
-            size: Images in a batch; the last one may have fewer.
+            size: Images in a batch; the last one may have fewer, or one more, see `spans`.
             limit: Number of batches, at most; default: all.
+            share: The part of the batches to iterate over.
 
         Yields:
             Images (batch, channels, height, width) float32 and labels (batch,) int64.
         """
-        for start in range(0, len(self) if limit is None else min(len(self), limit * size), size):
-            yield self.normalize(self.images[start : start + size]), self.labels[start : start + size]
+        for span in share.of(spans(len(self), size)[:limit]):
+            yield self.normalize(self.images[span.start : span.stop]), self.labels[span.start : span.stop]
 
 
 class Loader:

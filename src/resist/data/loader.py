@@ -28,6 +28,7 @@ from resist.data import handover
 from resist.data.handover import FEWER, Collate, Collated, Failure, Guarded, Stuck, loss_of, remedy_of
 from resist.data.readers import num_readers
 from resist.data.sampler import Sampler
+from resist.data.spans import WHOLE, Share, spans
 from resist.errors import UserError, first_line
 from resist.planning.plan import keyed_int
 
@@ -117,16 +118,18 @@ def in_order(
     collate: Collate = default_collate,
     pin_memory: bool = False,
     limit: int | None = None,
+    share: Share = WHOLE,
 ) -> Iterator[Any]:
     """Iterate over all items once, in order, with seed 0.
 
     Args:
         dataset: The items.
-        batch_size: Items in a batch; the last one may have fewer.
+        batch_size: Items in a batch; the last one may have fewer, or one more, see `spans`.
         num_data_workers: Processes that read; 0: this process reads.
         collate: Makes a batch from a list of items.
         pin_memory: Return batches in pinned memory.
         limit: Number of batches, at most; default: all.
+        share: The part of the batches to iterate over.
 
     Yields:
         Batches in CPU memory.
@@ -135,8 +138,8 @@ def in_order(
         UserError: An item cannot be read, or a reading process was lost.
     """
     num_data_workers = num_readers(num_data_workers)
-    pairs = [(index, 0) for index in range(len(dataset))]
-    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)][:limit]
+    chosen = share.of(spans(len(dataset), batch_size)[:limit])
+    batches = [[(index, 0) for index in span] for span in chosen]
     loader = _loader(dataset, batches, min(num_data_workers, len(batches)), collate, pin_memory, stay=False)
     items = _begin(loader)
     for _ in batches:

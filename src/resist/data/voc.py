@@ -10,7 +10,7 @@ top, right, bottom in pixels from the corner of the picture: pixel 1 of the file
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -95,13 +95,20 @@ class VocSet:
         photograph = self.photographs[index]
         width, height = fitted(photograph.width, photograph.height, self.image_size)
         image = _decode(photograph.file, (width, height))
-        boxes = photograph.objects.boxes * torch.tensor([width / photograph.width, height / photograph.height] * 2)
-        labels, difficult = photograph.objects.labels, photograph.objects.difficult
+        objects = self.objects(index)
+        boxes, labels, difficult = objects.boxes, objects.labels, objects.difficult
         if self.augment:
             boxes, labels, difficult = boxes[~difficult], labels[~difficult], difficult[~difficult]
             if torch.rand((), generator=torch.Generator().manual_seed(seed)) < 0.5:
                 image, boxes = image.flip(2), mirrored(boxes, width)
         return image, boxes, labels, difficult, seed
+
+    def objects(self, index: int) -> Objects:
+        """Return the objects of a photograph, their boxes in pixels of the resized image, without decoding it."""
+        photograph = self.photographs[index]
+        width, height = fitted(photograph.width, photograph.height, self.image_size)
+        scale = torch.tensor([width / photograph.width, height / photograph.height] * 2)
+        return replace(photograph.objects, boxes=photograph.objects.boxes * scale)
 
     def digest(self) -> str:
         """Return a hash of the photographs' names, sizes and objects."""

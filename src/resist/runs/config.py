@@ -222,8 +222,12 @@ class RunConfig:
     """Run directory, which must not exist yet. Default: runs/DATE-TIME-DATA-STRATEGY."""
     seed: int = 0
     """Seed of initial weights, batches and plans."""
-    num_evals: int = 10
-    """Number of times to assemble and test the full network, spread evenly; the last is at the end."""
+    num_evals: int | None = None
+    """Number of times to assemble and test the full network, spread evenly; the last is at the end. Default: as many as
+    take less than a tenth of the run, at most 10."""
+    evaluation: Literal["auto", "all", "one"] = config_key("auto")
+    """Processes that test the full network. all: each takes a share of the images. one: that of worker 0, while the
+    others wait. auto: all, where memory and link allow it and it takes less time."""
     resume: Path | None = None
     """Directory of a run to continue from its newest checkpoint, or from newer replicas. Only machine options and
     `workers`, `data_dir`, `data_workers`, `lr`, `replicate` and `on_nonfinite` may change; all others are those of the

@@ -89,10 +89,9 @@ def _whole_network(job: SavedJob) -> dict[str, dict[str, Tensor]]:
         subnets[AVERAGE] = averages
     found: dict[str, dict[str, Tensor]] = {}
     for kind, own in subnets.items():
-        for worker in first_of.values():
-            full = assemble(job.transport, own, plan=job.plan, on=worker)
-            if full is not None:
-                found[kind] = full.state(everything)
+        full = assemble(job.transport, own, plan=job.plan, on=list(first_of.values()))
+        assert full is not None, "every process has one of them"
+        found[kind] = full.state(everything)
     if any(VELOCITY in worker.state for worker in job.workers):  # no round is done, so it is zero
         found[VELOCITY] = {name: torch.zeros_like(tensor) for name, tensor in found[WEIGHTS].items()}
     return found

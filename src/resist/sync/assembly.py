@@ -1,7 +1,7 @@
-"""Assembly: bring all blocks to one worker, to form the complete network."""
+"""Assembly: bring all blocks to one worker of some processes, to form the complete network."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from resist.sync.packing import entry_of, pack, unpack
 from resist.sync.transport import Move, Transport
 
 
-def assemble(transport: Transport, subnets: Mapping[int, Subnet], *, plan: RoundPlan, on: int) -> Subnet | None:
+def assemble(
+    transport: Transport, subnets: Mapping[int, Subnet], *, plan: RoundPlan, on: Sequence[int]
+) -> Subnet | None:
     """Assemble the complete network, between two rounds.
 
     Every process has to call it.
@@ -21,36 +23,59 @@ def assemble(transport: Transport, subnets: Mapping[int, Subnet], *, plan: Round
         transport: Connects the workers.
         subnets: Worker -> sub-network, for the hosted workers.
         plan: The present plan.
-        on: The worker whose process assembles it. It needs memory for the complete network.
+        on: The workers whose processes assemble it, at most one of each process. They need memory for the complete
+            network.
 
     Returns:
-        The complete network, or None if another process hosts `on`.
+        The complete network, or None if other processes host `on`.
 
     Raises:
         WorkerLostError: If another process is lost.
     """
     for subnet in subnets.values():
         subnet.take_back()
-    full = _empty_full(subnets[on]) if on in subnets else None
-    sources = {key: _source(transport, plan, key, on) for key in plan.keys}
+    own = next((worker for worker in on if worker in subnets), None)
+    full = None if own is None else _empty_full(subnets[own])
     moves: list[Move] = []
     template = next(iter(subnets.values()))
-    for (chain, block), source in sources.items():
-        for dtype, layout in template.layouts.items():
-            incoming = None if full is None else full.slot(chain, block, full.flats[dtype])
-            outgoing: Tensor | None = None
-            if source in subnets:
-                slot = plan.slot(chain, block, worker=source)
-                outgoing = subnets[source].slot(chain, slot, subnets[source].flats[dtype])
-            num_bytes = layout.blocks[chain].numel * dtype.itemsize
-            if source != on and num_bytes:
-                moves.append(Move("evaluate", source, on, num_bytes, outgoing, incoming))
-            elif incoming is not None and outgoing is not None:
-                incoming.copy_(outgoing)
+    for target in on:
+        into = full if target == own else None
+        for chain, block in plan.keys:
+            source = _source(transport, plan, (chain, block), target)
+            for dtype, layout in template.layouts.items():
+                incoming = None if into is None else into.slot(chain, block, into.flats[dtype])
+                outgoing: Tensor | None = None
+                if source in subnets:
+                    slot = plan.slot(chain, block, worker=source)
+                    outgoing = subnets[source].slot(chain, slot, subnets[source].flats[dtype])
+                num_bytes = layout.blocks[chain].numel * dtype.itemsize
+                if source != target and num_bytes:
+                    moves.append(Move("evaluate", source, target, num_bytes, outgoing, incoming))
+                elif incoming is not None and outgoing is not None:
+                    incoming.copy_(outgoing)
     transport.transfer(moves).finish()
-    if template.has_loose:
-        _assemble_loose(transport, subnets, full, plan, sources, on)
+    for target in on if template.has_loose else ():
+        sources = {key: _source(transport, plan, key, target) for key in plan.keys}
+        _assemble_loose(transport, subnets, full if target == own else None, plan, sources, target)
     return full
+
+
+def fetched_bytes(transport: Transport, subnet: Subnet, plan: RoundPlan, target: int) -> int:
+    """Return the bytes that a worker gets from other processes to form the complete network.
+
+    Args:
+        transport: Connects the workers.
+        subnet: The sub-network of any worker.
+        plan: The present plan.
+        target: The worker.
+    """
+    of_block = [
+        sum(layout.blocks[chain].numel * dtype.itemsize for dtype, layout in subnet.layouts.items())
+        for chain in range(len(subnet.chains))
+    ]
+    sources = {key: transport.process_of(_source(transport, plan, key, target)) for key in plan.keys}
+    home = transport.process_of(target)
+    return sum(of_block[chain] for (chain, _), source in sources.items() if source != home)
 
 
 def _source(transport: Transport, plan: RoundPlan, key: Key, on: int) -> int:

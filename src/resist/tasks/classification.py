@@ -13,7 +13,10 @@ from resist.models import build, read_model_args
 from resist.models.pretrained import start_from
 from resist.models.third_party import is_third_party
 from resist.runs.config import NetworkConfig, OptimizationConfig
-from resist.tasks.task import Batches
+from resist.subnet.batchnorm import refusing_one_value
+from resist.subnet.calibration import NumberedBatches
+from resist.subnet.statistics import Processes
+from resist.tasks.task import Batches, gathered
 
 # Training images on which BatchNorm statistics are re-estimated.
 CALIBRATION_IMAGES = 5000
@@ -93,19 +96,35 @@ class Classification:
         images, labels = batch
         return F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
 
-    def calibration(self, seed: int) -> Iterator[Tensor]:
-        """Iterate over training images with training augmentation, to match the training statistics."""
-        max_size, num_images = CALIBRATION_BATCH, CALIBRATION_IMAGES
-        if isinstance(self.train, Photographs):  # no image twice, since reading is slow
-            max_size, num_images = CALIBRATION_PHOTOGRAPHS, min(num_images, len(self.train))
-        size = min(max_size, len(self.train))
-        sampler = Sampler(len(self.train), batch_size=size, seed=seed, worker=-1, workers=1)  # -1: of no worker
-        loader = self.batches(sampler)
-        for step in range(-(-num_images // size)):
-            yield loader.batch(step)[0]
+    @property
+    def test_images(self) -> tuple[int, int, int]:
+        num_images, size = self._calibration_size
+        return num_images, len(self.held_out), max(size, TEST_BATCH)
 
-    def test(self, model: nn.Module) -> dict[str, float]:
-        top1, top5 = accuracies(model.eval(), self.held_out.batches(TEST_BATCH))
+    @property
+    def _calibration_size(self) -> tuple[int, int]:
+        """Images of the calibration, and those of a batch."""
+        if isinstance(self.train, Photographs):  # no image twice, since reading is slow
+            return min(CALIBRATION_IMAGES, len(self.train)), min(CALIBRATION_PHOTOGRAPHS, len(self.train))
+        return CALIBRATION_IMAGES, min(CALIBRATION_BATCH, len(self.train))
+
+    def calibration(self, seed: int) -> NumberedBatches:
+        """Return training images with training augmentation, to match the training statistics."""
+        num_images, size = self._calibration_size
+        sampler = Sampler(len(self.train), batch_size=size, seed=seed, worker=-1, workers=1)  # -1: of no worker
+
+        def read(steps: range) -> Iterator[Tensor]:
+            loader = self.batches(sampler)
+            for step in steps:
+                yield loader.batch(step)[0]
+
+        return NumberedBatches(-(-num_images // size), read)
+
+    def test(self, model: nn.Module, processes: Processes | None = None) -> dict[str, float]:
+        model.eval()
+        parts = gathered(processes, lambda share: hits(model, self.held_out.batches(TEST_BATCH, share=share)))
+        total, *right = torch.stack(parts).sum(0).tolist()
+        top1, top5 = (number / total for number in right)
         return {"accuracy": top1, **({"top5": top5} if self.train.num_classes >= TOP5_CLASSES else {})}
 
     def digest(self) -> str:
@@ -136,18 +155,21 @@ def builder(config: NetworkConfig, num_classes: int, image_size: int | None = No
 
 
 @torch.inference_mode()
-def accuracies(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Compute top-1 and top-5 accuracy, 0 to 1.
+def hits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Count correct classifications.
 
     Args:
         model: Network in eval mode that maps images to logits (batch, num_classes).
         batches: Images (batch, channels, height, width) and labels (batch,), on the network's device.
+
+    Returns:
+        (3,) int64 on the CPU: number of images, of those whose first class is right, and of those with the right one
+        among the first five.
     """
-    total, correct = 0, torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(3, dtype=torch.int64)
     for images, labels in batches:
-        scores = model(images)
-        hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-        correct += torch.stack([hits[:, 0].sum(), hits.sum()]).cpu()  # waits for the device
-        total += len(labels)
-    top1, top5 = (correct / total).tolist()
-    return top1, top5
+        with refusing_one_value(model, "test on at least two images, or give another `batchnorm`"):
+            scores = model(images)
+        right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        counts += torch.stack([right.new_tensor(len(labels), dtype=torch.int64), right[:, 0].sum(), right.sum()]).cpu()
+    return counts  # each addition has waited for the device

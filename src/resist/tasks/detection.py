@@ -1,6 +1,7 @@
 """Object detection: losses of Faster R-CNN, average precision of PascalVOC."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,19 +11,23 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from resist.data.annotation import CLASSES, Objects
+from resist.data.annotation import CLASSES
 from resist.data.image_folder import MEAN, STD
 from resist.data.loader import Stream, in_order
 from resist.data.readers import allowed_readers
 from resist.data.sampler import Sampler
+from resist.data.spans import Share, spans
 from resist.data.voc import IMAGE_SIZE, Item, VocSet, fitted, load_voc, longer
 from resist.models.faster_rcnn import build_detector
 from resist.models.pretrained import start_from
 from resist.planning.plan import keyed_int
 from resist.runs.config import NetworkConfig
+from resist.subnet.batchnorm import refusing_one_value
+from resist.subnet.calibration import NumberedBatches
+from resist.subnet.statistics import Processes
 from resist.tasks import classification
 from resist.tasks.backbone import BackboneInit
-from resist.tasks.task import Batches
+from resist.tasks.task import Batches, gathered
 from resist.tasks.voc_ap import AveragePrecision, Found
 
 # Training photographs on which BatchNorm statistics are re-estimated, how many in a batch of them, and in a test batch.
@@ -121,25 +126,49 @@ class Detection:
             losses = model(floats(images), targets)
         return torch.stack(list(losses.values())).sum()
 
-    def calibration(self, seed: int) -> Iterator[Tensor]:
-        """Iterate over augmented, transformed photographs, (batch, 3, height, width)."""
+    @property
+    def test_images(self) -> tuple[int, int, int]:
+        return min(CALIBRATION_IMAGES, len(self.train)), len(self.held_out), max(CALIBRATION_BATCH, TEST_BATCH)
+
+    def calibration(self, seed: int) -> NumberedBatches:
+        """Return augmented, transformed photographs, (batch, 3, height, width)."""
         size = min(CALIBRATION_BATCH, len(self.train))
         sampler = Sampler(len(self.train), batch_size=size, seed=seed, worker=-1, workers=1)  # -1: of no worker
-        stream = Stream(self.train, sampler, num_data_workers=self.data_workers, collate=collate)
         transform = image_transform(self.train.image_size)
-        for step in range(-(-min(CALIBRATION_IMAGES, len(self.train)) // size)):
-            yield transform(floats(stream.batch(step)[0]))[0].tensors.to(self.device)
+
+        def read(steps: range) -> Iterator[Tensor]:
+            stream = Stream(self.train, sampler, num_data_workers=self.data_workers, collate=collate)
+            for step in steps:
+                yield transform(floats(stream.batch(step)[0]))[0].tensors.to(self.device)
+
+        return NumberedBatches(-(-min(CALIBRATION_IMAGES, len(self.train)) // size), read)
+
+    def test(self, model: nn.Module, processes: Processes | None = None) -> dict[str, float]:
+        model.eval()
+        rows = torch.cat(gathered(processes, lambda share: self._detect(model, share)))
+        precision, counts = AveragePrecision(), torch.bincount(rows[:, 0].long(), minlength=len(self.held_out))
+        for index, found in enumerate(rows[:, 1:].split(counts.tolist())):
+            precision.add(Found(found[:, :4], found[:, 4].long(), found[:, 5]), self.held_out.objects(index))
+        return {name: precision.mean(points) for name, points in self.scores.items()}
 
     @torch.inference_mode()
-    def test(self, model: nn.Module) -> dict[str, float]:
-        precision = AveragePrecision()
-        model.eval()
-        for items in in_order(self.held_out, TEST_BATCH, num_data_workers=self.data_workers, collate=list):
+    def _detect(self, model: nn.Module, share: Share) -> Tensor:
+        """Detections in a share of the test images.
+
+        Returns:
+            (detections, 7) float64: index of the image, left, top, right, bottom, class, score.
+        """
+        indices = itertools.chain(*share.of(spans(len(self.held_out), TEST_BATCH)))
+        rows = [torch.zeros(0, 7, dtype=torch.float64)]
+        for items in in_order(self.held_out, TEST_BATCH, num_data_workers=self.data_workers, collate=list, share=share):
             images = [image.to(self.device) for image, *_ in items]
-            for output, (_, boxes, labels, difficult, _) in zip(model(floats(images)), items, strict=True):
-                found = Found(*(output[key].cpu() for key in ("boxes", "labels", "scores")))  # waits for the device
-                precision.add(found, Objects(boxes, labels, difficult))
-        return {name: precision.mean(points) for name, points in self.scores.items()}
+            with refusing_one_value(model, "test on at least two photographs, or give another `batchnorm`"):
+                outputs = model(floats(images))
+            for output, index in zip(outputs, indices):  # noqa: B905 - the indices of all batches
+                boxes, labels, scores = (output[key].cpu().double() for key in ("boxes", "labels", "scores"))  # waits
+                place = torch.full_like(scores, index)
+                rows.append(torch.cat([place[:, None], boxes, labels[:, None], scores[:, None]], dim=1))
+        return torch.cat(rows)
 
     def digest(self) -> str:
         return f"{self.train.digest()} {self.held_out.digest()}"

@@ -1,17 +1,20 @@
 """Preflight: validate networks of other libraries on two images before training."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from resist.blocks.chain import Chain
+from resist.blocks.modules import BatchNorm, fork_rng
 from resist.checking.validate import choose_checked
 from resist.data import image_size_of, num_classes_of
 from resist.models.third_party import check_logits, is_third_party
-from resist.runs.config import NetworkConfig
+from resist.runs.config import NetworkConfig, TrainConfig
+from resist.subnet.batchnorm import refusing_one_value
 from resist.subnet.seeded import build_seeded
-from resist.tasks import network_builder
+from resist.tasks import image_shape, network_builder
 
 
 def example_of(config: NetworkConfig) -> Tensor | bool:
@@ -60,6 +63,30 @@ def try_logits(config: NetworkConfig) -> None:
         UserError: It does not.
     """
     _tried(config, None)
+
+
+def check_parts(config: TrainConfig) -> list[str]:
+    """Check that the network's norms can train on the parts of a batch, where these are single images.
+
+    Args:
+        config: The options.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        UserError: A BatchNorm layer gets a single pixel of a single image.
+    """
+    o = config.optimization
+    if o.batch_size != o.grad_accum_steps or config.network.task == "detection":  # whose feature maps are large
+        return []
+    model = build_seeded(network_builder(replace(config.network, init_from=None)), 0).train()
+    sizes = f"`batch_size={o.batch_size}`" + (f" in {o.grad_accum_steps} parts" if o.batch_size > 1 else "")
+    with torch.no_grad(), fork_rng(), refusing_one_value(model, f"{sizes}: give parts of at least two images"):
+        model(torch.rand(1, *image_shape(config.network)))
+    if any(isinstance(module, BatchNorm) for module in model.modules()):
+        return [f"note: {sizes}: BatchNorm normalizes each image by its own statistics"]
+    return []
 
 
 def _tried(config: NetworkConfig, num_classes: int | None) -> tuple[nn.Module | None, Tensor | bool]:

@@ -3,13 +3,16 @@
 The training loop knows nothing else about images, boxes or classes. The type of a batch is the task's own.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from resist.data.sampler import Sampler
+from resist.data.spans import WHOLE, Share
+from resist.subnet.calibration import NumberedBatches
+from resist.subnet.statistics import Processes
 
 
 class Batches(Protocol):
@@ -53,12 +56,22 @@ class Task(Protocol):
         """Compute the mean loss of a model in train mode, a scalar."""
         ...
 
-    def calibration(self, seed: int) -> Iterable[Any]:
-        """Iterate over inputs for `model(batch)` on which BatchNorm statistics are estimated."""
+    @property
+    def test_images(self) -> tuple[int, int, int]:
+        """Numbers of images in the calibration, in a test, and in the largest batch of both."""
         ...
 
-    def test(self, model: nn.Module) -> dict[str, float]:
+    def calibration(self, seed: int) -> NumberedBatches:
+        """Return inputs for `model(batch)` on which BatchNorm statistics are estimated."""
+        ...
+
+    def test(self, model: nn.Module, processes: Processes | None = None) -> dict[str, float]:
         """Compute the scores of a full network on the test images.
+
+        Args:
+            model: The network.
+            processes: The processes that have this network, and test a share of the batches each; all of them call
+                this, and get the scores that one process alone gets. Default: this process alone.
 
         Returns:
             Scores by name, 0 to 1, the main one first.
@@ -68,3 +81,19 @@ class Task(Protocol):
     def digest(self) -> str:
         """Return a hash of the data."""
         ...
+
+
+def gathered(processes: Processes | None, measure: Callable[[Share], Tensor]) -> list[Tensor]:
+    """Measure something on the test images, each process on its share of the batches.
+
+    Args:
+        processes: The processes that take part; None: this process alone.
+        measure: Measures on a share.
+
+    Returns:
+        The results on the CPU, in the order of the batches.
+    """
+    if processes is None:
+        return [measure(WHOLE).cpu()]
+    share = Share(processes.index, processes.count)
+    return [part.cpu() for part in processes.gather(lambda: measure(share))]

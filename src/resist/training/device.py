@@ -1,8 +1,11 @@
 """The device of a process, and a clock that waits for it."""
 
+import contextlib
 import os
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -25,6 +28,26 @@ def pick_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("`device=cuda`: torch finds no CUDA device on this machine; give `device=cpu`")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a device: of the GPU, or of the machine for the CPU.
+
+    Memory that torch has reserved on a GPU and does not use counts as free. On the CPU the limit of a container counts
+    too. Where a system does not say, it is as much as a number can be.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = [sys.maxsize]
+    with contextlib.suppress(OSError, ValueError, StopIteration, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        free.append(max(0, int((group / "memory.max").read_text()) - used))
+    return min(free)
 
 
 @dataclass

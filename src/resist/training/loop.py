@@ -17,15 +17,14 @@ from resist.planning.plan import RoundPlan
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run
-from resist.runs.model_file import EMA_FILE, FILE, save_full
-from resist.subnet.batchnorm import has_running_statistics, recalibrate
 from resist.subnet.randomness import seeded_rng
 from resist.tasks import Task
 from resist.training.device import Clock
+from resist.training.evaluation import Evaluation
 from resist.training.interruption import Stage, interruption
 from resist.training.launcher import INTERRUPTED
 from resist.training.loggers import Logger
-from resist.training.lr_schedule import evaluation_rounds, rate
+from resist.training.lr_schedule import rate
 from resist.training.recorder import Recorder
 from resist.training.trainer import Trainer
 
@@ -82,6 +81,7 @@ class Training:
         self.failed: str | None = None  # an error that ends the run when all processes know of it
         self.stage = Stage.ROUND
         self.exchange_s = 0.0  # of the last synchronization, in this process
+        self.training_s = 0.0  # in this process
         self.checkpoint_s = 0.0
 
     def train(self, steps: int) -> int:
@@ -97,7 +97,7 @@ class Training:
         """
         config, job = self.config, self.job
         rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
-        self.tested = evaluation_rounds(rounds, config.run.num_evals)
+        self.evaluation = Evaluation(config, self.task, job, rounds, self.run)
         losses: list[Tensor] = []  # (hosted workers,) for each step of the round
         recorder = Recorder(config, rounds, self.run, self.loggers)
         with interruption(lambda: recorder.ending(self.stage)) as interrupted, recorder:
@@ -120,8 +120,8 @@ class Training:
                 self.stage = Stage.ROUND
                 self.clock.lap()
             self.checkpoints.finish()
-            if self.failed is not None:
-                raise UserError(self.failed)
+            if self.evaluation.failed is not None:
+                raise AgreedError(self.evaluation.failed)  # the main process knows it in any case
             recorder.finish(job)
         return 0
 
@@ -130,7 +130,7 @@ class Training:
 
         Where a batch cannot be read, the losses are nan until the round ends: then all processes end with that error.
         """
-        if self.failed is None:
+        if self.failed is None and self.evaluation.failed is None:
             try:
                 losses: list[Tensor] = []
                 for trainer in self.trainers:
@@ -158,17 +158,20 @@ class Training:
         nonfinite = self._nonfinite(values)
         if self.run is not None:
             self.failed = self.failed or self.run.taken_over()
-        report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set())
+        self.training_s += compute_s
+        image_s = compute_s / (batch_size * values.numel())
+        report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set(), image_s)
         last, plan = report.stop or last, job.plan
         self.stage = Stage.END if last or report.interrupted else Stage.BETWEEN
         seconds = {"compute": report.compute_s, "wait": max(0.0, lap() - report.compute_s + compute_s)}
         if not job.step(*self.optimizers, nonfinite=nonfinite):
             job.synchronize(nonfinite)  # the last round may be short
         seconds["sync"] = self.exchange_s = lap()
+        self.training_s += seconds["wait"] + seconds["sync"]
         seconds["checkpoint"], self.checkpoint_s = self.checkpoint_s, 0.0
         scores: dict[str, float] = {}
-        if (job.round in self.tested or last) and not report.interrupted:
-            scores = self._evaluate(last=last)
+        if (job.round in self.evaluation.rounds or last) and not report.interrupted:
+            scores = self.evaluation.test(last=last)
         seconds["evaluate"] = lap()
         epoch = job.step_index * batch_size / self.trainers[0].sampler.images_per_epoch
         recorder.round(
@@ -178,6 +181,7 @@ class Training:
                 **({"scores": scores} if len(scores) > 1 else {}),
                 "images": len(losses) * batch_size * len(report.workers),
                 "seconds": {activity: round(value, 6) for activity, value in seconds.items()},
+                **self.evaluation.entry(),
                 **_record(job, report, plan),
             }
         )
@@ -198,10 +202,13 @@ class Training:
                 reasons[trainer.index] = f"a loss of {float(values[step])} in step {first_step + step}"
         return reasons
 
-    def _compare(self, losses: list[float], compute_s: float, stop: bool, interrupted: bool) -> RoundReport:
+    def _compare(
+        self, losses: list[float], compute_s: float, stop: bool, interrupted: bool, image_s: float
+    ) -> RoundReport:
         """Exchange losses, times and signals with the other processes. Waits for the slowest.
 
-        Raises AgreedError where a process has failed. losses: the mean of each hosted worker.
+        Decides on tests. Raises AgreedError where a process has failed. losses: the mean of each hosted worker;
+        image_s: seconds of computation for an image.
         """
         times = {"compute_s": round(compute_s / len(self.trainers), 6), "exchange_s": round(self.exchange_s, 6)}
         workers = [
@@ -214,44 +221,22 @@ class Training:
                 "compute_s": compute_s,
                 "stop": stop,
                 "interrupted": interrupted,
-                "failed": self.failed,
+                "failed": self.failed or self.evaluation.failed,
+                "tests": self.evaluation.facts(image_s, self.training_s),
             }
         )
         processes = [json.loads(text) for text in self.job.transport.all_gather_text(text)]
         for process in processes:
             if process["failed"] is not None:
                 raise AgreedError(process["failed"])
+        if processes[0]["tests"]:
+            self.evaluation.decide([process["tests"] for process in processes], self.job.round + 1)
         return RoundReport(
             workers=[worker for process in processes for worker in process["workers"]],
             compute_s=max(process["compute_s"] for process in processes),
             stop=any(process["stop"] for process in processes),
             interrupted=any(process["interrupted"] for process in processes),
         )
-
-    def _evaluate(self, *, last: bool) -> dict[str, float]:
-        """Test the full network in the main process; returns its scores ({} elsewhere). Saves the last network.
-
-        The network of averaged weights, if there is one, comes second. Where an image cannot be read, all processes end
-        with that error at the end of the next round.
-        """
-        scores: dict[str, float] = {}
-        for averaged in (False, True) if self.trainers[0].average is not None else (False,):
-            full = self.job.full_model(self.task.calibration(self.job.seed), averaged=averaged)
-            if full is None or self.run is None:
-                continue
-            if averaged and self.job.batchnorm == "average" and has_running_statistics(full):
-                # The statistics belong to the weights of the last step, not to their average.
-                recalibrate(full, self.task.calibration(self.job.seed), self.device)
-            if last:
-                file = self.run.path / (EMA_FILE if averaged else FILE)
-                save_full(full, self.job.chains, self.job.scales, file)
-            try:
-                found = self.task.test(full)
-            except UserError as error:
-                self.failed = str(error)
-                continue
-            scores |= {f"EMA {name}" if averaged else name: round(value, 6) for name, value in found.items()}
-        return scores
 
 
 def _record(job: Job, report: RoundReport, plan: RoundPlan) -> dict[str, object]:

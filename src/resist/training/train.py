@@ -23,7 +23,7 @@ from resist.sync.agreement import check_agreement, run_everywhere
 from resist.sync.distributed import connect
 from resist.sync.transport import Transport
 from resist.tasks import Task, open_task
-from resist.tasks.preflight import example_of, try_logits
+from resist.tasks.preflight import check_parts, example_of, try_logits
 from resist.training.device import pick_device
 from resist.training.loggers import open_loggers
 from resist.training.loop import Training
@@ -147,6 +147,8 @@ def _check_before(config: TrainConfig, task: Task, out: Path, lock: RunLock) -> 
         check_resumable(out, config)
         lock.acquire()
     try_logits(config.network)
+    for note in check_parts(config):
+        log.info("resist: %s", note)
 
 
 def _make_job(config: TrainConfig, task: Task, transport: Transport, device: torch.device, point: ResumePoint) -> Job:

@@ -1,11 +1,14 @@
 """Optimizer steps of one worker, and the sampler of its images."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resist.data import Sampler
 from resist.runs.config import TrainConfig
+from resist.subnet.batchnorm import refusing_one_value
 from resist.sync.worker import Worker
 from resist.tasks import Task
 from resist.training.optimizers import build_optimizer, resolve
@@ -55,6 +58,7 @@ class Trainer:
         self._model = torch.compile(worker.model) if config.machine.compile else worker.model
         self._parts, self._bf16 = o.grad_accum_steps, config.machine.precision == "bf16"
         self._device = worker.subnet.device
+        self._sizes = f"`batch_size={o.batch_size}`, `grad_accum_steps={o.grad_accum_steps}`"
 
     def step(self, step: int, lr: float) -> Tensor:
         """Take one optimizer step on the batch of `step`.
@@ -68,7 +72,7 @@ class Trainer:
         """
         total = torch.zeros((), device=self._device)
         for part in self._task.split(self._batches.batch(step), self._parts):
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16), self._two_values():
                 loss = self._task.loss(self._model, part) / self._parts
             loss.backward()
             total += loss.detach()
@@ -81,6 +85,9 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self._network)
         return total
+
+    def _two_values(self) -> AbstractContextManager[None]:
+        return refusing_one_value(self._network, f"{self._sizes}: give parts of at least two images")
 
 
 def start_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -1,0 +1,107 @@
+"""Tests of the full network in a run: by one process or by all, as often as they are cheap; training stays the same."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pool import Pool
+from resist.data import Images
+from resist.data.spans import WHOLE, Share
+from resist.errors import UserError
+from resist.runs.config import MachineConfig, MethodConfig, NetworkConfig, OptimizationConfig, RunConfig, TrainConfig
+from resist.runs.model_file import EMA_FILE, FILE
+from resist.tasks import Classification
+from resist.training.train import open_data, train
+
+
+def small_run(out: Path, **options: Any) -> TrainConfig:
+    """Four rounds of a small network on the digits."""
+    return TrainConfig(
+        network=NetworkConfig(model_args=("depths=1,1,5,1", "width=4")),
+        method=MethodConfig(workers=4, local_steps=2, min_depth=0, batchnorm=options.pop("batchnorm", "average")),
+        optimization=OptimizationConfig(
+            batch_size=32, epochs=8 * 32 / 1437, lr=0.05, model_ema_decay=options.pop("ema", None)
+        ),
+        machine=MachineConfig(device="cpu"),
+        run=RunConfig(out=out, **options),
+    )
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batchnorm", ["recalibrate", "average"])
+def test_all_processes_find_what_one_finds_and_training_stays_the_same(
+    pool: Pool, tmp_path: Path, batchnorm: str
+) -> None:
+    ways = {"all": ("all", 2), "one": ("one", 2), "once": ("all", 1)}
+    for name, (evaluation, num_evals) in ways.items():
+        config = small_run(tmp_path / name, evaluation=evaluation, num_evals=num_evals, batchnorm=batchnorm, ema=0.9)
+        torch.manual_seed(len(name))
+        assert pool.run(3, train, config) == [0] * 3
+    for file in (FILE, EMA_FILE):
+        expected = load_file(tmp_path / "one" / file)
+        for name in ways:
+            found = load_file(tmp_path / name / file)
+            assert all(torch.equal(found[key], value) for key, value in expected.items()), (name, file)
+    together, alone, once = (records(tmp_path / name) for name in ways)
+    assert [record["accuracy"] is not None for record in together] == [False, True, False, True]
+    assert [record.get("scores") for record in together] == [record.get("scores") for record in alone]
+    assert [record["loss"] for record in together] == [record["loss"] for record in once]
+    assert [run[0]["evaluation"]["by"] for run in (together, alone)] == ["all", "one"]
+    # Every process gets the blocks that it lacks, and nothing of it counts as training.
+    assert together[-1]["bytes"]["evaluate"] > 2 * alone[-1]["bytes"]["evaluate"]
+    assert [trained_bytes(record) for record in together] == [trained_bytes(record) for record in alone]
+
+
+def trained_bytes(record: dict[str, Any]) -> list[int]:
+    return [record["bytes"][kind] for kind in ("shared", "blocks", "state")]
+
+
+def test_one_process_that_hosts_all_workers_tests_alone(tmp_path: Path) -> None:
+    assert train(small_run(tmp_path / "run", num_evals=2, evaluation="all")) == 0
+    found = records(tmp_path / "run")
+    assert found[0]["evaluation"]["by"] == "one"
+    assert [record["round"] for record in found if record["accuracy"] is not None] == [2, 4]
+
+
+@dataclass(frozen=True)
+class Breaking(Images):
+    """Test images of which the second share cannot be read, or whose process is killed when it reads it."""
+
+    killed: bool = False
+
+    def batches(self, size: int, limit: int | None = None, share: Share = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
+        if share.index == 1:
+            if self.killed:
+                os._exit(9)
+            raise UserError("5.png is damaged; mend or remove it")
+        return super().batches(size, limit, share)
+
+
+def broken_run(config: TrainConfig, killed: bool) -> int:
+    task = open_data(config)
+    assert isinstance(task, Classification)
+    images = task.held_out
+    values = {f.name: getattr(images, f.name) for f in fields(images)}
+    return train(config, replace(task, held_out=Breaking(**values, killed=killed)))
+
+
+@pytest.mark.slow
+def test_a_test_that_fails_in_one_process_ends_all_of_them(pool: Pool, tmp_path: Path) -> None:
+    for name, num_evals in (("last", 1), ("earlier", 4)):
+        config = small_run(tmp_path / name, num_evals=num_evals, evaluation="all")
+        for outcome in pool.outcomes(2, broken_run, config, False):
+            assert "AgreedError: 5.png is damaged; mend or remove it" in str(outcome.error)
+    outcomes = pool.outcomes(2, broken_run, small_run(tmp_path / "lost", evaluation="all"), True)
+    assert "WorkerLostError: round 4: process 0 (workers 0, 1) lost contact" in str(outcomes[0].error)
