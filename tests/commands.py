@@ -48,6 +48,7 @@ class Command:
     def __init__(self, server: "Commands", pid: int, output: Path, errors: Path) -> None:
         self.pid, self.output, self.errors = pid, output, errors
         self.returncode: int | None = None
+        self.unforeseen = False  # whether it may end with "internal error"
         self._server = server
 
     def poll(self) -> int | None:
@@ -67,7 +68,9 @@ class Command:
 
     def communicate(self, timeout: float = 200) -> tuple[str, str]:
         self.wait(timeout)
-        return self.output.read_text(), self.errors.read_text()
+        out, err = (file.read_text(errors="surrogateescape") for file in (self.output, self.errors))
+        assert "internal error" not in err or self.unforeseen, err
+        return out, err
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

@@ -20,6 +20,7 @@ from hypothesis.internal.conjecture import providers
 
 from commands import Commands
 from pool import Pool, seed_everything
+from resist.cli import guard
 
 torch.set_num_threads(1)
 
@@ -70,6 +71,17 @@ def pytest_runtest_setup() -> None:
     log = logging.getLogger("resist")
     log.handlers.clear()
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def _no_internal_error(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test in which a command ends with "internal error", unless it is marked so: nobody foresaw the error."""
+    unforeseen: list[BaseException] = []
+    internal = guard._internal
+    monkeypatch.setattr(guard, "_internal", lambda error: (unforeseen.append(error), internal(error))[1])
+    yield
+    if unforeseen and request.node.get_closest_marker("internal_error") is None:
+        raise unforeseen[0]
 
 
 @pytest.fixture(scope="session")

@@ -263,7 +263,7 @@ def templates() -> tuple[list[str], ...]:
     found: list[list[str]] = []
 
     def typed(parts: list[str]) -> list[str]:  # options as the command line writes them
-        return as_typed("\0".join(parts)).replace("`", "").split("\0")
+        return as_typed("VALUE".join(parts)).replace("`", "").split("VALUE")
 
     for file in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

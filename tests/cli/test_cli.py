@@ -133,7 +133,7 @@ def test_plan_depends_on_the_seed(capsys) -> None:
         (["--model-args", "depths=1,1"], "--model-args depths=1,1; give four numbers"),
         (["--model-args", "depths=1,1,1,1"], "the model has no chain"),
         (["--processes", "9"], "--processes 9 exceeds --workers 4"),
-        (["--lr", "-1"], "--lr -1.0 is too small"),
+        (["--lr", "-1"], "--lr -1 is too small"),
         (["--batch-size", "5000", "--processes", "1"], "--batch-size 5000 is outside 1 to 1437"),
         (["--device", "tpu"], "--device 'tpu' is not one of auto, cpu, cuda"),
     ],

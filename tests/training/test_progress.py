@@ -110,6 +110,39 @@ def test_without_a_terminal_there_are_lines_now_and_then(eight: list[dict], monk
         assert file.getvalue().splitlines()[2:] == ["no record for 25 s"]
 
 
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("variables", "file", "live"),
+    [
+        ({}, Terminal, True),
+        ({}, StringIO, False),
+        ({"FORCE_COLOR": "1"}, StringIO, False),
+        ({"TTY_COMPATIBLE": "1"}, StringIO, False),
+        ({"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}, StringIO, False),
+        ({"FORCE_COLOR": "1"}, Terminal, True),
+        ({"NO_COLOR": "1"}, Terminal, True),
+        ({"TERM": "dumb"}, Terminal, False),
+        ({"TERM": "dumb", "FORCE_COLOR": "1"}, Terminal, False),
+        ({"TTY_COMPATIBLE": "0"}, Terminal, False),
+        ({"TTY_INTERACTIVE": "0"}, Terminal, False),
+    ],
+)
+def test_only_a_terminal_can_be_live(eight, monkeypatch, variables: dict, file: type[StringIO], live: bool) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm", **variables}.items():
+        monkeypatch.setenv(name, value)
+    console = Console(file=file())
+    with Display("t", Summary(12), console=console) as display:
+        display.add(eight[0])
+    assert display.live == live
+    assert ("\x1b[?25l" in console.file.getvalue()) == live  # type: ignore[attr-defined]
+
+
 def resist(capsys, *arguments: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main([*map(str, arguments)])

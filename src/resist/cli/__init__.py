@@ -1,31 +1,32 @@
 """The command line: one module for each command.
 
 A module has the options of its command as a record, and a function that runs it.
-Invalid input ends with one line on stderr and exit status 2, a lost worker with one line and status 1. The modules
-import torch and the rooms that need it inside those functions, so that help and messages come at once.
+Every error ends with one line on stderr and an exit status (`resist.cli.guard`). The modules import torch and the rooms
+that need it inside those functions, so that help and messages come at once.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import resist
 from resist.cli.compare import CompareConfig, run_compare
 from resist.cli.cost import CostConfig, run_cost
 from resist.cli.evaluate import EvaluateConfig, run_evaluate
 from resist.cli.export import ExportConfig, run_export
+from resist.cli.guard import guarded, keep_errors_in
 from resist.cli.options import as_typed
-from resist.cli.parse import parse
+from resist.cli.parse import parse, written
 from resist.cli.plan import PlanConfig, run_plan
+from resist.cli.printing import open_streams, print_error
 from resist.cli.report import ReportConfig, run_report
 from resist.cli.train import run_train
 from resist.cli.watch import WatchConfig, run_watch
-from resist.errors import AgreedError, UserError, WorkerLostError
+from resist.errors import shown
 from resist.runs.config import TrainConfig
 
-__all__ = ["guarded", "main"]
-
+__all__ = ["main"]
 
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "train": (TrainConfig, run_train),
@@ -37,14 +38,18 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "watch": (WatchConfig, run_watch),
     "report": (ReportConfig, run_report),
 }
+# Those that go on without standard output: what they make is in a run directory.
+LASTING = (TrainConfig, CompareConfig)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `resist` with `arguments` (default: those of this process) and end the process with its exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     record = COMMANDS[given[0]][0] if given and given[0] in COMMANDS else TrainConfig
+    open_streams(lasting=False)
     _show_log(record)
-    sys.exit(guarded(lambda: _run(given), record))
+    keep_errors_in(None)
+    sys.exit(guarded(lambda: _run(given), record, written(given)))
 
 
 class _Printer(logging.Handler):
@@ -55,9 +60,12 @@ class _Printer(logging.Handler):
         self._record = record
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = as_typed(record.getMessage(), self._record)
+        text = str(record.msg)
+        if isinstance(record.args, tuple) and record.args:  # a name must not break the line
+            text %= tuple(shown(value) if isinstance(value, str | Path) else value for value in record.args)
+        text = as_typed(text, self._record)
         if record.levelno >= logging.WARNING:
-            _print_error(text)
+            print_error(text)
         else:
             print(text, flush=True)
 
@@ -77,44 +85,5 @@ def _run(arguments: list[str]) -> int:
         return 0
     config, given = parse({name: record for name, (record, _) in COMMANDS.items()}, arguments)
     _, action = COMMANDS[arguments[0]]
+    open_streams(lasting=isinstance(config, LASTING))
     return action(config, given)
-
-
-def guarded(action: Callable[[], int], record: type = TrainConfig) -> int:
-    """Run a command, print its error as one line, and return the exit status.
-
-    Args:
-        action: The command.
-        record: The record class of the command, whose options messages are written for.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        status = action()
-        sys.stdout.flush()
-        return status
-    except AgreedError as error:  # every process raises it; the first one prints it
-        if rank == 0:
-            _print_error(as_typed(str(error), record))
-        return 2
-    except UserError as error:
-        _print_error(as_typed(str(error), record))
-        return 2
-    except WorkerLostError as error:
-        _print_error(as_typed(str(error), record))
-        return 1
-    except BrokenPipeError:  # the reader of stdout has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        if rank == 0:
-            _print_error("interrupted")
-        return 130
-
-
-def _print_error(text: str) -> None:
-    """Print a line on stderr in one write, because several processes may print at the same time.
-
-    Line breaks and control characters, which a value or a path may contain, are written as in `\\n`.
-    """
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    print(f"resist: {line}\n", end="", file=sys.stderr, flush=True)

@@ -5,7 +5,9 @@ below its field. Fields that only a configuration file can set (`resist.runs.con
 """
 
 import ast
+import contextlib
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
@@ -16,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from resist.errors import quoted
 from resist.runs.config import TrainConfig, is_option
 
 # In the help, the options of the network are two groups: those of the data, and the others.
@@ -24,6 +27,8 @@ DATA_FIELDS = {"data", "data_dir", "image_size", "data_workers", "skip_bad_files
 MODEL = "The network, its initial weights, and the blocks to partition."
 # Options of several values, whose default is the value of the file for one run.
 SINGULAR = {"workers": "workers", "seeds": "seed"}
+# The longest value that a message repeats as it was written.
+LONGEST = 40
 CONFIG = "JSON file in the form of a run's config.json, whole or in part. Options of the command line override it."
 
 
@@ -118,26 +123,50 @@ def config_keys(record: type) -> list[str]:
     return keys + [key for key in (config_keys(TrainConfig) if own else ()) if key.partition(".")[2] in own]
 
 
-def as_typed(text: str, record: type = TrainConfig) -> str:
+def as_typed(text: str, record: type = TrainConfig, written: Mapping[str, str] | None = None) -> str:
     """Write the options that a message names as the user types them.
 
     Args:
         text: A message of the other rooms, which name an option as in `timeout_s` or `timeout_s=0`, in backticks.
         record: The record class of the command.
+        written: The values of the command line as they were written, by the field's name.
 
     Returns:
         The text with `--timeout-s` or `--timeout-s 0` in their place; a key that is not an option is written as in
-        `method.sampling`.
+        `method.sampling`. A path is quoted as the shell needs it.
     """
+    hints = {**_hints(TrainConfig), **_hints(record)}
     names = {"chains": "--chain"} | _names(TrainConfig) | _names(record)  # `chains` in Python
 
     def typed(match: re.Match[str]) -> str:
         name, value = names.get(match[1]), match[2]
         if name is None:  # a word of the program's text
             return match[0] if value is None else match[0][1:-1]
-        return name if value is None else f"{name} {value}" if name.startswith("--") else f"{name}={value}"
+        if value is None:
+            return name
+        value = as_written(value, (written or {}).get(match[1], ""))
+        if hints.get(match[1]) in (Path, Path | None):
+            value = quoted(value)
+        return f"{name} {value}" if name.startswith("--") else f"{name}={value}"
 
     return re.sub(r"`(\w+)(?:=([^`]*))?`", typed, text)
+
+
+def as_written(value: str, written: str) -> str:
+    """Return a number as the command line has it.
+
+    Args:
+        value: The number in a message.
+        written: What the command line gives to the option, "" for nothing.
+
+    Returns:
+        The word of `written` that is this number, or `value`.
+    """
+    for word in written.split():
+        with contextlib.suppress(ValueError):
+            if len(word) <= LONGEST and (value.startswith("about ") or repr(float(word)) == repr(float(value))):
+                return word
+    return value
 
 
 def view(record: type, options: Mapping[str, Option]) -> type:
@@ -222,6 +251,14 @@ def _names(record: type) -> dict[str, str]:
     return names
 
 
+def _hints(record: type) -> dict[str, Any]:
+    """Return the type of each field of a record and of its parts."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(record).items():
+        found |= get_type_hints(hint) if _is_part(hint) else {name: hint}
+    return found
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -240,6 +277,7 @@ def _flat(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     return {f.name: (get_type_hints(type(part))[f.name], getattr(part, f.name)) for part in parts for f in fields(part)}
 
 
+@functools.cache
 def _descriptions(record: type) -> dict[str, str]:
     """Return the string below each field, without line breaks."""
     body = ast.parse(textwrap.dedent(inspect.getsource(record))).body[0].body  # type: ignore[attr-defined]

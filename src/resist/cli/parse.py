@@ -5,14 +5,13 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from resist.cli.options import Option, config_keys, options_of, record_of, view
-from resist.errors import UserError
+from resist.errors import UserError, nearest
 from resist.runs.config import TrainConfig
 from resist.runs.config_file import EARLIER, read_config_file
 
@@ -91,8 +90,8 @@ def _check_command(commands: Mapping[str, type], arguments: Sequence[str]) -> No
     if command.startswith("--tyro-") and command.endswith("-completion") and shell not in SHELLS:
         raise UserError(f"{command} {shell!r} is not one of {', '.join(SHELLS)}")
     if command not in HELP and not command.startswith("--tyro-"):  # tyro's own: completions for shells
-        near = get_close_matches(command, commands, 1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands)}"
+        near = nearest(command, (*commands, "--version", *HELP))
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(commands)}"
         raise UserError(f"{command!r} is not a command; {hint}" if command else f"no command given; {hint}")
 
 
@@ -116,8 +115,8 @@ def _check_options(command: str, record: type, options: Mapping[str, Option], ar
         new, value = EARLIER.get(option[2:].replace("-", "_"), ("", ""))
         if new in options:
             raise UserError(f"{option} is now {f'{options[new].flag} {value}'.rstrip()}; {see}")
-        near = get_close_matches(option, known, 1, cutoff=0.75)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = nearest(option[2:], (flag[2:] for flag in known))
+        hint = f"; did you mean --{near}?" if near else ""
         raise UserError(f"{option} is not an option of resist {command}{hint}; {see}")
 
 
@@ -158,6 +157,12 @@ def one_line(text: str, arguments: Sequence[str]) -> str:
             f"{name} is missing; give one of {choice[1].replace(',', ', ')}" if choice else f"{name} is missing: {text}"
         )
     return re.sub(r"^Unrecognized options: ", "not understood: ", first).rstrip(".") or "the command line is invalid"
+
+
+def written(arguments: Sequence[str]) -> dict[str, str]:
+    """Return what a command line gives to each option, separated by spaces, by the name of its field."""
+    names = {_option(word) for word in arguments if word.startswith("--")}
+    return {name[2:].replace("-", "_"): " ".join(_values(name, arguments)) for name in names}
 
 
 def _values(option: str, arguments: Sequence[str]) -> list[str]:

@@ -8,9 +8,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resist.cli.guard import guarded, keep_errors_in
 from resist.cli.plan import describe
 from resist.errors import UserError
 from resist.runs.config import MachineConfig, TrainConfig
+from resist.runs.directory import check_free, check_resumable, default_out
+from resist.runs.lock import RunLock
 from resist.training.launcher import INTERRUPTED, launch, launched, num_processes, prepare_fork, watch_launcher
 
 if TYPE_CHECKING:
@@ -74,7 +77,11 @@ def run_train(config: TrainConfig, given: frozenset[str]) -> int:
 
 def start(config: TrainConfig) -> int:
     """Train with options that have been checked. Returns the exit status."""
-    return _train(config) if launched() else _launch(config, prepare_fork())
+    out = config.run.resume or config.run.out or default_out(config)
+    if config.run.resume is None:
+        config = replace(config, run=replace(config.run, out=out))
+    keep_errors_in(out)
+    return _train(config) if launched() else _launch(config, out, prepare_fork())
 
 
 def _train(config: TrainConfig, task: "Task | None" = None) -> int:
@@ -85,17 +92,13 @@ def _train(config: TrainConfig, task: "Task | None" = None) -> int:
     return train(config, task)
 
 
-def _launch(config: TrainConfig, forkable: bool) -> int:
+def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
     """Check the options without the workers, then start the workers and restart them where `restarts` says so."""
-    from resist.runs.directory import check_free, check_resumable, default_out
-    from resist.runs.lock import RunLock
     from resist.training.loggers import check_loggers
 
     check_loggers(config)
-    out = config.run.resume or config.run.out or default_out(config)
     if config.run.resume is None:
         check_free(out)
-        config = replace(config, run=replace(config.run, out=out))
     else:
         check_resumable(out, config)
         with RunLock(out, "train", beat=False):  # it is refused here, before the process that writes takes the lock
@@ -153,7 +156,6 @@ def _start_processes(config: TrainConfig, processes: int, task: "Task | None") -
 
     Where there is a `task`, they are forks, which get it and `config`. Others get a file with the options.
     """
-    from resist.cli import guarded
 
     def train_fork() -> None:
         sys.exit(guarded(lambda: _train(config, task)))

@@ -115,7 +115,11 @@ class VocSet:
         key = blake2b(digest_size=8)
         for photograph in self.photographs:
             num_bytes = photograph.file.stat().st_size
-            key.update(f"{photograph.file.name} {photograph.width} {photograph.height} {num_bytes};".encode())
+            key.update(
+                f"{photograph.file.name} {photograph.width} {photograph.height} {num_bytes};".encode(
+                    "utf-8", "surrogateescape"
+                )
+            )
             objects = photograph.objects
             for part in (objects.boxes, objects.labels, objects.difficult):
                 key.update(part.numpy().tobytes())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
 from resist.export.comparing import detached
+from resist.runs.atomic import utf8_path
 from resist.subnet.scaling import scale_blocks
 
 FORMAT = "resist export 1"
@@ -115,7 +116,7 @@ def load_scaled(model: nn.Module, path: Path | str) -> nn.Module:
         UserError: The file is missing, damaged, not an export, or of another network.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(Path(path)) as readable, safe_open(readable, framework="pt") as file:
             metadata = file.metadata() or {}
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

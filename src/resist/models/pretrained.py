@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
@@ -129,7 +129,7 @@ def _content(path: Path) -> Any:
         with path.open("rb") as file:
             head = file.read(9)
         if head[8:] == b"{" and head[:2] != b"PK":  # the length of the header, then the header
-            return load_file(path)
+            return load_file(path) if str(path).isprintable() else load(path.read_bytes())  # it opens UTF-8 names
         with path.open("rb") as file, torch.serialization.safe_globals(SAFE):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

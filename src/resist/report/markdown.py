@@ -22,7 +22,7 @@ def markdown(histories: Sequence[History], curves: str, pictures: Sequence[str])
     parts = [f"# {_text(names[0]) if len(names) == 1 else f'{len(names)} runs compared'}"]
     if len(histories) > 1:
         parts += [_table(*tables.comparison_rows(compare(histories))), tables.COMPARISON_NOTE]
-    parts.append(f"![Accuracy and loss against steps, time and bytes]({quote(curves)})")
+    parts.append(f"![Accuracy and loss against steps, time and bytes]({_link(curves)})")
     for history, name, picture in zip(histories, names, pictures, strict=True):
         parts += [f"## {_text(name)}"] if len(histories) > 1 else []
         parts += _one(history, picture)
@@ -40,7 +40,7 @@ def _one(history: History, picture: str) -> list[str]:
         f"{_text(tables.sentence(history))} ({tables.ENDS[history.ended]})",
         *(f"> {_text(note)}" for note in tables.notes(history)),
         _table(("", ""), tables.headline(history)),
-        f"![Which worker held which block, bytes from worker to worker, seconds of a round]({quote(picture)})",
+        f"![Which worker held which block, bytes from worker to worker, seconds of a round]({_link(picture)})",
         "### The workers",
         _table(*tables.worker_rows(history)),
         tables.WORKERS_NOTE,
@@ -58,6 +58,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [[_text(cell) for cell in row] for row in (head, *rows)]
     lines.insert(1, ["---"] + ["---:" if len(head) > 2 else "---"] * (len(head) - 1))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _link(name: str) -> str:
+    """Return the name of a file as in a link."""
+    return quote(name, errors="surrogateescape")
 
 
 def _text(text: str) -> str:

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from resist.errors import UserError, first_line
+from resist.errors import UserError, first_line, nearest
+from resist.runs.atomic import read_small
 from resist.runs.bounds import LARGEST
 from resist.runs.config import TrainConfig
 
@@ -121,7 +121,7 @@ def _read_config_of(path: Path) -> dict[str, Any]:
 def _read_json(file: Path, problem: str, remedy: str) -> dict[str, Any]:
     """Read a JSON object. Raises UserError, with the problem and the remedy, for other content."""
     try:
-        data = json.loads(file.read_bytes(), object_pairs_hook=_table)
+        data = json.loads(read_small(file), object_pairs_hook=_table)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{problem}: {first_line(error)}; {remedy}") from error
     if not isinstance(data, dict):
@@ -148,8 +148,8 @@ def _unknown_entry(part: str, name: str) -> str:
     for home, values in known.items():
         if name in values:
             return f"unknown entry {f'{part}.{name}'.lstrip('.')!r}; it belongs to {home!r}"
-    near = get_close_matches(name, [name for part, values in known.items() for name in (part, *values)], 1)
-    hint = f"did you mean {near[0]}?" if near else "the config.json of a run has all entries"
+    near = nearest(name, (name for part, values in known.items() for name in (part, *values)))
+    hint = f"did you mean {near}?" if near else "the config.json of a run has all entries"
     return f"unknown entry {name!r}; {hint}"
 
 
@@ -198,7 +198,7 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return value
     if get_origin(hint) is dict and isinstance(value, dict):  # its values are checked where they are used
         return value
-    if hint is Path and isinstance(value, str):
+    if hint is Path and isinstance(value, str) and value and "\0" not in value:
         return Path(value)
     if hint is float and (isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)):  # else too large
         return float(value)
@@ -216,4 +216,5 @@ def _form(hint: Any) -> str:
         return f"a list, each entry {_form(inner[0])}" if inner[-1] is Ellipsis else f"a list of {len(inner)} numbers"
     if get_origin(hint) is dict:
         return "a table of names and values"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a string")
+    names = {int: "a whole number", float: "a number", bool: "true or false", Path: "the name of a file or folder"}
+    return names.get(hint, "a string")

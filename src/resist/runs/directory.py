@@ -239,7 +239,10 @@ def environment() -> dict[str, object]:
 def command() -> list[str]:
     """The command line of this process, or of the launcher that has started it."""
     given = os.environ.get(COMMAND)
-    return json.loads(given) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if given:
+        return json.loads(given)
+    name = Path(sys.argv[0]).name
+    return ["resist" if name == "__main__.py" else name, *sys.argv[1:]]  # python -m resist
 
 
 def _commit() -> str | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from resist.errors import UserError, first_line
-from resist.runs.atomic import atomic_path
+from resist.runs.atomic import atomic_path, utf8_path
 
 # The names that safetensors gives to types of numbers.
 DTYPES = {
@@ -156,7 +156,7 @@ def _opened(path: Path, file_format: str) -> Iterator[tuple[Any, Description]]:
     try:
         if not path.is_file():
             raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as name, safe_open(name, framework="pt") as file:
             texts = dict(file.metadata() or {})
             if texts.get("format") != file_format:
                 raise other_format(path, texts.get("format"), file_format)

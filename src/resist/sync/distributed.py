@@ -228,13 +228,16 @@ class Distributed:
         One all-gather if all texts fit into a packet, else a second one for the whole texts. A packet is the length of
         the text in 8 bytes, and its beginning.
         """
-        encoded = text.encode()
+        encoded = text.encode("utf-8", "surrogateescape")
         packets = self._gather(len(encoded).to_bytes(8, "big") + encoded, PACKET_BYTES)
         sizes = [int.from_bytes(packet[:8], "big") for packet in packets]
         if max(sizes) <= PACKET_BYTES - 8:
-            return [packet[8 : 8 + size].decode() for packet, size in zip(packets, sizes, strict=True)]
+            return [
+                packet[8 : 8 + size].decode("utf-8", "surrogateescape")
+                for packet, size in zip(packets, sizes, strict=True)
+            ]
         texts = self._gather(encoded, max(sizes))
-        return [padded[:size].decode() for padded, size in zip(texts, sizes, strict=True)]
+        return [padded[:size].decode("utf-8", "surrogateescape") for padded, size in zip(texts, sizes, strict=True)]
 
     def _gather(self, content: bytes, size: int) -> list[bytes]:
         """The contents of all processes, cut or padded to `size` bytes."""

@@ -117,7 +117,7 @@ class CountingTransport:
         start = time.perf_counter()
         texts = self._transport.all_gather_text(text)
         self.wait_s["control"] += time.perf_counter() - start
-        longest = max(len(gathered.encode()) for gathered in texts)
+        longest = max(len(gathered.encode("utf-8", "surrogateescape")) for gathered in texts)
         sent = PACKET_BYTES + (longest if longest > PACKET_BYTES - 8 else 0)
         num_bytes = self.num_processes * (self.num_processes - 1) * sent
         self.bytes["control"] += num_bytes

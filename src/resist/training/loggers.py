@@ -129,7 +129,7 @@ class WandB:
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
         started = read_table(path / "environment.json").get("started")
-        identity = blake2b(f"{path.name} {started}".encode(), digest_size=8).hexdigest()
+        identity = blake2b(f"{path.name} {started}".encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
         try:
             self._run = wandb.init(
                 project="resist",

@@ -143,7 +143,9 @@ class Display:
     ) -> None:
         self.title, self.summary, self.remark = title, summary, remark
         self.console = console or Console(highlight=False)
-        self.live = live and self.console.is_terminal and not self.console.is_dumb_terminal
+        # rich alone takes a wish for colors, as FORCE_COLOR in a log, for a terminal.
+        able = self.console.is_terminal and self.console.is_interactive and not self.console.is_dumb_terminal
+        self.live = live and able and self.console.file.isatty()
         self._lock = threading.Lock()  # rich draws in a thread of its own
         self._last_record, self._last_line = time.monotonic(), 0.0
         self._live = Live(
