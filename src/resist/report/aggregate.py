@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from resist.report.bitmap import CLEAR
 from resist.report.colors import color_of
-from resist.report.svg import CLEAR
 from resist.report.units import sample
 from resist.runs.history import History
 from resist.runs.records import ALLREDUCED, EVALUATE, allreduced_bytes
