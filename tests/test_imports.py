@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         "planning", "blocks", "sync", "job", "runs", "models", "data", "tasks", "cost", "report", "export", "training",
     },
     "__main__": {"cli"},
-    "__init__": {"planning", "blocks", "subnet", "checking", "sync", "job", "runs"},
+    "__init__": {"planning", "blocks", "subnet", "checking", "sync", "job", "runs", "report"},
 }  # fmt: skip
 NO_TORCH = ("errors.py", "planning/", "report/", "runs/history.py", "runs/records.py", "runs/follower.py")
 MATPLOTLIB = {"report/png.py"}

@@ -95,5 +95,12 @@ if not TYPE_CHECKING:  # so that type checkers report names that do not exist
         return value
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """Make plans, jobs and runs show themselves in a notebook, after %load_ext resist."""
+    from resist.report.notebook import register
+
+    register(shell)
+
+
 def __dir__() -> list[str]:
     return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_SUBMODULES})

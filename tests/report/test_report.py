@@ -20,9 +20,9 @@ from resist.cli.report import ReportConfig, run_report
 from resist.errors import UserError
 from resist.planning.plan import partition
 from resist.report.aggregate import holdings, map_rows, traffic
+from resist.report.bitmap import png
 from resist.report.compare import compare, labels
 from resist.report.page import page
-from resist.report.svg import png
 from resist.report.units import ends, log_ticks, means, sample, thin, ticks, whole_ticks
 from resist.runs.config import TrainConfig
 from resist.runs.history import read_history

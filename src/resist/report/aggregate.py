@@ -1,10 +1,11 @@
 """Holdings and traffic of a run: the numbers behind the partition map and the traffic matrix."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resist.report.bitmap import CLEAR
 from resist.report.colors import color_of
-from resist.report.svg import CLEAR
 from resist.report.units import sample
 from resist.runs.history import History
 from resist.runs.records import ALLREDUCED, EVALUATE, allreduced_bytes
@@ -45,7 +46,17 @@ def holdings(history: History) -> list[Holdings]:
 
 def _of_chain(history: History, chain: str) -> Holdings:
     records = [record for record in history.rounds if record["plan"].get(chain)]
-    plans = [record["plan"][chain] for record in records]
+    return holdings_of(chain, [record["plan"][chain] for record in records], [record["round"] for record in records])
+
+
+def holdings_of(chain: str, plans: Sequence[Sequence[Sequence[int]]], rounds: Sequence[int]) -> Holdings:
+    """The holdings of a chain.
+
+    Args:
+        chain: The name of the chain.
+        plans: plans[i][worker]: the blocks that the worker held.
+        rounds: The number of each round, as many as there are plans.
+    """
     blocks = 1 + max((block for plan in plans for held in plan for block in held), default=0)
     workers = max(len(plan) for plan in plans)
     counts = [[0] * blocks for _ in range(workers)]
@@ -63,7 +74,7 @@ def _of_chain(history: History, chain: str) -> Holdings:
         holders.append([tuple(workers_of) for workers_of in of_block])
     every = kept[1] - kept[0] if len(kept) > 1 else 1
     shares = [[count / len(plans) for count in of_worker] for of_worker in counts]
-    return Holdings(chain, blocks, workers, [records[i]["round"] for i in kept], every, holders, shares)
+    return Holdings(chain, blocks, workers, [rounds[i] for i in kept], every, holders, shares)
 
 
 def map_rows(chain: Holdings) -> tuple[list[bytes], list[str], int]:

@@ -4,10 +4,11 @@ import colorsys
 
 from resist.planning.methods import METHODS
 
-# Eight hues that color-blind readers can distinguish, on light and dark backgrounds.
-COLORS = ("#3b7dd8", "#e08214", "#2a9d6f", "#c94f7c", "#8467c2", "#b8a11f", "#3ba7b5", "#8a6a4f")
+# Eight colors, all lighter than black and darker than white. Any two of them differ by at least 18 in CIELAB as readers
+# without red, green or blue receptors see them.
+COLORS = ("#3b7dd8", "#e08214", "#18752e", "#ce70b5", "#553df9", "#f24152", "#b32563", "#a624a5")
 STRATEGIES = dict(zip(METHODS, COLORS, strict=False))
-PHASES = {"compute": "#3b7dd8", "wait": "#b8a11f", "sync": "#c94f7c", "checkpoint": "#8467c2", "evaluate": "#8d949e"}
+PHASES = {"compute": COLORS[0], "wait": COLORS[1], "sync": COLORS[2], "checkpoint": COLORS[4], "evaluate": "#8d949e"}
 
 
 def color_of(index: int) -> str:

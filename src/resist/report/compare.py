@@ -19,9 +19,10 @@ def compare(histories: Sequence[History]) -> dict[str, Any]:
         histories: The runs, each with at least one round.
 
     Returns:
-        A table, ready for JSON. "rows": one for each label (see `labels`), with means over its runs. "equal_accuracy":
-        the smallest final accuracy, or None where no run was tested. "speed_up" in each row: the time of a step of
-        local SGD with as many workers, divided by that of the row; None where local SGD is not among the runs.
+        A table, ready for JSON. "rows": one for each label (see `labels`), with means over its runs; the values of
+        each run, in the order of "seeds", are under names that end in "_by_run". "equal_accuracy": the smallest final
+        accuracy, or None where no run was tested. "speed_up" in each row: the time of a step of local SGD with as many
+        workers, divided by that of the row; None where local SGD is not among the runs.
     """
     tested = [h for h in histories if h.tested]
     target = min((h.accuracies[-1] for h in tested), default=None)
@@ -30,13 +31,18 @@ def compare(histories: Sequence[History]) -> dict[str, Any]:
         groups.setdefault(label, []).append(history)
     rows = [{"label": label, **_row(group, target)} for label, group in groups.items()]
     for row in rows:
-        base = next((r for r in rows if (r["strategy"], r["workers"]) == (BASELINE, row["workers"])), None)
+        base = baseline_of(row, rows)
         row["speed_up"] = {
             part: None if base is None or row[f"{part}_s_per_step"] == 0
             else base[f"{part}_s_per_step"] / row[f"{part}_s_per_step"]
             for part in ("time", "compute", "exchange")
         }  # fmt: skip
     return {"equal_accuracy": target, "rows": rows}
+
+
+def baseline_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first row of local SGD with as many workers, or None."""
+    return next((r for r in rows if (r["strategy"], r["workers"]) == (BASELINE, row["workers"])), None)
 
 
 def labels(histories: Sequence[History]) -> list[str]:
@@ -69,6 +75,11 @@ def colors(names: Sequence[str]) -> dict[str, str]:
     return {name: color_of(number) for number, name in enumerate(unique)}
 
 
+def score_name(history: History) -> str:
+    """The name of the score that the network was tested by: "accuracy", or what the task calls its first score."""
+    return next((name for record in reversed(history.rounds) for name in record["scores"]), "accuracy")
+
+
 def _row(runs: Sequence[History], target: float | None) -> dict[str, Any]:
     final = [h.accuracies[-1] for h in runs if h.tested]
     positions = [(h, None if target is None else h.reached(target)) for h in runs]
@@ -78,18 +89,24 @@ def _row(runs: Sequence[History], target: float | None) -> dict[str, Any]:
         "workers": runs[0].workers,
         "runs": [str(h.path) for h in runs],
         "seeds": [h.config.run.seed for h in runs],
+        "score": score_name(runs[0]),
         "accuracy": mean(final) if final else None,
         "accuracy_sd": stdev(final) if len(final) > 1 else None,
+        "accuracy_by_run": [h.accuracies[-1] if h.tested else None for h in runs],
         "rounds": mean(len(h.rounds) for h in runs),
         "steps": mean(h.steps[-1] for h in runs),
         "time_s": mean(h.seconds[-1] for h in runs),
+        "time_s_by_run": [h.seconds[-1] for h in runs],
         "compute_s": mean(h.total("compute") for h in runs),
         "wait_s": mean(h.total("wait") for h in runs),
         "exchange_s": mean(h.total("sync") for h in runs),
         "time_s_per_step": mean(h.seconds[-1] / h.steps[-1] for h in runs),
+        "time_s_per_step_by_run": [h.seconds[-1] / h.steps[-1] for h in runs],
         "compute_s_per_step": mean(h.total("compute") / h.steps[-1] for h in runs),
+        "wait_s_per_step": mean(h.total("wait") / h.steps[-1] for h in runs),
         "exchange_s_per_step": mean(h.total("sync") / h.steps[-1] for h in runs),
         "bytes": mean(h.bytes[-1] for h in runs),
+        "bytes_per_step": mean(h.bytes[-1] / h.steps[-1] for h in runs),
         "time_s_to_equal_accuracy": mean(h.seconds[i] for h, i in reached) if reached else None,
         "bytes_to_equal_accuracy": mean(h.bytes[i] for h, i in reached) if reached else None,
     }

@@ -1,17 +1,17 @@
-"""The figures of a report as HTML: curves, partition map, traffic matrix, seconds by phase."""
+"""The figures of a report as HTML: partition map, traffic matrix, seconds by phase, time and bytes of a step."""
 
-import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from resist.report.aggregate import Holdings, all_reduced, holdings, map_rows, traffic
+from resist.report.bitmap import data_uri, png
 from resist.report.colors import PHASES, color_of
 from resist.report.compare import colors
-from resist.report.svg import Series, Ticks, data_uri, figure, frame, legend, png, stacked_plot, svg
+from resist.report.svg import Series, Ticks, bars, figure, frame, legend, scroll, stacked_plot, svg
 from resist.report.tables import phases_of
-from resist.report.units import amount, bytes_unit, ends, means, seconds_unit, thin, whole_ticks
+from resist.report.units import amount, bytes_unit, duration, ends, means, whole_ticks
 from resist.runs.history import History
 
 COLUMNS = 150  # the largest number of columns for all rounds
@@ -19,8 +19,8 @@ NUMBERED = 12  # workers up to which a matrix shows its numbers
 
 
 def holdings_figures(history: History) -> list[str]:
-    """The partition map of each chain, with the share of rounds in which each worker held each block."""
-    return [f"{partition_map(chain)}{shares(chain)}" for chain in holdings(history)]
+    """The partition map of each chain, and the share of rounds in which each worker held each block."""
+    return [figure for chain in holdings(history) for figure in (partition_map(chain), shares(chain))]
 
 
 def partition_map(chain: Holdings) -> str:
@@ -45,7 +45,7 @@ def partition_map(chain: Holdings) -> str:
     if chain.every > 1:
         note += f" Every {chain.every}th round is shown."
     key = legend([(f"worker {worker}", color_of(worker)) for worker in range(chain.workers)])
-    content = f'<div style="max-width:{60 + max(160, 30 * num)}px">{inside}</div>{key}'
+    content = f'{key}<div style="max-width:{60 + max(160, 64 * num)}px">{inside}</div>'
     return figure(f"Which worker held which block of {chain.chain}", content, note=note, css_class="plot map")
 
 
@@ -82,10 +82,11 @@ def shares(chain: Holdings) -> str:
     y_step = -(-12 // pitch)
     y_ticks = [(1 - (w + 0.5) / chain.workers, str(w)) for w in range(0, chain.workers, y_step)]
     x_ticks = [((b + 0.5) / chain.blocks, str(b)) for b in whole_ticks(0, chain.blocks - 1, 10)]
-    area = svg(parts, chain.blocks, chain.workers)
+    label = f"Shares of the rounds in which each of {chain.workers} workers held each of {chain.blocks} blocks"
+    area = svg(parts, chain.blocks, chain.workers, label=label)
     inside = frame(area, x_ticks, y_ticks, f"block of {chain.chain}", "worker", height=pitch * chain.workers)
     note = f"The stronger the color, the more of the rounds; from {min(shown):.0%} to {max(shown):.0%}."
-    content = f'<div style="max-width:{60 + 44 * chain.blocks}px">{inside}</div>'
+    content = f'<div style="max-width:{60 + 110 * chain.blocks}px">{inside}</div>'
     return figure("How often each worker held each block", content, note=note)
 
 
@@ -109,7 +110,7 @@ def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
     """A table with shades; with many workers only the tooltips have the numbers."""
     most = max(max(row) for row in sent)
     numbered = len(sent) <= NUMBERED
-    head = "".join(f"<th>{target}</th>" for target in range(len(sent)))
+    head = "".join(f'<th scope="col">{target}</th>' for target in range(len(sent)))
     rows: list[str] = []
     for source, row in enumerate(sent):
         cells: list[str] = []
@@ -118,10 +119,11 @@ def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
             title = f' title="{source} to {target}: {text or 0}"'
             style = f"background:rgba(var(--heat),{0.6 * share:.2f})"
             cells.append(f'<td class="cell"{title} style="{style}">{text if numbered else ""}</td>')
-        rows.append(f"<tr><th>{source}</th>{''.join(cells)}</tr>")
-    return (
-        f'<div class="scroll"><table class="heat"><thead><tr><th>from \\ to</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        rows.append(f'<tr><th scope="row">{source}</th>{"".join(cells)}</tr>')
+    return scroll(
+        f'<table class="heat"><thead><tr><th scope="col">from \\ to</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>",
+        "Bytes from worker to worker",
     )
 
 
@@ -138,65 +140,20 @@ def seconds_figure(history: History) -> str:
     every = -(-len(history.rounds) // COLUMNS)
     drawn = stacked_plot("Seconds of a round by phase", "round", "s", rounds, round_ticks(rounds), series)
     note = f'<p class="note">Means of {every} rounds each.</p>' if every > 1 else ""
-    return f"<div>{drawn}{legend([(line.name, line.color) for line in series])}{note}</div>"
+    return f"<div>{legend([(line.name, line.color) for line in series])}{drawn}{note}</div>"
 
 
-POINTS = 300  # the largest number of points of a line
-
-
-@dataclass(frozen=True)
-class Curves:
-    """One plot, a line for each run.
-
-    Attributes:
-        title: The title.
-        x_label: The label of the x axis.
-        y_label: The label of the y axis.
-        log_x: The x axis is logarithmic.
-        series: The lines.
-    """
-
-    title: str
-    x_label: str
-    y_label: str
-    log_x: bool
-    series: list[Series]
-
-
-def curves_of(histories: Sequence[History], names: Sequence[str]) -> list[Curves]:
-    """Six plots: accuracy against steps, time and bytes, then loss against the same.
-
-    Args:
-        histories: The runs.
-        names: A name for each run; equal names have the same color.
-    """
-    of_name = colors(names)
-    byte, byte_unit = bytes_unit(max(h.bytes[-1] for h in histories))
-    second, second_unit = seconds_unit(max(h.seconds[-1] for h in histories))
-    sent = [h.bytes[-1] for h in histories]
-    far_apart = min(sent) > 0 and max(sent) > 8 * min(sent)
-    axes: tuple[tuple[str, str, Callable[[History], list[float]], bool], ...] = (
-        ("steps", "steps of a worker", lambda h: [float(s) for s in h.steps], False),
-        ("time", f"time without evaluations, {second_unit}", lambda h: [s / second for s in h.seconds], False),
-        ("bytes", f"sent by all workers, {byte_unit}", lambda h: [b / byte for b in h.bytes], far_apart),
-    )
-    plots: list[Curves] = []
-    for quantity, y_label, line in (
-        ("Test accuracy", "%", _accuracy_line),
-        ("Training loss", "mean over the workers", _loss_line),
-    ):
-        for against, x_label, values, log in axes:
-            series = [line(h, n, of_name[n], values(h)) for h, n in zip(histories, names, strict=True)]
-            plots.append(Curves(f"{quantity} against {against}", x_label, y_label, log, series))
-    return plots
-
-
-def _accuracy_line(history: History, name: str, color: str, x: Sequence[float]) -> Series:
-    kept = [history.tested[i] for i in thin(len(history.tested), POINTS)]
-    values = [100 * history.rounds[i]["accuracy"] for i in kept]
-    return Series(name, color, [x[i] for i in kept], values, marks=len(kept) <= 60)
-
-
-def _loss_line(history: History, name: str, color: str, x: Sequence[float]) -> Series:
-    losses = [record["loss"] if abs(record["loss"]) < 1e30 else math.nan for record in history.rounds]
-    return Series(name, color, ends(x, POINTS), means(losses, POINTS))
+def step_bars(comparison: dict[str, Any]) -> list[str]:
+    """Seconds and bytes of a step for each row of a comparison, as bars."""
+    parts = (("compute", "compute"), ("wait", "wait"), ("exchange", "sync"))
+    rows = comparison["rows"]
+    seconds = [
+        (row["label"], [(name, row[f"{name}_s_per_step"], PHASES[phase]) for name, phase in parts],
+         duration(row["time_s_per_step"])) for row in rows
+    ]  # fmt: skip
+    of_name = colors([row["label"] for row in rows])
+    sent = [
+        (row["label"], [(row["label"], row["bytes_per_step"], of_name[row["label"]])], amount(row["bytes_per_step"]))
+        for row in rows
+    ]
+    return [bars("Time of a step", seconds), bars("Sent by all workers in a step", sent)]

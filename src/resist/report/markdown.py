@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from html import escape
 from urllib.parse import quote
 
-from resist.report import tables
+from resist.report import provenance, tables
 from resist.report.compare import compare
+from resist.report.conclusion import caveats, conclusion
 from resist.runs.history import History
 
 
@@ -21,11 +22,21 @@ def markdown(histories: Sequence[History], curves: str, pictures: Sequence[str])
     names = tables.names_of(histories)
     parts = [f"# {_text(names[0]) if len(names) == 1 else f'{len(names)} runs compared'}"]
     if len(histories) > 1:
-        parts += [_table(*tables.comparison_rows(compare(histories))), tables.COMPARISON_NOTE]
+        comparison = compare(histories)
+        parts += [_text(text) for text in conclusion(comparison)]
+        parts += [f"> {_text(text)}" for text in caveats(comparison, histories)]
+        parts += [_table(*tables.comparison_rows(comparison)), tables.COMPARISON_NOTE]
     parts.append(f"![Accuracy and loss against steps, time and bytes]({_link(curves)})")
     for history, name, picture in zip(histories, names, pictures, strict=True):
         parts += [f"## {_text(name)}"] if len(histories) > 1 else []
         parts += _one(history, picture)
+    parts += ["### Reproduce", _code(provenance.repeat_all(histories))]
+    for title, of in (("option", provenance.options), ("environment", provenance.environment)):
+        if rows := provenance.differing(histories, of):
+            parts.append(_table((f"{title} that differs", *names), rows))
+        parts.append(
+            _table((title, "value" if len(histories) == 1 else "of all runs"), provenance.common(histories, of))
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -35,9 +46,9 @@ def _one(history: History, picture: str) -> list[str]:
         _table(("", ""), tables.reading_rows(history)),
         tables.READINGS_NOTE,
     ]
-    commands = "\n".join("    " + " ".join(line.splitlines()) for line in tables.repeat(history))
     return [
         f"{_text(tables.sentence(history))} ({tables.ENDS[history.ended]})",
+        *map(_text, tables.local_sgd_sentence(history)),
         *(f"> {_text(note)}" for note in tables.notes(history)),
         _table(("", ""), tables.headline(history)),
         f"![Which worker held which block, bytes from worker to worker, seconds of a round]({_link(picture)})",
@@ -47,11 +58,11 @@ def _one(history: History, picture: str) -> list[str]:
         "### Seconds by phase",
         _table(("", ""), tables.seconds_by_phase(history)),
         *(readings if history.readings else []),
-        "### Reproduce",
-        commands,
-        _table(("option", "value"), tables.options(history)),
-        _table(("environment", ""), tables.environment(history)),
     ]
+
+
+def _code(lines: Sequence[str]) -> str:
+    return "\n".join("    " + " ".join(line.splitlines()) for line in lines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

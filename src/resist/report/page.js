@@ -1,5 +1,12 @@
 // Shows the values at the pointer as text. The page is complete without it.
 "use strict";
+for (const box of document.querySelectorAll(".scroll")) {  // a shade shows it without a script
+  if (box.scrollWidth <= box.clientWidth + 1) continue;
+  const more = document.createElement("p");
+  more.className = "more";
+  more.textContent = "The table goes on to the right: scroll it, or use the arrow keys. →";
+  box.before(more);
+}
 for (const frame of document.querySelectorAll(".frame")) {
   const source = frame.querySelector("script[type='application/json']");
   const area = frame.querySelector(".area");
@@ -32,17 +39,33 @@ for (const frame of document.querySelectorAll(".frame")) {
     const holders = data.combinations[data.cells[column][block]];
     return `round ${data.x[column]}, block ${block}\n` + (holders.length > 1 ? "workers " : "worker ") + holders.join(", ");
   };
-  const show = (event) => {
+  const show = (right, down) => {
     data ??= JSON.parse(source.textContent);
     const box = area.getBoundingClientRect();
-    const right = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-    const down = Math.min(1, Math.max(0, (event.clientY - box.top) / box.height));
     tip.textContent = describe(right, down);
     tip.hidden = false;
     tip.style.left = `${Math.max(0, Math.min(box.width - tip.offsetWidth, right * box.width + 12))}px`;
     tip.style.top = `${Math.max(0, Math.min(box.height - tip.offsetHeight, down * box.height + 12))}px`;
   };
-  area.addEventListener("pointermove", show);
-  area.addEventListener("pointerdown", show);
-  area.addEventListener("pointerleave", () => { tip.hidden = true; });
+  const within = (share) => Math.min(1, Math.max(0, share));
+  const point = (event) => {
+    const box = area.getBoundingClientRect();
+    show(within((event.clientX - box.left) / box.width), within((event.clientY - box.top) / box.height));
+  };
+  const hide = () => { tip.hidden = true; };
+  area.addEventListener("pointermove", point);
+  area.addEventListener("pointerdown", point);
+  area.addEventListener("pointerleave", hide);
+  // The same with the keyboard: the arrow keys move the place.
+  let place = [0.5, 0.5];
+  const moves = { ArrowLeft: [-0.02, 0], ArrowRight: [0.02, 0], ArrowUp: [0, -0.04], ArrowDown: [0, 0.04] };
+  area.tabIndex = 0;
+  area.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") hide();
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    place = place.map((share, i) => within(share + moves[event.key][i]));
+    show(...place);
+  });
+  area.addEventListener("blur", hide);
 }

@@ -7,10 +7,12 @@ from importlib.resources import files
 from typing import Any
 
 import resist
-from resist.report import tables
-from resist.report.compare import colors, compare, labels
-from resist.report.figures import curves_of, holdings_figures, matrix, seconds_figure
-from resist.report.svg import legend, line_plot
+from resist.report import provenance, tables
+from resist.report.compare import compare, labels
+from resist.report.conclusion import caveats, conclusion
+from resist.report.curves import curves_of
+from resist.report.figures import holdings_figures, matrix, seconds_figure, step_bars
+from resist.report.svg import line_legend, line_plot, scroll
 from resist.runs.history import History
 
 
@@ -18,7 +20,7 @@ def page(histories: Sequence[History]) -> str:
     """The HTML of a report on one run, or of a comparison of several."""
     names = tables.names_of(histories)
     title = names[0] if len(names) == 1 else f"{len(names)} runs compared"
-    body = _several(histories, names) if len(histories) > 1 else _one(histories[0], names[0], "h1")
+    body = _several(histories, names) if len(histories) > 1 else _alone(histories[0], names[0])
     here = files("resist.report")
     css, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     now = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}".strip()
@@ -33,68 +35,132 @@ def page(histories: Sequence[History]) -> str:
     )
 
 
-def _several(histories: Sequence[History], names: Sequence[str]) -> str:
-    head, rows = tables.comparison_rows(compare(histories))
-    links = "".join(f'<li><a href="#run-{i}">{escape(name)}</a></li>' for i, name in enumerate(names, start=1))
+def _alone(history: History, name: str) -> str:
+    """The page of one run."""
+    maps, rest = _figures(history)
+    commands = _commands(provenance.repeat(history))
     parts = [
-        f"<header><h1>{len(names)} runs compared</h1><nav><ul>{links}</ul></nav></header>",
-        f'<section id="comparison">{table(head, rows)}<p class="note">{escape(tables.COMPARISON_NOTE)}</p></section>',
-        curves(histories, labels(histories)),
+        f"<header><h1>{escape(name)}{_badge(history)}</h1>{_sentences(history)}</header>\n<main>",
+        _tiles(history),
+        curves([history], ["full network"]),
+        maps,
+        f'<div class="columns">{rest}<section><h2>Reproduce</h2>{commands}</section>'
+        f"<section><h2>Environment</h2>{pairs(provenance.environment(history), 'Environment')}</section>"
+        f"<section><h2>Options</h2><details><summary>All options</summary>"
+        f"{pairs(provenance.options(history), 'Options')}</details></section></div>\n</main>",
     ]
-    for number, (history, name) in enumerate(zip(histories, names, strict=True), start=1):
-        parts.append(f'<article id="run-{number}">{_one(history, name, "h2")}</article>')
     return "\n".join(parts)
 
 
-def _one(history: History, name: str, heading: str) -> str:
-    alone = heading == "h1"
-    badge = f'<span class="badge">{escape(tables.ENDS[history.ended])}</span>'
-    tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tables.headline(history))
+def _several(histories: Sequence[History], names: Sequence[str]) -> str:
+    """The page of a comparison: its conclusion, the numbers, the curves, each run, and where they come from."""
+    comparison, of_run = compare(histories), labels(histories)
+    head, rows = tables.comparison_rows(comparison)
+    links = "".join(f'<li><a href="#run-{i}">{escape(name)}</a></li>' for i, name in enumerate(names, start=1))
+    lead = "".join(f"<p>{escape(text)}</p>" for text in conclusion(comparison))
+    numbers = f'{table(head, rows, "Comparison")}<p class="note">{escape(tables.COMPARISON_NOTE)}</p>'
+    warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in caveats(comparison, histories))
     parts = [
-        f"<header><{heading}>{escape(name)}{badge}</{heading}><p>{escape(tables.sentence(history))}</p></header>",
-        *(f'<p class="warning">{escape(note)}</p>' for note in tables.notes(history)),
-        f'<dl class="tiles">{tiles}</dl>',
-        curves([history], ["full network"]) if alone else "",
+        f'<header><h1>{len(names)} runs compared</h1><div class="lead">{lead}</div>{warnings}</header>\n<main>',
+        f'<section id="comparison" class="beside"><div>{numbers}</div>'
+        f"<div>{''.join(step_bars(comparison))}</div></section>",
+        curves(histories, of_run),
+        f'<nav aria-label="Runs"><h2>The runs</h2><ul>{links}</ul></nav><div class="tiled runs">',
     ]
-    parts += [
-        f"<section><h3>Blocks of each worker, by round</h3>{figures}</section>" for figures in holdings_figures(history)
-    ]
+    seen: set[str] = set()
+    for number, (history, name, label) in enumerate(zip(histories, names, of_run, strict=True), start=1):
+        state = "" if label in seen else " open"  # further seeds look alike
+        seen.add(label)
+        maps, rest = _figures(history)
+        parts.append(
+            f'<details class="run"{state}><summary><h2>{escape(name)}{_badge(history)}</h2></summary>'
+            f'<article id="run-{number}">{_sentences(history)}{_tiles(history)}{maps}'
+            f'<div class="columns">{rest}</div></article></details>'
+        )
+    return "\n".join([*parts, "</div>", _provenance(histories, names), "</main>"])
+
+
+def _provenance(histories: Sequence[History], names: Sequence[str]) -> str:
+    """Commands, options and environment of several runs: what is equal once, and what differs for each run."""
+    environment, options = provenance.environment, provenance.options
+    differing = [*provenance.differing(histories, options), *provenance.differing(histories, environment)]
+    return (
+        '<section id="provenance"><h2>Where these numbers come from</h2><div class="tiled">'
+        f"<div><h3>Reproduce</h3>{_commands(provenance.repeat_all(histories))}</div>"
+        f"<div><h3>What differs between the runs</h3>{table(['', *names], differing, 'What differs')}</div>"
+        f"<div><h3>The same for all runs</h3>{pairs(provenance.common(histories, environment), 'Environment of all')}"
+        f"<details><summary>All options</summary>{pairs(provenance.common(histories, options), 'Options of all')}"
+        "</details></div></div></section>"
+    )
+
+
+NARROW_ROUNDS = 20  # up to which a partition map fits into a column
+
+
+def _figures(history: History) -> tuple[str, str]:
+    """The figures that need the whole width, and the sections that fill columns, where few rounds fit as well."""
+    heading = "<h2>Blocks of each worker, by round</h2>"
+    maps = [f"<section>{heading if i == 0 else ''}{each}</section>" for i, each in enumerate(holdings_figures(history))]
+    wide = "".join(maps) if len(history.rounds) > NARROW_ROUNDS else ""
     head, rows = tables.worker_rows(history)
-    parts += [
-        f'<section><h3>Traffic and time</h3><div class="pair">{matrix(history)}'
-        f"{seconds_figure(history)}</div></section>",
-        f'<section><h3>The workers</h3>{table(head, rows)}<p class="note">{tables.WORKERS_NOTE}</p></section>',
-        f"<section><h3>Seconds by phase</h3>{pairs(tables.seconds_by_phase(history))}</section>",
+    sections = [
+        *([] if wide else maps),
+        f"<section><h2>Time</h2>{seconds_figure(history)}{pairs(tables.seconds_by_phase(history), 'Seconds by phase')}"
+        "</section>",
+        f"<section><h2>Traffic</h2>{matrix(history)}</section>",
+        f"<section><h2>The workers</h2>{table(head, rows, 'Workers')}"
+        f'<p class="note">{tables.WORKERS_NOTE}</p></section>',
     ]
     if history.readings:
-        parts.append(
-            f"<section><h3>BatchNorm statistics and scale of the full network</h3>{pairs(tables.reading_rows(history))}"
-            f'<p class="note">{tables.READINGS_NOTE}</p></section>'
+        sections.append(
+            "<section><h2>BatchNorm statistics and scale of the full network</h2>"
+            f'{pairs(tables.reading_rows(history), "Readings")}<p class="note">{tables.READINGS_NOTE}</p></section>'
         )
-    parts.append(
-        f"<section><h3>Reproduce</h3><pre>{escape(chr(10).join(tables.repeat(history)))}</pre>"
-        f"<details><summary>All options</summary>{pairs(tables.options(history))}</details>"
-        f"<details open><summary>Environment</summary>{pairs(tables.environment(history))}</details></section>"
-    )
-    return "\n".join(part for part in parts if part)
+    return wide, "".join(sections)
+
+
+def _sentences(history: History) -> str:
+    texts = [tables.sentence(history), *tables.local_sgd_sentence(history)]
+    warnings = "".join(f'<p class="warning">{escape(note)}</p>' for note in tables.notes(history))
+    return "".join(f"<p>{escape(text)}</p>" for text in texts) + warnings
+
+
+def _badge(history: History) -> str:
+    return f' <span class="badge">{escape(tables.ENDS[history.ended])}</span>'
+
+
+def _tiles(history: History) -> str:
+    tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tables.headline(history))
+    return f'<dl class="tiles">{tiles}</dl>'
+
+
+def _commands(lines: Sequence[str]) -> str:
+    return f'<pre tabindex="0">{escape(chr(10).join(lines))}</pre>'
 
 
 def curves(histories: Sequence[History], names: Sequence[str]) -> str:
-    """Six figures: accuracy and loss against steps, time and bytes."""
-    figures = [line_plot(c.title, c.x_label, c.y_label, c.series, log_x=c.log_x) for c in curves_of(histories, names)]
-    of_name = colors(names)
-    key = legend([(name, of_name[name]) for name in dict.fromkeys(names)]) if len(set(names)) > 1 else ""
-    return f'<section id="curves"><div class="figures">{"".join(figures)}</div>{key}</section>'
+    """Six figures: accuracy and loss against steps, time and bytes, with the legend before them."""
+    plots = curves_of(histories, names)
+    figures = [line_plot(c.title, c.x_label, c.y_label, c.series, log_x=c.log_x) for c in plots]
+    several = any(line.low for plot in plots for line in plot.series)
+    note = '<p class="note">A line is the mean of runs, the band goes from the lowest to the highest.</p>'
+    key = line_legend(plots[0].series) if len(set(names)) > 1 else ""
+    return f'<section id="curves">{key}{note if several else ""}<div class="figures">{"".join(figures)}</div></section>'
 
 
-def pairs(rows: tables.Rows) -> str:
-    """A table of names and values."""
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f'<div class="scroll"><table class="pairs">{cells}</table></div>'
+def pairs(rows: tables.Rows, name: str) -> str:
+    """A table of names and values; `name` is that of the table."""
+    cells = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
+    return scroll(f'<table class="pairs">{cells}</table>', name)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table with a head."""
-    first = "".join(f"<th>{escape(name)}</th>" for name in head)
-    cells = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{first}</tr></thead><tbody>{cells}</tbody></table></div>'
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], name: str) -> str:
+    """A table with a head, and a name in the first cell of each row; `name` is that of the table."""
+    first = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    cells = "".join(
+        f'<tr><th scope="row">{escape(str(row[0]))}</th>'
+        + "".join(f"<td>{escape(str(cell))}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return scroll(f"<table><thead><tr>{first}</tr></thead><tbody>{cells}</tbody></table>", name)

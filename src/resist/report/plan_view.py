@@ -72,7 +72,7 @@ LABEL_COLUMNS, SHARED_COLUMNS = 21, 2
 
 
 def partition_lines(
-    num_blocks: int, rounds: Sequence[Sequence[Sequence[int]]], width: int, *, utf8: bool = True
+    num_blocks: int, rounds: Sequence[Sequence[Sequence[int]]], width: int, *, utf8: bool = True, first_round: int = 1
 ) -> list[Text]:
     """The sub-network of each worker in each round as a line, the shared parts at both ends.
 
@@ -81,6 +81,7 @@ def partition_lines(
         rounds: rounds[round][worker]: the blocks that the worker holds.
         width: Columns of the terminal.
         utf8: Use box drawing characters instead of ASCII.
+        first_round: Number of the first round.
     """
     line, shared = ("─", "━") if utf8 else ("-", "=")
     room = max(8, width - LABEL_COLUMNS - 2 * SHARED_COLUMNS - 1)
@@ -93,7 +94,7 @@ def partition_lines(
             digits = (str(block)[-digit] if len(str(block)) >= digit else " " for block in part)
             indent = " " * (LABEL_COLUMNS + SHARED_COLUMNS + pitch - 1)
             lines.append(Text(indent + (" " * (pitch - 1)).join(digits), style="dim"))
-        for number, workers in enumerate(rounds, start=1):
+        for number, workers in enumerate(rounds, start=first_round):
             for worker, held in enumerate(workers):
                 label = f"round {number}" if worker == 0 else ""
                 text = Text(f"{label:<10}{f'worker {worker}':<11}")
@@ -107,10 +108,13 @@ SIZE, GAP = 15, 4  # of a block, and to the next
 LABELS, SHARED, EDGE = 138, 62, 14  # widths: of the labels on the left, of a shared part, of the margin
 HEAD, LEGEND = 66, 20  # heights: of a chain's title with the network below it, of a line of the legend
 
-# Follows the light or dark mode of the browser, also where it is embedded as an image.
+# Follows the light or dark mode of the browser, also where it is embedded as an image. The names keep to the drawing
+# where it is part of a page, as in a notebook.
 STYLE = (
-    "text{fill:#24292f}.soft{fill:#57606a}.ground{fill:#ffffff}.whole{fill:#8d949e}.path{stroke-opacity:.55}"
-    "@media(prefers-color-scheme:dark){text{fill:#e4e8ee}.soft{fill:#a2abb8}.ground{fill:#14171c}}"
+    ".resist-plan text{fill:#24292f}.resist-plan .soft{fill:#57606a}.resist-plan .ground{fill:#ffffff}"
+    ".resist-plan .whole{fill:#8d949e}.resist-plan .path{stroke-opacity:.55}"
+    "@media(prefers-color-scheme:dark){.resist-plan text{fill:#e4e8ee}.resist-plan .soft{fill:#a2abb8}"
+    ".resist-plan .ground{fill:#14171c}}"
 )
 
 
@@ -123,33 +127,38 @@ def partition_svg(description: dict[str, Any]) -> str:
     top = EDGE
     for chain in description["chains"]:
         rounds = plans_of(description, chain["name"])
-        parts += _chain(chain["name"], chain["blocks"], rounds, top)
+        parts += _chain(chain["name"], chain["blocks"], rounds, description["rounds"][0]["round"], top)
         top += HEAD + len(rounds) * (workers * pitch + 14) + 10
-    legend, lines = _legend(workers, top, width)
-    height = top + lines * LEGEND + EDGE
+    shared = ("#8d949e", 0.4, 26, "shared: every worker trains it, and it is averaged")
+    legend, lines = legend_of(workers, top, width, shared)
+    return drawing("Which worker holds which block", [*parts, *legend], width, top + lines * LEGEND + EDGE)
+
+
+def drawing(title: str, parts: Sequence[str], width: float, height: float) -> str:
+    """An SVG file of these elements."""
     head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" font-family="system-ui, sans-serif" font-size="12">',
-        "<title>Which worker holds which block</title>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="resist-plan" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" font-family="system-ui, sans-serif" font-size="12">',
+        f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="ground" width="{width}" height="{height}"/>',
     ]
-    return "\n".join([*head, *parts, *legend, "</svg>", ""])
+    return "\n".join([*head, *parts, "</svg>", ""])
 
 
-def _chain(name: str, blocks: int, rounds: Sequence[Sequence[Sequence[int]]], top: int) -> list[str]:
+def _chain(name: str, blocks: int, rounds: Sequence[Sequence[Sequence[int]]], first_round: int, top: int) -> list[str]:
     """The whole network, and the sub-networks of each round."""
     pitch, left, first = SIZE + GAP, EDGE + LABELS, EDGE + LABELS + SHARED + GAP
     step = next(s for s in (1, 5, 10) if s * pitch >= 7 * len(str(blocks - 1)) + 4)
-    parts = [_text(EDGE, top + 12, f"{blocks} blocks of {name}", weight="bold")]
+    parts = [text_at(EDGE, top + 12, f"{blocks} blocks of {name}", weight="bold")]
     for block in range(0, blocks, step):
-        parts.append(_text(first + block * pitch + SIZE / 2, top + 32, str(block), "middle", 10, "soft"))
-    parts += [_text(EDGE, top + 50, "the network"), *_network(left, top + 38, blocks, range(blocks), None)]
+        parts.append(text_at(first + block * pitch + SIZE / 2, top + 32, str(block), "middle", 10, "soft"))
+    parts += [text_at(EDGE, top + 50, "the network"), *_network(left, top + 38, blocks, range(blocks), None)]
     y = top + HEAD
-    for number, workers in enumerate(rounds, start=1):
-        parts.append(_text(EDGE, y + 12, f"round {number}"))
+    for number, workers in enumerate(rounds, start=first_round):
+        parts.append(text_at(EDGE, y + 12, f"round {number}"))
         for worker, held in enumerate(workers):
-            parts.append(_text(left - 8, y + 12, f"worker {worker}", "end", 12, "soft"))
+            parts.append(text_at(left - 8, y + 12, f"worker {worker}", "end", 12, "soft"))
             parts += _network(left, y, blocks, held, color_of(worker))
             y += pitch
         y += 14
@@ -171,10 +180,9 @@ def _network(x: float, y: float, blocks: int, held: Sequence[int], color: str | 
     return [line, *ends, *squares]
 
 
-def _legend(workers: int, top: float, width: float) -> tuple[list[str], int]:
-    """The elements, and the number of lines that they take."""
-    entries = [(color_of(worker), 1.0, SIZE, f"worker {worker}") for worker in range(workers)]
-    entries.append(("#8d949e", 0.4, 26, "shared: every worker trains it, and it is averaged"))
+def legend_of(workers: int, top: float, width: float, *more: tuple[str, float, int, str]) -> tuple[list[str], int]:
+    """The elements, and the number of lines that they take. `more`: color, opacity, width and text of each."""
+    entries = [*((color_of(worker), 1.0, SIZE, f"worker {worker}") for worker in range(workers)), *more]
     parts: list[str] = []
     x, line = float(EDGE), 0
     for color, opacity, wide, text in entries:
@@ -185,14 +193,15 @@ def _legend(workers: int, top: float, width: float) -> tuple[list[str], int]:
         parts.append(
             f'<rect x="{x:g}" y="{y}" width="{wide}" height="{SIZE}" rx="2" fill="{color}" fill-opacity="{opacity}"/>'
         )
-        parts.append(_text(x + wide + 6, y + 12, text))
+        parts.append(text_at(x + wide + 6, y + 12, text))
         x += room
     return parts, line + 1
 
 
-def _text(
+def text_at(
     x: float, y: float, text: str, anchor: str = "start", size: int = 12, css_class: str = "", weight: str = "normal"
 ) -> str:
+    """A line of text."""
     extra = f' class="{css_class}"' if css_class else ""
     extra += f' font-weight="{weight}"' if weight != "normal" else ""
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"{extra}>{escape(text)}</text>'

@@ -1,6 +1,6 @@
 """The figures of a report as PNG, drawn by matplotlib, for Markdown, slides and papers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from resist.planning.methods import METHODS
 from resist.report.aggregate import Holdings, holdings, map_rows, traffic
 from resist.report.colors import PHASES, color_of
 from resist.report.compare import labels
-from resist.report.figures import COLUMNS, NUMBERED, Curves, block_ticks, curves_of, round_ticks
+from resist.report.curves import Curves, curves_of
+from resist.report.figures import COLUMNS, NUMBERED, block_ticks, round_ticks
 from resist.report.tables import phases_of
 from resist.report.units import bytes_unit, ends, means
 from resist.runs.history import History
@@ -22,11 +23,11 @@ DPI = 150
 
 
 def curves_png(histories: Sequence[History], names: Sequence[str]) -> bytes:
-    """Accuracy and loss against steps, time and bytes, a line for each run.
+    """Accuracy and loss against steps, time and bytes, a line for each name.
 
     Args:
         histories: The runs.
-        names: A name for each run; equal names have the same color.
+        names: A name for each run; runs of one name are drawn as their mean and range.
     """
     figure = Figure(figsize=(11, 6), layout="constrained")
     _draw_curves(figure, figure.subplots(2, 3).flat, curves_of(histories, names))
@@ -34,7 +35,7 @@ def curves_png(histories: Sequence[History], names: Sequence[str]) -> bytes:
 
 
 def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None:
-    """Draw accuracy against steps, time and bytes, a line for each run.
+    """Draw accuracy against steps, time and bytes, a line for each label, with the range of its runs.
 
     Each strategy has its marker. Steps and time begin at 0; the axis of bytes is logarithmic, because strategies differ
     by orders of magnitude.
@@ -45,8 +46,9 @@ def draw_comparison(histories: Sequence[History], files: Sequence[Path]) -> None
     """
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     steps, time, sent = figure.subplots(1, 3, sharey=True)
-    markers = [METHODS[history.config.method.strategy].marker for history in histories]
-    _draw_curves(figure, (steps, time, sent), curves_of(histories, labels(histories))[:3], markers)
+    names = labels(histories)
+    markers = {n: METHODS[h.config.method.strategy].marker for n, h in zip(names, histories, strict=True)}
+    _draw_curves(figure, (steps, time, sent), curves_of(histories, names)[:3], markers)
     steps.set_xlim(left=0)
     time.set_xlim(left=0)
     sent.set_xscale("log")
@@ -68,12 +70,14 @@ def run_png(history: History) -> bytes:
 
 
 def _draw_curves(
-    figure: Figure, all_axes: Iterable[Any], all_curves: Sequence[Curves], markers: Sequence[str] = ()
+    figure: Figure, all_axes: Iterable[Any], all_curves: Sequence[Curves], markers: Mapping[str, str] | None = None
 ) -> None:
-    """Draw the plots with a legend; `markers` are those of the lines, without them short lines have dots."""
+    """Draw the plots with a legend; `markers` are those of the lines, by name; without them short lines have dots."""
     for axes, curves in zip(all_axes, all_curves, strict=True):
-        for number, line in enumerate(curves.series):
-            marker = markers[number] if markers else "o" if line.marks or len(line.x) == 1 else ""
+        for line in curves.series:
+            marker = markers[line.name] if markers else "o" if line.marks or len(line.x) == 1 else ""
+            if line.low:
+                axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.18, linewidth=0)
             axes.plot(line.x, line.y, color=line.color, marker=marker, markersize=3.5, linewidth=1.4, label=line.name)
         axes.locator_params(axis="x", nbins=5)
         if curves.log_x:

@@ -1,15 +1,11 @@
-"""Plots as HTML with SVG inside, and pixel pictures as PNG, without a plotting library.
+"""Plots as HTML with SVG inside, without a plotting library.
 
 The lines are an SVG that is stretched to the available space, strokes keeping their width. Ticks and labels are text of
-the page around it, so they have the same size on a phone and on a wide screen. A map of many cells is one small PNG
-instead of a million rectangles.
+the page around it, so they have the same size on a phone and on a wide screen.
 """
 
 import json
 import math
-import struct
-import zlib
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -31,7 +27,8 @@ class Series:
         x: The x values.
         y: The y values, as many.
         marks: Draw a dot at each point.
-        dashed: Draw the line dashed.
+        low, high: Lowest and highest value at each point, where the line is a mean of several; else empty.
+        dashes: Lengths of dashes and gaps in pixels, as in SVG; "" for a solid line.
     """
 
     name: str
@@ -39,7 +36,9 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     marks: bool = False
-    dashed: bool = False
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    dashes: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,10 @@ class Axis:
         return [(self.place(value), short(value)) for value in values]
 
 
-def line_plot(
-    title: str, x_label: str, y_label: str, series: Sequence[Series], *, log_x: bool = False, y_zero: bool = False
-) -> str:
+def line_plot(title: str, x_label: str, y_label: str, series: Sequence[Series], *, log_x: bool = False) -> str:
     """A figure with lines. Points that are not finite are left out, as are those at 0 or less on a log axis.
+
+    The y axis begins at 0 where that costs little room; otherwise it is marked as broken.
 
     Args:
         title: The title.
@@ -71,25 +70,17 @@ def line_plot(
         y_label: The label of the y axis.
         series: The lines.
         log_x: Make the x axis logarithmic.
-        y_zero: Begin the y axis at 0.
     """
     lines = [_finite(line, log_x) for line in series]
     lines = [line for line in lines if line.x]
     if not lines:
         return figure(title, '<p class="none">Nothing was recorded.</p>')
     x = Axis(*_range([v for line in lines for v in line.x], from_zero=not log_x, pad=False), log=log_x)
-    y = Axis(*_range([v for line in lines for v in line.y], from_zero=y_zero, pad=True))
+    shown = [v for line in lines for v in (*line.y, *line.low, *line.high)]
+    y = Axis(*_range(shown, from_zero=0 <= min(shown) < 0.3 * max(shown), pad=True))
     parts = [f'<path class="grid" d="M0 {_up(place)}H{SIDE}"/>' for place, _ in y.ticks(5)]
     for line in lines:
-        points = [(_right(x.place(a)), _up(y.place(b))) for a, b in zip(line.x, line.y, strict=True)]
-        stroke = f'stroke="{escape(line.color)}"'
-        dashed = ' stroke-dasharray="6 4"' if line.dashed else ""
-        if len(points) > 1:
-            path = "L".join(f"{a} {b}" for a, b in points)
-            parts.append(f'<path class="line" {stroke}{dashed} d="M{path}"/>')
-        if line.marks or len(points) == 1:  # a line of length 0 with round ends is a dot, however it is stretched
-            dots = "".join(f"M{a} {b}h0" for a, b in points)
-            parts.append(f'<path class="dots" {stroke} d="{dots}"/>')
+        parts += _line(line, x, y)
     data = {
         "type": "lines",
         "x": [x.low, x.high],
@@ -97,7 +88,33 @@ def line_plot(
         "label": x_label,
         "series": [{"name": line.name, "x": _digits(line.x), "y": _digits(line.y)} for line in lines],
     }
-    return figure(title, frame(svg(parts), x.ticks(4), y.ticks(5), x_label, y_label, data=data))
+    described = "; ".join(
+        f"{line.name}: from {short(line.y[0])} to {short(line.y[-1])} at {short(line.x[-1])}" for line in lines[:12]
+    )
+    area = svg(parts, label=f"{title} ({x_label}). {described}")
+    x_label += ", logarithmic" if log_x else ""
+    broken = y.low > 0
+    y_label += ", not from 0" if broken else ""
+    return figure(title, frame(area, x.ticks(4), y.ticks(5), x_label, y_label, data=data, broken=broken))
+
+
+def _line(line: Series, x: Axis, y: Axis) -> list[str]:
+    """The elements of a line: the band between lowest and highest values, the line, the dots."""
+    places = [_right(x.place(value)) for value in line.x]
+    points = [f"{a} {_up(y.place(value))}" for a, value in zip(places, line.y, strict=True)]
+    color = escape(line.color)
+    parts: list[str] = []
+    if line.low and len(points) > 1:
+        above = [f"{a} {_up(y.place(value))}" for a, value in zip(places, line.high, strict=True)]
+        below = [f"{a} {_up(y.place(value))}" for a, value in zip(places, line.low, strict=True)]
+        parts.append(f'<path class="band" fill="{color}" d="M{"L".join([*above, *reversed(below)])}Z"/>')
+    if len(points) > 1:
+        dashes = f' stroke-dasharray="{line.dashes}"' if line.dashes else ""
+        parts.append(f'<path class="line" stroke="{color}"{dashes} d="M{"L".join(points)}"/>')
+    if line.marks or len(points) == 1:  # a line of length 0 with round ends is a dot, however it is stretched
+        dots = "".join(f"M{point}h0" for point in points)
+        parts.append(f'<path class="dots" stroke="{color}" d="{dots}"/>')
+    return parts
 
 
 def stacked_plot(
@@ -132,7 +149,9 @@ def stacked_plot(
         "x": _digits(x),
         "series": [{"name": area.name, "y": _digits(area.y)} for area in series],
     }
-    return figure(title, frame(svg(parts), x_ticks, axis.ticks(4), x_label, y_label, data=data))
+    means = ", ".join(f"{area.name} {short(sum(area.y) / num)} {y_label}" for area in series)
+    area = svg(parts, label=f"{title}. Means: {means}")
+    return figure(title, frame(area, x_ticks, axis.ticks(4), x_label, y_label, data=data))
 
 
 def figure(title: str, content: str, *, note: str = "", css_class: str = "plot") -> str:
@@ -141,9 +160,16 @@ def figure(title: str, content: str, *, note: str = "", css_class: str = "plot")
     return f'<figure class="{css_class}"><figcaption>{escape(title)}</figcaption>{content}{below}</figure>'
 
 
+BREAK = (  # a zigzag across the axis on the left
+    '<svg class="break" viewBox="0 0 12 10" aria-hidden="true"><path d="M0 9L4 5L8 9L12 5"/>'
+    '<path d="M0 5L4 1L8 5L12 1"/></svg>'
+)
+
+
 def frame(
-    area: str, x_ticks: Ticks, y_ticks: Ticks, x_label: str, y_label: str, *, height: int = 200, data: Any = None
-) -> str:
+    area: str, x_ticks: Ticks, y_ticks: Ticks, x_label: str, y_label: str, *,
+    height: int = 200, data: Any = None, broken: bool = False,
+) -> str:  # fmt: skip
     """A drawing with an axis on the left and one below.
 
     Args:
@@ -154,21 +180,27 @@ def frame(
         y_label: The label of the axis on the left.
         height: In pixels.
         data: The values that the script of the page shows at the pointer, ready for JSON.
+        broken: Mark the axis on the left as one that does not begin at 0.
     """
     left = "".join(f'<span style="bottom:{100 * at:.2f}%">{escape(text)}</span>' for at, text in y_ticks)
     below = "".join(f'<span style="left:{100 * at:.2f}%">{escape(text)}</span>' for at, text in x_ticks)
     return (
-        f'<div class="frame"><div class="ylabel">{escape(y_label)}</div><div class="yticks">{left}</div>'
-        f'<div class="area" style="height:{height}px">{area}<div class="tip" hidden></div></div>'
-        f'<div class="xticks">{below}</div><div class="xlabel">{escape(x_label)}</div>'
+        f'<div class="frame"><div class="ylabel">{escape(y_label)}</div>'
+        f'<div class="yticks" aria-hidden="true">{left}</div>'
+        f'<div class="area" style="height:{height}px">{area}{BREAK if broken else ""}'
+        '<div class="tip" role="status" hidden></div></div>'
+        f'<div class="xticks" aria-hidden="true">{below}</div><div class="xlabel">{escape(x_label)}</div>'
         + ("" if data is None else f'<script type="application/json">{script_json(data)}</script>')
         + "</div>"
     )
 
 
-def svg(parts: Sequence[str], width: float = SIDE, height: float = SIDE) -> str:
-    """An SVG element that fills the space around it."""
-    return f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
+def svg(parts: Sequence[str], width: float = SIDE, height: float = SIDE, *, label: str) -> str:
+    """An SVG element that fills the space around it; `label` describes it to those who do not see it."""
+    return (
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
+        f"{''.join(parts)}</svg>"
+    )
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
@@ -177,15 +209,59 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
+def line_legend(lines: Sequence[Series]) -> str:
+    """A list of names with a piece of each line."""
+    items = "".join(
+        '<li><svg viewBox="0 0 34 10" aria-hidden="true"><path class="line" d="M0 5H34" '
+        f'stroke="{escape(line.color)}" stroke-dasharray="{line.dashes or "none"}"/></svg>{escape(line.name)}</li>'
+        for line in lines
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def bars(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, float, str]], str]], *, note: str = "") -> str:
+    """A figure with a horizontal bar of parts for each row, all on one scale from 0.
+
+    Args:
+        title: The title.
+        rows: Name, parts as (name, value, color), and the text after the bar.
+        note: A note below.
+    """
+    most = max((sum(value for _, value, _ in parts) for _, parts, _ in rows), default=0.0)
+    if most <= 0:
+        return figure(title, '<p class="none">Nothing was recorded.</p>')
+    items: list[str] = []
+    for name, parts, text in rows:
+        total = sum(value for _, value, _ in parts) or 1.0
+        pieces = "".join(
+            f'<i style="width:{100 * value / most:.2f}%;background:{escape(color)}" '
+            f'title="{escape(part)}: {value / total:.0%}"></i>'
+            for part, value, color in parts
+            if value > 0
+        )
+        shares = ", ".join(f"{part} {value / total:.0%}" for part, value, _ in parts if value > 0)
+        described = f'<div class="bar" role="img" aria-label="{escape(shares)}">{pieces}</div>'
+        items.append(f"<dt>{escape(name)}</dt><dd>{described}<span>{escape(text)}</span></dd>")
+    key = dict.fromkeys((part, color) for _, parts, _ in rows for part, value, color in parts if value > 0)
+    shown = legend(list(key)) if any(len(parts) > 1 for _, parts, _ in rows) else ""
+    return figure(title, f'{shown}<dl class="bars">{"".join(items)}</dl>', note=note, css_class="barred")
+
+
+def scroll(table: str, name: str) -> str:
+    """A table that scrolls sideways where the page is narrow, with the keyboard too."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">{table}</div>'
+
+
 def script_json(data: Any) -> str:
     """JSON that cannot end the script element around it."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _finite(line: Series, log_x: bool) -> Series:
-    points = zip(line.x, line.y, strict=True)
-    kept = [(a, b) for a, b in points if math.isfinite(a) and math.isfinite(b) and (a > 0 or not log_x)]
-    return replace(line, x=[a for a, _ in kept], y=[b for _, b in kept])
+    points = zip(line.x, line.y, line.low or line.y, line.high or line.y, strict=True)
+    kept = [point for point in points if all(map(math.isfinite, point)) and (point[0] > 0 or not log_x)]
+    x, y, low, high = map(list, zip(*kept, strict=True)) if kept else ([], [], [], [])
+    return replace(line, x=x, y=y, low=low if line.low else (), high=high if line.high else ())
 
 
 def _range(values: Sequence[float], *, from_zero: bool, pad: bool) -> tuple[float, float]:
@@ -207,30 +283,3 @@ def _up(place: float) -> str:
 
 def _digits(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
-
-
-CLEAR = 0  # the color number of transparent pixels
-
-
-def png(rows: Sequence[bytes], palette: Sequence[str]) -> bytes:
-    """A PNG with a palette.
-
-    Args:
-        rows: Rows of equal length, a byte for each pixel: 0 for a transparent one, i for `palette[i - 1]`.
-        palette: At most 255 colors as #rrggbb.
-    """
-    assert len(palette) < 256
-    assert len({len(row) for row in rows}) == 1
-    colors = bytes(3) + b"".join(bytes.fromhex(color[1:]) for color in palette)
-    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 3, 0, 0, 0)
-    pixels = zlib.compress(b"".join(b"\0" + row for row in rows), 9)
-    parts = ((b"IHDR", header), (b"PLTE", colors), (b"tRNS", b"\0"), (b"IDAT", pixels), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in parts)
-
-
-def data_uri(picture: bytes) -> str:
-    return "data:image/png;base64," + b64encode(picture).decode()
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,17 +1,18 @@
 """The tables and texts of a report, shared by HTML and Markdown."""
 
 import math
-import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import stdev
 from typing import Any
 
 from resist.planning.methods import METHODS
 from resist.report.aggregate import all_reduced, holdings, traffic
 from resist.report.colors import PHASES
+from resist.report.compare import score_name
+from resist.report.provenance import Rows
 from resist.report.units import amount, duration
 from resist.runs.history import History
 
-Rows = list[tuple[str, str]]
 ENDS = {
     "finished": "finished",
     "interrupted": "interrupted; can be resumed",
@@ -38,10 +39,11 @@ def sentence(history: History) -> str:
 def headline(history: History) -> Rows:
     """The most important numbers of a run."""
     images = sum(record["images"] for record in history.rounds)
-    rows = [("test accuracy", percent(history.accuracies[-1] if history.tested else None))]
+    score = score_name(history)
+    rows = [(f"test {score}", percent(history.accuracies[-1] if history.tested else None))]
     best = max(history.accuracies, default=0.0)
     if history.tested and best > history.accuracies[-1]:
-        rows.append(("best accuracy", percent(best)))
+        rows.append((f"best {score}", percent(best)))
     scores = next((record["scores"] for record in reversed(history.rounds) if record["scores"]), {})
     rows += [(f"test {name}", percent(value)) for name, value in list(scores.items())[1:5]]
     loss = history.rounds[-1]["loss"]
@@ -50,10 +52,33 @@ def headline(history: History) -> Rows:
     if images and history.seconds[-1] > 0:
         rows.append(("images per second", f"{images / history.seconds[-1]:,.0f}"))
     rows.append(("sent by all workers", amount(history.bytes[-1])))
+    if (local_sgd := local_sgd_bytes(history)) is not None:
+        rows.append(("local SGD would send", amount(local_sgd)))
     held = [f"{len(h)} of {f.blocks}" for f in holdings(history)[:1] for h in _last_plan(history, f.chain)]
     if held:
         rows.append(("blocks held by a worker", " · ".join(dict.fromkeys(held))))
     return rows
+
+
+def local_sgd_bytes(history: History) -> int | None:
+    """Weights that local SGD would have sent in the same rounds; None for a run that holds all, or was not recorded."""
+    weights = [record["weights"] for record in history.rounds]
+    if not all("local_sgd_bytes" in each for each in weights) or weights[-1]["largest"] >= weights[-1]["all"]:
+        return None
+    return sum(each["local_sgd_bytes"] for each in weights)
+
+
+def local_sgd_sentence(history: History) -> list[str]:
+    """A sentence on what local SGD would have held and sent; empty where that is unknown or the run holds all."""
+    local_sgd, weights = local_sgd_bytes(history), history.rounds[-1]["weights"]
+    if local_sgd is None:
+        return []
+    ratio = f" ({local_sgd / history.bytes[-1]:.2f} times as much)" if history.bytes[-1] else ""
+    return [
+        f"The largest worker held {weights['largest'] / weights['all']:.0%} of the network's {weights['all']:,} "
+        f"weights, and all workers together sent {amount(history.bytes[-1])}. With local SGD each worker would hold "
+        f"all weights, and they would have sent {amount(local_sgd)} of weights in the same rounds{ratio}."
+    ]
 
 
 def notes(history: History) -> list[str]:
@@ -74,43 +99,6 @@ def notes(history: History) -> list[str]:
 
 def _last_plan(history: History, chain: str) -> tuple[tuple[int, ...], ...]:
     return next(record["plan"][chain] for record in reversed(history.rounds) if record["plan"].get(chain))
-
-
-def repeat(history: History) -> list[str]:
-    """The commands that reproduce the run."""
-    commit = history.environment.get("commit")
-    checkout = [f"git checkout {shlex.quote(str(commit).removesuffix('-dirty'))}"] if commit else []
-    return [*checkout, shlex.join(["resist", "train", "--config", str(history.path.absolute() / "config.json")])]
-
-
-def options(history: History) -> Rows:
-    """Every option of the run, by name."""
-    rows: Rows = []
-    for part, values in history.given.items():
-        for name, value in values.items():
-            shown = " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-            rows.append((f"{part}.{name}", shown))
-    return rows
-
-
-def environment(history: History) -> Rows:
-    """Versions, commit and hardware of the run."""
-    rows: Rows = []
-    for name, value in history.environment.items():
-        if name == "resumed" and isinstance(value, dict):
-            rows += [(f"resumed: {key}", _shown(entry)) for key, entry in value.items()]
-        else:
-            rows.append((name, _shown(value)))
-    commit = str(history.environment.get("commit") or "")
-    if commit.endswith("-dirty"):
-        rows.append(("remark", "the source had changes that were not committed"))
-    return rows
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return shlex.join(map(str, value)) or "none"
-    return "unknown" if value is None else str(value)
 
 
 def seconds_by_phase(history: History) -> Rows:
@@ -147,31 +135,56 @@ def worker_rows(history: History) -> tuple[list[str], list[list[str]]]:
 
 
 def comparison_rows(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of a comparison, see `resist.report.compare.compare`."""
-    target = comparison["equal_accuracy"]
-    equal = "equal accuracy" if target is None else f"{100 * target:.2f} %"
-    head = ["", "runs", "test %", "steps", "time", "compute", "wait", "exchange", "sent"]
-    head += [f"time to {equal}", f"sent to {equal}", "speed‑up", "in compute", "in exchange"]
-    return head, [_comparison_row(row) for row in comparison["rows"]]
+    """Head and rows of the table of a comparison (see `resist.report.compare.compare`), a column for each label.
 
-
-def _comparison_row(row: dict[str, Any]) -> list[str]:
-    spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
-    times = [duration(row[key]) for key in ("time_s", "compute_s", "wait_s", "exchange_s")]
-    reached, sent = row["time_s_to_equal_accuracy"], row["bytes_to_equal_accuracy"]
-    speed_ups = [row["speed_up"][part] for part in ("time", "compute", "exchange")]
-    accuracy = "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
-    return [
-        *(row["label"], str(len(row["runs"])), accuracy, f"{row['steps']:,.0f}", *times, amount(row["bytes"])),
-        *("–" if reached is None else duration(reached), "–" if sent is None else amount(sent)),
-        *("–" if speed_up is None else f"{speed_up:.2f} x" for speed_up in speed_ups),
+    The speed-up comes first, so that a narrow screen shows it.
+    """
+    rows, target = comparison["rows"], comparison["equal_accuracy"]
+    lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("speed‑up", lambda row: _times(row["speed_up"]["time"])),
+        ("… in compute", lambda row: _times(row["speed_up"]["compute"])),
+        ("… in exchange", lambda row: _times(row["speed_up"]["exchange"])),
+        ("test " + " / ".join(dict.fromkeys(row["score"] for row in rows)), _accuracy),
+        ("sent by all workers", lambda row: amount(row["bytes"])),
+        ("time", lambda row: _spread(row["time_s"], row["time_s_by_run"])),
+        *((name, lambda row, key=f"{name}_s": duration(row[key])) for name in ("compute", "wait", "exchange")),
+        ("steps of a worker", lambda row: f"{row['steps']:,.0f}"),
+        ("runs", lambda row: str(len(row["runs"]))),
+        ("seeds", lambda row: ", ".join(map(str, row["seeds"]))),
     ]
+    if target is not None:
+        to = f"to {100 * target:.2f} %"
+        lines.insert(6, (f"time {to}", lambda row: _if(row["time_s_to_equal_accuracy"], duration)))
+        lines.insert(7, (f"sent {to}", lambda row: _if(row["bytes_to_equal_accuracy"], amount)))
+    if all(row["speed_up"]["time"] is None for row in rows):
+        lines = lines[3:]
+    return ["", *(row["label"] for row in rows)], [[name, *map(text, rows)] for name, text in lines]
+
+
+def _times(ratio: float | None) -> str:
+    return _if(ratio, lambda value: f"{value:.2f} x")
+
+
+def _if(value: float | None, text: Callable[[float], str]) -> str:
+    return "–" if value is None else text(value)
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
+    return "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %{spread}"
+
+
+def _spread(mean: float, values: Sequence[float]) -> str:
+    """A duration, ± its standard deviation where there are several."""
+    if len(values) < 2:
+        return duration(mean)
+    spread = stdev(values)
+    return f"{duration(mean)} ± {f'{spread:.1f} s' if mean >= 1 and spread < 100 else duration(spread)}"
 
 
 COMPARISON_NOTE = (
-    "Means over the runs of a row, ± their standard deviation. Times do not include evaluations. Speed-up: time of a "
-    "step of local SGD with as many workers, divided by that of the row; also for compute and exchange separately. "
-    "Equal accuracy: the smallest of the final ones."
+    "Means over the runs of a column, ± their standard deviation. Times do not include evaluations. Speed-up: time "
+    "of a step of local SGD with as many workers, divided by that of the column."
 )
 WORKERS_NOTE = (
     "Blocks: mean over the rounds. Sent and received: blocks and optimizer state from worker to worker, and a worker's "

@@ -25,7 +25,7 @@ from resist.runs.records import Record, parse_record, training_bytes, training_s
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class History:
     """One run, as its directory describes it.
 
@@ -54,6 +54,10 @@ class History:
     state: dict[str, Any] = field(default_factory=dict)
     readings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        method = self.config.method.strategy
+        return f"<{self.path}: {method}, {self.workers} workers, {len(self.rounds)} rounds, {self.ended}>"
 
     @property
     def accuracies(self) -> list[float]:

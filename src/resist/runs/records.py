@@ -71,6 +71,7 @@ def clean(record: Any) -> Record:
             for chain, plan in (record.get("plan") or {}).items()
         },
         "workers": [_table(worker, _number) for worker in record.get("workers") or ()],
+        "weights": _table(record.get("weights"), _count),
         "dropped": len(record.get("dropped") or ()),
     }
 

@@ -25,7 +25,7 @@ from resist.training.interruption import Stage, interruption
 from resist.training.launcher import INTERRUPTED
 from resist.training.loggers import Logger
 from resist.training.lr_schedule import rate
-from resist.training.recorder import Recorder
+from resist.training.recorder import Recorder, weights_of
 from resist.training.trainer import Trainer
 
 NOT_SAVED = 130  # exit status: stopped by a signal, with nowhere to save to
@@ -250,4 +250,5 @@ def _record(job: Job, report: RoundReport, plan: RoundPlan) -> dict[str, object]
         "capacity": {name: chain_plan.capacities for name, chain_plan in plans.items()},
         "plan": {name: chain_plan.blocks for name, chain_plan in plans.items()},
         "workers": report.workers,
+        "weights": weights_of(job, plan),
     }

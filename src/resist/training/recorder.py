@@ -7,6 +7,7 @@ from typing import Any
 
 from resist.errors import UserError, WorkerLostError
 from resist.job import Job
+from resist.planning.plan import RoundPlan
 from resist.planning.schedule import allreduce_bytes
 from resist.report.units import amount
 from resist.runs.config import TrainConfig
@@ -123,20 +124,36 @@ class Recorder:
         if self.run is None or not self.summary.seconds:
             return
         self.display.stop()
-        summary, workers, subnet = self.summary, job.strategy.workers, job.workers[0].subnet
-        everything = [chain.num_blocks for chain in job.chains]
-        full = subnet.numel(everything)
-        local_sgd = workers * allreduce_bytes(subnet.num_bytes(everything), workers) * summary.done
-        largest = max(subnet.numel(job.plan.capacities(worker)) for worker in range(workers))
+        summary, weights = self.summary, weights_of(job, job.plan)
+        full, local_sgd = weights["all"], weights["local_sgd_bytes"] * summary.done
         phases = ", ".join(f"{name} {summary.seconds.get(name, 0.0):.1f}" for name in TRAINING_PHASES)
         evaluation_s = summary.seconds.get("evaluate", 0.0)
         log.info(
             f"test {summary.score:<10} {100 * (summary.accuracy or 0):.2f} % of the full network\n"
             f"time            {summary.training_s:.1f} s: {phases}; evaluation {evaluation_s:.1f} s (not included)\n"
-            f"largest worker  {largest / full:.0%} of the network's {full:,} weights\n"
+            f"largest worker  {weights['largest'] / full:.0%} of the network's {full:,} weights\n"
             f"sent            {amount(summary.bytes)} by all workers; local SGD: {amount(local_sgd)} of weights\n"
             f"saved to        {self.run.path}; report: resist report {self.run.path}"
         )
 
     def _print(self, text: str) -> None:
         self.display.console.print(text, markup=False, soft_wrap=True)
+
+
+def weights_of(job: Job, plan: RoundPlan) -> dict[str, int]:
+    """The weights of the network, those of the largest worker, and what local SGD sends in a round.
+
+    Args:
+        job: the job.
+        plan: the plan of the round.
+
+    Returns:
+        "all" and "largest" as numbers of weights; "local_sgd_bytes", sent by all workers.
+    """
+    subnet, workers = job.workers[0].subnet, plan.workers
+    everything = [chain.num_blocks for chain in job.chains]
+    return {
+        "all": subnet.numel(everything),
+        "largest": max(subnet.numel(plan.capacities(worker)) for worker in range(workers)),
+        "local_sgd_bytes": workers * allreduce_bytes(subnet.num_bytes(everything), workers),
+    }
