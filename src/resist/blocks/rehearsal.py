@@ -6,7 +6,6 @@ can be compared bit for bit even if they drop paths or draw masks.
 
 import copy
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from resist.blocks.comparison import same_tensor
 from resist.blocks.copying import activations, copied_module, detached
-from resist.blocks.modules import hook_tables_of
+from resist.blocks.products import Products
 from resist.blocks.randomness import seeded_generators
 from resist.blocks.streams import Call
 from resist.errors import UserError, first_line
@@ -36,6 +35,7 @@ class Rehearsal:
 
     Attributes:
         modes: The modes in which it can be run: evaluation (False), training (True).
+        products: Results that the runs have in common.
 
     Raises:
         UserError: If the network can be run in neither mode.
@@ -46,6 +46,7 @@ class Rehearsal:
         self._ways: dict[bool, tuple[bool, bool]] = {}
         self._forbidden: frozenset[int] = frozenset()
         self._writes_weights = False
+        self.products = Products()
         failure: Exception | None = None
         for training in (False, True):
             # Networks of forces differentiate within the forward pass; some kernels take no dispatch mode.
@@ -104,7 +105,8 @@ class Rehearsal:
         grad, repeatable = self._ways[training]
         if not (training and self._built_in_training):  # else in the modes as built: parts may be frozen
             model.train(training)
-        mode = _Repeatable(self._forbidden)
+        mode = _Repeatable(self._forbidden, self.products)
+        self.products.begin(model)
         kept = [(p, p.data, p.data.clone()) for p in model.parameters()] if self._writes_weights else []
         with undisturbed(), torch.device("cpu"), torch.set_grad_enabled(grad), mode if repeatable else nullcontext():
             try:
@@ -113,6 +115,8 @@ class Rehearsal:
                 for parameter, data, before in kept:
                     parameter.data = data
                     data.copy_(before)
+                if kept:
+                    self.products.forget_weights()
         if mode.reads_forbidden:
             raise UserError(
                 "a copy of the network reads weights of the network that it was copied from: a function in it (a "
@@ -126,11 +130,13 @@ class _Repeatable(TorchDispatchMode):
 
     Args:
         forbidden: Addresses of storages that are looked for among the arguments.
+        products: Computes products.
     """
 
-    def __init__(self, forbidden: frozenset[int]) -> None:
+    def __init__(self, forbidden: frozenset[int], products: Products) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self._draws, self._forbidden, self.reads_forbidden = 0, forbidden, False
+        self._products = products
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -141,7 +147,7 @@ class _Repeatable(TorchDispatchMode):
         if self._forbidden and not self.reads_forbidden:
             tensors = (v for v in args if type(v) in (Tensor, nn.Parameter) and v.layout == torch.strided)
             self.reads_forbidden = any(t.untyped_storage().data_ptr() in self._forbidden for t in tensors)
-        return func(*args, **(kwargs or {}))
+        return self._products.compute(func, args, kwargs or {})
 
 
 @contextmanager
@@ -171,9 +177,6 @@ def stand_in(model: nn.Module, *, own_weights: bool = False, to_cpu: bool = True
     for parameter in model.parameters() if not own_weights else ():
         if parameter.device.type == "cpu":
             memo[id(parameter)] = parameter
-    # Most tables of hooks are empty, and there are a dozen for each module: a new one takes less time than a copy.
-    empty = (table for module in model.modules() for table in hook_tables_of(module).values() if not table)
-    memo |= {id(table): OrderedDict[int, object]() for table in empty}
     try:
         copied = copied_module(model, memo)
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)

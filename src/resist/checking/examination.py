@@ -71,9 +71,10 @@ class Examination:
         difference = self._compare(every, self.rehearsal.modes[0], [expected])
         for training in self.rehearsal.modes:
             # Hold the even blocks, then the odd ones: neighbors are missing, and each end of a chain is missing once.
-            for keep in (0, 1):
-                held = [[block for block in blocks if block % 2 == keep] for blocks in every]
-                self._compare(held, training)
+            with self.rehearsal.products.scope():
+                for keep in (0, 1):
+                    held = [[block for block in blocks if block % 2 == keep] for blocks in every]
+                    self._compare(held, training)
         chains = tuple(self._with_streams(chain) for chain in self.chains)
         self._check_scaling(chains, expected)
         return Checked(chains, difference)

@@ -117,6 +117,7 @@ class Examiner:
         self._rehearsal = Rehearsal(as_forward(example), model)
         check_references(self._rehearsal, model)
         self._rehearsal.forbid(model)
+        self._rehearsal.products.clear()
         self._base = with_larger_weights(self._rehearsal, model)
 
     def look(self) -> Seen:
