@@ -18,10 +18,14 @@ def resist(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
     return int(ended.value.code or 0), capsys.readouterr().err
 
 
+class Started(BaseException):
+    """The processes would be started now."""
+
+
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*_arguments: object) -> int:
-        raise AssertionError("processes are started")
+        raise Started
 
     monkeypatch.setattr(train, "_start_processes", started)
 
@@ -93,6 +97,6 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_again(
 ) -> None:
     """As a job that is queued again does."""
     run = made(tmp_path / "run", rounds=3, state=state)
-    with pytest.raises(AssertionError, match="processes are started"):
+    with pytest.raises(Started):
         main(["train", "--resume", str(run)])
     assert not (run / "lock").exists()
