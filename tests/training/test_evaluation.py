@@ -1,7 +1,11 @@
 """Tests of the full network in a run: by one process or by all, as often as they are cheap; training stays the same."""
 
 import json
+import logging
 import os
+import re
+import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +21,9 @@ from resist.data import Images
 from resist.data.spans import WHOLE, Share
 from resist.errors import UserError
 from resist.runs.config import MachineConfig, MethodConfig, NetworkConfig, OptimizationConfig, RunConfig, TrainConfig
+from resist.runs.history import read_history
 from resist.runs.model_file import EMA_FILE, FILE
+from resist.runs.records import closing_seconds
 from resist.tasks import Classification
 from resist.training.train import open_data, train
 
@@ -68,11 +74,30 @@ def trained_bytes(record: dict[str, Any]) -> list[int]:
     return [record["bytes"][kind] for kind in ("shared", "blocks", "state")]
 
 
-def test_one_process_that_hosts_all_workers_tests_alone(tmp_path: Path) -> None:
-    assert train(small_run(tmp_path / "run", num_evals=2, evaluation="all")) == 0
-    found = records(tmp_path / "run")
+def test_one_process_tests_alone_and_accounts_for_the_wall_clock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    config = small_run(out, num_evals=2, evaluation="all", checkpoint_rounds=2)
+    caplog.set_level(logging.INFO, "resist")
+    start = time.perf_counter()
+    assert train(config) == 0
+    passed = time.perf_counter() - start
+    found, history = records(out), read_history(out)
     assert found[0]["evaluation"]["by"] == "one"
     assert [record["round"] for record in found if record["accuracy"] is not None] == [2, 4]
+    total = sum(history.wall.values())
+    assert 0.9 * passed - 0.2 < total <= passed
+    assert min(history.wall[part] for part in ("start-up", "training", "evaluation", "checkpoints")) > 0
+    assert closing_seconds(history.state) > 0
+    assert re.search(rf"^time +{total:.1f} s: start-up .*, training .*, waiting .*, evaluation", caplog.text, re.M)
+
+    shutil.rmtree(out / "checkpoints" / "round-000004")
+    assert train(replace(config, run=replace(config.run, out=None, resume=out))) == 0
+    again = read_history(out)
+    assert [record["startup_s"] > 0 for record in again.rounds] == [True, False, True, False]
+    assert again.wall["start-up"] > history.wall["start-up"]
+    assert again.rounds[2]["seconds"]["checkpoint"] >= closing_seconds(history.state)
 
 
 @dataclass(frozen=True)
