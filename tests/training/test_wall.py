@@ -21,7 +21,10 @@ def test_the_first_run_began_with_the_process_and_the_next_one_now() -> None:
     wall.begin_run()
     assert wall.run_began() < before - 0.5  # torch has been imported since
     wall.begin_run()
-    assert before <= wall.run_began() <= time.monotonic()
+    noted = wall.run_began()
+    assert before <= noted <= time.monotonic()
+    wall.end_run()
+    assert wall.run_began() > noted
 
 
 @pytest.mark.parametrize("set_to", ["", "soon", "1e30"])

@@ -15,7 +15,7 @@ from resist.runs.config import MachineConfig, TrainConfig
 from resist.runs.directory import check_free, check_resumable, default_out
 from resist.runs.lock import RunLock
 from resist.training.launcher import INTERRUPTED, launch, launched, num_processes, prepare_fork, watch_launcher
-from resist.training.wall import begin_run
+from resist.training.wall import begin_run, end_run
 
 if TYPE_CHECKING:
     from resist.tasks import Task
@@ -85,7 +85,10 @@ def start(config: TrainConfig) -> int:
     if launched():
         return _train(config)
     begin_run()
-    return _launch(config, out, prepare_fork())
+    try:
+        return _launch(config, out, prepare_fork())
+    finally:
+        end_run()
 
 
 def _train(config: TrainConfig, task: "Task | None" = None) -> int:

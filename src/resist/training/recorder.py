@@ -40,7 +40,7 @@ class Recorder:
         self.run, self.rounds, self._loggers = run, rounds, list(loggers)
         self.summary = Summary(rounds)
         self.display = Display(title_of(config), self.summary, live=not config.machine.no_progress)
-        self._state, self._records = "", list(run.past if run else ())
+        self._state, self._records = "", list[Mapping[str, Any]](run.past if run else ())
         self.closing_s = closing_seconds(read_table(run.path / "state.json", [])) if run is not None else 0.0
         for record in run.past if run else ():
             self.display.add(record, fresh=False)

@@ -17,6 +17,11 @@ def begin_run() -> None:
     _begun = True
 
 
+def end_run() -> None:
+    """Forget when the run began: the next one in this process does not inherit it."""
+    os.environ.pop(BEGAN, None)
+
+
 def run_began() -> float:
     """Return when the run began, in seconds of `time.monotonic`.
 
