@@ -94,14 +94,14 @@ def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.
     lock = RunLock(out, "train")
     try:
         run_everywhere(transport, lambda: _check_before(config, task, out, lock) if is_main else None)
-        return _train_locked(config, task, transport, device, samplers, steps, out, lock)
+        return _train_locked(config, task, transport, device, samplers, steps, out, lock, began)
     finally:
         lock.release()
 
 
 def _train_locked(
     config: TrainConfig, task: Task, transport: Transport, device: torch.device, samplers: Mapping[int, Sampler],
-    steps: int, out: Path, lock: RunLock,
+    steps: int, out: Path, lock: RunLock, began: float,
 ) -> int:  # fmt: skip
     """Train in the run directory `out`, which no other process writes into. Returns the exit status."""
     is_main, resume = 0 in transport.hosted, config.run.resume
