@@ -98,3 +98,14 @@ def states(job: Job, optimizers: Sequence[Optimizer], state_name: str) -> list[d
         by_name(job, worker, lambda parameter, o=optimizer: o.state.get(parameter, {}).get(state_name))
         for worker, optimizer in zip(job.workers, optimizers, strict=True)
     ]
+
+
+class Shared:
+    """A process that shares the work with others, whose results are known."""
+
+    def __init__(self, index: int, count: int, results: list[Tensor]) -> None:
+        self.index, self.count, self.results = index, count, results
+
+    def gather(self, action: Callable[[], Tensor]) -> list[Tensor]:
+        self.results.append(action())
+        return self.results

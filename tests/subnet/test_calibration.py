@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,19 +14,9 @@ from resist.job import Job
 from resist.planning.strategy import resist
 from resist.subnet.batchnorm import recalibrate
 from resist.subnet.calibration import NumberedBatches, numbered_inputs
+from support import Shared
 
 CPU = torch.device("cpu")
-
-
-class Shared:
-    """A process that shares the work with others, whose results are known."""
-
-    def __init__(self, index: int, count: int, results: list[Tensor]) -> None:
-        self.index, self.count, self.results = index, count, results
-
-    def gather(self, action: Callable[[], Tensor]) -> list[Tensor]:
-        self.results.append(action())
-        return self.results
 
 
 def sizes(batches: list[Any]) -> list[int]:

@@ -21,9 +21,10 @@ from resist.planning.strategy import local_sgd, resist
 from resist.runs.config import MachineConfig, OptimizationConfig, TrainConfig
 from resist.subnet.tensors import tensors_of
 from resist.sync.local import Local
-from resist.tasks import image_shape, network_builder, open_task
+from resist.tasks import detection, image_shape, network_builder, open_task
 from resist.tasks.detection import Detection, image_transform
 from resist.training.trainer import Trainer, make_sampler
+from support import Shared
 
 pytestmark = pytest.mark.slow
 
@@ -170,6 +171,16 @@ class Oracle(nn.Module):
 def test_true_detections_score_100_percent(task) -> None:
     assert task.test(Oracle(task)) == {"AP50 (11 points)": 1.0, "AP50 (area)": 1.0}
     assert task.test(Oracle(task, shift=30.0)) == {"AP50 (11 points)": 0.0, "AP50 (area)": 0.0}
+
+
+def test_shares_of_the_photographs_give_the_scores_of_all(task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "TEST_BATCH", 2)
+    model, count = Oracle(task, shift=1.5), 2
+    assert len(task.held_out) > 2
+    results: list[torch.Tensor] = []
+    found = [task.test(model, Shared(index, count, results)) for index in range(count)]  # the last one knows all
+    assert all(len(rows) for rows in results)
+    assert found[-1] == task.test(model)
 
 
 def test_the_years_own_measure_comes_first(tmp_path) -> None:

@@ -1,11 +1,15 @@
 """Tests of the full network in a run: by one process or by all, as often as they are cheap; training stays the same."""
 
 import json
+import logging
 import os
+import re
+import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,10 +20,15 @@ from pool import Pool
 from resist.data import Images
 from resist.data.spans import WHOLE, Share
 from resist.errors import UserError
+from resist.planning.strategy import resist
 from resist.runs.config import MachineConfig, MethodConfig, NetworkConfig, OptimizationConfig, RunConfig, TrainConfig
+from resist.runs.history import read_history
 from resist.runs.model_file import EMA_FILE, FILE
-from resist.tasks import Classification
+from resist.runs.records import closing_seconds
+from resist.tasks import Classification, Task
+from resist.training.evaluation import Evaluation
 from resist.training.train import open_data, train
+from support import make
 
 
 def small_run(out: Path, **options: Any) -> TrainConfig:
@@ -68,11 +77,30 @@ def trained_bytes(record: dict[str, Any]) -> list[int]:
     return [record["bytes"][kind] for kind in ("shared", "blocks", "state")]
 
 
-def test_one_process_that_hosts_all_workers_tests_alone(tmp_path: Path) -> None:
-    assert train(small_run(tmp_path / "run", num_evals=2, evaluation="all")) == 0
-    found = records(tmp_path / "run")
+def test_one_process_tests_alone_and_accounts_for_the_wall_clock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    config = small_run(out, num_evals=2, evaluation="all", checkpoint_rounds=2)
+    caplog.set_level(logging.INFO, "resist")
+    start = time.perf_counter()
+    assert train(config) == 0
+    passed = time.perf_counter() - start
+    found, history = records(out), read_history(out)
     assert found[0]["evaluation"]["by"] == "one"
     assert [record["round"] for record in found if record["accuracy"] is not None] == [2, 4]
+    total = sum(history.wall.values())
+    assert 0.9 * passed - 0.2 < total <= passed
+    assert min(history.wall[part] for part in ("start-up", "training", "evaluation", "checkpoints")) > 0
+    assert closing_seconds(history.state) > 0
+    assert re.search(rf"^time +{total:.1f} s: start-up .*, training .*, waiting .*, evaluation", caplog.text, re.M)
+
+    shutil.rmtree(out / "checkpoints" / "round-000004")
+    assert train(replace(config, run=replace(config.run, out=None, resume=out))) == 0
+    again = read_history(out)
+    assert [record["startup_s"] > 0 for record in again.rounds] == [True, False, True, False]
+    assert again.wall["start-up"] > history.wall["start-up"]
+    assert again.rounds[2]["seconds"]["checkpoint"] >= closing_seconds(history.state)
 
 
 @dataclass(frozen=True)
@@ -105,3 +133,33 @@ def test_a_test_that_fails_in_one_process_ends_all_of_them(pool: Pool, tmp_path:
             assert "AgreedError: 5.png is damaged; mend or remove it" in str(outcome.error)
     outcomes = pool.outcomes(2, broken_run, small_run(tmp_path / "lost", evaluation="all"), True)
     assert "WorkerLostError: round 4: process 0 (workers 0, 1) lost contact" in str(outcomes[0].error)
+
+
+def facts(training_s: float, busy_s: float, tests: int, tests_s: float) -> list[dict[str, Any]]:
+    process = {"place": "a cpu", "at_once": 1, "free_bytes": 10**9, "fetch_bytes": 0, "link_bytes_s": None}
+    own = {"process": process, "busy_s": busy_s, "memory_bytes": 1}
+    return [{"training_s": training_s, "tests": [tests, tests_s], **own}]
+
+
+def test_there_are_as_many_tests_as_take_a_tenth_of_the_run(tmp_path: Path) -> None:
+    """Predicted after the first round of forty, and corrected by each test."""
+    job, _ = make(resist(2, 1))
+    tests = Evaluation(small_run(tmp_path), cast(Task, None), job, 40, None)
+    assert tests.rounds == {40}
+    tests.decide(facts(training_s=9.0, busy_s=10.0, tests=0, tests_s=0.0), 1)
+    assert tests.rounds == {10, 20, 30, 40}
+    assert tests.entry()["evaluation"]["rounds"] == [10, 20, 30, 40]
+    tests.decide(facts(training_s=80.0, busy_s=1.0, tests=0, tests_s=0.0), 9)  # no test since
+    assert tests.rounds == {10, 20, 30, 40}
+    assert tests.entry() == {}
+    tests.decide(facts(training_s=99.0, busy_s=1.0, tests=1, tests_s=20.0), 11)  # it took twice as long
+    assert tests.rounds == {20, 40}
+    tests.decide(facts(training_s=180.0, busy_s=1.0, tests=2, tests_s=4.0), 21)
+    assert tests.rounds == {24, 28, 32, 36, 40}
+    assert tests.entry()["evaluation"]["rounds"] == [24, 28, 32, 36, 40]
+
+
+def test_a_run_that_ends_at_an_accuracy_is_tested_often(tmp_path: Path) -> None:
+    job, _ = make(resist(2, 1))
+    assert len(Evaluation(small_run(tmp_path, until=("accuracy=0.9",)), cast(Task, None), job, 40, None).rounds) == 10
+    assert len(Evaluation(small_run(tmp_path, num_evals=7), cast(Task, None), job, 40, None).rounds) == 7

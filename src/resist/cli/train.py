@@ -15,6 +15,7 @@ from resist.runs.config import MachineConfig, TrainConfig
 from resist.runs.directory import check_free, check_resumable, default_out
 from resist.runs.lock import RunLock
 from resist.training.launcher import INTERRUPTED, launch, launched, num_processes, prepare_fork, watch_launcher
+from resist.training.wall import begin_run, end_run
 
 if TYPE_CHECKING:
     from resist.tasks import Task
@@ -81,7 +82,13 @@ def start(config: TrainConfig) -> int:
     if config.run.resume is None:
         config = replace(config, run=replace(config.run, out=out))
     keep_errors_in(out)
-    return _train(config) if launched() else _launch(config, out, prepare_fork())
+    if launched():
+        return _train(config)
+    begin_run()
+    try:
+        return _launch(config, out, prepare_fork())
+    finally:
+        end_run()
 
 
 def _train(config: TrainConfig, task: "Task | None" = None) -> int:
@@ -147,6 +154,7 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
         if status in (0, 2, INTERRUPTED) or not (out / "config.json").exists():
             break
         print(f"resist: restart {attempt} of {config.machine.restarts}, from the last checkpoint", file=sys.stderr)
+        begin_run()
         status = _start_processes(config, processes, task)
     return status
 

@@ -58,17 +58,19 @@ class Choice:
     seconds: float
 
 
-def choose_testers(processes: Sequence[Process], *, alone_s: float, memory_bytes: int, wanted: str = "auto") -> Choice:
+def choose_testers(processes: Sequence[Process], *, busy_s: float, memory_bytes: int, wanted: str = "auto") -> Choice:
     """Choose who tests the full network.
 
     Args:
         processes: All processes, the first one first.
-        alone_s: Seconds of a test by one process that has the network.
+        busy_s: Seconds of a test by the first process, once it has the network, while all others compute too.
         memory_bytes: Memory that a process needs for a test.
         wanted: "all", "one", or "auto" for all where memory suffices and it takes less time.
     """
     sharing = Counter(process.place for process in processes)
-    at_once = sum(min(number, _at_once(processes, place)) for place, number in sharing.items())
+    in_place = {place: min(number, _at_once(processes, place)) for place, number in sharing.items()}
+    at_once, first = sum(in_place.values()), processes[0].place
+    alone_s = busy_s * in_place[first] / sharing[first]  # it has a core, or the device, for itself
     one = Choice(False, "", alone_s + processes[0].fetch_s)
     together_s = alone_s / at_once + max(process.fetch_s for process in processes)
     if len(processes) == 1:

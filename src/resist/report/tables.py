@@ -48,6 +48,7 @@ def headline(history: History) -> Rows:
     rows += [(f"test {name}", percent(value)) for name, value in list(scores.items())[1:5]]
     loss = history.rounds[-1]["loss"]
     rows += [("training loss, last round", f"{loss:.4f}")] if math.isfinite(loss) else []
+    rows.append(("wall clock", wall_clock(history)))
     rows.append(("time, without evaluations", duration(history.seconds[-1])))
     if images and history.seconds[-1] > 0:
         rows.append(("images per second", f"{images / history.seconds[-1]:,.0f}"))
@@ -79,6 +80,12 @@ def local_sgd_sentence(history: History) -> list[str]:
         f"weights, and all workers together sent {amount(history.bytes[-1])}. With local SGD each worker would hold "
         f"all weights, and they would have sent {amount(local_sgd)} of weights in the same rounds{ratio}."
     ]
+
+
+def wall_clock(history: History) -> str:
+    """What the user waited, and its parts."""
+    parts = ", ".join(f"{part} {duration(seconds)}" for part, seconds in history.wall.items() if seconds)
+    return f"{duration(sum(history.wall.values()))} ({parts})"
 
 
 def notes(history: History) -> list[str]:

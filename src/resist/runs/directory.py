@@ -186,7 +186,7 @@ class Run:
             return str(error)
         return None
 
-    def state(self, state: str, rounds: int, error: str = "") -> None:
+    def state(self, state: str, rounds: int, error: str = "", *, closing_s: float = 0.0) -> None:
         """Write state.json, if the directory is still that of this process.
 
         On a full disk the file stays as it was: that must not end the run.
@@ -195,11 +195,13 @@ class Run:
             state: "running", "finished", "interrupted" or "failed".
             rounds: the number of rounds that the run will have.
             error: the reason of a failure.
+            closing_s: seconds from the last record to the end of the run, for the last checkpoint.
         """
         if self.taken_over():
             return
         content = {
-            "state": state, "rounds": rounds, "error": error, "host": socket.gethostname(), "process": os.getpid(),
+            "state": state, "rounds": rounds, "error": error, "closing_s": closing_s,
+            "host": socket.gethostname(), "process": os.getpid(),
         }  # fmt: skip
         with contextlib.suppress(OSError):
             self._write_json("state.json", content)

@@ -87,7 +87,7 @@ class Evaluation:
         if self.choice is None:
             self.choice = choose_testers(
                 [Process(**facts["process"]) for facts in processes],
-                alone_s=main["alone_s"],
+                busy_s=main["busy_s"],
                 memory_bytes=main["memory_bytes"],
                 wanted=self._config.run.evaluation,
             )
@@ -123,13 +123,13 @@ class Evaluation:
         )
 
     def _costs(self, image_s: float) -> dict[str, Any]:
-        """Predicted seconds of a test by this process alone, and the memory that it needs; only the main one's count.
+        """Predicted seconds of a test by this process, and the memory that it needs; only those of the main one count.
 
         A training step computes three times what a forward pass does.
         """
         wanted, job, subnet = self._config.run.evaluation, self._job, self._job.workers[0].subnet
         if self._run is None or (self._num is not None and (job.transport.num_processes == 1 or wanted != "auto")):
-            return {"alone_s": 0.0, "memory_bytes": 0}  # nothing depends on them
+            return {"busy_s": 0.0, "memory_bytes": 0}  # nothing depends on them
         everything = [chain.num_blocks for chain in job.chains]
         calibration, tested, batch = self._task.test_images
         images = tested + (calibration if job.batchnorm == "recalibrate" else 0)
@@ -142,7 +142,7 @@ class Evaluation:
         else:
             deeper, activation_bytes = subnet.numel(everything) / subnet.numel(subnet.capacities), 2 * weights_bytes
         return {
-            "alone_s": self._networks * images * image_s / 3 * deeper,
+            "busy_s": self._networks * images * image_s / 3 * deeper,
             "memory_bytes": 2 * weights_bytes + activation_bytes,  # a network is assembled, and then copied
         }
 

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class Training:
         run: The run directory; None in all but the main process.
         loggers: Further places for the records; none in all but the main process.
         checkpoints: Saves the job.
+        began: When the run began, in seconds of `time.monotonic`.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Training:
         run: Run | None,
         loggers: Sequence[Logger],
         checkpoints: Checkpoints,
+        began: float,
     ) -> None:
         self.config, self.task, self.job, self.run = config, task, job, run
         self.trainers, self.loggers, self.checkpoints = trainers, loggers, checkpoints
@@ -82,7 +85,7 @@ class Training:
         self.stage = Stage.ROUND
         self.exchange_s = 0.0  # of the last synchronization, in this process
         self.training_s = 0.0  # in this process
-        self.checkpoint_s = 0.0
+        self.began, self.startup_s, self.checkpoint_s = began, 0.0, 0.0
 
     def train(self, steps: int) -> int:
         """Train up to step `steps`.
@@ -102,6 +105,8 @@ class Training:
         recorder = Recorder(config, rounds, self.run, self.loggers)
         with interruption(lambda: recorder.ending(self.stage)) as interrupted, recorder:
             self.clock.lap()
+            self.startup_s = time.monotonic() - self.began
+            self.checkpoint_s = recorder.closing_s  # of the time before, if the run continues
             for step in range(job.step_index, steps):
                 lr = rate(config.optimization, step, steps)
                 losses.append(self._step(step, lr))
@@ -112,14 +117,13 @@ class Training:
                 losses.clear()
                 self.round_number = job.round + 1
                 if report.interrupted:
-                    self.checkpoints.finish()
+                    recorder.closing_s = self._close()
                     recorder.interrupted(saved=self.checkpoints.possible)
                     return INTERRUPTED if self.checkpoints.possible else NOT_SAVED
                 if report.stop:
                     break
                 self.stage = Stage.ROUND
-                self.clock.lap()
-            self.checkpoints.finish()
+            recorder.closing_s = self._close()
             if self.evaluation.failed is not None:
                 raise AgreedError(self.evaluation.failed)  # the main process knows it in any case
             recorder.finish(job)
@@ -181,15 +185,21 @@ class Training:
                 **({"scores": scores} if len(scores) > 1 else {}),
                 "images": len(losses) * batch_size * len(report.workers),
                 "seconds": {activity: round(value, 6) for activity, value in seconds.items()},
+                **({"startup_s": round(self.startup_s, 6)} if self.startup_s else {}),
                 **self.evaluation.entry(),
                 **_record(job, report, plan),
             }
         )
+        self.startup_s = 0.0
         if last or report.interrupted or job.round % self.config.run.checkpoint_rounds == 0:
-            lap()
             self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
-            self.checkpoint_s = lap()  # recorded with the next round
+        self.checkpoint_s = lap()  # with that of the record; recorded with the next round
         return report
+
+    def _close(self) -> float:
+        """Wait until the last checkpoint is complete; returns the seconds since the last record."""
+        self.checkpoints.finish()
+        return self.checkpoint_s + self.clock.lap()
 
     def _nonfinite(self, losses: Tensor) -> dict[int, str]:
         """The first loss of each hosted worker that is not finite. losses: (steps, hosted workers)."""

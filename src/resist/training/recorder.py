@@ -12,7 +12,8 @@ from resist.planning.schedule import allreduce_bytes
 from resist.report.units import amount
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run, title_of
-from resist.runs.records import TRAINING_PHASES
+from resist.runs.history import read_table
+from resist.runs.records import closing_seconds, wall_parts
 from resist.training.interruption import Stage, announcement
 from resist.training.loggers import Logger
 from resist.training.progress import Display, Summary
@@ -32,13 +33,15 @@ class Recorder:
     Attributes:
         summary: running totals of the records.
         display: what the user sees of them.
+        closing_s: seconds from the last record to the end of the run; at first those of the run that is continued.
     """
 
     def __init__(self, config: TrainConfig, rounds: int, run: Run | None, loggers: Sequence[Logger]) -> None:
         self.run, self.rounds, self._loggers = run, rounds, list(loggers)
         self.summary = Summary(rounds)
         self.display = Display(title_of(config), self.summary, live=not config.machine.no_progress)
-        self._state = ""
+        self._state, self._records = "", list[Mapping[str, Any]](run.past if run else ())
+        self.closing_s = closing_seconds(read_table(run.path / "state.json", [])) if run is not None else 0.0
         for record in run.past if run else ():
             self.display.add(record, fresh=False)
 
@@ -60,7 +63,7 @@ class Recorder:
                 self._print(f"resist: {failure}")
         self.run.close()
         if error is None:
-            self.run.state(self._state, self.rounds)
+            self.run.state(self._state, self.rounds, closing_s=round(self.closing_s, 6))
         elif isinstance(error, KeyboardInterrupt):
             self.run.state("failed", self.rounds, "ended by a second interruption")
         else:
@@ -76,6 +79,7 @@ class Recorder:
         if self.run is None:
             return
         self.run.append(record)
+        self._records.append(record)
         for logger in list(self._loggers):
             if failure := logger.write(record):
                 self._loggers.remove(logger)
@@ -126,11 +130,11 @@ class Recorder:
         self.display.stop()
         summary, weights = self.summary, weights_of(job, job.plan)
         full, local_sgd = weights["all"], weights["local_sgd_bytes"] * summary.done
-        phases = ", ".join(f"{name} {summary.seconds.get(name, 0.0):.1f}" for name in TRAINING_PHASES)
-        evaluation_s = summary.seconds.get("evaluate", 0.0)
+        seconds = wall_parts(self._records, self.closing_s)
+        parts = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
         log.info(
             f"test {summary.score:<10} {100 * (summary.accuracy or 0):.2f} % of the full network\n"
-            f"time            {summary.training_s:.1f} s: {phases}; evaluation {evaluation_s:.1f} s (not included)\n"
+            f"time            {sum(seconds.values()):.1f} s: {parts}\n"
             f"largest worker  {weights['largest'] / full:.0%} of the network's {full:,} weights\n"
             f"sent            {amount(summary.bytes)} by all workers; local SGD: {amount(local_sgd)} of weights\n"
             f"saved to        {self.run.path}; report: resist report {self.run.path}"

@@ -31,6 +31,7 @@ from resist.training.lr_schedule import num_steps
 from resist.training.optimizers import resolve
 from resist.training.resume import ResumePoint, find_resume_point, report_done
 from resist.training.trainer import Trainer, make_sampler
+from resist.training.wall import run_began
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def train(config: TrainConfig, task: Task | None = None) -> int:
         UserError: An option is invalid, a file cannot be read or written, or training diverged.
         WorkerLostError: Another process is lost.
     """
+    began = run_began()
     device = pick_device(config.machine.device)
     transport = connect(config.method.workers, device, config.machine.timeout_s)
     try:
@@ -58,7 +60,7 @@ def train(config: TrainConfig, task: Task | None = None) -> int:
         config = replace(config, optimization=optimization)
         task = _open_everywhere(config, transport) if task is None else task
         check_agreement(transport, {**config.digest(), "resist": resist.__version__, "data set": task.digest()})
-        return _train(config, task.to(device), transport, device)
+        return _train(config, task.to(device), transport, device, began)
     finally:
         transport.close()
 
@@ -81,7 +83,7 @@ def open_data(config: TrainConfig, *, download: bool = True) -> Task:
     return open_task(network, config.optimization, download=download)
 
 
-def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.device) -> int:
+def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.device, began: float) -> int:
     """Make or resume the job and the run directory, and train. Returns the exit status."""
     is_main = 0 in transport.hosted
     indices, num_images = {0, *transport.hosted}, task.num_images
@@ -92,14 +94,14 @@ def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.
     lock = RunLock(out, "train")
     try:
         run_everywhere(transport, lambda: _check_before(config, task, out, lock) if is_main else None)
-        return _train_locked(config, task, transport, device, samplers, steps, out, lock)
+        return _train_locked(config, task, transport, device, samplers, steps, out, lock, began)
     finally:
         lock.release()
 
 
 def _train_locked(
     config: TrainConfig, task: Task, transport: Transport, device: torch.device, samplers: Mapping[int, Sampler],
-    steps: int, out: Path, lock: RunLock,
+    steps: int, out: Path, lock: RunLock, began: float,
 ) -> int:  # fmt: skip
     """Train in the run directory `out`, which no other process writes into. Returns the exit status."""
     is_main, resume = 0 in transport.hosted, config.run.resume
@@ -127,7 +129,7 @@ def _train_locked(
         timeout_s=config.machine.timeout_s,
         replicas=out / "replicas",
     )
-    training = Training(config, task, job, trainers, run, loggers, checkpoints)
+    training = Training(config, task, job, trainers, run, loggers, checkpoints, began)
     try:
         return _surviving(out, attempt, training, steps)
     finally:
