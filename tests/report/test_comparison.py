@@ -1,5 +1,6 @@
 """The page of several runs: its conclusion, several seeds as mean and range, where the numbers come from."""
 
+import io
 import json
 import re
 import statistics
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from report_runs import make_run
+from resist.cli.compare import print_comparison
+from resist.cli.report import ReportConfig, run_report
 from resist.report.colors import COLORS, PHASES
 from resist.report.compare import compare, labels
 from resist.report.conclusion import T, caveats, conclusion, noise_points
@@ -54,6 +58,7 @@ def test_the_page_begins_with_the_conclusion(histories: list[History]) -> None:
     assert f"A step of ResIST was {faster:.2f} times as fast as one of local SGD" in sentences[0]
     assert "91.00 %, is 3.50 points lower than that of local SGD, 94.50 %" in sentences[1]
     html = page(histories)
+    assert "91.00&nbsp;%" in html
     assert html.index(sentences[0][:40]) < html.index("<main>") < html.index("<table>") < html.index("<svg")
     assert html.index('class="legend"') < html.index("Test accuracy against steps")
     assert sentences[0] in markdown(histories, "c.png", ["p.png"] * 4).replace("\\", "")
@@ -75,6 +80,22 @@ def test_what_chance_explains_is_the_interval_of_welch(histories: list[History])
     assert "more than noise" in conclusion({"rows": rows})[2]
     rows[0]["accuracy_sd"] = rows[1]["accuracy_sd"] = 0.0
     assert "says nothing about noise" in conclusion({"rows": rows})[2]
+
+
+def test_the_terminal_shows_whole_numbers_and_the_conclusion(histories: list[History]) -> None:
+    console = Console(record=True, width=80, file=io.StringIO(), soft_wrap=True)
+    print_comparison(compare(histories), console)
+    text = console.export_text()
+    assert "…" not in text
+    assert "local_sgd 94.50 ± 2.12" in text
+    assert conclusion(compare(histories))[0] in text
+
+
+def test_the_baseline_comes_last(histories: list[History], tmp_path: Path) -> None:
+    run_report(ReportConfig(runs=(histories[2].path, histories[0].path), out=tmp_path / "x.html"), frozenset())
+    nav = re.search(r"<nav.*?</nav>", (tmp_path / "x.html").read_text(), re.S)
+    assert nav is not None
+    assert nav[0].index("resist-0") < nav[0].index("local_sgd-0")
 
 
 def test_one_run_of_each_says_nothing_about_noise(histories: list[History]) -> None:

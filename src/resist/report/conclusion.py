@@ -73,7 +73,7 @@ def _speed(row: Row, base: Row) -> str:
     times = f"{duration(row['time_s_per_step'])} against {duration(base['time_s_per_step'])}"
     text = f"A step of {name_of(row)} was {faster:.2f} times as fast as one of {name_of(base)}{spread}: {times}."
     if base["bytes_per_step"] > 0:
-        text = f"{text[:-1]}, and sent {row['bytes_per_step'] / base['bytes_per_step']:.0%} of its bytes."
+        text = f"{text[:-1]}, and {row['bytes_per_step'] / base['bytes_per_step']:.0%} of the bytes were sent."
     return text
 
 

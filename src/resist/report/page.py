@@ -57,7 +57,7 @@ def _several(histories: Sequence[History], names: Sequence[str]) -> str:
     comparison, of_run = compare(histories), labels(histories)
     head, rows = tables.comparison_rows(comparison)
     links = "".join(f'<li><a href="#run-{i}">{escape(name)}</a></li>' for i, name in enumerate(names, start=1))
-    lead = "".join(f"<p>{escape(text)}</p>" for text in conclusion(comparison))
+    lead = "".join(map(_paragraph, conclusion(comparison)))
     numbers = f'{table(head, rows, "Comparison")}<p class="note">{escape(tables.COMPARISON_NOTE)}</p>'
     warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in caveats(comparison, histories))
     parts = [
@@ -122,7 +122,11 @@ def _figures(history: History) -> tuple[str, str]:
 def _sentences(history: History) -> str:
     texts = [tables.sentence(history), *tables.local_sgd_sentence(history)]
     warnings = "".join(f'<p class="warning">{escape(note)}</p>' for note in tables.notes(history))
-    return "".join(f"<p>{escape(text)}</p>" for text in texts) + warnings
+    return "".join(map(_paragraph, texts)) + warnings
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{escape(text).replace(' %', '&nbsp;%')}</p>"
 
 
 def _badge(history: History) -> str:
