@@ -22,6 +22,8 @@ from resist.report.curves import curves_of
 from resist.report.markdown import markdown
 from resist.report.page import page
 from resist.report.provenance import common, differing, environment, repeat_all
+from resist.report.tables import wall_parts
+from resist.report.units import duration
 from resist.runs.history import History, read_history
 
 
@@ -163,6 +165,36 @@ def test_a_run_says_what_local_sgd_would_have_cost(histories: list[History]) -> 
     assert "With local SGD" not in text_of(page(histories[2:3]))  # it is local SGD
     old = History(**{**vars(histories[0]), "rounds": [{**record, "weights": {}} for record in rounds]})
     assert "With local SGD" not in text_of(page([old]))
+
+
+def test_the_page_says_where_the_time_went_and_who_tested(histories: list[History]) -> None:
+    history = histories[0]
+    phases = sum(sum(record["seconds"].values()) for record in history.rounds)
+    parts = dict(wall_parts(history))
+    assert parts["start-up"] == 6.5
+    assert sum(parts.values()) == pytest.approx(phases + 6.5) == pytest.approx(sum(history.wall.values()))
+    html = page([history])
+    text = text_of(html)
+    assert f"wall clock {duration(phases + 6.5)}" in text
+    who = "All processes tested the full network, each a share of the images (2 processes compute at once)."
+    assert who in text
+    bar = re.search(r'<div class="bar" role="img" aria-label="(.*?)">(.*?)</div>', html)
+    assert bar is not None
+    assert re.match(r"start-up \d+%, compute \d+%", bar[1])
+    assert sum(map(float, re.findall(r"width:([\d.]+)%", bar[2]))) == pytest.approx(100, abs=0.1)
+    written = markdown([history], "c.png", ["p.png"]).replace("\\", "")
+    assert who in written
+    assert f"| wall clock | {duration(phases + 6.5)} |" in written
+    ended = History(**{**vars(history), "state": {"state": "finished", "closing_s": 2.0}})
+    assert sum(dict(wall_parts(ended)).values()) == pytest.approx(phases + 8.5)
+    one = [{**record, "evaluation": {"by": "one", "reason": "EVIL <b>"}} for record in history.rounds]
+    assert "The process of worker 0 tested the full network (EVIL <b>)" in text_of(
+        page([History(**{**vars(history), "rounds": one})])
+    )
+    old = [{**record, "evaluation": {}, "startup_s": 0.0} for record in history.rounds]
+    before = text_of(page([History(**{**vars(history), "rounds": old})]))
+    assert "tested the full network" not in before
+    assert "start-up" not in before
 
 
 def test_axes_that_do_not_begin_at_zero_are_marked(histories: list[History]) -> None:

@@ -97,6 +97,7 @@ def _row(runs: Sequence[History], target: float | None) -> dict[str, Any]:
         "steps": mean(h.steps[-1] for h in runs),
         "time_s": mean(h.seconds[-1] for h in runs),
         "time_s_by_run": [h.seconds[-1] for h in runs],
+        "wall_s": mean(sum(h.wall.values()) for h in runs),
         "compute_s": mean(h.total("compute") for h in runs),
         "wait_s": mean(h.total("wait") for h in runs),
         "exchange_s": mean(h.total("sync") for h in runs),

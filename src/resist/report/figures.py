@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from resist.report import tables
 from resist.report.aggregate import Holdings, all_reduced, holdings, map_rows, traffic
 from resist.report.bitmap import data_uri, png
 from resist.report.colors import PHASES, color_of
 from resist.report.compare import colors
 from resist.report.svg import Series, Ticks, bars, figure, frame, legend, scroll, stacked_plot, svg
-from resist.report.tables import phases_of
 from resist.report.units import amount, bytes_unit, duration, ends, means, whole_ticks
 from resist.runs.history import History
 
@@ -127,9 +127,17 @@ def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
     )
 
 
+def wall_bar(history: History) -> str:
+    """Parts of the wall clock of a run as one bar."""
+    parts = tables.wall_parts(history)
+    colored = [(part, seconds, PHASES.get(part, color_of(len(PHASES) + i))) for i, (part, seconds) in enumerate(parts)]
+    total = duration(sum(seconds for _, seconds in parts))
+    return bars("Where the time went", [("wall clock", colored, total)], note=" ".join(tables.tester_sentence(history)))
+
+
 def seconds_figure(history: History) -> str:
     """Seconds by phase in each round, stacked."""
-    phases = phases_of(history)
+    phases = tables.phases_of(history)
     values_of = [[record["seconds"].get(phase, 0.0) for record in history.rounds] for phase in phases]
     series = [
         Series(phase, PHASES.get(phase, color_of(len(PHASES) + i)), (), means(values, COLUMNS))

@@ -11,7 +11,7 @@ from resist.report import provenance, tables
 from resist.report.compare import compare, labels
 from resist.report.conclusion import caveats, conclusion
 from resist.report.curves import curves_of
-from resist.report.figures import holdings_figures, matrix, seconds_figure, step_bars
+from resist.report.figures import holdings_figures, matrix, seconds_figure, step_bars, wall_bar
 from resist.report.svg import line_legend, line_plot, scroll
 from resist.runs.history import History
 
@@ -105,8 +105,8 @@ def _figures(history: History) -> tuple[str, str]:
     head, rows = tables.worker_rows(history)
     sections = [
         *([] if wide else maps),
-        f"<section><h2>Time</h2>{seconds_figure(history)}{pairs(tables.seconds_by_phase(history), 'Seconds by phase')}"
-        "</section>",
+        f"<section><h2>Time</h2>{wall_bar(history)}{pairs(tables.seconds_by_phase(history), 'Where the time went')}"
+        f"{seconds_figure(history)}</section>",
         f"<section><h2>Traffic</h2>{matrix(history)}</section>",
         f"<section><h2>The workers</h2>{table(head, rows, 'Workers')}"
         f'<p class="note">{tables.WORKERS_NOTE}</p></section>',
@@ -134,7 +134,10 @@ def _badge(history: History) -> str:
 
 
 def _tiles(history: History) -> str:
-    tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tables.headline(history))
+    tiles = "".join(
+        f'<div><dt>{escape(name)}</dt><dd class="{"long" if len(value) > 20 else "short"}">{escape(value)}</dd></div>'
+        for name, value in tables.headline(history)
+    )
     return f'<dl class="tiles">{tiles}</dl>'
 
 

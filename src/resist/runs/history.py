@@ -20,7 +20,7 @@ from typing import Any
 from resist.errors import UserError
 from resist.runs.config import TrainConfig
 from resist.runs.config_file import read_options
-from resist.runs.records import Record, parse_record, training_bytes, training_seconds
+from resist.runs.records import Record, closing_seconds, parse_record, training_bytes, training_seconds, wall_parts
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,11 @@ class History:
         if state in ("finished", "interrupted", "failed"):
             return str(state)
         return "finished" if (self.path / "model.safetensors").exists() else "unfinished"
+
+    @property
+    def wall(self) -> dict[str, float]:
+        """Seconds of the wall clock by part: start-up, training, waiting, evaluation, checkpoints."""
+        return wall_parts(self.rounds, closing_seconds(self.state))
 
     def total(self, phase: str) -> float:
         """Seconds of one phase over the whole run."""

@@ -6,13 +6,22 @@ that they agree.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Record = dict[str, Any]
 
 # The phases of a round that belong to training. Evaluations and checkpoints are counted apart.
 TRAINING_PHASES = ("compute", "wait", "sync")
+# The parts of the wall clock of a run, and the phases of a round in each. The start of the command until its first step
+# is not in a round.
+START_UP = "start-up"
+PARTS = {
+    "training": ("compute", "sync"),
+    "waiting": ("wait",),
+    "evaluation": ("evaluate",),
+    "checkpoints": ("checkpoint",),
+}
 # The traffic kind that does not belong to training: blocks sent to assemble the full network.
 EVALUATE = "evaluate"
 ALLREDUCED = ("shared", "gradients")  # traffic kinds that no pair of workers is recorded for
@@ -23,6 +32,28 @@ DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, Overf
 def training_seconds(record: Mapping[str, Any]) -> float:
     """Seconds of a round that belong to training."""
     return sum(record["seconds"].get(phase, 0.0) for phase in TRAINING_PHASES)
+
+
+def wall_parts(records: Iterable[Mapping[str, Any]], closing_s: float = 0.0) -> dict[str, float]:
+    """Seconds of the wall clock of a run, in all its parts; their sum is what the user waited.
+
+    Args:
+        records: its records. Those of a run that was continued have a start-up for each time.
+        closing_s: seconds from the last record to the end, see `resist.runs.directory.Run.state`.
+    """
+    parts = {START_UP: 0.0} | dict.fromkeys(PARTS, 0.0)
+    for record in records:
+        parts[START_UP] += record.get("startup_s", 0.0)
+        for part, phases in PARTS.items():
+            parts[part] += sum(record["seconds"].get(phase, 0.0) for phase in phases)
+    parts["checkpoints"] += closing_s
+    return parts
+
+
+def closing_seconds(state: Mapping[str, Any]) -> float:
+    """Seconds from the last record of a run to its end, from the content of state.json."""
+    value = state.get("closing_s")
+    return float(value) if isinstance(value, int | float) and 0 <= value < math.inf else 0.0
 
 
 def training_bytes(record: Mapping[str, Any]) -> int:
@@ -64,6 +95,7 @@ def clean(record: Any) -> Record:
         "scores": _table(record.get("scores"), _number),
         "images": _count(record.get("images", 0)),
         "seconds": _table(record.get("seconds"), _seconds),
+        "startup_s": _seconds(record.get("startup_s", 0.0)),
         "bytes": _table(record.get("bytes"), _count),
         "pairs": [(int(source), int(target), int(n)) for source, target, n in record.get("pairs") or ()],
         "plan": {
@@ -72,6 +104,7 @@ def clean(record: Any) -> Record:
         },
         "workers": [_table(worker, _number) for worker in record.get("workers") or ()],
         "weights": _table(record.get("weights"), _count),
+        "evaluation": _table(record.get("evaluation"), str),
         "dropped": len(record.get("dropped") or ()),
     }
 
