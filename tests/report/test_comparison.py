@@ -107,6 +107,15 @@ def test_one_run_of_each_says_nothing_about_noise(histories: list[History]) -> N
     assert "of local SGD, so nothing can be said about its noise" in conclusion(compare(histories[:3]))[-1]
 
 
+def test_of_many_the_best_are_named(tmp_path: Path) -> None:
+    runs = [edited(make_run(tmp_path / str(workers), workers=workers, capacity=11, rounds=2),
+                   accuracy=0.8 + workers / 100) for workers in range(2, 8)]  # fmt: skip
+    sentences = conclusion(compare(runs))
+    assert sentences[0] == "Of 6, ResIST, workers 7 has the best test accuracy, 87.00 %."
+    assert sentences[2].startswith("ResIST, workers 2 sends least")
+    assert len(sentences) == 4
+
+
 def test_a_sweep_of_seeds_has_mean_and_spread(histories: list[History]) -> None:
     (sentence,) = conclusion(compare(histories[:2]))
     assert sentence.startswith("2 runs of ResIST that differ in their seeds: test accuracy 91.00 % ± 1.41 (90.00 to 92")
@@ -195,6 +204,7 @@ def test_the_page_says_where_the_time_went_and_who_tested(histories: list[Histor
     before = text_of(page([History(**{**vars(history), "rounds": old})]))
     assert "tested the full network" not in before
     assert "start-up" not in before
+    assert f"all rounds {duration(phases)}" in before
 
 
 def test_axes_that_do_not_begin_at_zero_are_marked(histories: list[History]) -> None:

@@ -266,6 +266,9 @@ KEYS = (
     "workers",
     "dropped",
     "scores",
+    "weights",
+    "evaluation",
+    "startup_s",
 )
 
 

@@ -118,9 +118,9 @@ def _line(line: Series, x: Axis, y: Axis) -> list[str]:
 
 
 def stacked_plot(
-    title: str, x_label: str, y_label: str, x: Sequence[float], x_ticks: Ticks, series: Sequence[Series]
+    title: str, x_label: str, y_label: str, x: Sequence[float], x_ticks: Ticks, series: Sequence[Series], *, note: str
 ) -> str:
-    """A figure with areas on top of one another, a step for each value of `x`.
+    """A figure with a legend, and areas on top of one another, a step for each value of `x`.
 
     Args:
         title: The title.
@@ -129,6 +129,7 @@ def stacked_plot(
         x: The x values.
         x_ticks: The ticks of the x axis.
         series: The areas from the bottom, each with as many y values as `x`.
+        note: A note below.
     """
     num = len(x)
     totals = [sum(area.y[i] for area in series) for i in range(num)]
@@ -151,7 +152,8 @@ def stacked_plot(
     }
     means = ", ".join(f"{area.name} {short(sum(area.y) / num)} {y_label}" for area in series)
     area = svg(parts, label=f"{title}. Means: {means}")
-    return figure(title, frame(area, x_ticks, axis.ticks(4), x_label, y_label, data=data))
+    key = legend([(area.name, area.color) for area in series])
+    return figure(title, key + frame(area, x_ticks, axis.ticks(4), x_label, y_label, data=data), note=note)
 
 
 def figure(title: str, content: str, *, note: str = "", css_class: str = "plot") -> str:

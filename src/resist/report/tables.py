@@ -64,7 +64,9 @@ def headline(history: History) -> Rows:
 def local_sgd_bytes(history: History) -> int | None:
     """Weights that local SGD would have sent in the same rounds; None for a run that holds all, or was not recorded."""
     weights = [record["weights"] for record in history.rounds]
-    if not all("local_sgd_bytes" in each for each in weights) or weights[-1]["largest"] >= weights[-1]["all"]:
+    if not all({"all", "largest", "local_sgd_bytes"} <= each.keys() for each in weights):
+        return None
+    if weights[-1]["largest"] >= weights[-1]["all"]:
         return None
     return sum(each["local_sgd_bytes"] for each in weights)
 
@@ -116,7 +118,12 @@ def seconds_by_phase(history: History) -> Rows:
     parts = wall_parts(history)
     total = sum(seconds for _, seconds in parts)
     rows = [(part, f"{duration(seconds)} ({seconds / (total or 1.0):.0%})") for part, seconds in parts]
-    return [*rows, ("wall clock", duration(total))]
+    return [*rows, (wall_name(history), duration(total))]
+
+
+def wall_name(history: History) -> str:
+    """The name of the sum of `wall_parts`: older runs have no record of their start."""
+    return "wall clock" if history.wall[START_UP] else "all rounds"
 
 
 def tester_sentence(history: History) -> list[str]:
