@@ -218,6 +218,18 @@ def test_axes_that_do_not_begin_at_zero_are_marked(histories: list[History]) -> 
     assert ">0</span>" in loss
 
 
+def test_a_run_that_was_tested_once_has_no_curve_of_its_accuracy(tmp_path: Path) -> None:
+    once = read_history(make_run(tmp_path / "once", rounds=5, num_evals=1))
+    text = text_of(page([once]))
+    assert "tested once, after round 5" in text
+    assert "Test accuracy against" not in text
+    assert "Training loss against steps" in text
+    other = read_history(make_run(tmp_path / "other", rounds=5, num_evals=1, strategy="local_sgd"))
+    html = page([once, other])
+    assert "Test accuracy against steps" in html
+    assert 'class="break"' not in html  # a lone point has an axis from 0
+
+
 def test_pictures_and_tables_have_names_for_screen_readers(histories: list[History]) -> None:
     html = page(histories)
     assert html.count("<svg") == html.count('role="img" aria-label="') + html.count('aria-hidden="true">') - html.count(

@@ -146,13 +146,21 @@ def _commands(lines: Sequence[str]) -> str:
 
 
 def curves(histories: Sequence[History], names: Sequence[str]) -> str:
-    """Six figures: accuracy and loss against steps, time and bytes, with the legend before them."""
-    plots = curves_of(histories, names)
+    """Figures of accuracy and loss against steps, time and bytes, with the legend before them.
+
+    A run that was tested once or never has no curve of its accuracy.
+    """
+    plots, notes = curves_of(histories, names), list[str]()
+    if len(histories) == 1 and len(histories[0].tested) < 2:  # no curve
+        plots = plots[len(plots) // 2 :]
+        notes.append(tables.tests_sentence(histories[0]))
     figures = [line_plot(c.title, c.x_label, c.y_label, c.series, log_x=c.log_x) for c in plots]
-    several = any(line.low for plot in plots for line in plot.series)
-    note = '<p class="note">A line is the mean of runs, the band goes from the lowest to the highest.</p>'
+    if any(line.low for plot in plots for line in plot.series):
+        notes.append("A line is the mean of runs, the band goes from the lowest to the highest.")
+    note = "".join(f'<p class="note">{escape(text)}</p>' for text in notes)
     key = line_legend(plots[0].series) if len(set(names)) > 1 else ""
-    return f'<section id="curves">{key}{note if several else ""}<div class="figures">{"".join(figures)}</div></section>'
+    kind = "figures" if len(figures) > 3 else "figures three"
+    return f'<section id="curves">{key}{note}<div class="{kind}">{"".join(figures)}</div></section>'
 
 
 def pairs(rows: tables.Rows, name: str) -> str:

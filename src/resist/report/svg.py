@@ -77,7 +77,8 @@ def line_plot(title: str, x_label: str, y_label: str, series: Sequence[Series], 
         return figure(title, '<p class="none">Nothing was recorded.</p>')
     x = Axis(*_range([v for line in lines for v in line.x], from_zero=not log_x, pad=False), log=log_x)
     shown = [v for line in lines for v in (*line.y, *line.low, *line.high)]
-    y = Axis(*_range(shown, from_zero=0 <= min(shown) < 0.3 * max(shown), pad=True))
+    from_zero = 0 <= min(shown) < 0.3 * max(shown) or min(shown) == max(shown) > 0
+    y = Axis(*_range(shown, from_zero=from_zero, pad=True))
     parts = [f'<path class="grid" d="M0 {_up(place)}H{SIDE}"/>' for place, _ in y.ticks(5)]
     for line in lines:
         parts += _line(line, x, y)

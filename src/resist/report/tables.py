@@ -126,6 +126,14 @@ def wall_name(history: History) -> str:
     return "wall clock" if history.wall[START_UP] else "all rounds"
 
 
+def tests_sentence(history: History) -> str:
+    """A sentence on a run that has no curve of its accuracy."""
+    if not history.tested:
+        return "The full network was not tested."
+    number = history.rounds[history.tested[0]]["round"]
+    return f"The full network was tested once, after round {number}; there is a curve where num_evals is 2 or more."
+
+
 def tester_sentence(history: History) -> list[str]:
     """A sentence on who tested the full network; empty where that was not recorded."""
     choices = [record["evaluation"] for record in history.rounds if record["evaluation"].get("by") in ("all", "one")]
