@@ -138,6 +138,11 @@ def test_lines_of_seeds_are_their_mean_and_range(histories: list[History]) -> No
     assert not alone.series[0].low
 
 
+def test_further_seeds_come_last_and_folded(histories: list[History]) -> None:
+    found = re.findall(r'<details class="run"( open|)><summary><h2>(\S+)', page(histories))
+    assert found == [(" open", "resist-0"), (" open", "local_sgd-0"), ("", "resist-1"), ("", "local_sgd-1")]
+
+
 def test_what_is_equal_is_said_once(histories: list[History]) -> None:
     html = page(histories)
     assert text_of(html).count("a processor") == 1

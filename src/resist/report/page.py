@@ -67,14 +67,13 @@ def _several(histories: Sequence[History], names: Sequence[str]) -> str:
         curves(histories, of_run),
         f'<nav aria-label="Runs"><h2>The runs</h2><ul>{links}</ul></nav><div class="tiled runs">',
     ]
-    seen: set[str] = set()
-    for number, (history, name, label) in enumerate(zip(histories, names, of_run, strict=True), start=1):
-        state = "" if label in seen else " open"  # further seeds look alike
-        seen.add(label)
+    first = {of_run.index(label) for label in of_run}  # further seeds look alike: they come last, and folded
+    for i in sorted(range(len(histories)), key=lambda number: number not in first):
+        history, name, state = histories[i], names[i], " open" if i in first else ""
         maps, rest = _figures(history)
         parts.append(
             f'<details class="run"{state}><summary><h2>{escape(name)}{_badge(history)}</h2></summary>'
-            f'<article id="run-{number}">{_sentences(history)}{_tiles(history)}{maps}'
+            f'<article id="run-{i + 1}">{_sentences(history)}{_tiles(history)}{maps}'
             f'<div class="columns">{rest}</div></article></details>'
         )
     return "\n".join([*parts, "</div>", _provenance(histories, names), "</main>"])
@@ -106,7 +105,8 @@ def _figures(history: History) -> tuple[str, str]:
     sections = [
         *([] if wide else maps),
         f"<section><h2>Time</h2>{wall_bar(history)}{pairs(tables.seconds_by_phase(history), 'Where the time went')}"
-        f"{seconds_figure(history)}</section>",
+        "</section>",
+        f"<section>{seconds_figure(history)}</section>",
         f"<section><h2>Traffic</h2>{matrix(history)}</section>",
         f"<section><h2>The workers</h2>{table(head, rows, 'Workers')}"
         f'<p class="note">{tables.WORKERS_NOTE}</p></section>',
@@ -134,10 +134,8 @@ def _badge(history: History) -> str:
 
 
 def _tiles(history: History) -> str:
-    tiles = "".join(
-        f'<div><dt>{escape(name)}</dt><dd class="{"long" if len(value) > 20 else "short"}">{escape(value)}</dd></div>'
-        for name, value in tables.headline(history)
-    )
+    short = [(name, value.partition(" (")[0]) for name, value in tables.headline(history)]  # the parts are shown below
+    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in short)
     return f'<dl class="tiles">{tiles}</dl>'
 
 

@@ -179,6 +179,7 @@ def comparison_rows(comparison: dict[str, Any]) -> tuple[list[str], list[list[st
     The speed-up comes first, so that a narrow screen shows it.
     """
     rows, target = comparison["rows"], comparison["equal_accuracy"]
+    wall = "wall clock" if all(row["start_up_s"] for row in rows) else "all rounds"
     lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("speed‑up", lambda row: _times(row["speed_up"]["time"])),
         ("… in compute", lambda row: _times(row["speed_up"]["compute"])),
@@ -187,7 +188,7 @@ def comparison_rows(comparison: dict[str, Any]) -> tuple[list[str], list[list[st
         ("sent by all workers", lambda row: amount(row["bytes"])),
         ("time", lambda row: _spread(row["time_s"], row["time_s_by_run"])),
         *((name, lambda row, key=f"{name}_s": duration(row[key])) for name in ("compute", "wait", "exchange")),
-        ("wall clock", lambda row: duration(row["wall_s"])),
+        (wall, lambda row: duration(row["wall_s"])),
         ("steps of a worker", lambda row: f"{row['steps']:,.0f}"),
         ("runs", lambda row: str(len(row["runs"]))),
         ("seeds", lambda row: ", ".join(map(str, row["seeds"]))),
@@ -223,8 +224,8 @@ def _spread(mean: float, values: Sequence[float]) -> str:
 
 
 COMPARISON_NOTE = (
-    "Means over the runs of a column, ± their standard deviation. Times do not include evaluations, the wall clock "
-    "does. Speed-up: time of a step of local SGD with as many workers, divided by that of the column."
+    "Means over the runs of a column, ± their standard deviation. Times do not include evaluations, but for the "
+    "wall clock. Speed-up: time of a step of local SGD with as many workers, divided by that of the column."
 )
 WORKERS_NOTE = (
     "Blocks: mean over the rounds. Sent and received: blocks and optimizer state from worker to worker, and a worker's "
