@@ -1,5 +1,6 @@
 """The page of several runs: its conclusion, several seeds as mean and range, where the numbers come from."""
 
+import io
 import json
 import re
 import statistics
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from report_runs import make_run
+from resist.cli.compare import print_comparison
+from resist.cli.report import ReportConfig, run_report
 from resist.report.colors import COLORS, PHASES
 from resist.report.compare import compare, labels
 from resist.report.conclusion import T, caveats, conclusion, noise_points
@@ -18,6 +22,8 @@ from resist.report.curves import curves_of
 from resist.report.markdown import markdown
 from resist.report.page import page
 from resist.report.provenance import common, differing, environment, repeat_all
+from resist.report.tables import wall_parts
+from resist.report.units import duration
 from resist.runs.history import History, read_history
 
 
@@ -54,6 +60,7 @@ def test_the_page_begins_with_the_conclusion(histories: list[History]) -> None:
     assert f"A step of ResIST was {faster:.2f} times as fast as one of local SGD" in sentences[0]
     assert "91.00 %, is 3.50 points lower than that of local SGD, 94.50 %" in sentences[1]
     html = page(histories)
+    assert "91.00&nbsp;%" in html
     assert html.index(sentences[0][:40]) < html.index("<main>") < html.index("<table>") < html.index("<svg")
     assert html.index('class="legend"') < html.index("Test accuracy against steps")
     assert sentences[0] in markdown(histories, "c.png", ["p.png"] * 4).replace("\\", "")
@@ -77,11 +84,36 @@ def test_what_chance_explains_is_the_interval_of_welch(histories: list[History])
     assert "says nothing about noise" in conclusion({"rows": rows})[2]
 
 
+def test_the_terminal_shows_whole_numbers_and_the_conclusion(histories: list[History]) -> None:
+    console = Console(record=True, width=80, file=io.StringIO(), soft_wrap=True)
+    print_comparison(compare(histories), console)
+    text = console.export_text()
+    assert "…" not in text
+    assert "local_sgd 94.50 ± 2.12" in text
+    assert conclusion(compare(histories))[0] in text
+
+
+def test_the_baseline_comes_last(histories: list[History], tmp_path: Path) -> None:
+    run_report(ReportConfig(runs=(histories[2].path, histories[0].path), out=tmp_path / "x.html"), frozenset())
+    nav = re.search(r"<nav.*?</nav>", (tmp_path / "x.html").read_text(), re.S)
+    assert nav is not None
+    assert nav[0].index("resist-0") < nav[0].index("local_sgd-0")
+
+
 def test_one_run_of_each_says_nothing_about_noise(histories: list[History]) -> None:
     sentences = conclusion(compare([histories[0], histories[2]]))
     assert "nothing can be said about noise" in sentences[-1]
     assert not any("chance" in sentence for sentence in sentences)
     assert "of local SGD, so nothing can be said about its noise" in conclusion(compare(histories[:3]))[-1]
+
+
+def test_of_many_the_best_are_named(tmp_path: Path) -> None:
+    runs = [edited(make_run(tmp_path / str(workers), workers=workers, capacity=11, rounds=2),
+                   accuracy=0.8 + workers / 100) for workers in range(2, 8)]  # fmt: skip
+    sentences = conclusion(compare(runs))
+    assert sentences[0] == "Of 6, ResIST, workers 7 has the best test accuracy, 87.00 %."
+    assert sentences[2].startswith("ResIST, workers 2 sends least")
+    assert len(sentences) == 4
 
 
 def test_a_sweep_of_seeds_has_mean_and_spread(histories: list[History]) -> None:
@@ -104,6 +136,11 @@ def test_lines_of_seeds_are_their_mean_and_range(histories: list[History]) -> No
     assert time.series[0].x[-1] == pytest.approx((histories[0].seconds[-1] + histories[1].seconds[-1]) / 2)
     (alone, *_) = curves_of(histories[:1], ["full network"])
     assert not alone.series[0].low
+
+
+def test_further_seeds_come_last_and_folded(histories: list[History]) -> None:
+    found = re.findall(r'<details class="run"( open|)><summary><h2>(\S+)', page(histories))
+    assert found == [(" open", "resist-0"), (" open", "local_sgd-0"), ("", "resist-1"), ("", "local_sgd-1")]
 
 
 def test_what_is_equal_is_said_once(histories: list[History]) -> None:
@@ -144,6 +181,37 @@ def test_a_run_says_what_local_sgd_would_have_cost(histories: list[History]) -> 
     assert "With local SGD" not in text_of(page([old]))
 
 
+def test_the_page_says_where_the_time_went_and_who_tested(histories: list[History]) -> None:
+    history = histories[0]
+    phases = sum(sum(record["seconds"].values()) for record in history.rounds)
+    parts = dict(wall_parts(history))
+    assert parts["start-up"] == 6.5
+    assert sum(parts.values()) == pytest.approx(phases + 6.5) == pytest.approx(sum(history.wall.values()))
+    html = page([history])
+    text = text_of(html)
+    assert f"wall clock {duration(phases + 6.5)}" in text
+    who = "All processes tested the full network, each a share of the images (2 processes compute at once)."
+    assert who in text
+    bar = re.search(r'<div class="bar" role="img" aria-label="(.*?)">(.*?)</div>', html)
+    assert bar is not None
+    assert re.match(r"start-up \d+%, compute \d+%", bar[1])
+    assert sum(map(float, re.findall(r"width:([\d.]+)%", bar[2]))) == pytest.approx(100, abs=0.1)
+    written = markdown([history], "c.png", ["p.png"]).replace("\\", "")
+    assert who in written
+    assert f"| wall clock | {duration(phases + 6.5)} |" in written
+    ended = History(**{**vars(history), "state": {"state": "finished", "closing_s": 2.0}})
+    assert sum(dict(wall_parts(ended)).values()) == pytest.approx(phases + 8.5)
+    one = [{**record, "evaluation": {"by": "one", "reason": "EVIL <b>"}} for record in history.rounds]
+    assert "The process of worker 0 tested the full network (EVIL <b>)" in text_of(
+        page([History(**{**vars(history), "rounds": one})])
+    )
+    old = [{**record, "evaluation": {}, "startup_s": 0.0} for record in history.rounds]
+    before = text_of(page([History(**{**vars(history), "rounds": old})]))
+    assert "tested the full network" not in before
+    assert "start-up" not in before
+    assert f"all rounds {duration(phases)}" in before
+
+
 def test_axes_that_do_not_begin_at_zero_are_marked(histories: list[History]) -> None:
     html = page(histories[:1])
     figures = re.findall(r"<figure.*?</figure>", html, re.S)
@@ -153,6 +221,18 @@ def test_axes_that_do_not_begin_at_zero_are_marked(histories: list[History]) -> 
     assert "%, not from 0" in accuracy
     assert 'class="break"' not in loss
     assert ">0</span>" in loss
+
+
+def test_a_run_that_was_tested_once_has_no_curve_of_its_accuracy(tmp_path: Path) -> None:
+    once = read_history(make_run(tmp_path / "once", rounds=5, num_evals=1))
+    text = text_of(page([once]))
+    assert "tested once, after round 5" in text
+    assert "Test accuracy against" not in text
+    assert "Training loss against steps" in text
+    other = read_history(make_run(tmp_path / "other", rounds=5, num_evals=1, strategy="local_sgd"))
+    html = page([once, other])
+    assert "Test accuracy against steps" in html
+    assert 'class="break"' not in html  # a lone point has an axis from 0
 
 
 def test_pictures_and_tables_have_names_for_screen_readers(histories: list[History]) -> None:

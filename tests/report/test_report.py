@@ -85,7 +85,7 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: Path) -> None:
     assert not re.search(r"https?://|@import|url\(", html)
     for text in ("92.38 %", "4 workers", "6 of 22", "config.json", "git checkout abc1234", "a processor"):
         assert text in found.text
-    assert sum(tag == "figure" for tag, _ in found.tags) == 6 + 2 + 2
+    assert sum(tag == "figure" for tag, _ in found.tags) == 6 + 2 + 3
 
 
 def test_several_runs_are_compared_and_the_speed_up_is_split(runs: Path) -> None:
@@ -266,6 +266,9 @@ KEYS = (
     "workers",
     "dropped",
     "scores",
+    "weights",
+    "evaluation",
+    "startup_s",
 )
 
 

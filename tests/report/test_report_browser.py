@@ -135,7 +135,7 @@ def test_a_report_can_be_read(browser: Any, reports: dict[str, Path], name: str,
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(RIGHTMOST) > 0.75 * width
     figures = page.evaluate(FIGURES)
-    assert len(figures) == {"one": 10, "all": 6 + 2 + 4 * 4, "untested": 10}[name]
+    assert len(figures) == {"one": 11, "all": 6 + 2 + 4 * 5, "untested": 8}[name]
     for figure in figures:
         assert figure["width"] > 200
         assert figure["height"] > 60

@@ -13,6 +13,7 @@ from resist.cli.train import start
 from resist.errors import UserError
 from resist.planning.methods import BASELINE, DEFAULT, METHODS
 from resist.report.compare import compare
+from resist.report.conclusion import conclusion
 from resist.runs.config import (
     MachineConfig,
     MethodConfig,
@@ -105,18 +106,23 @@ def print_comparison(comparison: dict[str, Any], console: Console) -> None:
     target = comparison["equal_accuracy"]
     equal = "equal" if target is None else f"to {100 * target:.1f}%"
     names = ("test %", "time s", "comp. s", "exch. s", "sent MB", f"s {equal}", f"MB {equal}", "speed-up")
-    table.add_column("strategy", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    rows: list[list[str]] = []
     for row in comparison["rows"]:
         spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.2f}"
         accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}"
-        table.add_row(
+        rows.append([
             row["label"], accuracy, f"{row['time_s']:.1f}", f"{row['compute_s']:.1f}",
             f"{row['exchange_s']:.1f}", f"{row['bytes'] / 1e6:.1f}", _or_dash(row["time_s_to_equal_accuracy"]),
             _or_dash(row["bytes_to_equal_accuracy"], 1e-6), _or_dash(row["speed_up"]["time"], digits=2),
-        )  # fmt: skip
+        ])  # fmt: skip
+    for name, cells in zip(("strategy", *names), zip(*rows, strict=True), strict=True):
+        # Where there is little room, heads are cut into lines, numbers never.
+        table.add_column(name, justify="right" if name in names else "left", min_width=max(map(len, cells)))
+    for cells in rows:
+        table.add_row(*cells)
     console.print(table)
+    for text in conclusion(comparison):
+        console.print(text)
     console.print(
         f"speed-up: time of a step of {BASELINE} divided by that of the row; times do not include evaluations"
     )

@@ -9,6 +9,7 @@ import tyro
 
 from resist.cli.options import as_typed
 from resist.errors import UserError
+from resist.planning.methods import METHODS
 from resist.report.compare import labels
 from resist.report.markdown import markdown
 from resist.report.page import page
@@ -41,7 +42,8 @@ def run_report(config: ReportConfig, given: frozenset[str]) -> int:
         raise UserError(f"--out {config.out} does not end in .html, .md or .png; give --format")
     format = format or "html"
     out = config.out or (runs[0] if len(runs) == 1 else Path()) / f"report.{format}"
-    histories = [_read(run) for run in runs]
+    order = list(METHODS)
+    histories = sorted((_read(run) for run in runs), key=lambda history: order.index(history.config.method.strategy))
     written = write(histories, out, format, config.force)
     print("wrote " + ", ".join(map(str, written)))
     return 0

@@ -8,7 +8,14 @@ from resist.planning.methods import METHODS
 # without red, green or blue receptors see them.
 COLORS = ("#3b7dd8", "#e08214", "#18752e", "#ce70b5", "#553df9", "#f24152", "#b32563", "#a624a5")
 STRATEGIES = dict(zip(METHODS, COLORS, strict=False))
-PHASES = {"compute": COLORS[0], "wait": COLORS[1], "sync": COLORS[2], "checkpoint": COLORS[4], "evaluate": "#8d949e"}
+PHASES = {
+    "start-up": COLORS[5],
+    "compute": COLORS[0],
+    "wait": COLORS[1],
+    "sync": COLORS[2],
+    "checkpoint": COLORS[4],
+    "evaluate": "#8d949e",
+}
 
 
 def color_of(index: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from resist.planning.methods import BASELINE
 from resist.report.colors import STRATEGIES, color_of
 from resist.runs.history import History
+from resist.runs.records import START_UP
 
 # Options that do not distinguish two runs of a strategy: where they ran, and what the mean is taken over.
 IGNORED = {"seed", "out", "resume", "data_dir", "num_evals", "checkpoint_rounds"}
@@ -97,6 +98,8 @@ def _row(runs: Sequence[History], target: float | None) -> dict[str, Any]:
         "steps": mean(h.steps[-1] for h in runs),
         "time_s": mean(h.seconds[-1] for h in runs),
         "time_s_by_run": [h.seconds[-1] for h in runs],
+        "start_up_s": mean(h.wall[START_UP] for h in runs),
+        "wall_s": mean(sum(h.wall.values()) for h in runs),
         "compute_s": mean(h.total("compute") for h in runs),
         "wait_s": mean(h.total("wait") for h in runs),
         "exchange_s": mean(h.total("sync") for h in runs),

@@ -13,6 +13,7 @@ Row = dict[str, Any]
 # 97.5 % quantiles of Student's t distribution with 1, 2, ... 30 degrees of freedom.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09,
      2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04)  # fmt: skip
+MANY = 4  # rows up to which each has its sentences
 SAME_MACHINE = ("processor", "cores", "threads", "gpus", "processes")
 
 
@@ -20,11 +21,9 @@ def conclusion(comparison: dict[str, Any]) -> list[str]:
     """Sentences on a comparison, see `resist.report.compare.compare`, the most important first."""
     rows = comparison["rows"]
     pairs = [(row, base) for row in rows if (base := baseline_of(row, rows)) is not None and base is not row]
-    texts: list[str] = []
-    for row, base in pairs:
+    texts = _best(rows) if len(rows) > MANY else [] if pairs else [_alone(row) for row in rows]
+    for row, base in pairs if len(rows) <= MANY else ():
         texts += [_speed(row, base), *_points(row, base)]
-    if not pairs:
-        texts = [_alone(row) for row in rows]
     runs = [len(row["runs"]) for row in rows]
     if max(runs) == 1:
         texts.append(
@@ -64,6 +63,24 @@ def name_of(row: Row) -> str:
     return METHODS[strategy].label + row["label"].removeprefix(strategy) if strategy in METHODS else row["label"]
 
 
+def _best(rows: Sequence[Row]) -> list[str]:
+    """The best of many rows; the table has all."""
+    texts: list[str] = []
+    tested = [row for row in rows if row["accuracy"] is not None]
+    if tested:
+        best = max(tested, key=lambda row: row["accuracy"])
+        texts.append(
+            f"Of {len(rows)}, {name_of(best)} has the best test {best['score']}, {100 * best['accuracy']:.2f} %."
+        )
+    fastest = min(rows, key=lambda row: row["time_s_per_step"])
+    least = min(rows, key=lambda row: row["bytes_per_step"])
+    speed_up = fastest["speed_up"]["time"]
+    times = f", {speed_up:.2f} times as fast as local SGD" if speed_up is not None else ""
+    texts.append(f"A step of {name_of(fastest)} is the fastest, {duration(fastest['time_s_per_step'])}{times}.")
+    texts.append(f"{name_of(least)} sends least, {amount(least['bytes_per_step'])} a step.")
+    return texts
+
+
 def _speed(row: Row, base: Row) -> str:
     faster = row["speed_up"]["time"]
     if faster is None:
@@ -73,7 +90,7 @@ def _speed(row: Row, base: Row) -> str:
     times = f"{duration(row['time_s_per_step'])} against {duration(base['time_s_per_step'])}"
     text = f"A step of {name_of(row)} was {faster:.2f} times as fast as one of {name_of(base)}{spread}: {times}."
     if base["bytes_per_step"] > 0:
-        text = f"{text[:-1]}, and sent {row['bytes_per_step'] / base['bytes_per_step']:.0%} of its bytes."
+        text = f"{text[:-1]}, and {row['bytes_per_step'] / base['bytes_per_step']:.0%} of the bytes were sent."
     return text
 
 

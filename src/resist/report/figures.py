@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from resist.report import tables
 from resist.report.aggregate import Holdings, all_reduced, holdings, map_rows, traffic
 from resist.report.bitmap import data_uri, png
 from resist.report.colors import PHASES, color_of
 from resist.report.compare import colors
 from resist.report.svg import Series, Ticks, bars, figure, frame, legend, scroll, stacked_plot, svg
-from resist.report.tables import phases_of
 from resist.report.units import amount, bytes_unit, duration, ends, means, whole_ticks
 from resist.runs.history import History
 
@@ -110,7 +110,8 @@ def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
     """A table with shades; with many workers only the tooltips have the numbers."""
     most = max(max(row) for row in sent)
     numbered = len(sent) <= NUMBERED
-    head = "".join(f'<th scope="col">{target}</th>' for target in range(len(sent)))
+    every = 1 if numbered else 5
+    head = "".join(f'<th scope="col">{target if target % every == 0 else ""}</th>' for target in range(len(sent)))
     rows: list[str] = []
     for source, row in enumerate(sent):
         cells: list[str] = []
@@ -120,16 +121,29 @@ def heat_table(sent: Sequence[Sequence[float]], divisor: float) -> str:
             style = f"background:rgba(var(--heat),{0.6 * share:.2f})"
             cells.append(f'<td class="cell"{title} style="{style}">{text if numbered else ""}</td>')
         rows.append(f'<tr><th scope="row">{source}</th>{"".join(cells)}</tr>')
+    kind = "heat" if numbered else "heat dense"
     return scroll(
-        f'<table class="heat"><thead><tr><th scope="col">from \\ to</th>{head}</tr></thead>'
+        f'<table class="{kind}"><thead><tr><th scope="col">from \\ to</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>",
         "Bytes from worker to worker",
     )
 
 
+def wall_bar(history: History) -> str:
+    """Parts of the wall clock of a run as one bar."""
+    parts = tables.wall_parts(history)
+    colored = [(part, seconds, PHASES.get(part, color_of(len(PHASES) + i))) for i, (part, seconds) in enumerate(parts)]
+    total = duration(sum(seconds for _, seconds in parts))
+    return bars(
+        "Where the time went",
+        [(tables.wall_name(history), colored, total)],
+        note=" ".join(tables.tester_sentence(history)),
+    )
+
+
 def seconds_figure(history: History) -> str:
     """Seconds by phase in each round, stacked."""
-    phases = phases_of(history)
+    phases = tables.phases_of(history)
     values_of = [[record["seconds"].get(phase, 0.0) for record in history.rounds] for phase in phases]
     series = [
         Series(phase, PHASES.get(phase, color_of(len(PHASES) + i)), (), means(values, COLUMNS))
@@ -138,9 +152,8 @@ def seconds_figure(history: History) -> str:
     ]
     rounds = [int(last) for last in ends([record["round"] for record in history.rounds], COLUMNS)]
     every = -(-len(history.rounds) // COLUMNS)
-    drawn = stacked_plot("Seconds of a round by phase", "round", "s", rounds, round_ticks(rounds), series)
-    note = f'<p class="note">Means of {every} rounds each.</p>' if every > 1 else ""
-    return f"<div>{legend([(line.name, line.color) for line in series])}{drawn}{note}</div>"
+    note = f"Means of {every} rounds each." if every > 1 else ""
+    return stacked_plot("Seconds of a round by phase", "round", "s", rounds, round_ticks(rounds), series, note=note)
 
 
 def step_bars(comparison: dict[str, Any]) -> list[str]:

@@ -55,8 +55,9 @@ def _one(history: History, picture: str) -> list[str]:
         "### The workers",
         _table(*tables.worker_rows(history)),
         tables.WORKERS_NOTE,
-        "### Seconds by phase",
+        "### Where the time went",
         _table(("", ""), tables.seconds_by_phase(history)),
+        *map(_text, tables.tester_sentence(history)),
         *(readings if history.readings else []),
     ]
 

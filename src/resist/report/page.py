@@ -11,7 +11,7 @@ from resist.report import provenance, tables
 from resist.report.compare import compare, labels
 from resist.report.conclusion import caveats, conclusion
 from resist.report.curves import curves_of
-from resist.report.figures import holdings_figures, matrix, seconds_figure, step_bars
+from resist.report.figures import holdings_figures, matrix, seconds_figure, step_bars, wall_bar
 from resist.report.svg import line_legend, line_plot, scroll
 from resist.runs.history import History
 
@@ -57,7 +57,7 @@ def _several(histories: Sequence[History], names: Sequence[str]) -> str:
     comparison, of_run = compare(histories), labels(histories)
     head, rows = tables.comparison_rows(comparison)
     links = "".join(f'<li><a href="#run-{i}">{escape(name)}</a></li>' for i, name in enumerate(names, start=1))
-    lead = "".join(f"<p>{escape(text)}</p>" for text in conclusion(comparison))
+    lead = "".join(map(_paragraph, conclusion(comparison)))
     numbers = f'{table(head, rows, "Comparison")}<p class="note">{escape(tables.COMPARISON_NOTE)}</p>'
     warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in caveats(comparison, histories))
     parts = [
@@ -67,14 +67,13 @@ def _several(histories: Sequence[History], names: Sequence[str]) -> str:
         curves(histories, of_run),
         f'<nav aria-label="Runs"><h2>The runs</h2><ul>{links}</ul></nav><div class="tiled runs">',
     ]
-    seen: set[str] = set()
-    for number, (history, name, label) in enumerate(zip(histories, names, of_run, strict=True), start=1):
-        state = "" if label in seen else " open"  # further seeds look alike
-        seen.add(label)
+    first = {of_run.index(label) for label in of_run}  # further seeds look alike: they come last, and folded
+    for i in sorted(range(len(histories)), key=lambda number: number not in first):
+        history, name, state = histories[i], names[i], " open" if i in first else ""
         maps, rest = _figures(history)
         parts.append(
             f'<details class="run"{state}><summary><h2>{escape(name)}{_badge(history)}</h2></summary>'
-            f'<article id="run-{number}">{_sentences(history)}{_tiles(history)}{maps}'
+            f'<article id="run-{i + 1}">{_sentences(history)}{_tiles(history)}{maps}'
             f'<div class="columns">{rest}</div></article></details>'
         )
     return "\n".join([*parts, "</div>", _provenance(histories, names), "</main>"])
@@ -105,8 +104,9 @@ def _figures(history: History) -> tuple[str, str]:
     head, rows = tables.worker_rows(history)
     sections = [
         *([] if wide else maps),
-        f"<section><h2>Time</h2>{seconds_figure(history)}{pairs(tables.seconds_by_phase(history), 'Seconds by phase')}"
+        f"<section><h2>Time</h2>{wall_bar(history)}{pairs(tables.seconds_by_phase(history), 'Where the time went')}"
         "</section>",
+        f"<section>{seconds_figure(history)}</section>",
         f"<section><h2>Traffic</h2>{matrix(history)}</section>",
         f"<section><h2>The workers</h2>{table(head, rows, 'Workers')}"
         f'<p class="note">{tables.WORKERS_NOTE}</p></section>',
@@ -122,7 +122,11 @@ def _figures(history: History) -> tuple[str, str]:
 def _sentences(history: History) -> str:
     texts = [tables.sentence(history), *tables.local_sgd_sentence(history)]
     warnings = "".join(f'<p class="warning">{escape(note)}</p>' for note in tables.notes(history))
-    return "".join(f"<p>{escape(text)}</p>" for text in texts) + warnings
+    return "".join(map(_paragraph, texts)) + warnings
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{escape(text).replace(' %', '&nbsp;%')}</p>"
 
 
 def _badge(history: History) -> str:
@@ -130,7 +134,8 @@ def _badge(history: History) -> str:
 
 
 def _tiles(history: History) -> str:
-    tiles = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tables.headline(history))
+    short = [(name, value.partition(" (")[0]) for name, value in tables.headline(history)]  # the parts are shown below
+    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in short)
     return f'<dl class="tiles">{tiles}</dl>'
 
 
@@ -139,13 +144,21 @@ def _commands(lines: Sequence[str]) -> str:
 
 
 def curves(histories: Sequence[History], names: Sequence[str]) -> str:
-    """Six figures: accuracy and loss against steps, time and bytes, with the legend before them."""
-    plots = curves_of(histories, names)
+    """Figures of accuracy and loss against steps, time and bytes, with the legend before them.
+
+    A run that was tested once or never has no curve of its accuracy.
+    """
+    plots, notes = curves_of(histories, names), list[str]()
+    if len(histories) == 1 and len(histories[0].tested) < 2:  # no curve
+        plots = plots[len(plots) // 2 :]
+        notes.append(tables.tests_sentence(histories[0]))
     figures = [line_plot(c.title, c.x_label, c.y_label, c.series, log_x=c.log_x) for c in plots]
-    several = any(line.low for plot in plots for line in plot.series)
-    note = '<p class="note">A line is the mean of runs, the band goes from the lowest to the highest.</p>'
+    if any(line.low for plot in plots for line in plot.series):
+        notes.append("A line is the mean of runs, the band goes from the lowest to the highest.")
+    note = "".join(f'<p class="note">{escape(text)}</p>' for text in notes)
     key = line_legend(plots[0].series) if len(set(names)) > 1 else ""
-    return f'<section id="curves">{key}{note if several else ""}<div class="figures">{"".join(figures)}</div></section>'
+    kind = "figures" if len(figures) > 3 else "figures three"
+    return f'<section id="curves">{key}{note}<div class="{kind}">{"".join(figures)}</div></section>'
 
 
 def pairs(rows: tables.Rows, name: str) -> str:

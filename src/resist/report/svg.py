@@ -77,7 +77,8 @@ def line_plot(title: str, x_label: str, y_label: str, series: Sequence[Series], 
         return figure(title, '<p class="none">Nothing was recorded.</p>')
     x = Axis(*_range([v for line in lines for v in line.x], from_zero=not log_x, pad=False), log=log_x)
     shown = [v for line in lines for v in (*line.y, *line.low, *line.high)]
-    y = Axis(*_range(shown, from_zero=0 <= min(shown) < 0.3 * max(shown), pad=True))
+    from_zero = 0 <= min(shown) < 0.3 * max(shown) or min(shown) == max(shown) > 0
+    y = Axis(*_range(shown, from_zero=from_zero, pad=True))
     parts = [f'<path class="grid" d="M0 {_up(place)}H{SIDE}"/>' for place, _ in y.ticks(5)]
     for line in lines:
         parts += _line(line, x, y)
@@ -118,9 +119,9 @@ def _line(line: Series, x: Axis, y: Axis) -> list[str]:
 
 
 def stacked_plot(
-    title: str, x_label: str, y_label: str, x: Sequence[float], x_ticks: Ticks, series: Sequence[Series]
+    title: str, x_label: str, y_label: str, x: Sequence[float], x_ticks: Ticks, series: Sequence[Series], *, note: str
 ) -> str:
-    """A figure with areas on top of one another, a step for each value of `x`.
+    """A figure with a legend, and areas on top of one another, a step for each value of `x`.
 
     Args:
         title: The title.
@@ -129,6 +130,7 @@ def stacked_plot(
         x: The x values.
         x_ticks: The ticks of the x axis.
         series: The areas from the bottom, each with as many y values as `x`.
+        note: A note below.
     """
     num = len(x)
     totals = [sum(area.y[i] for area in series) for i in range(num)]
@@ -151,7 +153,8 @@ def stacked_plot(
     }
     means = ", ".join(f"{area.name} {short(sum(area.y) / num)} {y_label}" for area in series)
     area = svg(parts, label=f"{title}. Means: {means}")
-    return figure(title, frame(area, x_ticks, axis.ticks(4), x_label, y_label, data=data))
+    key = legend([(area.name, area.color) for area in series])
+    return figure(title, key + frame(area, x_ticks, axis.ticks(4), x_label, y_label, data=data), note=note)
 
 
 def figure(title: str, content: str, *, note: str = "", css_class: str = "plot") -> str:

@@ -12,6 +12,7 @@ from resist.report.compare import score_name
 from resist.report.provenance import Rows
 from resist.report.units import amount, duration
 from resist.runs.history import History
+from resist.runs.records import START_UP
 
 ENDS = {
     "finished": "finished",
@@ -64,7 +65,9 @@ def headline(history: History) -> Rows:
 def local_sgd_bytes(history: History) -> int | None:
     """Weights that local SGD would have sent in the same rounds; None for a run that holds all, or was not recorded."""
     weights = [record["weights"] for record in history.rounds]
-    if not all("local_sgd_bytes" in each for each in weights) or weights[-1]["largest"] >= weights[-1]["all"]:
+    if not all({"all", "largest", "local_sgd_bytes"} <= each.keys() for each in weights):
+        return None
+    if weights[-1]["largest"] >= weights[-1]["all"]:
         return None
     return sum(each["local_sgd_bytes"] for each in weights)
 
@@ -108,11 +111,47 @@ def _last_plan(history: History, chain: str) -> tuple[tuple[int, ...], ...]:
     return next(record["plan"][chain] for record in reversed(history.rounds) if record["plan"].get(chain))
 
 
+def wall_parts(history: History) -> list[tuple[str, float]]:
+    """Parts of the wall clock of a run: the start, where it was recorded, and each phase of its rounds, in seconds."""
+    start_up = history.wall[START_UP]
+    parts = {phase: history.total(phase) for phase in phases_of(history)}
+    if "checkpoint" in parts:  # the last one is completed after the last record
+        parts["checkpoint"] = max(parts["checkpoint"], history.wall["checkpoints"])
+    return [*([(START_UP, start_up)] if start_up else []), *parts.items()]
+
+
 def seconds_by_phase(history: History) -> Rows:
-    """Seconds of each phase over the whole run, and its share of all."""
-    phases = phases_of(history)
-    total = sum(map(history.total, phases)) or 1.0
-    return [(phase, f"{duration(history.total(phase))} ({history.total(phase) / total:.0%})") for phase in phases]
+    """Seconds of each part of the wall clock, and its share of all."""
+    parts = wall_parts(history)
+    total = sum(seconds for _, seconds in parts)
+    rows = [(part, f"{duration(seconds)} ({seconds / (total or 1.0):.0%})") for part, seconds in parts]
+    return [*rows, (wall_name(history), duration(total))]
+
+
+def wall_name(history: History) -> str:
+    """The name of the sum of `wall_parts`: older runs have no record of their start."""
+    return "wall clock" if history.wall[START_UP] else "all rounds"
+
+
+def tests_sentence(history: History) -> str:
+    """A sentence on a run that has no curve of its accuracy."""
+    if not history.tested:
+        return "The full network was not tested."
+    number = history.rounds[history.tested[0]]["round"]
+    return f"The full network was tested once, after round {number}; there is a curve where num_evals is 2 or more."
+
+
+def tester_sentence(history: History) -> list[str]:
+    """A sentence on who tested the full network; empty where that was not recorded."""
+    choices = [record["evaluation"] for record in history.rounds if record["evaluation"].get("by") in ("all", "one")]
+    if not choices:
+        return []
+    who = (
+        "All processes tested the full network, each a share of the images"
+        if choices[-1]["by"] == "all"
+        else "The process of worker 0 tested the full network"
+    )
+    return [f"{who} ({choices[-1].get('reason', 'no reason was recorded')})."]
 
 
 def phases_of(history: History) -> list[str]:
@@ -147,6 +186,7 @@ def comparison_rows(comparison: dict[str, Any]) -> tuple[list[str], list[list[st
     The speed-up comes first, so that a narrow screen shows it.
     """
     rows, target = comparison["rows"], comparison["equal_accuracy"]
+    wall = "wall clock" if all(row["start_up_s"] for row in rows) else "all rounds"
     lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("speed‑up", lambda row: _times(row["speed_up"]["time"])),
         ("… in compute", lambda row: _times(row["speed_up"]["compute"])),
@@ -155,6 +195,7 @@ def comparison_rows(comparison: dict[str, Any]) -> tuple[list[str], list[list[st
         ("sent by all workers", lambda row: amount(row["bytes"])),
         ("time", lambda row: _spread(row["time_s"], row["time_s_by_run"])),
         *((name, lambda row, key=f"{name}_s": duration(row[key])) for name in ("compute", "wait", "exchange")),
+        (wall, lambda row: duration(row["wall_s"])),
         ("steps of a worker", lambda row: f"{row['steps']:,.0f}"),
         ("runs", lambda row: str(len(row["runs"]))),
         ("seeds", lambda row: ", ".join(map(str, row["seeds"]))),
@@ -190,8 +231,8 @@ def _spread(mean: float, values: Sequence[float]) -> str:
 
 
 COMPARISON_NOTE = (
-    "Means over the runs of a column, ± their standard deviation. Times do not include evaluations. Speed-up: time "
-    "of a step of local SGD with as many workers, divided by that of the column."
+    "Means over the runs of a column, ± their standard deviation. Times do not include evaluations, but for the "
+    "wall clock. Speed-up: time of a step of local SGD with as many workers, divided by that of the column."
 )
 WORKERS_NOTE = (
     "Blocks: mean over the rounds. Sent and received: blocks and optimizer state from worker to worker, and a worker's "

@@ -104,6 +104,7 @@ def clean(record: Any) -> Record:
         },
         "workers": [_table(worker, _number) for worker in record.get("workers") or ()],
         "weights": _table(record.get("weights"), _count),
+        "evaluation": _table(record.get("evaluation"), str),
         "dropped": len(record.get("dropped") or ()),
     }
 
