@@ -3,8 +3,7 @@
 Names are imported when they are first used, so that `import resist` and the commands that train nothing load no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as that of typing: nothing is imported before `__main__` looks after interruptions
 
 if TYPE_CHECKING:
     from resist import blocks as blocks
@@ -86,7 +85,9 @@ _SUBMODULES = {"blocks", "checking", "errors", "job", "planning", "subnet", "syn
 
 if not TYPE_CHECKING:  # so that type checkers report names that do not exist
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
         if name in _SUBMODULES:
             return import_module(f"resist.{name}")
         if name not in _HOME:
