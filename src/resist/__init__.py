@@ -6,6 +6,8 @@ Names are imported when they are first used, so that `import resist` and the com
 TYPE_CHECKING = False  # as that of typing: nothing is imported before `__main__` looks after interruptions
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from resist import blocks as blocks
     from resist import checking as checking
     from resist import errors as errors
@@ -96,7 +98,7 @@ if not TYPE_CHECKING:  # so that type checkers report names that do not exist
         return value
 
 
-def load_ipython_extension(shell: Any) -> None:
+def load_ipython_extension(shell: "Any") -> None:
     """Make plans, jobs and runs show themselves in a notebook, after %load_ext resist."""
     from resist.report.notebook import register
 
