@@ -234,9 +234,10 @@ def test_named_files_exist(name: str) -> None:
 def test_options_in_the_text_exist(name: str) -> None:
     """`--option` in running text is an option of a command, or of another program that is listed here."""
     others = {"--nproc-per-node", "--nnodes", "--node-rank", "--max-restarts", "--help", "--version", "--master-addr"}
+    others |= {"--signals-to-handle", "--signal"}
     known: set[str] = set(others)
     for kind, _ in cli.COMMANDS.values():
-        known |= {option.flag for option in options_of(kind).values()}
+        known |= {flag for option in options_of(kind).values() for flag in option.flags}
     text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
     if Path(name).name in ("results.md", "LOG.md"):
         return  # dated: they keep the options of that time

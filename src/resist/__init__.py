@@ -3,10 +3,11 @@
 Names are imported when they are first used, so that `import resist` and the commands that train nothing load no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as that of typing: nothing is imported before `__main__` looks after interruptions
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from resist import blocks as blocks
     from resist import checking as checking
     from resist import errors as errors
@@ -86,7 +87,9 @@ _SUBMODULES = {"blocks", "checking", "errors", "job", "planning", "subnet", "syn
 
 if not TYPE_CHECKING:  # so that type checkers report names that do not exist
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
         if name in _SUBMODULES:
             return import_module(f"resist.{name}")
         if name not in _HOME:
@@ -95,7 +98,7 @@ if not TYPE_CHECKING:  # so that type checkers report names that do not exist
         return value
 
 
-def load_ipython_extension(shell: Any) -> None:
+def load_ipython_extension(shell: "Any") -> None:
     """Make plans, jobs and runs show themselves in a notebook, after %load_ext resist."""
     from resist.report.notebook import register
 

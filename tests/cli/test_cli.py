@@ -185,37 +185,6 @@ def test_cost_refuses_in_one_line(capsys, arguments: list[str], text: str) -> No
     assert text in err
 
 
-@pytest.mark.slow
-def test_compare_trains_each_strategy_and_draws(capsys, tmp_path) -> None:
-    out = tmp_path / "both"
-    arguments = ["compare", *FAST, "--processes", "1", "--seeds", "0", "1", "--out", str(out)]
-    status, text, _ = resist(capsys, *arguments)
-    assert status == 0
-    assert sorted(p.name for p in out.iterdir()) == [
-        "compare.json", "compare.png", "compare.svg",
-        "local_sgd-seed0", "local_sgd-seed1", "resist-seed0", "resist-seed1",
-    ]  # fmt: skip
-    rows = {row["strategy"]: row for row in json.loads((out / "compare.json").read_text())["rows"]}
-    assert rows["resist"]["bytes"] < rows["local_sgd"]["bytes"]
-    assert rows["local_sgd"]["speed_up"]["time"] == 1
-    assert rows["resist"]["steps"] == rows["local_sgd"]["steps"] == 9
-    assert rows["resist"]["accuracy_sd"] is not None
-    assert "<svg" in (out / "compare.svg").read_text()
-    assert "local_sgd" in text
-
-
-def test_compare_refuses_options_of_a_single_run(capsys, tmp_path) -> None:
-    for arguments, text in (
-        (["--seed", "1"], "compare takes --seeds"),
-        (["--strategy", "resist"], "compare takes --strategies"),
-        (["--strategies", "magic"], "--strategy 'magic' is not one of resist, local_sgd, diloco, ddp"),
-        (["--strategies", "resist", "resist"], "once"),
-    ):
-        status, _, err = resist(capsys, "compare", *arguments, "--out", str(tmp_path / "x"))
-        assert (status, err.count("\n")) == (2, 1)
-        assert text in err
-
-
 def test_missing_data_says_where_files_belong(capsys, tmp_path, monkeypatch) -> None:
     def unreachable(*_args, **_kwargs):
         raise OSError("no route to host")

@@ -1,6 +1,7 @@
 """`--config`: options from a file, and the same run again."""
 
 import json
+import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -70,8 +71,6 @@ def test_a_file_gives_defaults_and_the_command_line_overrides_them(tmp_path: Pat
     assert given_names == {"sampling", "workers", "outer", "compile", "lr"}
     config, _ = parsed("train", f"--config={file}", "--no-compile")
     assert not config.machine.compile
-    with pytest.raises(UserError, match="not understood: --no-compile; see resist train --help"):
-        parsed("train", "--no-compile")
     assert parsed("train") == (TrainConfig(), frozenset())
 
 
@@ -188,6 +187,51 @@ def test_a_flag_may_repeat_what_the_file_sets(tmp_path: Path) -> None:
     file = str(write(tmp_path / "a.json", {"machine": {"compile": True}}))
     config, _ = parsed("train", "--compile", "--config", file)
     assert config.machine.compile
+
+
+OFF = {"compile": False, "channels_last": False, "no_progress": False, "log": []}
+
+
+@pytest.mark.parametrize("in_file", [True, False], ids=["file", "options"])
+@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+def test_a_resumed_run_turns_machine_options_off_as_well_as_on(tmp_path: Path, in_file: bool, on: bool) -> None:
+    """All of them from a file, and with --no- in front those that the command line has."""
+    states = [OFF, {name: ["wandb"] if value == [] else True for name, value in OFF.items()}]
+    run, wanted = states[not on], states[on]
+    write(tmp_path / "config.json", {"machine": run, "method": {"replicate": not on}})
+    arguments = ["--log", "wandb", "--compile", "--replicate"] if on else ["--no-log", "--no-compile", "--no-replicate"]
+    if in_file:
+        file = write(tmp_path / "a.json", {"machine": wanted, "method": {"replicate": on}})
+        arguments = ["--config", str(file)]
+    config = resumed(*parsed("train", "--resume", str(tmp_path), *arguments))
+    found = config.to_json()["machine"]
+    assert {name: found[name] for name in OFF if in_file or name in ("compile", "log")} == {
+        name: value for name, value in wanted.items() if in_file or name in ("compile", "log")
+    }
+    assert config.method.replicate is on
+    # The processes that are started get them too.
+    again, names = parsed(*train._arguments(config, tmp_path / "b.json"))
+    assert resumed(again, names) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--compile=false"], "--compile takes no value; give --compile or --no-compile"),
+        (["--compile", "no"], "--compile takes no value; give --compile or --no-compile"),
+        (["--no-compile=true"], "--no-compile takes no value; give --compile or --no-compile"),
+        (["--compile", "--no-compile"], "--compile and --no-compile contradict each other; give one"),
+        (["--no-log", "wandb"], "--no-log takes no value; give --log or --no-log"),
+        (["--no-log=wandb"], "--no-log takes no value"),
+        (["--log", "wandb", "--no-log"], "--log and --no-log contradict each other; give one"),
+        (["--log"], "--log needs a value"),
+        (["--no-workers"], "--no-workers is not an option of resist train"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_that_is_on_or_off_takes_no_value(arguments: list[str], text: str) -> None:
+    with pytest.raises(UserError, match=re.escape(text)):
+        parsed("train", *arguments)
 
 
 def test_a_resumed_run_takes_equal_values_and_its_errors_name_the_file(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Commands that train nothing come at once: they import neither torch nor another large package."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,40 @@ def test_report_and_watch_of_a_finished_run_import_nothing_large(tmp_path: Path)
         assert (status, err, large) == (0, "", set()), command
         assert out
     assert (path / "report.html").stat().st_size > 1000
+
+
+INTERRUPTED = """
+import os, signal, sys
+target = sys.argv.pop(1)
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == target:
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+from resist.__main__ import main
+main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals of Unix")
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("resist.cli", "report"), ("tyro", "train"), ("resist.cli.watch", "compare"), ("torch", "plan")],
+)
+def test_ctrl_c_during_an_import_ends_in_one_line(tmp_path: Path, module: str, command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module, command], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "resist: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_is_ignored_where_it_was(tmp_path: Path) -> None:
+    """As in a shell's background, and under nohup."""
+    code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{INTERRUPTED}"
+    done = subprocess.run([sys.executable, "-c", code, "tyro", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"resist {resist.__version__}\n", "")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ def test_a_run_directory_brings_its_configuration_back_and_is_never_overwritten(
     for out, message in (
         (tmp_path / "file" / "run", r"file is not a directory that you may write to"),
         (tmp_path / ("x" * 300) / "run", r"cannot be made: File name too long"),
+        (tmp_path.joinpath(*["x" * 99] * 39, "x" * 90), r"`out` has a path of 40\d\d bytes, more than 3\d\d\d; give a"),
         (tmp_path / "link", r"exists already and is never overwritten"),
     ):
         with pytest.raises(UserError, match=message):

@@ -27,6 +27,8 @@ DATA_FIELDS = {"data", "data_dir", "image_size", "data_workers", "skip_bad_files
 MODEL = "The network, its initial weights, and the blocks to partition."
 # Options of several values, whose default is the value of the file for one run.
 SINGULAR = {"workers": "workers", "seeds": "seed"}
+# Options of several values that are turned off as those without a value are.
+LISTS = {"log"}
 # The longest value that a message repeats as it was written.
 LONGEST = 40
 CONFIG = "JSON file in the form of a run's config.json, whole or in part. Options of the command line override it."
@@ -63,10 +65,15 @@ class Option:
 
     @property
     def flags(self) -> list[str]:
-        """The option, and for one without a value also the form that overrides the file; none if positional."""
+        """The option, and the form that turns it off where there is one; none if positional."""
         if self.positional:
             return []
-        return [self.flag, "--no-" + self.flag[2:]] if self.hint is bool else [self.flag]
+        return [self.flag, "--no-" + self.flag[2:]] if self.switch or self.name in LISTS else [self.flag]
+
+    @property
+    def switch(self) -> bool:
+        """True for an option without a value that can be turned on and off."""
+        return self.hint is bool and not self.name.startswith("no_")
 
 
 def options_of(
@@ -104,7 +111,9 @@ def options_of(
             if is_option(inner) and inner.name not in hidden:
                 value = getattr(getattr(config, f.name), inner.name)
                 group = f.name if f.name != "network" else "data" if inner.name in DATA_FIELDS else "model"
-                text = as_typed(inner_texts[inner.name])
+                text = as_typed(inner_texts[inner.name]) + f" {_flag(f'no_{inner.name}')}: none." * (
+                    inner.name in LISTS
+                )
                 options[inner.name] = Option(inner.name, inner_hints[inner.name], (), value, text, group)
     if keys := config_keys(record):
         skipped = [name for name in ("out", "resume") if name in options]
@@ -218,7 +227,8 @@ def _annotated(option: Option) -> Any:
     metavar = None if option.positional or option.hint is bool else _form(option.hint)
     # tyro shows every default, also where the text describes it because the value would say nothing.
     hint = "" if option.default is None or option.default is False or option.default == () else None
-    settings = (*option.settings, tyro.conf.arg(help=option.text, metavar=metavar, help_behavior_hint=hint))
+    pairs = () if option.switch or option.hint is not bool else (tyro.conf.FlagCreatePairsOff,)
+    settings = (*option.settings, *pairs, tyro.conf.arg(help=option.text, metavar=metavar, help_behavior_hint=hint))
     return Annotated[(option.hint, *settings)]  # type: ignore[return-value]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from resist.cli.options import Option, config_keys, options_of, record_of, view
+from resist.cli.options import LISTS, Option, config_keys, options_of, record_of, view
 from resist.errors import UserError, nearest
 from resist.runs.config import TrainConfig
 from resist.runs.config_file import EARLIER, read_config_file
@@ -50,20 +50,27 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> tuple[Any, 
     typed = set(map(_option, rest))
     given = {name for name, option in options.items() if typed.intersection(option.flags)}
     for option in (options[name] for name in given):
-        if option.hint is bool and typed.issuperset(option.flags):
-            raise UserError(f"{' and '.join(option.flags)} contradict each other; give one")
-        if option.hint is not bool and not any(_values(option.flag, rest)):
-            raise UserError(f"{option.flag} needs a value; see resist {command} --help")
+        _check_values(command, option, typed, rest)
     if "config" in given:
         config, in_file = read_config_file(Path(_values("--config", rest)[0]))
         config, in_file = replace(config, run=replace(config.run, out=None, resume=None)), in_file - {"out", "resume"}
         options = options_of(record, config, in_file)
-        # tyro has only the form of a flag that changes its default; the other one repeats the file
-        flags = [option for option in options.values() if option.hint is bool]
-        repeated = {option.flags[0 if option.default else 1] for option in flags}
-        rest = [word for word in rest if _option(word) not in repeated]
+    off = {option.flags[1]: option.flag for option in options.values() if option.name in LISTS}
+    rest = [off.get(_option(word), word) for word in rest]  # for tyro, a list without values
     parsed = _run(tyro.cli, view(record, options), f"resist {command}", rest)
     return record_of(record, parsed, config), in_file | given - {"config"}
+
+
+def _check_values(command: str, option: Option, typed: set[str], arguments: Sequence[str]) -> None:
+    """Raise UserError where an option lacks its value, has one that it does not take, or is both on and off."""
+    if len(option.flags) > 1 and typed.issuperset(option.flags):
+        raise UserError(f"{' and '.join(option.flags)} contradict each other; give one")
+    for flag in typed.intersection(option.flags):
+        alone = option.hint is bool or flag != option.flag
+        if alone and (any(_values(flag, arguments)) or any(word.startswith(f"{flag}=") for word in arguments)):
+            raise UserError(f"{flag} takes no value; give {' or '.join(option.flags)}")
+        if not alone and not any(_values(flag, arguments)):
+            raise UserError(f"{flag} needs a value; see resist {command} --help")
 
 
 def _run(parser: Callable[..., Any], records: Any, program: str, arguments: Sequence[str]) -> Any:
@@ -76,7 +83,7 @@ def _run(parser: Callable[..., Any], records: Any, program: str, arguments: Sequ
                 prog=program,
                 description=DESCRIPTION if program == "resist" else None,
                 args=list(arguments),
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as exit:
         if exit.code in (0, None):

@@ -233,7 +233,7 @@ class RunConfig:
     `workers`, `data_dir`, `data_workers`, `lr`, `replicate` and `on_nonfinite` may change; all others are those of the
     run."""
     checkpoint_rounds: int = 10
-    """Rounds between checkpoints; one is always written at the end, and on SIGTERM or SIGINT."""
+    """Rounds between checkpoints; one is always written at the end, and on SIGTERM, SIGINT or SIGUSR1."""
     until: tuple[str, ...] = ()
     """Stop after the round in which one of these is reached: rounds=20, seconds=300 (without evaluations), gb=2 (sent
     by all workers), accuracy=0.95 (of the full network, when tested). The learning rate still follows `epochs`."""

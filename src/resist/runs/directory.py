@@ -36,6 +36,7 @@ from resist.runs.records import Record
 
 # Environment variable: the command line of the launcher, as JSON, for the processes that it starts.
 COMMAND = "RESIST_COMMAND"
+INSIDE = 128  # bytes that the path of a file in the run directory may be longer than that of the directory
 SEEN_S = 5.0  # how long a file that another machine wrote may take to appear
 
 
@@ -59,6 +60,9 @@ def check_free(path: Path) -> None:
                 f"`out={path}` exists already and is never overwritten; give another directory, or remove it"
             )
         parent = next(p for p in path.absolute().parents if p.exists())
+        length, most = len(os.fsencode(path.absolute())), os.pathconf(parent, "PC_PATH_MAX") - INSIDE
+        if length > most:
+            raise UserError(f"`out` has a path of {length} bytes, more than {most}; give a shorter one")
     except OSError as error:  # a name that is too long, or a folder that may not be looked into
         raise UserError(f"`out={path}` cannot be made: {error.strerror}; give another directory") from error
     try:
