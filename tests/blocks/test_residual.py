@@ -22,6 +22,7 @@ from resist.blocks.residual import (
     skip_of,
     with_hidden,
 )
+from resist.blocks.responses import NOT_SHOWN, reason_without_skip
 from resist.models.preact_cifar import PreActBlock
 
 
@@ -134,3 +135,19 @@ def test_forms_of_arguments_and_outputs() -> None:
     assert with_hidden(x, y) is y
     record = torch.return_types.max((x, y))  # type: ignore[attr-defined]
     assert hidden_out(record) is not None
+
+
+def test_a_gate_that_is_zero_in_the_example_is_opened() -> None:
+    block, call = Made(lambda m, x, gate: x + gate * m.f(x)), Call((torch.randn(2, 3, 6), torch.zeros(1)))
+    assert skip_of(block, call) == PLAIN
+    without_skip = Made(lambda m, x, gate: x * (gate == 0) + gate * m.f(x))
+    assert skip_of(without_skip, call) == NONE
+    masked = Made(lambda m, x, mask: torch.where(mask, x + m.f(x), x))
+    assert skip_of(masked, Call((torch.randn(2, 3, 6), torch.zeros(6, dtype=torch.bool)))) == PLAIN
+
+
+def test_the_reason_says_where_the_arguments_hide_what_a_block_does() -> None:
+    block = Made(lambda m, x, gate: x + min(float(gate.max()), 0.0) * m.f(x))
+    call = Call((torch.randn(2, 3, 6), torch.ones(2, 1, 1)))
+    assert skip_of(block, call) == NONE
+    assert reason_without_skip(block, call) == NOT_SHOWN

@@ -30,10 +30,10 @@ LONG, SHORT, LONE = Run("layer3:1-22", 22), Run("layer2:1-3", 3), Run("tail.bloc
 
 @st.composite
 def amounts(draw: st.DrawFn, workers: int, num_blocks: int) -> int | tuple[int, ...]:
-    """A number for all workers or one for each, at times more than the chain is long, that hold all blocks."""
+    """A number for all workers or one for each, that hold all blocks of a chain; others may be shorter."""
     if draw(st.booleans()):
-        return draw(st.integers(-(-num_blocks // workers), num_blocks + 3))
-    values = [draw(st.integers(1, num_blocks + 3)) for _ in range(workers)]
+        return draw(st.integers(-(-num_blocks // workers), num_blocks))
+    values = [draw(st.integers(1, num_blocks)) for _ in range(workers)]
     values[0] = max(values[0], num_blocks - sum(values[1:]))
     return tuple(values)
 
@@ -255,6 +255,21 @@ def test_what_is_given_becomes_plain() -> None:
             r"`capacities=4 5` hold 9 of the 22 blocks of chain layer3:1-22 after 9 rounds; raise them",
         ),
         (lambda: plan(resist(2, capacities=10)), r"`capacities=10 10` hold 20 of the 22 blocks of chain layer3:1-22;"),
+        # A number beyond all chains that it is for would be cut.
+        (lambda: plan(resist(2, capacities=30)), r"^`capacities=30`: 30 exceeds the 22 blocks of chain layer3:1-22"),
+        (
+            lambda: plan(resist(2, capacities=(22, 23)), SHORT, LONG),
+            r"^`capacities=22 23`: 23 exceeds the 22 blocks of chain layer3:1-22, the longest; lower it$",
+        ),
+        (
+            lambda: plan(resist(2, capacities={"layer2": (2, 9)}), SHORT, LONG),
+            r"^`capacities=2 9` of chain layer2: 9 exceeds the 3 blocks of chain layer2:1-3; lower it$",
+        ),
+        (
+            lambda: plan(resist(2, capacities=Capacities(by_round={0: 11, 9: {"layer3": 40}}))),
+            r"^`capacities=40` of chain layer3: 40 exceeds the 22 blocks of chain layer3:1-22; lower it$",
+        ),
+        (lambda: plan(resist(2, capacities=Capacities(by_round={0: 11, 5: 40}))), r"^`capacities=40`: 40 exceeds the"),
     ],
 )
 def test_refusals(make: Callable[[], object], message: str) -> None:

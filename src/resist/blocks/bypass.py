@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from resist.blocks.chain import IN_PLACE, Chain
 from resist.blocks.contents import attributes_of_module, is_leaf
 from resist.blocks.modules import children_of
-from resist.blocks.residual import OUTSIDE, Call, hidden_in, hidden_out, output_of
+from resist.blocks.residual import OUTSIDE, Call, hidden_in, hidden_out
+from resist.blocks.responses import output_of
 
 BARE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 Source = tuple[str, int | str | None]  # of an item of the output: "hidden", "args" or "kwargs" with its key, or "none"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from resist.blocks import compatibility, residual
+from resist.blocks import compatibility, residual, responses
 from resist.blocks.chain import Chain
 from resist.blocks.example import Seen
 
@@ -39,7 +39,7 @@ def reason_without_chain(model: nn.Module, found: Sequence[Chain], seen: Seen | 
             "another method of it than forward, so that it cannot be left out; call block(x), or give an example that "
             "runs through it"
         )
-    failure = residual.failure_of(model.get_submodule(name), call) or "it takes or returns no hidden state"
+    failure = responses.failure_of(model.get_submodule(name), call) or "it takes or returns no hidden state"
     return (
         f"{best.name} is a run of equal blocks, but a copy of {name} could not be tested with the arguments that it "
         f"gets with `example`: {failure}; without an example the chain ({best.name}) can be named"
@@ -64,7 +64,7 @@ def reason_without_skip(chain: Chain, model: nn.Module, seen: Seen | None) -> st
         if call is None and seen is not None:
             reasons.append(f"the network does not call {name}")
         elif residual.skip_of(module, call) not in residual.RESIDUAL:
-            reasons.append(residual.reason_without_skip(module, call))
+            reasons.append(responses.reason_without_skip(module, call))
     reason = reasons[0] if reasons else "with all its weights zero a block does not return its input"
     if "times its input" in reason:
         return f"its blocks are not x + f(x): {reason}, which a sub-network without it would leave out"
@@ -75,4 +75,6 @@ def reason_without_skip(chain: Chain, model: nn.Module, seen: Seen | None) -> st
             else ", and with zero in its place the network does not go on with the state from before it, or it does "
             "more with it than adding it"
         )
+    if reason == responses.NOT_SHOWN:
+        return f"{reason}; give an example in which its blocks change their input"
     return f"its blocks have no skip connection: {reason}"

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from resist.blocks.rehearsal import describe, snapshot
+from resist.blocks.rehearsal import snapshot
 from resist.blocks.streams import (
     Call,
     Path,
@@ -99,8 +100,11 @@ def _find(trial: nn.Module, call: Call) -> Skip:
     tries = {source: _try(trial, call, source) for source in sources[:1]}
     tries |= {source: _try(trial, call, source) for source in sources[1:] if _tensor(call, source).dim() > 1}
     found = [skip for skip in tries.values() if skip.type in RESIDUAL]
-    if len(tries) > 1:
-        found = [skip for skip in found if not _passes_on(trial, call, skip)]
+    opened = _opened(call)
+    if len(tries) > 1 or opened is not None:
+        passed, found = found, [skip for skip in found if not _passes_on(trial, call, skip)]
+        if passed and not found and opened is not None:
+            return _find(trial, opened)
     if not found:
         return next((Skip(skip.type if skip.type not in RESIDUAL else NONE) for skip in tries.values()), Skip(UNKNOWN))
     main = found[0].stream
@@ -129,6 +133,21 @@ def _passes_on(trial: nn.Module, call: Call, skip: Skip) -> bool:
         return torch.equal(_at(trial(*copied.args, **copied.kwargs), skip.stream.target), before)
     except Exception:  # see find_skip
         return False
+
+
+def _opened(call: Call) -> Call | None:
+    """The call with ones in place of tensors of zeros, such as a gate or a mask; None if there are none."""
+    closed = [path for path, tensor in tensors_at((call.args, dict(call.kwargs))) if _is_zero(tensor)]
+    return Call(*tree_map(_ones_for_zeros, (call.args, dict(call.kwargs)))) if closed else None
+
+
+def _ones_for_zeros(leaf: object) -> object:
+    return torch.ones_like(leaf) if isinstance(leaf, Tensor) and _is_zero(leaf) else leaf
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    gate = tensor.is_floating_point() or tensor.dtype == torch.bool
+    return gate and tensor.numel() > 0 and not bool(tensor.any())
 
 
 def _try(trial: nn.Module, call: Call, source: Path) -> Skip:
@@ -160,7 +179,7 @@ def _try(trial: nn.Module, call: Call, source: Path) -> Skip:
             return Skip(SHAPE)
         places.sort(key=lambda path: path != default)
         for target in places:
-            if _close(_at(output, target), x):
+            if close(_at(output, target), x):
                 return Skip(PLAIN, Stream(source, target))
         # Gains of one let a norm at the end pass its input on. Buffers can be weights too, as in a frozen BatchNorm.
         for with_buffers in (False, True):
@@ -184,124 +203,18 @@ def _at(output: object, target: Path) -> Tensor:
 def _type_with_gains(apply: Callable[[Tensor], Tensor], x: Tensor) -> str:
     """Skip type of a block with zero matrices and gains of one."""
     once = apply(x)
-    if _close(once, x):
+    if close(once, x):
         return PLAIN
     if x.is_complex():
         return NONE
-    if _close(apply(x.abs()), x.abs()):
+    if close(apply(x.abs()), x.abs()):
         return RELU
     correlation = torch.corrcoef(torch.stack((once.flatten(), x.flatten())).float())[0, 1]
-    return NORM if correlation > 0.8 and _close(apply(once), once, 1e-2) else NONE
+    return NORM if correlation > 0.8 and close(apply(once), once, 1e-2) else NONE
 
 
-def _close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> bool:
+def close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> bool:
+    """Check that two tensors of the same shape are equal up to rounding."""
     if left.is_complex():
         left, right = torch.view_as_real(left.to(torch.cfloat)), torch.view_as_real(right.to(torch.cfloat))
     return torch.allclose(left.float(), right.float(), rtol=tolerance, atol=tolerance)
-
-
-def output_of(block: nn.Module, call: Call | None = None) -> tuple[Call, object] | None:
-    """Run a copy of a block.
-
-    Args:
-        block: A block on any device, meta included. It is not changed.
-        call: Arguments of a real call. Default: inputs are guessed from the shapes of the weights.
-
-    Returns:
-        The call, and the block's output; None if the block accepts none of the inputs.
-    """
-    with alone():
-        try:
-            trial = copy_on_cpu(block)
-            fill(trial, gain=1.0)
-        except Exception:  # see skip_of
-            return None
-        for attempt in [call] if call is not None else guesses(trial):
-            try:
-                copied = snapshot(attempt)
-                return copied, trial(*copied.args, **copied.kwargs)
-            except Exception:  # see skip_of
-                continue
-    return None
-
-
-def failure_of(block: nn.Module, call: Call) -> str:
-    """Describe why a copy of a block cannot be run.
-
-    Args:
-        block: A block on any device, meta included. It is not changed.
-        call: Arguments of a real call.
-
-    Returns:
-        Class and text of the exception; "" if it can be run.
-    """
-    with alone():
-        try:
-            trial, copied = copy_on_cpu(block), snapshot(call)
-            fill(trial, gain=0.0)
-            trial(*copied.args, **copied.kwargs)
-        except Exception as error:  # see skip_of
-            return describe(error)
-    return ""
-
-
-def returns_input(block: nn.Module, call: Call | None = None) -> bool:
-    """Check that a block returns its input if all its weights are zero, gains included.
-
-    Args:
-        block: A block on any device, meta included. It is not changed.
-        call: Arguments of a real call. Default: inputs are guessed from the shapes of the weights.
-
-    Returns:
-        True if it does.
-    """
-    return _response(block, call) == (True, "")
-
-
-def reason_without_skip(block: nn.Module, call: Call | None = None) -> str:
-    """Explain why a block that can be run is not residual.
-
-    Args:
-        block: A block on any device, meta included. It is not changed.
-        call: Arguments of a real call. Default: inputs are guessed from the shapes of the weights.
-
-    Returns:
-        A part of a sentence, what the block returns with all its weights zero.
-    """
-    return _response(block, call)[1]
-
-
-def _response(block: nn.Module, call: Call | None) -> tuple[bool, str]:
-    """True if a block with all weights zero returns its input; else what it returns."""
-    with alone():
-        try:
-            trial = copy_on_cpu(block)
-        except Exception:  # see skip_of
-            return False, "a block cannot be copied"
-        fill(trial, gain=0.0)
-        for attempt in [call] if call is not None else guesses(trial):
-            like = hidden_in(attempt.args, attempt.kwargs)
-            if like is None or not like.is_floating_point():
-                continue
-            x = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
-            try:
-                with_value = snapshot(attempt).with_input(x.clone())
-                output = hidden_out(trial(*with_value.args, **with_value.kwargs))
-            except Exception:  # see skip_of
-                continue
-            if output is not None:
-                same = output.shape == x.shape and _close(output, x)
-                return same, "" if same else _returned(x, output)
-    return False, "a block could not be run outside the network"
-
-
-def _returned(x: Tensor, output: Tensor) -> str:
-    zero = "with all its weights zero a block"
-    if output.shape != x.shape:
-        return f"a block returns another shape ({tuple(output.shape)}) than it takes ({tuple(x.shape)})"
-    ratio = float((output * x).sum() / (x * x).sum())
-    if _close(output, ratio * x, 1e-3) and abs(ratio) > 1e-3:
-        return f"{zero} returns {ratio:.3g} times its input: a skip connection with a factor or a gate"
-    if _close(output, torch.zeros_like(output)):
-        return f"{zero} returns zero"
-    return f"{zero} does not return its input"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from resist.blocks import compatibility, residual
+from resist.blocks import compatibility, residual, responses
 from resist.blocks.bypass import in_place, is_bare
 from resist.blocks.chain import Branch, Chain
 from resist.blocks.modules import children_of
@@ -146,7 +146,7 @@ def _types(run: Run, part: Part, calls: Mapping[str, Call] | None) -> list[str]:
 def _skip_of(module: nn.Module, call: Call | None) -> str:
     if is_layer(module):
         return residual.NONE
-    if next(module.children(), None) is None and not residual.returns_input(module, call):
+    if next(module.children(), None) is None and not responses.returns_input(module, call):
         return residual.NONE  # a norm or a gain, which a test with gains of one takes for residual
     return residual.skip_of(module, call)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from resist.blocks import residual
+from resist.blocks import residual, responses
 from resist.blocks.chain import Chain
 from resist.blocks.rehearsal import Rehearsal, describe, snapshot, stand_in
 from resist.blocks.residual import OUTSIDE
@@ -131,7 +131,7 @@ class Examination:
 
     def _check_skip(self, name: str, skip: residual.Skip, call: Call) -> None:
         if skip.type not in residual.RESIDUAL:
-            reason = residual.reason_without_skip(self.base.get_submodule(name), call)
+            reason = responses.reason_without_skip(self.base.get_submodule(name), call)
             raise UserError(f"{name} is not a residual block: {reason}; {REMEDY}")
         if skip.others:
             raise UserError(

@@ -75,9 +75,8 @@ class Capacities:
         put(self, "min_depth", None if min_depth is None else _whole(min_depth, f"`min_depth={min_depth}`"))
         put(self, "by_worker", None if by_worker is None else _amount(by_worker))
         put(self, "by_chain", tuple((_name(name), _amount(given, name)) for name, given in _pairs(by_chain, "chain")))
-        rounds = sorted(
-            ((_round(first), as_capacities(given)) for first, given in _pairs(by_round, "round")), key=_first
-        )
+        records = ((_round(first), as_capacities(given)) for first, given in _pairs(by_round, "round"))
+        rounds = sorted(records, key=operator.itemgetter(0))
         put(self, "by_round", tuple(rounds))
         if min_depth is not None and min_depth < 0:
             raise UserError(f"`min_depth={min_depth}` is negative; give 0 or more")
@@ -150,7 +149,8 @@ class Capacities:
 
         Raises:
             UserError: If a sequence does not have a value for each worker; if a chain has other capacities and is not
-                among `chains`; if a minimum depth exceeds all of them; or if no plan is possible in some round.
+                among `chains`; if a capacity or a minimum depth exceeds all of them; or if no plan is possible in some
+                round.
         """
         for record in (self, *(record for _, record in self.by_round)):
             for amount in (record.by_worker, *(amount for _, amount in record.by_chain)):
@@ -158,10 +158,13 @@ class Capacities:
                     _check_number(amount, workers)
             if not chains:
                 continue
-            for name, _ in record.by_chain:
-                if not any(_fits(name, chain.name) for chain in chains):
+            for name, amount in record.by_chain:
+                if not (named := [chain for chain in chains if _fits(name, chain.name)]):
                     known = ", ".join(chain.name for chain in chains)
                     raise UserError(f"capacities of chain {name!r}, which is not partitioned; the chains are {known}")
+                _check_lengths(amount, named, f" of chain {name}")
+            if record.by_worker is not None:
+                _check_lengths(record.by_worker, chains)
             longest = max(chains, key=lambda chain: chain.num_blocks)
             if record.min_depth is not None and record.min_depth > longest.num_blocks:
                 raise UserError(
@@ -225,10 +228,6 @@ def _pairs(given: Mapping[Key, Value] | Iterable[tuple[Key, Value]], what: str) 
         raise UserError(f"capacities by {what} are {given!r}; give a mapping, or pairs") from None
 
 
-def _first(entry: tuple[int, Capacities]) -> int:
-    return entry[0]
-
-
 def _name(name: object) -> str:
     if not isinstance(name, str):
         raise UserError(
@@ -278,6 +277,15 @@ def _check_once(what: str, keys: Sequence[object]) -> None:
 def _check_number(given: Sequence[int], workers: int) -> None:
     if len(given) != workers:
         raise UserError(f"{_shown(given)} has {len(given)} values for `workers={workers}`; give one for each worker")
+
+
+def _check_lengths(amount: Amount, chains: Sequence[ChainLike], named: str = "") -> None:
+    """Refuse more blocks than the longest of the chains has."""
+    given = amount if isinstance(amount, tuple) else (amount,)
+    longest = max(chains, key=lambda chain: chain.num_blocks)
+    if max(given) > longest.num_blocks:
+        length = f"{longest.num_blocks} blocks of chain {longest.name}{', the longest' * (len(chains) > 1)}"
+        raise UserError(f"{_shown(given)}{named}: {max(given)} exceeds the {length}; lower it")
 
 
 def _shown(values: Iterable[object]) -> str:

@@ -100,10 +100,11 @@ def _versions(subnet: Subnet) -> dict[PlaceKey, tuple[int, ...]]:
     resting = {*resting_keys(subnet)} - subnet.changing
     if not resting:
         return {}
-    for tensor, place in subnet.parameter_places():
-        if place.key in resting:
-            before = versions.get(place.key, (0, 0))
-            versions[place.key] = before[0] + tensor._version, before[1] + tensor.requires_grad
+    for _, tensor, place, _ in subnet.placed:
+        key = place.chain, place.piece
+        if key in resting:
+            before = versions.get(key, (0, 0))
+            versions[key] = before[0] + tensor._version, before[1] + tensor.requires_grad
     for place, buffer in subnet.buffers.items():
         if place.key in resting and buffer.view is not None:
             before = versions.get(place.key, (0, 0))

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,27 @@ from resist.subnet.layout import Child, Identity, Place, SubnetLayout
 from resist.subnet.modes import frozen_modules
 from resist.subnet.python_state import PYTHON, PythonState
 from resist.subnet.skeleton import next_hook, skeleton
+from resist.subnet.structure import Structure
 from resist.subnet.tensors import tensors_of
 
 # Begins the names of buffers that several parts of the network use, and that are loose ones of the shared part.
 COMMON = "common "
+
+
+class Placed(NamedTuple):
+    """A parameter of a sub-network.
+
+    Attributes:
+        name: Its dotted name in the sub-network.
+        parameter: The parameter.
+        place: Its place.
+        view: The view into the flat tensor of its dtype; None if it has no place there.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    place: Place
+    view: Tensor | None
 
 
 class Subnet(FlatTensors):
@@ -101,6 +118,8 @@ class Subnet(FlatTensors):
         self.buffers: dict[Place, Buffer] = {}
         self._registered: frozenset[PlaceKey] | None = None if like is None else like._registered
         self._placement, self._bypasses = Placement(), dict[object, nn.Module]()
+        self._structure: Structure | None = None
+        self._placed: list[Placed] = []
         self.model = self._copier(template, layout, _left_out(template, layout, capacities))(template)
         self.resize(capacities, self.empty(capacities))
         if self._registered is None:
@@ -131,8 +150,27 @@ class Subnet(FlatTensors):
         Yields:
             Each parameter and its place, in the model's order.
         """
-        for name, parameter in self.model.named_parameters():
-            yield parameter, self.place(name)
+        self.refresh()
+        return ((parameter, place) for _, parameter, place, _ in self._placed)
+
+    @property
+    def placed(self) -> Sequence[Placed]:
+        """The parameters of `model`, in its order, with their places and views, as of the last `refresh`."""
+        return self._placed
+
+    def refresh(self) -> None:
+        """Find the parameters and buffers that were replaced, added or removed.
+
+        `take_back`, `check_attached`, `loose` and `parameter_places` do so.
+        """
+        if self._structure is None or not self._structure.stays():
+            self._structure = Structure(self.model)
+            self._placed = [self._with_view(*named) for named in self.model.named_parameters()]
+            self._note_late_buffers()
+
+    def _with_view(self, name: str, parameter: nn.Parameter) -> Placed:
+        place = self.place(name)
+        return Placed(name, parameter, place, self.view(place, self.flats) if self.has(place) else None)
 
     def resize(self, capacities: Sequence[int], flats: Flats) -> None:
         """Change the number of blocks, and use other flat tensors.
@@ -150,6 +188,7 @@ class Subnet(FlatTensors):
 
     def _arrange(self, layouts: dict[torch.dtype, SubnetLayout]) -> None:
         """Put the children of the chains' containers where `layouts` have them. New blocks have no memory yet."""
+        self._structure = None
         layout = next(iter(layouts.values()))
         copied = self._copier(self.model, self.layout, self._common_parts)
         for container in layout.containers:
@@ -191,6 +230,7 @@ class Subnet(FlatTensors):
         which leaves each a version counter of its own. With a common counter, a forward pass that writes to a buffer
         would look to autograd as if it had overwritten the weights.
         """
+        self._structure = None
         for parameter, place in self.parameter_places():
             parameter.data = self.view(place, self.flats)
         before, self.buffers = self.buffers, {}
@@ -255,11 +295,11 @@ class Subnet(FlatTensors):
         target.data + 0.01 * online.data`. A buffer that has another shape or dtype than in the beginning becomes a
         loose one; see `loose`.
         """
+        self.refresh()
         take_back(self.buffers)
         with torch.no_grad():
-            for parameter, place in self.parameter_places():
-                view = self.view(place, self.flats) if self.has(place) else parameter
-                if view.data_ptr() != parameter.data_ptr() and _form(view) == _form(parameter):
+            for _, parameter, _, view in self._placed:
+                if view is not None and view.data_ptr() != parameter.data_ptr() and _form(view) == _form(parameter):
                     view.copy_(parameter)
                     parameter.data = view.data
 
@@ -273,11 +313,7 @@ class Subnet(FlatTensors):
         Returns:
             (chain, slot), or (None, 0) for the shared part -> name in the part -> the present tensor, not a copy.
         """
-        for prefix, module in named_modules(self.model):
-            for key in buffers_of(module).keys():  # noqa: SIM118, of a scripted module too
-                place = self.place(f"{prefix}.{key}".lstrip("."))
-                if place not in self.buffers and self._is_late(place):
-                    self.buffers[place] = Buffer(module, key, place, None, late=True)
+        self.refresh()
         found = loose(self.buffers)
         for chain, blocks in enumerate(self.held):
             for slot, number in enumerate(blocks):
@@ -285,6 +321,14 @@ class Subnet(FlatTensors):
                 if packed is not None:
                     found.setdefault((chain, slot), {})[PYTHON] = packed
         return found
+
+    def _note_late_buffers(self) -> None:
+        """Add the buffers that were registered since the last time."""
+        for prefix, module in named_modules(self.model):
+            for key in buffers_of(module).keys():  # noqa: SIM118, of a scripted module too
+                place = self.place(f"{prefix}.{key}".lstrip("."))
+                if place not in self.buffers and self._is_late(place):
+                    self.buffers[place] = Buffer(module, key, place, None, late=True)
 
     def put_loose(self, chain: int | None, slot: int, values: Mapping[str, Tensor]) -> None:
         """Give a part the loose buffers of the block whose weights are now in it.
@@ -316,9 +360,9 @@ class Subnet(FlatTensors):
         Raises:
             UserError: If one is not: `model.to(...)`, `model.half()` and the like move the parameters.
         """
-        for name, parameter in self.model.named_parameters():
-            place = self.place(name)
-            if not self.has(place) or parameter.data_ptr() != self.view(place, self.flats).data_ptr():
+        self.refresh()
+        for name, parameter, _, view in self._placed:
+            if view is None or parameter.data_ptr() != view.data_ptr():
                 raise UserError(
                     f"parameter {name!r} was moved out of the sub-network's flat tensor (by .to(), .cuda() or "
                     ".half(), or replaced?); give Job the device, and use autocast for lower precision; change layers "

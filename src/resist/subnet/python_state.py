@@ -79,8 +79,11 @@ class PythonState:
         Returns:
             The attributes as bytes, (size,) uint8 on the CPU; None if there are none.
         """
-        scope, values = Scope(block), dict[AttributeKey, object]()
-        for key, value in self._changed(block, chain, number).items():
+        changed, values = self._changed(block, chain, number), dict[AttributeKey, object]()
+        if not changed:
+            return None
+        scope = Scope(block)
+        for key, value in changed.items():
             try:
                 size = len(_dumps(value, scope, block))
             except Exception as error:  # values of users can raise anything

@@ -17,7 +17,7 @@ from torch import Tensor
 from resist.planning.plan import RoundPlan
 from resist.subnet.buffers import Part
 from resist.subnet.network import Subnet
-from resist.sync.optimizer_state import StateTypes, movable_state
+from resist.sync.optimizer_state import StateTypes, movable_state, states_by_id
 from resist.sync.packing import Entry, Unmovable, Value, entry_of, pack
 from resist.sync.round_end import SHARED, RoundEnd
 from resist.sync.worker import Worker
@@ -59,12 +59,12 @@ def collect_loose(
     loose, device = LooseParts(), worker.subnet.device
     trees: dict[Part, dict[str, dict[str, Value]]] = {part: {} for part in parts_of(worker.subnet)}
     loose.states = {part: {} for part in trees}
-    for parameter, place in () if without_state else worker.subnet.parameter_places():
+    states = states_by_id(worker.optimizers)
+    for _, parameter, place, _ in () if without_state else worker.subnet.placed:
         part: Part = (place.chain, place.slot)
-        optimizer = next((o for o in worker.optimizers if o.state.get(parameter)), None)
-        if optimizer is None:
+        if id(parameter) not in states:
             continue
-        loose.states[part][place.piece] = optimizer.state[parameter]
+        optimizer, loose.states[part][place.piece] = states[id(parameter)]
         if end.moves_state(part):
             tree = trees[part].setdefault(STATE, {})
             tree[place.piece] = movable_state(optimizer, parameter, types)

@@ -224,7 +224,7 @@ class _Slots:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self._parameters: dict[Part, dict[str, nn.Parameter]] = {}
-        for parameter, place in worker.subnet.parameter_places():
+        for _, parameter, place, _ in worker.subnet.placed:
             self._parameters.setdefault((place.chain, place.slot), {})[place.piece] = parameter
         self._optimizer_of = {
             id(parameter): optimizer

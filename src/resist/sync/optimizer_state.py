@@ -78,18 +78,49 @@ def adopt_state(subnet: Subnet, optimizers: Sequence[Optimizer], flats_of: Mappi
         optimizers: Its optimizers; their state is replaced by views.
         flats_of: State name -> flat tensors by dtype of the weights.
     """
-    states = [optimizer.state for optimizer in optimizers]
-    for parameter, place in subnet.parameter_places():
-        own = next((cast(dict[str, Any], state[parameter]) for state in states if parameter in state), dict[str, Any]())
+    states = states_by_id(optimizers)
+    for _, parameter, place, like in subnet.placed:
+        own = states.get(id(parameter), (None, dict[str, Any]()))[1]
         for name, flats in flats_of.items():
             if parameter.dtype not in flats:
                 continue
-            value, view = own.get(name), subnet.view(place, flats)
+            value, flat = own.get(name), flats[parameter.dtype]
+            if like is not None and _is_at(value, flat, like):
+                continue
+            view = subnet.view(place, flats)
             if not _like_a_weight(value, parameter) or value.dtype != view.dtype:
                 view.zero_()
             elif value.data_ptr() != view.data_ptr() or value.stride() != view.stride():
                 view.copy_(value)
                 own[name] = view
+
+
+def states_by_id(optimizers: Sequence[Optimizer]) -> dict[int, tuple[Optimizer, dict[str, Any]]]:
+    """Collect the states of all parameters; a look-up by parameter takes longer than one by id.
+
+    Args:
+        optimizers: The optimizers of one worker.
+
+    Returns:
+        id of the parameter -> the first optimizer that has a state of it, and the state.
+    """
+    return {
+        id(parameter): (optimizer, cast(dict[str, Any], state))
+        for optimizer in reversed(optimizers)
+        for parameter, state in optimizer.state.items()
+        if state
+    }
+
+
+def _is_at(value: object, flat: Tensor, like: Tensor) -> bool:
+    """True if a value is in a flat tensor of a state where a weight is in that of the weights."""
+    return (
+        type(value) is Tensor
+        and value.dtype == flat.dtype
+        and value.data_ptr() == flat.data_ptr() + like.storage_offset() * flat.element_size()
+        and value.stride() == like.stride()
+        and value.shape == like.shape
+    )
 
 
 def movable_state(optimizer: Optimizer, parameter: Tensor, types: Mapping[str, StateTypes]) -> Value:
