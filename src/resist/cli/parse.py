@@ -148,14 +148,18 @@ def one_line(text: str, arguments: Sequence[str]) -> str:
         option = wrong.group(1)
         form = next((line[len(option) :] for line in below if line.startswith(option + " ")), "")
         form = re.sub(r"[{}]", "", form).strip()
-        return f"{option} {' '.join(_values(option, arguments))!r} is not {FORMS.get(form, form)}" if form else first
+        given = " ".join(_values(option, arguments))
+        given = given if len(given) <= 80 else f"{given[:60]}..."
+        return f"{option} {given!r} is not {FORMS.get(form, form)}" if form else first
     if choice := re.match(
         r"invalid choice (.*?) for argument '(?:-\w/)?(--[\w-]+)'. Expected one of \((.*?),?\)", first
     ):
         names = choice.group(3).replace("'", "").split(", ")
         if "None" in names:  # an optional value, in tyro's order
             names = sorted(set(names) - {"None"})
-        return f"{choice.group(2)} {choice.group(1)} is not one of {', '.join(names)}"
+        value = choice.group(1)
+        value = value if len(value) <= 80 else f"{value[:60]}..."
+        return f"{choice.group(2)} {value} is not one of {', '.join(names)}"
     if bare := re.match(r"Missing value for argument '(?:-\w/)?(--[\w-]+)'", first):
         return f"{bare.group(1)} needs a value"
     if missing := re.match(r"Missing from .*?: (\S+) (.*?)(\. \(required\)|$)", first):
@@ -164,6 +168,7 @@ def one_line(text: str, arguments: Sequence[str]) -> str:
         return (
             f"{name} is missing; give one of {choice[1].replace(',', ', ')}" if choice else f"{name} is missing: {text}"
         )
+    first = first if len(first) <= 200 else f"{first[:120]}..."
     return re.sub(r"^Unrecognized options: ", "not understood: ", first).rstrip(".") or "the command line is invalid"
 
 

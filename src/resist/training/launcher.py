@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from resist.data.readers import num_cores
 from resist.errors import UserError
 from resist.runs.config import TrainConfig
 from resist.runs.directory import COMMAND, command
@@ -52,6 +51,8 @@ def num_processes(config: TrainConfig) -> int:
     Raises:
         UserError: `processes` exceeds what the cores of this machine can share.
     """
+    from resist.data.readers import num_cores  # imports torch, which `prepare_fork` has to come before
+
     workers, given, cores = config.method.workers, config.machine.processes, num_cores()
     most = max(ALWAYS, PER_CORE * cores)
     if given is not None and given > most:
