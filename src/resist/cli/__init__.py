@@ -13,6 +13,7 @@ from pathlib import Path
 import resist
 from resist.cli.compare import CompareConfig, run_compare
 from resist.cli.cost import CostConfig, run_cost
+from resist.cli.environment import check_environment
 from resist.cli.evaluate import EvaluateConfig, run_evaluate
 from resist.cli.export import ExportConfig, run_export
 from resist.cli.guard import guarded, keep_errors_in
@@ -86,4 +87,5 @@ def _run(arguments: list[str]) -> int:
     config, given = parse({name: record for name, (record, _) in COMMANDS.items()}, arguments)
     _, action = COMMANDS[arguments[0]]
     open_streams(lasting=isinstance(config, LASTING))
+    check_environment(training=isinstance(config, LASTING), drawing=isinstance(config, CompareConfig | ReportConfig))
     return action(config, given)

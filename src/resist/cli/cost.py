@@ -8,9 +8,12 @@ from typing import Any, Literal
 from resist.errors import UserError
 from resist.planning.methods import METHODS, build_strategy
 from resist.planning.strategy import Strategy
-from resist.runs.bounds import check_size
+from resist.runs.bounds import check_device, check_size
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.config import NetworkConfig, OptimizationConfig, TrainConfig, config_key
+
+# Numbers of the links and devices.
+LINKS = ("link_gbit_s", "latency_ms", "images_s")
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def _optimization(config: CostConfig) -> OptimizationConfig:
 
 def _strategies(config: CostConfig) -> list[Strategy]:
     """Build the strategies to predict, by number of workers. Raises UserError where one of the options is invalid."""
-    for name in ("workers", "capacities", "local_steps", "batch_size", "min_depth", "num_classes"):
+    check_device(config.device)
+    for name in ("workers", "capacities", "local_steps", "batch_size", "min_depth", "num_classes", *LINKS):
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else () if value is None else (value,):
             check_size(name, number)

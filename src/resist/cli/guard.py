@@ -106,8 +106,6 @@ def _of_the_system(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         where = f"{error.filename}: " if isinstance(error.filename, str) else ""
         return f"{where}{error.strerror}; {REMEDIES[error.errno]}"
-    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
-        return "no folder for temporary files can be written (TMPDIR, /tmp, /var/tmp); set TMPDIR to one that can"
     return None
 
 

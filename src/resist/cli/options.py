@@ -29,6 +29,8 @@ MODEL = "The network, its initial weights, and the blocks to partition."
 SINGULAR = {"workers": "workers", "seeds": "seed"}
 # Options of several values that are turned off as those without a value are.
 LISTS = {"log"}
+# The module that the classes for tyro say they are from: tyro looks for texts in its source, and it is empty.
+EMPTY = "resist.runs"
 # The longest value that a message repeats as it was written.
 LONGEST = 40
 CONFIG = "JSON file in the form of a run's config.json, whole or in part. Options of the command line override it."
@@ -193,11 +195,18 @@ def view(record: type, options: Mapping[str, Option]) -> type:
     rows = groups.pop("", [])
     for group, inside in groups.items():
         part = dataclasses.make_dataclass(group, inside, kw_only=True)
-        part.__doc__ = about[group]
+        part.__doc__, part.__module__ = about[group], EMPTY
         rows.append((group, part, dataclasses.field(default_factory=part)))
     shown = dataclasses.make_dataclass(record.__name__, rows, kw_only=True)
-    shown.__doc__ = inspect.getdoc(record)
+    shown.__doc__, shown.__module__ = inspect.getdoc(record), EMPTY
     return shown
+
+
+@functools.cache
+def plain(record: type) -> tuple[dict[str, Option], type]:
+    """Return the options of a record class without a configuration file, and the class that tyro parses."""
+    options = options_of(record)
+    return options, view(record, options)
 
 
 def record_of(record: type, parsed: Any, config: TrainConfig) -> Any:
@@ -248,6 +257,7 @@ def _form(hint: Any) -> str:
     return hint.__name__.upper()
 
 
+@functools.cache
 def _names(record: type) -> dict[str, str]:
     """Return how the user types each field of a record: `--local-steps`, or `method.sampling` for a key of a file."""
     names: dict[str, str] = {}
@@ -261,6 +271,7 @@ def _names(record: type) -> dict[str, str]:
     return names
 
 
+@functools.cache
 def _hints(record: type) -> dict[str, Any]:
     """Return the type of each field of a record and of its parts."""
     found: dict[str, Any] = {}
@@ -284,7 +295,8 @@ def _bare(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 def _flat(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Return type and value of every field of a configuration."""
     parts = [getattr(config, f.name) for f in fields(config)]
-    return {f.name: (get_type_hints(type(part))[f.name], getattr(part, f.name)) for part in parts for f in fields(part)}
+    hints = _hints(TrainConfig)
+    return {f.name: (hints[f.name], getattr(part, f.name)) for part in parts for f in fields(part)}
 
 
 @functools.cache

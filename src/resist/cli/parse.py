@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from resist.cli.options import LISTS, Option, config_keys, options_of, record_of, view
+from resist.cli.options import LISTS, Option, config_keys, options_of, plain, record_of, view
 from resist.errors import UserError, nearest
 from resist.runs.config import TrainConfig
 from resist.runs.config_file import EARLIER, read_config_file
@@ -42,10 +42,10 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> tuple[Any, 
     command, rest = next(iter(arguments), ""), arguments[1:]
     if command not in commands:
         _check_command(commands, arguments)
-        views = {name: view(record, options_of(record)) for name, record in commands.items()}
+        views = {name: plain(record)[1] for name, record in commands.items()}
         return _run(tyro.extras.subcommand_cli_from_dict, views, "resist", arguments), frozenset()
     record, config, in_file = commands[command], TrainConfig(), frozenset[str]()
-    options = options_of(record)
+    options, shown = plain(record)
     _check_options(command, record, options, rest)
     typed = set(map(_option, rest))
     given = {name for name, option in options.items() if typed.intersection(option.flags)}
@@ -55,9 +55,10 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str]) -> tuple[Any, 
         config, in_file = read_config_file(Path(_values("--config", rest)[0]))
         config, in_file = replace(config, run=replace(config.run, out=None, resume=None)), in_file - {"out", "resume"}
         options = options_of(record, config, in_file)
+        shown = view(record, options)
     off = {option.flags[1]: option.flag for option in options.values() if option.name in LISTS}
     rest = [off.get(_option(word), word) for word in rest]  # for tyro, a list without values
-    parsed = _run(tyro.cli, view(record, options), f"resist {command}", rest)
+    parsed = _run(tyro.cli, shown, f"resist {command}", rest)
     return record_of(record, parsed, config), in_file | given - {"config"}
 
 
@@ -147,14 +148,18 @@ def one_line(text: str, arguments: Sequence[str]) -> str:
         option = wrong.group(1)
         form = next((line[len(option) :] for line in below if line.startswith(option + " ")), "")
         form = re.sub(r"[{}]", "", form).strip()
-        return f"{option} {' '.join(_values(option, arguments))!r} is not {FORMS.get(form, form)}" if form else first
+        given = " ".join(_values(option, arguments))
+        given = given if len(given) <= 80 else f"{given[:60]}..."
+        return f"{option} {given!r} is not {FORMS.get(form, form)}" if form else first
     if choice := re.match(
         r"invalid choice (.*?) for argument '(?:-\w/)?(--[\w-]+)'. Expected one of \((.*?),?\)", first
     ):
         names = choice.group(3).replace("'", "").split(", ")
         if "None" in names:  # an optional value, in tyro's order
             names = sorted(set(names) - {"None"})
-        return f"{choice.group(2)} {choice.group(1)} is not one of {', '.join(names)}"
+        value = choice.group(1)
+        value = value if len(value) <= 80 else f"{value[:60]}..."
+        return f"{choice.group(2)} {value} is not one of {', '.join(names)}"
     if bare := re.match(r"Missing value for argument '(?:-\w/)?(--[\w-]+)'", first):
         return f"{bare.group(1)} needs a value"
     if missing := re.match(r"Missing from .*?: (\S+) (.*?)(\. \(required\)|$)", first):
@@ -163,6 +168,7 @@ def one_line(text: str, arguments: Sequence[str]) -> str:
         return (
             f"{name} is missing; give one of {choice[1].replace(',', ', ')}" if choice else f"{name} is missing: {text}"
         )
+    first = first if len(first) <= 200 else f"{first[:120]}..."
     return re.sub(r"^Unrecognized options: ", "not understood: ", first).rstrip(".") or "the command line is invalid"
 
 

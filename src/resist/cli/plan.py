@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from resist.blocks.chain import Chain
 
+# Lines that are printed at most, one for each worker and round.
+LINES = 20_000
+
 
 @dataclass(frozen=True)
 class PlanConfig:
@@ -57,11 +60,17 @@ def describe_plan(config: PlanConfig) -> dict[str, Any]:
 
     network = config.network
     if config.rounds < 1:
-        raise UserError(f"--rounds {config.rounds} is too small; give at least 1")
+        raise UserError(f"`rounds={config.rounds}` is too small; give at least 1")
     for name, number in (("rounds", config.rounds), ("num_classes", config.num_classes or 1)):
         check_size(name, number)
     whole = TrainConfig(network=network, method=config.method, run=RunConfig(seed=config.seed))
     whole.check()
+    most = max(1, LINES // config.method.workers)
+    if config.rounds > most:
+        raise UserError(
+            f"`rounds={config.rounds}` of `workers={config.method.workers}` are more than {LINES:,} lines; "
+            f"give at most {most}"
+        )
     model, chains = (
         build_on_meta(network_builder(network, config.num_classes)),
         try_network(network, config.num_classes),

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import select
 import sys
 from typing import TextIO
@@ -55,9 +56,11 @@ def open_streams(*, lasting: bool) -> None:
 def print_error(text: str) -> None:
     """Print a line on standard error in one write, because several processes may print at the same time.
 
-    Line breaks and control characters, which a value or a path may contain, are written as in `\\n`.
+    Line breaks and control characters, which a value or a path may contain, are written as in `\\n`. A value that is
+    longer than any name of a file is shortened.
     """
-    print(f"resist: {shown(text)}\n", end="", file=sys.stderr, flush=True)
+    text = re.sub(r"[^\s/]{260,}", lambda long: f"{long[0][:60]}...", shown(text))
+    print(f"resist: {text}\n", end="", file=sys.stderr, flush=True)
 
 
 class _File(io.RawIOBase):

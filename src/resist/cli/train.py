@@ -93,9 +93,13 @@ def start(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, task: "Task | None" = None) -> int:
     """Train as one process of a job that torchrun or the launcher has started; a fork of the latter has `task`."""
+    from resist.training.compiler import check_compiler
+    from resist.training.device import pick_device
     from resist.training.train import train
 
     watch_launcher()
+    if config.machine.compile and task is None:  # forks have the compiler that the launcher has tried
+        check_compiler(pick_device(config.machine.device))
     return train(config, task)
 
 
@@ -117,6 +121,7 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
     from resist.runs.saved import newest
     from resist.tasks import network_builder
     from resist.tasks.preflight import check_parts, example_of
+    from resist.training.compiler import check_compiler
     from resist.training.device import pick_device
     from resist.training.optimizers import build_optimizer, resolve
     from resist.training.resume import all_done
@@ -133,6 +138,8 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
         build_optimizer(config.optimization, model)
     check_parts(config)
     device = pick_device(config.machine.device)
+    if config.machine.compile:
+        check_compiler(device)
     processes = num_processes(config)
     if processes == 1:
         torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ bytes; the device normalizes batches.
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -221,7 +222,8 @@ def unreadable(listing: Listing, data_workers: int) -> dict[int, str]:
     """
     where = os.fsencode(listing.root.absolute())
     key = blake2b(b"%b %b" % (where, listing.digest(times=True).encode()), digest_size=12).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resist"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(tempfile.gettempdir() if cache.startswith("~") else cache) / "resist"  # ~: a user without a home
     file = folder / f"unusable-{key}.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))["unusable"]

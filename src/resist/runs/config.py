@@ -16,7 +16,7 @@ from resist.errors import UserError
 from resist.planning.capacities import Capacities
 from resist.planning.methods import DEFAULT, METHODS, build_strategy
 from resist.planning.strategy import ROUND_OPTIONS, OuterSGD, Strategy
-from resist.runs.bounds import check_values
+from resist.runs.bounds import check_device, check_values
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.recipe import DETECTION, STREAMED, check_recipe
 
@@ -197,7 +197,7 @@ class MachineConfig:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is a GPU."""
     processes: int | None = None
-    """Processes on this machine. Default: one per GPU, or on the CPU one per worker."""
+    """Processes on this machine. Default: one per GPU, or on the CPU one per worker, at most 64 or 8 per core."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16: autocast to bfloat16 in forward and backward; weights stay in fp32."""
     channels_last: bool = config_key(False)
@@ -253,35 +253,8 @@ class TrainConfig:
         """Raise UserError for a value outside its bounds. Model, data and chain are checked where they are used."""
         for part in (getattr(self, f.name) for f in dataclasses.fields(self)):
             check_values(part)
-        self._check_bounds()
+        check_device(self.machine.device)
         self._check_pairs()
-
-    def _check_bounds(self) -> None:
-        """Raise UserError for a number below its bound."""
-        least: dict[str, tuple[float | None, float]] = {
-            "batch_size": (self.optimization.batch_size, 1),
-            "grad_accum_steps": (self.optimization.grad_accum_steps, 1),
-            "lr": (self.optimization.lr, 0),
-            "momentum": (self.optimization.momentum, 0),
-            "weight_decay": (self.optimization.weight_decay, 0),
-            "lr_warmup_steps": (self.optimization.lr_warmup_steps, 0),
-            "warmup_rounds": (self.method.warmup_rounds, 0),
-            "label_smoothing": (self.optimization.label_smoothing, 0),
-            "mixup": (self.optimization.mixup, 0),
-            "cutmix": (self.optimization.cutmix, 0),
-            "image_size": (self.network.image_size, 32),
-            "data_workers": (self.network.data_workers, 0),
-            "processes": (self.machine.processes, 1),
-            "num_evals": (self.run.num_evals, 1),
-            "checkpoint_rounds": (self.run.checkpoint_rounds, 1),
-            "restarts": (self.machine.restarts, 0),
-        }
-        for name, (value, bound) in least.items():
-            if value is not None and value < bound:
-                raise UserError(f"`{name}={value}` is too small; give at least {bound}")
-        for name, value in (("epochs", self.optimization.epochs), ("timeout_s", self.machine.timeout_s)):
-            if value <= 0:
-                raise UserError(f"`{name}={value}` must be above 0")
 
     def _check_pairs(self) -> None:
         """Raise UserError for values that are invalid only in combination."""
@@ -293,8 +266,6 @@ class TrainConfig:
             )
         if self.network.task == "detection" and self.machine.compile:
             raise UserError("`compile` does not support detection, whose tensor shapes vary by image; remove it")
-        if o.label_smoothing >= 1:
-            raise UserError(f"`label_smoothing={o.label_smoothing}`; must be less than 1")
         check_recipe(o, network.data)
         for name, given in (
             ("image_size", network.image_size is not None),

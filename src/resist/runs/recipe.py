@@ -28,8 +28,6 @@ def check_recipe(o: "OptimizationConfig", data: str) -> None:
     """
     if o.nesterov and o.momentum == 0:
         raise UserError("`nesterov` needs `momentum` above 0; give one, or remove `nesterov`")
-    if o.clip_grad_norm is not None and o.clip_grad_norm <= 0:
-        raise UserError(f"`clip_grad_norm={o.clip_grad_norm}` must be above 0")
     if o.model_ema_decay is not None and not 0 < o.model_ema_decay < 1:
         raise UserError(f"`model_ema_decay={o.model_ema_decay}` is not between 0 and 1; give for example 0.999")
     if o.rand_augment is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from resist.errors import UserError
+from resist.runs.bounds import check_device
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,12 +22,13 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: For another name, and for "cuda" where there is no GPU.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"`device={name!r}` is not one of auto, cpu, cuda")
+    check_device(name)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("`device=cuda`: torch finds no CUDA device on this machine; give `device=cpu`")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible!r}"
+        raise UserError(f"`device=cuda`: torch finds no CUDA device on this machine{why}; give `device=cpu`")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 

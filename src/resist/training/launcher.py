@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from resist.errors import UserError
 from resist.runs.config import TrainConfig
 from resist.runs.directory import COMMAND, command
 from resist.training.forks import Child, Forked, ending_signals
@@ -34,6 +35,8 @@ INTERRUPTED = 75
 LIFELINE = "RESIST_LIFELINE"
 # Environment variable: 0 starts new Python processes instead of forks.
 FORK = "RESIST_FORK"
+# Most processes on a machine: some for each core, but so many are always allowed.
+PER_CORE, ALWAYS = 8, 64
 _prepared = False  # whether `prepare_fork` came before the import of torch
 
 
@@ -43,16 +46,27 @@ def launched() -> bool:
 
 
 def num_processes(config: TrainConfig) -> int:
-    """Number of processes on this machine: `processes`, else one per GPU, or one per worker on the CPU."""
-    workers = config.method.workers
-    if config.machine.processes is not None:
-        return config.machine.processes
+    """Number of processes on this machine: `processes`, else one per GPU, or on the CPU one per worker up to a bound.
+
+    Raises:
+        UserError: `processes` exceeds what the cores of this machine can share.
+    """
+    from resist.data.readers import num_cores  # imports torch, which `prepare_fork` has to come before
+
+    workers, given, cores = config.method.workers, config.machine.processes, num_cores()
+    most = max(ALWAYS, PER_CORE * cores)
+    if given is not None and given > most:
+        raise UserError(
+            f"`processes={given}` is too large for {cores} cores; give at most {most}: a process trains several workers"
+        )
+    if given is not None:
+        return given
     if config.machine.device != "cpu":
         import torch
 
         if torch.cuda.is_available():
             return min(workers, torch.cuda.device_count())
-    return workers
+    return min(workers, most)
 
 
 def prepare_fork() -> bool:
