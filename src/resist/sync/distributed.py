@@ -8,7 +8,6 @@ at once.
 
 import contextlib
 import os
-import re
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -21,11 +20,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.distributed_c10d import _get_default_store  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parallel import DistributedDataParallel
 
-from resist.errors import AgreedError, UserError, WorkerLostError, first_line
+from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.sync.agreement import check_agreement
 from resist.sync.averaging import is_short, mean_into
+from resist.sync.interfaces import reason
 from resist.sync.liveness import COMPUTING, WAITING, Liveness
 from resist.sync.local import Local
+from resist.sync.meeting import environment_number
 from resist.sync.pending import PendingMean, PendingMoves, PendingShortMean, sendable
 from resist.sync.process_group import DefaultGroup
 from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport, hosted_workers, local_moves, workers_of
@@ -51,9 +52,9 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
         WorkerLostError: If another process is lost after that.
     """
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        if environment_number("WORLD_SIZE", 1, least=1) == 1:
             return Local(workers)
-        DefaultGroup.join(timeout_s)
+        DefaultGroup.join(workers, torch.device(device), timeout_s)
     return Distributed(workers, torch.device(device), timeout_s)
 
 
@@ -109,7 +110,7 @@ class Distributed:
 
     def _new_group(self, timeout: timedelta, backend: str) -> dist.ProcessGroup:
         """Create a group of all processes. Each process has to call it."""
-        group = dist.new_group(timeout=timeout, backend=backend)
+        group = self.run("connecting", lambda: dist.new_group(timeout=timeout, backend=backend))
         assert isinstance(group, dist.ProcessGroup), "every process is a member"
         self._groups.append(group)
         return group
@@ -293,12 +294,7 @@ class Distributed:
 
     def _lost(self, doing: str, error: Exception) -> WorkerLostError:
         cause = "not all processes have come" if self._liveness is None else self._liveness.cause(self._named)
-        return WorkerLostError(f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {cause}")
+        return WorkerLostError(f"{self._named([self.rank])} lost contact while {doing}: {reason(error)}; {cause}")
 
     def _named(self, ranks: Sequence[int]) -> str:
         return ", ".join(f"process {rank} ({workers_of(rank, self._hosted_workers)})" for rank in ranks)
-
-
-def _reason(error: Exception) -> str:
-    """The message of gloo without source position and advice."""
-    return re.sub(r"^\[/\S+\] ", "", first_line(error)).partition(" This is typically")[0].rstrip(".")
