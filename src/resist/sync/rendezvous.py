@@ -62,12 +62,13 @@ def agree_on_attempt(store: Any, arrival: Arrival, timeout_s: float) -> tuple[st
         AgreedError: In all processes: one of them cannot take part, or has not come to process 0 in time.
         UserError: In this process: process 0 has not come in time, or another process has the same number.
     """
-    token, end, taken = uuid.uuid4().hex, time.monotonic() + timeout_s, False
+    token, end, extra, taken = uuid.uuid4().hex, time.monotonic() + timeout_s, 0.0, False
     entry = json.dumps({"token": token, "size": arrival.size, **arrival.about})
     if arrival.rank == 0:
         return _host(store, arrival, token, json.loads(entry), end, timeout_s)
-    while time.monotonic() < end:
+    while time.monotonic() < end + extra:
         if store.check([NAME]):
+            extra = LINGER_S  # process 0 may have begun to wait later than this process, and has the last word
             # This may be the name of an earlier attempt. Then the token is not confirmed, and the name is read again
             # until process 0 has written the new one.
             name = store.get(NAME).decode()
