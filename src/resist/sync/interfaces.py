@@ -59,6 +59,9 @@ def judge(introductions: Sequence[Mapping[str, Any]], named: Callable[[Sequence[
                 f"{named([rank])} was started with WORLD_SIZE={one['size']}, {named([0])} with "
                 f"WORLD_SIZE={first['size']}; give all of them the same"
             )
+    failures = {one["failure"] for one in introductions}
+    if len(failures) == 1 and "" not in failures:  # the same everywhere: it is nobody's in particular
+        return failures.pop()
     several = any(one["host"] != first["host"] for one in introductions)
     for rank, one in enumerate(introductions):
         if one["failure"]:

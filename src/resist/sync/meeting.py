@@ -249,3 +249,8 @@ def can_listen(interface: str) -> bool:
     except (RuntimeError, ValueError):
         return False
     return True
+
+
+def has_nccl() -> bool:
+    """Return True if torch was built with NCCL."""
+    return dist.is_nccl_available()

@@ -2,12 +2,15 @@
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from resist.errors import UserError
 from resist.sync.interfaces import introduction, judge, reason, unconnected
@@ -102,3 +105,25 @@ def loopback_store(listener: socket.socket) -> object:
     host, port = listener.getsockname()[:2]
     options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
     return dist.TCPStore(host, port, **options)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def averaging_gradients(model: nn.Module, group: dist.ProcessGroup, count: Callable[[int], None]) -> nn.Module:
+    """Wrap a model so that its gradients are averaged in every backward pass.
+
+    Args:
+        model: The model.
+        group: The group of all processes.
+        count: Called with the bytes of each bucket of gradients.
+    """
+    wrapped = DistributedDataParallel(model, process_group=group)
+
+    # torch checks the annotations of a hook.
+    def average(
+        _state: object,
+        bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> torch.futures.Future[Tensor]:
+        count(bucket.buffer().numel() * bucket.buffer().element_size())
+        return allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(None, average)  # pyright: ignore[reportUnknownMemberType]
+    return wrapped

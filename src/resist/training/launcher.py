@@ -160,10 +160,14 @@ def _num_threads() -> int:
     return len(list(tasks.iterdir())) if tasks.exists() else 2
 
 
-def watch_launcher() -> None:
-    """Send this process SIGTERM when the launcher that started it ends for any reason."""
+def watch_launcher() -> bool:
+    """Send this process SIGTERM when the launcher that started it ends for any reason.
+
+    Returns:
+        True if a launcher has started it.
+    """
     if LIFELINE not in os.environ:
-        return
+        return False
 
     def wait(pipe: int) -> None:
         with contextlib.suppress(OSError):
@@ -171,6 +175,7 @@ def watch_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, args=(int(os.environ.pop(LIFELINE)),), daemon=True).start()
+    return True
 
 
 def _environment(rank: int, processes: int, address: tuple[Any, ...], lifeline: int) -> dict[str, str]:
