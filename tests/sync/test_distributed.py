@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pool import Pool
-from resist.errors import UserError, WorkerLostError
+from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.planning.schedule import allreduce_bytes
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
 from resist.sync.agreement import check_agreement
@@ -273,16 +273,6 @@ def test_more_processes_than_workers(pool: Pool) -> None:
     assert pool.run(2, more_processes_than_workers) == [expected] * 2
 
 
-def test_an_error_without_text_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise TimeoutError
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("resist.sync.process_group.rendezvous", fail)
-    with pytest.raises(UserError, match=r"no process group at .*: TimeoutError; check that the port is free"):
-        connect(2)
-
-
 def lose(how: str, at: str, folder: Path) -> tuple[str, float]:
     """Lose process 1 in its second round. Returns the error of the others, and the seconds until they raise it.
 
@@ -388,6 +378,21 @@ def join_by_environment() -> None:
     torch.distributed.broadcast_object_list(port)
     torch.distributed.destroy_process_group()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[0])}
+
+
+def meet_without_the_third() -> tuple[str, float]:
+    join_by_environment()
+    os.environ["WORLD_SIZE"], start = "3", time.monotonic()
+    with pytest.raises(AgreedError) as raised:
+        connect(3, "cpu", 2.0)
+    return str(raised.value), time.monotonic() - start
+
+
+def test_a_process_that_never_arrives_is_named_within_the_timeout() -> None:
+    with Pool() as pool:
+        for text, seconds in pool.run(2, meet_without_the_third):
+            assert text.startswith("process 2 (worker 2) has not come within 2 s; there are 0, 1 on ")
+            assert seconds < 20
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from resist.errors import UserError
 from resist.training import launcher
 from resist.training.launcher import LIFELINE, launch
 
@@ -154,6 +156,7 @@ def test_workers_do_not_outlive_the_launcher(tmp_path: Path) -> None:
 
 FORKS = """
 import json, os, signal, subprocess, sys, time
+from resist.errors import UserError
 from resist.training import launcher
 assert launcher.prepare_fork()
 import torch
@@ -193,3 +196,39 @@ def test_forks_end_as_new_processes_do() -> None:
             assert message in lines.pop(0), case
         assert lines.pop(0) == f"status {status}", case
     assert not lines
+
+
+def test_a_job_of_one_machine_keeps_to_the_loopback_whatever_is_exported(
+    scripted: Callable[[str], list[subprocess.Popen[bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    exported = {"MASTER_ADDR": "192.0.2.1", "GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0",
+                "NCCL_SOCKET_IFNAME": "^lo,docker", "GLOO_DEVICE_TRANSPORT": "UV",
+                "NCCL_COMM_ID": "192.0.2.1:1"}  # fmt: skip
+    for name, value in exported.items():
+        monkeypatch.setenv(name, value)
+    kept = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": loopback, "TP_SOCKET_IFNAME": loopback,
+            "NCCL_SOCKET_IFNAME": f"={loopback}"}  # fmt: skip
+    scripted(f"sys.exit({kept!r} != {{name: os.environ[name] for name in {list(exported)} if name in os.environ}})")
+    assert launch([], 1, 60.0, 1) == 0
+
+
+def test_a_loopback_of_ipv6_alone_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithoutIPv4:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(socket, name)
+
+        @staticmethod
+        def create_server(address: tuple[str, int], **options: Any) -> socket.socket:
+            if address[0] == "127.0.0.1":
+                raise OSError(99, "Cannot assign requested address")
+            return socket.create_server(address, **options)
+
+    monkeypatch.setattr(launcher, "socket", WithoutIPv4())
+    if not socket.has_ipv6:
+        pytest.skip("there is no IPv6 here")
+    with launcher._listen() as listener:
+        assert listener.getsockname()[0] == "::1"
+    monkeypatch.setattr(WithoutIPv4, "create_server", lambda *_, **__: (_ for _ in ()).throw(OSError(99, "none")))
+    with pytest.raises(UserError, match=r"cannot meet at its loopback interface \(127\.0\.0\.1: none; ::1: none\)"):
+        launcher._listen()

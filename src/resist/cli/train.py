@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resist.cli.guard import guarded, keep_errors_in
-from resist.cli.plan import describe
 from resist.errors import UserError
 from resist.runs.config import MachineConfig, TrainConfig
 from resist.runs.directory import check_free, check_resumable, default_out
@@ -97,10 +96,10 @@ def _train(config: TrainConfig, task: "Task | None" = None) -> int:
     from resist.training.device import pick_device
     from resist.training.train import train
 
-    watch_launcher()
+    checked = watch_launcher()
     if config.machine.compile and task is None:  # forks have the compiler that the launcher has tried
         check_compiler(pick_device(config.machine.device))
-    return train(config, task)
+    return train(config, task, checked=checked)
 
 
 def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
@@ -117,13 +116,11 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
 
     import torch  # as late as possible: it takes seconds
 
-    from resist.cost.footprint import build_on_meta
     from resist.runs.saved import newest
-    from resist.tasks import network_builder
-    from resist.tasks.preflight import check_parts, example_of
     from resist.training.compiler import check_compiler
     from resist.training.device import pick_device
-    from resist.training.optimizers import build_optimizer, resolve
+    from resist.training.optimizers import resolve
+    from resist.training.preflight import check_options, check_task
     from resist.training.resume import all_done
     from resist.training.train import open_data, train  # before the forks, which then have it
 
@@ -131,16 +128,11 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
     if forkable:
         torch.set_num_threads(1)  # OpenMP keeps the threads that it has started, and then the process cannot be forked
     config = replace(config, optimization=resolve(config.optimization))
-    model = build_on_meta(network_builder(config.network))
-    if example_of(config.network) is False:  # otherwise `Job` chooses the chains, with the example
-        describe(model, config, rounds=1)
-    if config.optimization.optimizer != "sgd":  # which takes any parameters, and should start at once
-        build_optimizer(config.optimization, model)
-    check_parts(config)
     device = pick_device(config.machine.device)
     if config.machine.compile:
         check_compiler(device)
     processes = num_processes(config)
+    check_options(config, device, processes, range(config.method.workers if device.type == "cpu" else 1))
     if processes == 1:
         torch.set_num_threads(threads)
         return train(config)
@@ -150,6 +142,7 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
     task = open_data(config)  # a check for all processes, and for forks the data, whose memory they share
     if all_done(config, task.num_images):
         return 0
+    check_task(config, task)
     if not forkable:
         task = None
     status = _start_processes(config, processes, task)

@@ -198,6 +198,8 @@ class MachineConfig:
     """cpu, cuda, or auto: cuda where there is a GPU."""
     processes: int | None = None
     """Processes on this machine. Default: one per GPU, or on the CPU one per worker, at most 64 or 8 per core."""
+    backend: Literal["auto", "gloo", "nccl"] = config_key("auto")
+    """How weights go between processes. auto: NCCL if each process has a GPU of its own, else gloo."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16: autocast to bfloat16 in forward and backward; weights stay in fp32."""
     channels_last: bool = config_key(False)

@@ -1,14 +1,13 @@
 """Transport over torch.distributed. A process (a rank) hosts one or more workers.
 
-Three long-lived groups: one for the collective on the shared part, one for point-to-point messages (so that neither
-waits for the other), and a CPU gloo group for control messages. Every call that waits for another process fails after
+Long-lived groups: a CPU gloo group for control messages, and for weights either two of gloo, one for collectives and
+one for point-to-point messages (so that neither waits for the other), or one of NCCL for both: kernels of two
+communicators may each wait for the other on another GPU. Every call that waits for another process fails after
 the timeout, with a message that names the process. A process that ends closes its connections, which the others notice
 at once.
 """
 
 import contextlib
-import os
-import re
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -17,21 +16,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.distributed_c10d import _get_default_store  # pyright: ignore[reportPrivateUsage]
-from torch.nn.parallel import DistributedDataParallel
 
-from resist.errors import AgreedError, UserError, WorkerLostError, first_line
+from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.sync.agreement import check_agreement
 from resist.sync.averaging import is_short, mean_into
+from resist.sync.devices import AUTO, GLOO, NCCL, agree_on_backend, own_device
+from resist.sync.interfaces import reason
 from resist.sync.liveness import COMPUTING, WAITING, Liveness
 from resist.sync.local import Local
+from resist.sync.meeting import environment_number
 from resist.sync.pending import PendingMean, PendingMoves, PendingShortMean, sendable
-from resist.sync.process_group import DefaultGroup
+from resist.sync.process_group import DefaultGroup, averaging_gradients
 from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport, hosted_workers, local_moves, workers_of
 
 
-def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> Transport:
+def connect(
+    workers: int,
+    device: torch.device | str = "cpu",
+    timeout_s: float = 600.0,
+    *,
+    failure: str = "",
+    backend: str = AUTO,
+) -> Transport:
     """Return the transport that fits how this process was started.
 
     Under torchrun (RANK and WORLD_SIZE are in the environment), or if torch.distributed is initialized, the workers are
@@ -39,8 +46,10 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
 
     Args:
         workers: S, the number of workers.
-        device: The device of the sub-networks; NCCL is used if each process has a GPU of its own, gloo otherwise.
+        device: The device of the sub-networks. In a group, "cuda" is one of the GPUs for each process of a machine.
         timeout_s: Seconds to wait for other processes, here and in every later call.
+        failure: Why this process cannot take part; all processes fail with it when they have met.
+        backend: "gloo" or "nccl" for weights. Default: NCCL if each process has a GPU of its own, else gloo.
 
     Returns:
         The transport: `Distributed`, or `Local` if this process hosts all workers.
@@ -50,11 +59,14 @@ def connect(workers: int, device: torch.device | str = "cpu", timeout_s: float =
         AgreedError: If the processes were started for different jobs.
         WorkerLostError: If another process is lost after that.
     """
+    alone = not dist.is_initialized() and environment_number("WORLD_SIZE", 1, least=1) == 1
+    if failure and (alone or dist.is_initialized()):
+        raise UserError(failure)
+    if alone:
+        return Local(workers)
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-            return Local(workers)
-        DefaultGroup.join(timeout_s)
-    return Distributed(workers, torch.device(device), timeout_s)
+        DefaultGroup.join(workers, torch.device(device), timeout_s, failure)
+    return Distributed(workers, torch.device(device), timeout_s, backend)
 
 
 class Distributed:
@@ -67,6 +79,7 @@ class Distributed:
         workers: S, the number of workers.
         device: The device of the tensors.
         timeout_s: Seconds after which a call that waits for another process fails.
+        backend: See `connect`.
 
     Attributes:
         num_workers: S, the number of workers.
@@ -76,10 +89,13 @@ class Distributed:
         staged: True if messages are sent from CPU memory only.
 
     Raises:
-        AgreedError: If the processes differ in workers, device or backend, or if there are more of them than workers.
+        AgreedError: If the processes differ in workers, device or backend, if there are more of them than workers, or
+            if `backend` cannot be.
     """
 
-    def __init__(self, workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0, backend: str = AUTO
+    ) -> None:
         self.num_workers, self.num_processes = workers, dist.get_world_size()
         self.rank = dist.get_rank()
         timeout = timedelta(seconds=timeout_s)
@@ -99,38 +115,43 @@ class Distributed:
             name = f"resist/{self._gather(uuid.uuid4().bytes, 16)[0].hex()}"
             store = dist.PrefixStore(name, _get_default_store())  # pyright: ignore[reportPrivateImportUsage]
             self._liveness = Liveness(store, self.rank, self.num_processes)
-            backend = self._agree(torch.device(device))
-            self._collective = self._new_group(timeout, backend)
-            self._peers = self._new_group(timeout, backend)
+            device = own_device(torch.device(device))
+            chosen = self._agree(device, backend)
+            self._collective = self._new_group(timeout, chosen)
+            self._peers = self._collective if chosen == NCCL else self._new_group(timeout, chosen)
+            if chosen == NCCL:
+                # All open the communicator here: a batch of messages has no part for a process without messages.
+                self.run("opening NCCL", lambda: self._open(device))
         except BaseException:
             self.close()
             raise
-        self.staged = backend == "gloo"  # gloo sends from CPU memory only
+        self.staged = chosen == GLOO  # gloo sends from CPU memory only
 
     def _new_group(self, timeout: timedelta, backend: str) -> dist.ProcessGroup:
         """Create a group of all processes. Each process has to call it."""
-        group = dist.new_group(timeout=timeout, backend=backend)
+        group = self.run("connecting", lambda: dist.new_group(timeout=timeout, backend=backend))
         assert isinstance(group, dist.ProcessGroup), "every process is a member"
         self._groups.append(group)
         return group
 
-    def _agree(self, device: torch.device) -> str:
+    def _agree(self, device: torch.device, backend: str) -> str:
         """The backend for weights, once all processes agree on the job.
 
-        NCCL if each process has a GPU of its own; processes that share one, or use the CPU, need gloo. The check comes
-        first, since a process that was started for another job would never join the calls that follow.
+        The check comes first, since a process that was started for another job would never join the calls that follow.
         """
-        alone = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
-        backend = "nccl" if alone else "gloo"
         check_agreement(self, {"workers": self.num_workers, "device": device.type, "backend": backend})
         if self.num_processes > self.num_workers:
             raise AgreedError(
                 f"{self.num_processes} processes for {self.num_workers} workers; "
                 "start at most one process for each worker"
             )
-        if alone:
-            torch.cuda.set_device(device)  # NCCL uses the current device
-        return backend
+        return agree_on_backend(self, device, backend, self._named)
+
+    def _open(self, device: torch.device) -> None:
+        """Open the communicator of the group. Waits for all processes."""
+        one = torch.ones(1, device=device)
+        dist.all_reduce(one, group=self._collective)
+        assert one.item() == self.num_processes  # waits for the device
 
     def process_of(self, worker: int) -> int:
         """See `Transport.process_of`."""
@@ -209,18 +230,7 @@ class Distributed:
                 f"ddp runs one worker in each process, and there are {self.num_processes} processes for "
                 f"{self.num_workers} workers; start {self.num_workers}"
             )
-        wrapped = DistributedDataParallel(model, process_group=self._collective)
-
-        # torch checks the annotations of a hook.
-        def average(
-            _state: object,
-            bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
-        ) -> torch.futures.Future[Tensor]:
-            count(bucket.buffer().numel() * bucket.buffer().element_size())
-            return allreduce_hook(self._collective, bucket)
-
-        wrapped.register_comm_hook(None, average)  # pyright: ignore[reportUnknownMemberType]
-        return wrapped
+        return averaging_gradients(model, self._collective, count)
 
     def all_gather_text(self, text: str) -> list[str]:
         """See `Transport.all_gather_text`.
@@ -293,12 +303,7 @@ class Distributed:
 
     def _lost(self, doing: str, error: Exception) -> WorkerLostError:
         cause = "not all processes have come" if self._liveness is None else self._liveness.cause(self._named)
-        return WorkerLostError(f"{self._named([self.rank])} lost contact while {doing}: {_reason(error)}; {cause}")
+        return WorkerLostError(f"{self._named([self.rank])} lost contact while {doing}: {reason(error)}; {cause}")
 
     def _named(self, ranks: Sequence[int]) -> str:
         return ", ".join(f"process {rank} ({workers_of(rank, self._hosted_workers)})" for rank in ranks)
-
-
-def _reason(error: Exception) -> str:
-    """The message of gloo without source position and advice."""
-    return re.sub(r"^\[/\S+\] ", "", first_line(error)).partition(" This is typically")[0].rstrip(".")

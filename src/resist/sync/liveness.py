@@ -12,11 +12,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from resist.sync.meeting import within
+
 REQUEST, STATE = "resist/liveness/request", "resist/liveness/state/"  # keys in the store
 COMPUTING, WAITING = "computing", "waiting"
 POLL_S = 0.5  # seconds between two looks for a request
 RESPONSE_S = 5.0  # seconds that a response may take, on a busy machine
 LAST_S = 3 * POLL_S  # seconds to wait for the last process after the response of another one
+CALL_S = 2 * RESPONSE_S + LAST_S  # seconds after which a query is given up
 
 
 class Liveness:
@@ -83,7 +86,11 @@ class Liveness:
         Returns:
             The end of an error message.
         """
-        states = self.call()
+        try:
+            # A machine that is cut off does not even refuse: torch's store would wait for it without end.
+            states = within(CALL_S, self.call)
+        except TimeoutError:
+            states = None
         if states is None:
             return "the rendezvous store (process 0 or the launcher) is unreachable"
         missing, working = states

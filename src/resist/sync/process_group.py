@@ -1,15 +1,22 @@
 """The default process group of torch.distributed, where this package makes it, and the store for it."""
 
-import os
 import socket
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
-from resist.errors import UserError, first_line
-from resist.sync.rendezvous import agree_on_attempt
+from resist.errors import UserError
+from resist.sync.interfaces import introduction, judge, reason, unconnected
+from resist.sync.meeting import Place, captured_stderr, open_store, within
+from resist.sync.rendezvous import LINGER_S, Arrival, agree_on_attempt
+from resist.sync.transport import hosted_workers, workers_of
 
 
 class DefaultGroup:
@@ -27,30 +34,46 @@ class DefaultGroup:
         self._group, self.users = dist.group.WORLD, 0
 
     @classmethod
-    def join(cls, timeout_s: float) -> None:
+    def join(cls, workers: int, device: torch.device, timeout_s: float, failure: str = "") -> None:
         """Make the default group of all processes of torchrun.
 
         Waits for all of them.
 
         Args:
-            timeout_s: Seconds to wait for them, and for every later answer.
+            workers: S, the number of workers, for messages.
+            device: The device of the workers of this process.
+            timeout_s: Seconds to wait for the others, and for every later answer.
+            failure: Why this process cannot take part, or "".
 
         Raises:
-            UserError: If the group cannot be formed.
+            AgreedError: In all processes: one of them does not come in time, or cannot take part or connect.
+            UserError: In this one: the environment is invalid, or process 0 cannot be reached in time.
         """
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        try:
-            timeout = timedelta(seconds=timeout_s)
-            store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-            attempt = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
-                agree_on_attempt(store, rank, size, timeout_s), store
-            )
-            dist.init_process_group("gloo", store=attempt, rank=rank, world_size=size, timeout=timeout)
-        except (RuntimeError, ValueError, TimeoutError) as error:  # errors of torch are RuntimeErrors
-            raise UserError(
-                f"no process group at {where}: {first_line(error)}; check that the port is free on the first machine "
-                f"and that all {os.environ['WORLD_SIZE']} processes were started"
-            ) from error
+        place, end = Place.from_environment(), time.monotonic() + timeout_s
+        hosted = hosted_workers(workers, place.size)
+
+        def named(ranks: Sequence[int]) -> str:
+            who = (f" ({workers_of(rank, hosted)})" if hosted[rank] else "" for rank in ranks)
+            return ", ".join(f"process {rank}{workers}" for rank, workers in zip(ranks, who, strict=True))
+
+        about = introduction(device, failure)
+        with captured_stderr() as done:
+            store = open_store(place, timeout_s)
+            left = max(1.0, end - time.monotonic())
+            arrival = Arrival(place.rank, place.size, about, lambda all_: judge(all_, named), named)
+            try:
+                name, everyone = within(left + 2 * LINGER_S, lambda: agree_on_attempt(store, arrival, left))
+            except (RuntimeError, TimeoutError) as error:  # errors of torch are RuntimeErrors
+                raise UserError(
+                    f"{named([place.rank])}: the rendezvous at {place.address} has ended or cannot be reached any more "
+                    f"({reason(error)}); see what process 0 or torchrun reports"
+                ) from error
+            attempt = dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
+            try:
+                within(timeout_s, lambda: _initialize(attempt, place, timeout_s))
+            except (RuntimeError, ValueError, TimeoutError) as error:
+                raise unconnected(error, everyone, named, place.address) from error
+            done()
         cls.made = cls()
 
     @classmethod
@@ -65,6 +88,11 @@ class DefaultGroup:
             dist.destroy_process_group()
 
 
+def _initialize(store: Any, place: Place, timeout_s: float) -> None:
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+
+
 def loopback_store(listener: socket.socket) -> object:
     """Serve a store for the processes of this machine.
 
@@ -74,6 +102,28 @@ def loopback_store(listener: socket.socket) -> object:
     Returns:
         The store, which serves as long as this object exists.
     """
-    port = listener.getsockname()[1]
+    host, port = listener.getsockname()[:2]
     options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-    return dist.TCPStore("127.0.0.1", port, **options)  # pyright: ignore[reportPrivateImportUsage]
+    return dist.TCPStore(host, port, **options)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def averaging_gradients(model: nn.Module, group: dist.ProcessGroup, count: Callable[[int], None]) -> nn.Module:
+    """Wrap a model so that its gradients are averaged in every backward pass.
+
+    Args:
+        model: The model.
+        group: The group of all processes.
+        count: Called with the bytes of each bucket of gradients.
+    """
+    wrapped = DistributedDataParallel(model, process_group=group)
+
+    # torch checks the annotations of a hook.
+    def average(
+        _state: object,
+        bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> torch.futures.Future[Tensor]:
+        count(bucket.buffer().numel() * bucket.buffer().element_size())
+        return allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(None, average)  # pyright: ignore[reportUnknownMemberType]
+    return wrapped

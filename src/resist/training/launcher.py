@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from resist.errors import UserError
 from resist.runs.config import TrainConfig
@@ -37,12 +38,14 @@ LIFELINE = "RESIST_LIFELINE"
 FORK = "RESIST_FORK"
 # Most processes on a machine: some for each core, but so many are always allowed.
 PER_CORE, ALWAYS = 8, 64
+# Environment variables that would make a job of one machine use another network.
+FOREIGN = ("GLOO_DEVICE_TRANSPORT", "NCCL_COMM_ID", "NCCL_SOCKET_FAMILY", "NCCL_HOSTID")
 _prepared = False  # whether `prepare_fork` came before the import of torch
 
 
 def launched() -> bool:
     """Return True in a process that torchrun or `launch` has started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return bool(os.environ.get("RANK") and os.environ.get("WORLD_SIZE"))
 
 
 def num_processes(config: TrainConfig) -> int:
@@ -114,14 +117,14 @@ def launch(
     from resist.sync.process_group import loopback_store
 
     forked = fork if fork is not None and _num_threads() == 1 else None
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = _listen()
     lifeline, kept_open = os.pipe()
     children: list[Child] = []
     store = None
     try:
         with _signals() as received:
             for rank in range(processes):
-                environment = _environment(rank, processes, listener.getsockname()[1], lifeline)
+                environment = _environment(rank, processes, listener.getsockname(), lifeline)
                 if forked is None:
                     children.append(
                         subprocess.Popen(
@@ -145,16 +148,39 @@ def launch(
         del store  # the processes need it until here
 
 
+def _listen() -> socket.socket:
+    """Listen at the loopback address; on machines without IPv4, at that of IPv6."""
+    reasons: list[str] = []
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with contextlib.ExitStack() as stack:
+            try:
+                listener = stack.enter_context(socket.create_server((host, 0), family=family))
+                socket.create_connection(listener.getsockname()[:2], timeout=5).close()  # the interface may be down
+            except OSError as error:
+                reasons.append(f"{host}: {error.strerror or error}")
+                continue
+            stack.pop_all()
+            return listener
+    raise UserError(
+        f"the processes of this machine cannot meet at its loopback interface ({'; '.join(reasons)}); set it up "
+        "(ip link set lo up), or give `processes=1`"
+    )
+
+
 def _num_threads() -> int:
     """Number of threads of this process, including those that libraries have started."""
     tasks = Path("/proc/self/task")
     return len(list(tasks.iterdir())) if tasks.exists() else 2
 
 
-def watch_launcher() -> None:
-    """Send this process SIGTERM when the launcher that started it ends for any reason."""
+def watch_launcher() -> bool:
+    """Send this process SIGTERM when the launcher that started it ends for any reason.
+
+    Returns:
+        True if a launcher has started it.
+    """
     if LIFELINE not in os.environ:
-        return
+        return False
 
     def wait(pipe: int) -> None:
         with contextlib.suppress(OSError):
@@ -162,17 +188,23 @@ def watch_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, args=(int(os.environ.pop(LIFELINE)),), daemon=True).start()
+    return True
 
 
-def _environment(rank: int, processes: int, port: int, lifeline: int) -> dict[str, str]:
+def _environment(rank: int, processes: int, address: tuple[Any, ...], lifeline: int) -> dict[str, str]:
     """Environment of one process: the variables that torchrun sets, with everything on this machine's loopback."""
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    # Set whatever the user's environment says for jobs of several machines: this one is to be reached by nobody else.
     required = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": processes,
         "LOCAL_WORLD_SIZE": processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_ADDR": address[0],
+        "MASTER_PORT": address[1],
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": f"={loopback}",
+        "TP_SOCKET_IFNAME": loopback,
         "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher serves the store, which outlives every worker
         "TORCHELASTIC_RESTART_COUNT": 0,
         LIFELINE: lifeline,
@@ -181,10 +213,10 @@ def _environment(rank: int, processes: int, port: int, lifeline: int) -> dict[st
     defaults = {
         # Processes that share the cores must not each start a thread for all of them.
         "OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // processes),
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # resist reports these errors itself
     }
-    text = {name: str(value) for name, value in defaults.items()} | dict(os.environ)
+    kept = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    text = {name: str(value) for name, value in defaults.items()} | kept
     return text | {name: str(value) for name, value in required.items()}
 
 

@@ -11,7 +11,7 @@ import torch
 import resist
 from resist.data import Sampler
 from resist.data.readers import num_readers, workers_here
-from resist.errors import DivergedError, WorkerLostError
+from resist.errors import DivergedError, UserError, WorkerLostError
 from resist.job import Job
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
@@ -21,7 +21,8 @@ from resist.runs.recipe import STREAMED
 from resist.runs.replicas import write_diverged, write_replicas
 from resist.sync.agreement import check_agreement, run_everywhere
 from resist.sync.distributed import connect
-from resist.sync.transport import Transport
+from resist.sync.meeting import environment_number
+from resist.sync.transport import Transport, hosted_workers
 from resist.tasks import Task, open_task
 from resist.tasks.preflight import check_parts, example_of, try_logits
 from resist.training.device import pick_device
@@ -29,6 +30,7 @@ from resist.training.loggers import open_loggers
 from resist.training.loop import Training
 from resist.training.lr_schedule import num_steps
 from resist.training.optimizers import resolve
+from resist.training.preflight import check_options
 from resist.training.resume import ResumePoint, find_resume_point, report_done
 from resist.training.trainer import Trainer, make_sampler
 from resist.training.wall import run_began
@@ -36,7 +38,7 @@ from resist.training.wall import run_began
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, task: Task | None = None) -> int:
+def train(config: TrainConfig, task: Task | None = None, *, checked: bool = True) -> int:
     """Train as one process of the job, with all the workers that it hosts.
 
     The main process (that of worker 0) writes the run directory and reports.
@@ -44,6 +46,7 @@ def train(config: TrainConfig, task: Task | None = None) -> int:
     Args:
         config: The options, checked, equal in all processes.
         task: The task, in forks of a process that has opened it: they share its memory. Default: opened here.
+        checked: False if no launcher has checked the options together; then each process does before it connects.
 
     Returns:
         The exit status.
@@ -53,8 +56,15 @@ def train(config: TrainConfig, task: Task | None = None) -> int:
         WorkerLostError: Another process is lost.
     """
     began = run_began()
-    device = pick_device(config.machine.device)
-    transport = connect(config.method.workers, device, config.machine.timeout_s)
+    device, failure = torch.device("cpu"), ""
+    try:
+        device = pick_device(config.machine.device)
+        if not checked:
+            _check_own(config, device)
+    except UserError as error:  # raised in all processes when they have met
+        failure = str(error)
+    machine = config.machine
+    transport = connect(config.method.workers, device, machine.timeout_s, failure=failure, backend=machine.backend)
     try:
         optimization = run_everywhere(transport, lambda: resolve(config.optimization))
         config = replace(config, optimization=optimization)
@@ -63,6 +73,15 @@ def train(config: TrainConfig, task: Task | None = None) -> int:
         return _train(config, task.to(device), transport, device, began)
     finally:
         transport.close()
+
+
+def _check_own(config: TrainConfig, device: torch.device) -> None:
+    """Check the options, in a process that torchrun has started."""
+    processes = environment_number("WORLD_SIZE", 1, least=1)
+    rank, hosted = environment_number("RANK", 0), hosted_workers(config.method.workers, processes)
+    own = len(hosted[rank]) if rank < processes else 0
+    here = own if device.type == "cuda" else workers_here(config.method.workers)
+    check_options(config, device, processes, range(here))
 
 
 def open_data(config: TrainConfig, *, download: bool = True) -> Task:
