@@ -423,7 +423,12 @@ def test_whatever_is_given_to_an_option_is_accepted_or_refused_in_one_line(name,
     def work(*_: object, **__: object) -> None:
         raise SystemExit(0)
 
-    monkeypatch.setattr("resist.tasks.network_builder", work)
+    def start(*_: object) -> None:
+        raise BaseException("training began")
+
+    for place in ("resist.tasks.network_builder", "resist.training.preflight.network_builder"):
+        monkeypatch.setattr(place, work)
+    monkeypatch.setattr("resist.cli.train._start_processes", start)
     monkeypatch.setattr("resist.cli.report.write", lambda *_: [])
     monkeypatch.setattr(atomic, "PIPE_S", 0.01)
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from resist.cli.options import as_typed
-from resist.errors import UserError
+from resist.errors import UserError, quoted, shown
 from resist.runs.config_file import read_options
 from resist.runs.directory import title_of
 from resist.runs.follower import Follower, gone, rounds_of
@@ -83,9 +83,9 @@ def end_of(config: WatchConfig, state: dict[str, Any], display: Display) -> tupl
     run, done, silent = config.run, display.summary.done, display.silent_s
     match state.get("state"):
         case "finished":
-            return 0, f"finished after round {done}; report: resist report {run}"
+            return 0, f"finished after round {done}; report: resist report {quoted(run)}"
         case "interrupted":
-            return 0, f"interrupted after round {done}; to continue: resist train --resume {run}"
+            return 0, f"interrupted after round {done}; to continue: resist train --resume {quoted(run)}"
         case "failed":
             error = as_typed(" ".join(str(state.get("error")).split()))
             return 1, f"resist: the run failed after round {done}: {error}"
@@ -95,5 +95,5 @@ def end_of(config: WatchConfig, state: dict[str, Any], display: Display) -> tupl
             f"(process {state['process']} no longer exists)"
         )
     if config.patience_s is not None and silent > config.patience_s:
-        return 1, f"resist: no new record in {run} for {silent:.0f} s after round {done}; stopped watching"
+        return 1, f"resist: no new record in {shown(run)} for {silent:.0f} s after round {done}; stopped watching"
     return None

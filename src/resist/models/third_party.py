@@ -169,5 +169,5 @@ def _library(name: str) -> Any:
 
 
 def _similar(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.7)
     return f"; did you mean {', '.join(close)}?" if close else f"; it has {', '.join(known[:4])} and others"

@@ -8,7 +8,6 @@ of the paper. All further arguments of the optimizer are keys of `optimizer_args
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from resist.errors import UserError, first_line
+from resist.errors import UserError, first_line, nearest
 from resist.runs.config import OptimizationConfig
 
 # The options of an optimizer, with the paper's values, which are the defaults of sgd.
@@ -146,8 +145,8 @@ def _find(name: str) -> Callable[..., Optimizer]:
     if short in REFUSED and not colon:
         raise UserError(f"`optimizer={name}` is not supported: {REFUSED[short]}")
     if colon or short not in classes:
-        near = get_close_matches(short, classes, 1)
-        hint = f"did you mean {near[0]}" if near else f"give one of {', '.join(sorted(set(classes) - set(REFUSED)))}"
+        near = nearest(short, classes)
+        hint = f"did you mean {near}" if near else f"give one of {', '.join(sorted(set(classes) - set(REFUSED)))}"
         raise UserError(f"`optimizer={name[:60]}` is no class of torch.optim; {hint}, or timm:NAME for one of timm")
     return classes[short]
 
@@ -164,8 +163,8 @@ def _find_in_timm(name: str) -> Callable[..., Optimizer]:
     try:
         info = get_optimizer_info(name)
     except ValueError as error:
-        near = get_close_matches(name, list_optimizers(), 1)
-        hint = f"; did you mean timm:{near[0]}?" if near else ""
+        near = nearest(name, list_optimizers())
+        hint = f"; did you mean timm:{near}?" if near else ""
         raise UserError(f"`optimizer=timm:{name[:60]}` is no optimizer of timm{hint}") from error
     if info.second_order:
         raise UserError(f"`optimizer=timm:{name}` is not supported: it needs second derivatives of the loss")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from resist.errors import UserError, WorkerLostError
+from resist.errors import UserError, WorkerLostError, quoted, shown
 from resist.job import Job
 from resist.planning.plan import RoundPlan
 from resist.planning.schedule import allreduce_bytes
@@ -137,7 +137,7 @@ class Recorder:
             f"time            {sum(seconds.values()):.1f} s: {parts}\n"
             f"largest worker  {weights['largest'] / full:.0%} of the network's {full:,} weights\n"
             f"sent            {amount(summary.bytes)} by all workers; local SGD: {amount(local_sgd)} of weights\n"
-            f"saved to        {self.run.path}; report: resist report {self.run.path}"
+            f"saved to        {shown(self.run.path)}; report: resist report {quoted(self.run.path)}"
         )
 
     def _print(self, text: str) -> None:
