@@ -93,6 +93,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         beginning = [other for other in names if mark + name in f"\n{other}"]
         if len(beginning) == 1:
             return beginning[0]
+    if swapped := [other for other in names if sorted(other) == sorted(name)]:  # short names are never close enough
+        return swapped[0]
     return next(iter(get_close_matches(name, names, 1, cutoff=0.75)), None)
 
 
