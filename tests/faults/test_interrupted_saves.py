@@ -128,7 +128,7 @@ def positions(files: dict[str, int], number: int) -> Iterator[int]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # with the threads of pytest-xdist, which have no locks
-@pytest.mark.parametrize("number_of_positions", [18, pytest.param(100, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("number_of_positions", [9, pytest.param(100, marks=pytest.mark.nightly)])
 def test_a_save_that_is_killed_at_any_byte_leaves_the_older_checkpoint_or_the_whole_new_one(
     tmp_path: Path, number_of_positions: int
 ) -> None:

@@ -163,7 +163,7 @@ def _find_in_timm(name: str) -> Callable[..., Optimizer]:
     try:
         info = get_optimizer_info(name)
     except ValueError as error:
-        near = nearest(name, list_optimizers())
+        near = nearest(name, map(str, list_optimizers()))
         hint = f"; did you mean timm:{near}?" if near else ""
         raise UserError(f"`optimizer=timm:{name[:60]}` is no optimizer of timm{hint}") from error
     if info.second_order:
