@@ -1,5 +1,6 @@
 """`--compile` without a compiler, or with one that fails: one line before anything is made."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,8 @@ def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         check_compiler(torch.device("cuda"))
     monkeypatch.setenv("CC", "cc")
     check_compiler(torch.device("cuda"))
+
+
+def test_a_torch_with_other_private_names_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._inductor.cpp_builder", None)
+    check_compiler(torch.device("cpu"))

@@ -26,10 +26,12 @@ def check_compiler(device: torch.device) -> None:
         if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
             raise UserError("`compile` needs a C compiler on this host (gcc, or the one that CC names); leave it out")
         return
-    from torch._inductor import config
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-    from torch._inductor.exc import InvalidCxxCompiler
-
+    try:
+        from torch._inductor import config
+        from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError:  # private names, which another version of torch may not have: the first step finds out
+        return
     names = config.cpp.cxx if isinstance(config.cpp.cxx, list | tuple) else [config.cpp.cxx]
     compiler = ", ".join(str(name) for name in names if name) or "CXX is empty"
     with tempfile.TemporaryDirectory(prefix="resist-") as folder:
