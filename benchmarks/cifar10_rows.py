@@ -84,7 +84,7 @@ class Row:
             assert isinstance(section, nn.Sequential)
             for number in range(1, len(section)):
                 section[number] = Skipped(section[number], self.survival)
-        return model
+        return model.to(memory_format=torch.channels_last)
 
 
 class Skipped(nn.Module):
