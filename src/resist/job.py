@@ -125,8 +125,8 @@ class Job:
         replicas: Weights of the last synchronized network that this process keeps, if `replicate`; the newest is last.
 
     Raises:
-        UserError: If an option is invalid, if the network has no chain that can be partitioned, or if the process group
-            cannot be formed within `timeout_s`.
+        UserError: If an option is invalid, if the network has no chain that the strategy can partition, or if the
+            process group cannot be formed within `timeout_s`.
         AgreedError: In all processes, if they were started with different arguments or networks.
         WorkerLostError: If another process is lost after that.
     """
@@ -177,7 +177,7 @@ class Job:
         self.workers: list[Worker] = []
         for index in self.transport.hosted:
             self.workers.append(self._host(index, full, device, channels_last))
-        if runs is None and any(strategy.at(round).partitions for round in strategy.change_rounds):
+        if runs is None and strategy.ever_partitions:
             add_depth_hints((worker.subnet.model for worker in self.workers), self.chains)
         self.mark_anchors()
         if 0 in self.transport.hosted:
@@ -196,8 +196,11 @@ class Job:
         if (hosted := self.transport.num_workers) != self.strategy.workers:
             raise UserError(f"a transport for {hosted} workers, a strategy for {self.strategy.workers}; match them")
         names = (chains,) if isinstance(chains, str) else tuple(chains)
-        unchecked = example is None or example is False
-        found, runs = (choose_chains(full, names), None) if unchecked else choose_with_runs(full, names, example)
+        needed = self.strategy.ever_partitions
+        if example is None or example is False:
+            found, runs = choose_chains(full, names, needed=needed), None
+        else:
+            found, runs = choose_with_runs(full, names, example, needed=needed)
         check_blocks(full, (n for chain in found for block in range(chain.num_blocks) for n in chain.members(block)))
         self.plan = self.strategy.plan(found, seed=self.seed, round=self.round)
         chain_scales(self.scale, self.plan)  # an invalid scale is an error now, not at the end

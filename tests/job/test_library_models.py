@@ -1,6 +1,7 @@
 """Networks with tied weights, tables that blocks share, buffers that forward writes to, scalars as parameters."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from resist.errors import UserError
 from resist.job import Job
-from resist.planning.strategy import resist, switch
+from resist.planning.strategy import OuterSGD, Strategy, diloco, local_sgd, resist, switch
 from resist.subnet.seeded import build_seeded
 from resist.subnet.tensors import tensors_of
 
@@ -190,3 +191,54 @@ def test_weights_tied_across_blocks_leave_nothing_to_deal_out() -> None:
 
     with pytest.raises(UserError, match="the model has no chain"):
         Job(albert, resist(2, 1))
+
+
+def tower() -> nn.Module:
+    """No two layers are alike, so nothing can be partitioned."""
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("example", [False, torch.ones(4, 6)])
+@pytest.mark.parametrize("strategy", [local_sgd(3, 2), diloco(3, 2, outer=OuterSGD(1.0, 0.0))])
+def test_a_network_without_a_chain_is_trained_whole(strategy: Strategy, example: object) -> None:
+    def trained(model: nn.Module, worker: int, steps: range, optimizer: torch.optim.Optimizer) -> None:
+        for step in steps:
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + worker))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    job = Job(tower, strategy, batchnorm="average", example=example, replicate=True)
+    optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.1) for worker in job.workers]
+    mean = build_seeded(tower, 0)
+    for round in range(2):
+        steps = range(2 * round, 2 * round + 2)
+        copies = [deepcopy(mean) for _ in range(3)]
+        for index, copy in enumerate(copies):
+            trained(copy, index, steps, torch.optim.SGD(copy.parameters(), lr=0.1))
+        for name, tensor in tensors_of(mean).items():
+            if tensor.is_floating_point():
+                tensor.data.copy_(torch.stack([tensors_of(copy)[name] for copy in copies]).mean(0))
+        for step in steps:
+            for worker, optimizer in zip(job.workers, optimizers, strict=True):
+                trained(worker.model, worker.index, range(step, step + 1), optimizer)
+            job.step(*optimizers)
+    assert job.chains == ()
+    full = job.full_model()
+    assert full is not None
+    for name, tensor in tensors_of(mean).items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensors_of(full)[name], tensor, rtol=1e-5, atol=1e-6)
+
+    again = Job(tower, strategy, batchnorm="average", example=example)
+    again.attach(*(torch.optim.SGD(worker.model.parameters(), lr=0.1) for worker in again.workers))
+    again.load_state_dict(job.state_dict())
+    for name, tensor in tensors_of(again.workers[1].model).items():
+        assert torch.equal(tensor, tensors_of(job.workers[0].model)[name])
+
+
+@pytest.mark.parametrize("example", [False, torch.ones(4, 6)])
+def test_resist_needs_a_chain_also_after_a_warmup_and_where_one_is_named(example: object) -> None:
+    for strategy, chains in ((resist(2, 1), ()), (resist(2, 1, warmup_rounds=1), ()), (local_sgd(2, 1), "all")):
+        with pytest.raises(UserError, match="the model has no chain"):
+            Job(tower, strategy, chains=chains, example=example)

@@ -42,7 +42,9 @@ def find_chains(model: nn.Module) -> tuple[Chain, ...]:
     return tuple(run for run in try_runs(model) if run.skip_type != residual.NONE)
 
 
-def choose_chains(model: nn.Module, names: Sequence[str] = (), seen: Seen | None = None) -> tuple[Chain, ...]:
+def choose_chains(
+    model: nn.Module, names: Sequence[str] = (), seen: Seen | None = None, *, needed: bool = True
+) -> tuple[Chain, ...]:
     """Choose the chains to partition.
 
     Args:
@@ -51,6 +53,7 @@ def choose_chains(model: nn.Module, names: Sequence[str] = (), seen: Seen | None
             that can be partitioned together. Default: the longest of all.
         seen: What an example shows of the network. Default: blocks are tried with guessed inputs, and those whose skip
             connection is in the network's forward are not found.
+        needed: Without `names`, raise if the model has no chain, instead of returning none.
 
     Returns:
         The chains, in the order of `names`.
@@ -59,11 +62,11 @@ def choose_chains(model: nn.Module, names: Sequence[str] = (), seen: Seen | None
         UserError: If a name fits no run of residual blocks, two chains overlap or one comes after another in the same
             nn.ModuleList, or the model has no chain.
     """
-    return chosen_of(try_runs(model, seen, every=bool(names)), model, names, seen)
+    return chosen_of(try_runs(model, seen, every=bool(names)), model, names, seen, needed=needed)
 
 
 def chosen_of(
-    found: tuple[Chain, ...], model: nn.Module, names: Sequence[str], seen: Seen | None = None
+    found: tuple[Chain, ...], model: nn.Module, names: Sequence[str], seen: Seen | None = None, *, needed: bool = True
 ) -> tuple[Chain, ...]:
     """Choose among the runs of `try_runs`, as `choose_chains` does."""
     if ALL in names and len(names) > 1:
@@ -71,6 +74,8 @@ def chosen_of(
     if not names or ALL in names:
         if found and found[0].skip_type in FOUND:
             return all_chains(found, model)[0] if names else found[:1]
+        if not names and not needed:
+            return ()
         reason = reason_without_chain(model, found, seen)
         raise UserError(f"the model has no chain of residual blocks, so there is nothing to partition: {reason}")
     chosen = tuple(_parse(name, model, found, seen) for name in names)

@@ -79,15 +79,22 @@ def choose_checked(model: nn.Module, names: Sequence[str], example: object) -> t
 
 
 def choose_with_runs(
-    model: nn.Module, names: Sequence[str], example: object
+    model: nn.Module, names: Sequence[str], example: object, *, needed: bool = True
 ) -> tuple[tuple[Chain, ...], tuple[Chain, ...]]:
-    """Do the same as `choose_checked`, and return all runs of blocks that were tried, too."""
+    """Do the same as `choose_checked`, and return all runs of blocks that were tried, too.
+
+    Args:
+        model: As there.
+        names: As there.
+        example: As there.
+        needed: As in `resist.blocks.chains.choose_chains`.
+    """
     try:
         with preserved(model):
             examiner = Examiner(model, example)
             seen = examiner.look()
             runs = try_runs(model, seen, every=bool(names))
-            chosen = chosen_of(runs, model, names, seen)
+            chosen = chosen_of(runs, model, names, seen, needed=needed)
             if tuple(names) == (ALL,):
                 return examiner.choose_all(runs, seen), runs
             chains = tuple(examiner.with_form(chain, seen) for chain in chosen)

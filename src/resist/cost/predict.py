@@ -76,7 +76,7 @@ def predict(
     if batchnorm == "batch":
         use_batch_statistics(template)
     # Strategies that train the full network need no chain.
-    needs_chain = bool(chains) or any(strategy.partitions for strategy in strategies)
+    needs_chain = bool(chains) or any(strategy.ever_partitions for strategy in strategies)
     chosen = choose(build_model, template, chains, example) if needs_chain else find_chains(template)[:1]
 
     @cache

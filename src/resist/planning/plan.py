@@ -91,14 +91,15 @@ class RoundPlan:
 
     Attributes:
         plans: Plan of each chain, for the same workers.
+        workers: Number of workers; needed only where there is no chain.
     """
 
     plans: tuple[Plan, ...]
+    workers: int = 0
 
-    @property
-    def workers(self) -> int:
-        """Number of workers."""
-        return self.plans[0].workers
+    def __post_init__(self) -> None:
+        if self.plans:
+            object.__setattr__(self, "workers", self.plans[0].workers)
 
     @property
     def held_by_all(self) -> bool:

@@ -123,6 +123,11 @@ class Strategy:
         """This strategy and those that it switches to, in their order."""
         return (self, *(self.then.stages if self.then is not None else ()))
 
+    @property
+    def ever_partitions(self) -> bool:
+        """True if a stage partitions, so that the network needs a chain."""
+        return any(stage.partitions for stage in self.stages)
+
     def plan(self, chains: Sequence[ChainLike], *, seed: int, round: int) -> RoundPlan:
         """Draw the plan of a round, through all switches.
 
@@ -141,7 +146,8 @@ class Strategy:
             if stage.capacities is not None:
                 stage.capacities.check(stage.workers, chains)
         stage = self.at(round)
-        return RoundPlan(tuple(stage.assign(c.num_blocks, chain=c.name, seed=seed, round=round) for c in chains))
+        plans = tuple(stage.assign(c.num_blocks, chain=c.name, seed=seed, round=round) for c in chains)
+        return RoundPlan(plans, stage.workers)
 
     @property
     def capacities(self) -> Capacities | None:

@@ -40,8 +40,8 @@ def check_options(config: TrainConfig, device: torch.device, processes: int, her
     model = build_on_meta(network_builder(config.network))
     chains: tuple[Chain, ...] = ()
     if example_of(config.network) is False:
-        chains = choose_chains(model, config.network.chain)
         strategy = config.strategy()
+        chains = choose_chains(model, config.network.chain, needed=strategy.ever_partitions)
         for round in strategy.change_rounds:
             strategy.plan(chains, seed=config.run.seed, round=round)
     else:  # `Job` finds the chains, with the example
@@ -49,7 +49,7 @@ def check_options(config: TrainConfig, device: torch.device, processes: int, her
     if optimization.optimizer != "sgd":  # which takes any parameters, and should start at once
         build_optimizer(optimization, model)
     check_parts(config)
-    if chains:
+    if chains:  # else `Job` finds them, or every worker holds all
         largest = config.strategy().plan(chains, seed=config.run.seed, round=config.method.warmup_rounds)
         weights = weights_of(model, chains)
         held = sum(weights.held(largest.capacities(worker)) for worker in here if worker < workers)
