@@ -203,6 +203,26 @@ def test_the_report_of_the_tests_names_what_failed_and_what_was_skipped(tmp_path
     }  # fmt: skip
 
 
+def test_failed_tests_are_an_error_after_they_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        Path(command[command.index("--junitxml") + 1]).write_text(
+            '<testsuites><testcase name="b"><failure message="no"/></testcase></testsuites>'
+        )
+        return subprocess.CompletedProcess(command, 1)
+
+    given, found = replace(settings(tmp_path), tiny=False), Findings(tmp_path, "tests")
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(SystemExit, match="1 tests failed"):
+        gpu_order.tests(given, found)
+    line = json.loads((tmp_path / UNDER_WAY).read_text())
+    assert (line["status"], line["passed"], line["failed"]) == (1, 0, {"b": "no"})
+    assert started[0][started[0].index("-m", 2) + 1] == "cuda"
+    assert (gpu_order.ROOT / started[0][-1] / "test_cuda.py").exists()
+
+
 def test_a_part_is_killed_at_its_limit_and_what_it_found_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
