@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +15,13 @@ from resist.runs.directory import processor
 def provenance() -> dict[str, object]:
     """Return date, commit, hardware and versions, ready for JSON."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": os.environ.get("RESIST_COMMIT") or git.stdout.strip(),
+        "commit": os.environ.get("RESIST_COMMIT") or commit,
         "machine": processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

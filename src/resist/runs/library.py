@@ -93,9 +93,9 @@ def load_checkpoint(
     Every process has to call it.
 
     The job may have another number of workers or processes, other chains or capacities. If it has the same plan, it
-    continues as if nothing had happened, bit for bit with the same processes. Otherwise it gets the network: weights,
-    averages and outer momentum; the optimizers keep the saved settings, such as the learning rate, but no state; and
-    the step is the one at which all workers together have seen as many images.
+    continues as if nothing had happened, on the CPU bit for bit with the same processes. Otherwise it gets the network:
+    weights, averages and outer momentum; the optimizers keep the saved settings, such as the learning rate, but no
+    state; and the step is the one at which all workers together have seen as many images.
 
     Args:
         folder: Where `save_checkpoint` has written, of which the newest undamaged one is taken; or one checkpoint.
