@@ -188,7 +188,7 @@ class Distributed:
 
     def _wire(self, tensor: Tensor) -> Tensor:
         """The tensor that the backend changes: a copy on the host where it cannot use this one."""
-        return tensor.cpu() if self.staged and not is_summable(tensor) else tensor
+        return tensor.to("cpu", copy=True) if self.staged and not is_summable(tensor) else tensor
 
     def exchange_pieces(self, received: Tensor, sent: Tensor) -> Any:
         """Send a piece of `sent` to each process, in the background."""
@@ -205,6 +205,11 @@ class Distributed:
             raise AgreedError(
                 f"ddp runs one worker in each process, and there are {self.num_processes} processes for "
                 f"{self.num_workers} workers; start {self.num_workers}"
+            )
+        if others := [p.device.type for p in model.parameters() if not is_summable(p)]:
+            raise AgreedError(
+                f"ddp averages gradients on the CPU and on GPUs of CUDA, not on {others[0]}; give another device or "
+                "strategy, or one process"
             )
         return averaging_gradients(model, self._groups.collective, count)
 
