@@ -51,6 +51,16 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", environment_number("LOCAL_RANK") % torch.cuda.device_count())
 
 
+def is_of_device(error: Exception) -> bool:
+    """Return True for an error of this process's own device: no other process has to do with it.
+
+    Args:
+        error: What torch raised.
+    """
+    known = isinstance(error, torch.OutOfMemoryError) or type(error).__name__ == "AcceleratorError"
+    return known or str(error).startswith("CUDA error")
+
+
 def gpu_of(device: torch.device) -> Gpu:
     """Describe a GPU.
 
@@ -68,7 +78,7 @@ def choose_backend(
     """Choose how weights go between processes: a pure function, the same in all of them.
 
     Args:
-        gpus: The GPU of each process; none if they use the CPU.
+        gpus: The GPU of each process; none if they use the CPU or devices other than those of CUDA.
         backend: auto, or the one that the user wants.
         nccl: Whether all processes have NCCL.
         named: Names processes by their numbers.
@@ -85,7 +95,7 @@ def choose_backend(
     shared = next((ranks for ranks in places.values() if len(ranks) > 1), None)
     if backend == NCCL:
         if not gpus:
-            raise AgreedError("`backend=nccl` is for GPUs, and the device is the CPU; give `backend=gloo`")
+            raise AgreedError("`backend=nccl` is for GPUs of CUDA, and the device is none; give `backend=gloo`")
         if not nccl:
             raise AgreedError("`backend=nccl`: torch has no NCCL here; give `backend=gloo`")
         if shared:

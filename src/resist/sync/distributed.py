@@ -4,31 +4,28 @@ Long-lived groups: a CPU gloo group for control messages, and for weights either
 one for point-to-point messages (so that neither waits for the other), or one of NCCL for both: kernels of two
 communicators may each wait for the other on another GPU. Every call that waits for another process fails after
 the timeout, with a message that names the process. A process that ends closes its connections, which the others notice
-at once.
+at once; `resist.sync.nccl` does so for NCCL, within seconds.
 """
 
-import contextlib
-import uuid
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store  # pyright: ignore[reportPrivateUsage]
 
-from resist.errors import AgreedError, UserError, WorkerLostError
+from resist.errors import AgreedError, UserError
 from resist.sync.agreement import check_agreement
 from resist.sync.averaging import is_short, mean_into
-from resist.sync.devices import AUTO, GLOO, NCCL, agree_on_backend, own_device
-from resist.sync.interfaces import reason
-from resist.sync.liveness import COMPUTING, WAITING, Liveness
+from resist.sync.devices import AUTO, GLOO, agree_on_backend, own_device
+from resist.sync.groups import Groups
 from resist.sync.local import Local
 from resist.sync.meeting import environment_number
 from resist.sync.pending import PendingMean, PendingMoves, PendingShortMean, sendable
 from resist.sync.process_group import DefaultGroup, averaging_gradients
-from resist.sync.transport import PACKET_BYTES, Handle, Move, Transport, hosted_workers, local_moves, workers_of
+from resist.sync.staging import is_summable, stage
+from resist.sync.transport import Handle, Move, Transport, hosted_workers, local_moves, workers_of
 
 
 def connect(
@@ -86,7 +83,7 @@ class Distributed:
         num_processes: The number of processes.
         rank: The number of this process.
         hosted: The workers of this process, ascending.
-        staged: True if messages are sent from CPU memory only.
+        staged: True if pieces of short numbers are sent from CPU memory, though they are on another device.
 
     Raises:
         AgreedError: If the processes differ in workers, device or backend, if there are more of them than workers, or
@@ -97,42 +94,20 @@ class Distributed:
         self, workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0, backend: str = AUTO
     ) -> None:
         self.num_workers, self.num_processes = workers, dist.get_world_size()
-        self.rank = dist.get_rank()
-        timeout = timedelta(seconds=timeout_s)
         self._hosted_workers = hosted_workers(workers, self.num_processes)
-        self.hosted = self._hosted_workers[self.rank]
         self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosted_workers) for worker in hosted}
-        self._liveness: Liveness | None = None
-        self._groups: list[dist.ProcessGroup] = []
-        self._closed = False
-        # Threads of a group that was not destroyed abort the process when it ends: so `close`, whatever happens.
-        self._default_group = DefaultGroup.present()
-        if self._default_group is not None:
-            self._default_group.users += 1
+        self._named = partial(_named, self._hosted_workers)
+        self._groups = Groups(timeout_s, self._named)
+        self.rank, self.hosted = self._groups.rank, self._hosted_workers[self._groups.rank]
+        self.begin, self.wait = self._groups.begin, self._groups.wait
         try:
-            self._control_group = self._new_group(timeout, "gloo")
-            # Each transport has entries of its own in the store, which may serve others before, beside and after it.
-            name = f"resist/{self._gather(uuid.uuid4().bytes, 16)[0].hex()}"
-            store = dist.PrefixStore(name, _get_default_store())  # pyright: ignore[reportPrivateImportUsage]
-            self._liveness = Liveness(store, self.rank, self.num_processes)
             device = own_device(torch.device(device))
             chosen = self._agree(device, backend)
-            self._collective = self._new_group(timeout, chosen)
-            self._peers = self._collective if chosen == NCCL else self._new_group(timeout, chosen)
-            if chosen == NCCL:
-                # All open the communicator here: a batch of messages has no part for a process without messages.
-                self.run("opening NCCL", lambda: self._open(device))
+            self._groups.open(chosen, device)
         except BaseException:
             self.close()
             raise
-        self.staged = chosen == GLOO  # gloo sends from CPU memory only
-
-    def _new_group(self, timeout: timedelta, backend: str) -> dist.ProcessGroup:
-        """Create a group of all processes. Each process has to call it."""
-        group = self.run("connecting", lambda: dist.new_group(timeout=timeout, backend=backend))
-        assert isinstance(group, dist.ProcessGroup), "every process is a member"
-        self._groups.append(group)
-        return group
+        self.staged = chosen == GLOO and device.type != "cpu"  # gloo sends from CPU memory only
 
     def _agree(self, device: torch.device, backend: str) -> str:
         """The backend for weights, once all processes agree on the job.
@@ -147,12 +122,6 @@ class Distributed:
             )
         return agree_on_backend(self, device, backend, self._named)
 
-    def _open(self, device: torch.device) -> None:
-        """Open the communicator of the group. Waits for all processes."""
-        one = torch.ones(1, device=device)
-        dist.all_reduce(one, group=self._collective)
-        assert one.item() == self.num_processes  # waits for the device
-
     def process_of(self, worker: int) -> int:
         """See `Transport.process_of`."""
         return self._rank_of[worker]
@@ -161,8 +130,7 @@ class Distributed:
     def transfer(self, moves: Sequence[Move]) -> Handle:
         """See `Transport.transfer`."""
         arrived: list[Tensor | None] = []
-        operations: list[dist.P2POp] = []
-        copies: list[tuple[Tensor, Tensor]] = []  # (in CPU memory, on the GPU), to copy after arrival
+        crossing: list[tuple[int, Move]] = []  # that this process sends or receives; with the tag
         for tag, move in enumerate(moves):
             source, target = self._rank_of[move.source], self._rank_of[move.target]
             # A move within one process never reaches the network: it is done here if the process is this one.
@@ -171,24 +139,25 @@ class Distributed:
                 continue
             # Between two processes, the position in the list is the tag by which the two ends find each other.
             arrived.append(move.incoming if target == self.rank else None)
+            if self.rank in (source, target):
+                crossing.append((tag, move))
+        outgoing = [move.outgoing for _, move in crossing if move.outgoing is not None]
+        incoming = [move.incoming for _, move in crossing if move.incoming is not None]
+        # gloo sends from CPU memory: from a GPU this copies the blocks, and waits for the GPU. On the CPU, and with
+        # NCCL, the slot itself is sent, so it must not change before `finish`. It receives there as well.
+        sent, received = stage(outgoing, incoming) if self.staged else (outgoing, incoming)
+        copies = [(wire, final) for wire, final in zip(received, incoming, strict=True) if wire is not final]
+        sending, receiving = iter(sent), iter(received)
+        operations: list[dist.P2POp] = []
+        for tag, move in crossing:
+            source, target = self._rank_of[move.source], self._rank_of[move.target]
             if source == self.rank:
-                assert move.outgoing is not None
-                # gloo sends from CPU memory: from a GPU this copies the block, and waits for the GPU. On the CPU, and
-                # with NCCL, the slot itself is sent, so it must not change before `finish`.
-                wire = sendable(move.outgoing.cpu() if self.staged else move.outgoing)
-                operations.append(dist.P2POp(dist.isend, wire, target, self._peers, tag))
-            if target != self.rank:
-                continue
-            final = move.incoming
-            assert final is not None
-            # The receiving side of the same: one block in CPU memory for each block to receive.
-            wire = torch.empty_like(final, device="cpu") if self.staged and final.is_cuda else final
-            if wire is not final:
-                copies.append((wire, final))
-            operations.append(dist.P2POp(dist.irecv, sendable(wire), source, self._peers, tag))
+                operations.append(dist.P2POp(dist.isend, sendable(next(sending)), target, self._groups.peers, tag))
+            else:
+                operations.append(dist.P2POp(dist.irecv, sendable(next(receiving)), source, self._groups.peers, tag))
         # One batch: sends and receives progress together, so no order of the processes can lead to a deadlock. It
         # returns at once; `finish` waits for the processes at the other ends.
-        works = self.run("sending blocks", lambda: dist.batch_isend_irecv(operations) if operations else [])
+        works: Any = self.begin("sending blocks", lambda: dist.batch_isend_irecv(operations)) if operations else []
         return PendingMoves(self, works, arrived, operations, copies)
 
     @torch.no_grad()
@@ -201,8 +170,9 @@ class Distributed:
         if is_short(first.dtype):
             return PendingShortMean(self, tensors, scale)
         if not first.is_floating_point():  # integers have no mean: those of worker 0
-            work = self.run("averaging", lambda: dist.broadcast(first, 0, group=self._collective, async_op=True))
-            return PendingMean(self, work, tensors)
+            wire, group = self._wire(first), self._groups.collective
+            work = self.begin("averaging", lambda: dist.broadcast(wire, 0, group=group, async_op=True))
+            return PendingMean(self, work, wire, tensors)
         # 1. Within the process: the first hosted worker's tensor becomes the mean of the hosted ones, without memory
         #    for a copy. The others keep theirs until `finish`.
         mean_into(first, tensors[1:])
@@ -212,16 +182,22 @@ class Distributed:
             first.mul_(len(self.hosted) * self.num_processes / self.num_workers)
         # 3. Between processes: one all-reduce, in the background. `finish` waits for all processes, divides, and copies
         #    the mean to the other hosted workers.
-        work = self.run("averaging", lambda: dist.all_reduce(first, group=self._collective, async_op=True))
-        return PendingMean(self, work, tensors, self.num_processes, scale)
+        wire = self._wire(first)
+        work = self.begin("averaging", lambda: dist.all_reduce(wire, group=self._groups.collective, async_op=True))
+        return PendingMean(self, work, wire, tensors, self.num_processes, scale)
+
+    def _wire(self, tensor: Tensor) -> Tensor:
+        """The tensor that the backend changes: a copy on the host where it cannot use this one."""
+        return tensor.to("cpu", copy=True) if self.staged and not is_summable(tensor) else tensor
 
     def exchange_pieces(self, received: Tensor, sent: Tensor) -> Any:
         """Send a piece of `sent` to each process, in the background."""
-        return dist.all_to_all_single(received, sent, group=self._collective, async_op=True)
+        return dist.all_to_all_single(received, sent, group=self._groups.collective, async_op=True)
 
-    def gather_pieces(self, received: Tensor, sent: Tensor) -> None:
-        """Send `sent` to all processes."""
-        dist.all_gather(list(received.chunk(self.num_processes)), sent, group=self._collective)
+    def gather_pieces(self, received: Tensor, sent: Tensor) -> Any:
+        """Send `sent` to all processes, in the background."""
+        pieces = list(received.chunk(self.num_processes))
+        return dist.all_gather(pieces, sent, group=self._groups.collective, async_op=True)
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
         """See `Transport.average_gradients`."""
@@ -230,31 +206,16 @@ class Distributed:
                 f"ddp runs one worker in each process, and there are {self.num_processes} processes for "
                 f"{self.num_workers} workers; start {self.num_workers}"
             )
-        return averaging_gradients(model, self._collective, count)
+        if others := [p.device.type for p in model.parameters() if not is_summable(p)]:
+            raise AgreedError(
+                f"ddp averages gradients on the CPU and on GPUs of CUDA, not on {others[0]}; give another device or "
+                "strategy, or one process"
+            )
+        return averaging_gradients(model, self._groups.collective, count)
 
     def all_gather_text(self, text: str) -> list[str]:
-        """See `Transport.all_gather_text`.
-
-        One all-gather if all texts fit into a packet, else a second one for the whole texts. A packet is the length of
-        the text in 8 bytes, and its beginning.
-        """
-        encoded = text.encode("utf-8", "surrogateescape")
-        packets = self._gather(len(encoded).to_bytes(8, "big") + encoded, PACKET_BYTES)
-        sizes = [int.from_bytes(packet[:8], "big") for packet in packets]
-        if max(sizes) <= PACKET_BYTES - 8:
-            return [
-                packet[8 : 8 + size].decode("utf-8", "surrogateescape")
-                for packet, size in zip(packets, sizes, strict=True)
-            ]
-        texts = self._gather(encoded, max(sizes))
-        return [padded[:size].decode("utf-8", "surrogateescape") for padded, size in zip(texts, sizes, strict=True)]
-
-    def _gather(self, content: bytes, size: int) -> list[bytes]:
-        """The contents of all processes, cut or padded to `size` bytes."""
-        packet = torch.frombuffer(bytearray(content.ljust(size, b"\0")[:size]), dtype=torch.uint8)
-        packets = [torch.empty_like(packet) for _ in range(self.num_processes)]
-        self.run("comparing", lambda: dist.all_gather(packets, packet, group=self._control_group))
-        return [gathered.numpy().tobytes() for gathered in packets]
+        """See `Transport.all_gather_text`."""
+        return self._groups.gather_text(text)
 
     def close(self) -> None:
         """See `Transport.close`.
@@ -262,48 +223,8 @@ class Distributed:
         Destroys the groups of this transport. The default group stays if the caller made it, or as long as another
         transport uses it.
         """
-        if self._closed:
-            return
-        self._closed = True
-        if self._liveness is not None:
-            self._liveness.close()
-        for group in reversed(self._groups):
-            with contextlib.suppress(ValueError, AssertionError):  # the caller has destroyed all groups
-                dist.destroy_process_group(group)
-        if self._default_group is not None:
-            self._default_group.leave()
+        self._groups.close()
 
-    def run(self, doing: str, action: Any) -> Any:
-        """Run an action that may wait for other processes.
 
-        Args:
-            doing: Description of the action, for the error message.
-            action: Function without arguments.
-
-        Returns:
-            The result of `action`.
-
-        Raises:
-            UserError: If this transport is closed.
-            WorkerLostError: If contact with another process is lost, or one does not come in time.
-        """
-        if self._closed:
-            raise UserError("this job is closed, and its connections with it; call job.close() after the last use")
-        self._report_state(WAITING)
-        try:
-            return action()
-        except RuntimeError as error:
-            raise self._lost(doing, error) from error
-        finally:
-            self._report_state(COMPUTING)
-
-    def _report_state(self, state: str) -> None:
-        if self._liveness is not None:
-            self._liveness.report_state(state)
-
-    def _lost(self, doing: str, error: Exception) -> WorkerLostError:
-        cause = "not all processes have come" if self._liveness is None else self._liveness.cause(self._named)
-        return WorkerLostError(f"{self._named([self.rank])} lost contact while {doing}: {reason(error)}; {cause}")
-
-    def _named(self, ranks: Sequence[int]) -> str:
-        return ", ".join(f"process {rank} ({workers_of(rank, self._hosted_workers)})" for rank in ranks)
+def _named(hosted: Sequence[Sequence[int]], ranks: Sequence[int]) -> str:
+    return ", ".join(f"process {rank} ({workers_of(rank, hosted)})" for rank in ranks)

@@ -13,6 +13,7 @@ import torch
 import resist
 from resist.errors import AgreedError, first_line
 from resist.sync.meeting import can_listen
+from resist.sync.nccl import handling_failure
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 SHOWN = 12  # names in a message
@@ -75,7 +76,7 @@ def judge(introductions: Sequence[Mapping[str, Any]], named: Callable[[Sequence[
 
 
 def interface_failure(device: torch.device) -> str:
-    """Return why the variables for interfaces are of no use on this machine, or ""."""
+    """Return why the variables of gloo and NCCL are of no use on this machine, or ""."""
     value = os.environ.get(GLOO, "")
     # As torch reads it: several names for several connections, and nothing of one character.
     for name in value.split(",") if len(value) > 1 else ():
@@ -85,7 +86,7 @@ def interface_failure(device: torch.device) -> str:
     value = os.environ.get(NCCL, "")
     if device.type == "cuda" and value and not matching(value, _names()):
         return f"{NCCL}={value}: no such interface here; {_choice(NCCL)}"
-    return ""
+    return handling_failure() if device.type == "cuda" else ""
 
 
 def matching(value: str, names: Sequence[str]) -> list[str]:

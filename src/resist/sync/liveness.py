@@ -4,8 +4,12 @@ It runs when contact with a process is lost, so that the error message can name 
 a thread of its own, through the store at which all processes have met, whatever its main thread does. A process that
 was killed or stopped, or that is cut off from the network, does not respond. A process that responds that it is
 computing is the one that the others wait for.
+
+NCCL does not notice that a process has ended. So with NCCL each process also shows at the store, twice a second, that
+it lives, and those that wait look at it.
 """
 
+import contextlib
 import threading
 import time
 import weakref
@@ -14,12 +18,15 @@ from typing import Any
 
 from resist.sync.meeting import within
 
-REQUEST, STATE = "resist/liveness/request", "resist/liveness/state/"  # keys in the store
-COMPUTING, WAITING = "computing", "waiting"
+# Keys in the store.
+REQUEST, STATE, BEAT = "resist/liveness/request", "resist/liveness/state/", "resist/liveness/beat/"
+COMPUTING, WAITING, LEFT = "computing", "waiting", "left"
 POLL_S = 0.5  # seconds between two looks for a request
 RESPONSE_S = 5.0  # seconds that a response may take, on a busy machine
 LAST_S = 3 * POLL_S  # seconds to wait for the last process after the response of another one
 CALL_S = 2 * RESPONSE_S + LAST_S  # seconds after which a query is given up
+SILENT = 5  # looks at a process, LOOK_S seconds apart, after which one that shows nothing new is lost
+LOOK_S = 1.0
 
 
 class Liveness:
@@ -37,8 +44,12 @@ class Liveness:
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._state = [COMPUTING]  # a list, since the thread may not hold a reference to self
+        self._beating = threading.Event()
+        self._seen: dict[int, tuple[str, int]] = {}  # what each process has shown last, and how often
         closed = threading.Event()
-        threading.Thread(target=_respond, args=(store, rank, self._state, closed), daemon=True).start()
+        arguments = (store, rank, self._state, closed, self._beating)
+        self._thread = threading.Thread(target=_respond, args=arguments, daemon=True)
+        self._thread.start()
         self.close = weakref.finalize(self, closed.set)  # the thread ends with the object
 
     def report_state(self, state: str) -> None:
@@ -48,6 +59,44 @@ class Liveness:
             state: COMPUTING or WAITING.
         """
         self._state[0] = state
+
+    def beat(self) -> None:
+        """Show the others from now on, again and again, that this process lives."""
+        self._beating.set()
+
+    def leave(self) -> None:
+        """Show the others that this process is done, if it has called `beat`. Closes."""
+        self.close()
+        if self._beating.is_set():
+            with contextlib.suppress(RuntimeError, TimeoutError):  # the store has ended
+                within(RESPONSE_S, self._say_goodbye)
+
+    def _say_goodbye(self) -> None:
+        self._thread.join()  # it shows nothing after this
+        self._store.set(f"{BEAT}{self._rank}", LEFT)
+
+    def has_loss(self) -> bool:
+        """Look whether a process is lost: it shows no life any more, or another one has lost contact with it.
+
+        Call it every LOOK_S seconds while waiting for others, which all have called `beat`. Looks are counted, not
+        seconds: after a pause of the whole machine no process is taken for lost.
+        """
+        try:
+            called, beats = within(RESPONSE_S, self._read)
+        except (RuntimeError, TimeoutError):  # the store has ended, or is cut off
+            return True
+        for rank, beat in enumerate(beats):
+            last, times = self._seen.get(rank, ("", 0))
+            self._seen[rank] = beat, times + 1 if beat == last != LEFT else 0
+        return called or any(times >= SILENT for _, times in self._seen.values())
+
+    def _read(self) -> tuple[bool, list[str]]:
+        """Whether contact was lost, and what the processes have shown last."""
+        keys = [f"{BEAT}{rank}" for rank in range(self._size) if rank != self._rank]
+        if keys and self._store.check(keys):
+            return self._store.check([REQUEST]), [beat.decode() for beat in self._store.multi_get(keys)]
+        present = [self._store.get(key).decode() if self._store.check([key]) else "" for key in keys]
+        return self._store.check([REQUEST]), present
 
     def call(self) -> tuple[list[int], list[int]] | None:
         """Query all processes.
@@ -101,9 +150,14 @@ class Liveness:
         return "all processes are alive but blocked; check the network between them"
 
 
-def _respond(store: Any, rank: int, state: list[str], closed: threading.Event) -> None:
+def _respond(
+    store: Any, rank: int, state: list[str], closed: threading.Event, beating: threading.Event, beats: int = 0
+) -> None:
     try:
         while not closed.wait(POLL_S):
+            if beating.is_set():
+                beats += 1
+                store.set(f"{BEAT}{rank}", str(beats))
             if store.check([REQUEST]):
                 store.set(f"{STATE}{rank}", state[0])
                 return

@@ -16,15 +16,19 @@ class Collectives(Protocol):
     num_processes: int
     staged: bool
 
-    def run(self, doing: str, action: Any) -> Any:
-        """See `Distributed.run`."""
+    def begin(self, doing: str, action: Any) -> Any:
+        """See `Distributed.begin`."""
+        ...
+
+    def wait(self, doing: str, work: Any) -> None:
+        """See `Distributed.wait`."""
         ...
 
     def exchange_pieces(self, received: Tensor, sent: Tensor) -> Any:
         """See `Distributed.exchange_pieces`."""
         ...
 
-    def gather_pieces(self, received: Tensor, sent: Tensor) -> None:
+    def gather_pieces(self, received: Tensor, sent: Tensor) -> Any:
         """See `Distributed.gather_pieces`."""
         ...
 
@@ -46,25 +50,33 @@ class PendingMoves:
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
         for work in self._works:
-            self._transport.run("exchanging blocks", work.wait)
+            self._transport.wait("exchanging blocks", work)
         for wire, final in self._copies:
-            final.copy_(wire)
+            final.copy_(wire, non_blocking=True)  # pinned: torch keeps it until the copy is done
         return self._arrived
 
 
 class PendingMean:
-    """An all-reduce in progress, whose sum becomes the mean."""
+    """An all-reduce in progress, of `wire`, whose sum becomes the mean."""
 
     def __init__(
-        self, transport: Collectives, work: Any, tensors: Sequence[Tensor], divisor: int = 1, scale: float = 1.0
+        self,
+        transport: Collectives,
+        work: Any,
+        wire: Tensor,
+        tensors: Sequence[Tensor],
+        divisor: int = 1,
+        scale: float = 1.0,
     ) -> None:
-        self._transport, self._work, self._tensors = transport, work, tensors
+        self._transport, self._work, self._wire, self._tensors = transport, work, wire, tensors
         self._divisor, self._scale = divisor, scale
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
-        self._transport.run("averaging the shared part", self._work.wait)
+        self._transport.wait("averaging the shared part", self._work)
         first = self._tensors[0]
+        if self._wire is not first:
+            first.copy_(self._wire)
         if self._divisor != 1:
             first.div_(self._divisor)
         if self._scale != 1.0:
@@ -95,21 +107,22 @@ class PendingShortMean:
         sent = torch.zeros(processes * piece, dtype=own.dtype, device=device)
         sent[: own.numel()].copy_(own.reshape(-1))
         self._sent, self._received = sent, torch.empty_like(sent)  # kept until the messages are complete
-        self._work = transport.run(
+        self._work = transport.begin(
             "averaging", lambda: transport.exchange_pieces(self._received.view(torch.uint8), sent.view(torch.uint8))
         )
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
-        self._transport.run("averaging the shared part", self._work.wait)
+        self._transport.wait("averaging the shared part", self._work)
         pieces = self._received.chunk(self._transport.num_processes)
         first = self._tensors[0]
         mean = total(pieces).mul_(self._factor).to(first.dtype)
         means = mean.new_empty(len(pieces) * mean.numel())
-        self._transport.run(
+        work = self._transport.begin(
             "averaging the shared part",
             lambda: self._transport.gather_pieces(means.view(torch.uint8), mean.view(torch.uint8)),
         )
+        self._transport.wait("averaging the shared part", work)
         for tensor in self._tensors:
             tensor.copy_(means[: first.numel()].view(first.shape))
         return []

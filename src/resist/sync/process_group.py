@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,6 +106,16 @@ def loopback_store(listener: socket.socket) -> object:
     host, port = listener.getsockname()[:2]
     options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
     return dist.TCPStore(host, port, **options)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def abort_group(group: dist.ProcessGroup) -> None:
+    """Abort a group, and forget it: destroying it, or all groups, would wait for what it has under way.
+
+    Args:
+        group: A group of NCCL.
+    """
+    abort = getattr(distributed_c10d, "_abort_process_group", None)
+    (abort or dist.ProcessGroup.abort)(group)
 
 
 def averaging_gradients(model: nn.Module, group: dist.ProcessGroup, count: Callable[[int], None]) -> nn.Module:
