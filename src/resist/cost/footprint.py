@@ -107,8 +107,7 @@ def build_on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
     A model whose constructor reads its weights cannot be built there; it is built on the CPU and then moved.
     """
     try:
-        with torch.device("meta"):
-            model = build_seeded(build_model, 0)
+        model = build_seeded(build_model, 0, "meta")
     except (RuntimeError, NotImplementedError):
         model = build_seeded(build_model, 0)
     return model.to("meta")

@@ -128,7 +128,7 @@ def _digits() -> tuple[Images, Images]:
     large = F.interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False).round().to(torch.uint8)
     large = large.expand(-1, 3, -1, -1).contiguous()  # the networks take color
     labels = torch.from_numpy(bunch.target).long()
-    test = torch.arange(len(labels)) % 5 == 0
+    test = torch.arange(len(labels), device="cpu") % 5 == 0
     mean, std = (large[~test].float() / 255).mean().item(), (large[~test].float() / 255).std().item()
 
     def part(which: torch.Tensor) -> Images:
@@ -160,7 +160,7 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
     train, test = (
         Images(
             torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor(s.targets),
+            torch.tensor(s.targets, device="cpu"),
             len(s.classes),
             mean,
             std,
@@ -174,8 +174,8 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
 
 def _synthetic(num: int, salt: int) -> Images:
     generator = torch.Generator().manual_seed(salt)
-    labels = torch.arange(num) % 10
-    images = torch.randint(0, 224, (num, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    rows = 3 * labels[:, None] + torch.arange(2)
-    images[torch.arange(num)[:, None], :, rows] += 31
+    labels = torch.arange(num, device="cpu") % 10
+    images = torch.randint(0, 224, (num, 3, 32, 32), generator=generator, dtype=torch.uint8, device="cpu")
+    rows = 3 * labels[:, None] + torch.arange(2, device="cpu")
+    images[torch.arange(num, device="cpu")[:, None], :, rows] += 31
     return Images(images, labels, 10, *NORMALIZATION["synthetic"], pad=4, flip=True)

@@ -197,6 +197,6 @@ def _probe(job: Job) -> float | None:
     together, seconds = job.together, 0.0
     for _ in range(2):  # the first time opens the connections
         start = time.perf_counter()
-        together.gather(lambda: torch.zeros(PROBE_BYTES, dtype=torch.uint8))
+        together.gather(lambda: torch.zeros(PROBE_BYTES, dtype=torch.uint8, device="cpu"))
         seconds = time.perf_counter() - start
     return PROBE_BYTES * (together.count - 1) / max(1e-9, seconds)
