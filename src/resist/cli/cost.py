@@ -71,7 +71,7 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     from resist.cost.footprint import mean_square
     from resist.tasks import image_shape, network_builder
     from resist.tasks.preflight import example_of
-    from resist.training.device import pick_device
+    from resist.training.device import take_device
     from resist.training.optimizers import optimizer_for, resolve
 
     strategies = _strategies(config)
@@ -98,7 +98,7 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
                 example=example,
                 build_optimizer=build_optimizer,
                 loss=loss,
-                device=pick_device(config.device),
+                device=take_device(config.device),
             )
         ]
     if (link is None) != (not speeds):
