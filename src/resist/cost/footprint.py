@@ -57,6 +57,11 @@ class Memory:
     activations: int
     peak: int
 
+    @property
+    def kept(self) -> int:
+        """Bytes that exist between two steps."""
+        return self.weights + self.optimizer + self.average + self.buckets + self.outer + self.replicas
+
 
 @dataclass(frozen=True)
 class Network:

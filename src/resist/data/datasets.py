@@ -28,6 +28,8 @@ from resist.errors import UserError, first_line
 # Data sets of photographs, which are streamed from files; the others are small enough to stay in memory.
 FOLDERS = ("folder", "imagenet")
 DATASETS = ("digits", "cifar10", "cifar100", "synthetic", *FOLDERS)
+# Images for training and for testing of those that stay in memory.
+NUM_IMAGES = {"digits": 1797, "cifar10": 60_000, "cifar100": 60_000, "synthetic": 2048 + 512}
 # Mean and standard deviation of each channel over the training set, for pixels in 0..1. Those of digits are computed.
 NORMALIZATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -109,6 +111,13 @@ def num_classes_of(name: str, data_dir: str | Path = "data") -> int:
     if name == "folder":
         return len(class_names(Path(data_dir)))
     return {"imagenet": 1000, "cifar100": 100}.get(name, 10)
+
+
+def device_bytes(name: str) -> int:
+    """Return the bytes of a data set in the memory of a device, training and test images; 0 if it is streamed."""
+    if name not in NUM_IMAGES:
+        return 0
+    return NUM_IMAGES[name] * (3 * image_size_of(name) ** 2 + torch.int64.itemsize)
 
 
 def normalization_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -13,6 +13,11 @@ from resist.errors import UserError, first_line
 from resist.runs.bounds import check_device
 
 
+def on_gpu(name: str) -> bool:
+    """Return True for a device of `pick_device` that is a GPU; "cuda" also where there is none."""
+    return name == "cuda" or (name == "auto" and torch.cuda.is_available())
+
+
 def pick_device(name: str) -> torch.device:
     """Choose the device of this process; each process of a machine takes its own GPU.
 
@@ -23,7 +28,7 @@ def pick_device(name: str) -> torch.device:
         UserError: For another name, and for "cuda" where there is no GPU.
     """
     check_device(name)
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if not on_gpu(name):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
