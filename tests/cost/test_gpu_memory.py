@@ -114,3 +114,6 @@ def test_the_command_needs_no_gpu(capsys: pytest.CaptureFixture[str], tmp_path: 
     (row,) = json.loads(out.out)["strategies"]
     assert row["gpu_bytes"]["workers"] == 2
     assert row["gpu_bytes"]["data"] == device_bytes("digits")
+    with pytest.raises(SystemExit):
+        main(["cost", "--config", str(file), "--device", "cpu", "--workers", "4", "--strategies", "local_sgd"])
+    assert "--processes has no effect without --device cuda." in capsys.readouterr().out

@@ -60,7 +60,8 @@ class CostConfig:
     device: str = "auto"
     """Device of the run, and of --calibrate: cpu, cuda, or auto: cuda where there is a GPU. With cuda, the memory of a
     GPU is predicted; only --calibrate needs one."""
-    processes: int | None = config_key(None)
+    processes: int | None = None
+    """Processes of the run, each with a GPU of its own. Default: one for each worker."""
     json: bool = False
     """Print JSON."""
 
@@ -132,6 +133,8 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         print(json.dumps(report.to_json()))
     else:
         print_table(report, Console(highlight=False, soft_wrap=True))
+        if config.processes is not None and gpu is None:
+            print("\n--processes has no effect without --device cuda.")
         if link is None:
             print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
     return 0
