@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from cost_cases import CHAIN, MOMENTUM, SIZES, timed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from resist.cost import Link, Speed, calibrate
-from resist.cost.timing import PAYLOAD, ddp_step_s, exchange_s
+from resist.cost.timing import PAYLOAD, ddp_step_s, exchange_s, median_step_s
 from resist.cost.traffic import ddp_traffic, round_traffic
 from resist.errors import UserError
 from resist.planning.strategy import ddp, local_sgd, resist
@@ -112,6 +113,27 @@ def test_calibration_tells_what_does_not_follow_flops(
     speed = calibrate(lambda: Sleepy(block_s, head_s), batch_size=3, image_shape=(2, 4, 4), steps=3)
     assert 3 / speed.images_s == pytest.approx(6 * block_s + head_s)
     assert speed.fixed == pytest.approx(head_s / (6 * block_s + head_s), abs=0.06)
+
+
+def test_the_first_step_is_timed_after_the_device_has_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU works on while the host reads the clock: before each reading, this process waits for it."""
+    events: list[str] = []
+
+    def step(model: nn.Module, images: Tensor) -> Tensor:
+        events.append("step")
+        return model(images).sum()
+
+    def read() -> float:
+        events.append("clock")
+        return float(len(events))
+
+    monkeypatch.setattr("resist.cost.timing.time", SimpleNamespace(perf_counter=read))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(f"wait for {device}"))
+    model = nn.Linear(2, 2)
+    images = SimpleNamespace(device=torch.device("cuda:1"), is_cuda=True)
+    median_step_s(model, torch.optim.SGD(model.parameters(), lr=0.1), images, lambda m, _: step(m, torch.ones(1, 2)), 2)  # type: ignore[arg-type]
+    once = ["step", "wait for cuda:1", "clock"]
+    assert events == [*once[1:], *once, *once]
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])

@@ -25,6 +25,7 @@ from resist.tasks import detection, image_shape, network_builder, open_task
 from resist.tasks.detection import Detection, image_transform
 from resist.training.trainer import Trainer, make_sampler
 from support import Shared
+from two_gpus import Gpus
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,21 @@ def trained(
         losses += [float(trainer.step(step, 0.01)) for trainer in trainers]
         job.step(*(trainer.optimizer for trainer in trainers))
     return job, losses
+
+
+def test_regions_are_drawn_by_the_gpu_of_the_batch(task: Detection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the current one, which is another in a process that shares a machine."""
+    gpus, drawn = Gpus(monkeypatch), list[list[int]]()
+
+    def model(images: list[torch.Tensor], targets: object) -> dict[str, torch.Tensor]:
+        drawn.append(list(gpus.seeds))
+        return {"loss": images[0].sum()}
+
+    batch = task.batches(Sampler(task.num_images, batch_size=2, seed=0, worker=0, workers=1)).batch(0)
+    task.to("cuda:1").loss(model, batch)
+    assert drawn[0][0] == 0
+    assert drawn[0][1] != 0
+    assert gpus.seeds == [0, 0]
 
 
 @pytest.mark.parametrize("blocks", [(1, 1, 3, 1), (3, 4, 23, 3), (2, 2, 9, 2)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from resist.errors import UserError
-from resist.training.device import pick_device
+from resist.training.device import pick_device, take_device
 
 
 def test_devices() -> None:
@@ -14,3 +14,29 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="finds no CUDA device"):
             pick_device("cuda")
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_process_takes_its_own_gpu_and_makes_it_the_current_one(monkeypatch: pytest.MonkeyPatch, fixed: bool) -> None:
+    """Otherwise threads of torch open a context on the first GPU."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert take_device("auto", fixed_shapes=fixed) == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+    assert torch.backends.cudnn.benchmark == fixed
+
+
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match=r"cuda:0 cannot be used: .* busy or unavailable; choose another by CUDA_VIS"):
+        take_device("cuda")

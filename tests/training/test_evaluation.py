@@ -9,17 +9,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pool import Pool
 from resist.data import Images
 from resist.data.spans import WHOLE, Share
 from resist.errors import UserError
+from resist.job import Job
 from resist.planning.strategy import resist
 from resist.runs.config import MachineConfig, MethodConfig, NetworkConfig, OptimizationConfig, RunConfig, TrainConfig
 from resist.runs.history import read_history
@@ -28,7 +29,7 @@ from resist.runs.records import closing_seconds
 from resist.tasks import Classification, Task
 from resist.training.evaluation import Evaluation
 from resist.training.train import open_data, train
-from support import make
+from support import make, tiny
 
 
 def small_run(out: Path, **options: Any) -> TrainConfig:
@@ -163,3 +164,24 @@ def test_a_run_that_ends_at_an_accuracy_is_tested_often(tmp_path: Path) -> None:
     job, _ = make(resist(2, 1))
     assert len(Evaluation(small_run(tmp_path, until=("accuracy=0.9",)), cast(Task, None), job, 40, None).rounds) == 10
     assert len(Evaluation(small_run(tmp_path, num_evals=7), cast(Task, None), job, 40, None).rounds) == 7
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", True), ("fp32", False)])
+def test_the_full_network_is_estimated_and_tested_in_the_precision_of_the_run(
+    tmp_path: Path, precision: Literal["fp32", "bf16"], expected: bool
+) -> None:
+    job, seen = Job(lambda: tiny().float(), resist(2, 1)), list[bool]()
+
+    class Noting:
+        def calibration(self, seed: int) -> Iterator[Tensor]:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            yield torch.zeros(2, 3, 32, 32)
+
+        def test(self, model: nn.Module, processes: object) -> dict[str, float]:
+            seen.append(model(torch.zeros(2, 3, 32, 32)).dtype is torch.bfloat16)
+            return {"accuracy": 0.5}
+
+    config = small_run(tmp_path)
+    config = replace(config, machine=replace(config.machine, precision=precision))
+    Evaluation(config, cast(Task, Noting()), job, 1, None).test(last=False)
+    assert seen == [expected, expected]

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from resist.blocks.bypass import in_place
@@ -56,7 +57,7 @@ def check_network(model: nn.Module, chains: Sequence[Chain], example: object) ->
     Raises:
         UserError: If the network breaks a law, with the chain and the reason, or if it cannot be run.
     """
-    with preserved(model):
+    with torch.device("cpu"), preserved(model):
         return Examiner(model, example).examine(chains).difference
 
 
@@ -90,7 +91,7 @@ def choose_with_runs(
         needed: As in `resist.blocks.chains.choose_chains`.
     """
     try:
-        with preserved(model):
+        with torch.device("cpu"), preserved(model):
             examiner = Examiner(model, example)
             seen = examiner.look()
             runs = try_runs(model, seen, every=bool(names))

@@ -58,7 +58,10 @@ class CostConfig:
     calibrate: bool = False
     """Measure --images-s on --device of this machine."""
     device: str = "auto"
-    """Device for --calibrate: cpu, cuda, or auto."""
+    """Device of the run, and of --calibrate: cpu, cuda, or auto: cuda where there is a GPU. With cuda, the memory of a
+    GPU is predicted; only --calibrate needs one."""
+    processes: int | None = None
+    """Processes of the run, each with a GPU of its own. Default: one for each worker."""
     json: bool = False
     """Print JSON."""
 
@@ -67,11 +70,12 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     """Predict and print. Returns the exit status."""
     from rich.console import Console
 
-    from resist.cost import Link, Speed, calibrate, predict, print_table
+    from resist.cost import GpuSettings, Link, Speed, calibrate, predict, print_table
     from resist.cost.footprint import mean_square
-    from resist.tasks import image_shape, network_builder
+    from resist.data import device_bytes
+    from resist.tasks import image_shape, largest_test_batch, network_builder
     from resist.tasks.preflight import example_of
-    from resist.training.device import pick_device
+    from resist.training.device import on_gpu, take_device
     from resist.training.optimizers import optimizer_for, resolve
 
     strategies = _strategies(config)
@@ -98,11 +102,18 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
                 example=example,
                 build_optimizer=build_optimizer,
                 loss=loss,
-                device=pick_device(config.device),
+                device=take_device(config.device),
             )
         ]
     if (link is None) != (not speeds):
         raise UserError("seconds need both --link-gbit-s and a speed (--images-s or --calibrate); give both or none")
+    gpu = None
+    if on_gpu(config.device):
+        gpu = GpuSettings(
+            processes=config.processes,
+            data_bytes=device_bytes(network.data),
+            test_batch=largest_test_batch(network),
+        )
     report = predict(
         build_model,
         strategies,
@@ -116,11 +127,14 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         average=config.model_ema_decay is not None,
         link=link,
         speed=speeds or None,
+        gpu=gpu,
     )
     if config.json:
         print(json.dumps(report.to_json()))
     else:
         print_table(report, Console(highlight=False, soft_wrap=True))
+        if config.processes is not None and gpu is None:
+            print("\n--processes has no effect without --device cuda.")
         if link is None:
             print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
     return 0
@@ -143,7 +157,7 @@ def _optimization(config: CostConfig) -> OptimizationConfig:
 def _strategies(config: CostConfig) -> list[Strategy]:
     """Build the strategies to predict, by number of workers. Raises UserError where one of the options is invalid."""
     check_device(config.device)
-    for name in ("workers", "capacities", "local_steps", "batch_size", "min_depth", "num_classes", *LINKS):
+    for name in ("workers", "capacities", "local_steps", "batch_size", "min_depth", "num_classes", "processes", *LINKS):
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else () if value is None else (value,):
             check_size(name, number)

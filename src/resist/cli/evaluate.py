@@ -24,15 +24,15 @@ class EvaluateConfig:
 
 def run_evaluate(config: EvaluateConfig, given: frozenset[str]) -> int:
     """Test the network of a run and print its scores. Returns the exit status."""
-    from resist.training.device import pick_device
+    from resist.training.device import take_device
     from resist.training.evaluate import evaluate_run, readings_of_run
 
     if config.readings:
-        readings = readings_of_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
+        readings = readings_of_run(config.run, data_dir=config.data_dir, device=take_device(config.device))
         for name, score in readings.items():
             print(f"{name:24}{100 * score:6.2f} %")
         return 0
-    scores = evaluate_run(config.run, data_dir=config.data_dir, device=pick_device(config.device))
+    scores = evaluate_run(config.run, data_dir=config.data_dir, device=take_device(config.device))
     for name, score in scores.items():
         print(f"test {name} {100 * score:.2f} %")
     return 0

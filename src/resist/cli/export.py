@@ -44,7 +44,7 @@ class ExportConfig:
 def run_export(config: ExportConfig, given: frozenset[str]) -> int:
     """Export the network of a run and print how to load it. Returns the exit status."""
     from resist.export import export_run
-    from resist.training.device import pick_device
+    from resist.training.device import take_device
 
     with _lock(config):
         done = export_run(
@@ -55,7 +55,7 @@ def run_export(config: ExportConfig, given: frozenset[str]) -> int:
             ema=config.ema,
             calibrate=config.calibrate,
             data_dir=config.data_dir,
-            device=pick_device(config.device),
+            device=take_device(config.device),
         )
     print(f"wrote {done.path} ({done.path.stat().st_size / 1e6:.1f} MB)")
     print("\n".join([*_about_scale(done, config.scale), *_how_to_load(done, config)]))

@@ -6,17 +6,18 @@
     report.to_json()
 
 Predictions come from plans, schedules and tensors on the meta device. sizes.py has the parts of a network, states.py
-the state of an optimizer; traffic.py counts messages, footprint.py memory and FLOPs, timing.py seconds; predict.py
-combines them.
+the state of an optimizer; traffic.py counts messages, footprint.py memory and FLOPs, gpu.py what a GPU holds beside
+them, timing.py seconds; predict.py combines them.
 """
 
 from resist.cost.footprint import Memory, Network
+from resist.cost.gpu import GpuMemory, GpuSettings
 from resist.cost.predict import predict
 from resist.cost.report import Report, Row, print_table
 from resist.cost.timing import Link, Seconds, Speed, calibrate
 from resist.cost.traffic import Traffic
 
 __all__ = [
-    "Link", "Memory", "Network", "Report", "Row", "Seconds", "Speed", "Traffic",
+    "GpuMemory", "GpuSettings", "Link", "Memory", "Network", "Report", "Row", "Seconds", "Speed", "Traffic",
     "calibrate", "predict", "print_table",
 ]  # fmt: skip

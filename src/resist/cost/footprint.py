@@ -57,6 +57,11 @@ class Memory:
     activations: int
     peak: int
 
+    @property
+    def kept(self) -> int:
+        """Bytes that exist between two steps."""
+        return self.weights + self.optimizer + self.average + self.buckets + self.outer + self.replicas
+
 
 @dataclass(frozen=True)
 class Network:
@@ -107,8 +112,7 @@ def build_on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
     A model whose constructor reads its weights cannot be built there; it is built on the CPU and then moved.
     """
     try:
-        with torch.device("meta"):
-            model = build_seeded(build_model, 0)
+        model = build_seeded(build_model, 0, "meta")
     except (RuntimeError, NotImplementedError):
         model = build_seeded(build_model, 0)
     return model.to("meta")

@@ -9,7 +9,9 @@ from itertools import pairwise
 from torch import nn
 
 from resist.blocks.chains import find_chains
+from resist.cost.evaluation import forward_pass
 from resist.cost.footprint import Loss, Network, build_on_meta, choose, mean_square, measure, sgd
+from resist.cost.gpu import GpuMemory, GpuSettings, built_on_gpu, gpu_memory
 from resist.cost.report import Report, Row
 from resist.cost.sizes import Sizes, StateSizes, sizes_of
 from resist.cost.states import BuildOptimizer, StateMeter
@@ -39,6 +41,7 @@ def predict(
     seed: int = 0,
     build_optimizer: BuildOptimizer = sgd,
     loss: Loss = mean_square,
+    gpu: GpuSettings | None = None,
 ) -> Report:
     """Predict the cost of training `build_model()`, without weights and without training.
 
@@ -60,6 +63,7 @@ def predict(
         seed: Seed of the plans.
         build_optimizer: Makes the optimizer from the parameters.
         loss: `loss(model, images)` returns the scalar from which backward starts.
+        gpu: Settings of a run on GPUs, whose memory is predicted then. Default: the device is the CPU.
 
     Returns:
         A report with one row for each strategy, and for each change of its capacities: a round as it then is, without
@@ -79,6 +83,8 @@ def predict(
     needs_chain = bool(chains) or any(strategy.ever_partitions for strategy in strategies)
     chosen = choose(build_model, template, chains, example) if needs_chain else find_chains(template)[:1]
 
+    on_device = build_optimizer if gpu is None else built_on_gpu(build_optimizer)
+
     @cache
     def network(blocks: tuple[int, ...]) -> Network:
         measured = measure(
@@ -87,17 +93,22 @@ def predict(
             blocks,
             batch_size=batch_size,
             image_shape=image_shape,
-            build_optimizer=build_optimizer,
+            build_optimizer=on_device,
             loss=loss,
         )
         return _with_average(measured) if average else measured
 
     meter = StateMeter(build_optimizer)
+    everything = tuple(chain.num_blocks for chain in chosen)
+    full, test_bytes = network(everything), 0
+    if gpu is not None:  # a network is assembled, and then copied
+        forward = forward_pass(template, chosen, everything, gpu.test_batch, image_shape)
+        test_bytes = 2 * full.memory.weights + (full.memory.weights if forward is None else forward.peak_bytes)
     prediction = _Prediction(
         sizes=sizes_of(template, chosen),
         network=network,
         state=lambda capacities: meter.sizes(template, chosen, capacities),
-        full=network(tuple(chain.num_blocks for chain in chosen)),
+        full=full,
         batch_size=batch_size,
         replicate=replicate,
         average=average,
@@ -105,6 +116,8 @@ def predict(
         seed=seed,
         link=link,
         speeds=speeds,
+        gpu=gpu,
+        test_bytes=test_bytes,
     )
     rows = tuple(row for strategy in strategies for row in prediction.rows_of(strategy))
     return Report(prediction.full, rows, batch_size, strategies[0].local_steps, rounds, link, speeds)
@@ -129,6 +142,8 @@ class _Prediction:
     seed: int
     link: Link | None
     speeds: tuple[Speed, ...]
+    gpu: GpuSettings | None
+    test_bytes: int
 
     def rows_of(self, strategy: Strategy) -> list[Row]:
         if strategy.every_step:
@@ -184,7 +199,7 @@ class _Prediction:
             exchange = sum(exchange_s(traffic, self.link, workers) for traffic in run) / len(run)
             seconds = self._seconds(strategy, compute, exchange, 0.0)
         traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers=workers))
-        return Row(name, workers, tuple(networks), traffic, seconds)
+        return Row(name, workers, tuple(networks), traffic, seconds, self._gpu(networks))
 
     def _every_step(self, strategy: Strategy) -> Row:
         """Row of torch's DistributedDataParallel: an exchange in every step, overlapped with backward."""
@@ -201,7 +216,15 @@ class _Prediction:
             seconds = self._seconds(strategy, local_steps * step_s, local_steps * exposed, local_steps * hidden)
         paper = local_steps * 2 * workers * whole.parameters
         networks = (replace(self.full, memory=memory),) * workers
-        return Row(strategy.name, workers, networks, mean_traffic([traffic], workers, paper), seconds)
+        mean = mean_traffic([traffic], workers, paper)
+        return Row(strategy.name, workers, networks, mean, seconds, self._gpu(networks, every_step=True))
+
+    def _gpu(self, networks: Sequence[Network], *, every_step: bool = False) -> GpuMemory | None:
+        """Memory of the GPU that needs most; DistributedDataParallel has one process for each worker."""
+        if self.gpu is None:
+            return None
+        settings = replace(self.gpu, processes=None) if every_step else self.gpu
+        return gpu_memory([network.memory for network in networks], settings, test=self.test_bytes)
 
     def _step_s(self, worker: int, network: Network) -> float:
         speed = self.speeds[worker % len(self.speeds)]

@@ -1,5 +1,6 @@
 """Report of a prediction: records, a plain dict, sentences and tables."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resist.cost.footprint import Network
+from resist.cost.gpu import GPU_ASSUMPTIONS, GpuMemory
 from resist.cost.timing import ASSUMPTIONS, Link, Seconds, Speed
 from resist.cost.traffic import Traffic
 
@@ -21,6 +23,7 @@ class Row:
         networks: Footprint of each worker's network.
         traffic: Messages of a mean round.
         seconds: Time of a mean round; None without link and speed.
+        gpu: Memory of the GPU that needs most; None if the device is the CPU.
     """
 
     strategy: str
@@ -28,6 +31,7 @@ class Row:
     networks: tuple[Network, ...]
     traffic: Traffic
     seconds: Seconds | None
+    gpu: GpuMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,16 @@ class Report:
             "full": _network_json(self.full),
             "strategies": [self._row_json(row) for row in self.rows],
             "verdict": self.verdict(),
-            "assumptions": list(ASSUMPTIONS) if self._timed else [],
+            "assumptions": [*(GPU_ASSUMPTIONS if self._on_gpus else ()), *(ASSUMPTIONS if self._timed else ())],
         }
 
     @property
     def _timed(self) -> bool:
         return any(row.seconds is not None for row in self.rows)
+
+    @property
+    def _on_gpus(self) -> bool:
+        return any(row.gpu is not None for row in self.rows)
 
     def _row_json(self, row: Row) -> dict[str, Any]:
         traffic, seconds = row.traffic, row.seconds
@@ -139,6 +147,7 @@ class Report:
                 "run_worst_over_mean": traffic.link_ratio,
             },
             "seconds": times,
+            "gpu_bytes": None if row.gpu is None else {**asdict(row.gpu), "total": row.gpu.total},
         }
 
 
@@ -148,14 +157,22 @@ def print_table(report: Report, console: Console) -> None:
     console.print(_held(report))
     console.print(f"\nTraffic of a round of {report.local_steps} steps, GB (1e9 bytes), mean of {report.rounds} rounds")
     console.print(_sent(report))
+    if report._on_gpus:
+        console.print("\nMemory of the GPU that needs most, GB (training and test: their peaks)")
+        console.print(_on_gpus(report))
+        _print_assumptions(console, GPU_ASSUMPTIONS)
     if not report._timed:
         return
     console.print(f"\nTime of a round of {report.local_steps} steps, seconds")
     console.print(_timed(report))
     for sentence in report.verdict():
         console.print(sentence)
+    _print_assumptions(console, ASSUMPTIONS)
+
+
+def _print_assumptions(console: Console, sentences: Sequence[str]) -> None:
     console.print("\nAssumptions:")
-    for sentence in ASSUMPTIONS:
+    for sentence in sentences:
         console.print(f"- {sentence}")
 
 
@@ -193,6 +210,17 @@ def _sent(report: Report) -> Table:
         )
         amounts = [f"{cell / 1e9:.3f}" for cell in cells]
         table.add_row(row.strategy, str(row.workers), *amounts, f"{traffic.link_ratio:.2f}")
+    return table
+
+
+def _on_gpus(report: Report) -> Table:
+    table = _table("hosted", "training", "test", "CUDA", "NCCL", "data set", "in all")
+    for row in report.rows:
+        if row.gpu is not None:
+            gpu = row.gpu
+            cells = (gpu.training, gpu.test, gpu.context, gpu.communicator, gpu.data, gpu.total)
+            amounts = [f"{cell / 1e9:.3f}" if cell else "-" for cell in cells]
+            table.add_row(row.strategy, str(row.workers), str(gpu.workers), *amounts)
     return table
 
 

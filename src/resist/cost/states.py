@@ -115,4 +115,4 @@ def _depends_on_gradients(value: object) -> bool:
 
 def _without_memory(value: Any) -> Any:
     plain = isinstance(value, Tensor) and value.layout == torch.strided
-    return torch.zeros((), dtype=value.dtype).expand(value.shape) if plain else value
+    return torch.zeros((), dtype=value.dtype, device="cpu").expand(value.shape) if plain else value

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -198,23 +199,28 @@ def calibrate(
         model = subnet.model.train()
         optimizer = build_optimizer(model.parameters())
         flops = count_flops(model, optimizer, images, loss)[1]  # the step that warms up
-        measured.append((_median_step_s(model, optimizer, images, loss, steps), flops))
+        measured.append((median_step_s(model, optimizer, images, loss, steps), flops))
     (full_s, full_flops), (shallow_s, shallow_flops) = measured
     saved = 1 - shallow_flops / full_flops
     fixed = 1 - (1 - shallow_s / full_s) / saved if saved else 0.0  # nothing is saved if the model is already shallow
     return Speed(batch_size / full_s, min(max(fixed, 0.0), 0.99))
 
 
-def _median_step_s(
+def median_step_s(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, loss: Loss, steps: int
 ) -> float:
-    seconds: list[float] = []
+    """Return the median seconds of some training steps, after the work that the device already has."""
+    times = [_now(images.device)]  # after the step that warms up
     for _ in range(steps):
-        start = time.perf_counter()
         loss(model, images).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)  # waits for the device to finish the step
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        times.append(_now(images.device))
+    return statistics.median(end - start for start, end in pairwise(times))
+
+
+def _now(device: torch.device) -> float:
+    """The time in seconds at which the device has finished its work. Waits for it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

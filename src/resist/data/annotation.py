@@ -83,9 +83,9 @@ def read_annotation(file: Path, width: int, height: int, bad: list[str] | None =
     if bad is not None:
         bad += errors
     return Objects(
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(difficult, dtype=torch.bool),
+        torch.tensor(boxes, dtype=torch.float32, device="cpu").reshape(-1, 4),
+        torch.tensor(labels, dtype=torch.int64, device="cpu"),
+        torch.tensor(difficult, dtype=torch.bool, device="cpu"),
     )
 
 

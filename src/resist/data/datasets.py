@@ -28,6 +28,8 @@ from resist.errors import UserError, first_line
 # Data sets of photographs, which are streamed from files; the others are small enough to stay in memory.
 FOLDERS = ("folder", "imagenet")
 DATASETS = ("digits", "cifar10", "cifar100", "synthetic", *FOLDERS)
+# Images for training and for testing of those that stay in memory.
+NUM_IMAGES = {"digits": 1797, "cifar10": 60_000, "cifar100": 60_000, "synthetic": 2048 + 512}
 # Mean and standard deviation of each channel over the training set, for pixels in 0..1. Those of digits are computed.
 NORMALIZATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -111,6 +113,13 @@ def num_classes_of(name: str, data_dir: str | Path = "data") -> int:
     return {"imagenet": 1000, "cifar100": 100}.get(name, 10)
 
 
+def device_bytes(name: str) -> int:
+    """Return the bytes of a data set in the memory of a device, training and test images; 0 if it is streamed."""
+    if name not in NUM_IMAGES:
+        return 0
+    return NUM_IMAGES[name] * (3 * image_size_of(name) ** 2 + torch.int64.itemsize)
+
+
 def normalization_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the (mean, standard deviation) of each channel, for pixels in 0..1."""
     check_name(name)
@@ -128,7 +137,7 @@ def _digits() -> tuple[Images, Images]:
     large = F.interpolate(pixels, size=(16, 16), mode="bilinear", align_corners=False).round().to(torch.uint8)
     large = large.expand(-1, 3, -1, -1).contiguous()  # the networks take color
     labels = torch.from_numpy(bunch.target).long()
-    test = torch.arange(len(labels)) % 5 == 0
+    test = torch.arange(len(labels), device="cpu") % 5 == 0
     mean, std = (large[~test].float() / 255).mean().item(), (large[~test].float() / 255).std().item()
 
     def part(which: torch.Tensor) -> Images:
@@ -160,7 +169,7 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
     train, test = (
         Images(
             torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor(s.targets),
+            torch.tensor(s.targets, device="cpu"),
             len(s.classes),
             mean,
             std,
@@ -174,8 +183,8 @@ def _cifar(name: str, data_dir: Path, download: bool) -> tuple[Images, Images]:
 
 def _synthetic(num: int, salt: int) -> Images:
     generator = torch.Generator().manual_seed(salt)
-    labels = torch.arange(num) % 10
-    images = torch.randint(0, 224, (num, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    rows = 3 * labels[:, None] + torch.arange(2)
-    images[torch.arange(num)[:, None], :, rows] += 31
+    labels = torch.arange(num, device="cpu") % 10
+    images = torch.randint(0, 224, (num, 3, 32, 32), generator=generator, dtype=torch.uint8, device="cpu")
+    rows = 3 * labels[:, None] + torch.arange(2, device="cpu")
+    images[torch.arange(num, device="cpu")[:, None], :, rows] += 31
     return Images(images, labels, 10, *NORMALIZATION["synthetic"], pad=4, flip=True)

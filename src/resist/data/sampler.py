@@ -44,9 +44,9 @@ class Sampler:
         if sampling not in SAMPLINGS:
             raise UserError(f"`sampling={sampling!r}` is not one of {', '.join(SAMPLINGS)}")
         self.batch_size, self.seed, self.worker = batch_size, seed, worker
-        self.pool = torch.arange(num)
+        self.pool = torch.arange(num, device="cpu")
         if sampling == "shard":
-            self.pool = torch.randperm(num, generator=generator("shard", seed))[worker::workers]
+            self.pool = torch.randperm(num, generator=generator("shard", seed), device="cpu")[worker::workers]
         if batch_size < 1 or batch_size > len(self.pool):
             raise UserError(
                 f"`batch_size={batch_size}` is outside 1 to {len(self.pool)}, the images that a worker draws from"
@@ -66,7 +66,8 @@ class Sampler:
         return torch.cat([self._orders[e][max(start - e * num, 0) : end - e * num] for e in epochs])
 
     def _order(self, epoch: int) -> Tensor:
-        return self.pool[torch.randperm(len(self.pool), generator=generator("order", self.seed, self.worker, epoch))]
+        random = generator("order", self.seed, self.worker, epoch)
+        return self.pool[torch.randperm(len(self.pool), generator=random, device="cpu")]
 
 
 def generator(*key: object) -> torch.Generator:

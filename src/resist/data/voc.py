@@ -99,7 +99,7 @@ class VocSet:
         boxes, labels, difficult = objects.boxes, objects.labels, objects.difficult
         if self.augment:
             boxes, labels, difficult = boxes[~difficult], labels[~difficult], difficult[~difficult]
-            if torch.rand((), generator=torch.Generator().manual_seed(seed)) < 0.5:
+            if torch.rand((), generator=torch.Generator().manual_seed(seed), device="cpu") < 0.5:
                 image, boxes = image.flip(2), mirrored(boxes, width)
         return image, boxes, labels, difficult, seed
 
@@ -107,7 +107,7 @@ class VocSet:
         """Return the objects of a photograph, their boxes in pixels of the resized image, without decoding it."""
         photograph = self.photographs[index]
         width, height = fitted(photograph.width, photograph.height, self.image_size)
-        scale = torch.tensor([width / photograph.width, height / photograph.height] * 2)
+        scale = torch.tensor([width / photograph.width, height / photograph.height] * 2, device="cpu")
         return replace(photograph.objects, boxes=photograph.objects.boxes * scale)
 
     def digest(self) -> str:

@@ -246,5 +246,6 @@ def _hidden(call: Call) -> Tensor:
 def _noisy(call: Call) -> Call:
     """The call with noise of equal mean and deviation as the block's input, the same every time."""
     x = _hidden(call)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     return mapped(lambda tensor: x.mean() + x.std() * noise if tensor is x else tensor, call)

@@ -147,14 +147,14 @@ def data_description(config: NetworkConfig) -> Images:
     The result contains no images, which need not be available.
     """
     size, name = config.image_size or image_size_of(config.data), config.data
-    images = torch.empty((0, 3, size, size), dtype=torch.uint8)
-    labels = torch.empty(0, dtype=torch.int64)
+    images = torch.empty((0, 3, size, size), dtype=torch.uint8, device="cpu")
+    labels = torch.empty(0, dtype=torch.int64, device="cpu")
     return Images(images, labels, num_classes_of(name, config.data_dir), *normalization_of(name), pad=0, flip=False)
 
 
 def example(data: Images, num: int = 2) -> Tensor:
     """Return fixed noise as images, (num, channels, height, width)."""
-    return torch.randn(num, *data.images.shape[1:], generator=torch.Generator().manual_seed(0))
+    return torch.randn(num, *data.images.shape[1:], generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def recipe_for(to: str, config: NetworkConfig, data: Images) -> Recipe:

@@ -79,7 +79,7 @@ def check_logits(model: nn.Module, name: str, image_size: int, num_classes: int)
     Raises:
         UserError: The forward pass fails, or does not return a tensor (2, num_classes).
     """
-    images = torch.zeros(2, 3, image_size, image_size)
+    images = torch.zeros(2, 3, image_size, image_size, device="cpu")
     try:
         with torch.no_grad():
             logits = model.eval()(images)

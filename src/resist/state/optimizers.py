@@ -18,6 +18,9 @@ from resist.subnet.layout import Place
 from resist.sync.averaging import VELOCITY
 from resist.sync.worker import Worker
 
+# Settings of how a step is computed, not of what: they follow the device, and stay as this job has them.
+OF_DEVICE = ("foreach", "fused", "capturable")
+
 
 def parameter_names(optimizer: Optimizer, number: int, names: dict[int, str]) -> list[list[str]]:
     """Name the parameters of each group of an optimizer.
@@ -184,12 +187,14 @@ def _known_names(worker: Worker, held: Held) -> dict[tuple[int, int], set[str]]:
 
 
 def load_groups(optimizer: Optimizer, saved: Sequence[dict[str, Any]]) -> Callable[[], None]:
-    """Return what gives the groups of an optimizer their settings."""
+    """Return what gives the groups of an optimizer their settings, but for those of the device."""
 
     def apply() -> None:
         for group, values in zip(optimizer.param_groups, saved, strict=True):
             for name, value in values.items():
                 present = group.get(name)
+                if name in OF_DEVICE and name in group:
+                    continue
                 if isinstance(present, Tensor) and isinstance(value, Tensor):
                     present.copy_(value)  # a compiled step and a scheduler refer to it
                 else:
@@ -248,7 +253,8 @@ def placed(tensor: Tensor, name: str, parameter: Tensor, group: Mapping[str, Any
     """
     if tensor.dim() == 0 and (name == "step" or parameter.dim() > 0):
         if group.get("fused") or group.get("capturable"):
-            return tensor.to(parameter.device)
+            # Their kernels take step counts in single precision only.
+            return tensor.to(parameter.device, torch.float32 if name == "step" else tensor.dtype)
         return tensor if host or name == "step" else tensor.to(parameter.device)
     if host:
         return tensor

@@ -222,6 +222,8 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, block: nn.Module) -> None:
         super().__init__(file)
         self._block, self._own = block, _own_source(block)
+        weight = next(block.parameters(), None)
+        self._device = None if weight is None else weight.device
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return a class or function, if it is harmless: bytes that were changed on the way must not run code."""
@@ -244,19 +246,21 @@ class _Unpickler(pickle.Unpickler):
             case ("own", position):
                 return part_of(self._block, position)
             case ("generator", device, content):
-                generator = torch.Generator(device)
+                here = self._device is not None and self._device.type == device  # on the GPU of this process
+                generator = torch.Generator(self._device if here else device)
                 generator.set_state(_tensor(content))
                 return generator
             case (_, content, dtype, shape, on_device):
                 tensor = _tensor(content).view(getattr(torch, dtype)).view(shape)
-                weight = next(self._block.parameters(), None)
-                return tensor.to(weight.device) if on_device and weight is not None else tensor
+                return tensor.to(self._device) if on_device and self._device is not None else tensor
             case _:
                 raise pickle.UnpicklingError(f"{pid!r} stands for nothing")
 
 
 def _tensor(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    if not content:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _own_source(block: nn.Module) -> set[str]:

@@ -47,7 +47,7 @@ class TogetherIn:
             AgreedError: In every process, if the action has raised UserError in one of them.
             WorkerLostError: If another process is lost.
         """
-        own, failure = torch.empty(0), ""
+        own, failure = torch.empty(0, device="cpu"), ""
         try:
             own = action().to(self._device).contiguous()
         except UserError as error:

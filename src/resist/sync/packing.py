@@ -212,13 +212,13 @@ def _header(value: Value, data: list[Tensor], device: torch.device) -> object:
             here = value.device.type == device.type and device.type != "cpu"
             return ["t", str(value.dtype).removeprefix("torch."), list(value.shape), int(here)]
         case bool():
-            data.append(torch.tensor(value))
+            data.append(torch.tensor(value, device="cpu"))
             return "b"
         case int() if value in _INT64:
-            data.append(torch.tensor(value, dtype=torch.int64))
+            data.append(torch.tensor(value, dtype=torch.int64, device="cpu"))
             return "i"
         case float():
-            data.append(torch.tensor(value, dtype=torch.float64))
+            data.append(torch.tensor(value, dtype=torch.float64, device="cpu"))
             return "f"
         case InFlat():
             return "v" if value.scale == 1.0 else ["v", value.scale]

@@ -10,11 +10,12 @@ from resist.errors import UserError
 from resist.models import read_model_args
 from resist.models.third_party import is_third_party
 from resist.runs.config import NetworkConfig, OptimizationConfig
+from resist.runs.recipe import STREAMED
 from resist.tasks import classification
 from resist.tasks.classification import Classification
 from resist.tasks.task import Batches, Task
 
-__all__ = ["Batches", "Classification", "Task", "image_shape", "network_builder", "open_task"]
+__all__ = ["Batches", "Classification", "Task", "image_shape", "largest_test_batch", "network_builder", "open_task"]
 
 
 def open_task(config: NetworkConfig, optimization: OptimizationConfig | None = None, *, download: bool = True) -> Task:
@@ -74,6 +75,17 @@ def image_shape(config: NetworkConfig) -> tuple[int, int, int]:
         return detection.common_shape(config)
     size = image_size_of(config.data) if config.image_size is None else config.image_size
     return (3, size, size)
+
+
+def largest_test_batch(config: NetworkConfig) -> int:
+    """Return the images in the largest batch of a test, statistics included; see `Task.test_images`."""
+    if config.task == "detection":
+        from resist.tasks import detection
+
+        return max(detection.CALIBRATION_BATCH, detection.TEST_BATCH)
+    streamed = config.data in STREAMED
+    size = classification.CALIBRATION_PHOTOGRAPHS if streamed else classification.CALIBRATION_BATCH
+    return max(size, classification.TEST_BATCH)
 
 
 def check(config: NetworkConfig) -> None:

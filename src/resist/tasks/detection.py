@@ -1,6 +1,5 @@
 """Object detection: losses of Faster R-CNN, average precision of PascalVOC."""
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from resist.planning.plan import keyed_int
 from resist.runs.config import NetworkConfig
 from resist.subnet.batchnorm import refusing_one_value
 from resist.subnet.calibration import NumberedBatches
+from resist.subnet.randomness import seeded_rng
 from resist.subnet.statistics import Processes
 from resist.tasks import classification
 from resist.tasks.backbone import BackboneInit
@@ -122,7 +122,7 @@ class Detection:
         The batch's seeds decide which anchors and regions are sampled.
         """
         images, targets, seeds = batch
-        with drawn_by(keyed_int("regions", *seeds), self.device):
+        with seeded_rng(keyed_int("regions", *seeds), self.device):
             losses = model(floats(images), targets)
         return torch.stack(list(losses.values())).sum()
 
@@ -159,7 +159,7 @@ class Detection:
             (detections, 7) float64: index of the image, left, top, right, bottom, class, score.
         """
         indices = itertools.chain(*share.of(spans(len(self.held_out), TEST_BATCH)))
-        rows = [torch.zeros(0, 7, dtype=torch.float64)]
+        rows = [torch.zeros(0, 7, dtype=torch.float64, device="cpu")]
         for items in in_order(self.held_out, TEST_BATCH, num_data_workers=self.data_workers, collate=list, share=share):
             images = [image.to(self.device) for image, *_ in items]
             with refusing_one_value(model, "test on at least two photographs, or give another `batchnorm`"):
@@ -241,13 +241,3 @@ def collate(items: list[Item]) -> Batch:
 def floats(images: list[Tensor]) -> list[Tensor]:
     """Convert images (3, height, width) uint8 to float32 in 0..1."""
     return [image.float() / 255 for image in images]
-
-
-@contextlib.contextmanager
-def drawn_by(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the generators of CPU and `device` within a context."""
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        yield

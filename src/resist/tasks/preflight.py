@@ -30,7 +30,7 @@ def example_of(config: NetworkConfig) -> Tensor | bool:
     if not is_third_party(config.model) or config.task != "classification":
         return False
     size = config.image_size or image_size_of(config.data)
-    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def try_network(config: NetworkConfig, num_classes: int | None = None) -> Sequence[Chain] | None:
@@ -83,7 +83,7 @@ def check_parts(config: TrainConfig) -> list[str]:
     model = build_seeded(network_builder(replace(config.network, init_from=None)), 0).train()
     sizes = f"`batch_size={o.batch_size}`" + (f" in {o.grad_accum_steps} parts" if o.batch_size > 1 else "")
     with torch.no_grad(), fork_rng(), refusing_one_value(model, f"{sizes}: give parts of at least two images"):
-        model(torch.rand(1, *image_shape(config.network)))
+        model(torch.rand(1, *image_shape(config.network), device="cpu"))
     if any(isinstance(module, BatchNorm) for module in model.modules()):
         return [f"note: {sizes}: BatchNorm normalizes each image by its own statistics"]
     return []

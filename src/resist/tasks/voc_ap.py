@@ -72,7 +72,7 @@ class AveragePrecision:
         """
         scores: dict[int, float] = {}
         for label, num_objects in sorted(self._objects.items()):
-            outcome = torch.zeros(0, dtype=torch.int8)
+            outcome = torch.zeros(0, dtype=torch.int8, device="cpu")
             if label in self._scores:
                 order = torch.cat(self._scores[label]).argsort(descending=True, stable=True)
                 outcome = torch.cat(self._outcomes[label])[order]
@@ -96,7 +96,7 @@ def outcomes(boxes: Tensor, objects: Tensor, difficult: Tensor) -> Tensor:
     Returns:
         (detections,) int8.
     """
-    result = torch.full((len(boxes),), FALSE, dtype=torch.int8)
+    result = torch.full((len(boxes),), FALSE, dtype=torch.int8, device="cpu")
     if not len(objects):
         return result
     overlap, best = box_iou(boxes.double(), objects.double()).max(dim=1)

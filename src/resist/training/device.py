@@ -1,4 +1,4 @@
-"""The device of a process, and a clock that waits for it."""
+"""The device of a process, how it computes, and a clock that waits for it."""
 
 import contextlib
 import os
@@ -9,8 +9,13 @@ from pathlib import Path
 
 import torch
 
-from resist.errors import UserError
+from resist.errors import UserError, first_line
 from resist.runs.bounds import check_device
+
+
+def on_gpu(name: str) -> bool:
+    """Return True for a device of `pick_device` that is a GPU; "cuda" also where there is none."""
+    return name == "cuda" or (name == "auto" and torch.cuda.is_available())
 
 
 def pick_device(name: str) -> torch.device:
@@ -23,13 +28,49 @@ def pick_device(name: str) -> torch.device:
         UserError: For another name, and for "cuda" where there is no GPU.
     """
     check_device(name)
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if not on_gpu(name):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible!r}"
         raise UserError(f"`device=cuda`: torch finds no CUDA device on this machine{why}; give `device=cpu`")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def take_device(name: str, *, fixed_shapes: bool = False) -> torch.device:
+    """Choose the device of this process as `pick_device` does, and make it the current one.
+
+    What torch starts in this process then uses no other GPU: the thread that pins memory, for example, would open a
+    context on the first one.
+
+    Args:
+        name: As in `pick_device`.
+        fixed_shapes: Batches have few different shapes, so that cuDNN may time its algorithms for each.
+
+    Raises:
+        UserError: As `pick_device`, and for a GPU that cannot be used.
+    """
+    device = pick_device(name)
+    if device.type == "cuda":
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            raise UserError(
+                f"`device={name}`: {device} cannot be used: {first_line(error)}; choose another by "
+                "CUDA_VISIBLE_DEVICES, or give `device=cpu`"
+            ) from error
+        torch.backends.cudnn.benchmark = fixed_shapes
+    return device
+
+
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """Make a context in which networks compute in the precision of a run.
+
+    Args:
+        device: Device of the network.
+        precision: "fp32" or "bf16", see `resist.runs.config.MachineConfig`.
+    """
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from resist.runs.lock import RunLock
 from resist.runs.model_file import EMA_FILE, FILE, load_full
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.tasks import Task, open_task
+from resist.training.device import autocast
 
 READINGS = "evaluation.json"
 
@@ -38,10 +39,12 @@ def evaluate_run(path: Path, *, data_dir: Path | None = None, device: torch.devi
     """
     config, task = _open(path, data_dir)
     task = task.to(device)
-    scores = task.test(_load(path, config, task, scaled=True).to(device))
+    with autocast(device, config.machine.precision):
+        scores = task.test(_load(path, config, task, scaled=True).to(device))
     if config.optimization.model_ema_decay is not None:
         average = _load(path, config, task, scaled=True, file=EMA_FILE).to(device)
-        scores |= {f"EMA {name}": score for name, score in task.test(average).items()}
+        with autocast(device, config.machine.precision):
+            scores |= {f"EMA {name}": score for name, score in task.test(average).items()}
     return scores
 
 
@@ -74,11 +77,12 @@ def readings_of_run(
         for scaled in (True, False):
             for statistics in choices:
                 model = _load(path, config, task, scaled=scaled).to(device)
-                if statistics == "recalibrate" and has_running_statistics(model):
-                    recalibrate(model, task.calibration(config.run.seed), torch.device(device))
-                elif statistics == "batch":
-                    use_batch_statistics(model)
-                score = next(iter(task.test(model.eval()).values()))
+                with autocast(device, config.machine.precision):
+                    if statistics == "recalibrate" and has_running_statistics(model):
+                        recalibrate(model, task.calibration(config.run.seed), torch.device(device))
+                    elif statistics == "batch":
+                        use_batch_statistics(model)
+                    score = next(iter(task.test(model.eval()).values()))
                 scores[f"{statistics}, {'scaled' if scaled else 'no scale'}"] = round(score, 6)
         try:
             write_atomically(path / READINGS, json.dumps(scores, indent=1) + "\n")

@@ -25,7 +25,7 @@ from resist.subnet.batchnorm import has_running_statistics, recalibrate
 from resist.subnet.seeded import fingerprint
 from resist.sync.assembly import fetched_bytes
 from resist.tasks import Task, image_shape
-from resist.training.device import free_bytes
+from resist.training.device import autocast, free_bytes
 from resist.training.lr_schedule import evaluation_rounds
 
 MOST = 10  # tests of a run, unless the options say more
@@ -154,9 +154,11 @@ class Evaluation:
         """
         start = time.perf_counter()
         scores: dict[str, float] = {}
+        device, precision = self._job.workers[0].subnet.device, self._config.machine.precision
         for averaged in (False, True)[: self._networks]:
             try:
-                found = self._test(averaged=averaged, last=last)
+                with autocast(device, precision):  # one for each network, since it keeps converted weights
+                    found = self._test(averaged=averaged, last=last)
             except UserError as error:
                 self.failed = str(error)
                 break
@@ -197,6 +199,6 @@ def _probe(job: Job) -> float | None:
     together, seconds = job.together, 0.0
     for _ in range(2):  # the first time opens the connections
         start = time.perf_counter()
-        together.gather(lambda: torch.zeros(PROBE_BYTES, dtype=torch.uint8))
+        together.gather(lambda: torch.zeros(PROBE_BYTES, dtype=torch.uint8, device="cpu"))
         seconds = time.perf_counter() - start
     return PROBE_BYTES * (together.count - 1) / max(1e-9, seconds)

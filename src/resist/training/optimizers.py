@@ -111,8 +111,8 @@ def optimizer_for(o: OptimizationConfig, params: Iterable[Any]) -> Optimizer:
 
 def _try(o: OptimizationConfig) -> None:
     """Take a step on a matrix. Raises UserError for an optimizer that needs more than gradients."""
-    weight = nn.Parameter(torch.ones(2, 2))
-    weight.grad = torch.ones(2, 2)
+    weight = nn.Parameter(torch.ones(2, 2, device="cpu"))
+    weight.grad = torch.ones(2, 2, device="cpu")
     with torch.random.fork_rng(devices=[]):
         optimizer = optimizer_for(o, [weight])
         try:

@@ -25,7 +25,7 @@ from resist.sync.meeting import environment_number
 from resist.sync.transport import Transport, hosted_workers
 from resist.tasks import Task, open_task
 from resist.tasks.preflight import check_parts, example_of, try_logits
-from resist.training.device import pick_device
+from resist.training.device import take_device
 from resist.training.loggers import open_loggers
 from resist.training.loop import Training
 from resist.training.lr_schedule import num_steps
@@ -58,7 +58,7 @@ def train(config: TrainConfig, task: Task | None = None, *, checked: bool = True
     began = run_began()
     device, failure = torch.device("cpu"), ""
     try:
-        device = pick_device(config.machine.device)
+        device = take_device(config.machine.device, fixed_shapes=config.network.task == "classification")
         if not checked:
             _check_own(config, device)
     except UserError as error:  # raised in all processes when they have met

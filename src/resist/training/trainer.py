@@ -11,6 +11,7 @@ from resist.runs.config import TrainConfig
 from resist.subnet.batchnorm import refusing_one_value
 from resist.sync.worker import Worker
 from resist.tasks import Task
+from resist.training.device import autocast
 from resist.training.optimizers import build_optimizer, resolve
 
 
@@ -56,7 +57,7 @@ class Trainer:
         self._network, self._clip_norm = worker.subnet.model, o.clip_grad_norm
         self._batches = task.batches(sampler)
         self._model = torch.compile(worker.model) if config.machine.compile else worker.model
-        self._parts, self._bf16 = o.grad_accum_steps, config.machine.precision == "bf16"
+        self._parts, self._precision = o.grad_accum_steps, config.machine.precision
         self._device = worker.subnet.device
         self._sizes = f"`batch_size={o.batch_size}`, `grad_accum_steps={o.grad_accum_steps}`"
 
@@ -72,7 +73,7 @@ class Trainer:
         """
         total = torch.zeros((), device=self._device)
         for part in self._task.split(self._batches.batch(step), self._parts):
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16), self._two_values():
+            with autocast(self._device, self._precision), self._two_values():
                 loss = self._task.loss(self._model, part) / self._parts
             loss.backward()
             total += loss.detach()
