@@ -114,6 +114,7 @@ def update_average(average: AveragedModel, model: nn.Module) -> None:
         average: An average that `start_average` has begun.
         model: The network.
     """
+    assert average.multi_avg_fn is not None
     average.multi_avg_fn(list(average.parameters()), list(model.parameters()), average.n_averaged)
     for own, new in zip(average.module.buffers(), model.buffers(), strict=True):
         own.copy_(new)
