@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from resist.data import Images, Loader, Sampler, load
 from resist.data.datasets import num_classes_of
 from resist.data.in_memory import mirror, shift
+from resist.data.sampler import generator
 from resist.errors import UserError
+from waits import fake_gpu
 
 
 def numbered(num: int, pad: int = 0, flip: bool = False) -> Images:
@@ -102,23 +104,78 @@ def test_shift_by_hand() -> None:
     """A 3x3 image moved by at most one pixel is a window of the image with a black border of one."""
     image = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3)
     border = torch.nn.functional.pad(image, (1, 1, 1, 1))[0, 0]
-    windows = [border[r : r + 3, c : c + 3] for r in range(3) for c in range(3)]
-    moved = shift(image.expand(400, 2, 3, 3).contiguous(), 1, torch.Generator().manual_seed(0))
-    assert moved.dtype == torch.uint8
-    assert moved.shape == (400, 2, 3, 3)
-    seen = Counter(next(i for i, w in enumerate(windows) if torch.equal(w, one[0])) for one in moved)
-    assert len(seen) == 9
-    assert min(seen.values()) > 20  # 44 are expected of each
+    places = [(row, column) for row in range(3) for column in range(3)]
+    moved = shift(image.expand(9, 2, 3, 3).contiguous(), 1, torch.tensor(places).T)
+    assert (moved.dtype, moved.shape) == (torch.uint8, (9, 2, 3, 3))
+    for (row, column), one in zip(places, moved, strict=True):
+        assert torch.equal(one[0], border[row : row + 3, column : column + 3])
     assert torch.equal(moved[:, 0], moved[:, 1])  # the same in all channels
 
 
 def test_mirror_by_hand() -> None:
     image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).view(1, 1, 2, 2)
-    flipped = torch.tensor([[2, 1], [4, 3]], dtype=torch.uint8)
-    out = mirror(image.expand(200, 1, 2, 2), torch.Generator().manual_seed(0))[:, 0]
-    is_flipped = [torch.equal(one, flipped) for one in out]
-    assert all(torch.equal(one, image[0, 0]) for one, f in zip(out, is_flipped, strict=True) if not f)
-    assert 70 < sum(is_flipped) < 130
+    out = mirror(image.expand(2, 1, 2, 2), torch.tensor([0, 1]))[:, 0]
+    assert out.tolist() == [[[1, 2], [3, 4]], [[2, 1], [4, 3]]]
+
+
+def colored(pad: int, flip: bool, *, num: int = 40, dtype: torch.dtype = torch.uint8) -> Images:
+    pixels = torch.randint(0, 256, (num, 3, 6, 8), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    return Images(pixels.to(dtype), torch.arange(num) % 7, 7, (0.49, 0.48, 0.44), (0.2, 0.25, 0.3), pad, flip)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("pad", "flip"), [(0, False), (2, False), (0, True), (3, True)])
+def test_a_batch_is_cut_mirrored_and_normalized_as_by_hand(pad: int, flip: bool, channels_last: bool) -> None:
+    """Bit for bit: the draws of (seed, worker, step), applied to one image after the other."""
+    data = colored(pad, flip).to("cpu", channels_last=channels_last)
+    own = Sampler(len(data), batch_size=16, seed=3, worker=1, workers=2)
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (data.mean, data.std))
+    for step in (0, 4):
+        random = generator("augment", 3, 1, step)
+        places = torch.randint(0, 2 * pad + 1, (2, 16), generator=random).T.tolist() if pad else [[0, 0]] * 16
+        mirrored = (torch.rand(16, generator=random) < 0.5).tolist() if flip else [False] * 16
+        expected = []
+        for index, (row, column), flipped in zip(own.indices(step), places, mirrored, strict=True):
+            image = torch.nn.functional.pad(data.images[index], (pad,) * 4)[:, row : row + 6, column : column + 8]
+            expected.append(((image.flip(2) if flipped else image).float() - mean) / std)
+        images, labels = data.loader(own).batch(step)
+        assert torch.equal(images, torch.stack(expected))
+        assert torch.equal(labels, data.labels[own.indices(step)])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("pad", "flip"), [(0, False), (2, True)])
+def test_batches_have_the_memory_format_that_was_asked_for(pad: int, flip: bool, channels_last: bool) -> None:
+    data = colored(pad, flip).to("cpu", channels_last=channels_last)
+    own = Sampler(len(data), batch_size=16, seed=3, worker=1, workers=2)
+    form, other = (torch.channels_last, torch.contiguous_format)[:: 1 if channels_last else -1]
+    for images in (data.loader(own).batch(0)[0], next(data.batches(16))[0], next(data.to("cpu").batches(16))[0]):
+        assert images.is_contiguous(memory_format=form)
+        assert not images.is_contiguous(memory_format=other)
+
+
+def test_images_stay_as_they_are() -> None:
+    """Also those that are float32 already, which normalizing does not have to convert."""
+    data = colored(0, False, dtype=torch.float32)
+    before = data.images.clone()
+    for _ in range(2):
+        images = torch.cat([images for images, _ in data.batches(16)])
+        assert torch.equal(data.images, before)
+        assert images.mean().abs() < 1
+
+
+@pytest.mark.slow  # the first use of fake tensors takes seconds
+@pytest.mark.parametrize(("pad", "flip"), [(0, False), (2, True)])
+def test_a_batch_does_not_wait_for_a_gpu(pad: int, flip: bool) -> None:
+    with fake_gpu() as waits:
+        data = colored(pad, flip).to("cuda", channels_last=True)
+        loader = data.loader(Sampler(len(data), batch_size=16, seed=3, worker=1, workers=2))
+        loader.batch(0)  # mean and spread go to the device once
+        waits.clear()
+        images, labels = loader.batch(1)
+        next(data.batches(16))
+        assert {images.device.type, labels.device.type} == {"cuda"}
+        assert (waits.found, waits.copies, waits.pinned) == ([], 1, 1)
 
 
 def test_evaluation_batches_cover_the_set_in_order() -> None:

@@ -18,6 +18,7 @@ from resist.data.classes import class_names
 from resist.data.image_folder import MEAN, STD, read
 from resist.data.listing import list_split
 from resist.errors import UserError
+from waits import fake_gpu
 
 
 @pytest.fixture
@@ -94,6 +95,16 @@ def test_training_batches_keep_image_and_label_together(folder: Path) -> None:
     assert Counter(labels) == {0: 8, 1: 8, 2: 8}
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_have_the_memory_format_that_was_asked_for(folder: Path, channels_last: bool) -> None:
+    for data in opened(folder):
+        data = data.to("cpu", channels_last=channels_last)
+        sampler = Sampler(len(data), batch_size=3, seed=0, worker=0, workers=2)
+        for images in (data.loader(sampler).batch(0)[0], next(data.batches(3, limit=1))[0]):
+            assert images.is_contiguous(memory_format=torch.channels_last) is channels_last
+            assert images.is_contiguous() is not channels_last
+
+
 @pytest.mark.slow
 def test_batches_do_not_depend_on_the_reading_processes(folder: Path) -> None:
     def batches(data_workers: int, steps: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -124,6 +135,20 @@ def test_rand_augment_is_a_function_of_seed_worker_and_step(folder: Path) -> Non
     assert not torch.equal(batch(1, 2, rand_augment=(2, 9)), once)
     held_out = next(opened(folder, rand_augment=(2, 9))[1].batches(4))
     assert torch.equal(held_out[0], next(opened(folder)[1].batches(4))[0])  # tests are not augmented
+
+
+@pytest.mark.slow  # the first use of fake tensors takes seconds
+def test_no_batch_waits_for_a_gpu(folder: Path) -> None:
+    """Images and labels are copied from pinned memory, and nothing else is copied but once."""
+    data = opened(folder)[0].to("cuda", channels_last=True)
+    assert data._pinned
+    with fake_gpu() as waits:
+        batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+        data.on_device(batch)
+        waits.clear()
+        images, labels = data.on_device(batch)
+        assert {images.device.type, labels.device.type} == {"cuda"}
+        assert (waits.found, waits.copies) == ([], 2)
 
 
 @pytest.mark.parametrize("data_workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -64,6 +64,16 @@ def test_the_draws_follow_seed_worker_and_step_alone() -> None:
         assert not torch.equal(other.batch(0)[1], expected[0][1])
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shares", [{"mixup": 0.2}, {"cutmix": 1.0}], ids=str)
+def test_mixed_images_keep_their_memory_format(shares: dict[str, float], channels_last: bool) -> None:
+    data = digits().to("cpu", channels_last=channels_last)
+    sampler = Sampler(len(data), batch_size=8, seed=0, worker=0, workers=2)
+    images, _ = Mixed(data.loader(sampler), sampler, 10, **shares).batch(0)
+    assert images.is_contiguous(memory_format=torch.channels_last) is channels_last
+    assert images.is_contiguous() is not channels_last
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_of_mixed_labels(smoothing: float) -> None:
     options = OptimizationConfig(mixup=0.3, label_smoothing=smoothing, batch_size=8)

@@ -135,9 +135,17 @@ def test_all_weights_and_statistics_are_views_that_tile_the_flat_tensor(channels
     model = zoo()
     subnet = Subnet(model, choose_chains(model, tuple(ZOO_CHAINS)), (2, 3, 1), channels_last=channels_last)
     tensors = tensors_of(subnet.model)
-    spans = sorted(((t.data_ptr() - subnet.flat.data_ptr()) // 4, t.numel()) for t in tensors.values())
-    assert [start for start, _ in spans] == [sum(size for _, size in spans[:i]) for i in range(len(spans))]
-    assert sum(size for _, size in spans) == subnet.flat.numel() == sum(t.numel() for t in tensors.values())
+    taken = torch.zeros_like(subnet.flat)
+    for tensor in tensors.values():
+        start = (tensor.data_ptr() - subnet.flat.data_ptr()) // 4
+        taken[start : start + tensor.numel()] += 1
+    assert set(taken.tolist()) <= {0, 1}  # what no tensor takes is padding, and zero
+    assert not subnet.flat[taken == 0].any()
+    padding = sum(
+        block.room - block.numel for block, n in zip(subnet.layout.blocks, (2, 3, 1), strict=True) for _ in range(n)
+    )
+    assert int((taken == 0).sum()) == padding
+    assert int(taken.sum()) == subnet.numel((2, 3, 1)) == sum(t.numel() for t in tensors.values())
     for name, tensor in tensors.items():
         if tensor.dim() == 4 and channels_last:
             assert tensor.is_contiguous(memory_format=torch.channels_last), name
@@ -145,12 +153,64 @@ def test_all_weights_and_statistics_are_views_that_tile_the_flat_tensor(channels
             assert tensor.is_contiguous(), name
 
 
-def test_large_weights_are_aligned_to_64_bytes() -> None:
-    job, _ = make(resist(2))
-    for worker in job.workers:
-        for parameter, place in worker.subnet.parameter_places():
-            if place.chain is None and parameter.numel() % 16 == 0:
-                assert (parameter.data_ptr() - worker.subnet.flat.data_ptr()) % 64 == 0, place
+class Gated(nn.Module):
+    """A block with an odd number of elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(16, 16, 3, padding=1), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * self.conv(x)
+
+
+def gated() -> nn.Module:
+    blocks = nn.Sequential(*(Gated() for _ in range(5)))
+    return nn.Sequential(nn.Conv2d(3, 16, 3), blocks, nn.Flatten(), nn.Linear(256, 10))
+
+
+@pytest.mark.parametrize("num_classes", [10, 21, 100])
+@pytest.mark.parametrize("frozen", ["", "layer2", "layer3"])
+def test_large_weights_are_aligned_to_64_bytes(num_classes: int, frozen: str) -> None:
+    """For any number of classes, in slots of blocks of any size, and if they are frozen."""
+    with torch.device("meta"):
+        model = PreActResNet((1, 2, 4, 1), num_classes, width=16)
+        odd = PreActResNet((1, 1, 4, 1), num_classes, width=16)
+    for module in odd.layer3:
+        module.gate = nn.Parameter(torch.zeros(1, device="meta"))
+    for template in (model, odd):
+        for name, parameter in template.named_parameters():
+            parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+        subnet = Subnet(template, choose_chains(template), (3,), device="meta")
+        large = [p for p in subnet.model.parameters() if p.numel() % 16 == 0]
+        assert len(large) > 30
+        assert [p.storage_offset() * p.itemsize % 64 for p in large] == [0] * len(large)
+
+
+def test_padding_is_neither_sent_nor_counted_nor_checked() -> None:
+    """Blocks of 2321 elements, each followed by 15 of padding: what is in there changes nothing."""
+
+    def trained(*, spoil: bool) -> tuple[Job, dict[str, int]]:
+        job = Job(gated, resist(2, 1, min_depth=2), batchnorm="average", example=torch.randn(2, 3, 6, 6))
+        for worker in job.workers if spoil else ():
+            layout = worker.subnet.layout
+            for slot in range(layout.capacities[0]):
+                at = worker.subnet.slot(0, slot, worker.subnet.flat).storage_offset()
+                worker.subnet.flat[at + layout.blocks[0].numel : at + layout.blocks[0].room] = torch.nan
+        for _ in range(3):
+            job.synchronize()
+        return job, job.transport.take()["bytes"]
+
+    (job, sent), (spoiled, same) = trained(spoil=False), trained(spoil=True)
+    (block,) = job.workers[0].subnet.layout.blocks
+    assert (block.numel, block.room) == (2321, 2336)
+    assert sent == same
+    assert sent["blocks"] % (4 * block.numel) == 0 < sent["blocks"]
+    expected, found = job.full_model(), spoiled.full_model()
+    assert expected is not None
+    assert found is not None
+    for a, b in zip(tensors_of(expected).values(), tensors_of(found).values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_full_network_is_never_allocated() -> None:

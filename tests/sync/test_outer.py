@@ -68,10 +68,12 @@ def test_the_outer_momentum_travels_with_its_block() -> None:
                 subnet, flats = worker.subnet, worker.anchor if state_name == "anchor" else worker.state[state_name]
                 assert flats is not None
                 (flat,) = flats.values()
-                parts = {"shared": flat[: subnet.layout.shared.num_trained]}
-                for number, blocks in enumerate(held(job, worker.index)):
-                    size = subnet.layout.blocks[number].num_trained
-                    parts |= {(number, b): subnet.slot(number, slot, flat)[:size] for slot, b in enumerate(blocks)}
+                slots = [(number, slot, b) for number, blocks in enumerate(held(job, worker.index))
+                         for slot, b in enumerate(blocks)]  # fmt: skip
+                parts: dict[Any, Tensor] = {}
+                for number, slot, block in ((None, 0, 0), *slots):
+                    ((start, end),) = subnet.layout.part(number).ranges(frozenset())  # of what trains
+                    parts[number, block] = subnet.slot(number, slot, flat)[start:end]
                 for key, value in parts.items():
                     assert torch.equal(seen.setdefault(key, value), value)
             assert any(value.abs().max() > 0 for value in seen.values())

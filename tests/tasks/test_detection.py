@@ -138,8 +138,26 @@ def test_autocast_keeps_boxes_in_float32(task) -> None:
 def test_channels_last_changes_nothing_but_the_layout(task) -> None:
     # Not as narrow as the others: on the CPU, torch 2.14 writes beyond its memory for a plain network of 4 channels.
     wide = replace(task, build=network_builder(replace(SMALL, model_args=("depths=1,1,5,1", "width=16"))))
-    last = replace(CONFIG, machine=MachineConfig(channels_last=True))
-    assert trained(wide, 2, config=last)[1] == pytest.approx(trained(wide, 2)[1], rel=1e-3)
+    last, plain = (replace(CONFIG, machine=MachineConfig(channels_last=on)) for on in (True, False))
+    assert trained(wide, 2, config=last)[1] == pytest.approx(trained(wide, 2, config=plain)[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_features_have_the_memory_format_of_the_weights(task, channels_last: bool) -> None:
+    wide = replace(task, build=network_builder(replace(SMALL, model_args=("depths=1,1,3,1", "width=16"))))
+    form, other = (torch.channels_last, torch.contiguous_format)[:: 1 if channels_last else -1]
+    model, seen = build_seeded(wide.network, 0).to(memory_format=form), list[torch.Tensor]()
+    for module in model.backbone.body.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    on_device = wide.to("cpu", channels_last=channels_last)
+    stream = on_device.batches(Sampler(task.num_images, batch_size=2, seed=0, worker=0, workers=1))
+    with torch.no_grad():
+        on_device.loss(model, stream.batch(0))
+    shown = [features for features in seen if features.shape[1] > 1 and features.shape[2] > 1]
+    assert shown
+    assert all(features.is_contiguous(memory_format=form) for features in shown)
+    assert not any(features.is_contiguous(memory_format=other) for features in shown)
 
 
 @pytest.mark.parametrize("batchnorm", ["average", "recalibrate", "batch"])

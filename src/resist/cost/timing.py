@@ -193,9 +193,10 @@ def calibrate(
     chosen = choose(build_model, full, chains, example)
     measured: list[tuple[float, int]] = []
     for blocks in ([chain.num_blocks for chain in chosen], [1] * len(chosen)):
-        subnet = Subnet(full, chosen, blocks, device=device)
+        subnet = Subnet(full, chosen, blocks, device=device, channels_last=True)  # as `resist train` has it
         subnet.load(tensors_of(full), [range(held) for held in blocks])
         images = torch.randn(batch_size, *image_shape, dtype=next(subnet.model.parameters()).dtype, device=device)
+        images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
         model = subnet.model.train()
         optimizer = build_optimizer(model.parameters())
         flops = count_flops(model, optimizer, images, loss)[1]  # the step that warms up

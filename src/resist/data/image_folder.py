@@ -51,6 +51,7 @@ class Photographs:
         size: Height and width in pixels of the images in a batch.
         data_workers: Processes that read for each stream of batches; 0: this process reads.
         device: Device of the batches.
+        channels_last: Memory format of the batches: channels innermost, or not.
         rand_augment: Number of operations and magnitude of RandAugment in training; None: without it.
     """
 
@@ -59,14 +60,21 @@ class Photographs:
     size: int = IMAGE_SIZE
     data_workers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    channels_last: bool = False
     rand_augment: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.listing)
 
-    def to(self, device: torch.device | str) -> "Photographs":
-        """Return the same photographs with batches on `device`."""
-        return replace(self, device=torch.device(device))
+    def to(self, device: torch.device | str, *, channels_last: bool | None = None) -> "Photographs":
+        """Return the same photographs with batches on `device`.
+
+        Args:
+            device: Device of the batches.
+            channels_last: Memory format of the batches; default: as before.
+        """
+        form = self.channels_last if channels_last is None else channels_last
+        return replace(self, device=torch.device(device), channels_last=form)
 
     def loader(self, sampler: Sampler) -> "PhotographLoader":
         """Return the augmented training batches of one worker.
@@ -100,9 +108,9 @@ class Photographs:
             yield self.on_device(batch)
 
     def on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Move images (uint8) and labels to the device; normalize the images."""
+        """Move images (uint8) and labels to the device, without a wait for it; normalize the images."""
         images, labels = (part.to(self.device, non_blocking=True) for part in batch)
-        return normalize(images, MEAN, STD), labels
+        return normalize(images, MEAN, STD, channels_last=self.channels_last), labels
 
     def digest(self) -> str:
         """Return a hash of the files' names, labels and sizes."""

@@ -2,10 +2,13 @@
 
 Images are stored as uint8. A worker's batches are a pure function of (seed, worker, step): no data workers, no Python
 code per image, and a run that is resumed at step t sees the batches of an uninterrupted one.
+
+Nothing here waits for the device: what is drawn on the host goes there in one asynchronous copy a batch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from hashlib import blake2b
 from typing import ClassVar
 
@@ -29,6 +32,7 @@ class Images:
         std: Standard deviation of each channel, likewise.
         pad: Largest random shift in training, in pixels.
         flip: Mirror images in training; True where a mirrored image shows the same class.
+        channels_last: Memory format of the batches: channels innermost, or not.
         notes: Lines for the user about files that were left out; always empty here.
     """
 
@@ -39,15 +43,22 @@ class Images:
     std: tuple[float, ...]
     pad: int
     flip: bool
+    channels_last: bool = False
 
     notes: ClassVar[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device | str) -> "Images":
-        """Return the same images in the memory of `device`."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+    def to(self, device: torch.device | str, *, channels_last: bool | None = None) -> "Images":
+        """Return the same images in the memory of `device`.
+
+        Args:
+            device: Device of images and batches.
+            channels_last: Memory format of the batches; default: as before.
+        """
+        form = self.channels_last if channels_last is None else channels_last
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device), channels_last=form)
 
     def loader(self, sampler: Sampler) -> "Loader":
         """Return the training batches of one worker; see `Loader`."""
@@ -62,7 +73,7 @@ class Images:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalize uint8 images to float32 with the data set's mean and std."""
-        return normalize(images, self.mean, self.std)
+        return normalize(images, self.mean, self.std, channels_last=self.channels_last)
 
     def batches(self, size: int, limit: int | None = None, share: Share = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the images in order, without augmentation, for evaluation.
@@ -94,54 +105,81 @@ class Loader:
         self.data, self.sampler, self.augment = data, sampler, augment
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the batch of a step, on the device of the images.
+        """Return the batch of a step, on the device of the images. Does not wait for the device.
 
         Returns:
             Images (batch_size, channels, height, width) float32 and labels (batch_size,) int64.
         """
-        index = self.sampler.indices(step).to(self.data.labels.device)
-        images, labels = self.data.images[index], self.data.labels[index]
+        data, index = self.data, self.sampler.indices(step)
+        shifts = flips = index[:0]
         if self.augment:
             random = generator("augment", self.sampler.seed, self.sampler.worker, step)
-            images = shift(images, self.data.pad, random) if self.data.pad else images
-            images = mirror(images, random) if self.data.flip else images
-        return self.data.normalize(images), labels
+            shifts = torch.randint(0, 2 * data.pad + 1, (2, len(index)), generator=random) if data.pad else shifts
+            flips = (torch.rand(len(index), generator=random) < 0.5).long() if data.flip else flips
+        drawn = send(torch.cat([index, shifts.view(-1), flips]), data.labels.device)
+        index, shifts, flips = drawn.split([len(index), shifts.numel(), len(flips)])
+        images, labels = data.images[index], data.labels[index]
+        images = shift(images, data.pad, shifts.view(2, -1)) if len(shifts) else images
+        images = mirror(images, flips) if len(flips) else images
+        return data.normalize(images), labels
 
 
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalize images.
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device. Does not wait for the device.
+
+    Args:
+        tensor: A tensor in CPU memory.
+        device: A device; where it is the CPU, the result is `tensor`.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def normalize(
+    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, channels_last: bool = False
+) -> Tensor:
+    """Normalize images. Waits for the device only where it has not normalized with these numbers before.
 
     Args:
         images: (batch, channels, height, width) uint8.
         mean: Mean of each channel, for pixels in 0..1.
         std: Standard deviation of each channel, for pixels in 0..1.
+        channels_last: Memory format of the result.
 
     Returns:
         (batch, channels, height, width) float32.
     """
-    center = torch.tensor(mean, device=images.device).view(1, -1, 1, 1) * 255
-    spread = torch.tensor(std, device=images.device).view(1, -1, 1, 1) * 255
-    return (images.float() - center) / spread
+    center, spread = _moments(mean, std, images.device)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(torch.float32, copy=True, memory_format=memory_format).sub_(center).div_(spread)
 
 
-def shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """Take a random crop of each image padded with black.
+@lru_cache(maxsize=64)
+def _moments(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of pixels in 0..255, (1, channels, 1, 1) each, made once for a device."""
+    with torch.inference_mode(mode=False):  # they serve training too
+        center, spread = (torch.tensor(values, device=device).view(1, -1, 1, 1) * 255 for values in (mean, std))
+        return center, spread
+
+
+def shift(images: Tensor, pad: int, shifts: Tensor) -> Tensor:
+    """Take a crop of each image padded with black.
 
     Args:
         images: (batch, channels, height, width).
-        pad: Padding on each side, which is the largest shift, in pixels.
-        generator: CPU generator of the shifts.
+        pad: Padding on each side, in pixels.
+        shifts: (2, batch) int64: first row and first column of each crop in the padded image, 0 to 2 `pad`.
     """
     num, _, height, width = images.shape
-    offsets = torch.randint(0, 2 * pad + 1, (2, num), generator=generator).to(images.device)
-    rows = offsets[0][:, None] + torch.arange(height, device=images.device)
-    columns = offsets[1][:, None] + torch.arange(width, device=images.device)
     padded = F.pad(images, (pad, pad, pad, pad))
-    each = torch.arange(num, device=images.device)
-    return padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: each crop by its first row and column
+    return windows[torch.arange(num, device=images.device), :, shifts[0], shifts[1]]
 
 
-def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability 0.5."""
-    mirrored = torch.rand(len(images), generator=generator).to(images.device) < 0.5
-    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+def mirror(images: Tensor, flips: Tensor) -> Tensor:
+    """Mirror images left to right.
+
+    Args:
+        images: (batch, channels, height, width).
+        flips: (batch,) int64: 1 for the images to mirror, 0 for others.
+    """
+    return torch.where(flips[:, None, None, None] > 0, images.flip(3), images)

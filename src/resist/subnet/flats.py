@@ -60,7 +60,7 @@ class FlatTensors:
     Attributes:
         layouts: As above, with the present capacities.
         device: As above.
-        flats: The flat tensors by dtype, (numel,) each.
+        flats: The flat tensors by dtype, 1-D.
     """
 
     def __init__(self, layouts: dict[torch.dtype, SubnetLayout], device: torch.device) -> None:
@@ -90,7 +90,7 @@ class FlatTensors:
 
     @property
     def flat(self) -> Tensor:
-        """The flat tensor of a network with one dtype, (numel,)."""
+        """The flat tensor of a network with one dtype, 1-D."""
         (flat,) = self.flats.values()
         return flat
 
@@ -108,7 +108,7 @@ class FlatTensors:
         )
 
     def numel(self, capacities: Sequence[int]) -> int:
-        """Count the elements of all flat tensors.
+        """Count the elements of all flat tensors, without padding.
 
         Args:
             capacities: Number of blocks of each chain.
@@ -119,7 +119,7 @@ class FlatTensors:
         return sum(layout.with_capacities(capacities).numel for layout in self.layouts.values())
 
     def num_bytes(self, capacities: Sequence[int]) -> int:
-        """Count the bytes of all flat tensors.
+        """Count the bytes of all flat tensors, without padding.
 
         Args:
             capacities: Number of blocks of each chain.
@@ -130,7 +130,7 @@ class FlatTensors:
         return sum(layout.with_capacities(capacities).numel * dtype.itemsize for dtype, layout in self.layouts.items())
 
     def empty(self, capacities: Sequence[int]) -> Flats:
-        """Allocate flat tensors, not initialized.
+        """Allocate flat tensors, not initialized but for the padding, which is zero.
 
         Args:
             capacities: Number of blocks of each chain.
@@ -139,7 +139,7 @@ class FlatTensors:
             The tensors by dtype.
         """
         return {
-            dtype: torch.empty(layout.with_capacities(capacities).numel, dtype=dtype, device=self.device)
+            dtype: layout.with_capacities(capacities).new_flat(dtype, self.device)
             for dtype, layout in self.layouts.items()
         }
 
@@ -157,7 +157,7 @@ class FlatTensors:
         Args:
             chain: Number of the chain; None for the shared part.
             slot: Slot in the chain; 0 for the shared part.
-            flat: Flat tensor, (numel,): the weights, or an optimizer state with the same layout.
+            flat: Flat tensor, 1-D: the weights, or an optimizer state with the same layout.
             dtype: Dtype of the weights that `flat` belongs to. Default: that of `flat`.
             capacities: Capacities that `flat` is laid out for. Default: the present ones.
 

@@ -1,13 +1,16 @@
 """Layout of a sub-network: positions of its tensors in the flat tensors, one for each dtype.
 
-A flat tensor reads `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. This file is arithmetic on names, shapes and
-capacities; `resist.subnet.network.Subnet` applies it to a model.
+A flat tensor reads `[chain 0, slot 0 | chain 0, slot 1 | ... | shared]`. Each part begins at a multiple of 16 elements,
+whatever the number of classes: blocks usually fill such a number, and where they do not, there is padding between the
+slots, which is zero. It belongs to no part, so it is neither averaged nor sent nor saved. This file is arithmetic on
+names, shapes and capacities; `resist.subnet.network.Subnet` applies it to a model.
 """
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from resist.blocks.chain import IN_PLACE, Chain
@@ -118,13 +121,29 @@ class SubnetLayout:
 
     @property
     def numel(self) -> int:
-        """Elements of the flat tensor."""
-        return self._start(len(self.chains))
+        """Elements of all parts."""
+        return self.shared.numel + sum(c * block.numel for c, block in zip(self.capacities, self.blocks, strict=True))
 
-    def _start(self, chain: int) -> int:
-        """First element of a chain in the flat tensor."""
-        before = zip(self.capacities[:chain], self.blocks[:chain], strict=True)
-        return self.shared.numel + sum(capacity * block.numel for capacity, block in before)
+    def _start(self, chain: int | None) -> int:
+        """First element of a chain, or of the shared part, in the flat tensor."""
+        return sum(c * block.room for c, block in zip(self.capacities[:chain], self.blocks[:chain], strict=True))
+
+    def new_flat(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate a flat tensor with this layout, not initialized but for the padding.
+
+        Args:
+            dtype: Its dtype, which may differ from that of the weights.
+            device: Its device.
+
+        Returns:
+            (elements of all parts and of the padding,).
+        """
+        flat = torch.empty(self._start(None) + self.shared.numel, dtype=dtype, device=device)
+        for chain, (capacity, block) in enumerate(zip(self.capacities, self.blocks, strict=True)):
+            if block.numel < block.room:
+                first = self._start(chain)
+                flat[first : first + capacity * block.room].view(capacity, block.room)[:, block.numel :].zero_()
+        return flat
 
     def ranges(self, changing: Set[tuple[int | None, str]], *, blocks: bool) -> list[tuple[int, int]]:
         """List the ranges of the flat tensor that train or change.
@@ -136,10 +155,11 @@ class SubnetLayout:
         Returns:
             (first element, end) of each range, ascending, neighbors as one.
         """
-        parts: list[tuple[int, Layout, int | None]] = [(0, self.shared, None)]
+        parts: list[tuple[int, Layout, int | None]] = []
         for chain, capacity in enumerate(self.capacities if blocks else ()):
             first, block = self._start(chain), self.blocks[chain]
-            parts += [(first + slot * block.numel, block, chain) for slot in range(capacity)]
+            parts += [(first + slot * block.room, block, chain) for slot in range(capacity)]
+        parts.append((self._start(None), self.shared, None))
         names = {chain: {name for key, name in changing if key == chain} for chain in {chain for _, _, chain in parts}}
         ranges: list[tuple[int, int]] = []
         for first, layout, chain in parts:
@@ -166,21 +186,21 @@ class SubnetLayout:
         Args:
             chain: Number of the chain; None for the shared part.
             slot: Slot in the chain; 0 for the shared part.
-            flat: Flat tensor, (numel,), with this layout.
+            flat: Flat tensor, 1-D, with this layout.
 
         Returns:
             A view of `flat`, (part(chain).numel,).
         """
-        size = self.part(chain).numel
-        start = 0 if chain is None else self._start(chain) + slot * size
-        return flat[start : start + size]
+        part = self.part(chain)
+        start = self._start(chain) + slot * part.room
+        return flat[start : start + part.numel]
 
     def view(self, place: Place, flat: Tensor) -> Tensor:
         """Return one tensor in a flat tensor.
 
         Args:
             place: Place of the tensor.
-            flat: Flat tensor, (numel,), with this layout.
+            flat: Flat tensor, 1-D, with this layout.
 
         Returns:
             A view of `flat` in the shape of the tensor.

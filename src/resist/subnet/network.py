@@ -1,7 +1,7 @@
 """Sub-networks: shallow models whose weights are in one flat tensor for each dtype.
 
 A sub-network is the same model with only `capacity` blocks in each chain. Every parameter and float buffer is a view
-into the flat tensor of its dtype, `[shared | chain 0, slot 0 | chain 0, slot 1 | ...]`. So the shared part is averaged
+into the flat tensor of its dtype, `[chain 0, slot 0 | chain 0, slot 1 | ... | shared]`. So the shared part is averaged
 in one collective, a block is one message, and nothing is packed or copied. A plan only decides whose weights are in
 which slot: modules, parameters and the optimizer's references stay the same from round to round. Most networks have one
 dtype, and so one flat tensor.
@@ -66,7 +66,7 @@ class Subnet(FlatTensors):
 
     Attributes:
         model: The shallow network.
-        flats: All its weights and float buffers, by dtype, (numel,) each. New ones are not initialized: see `load`.
+        flats: All its weights and float buffers, by dtype, 1-D. New ones are not initialized: see `load`.
         channels_last: As above.
         buffers: Its buffers by place.
         held: Blocks of each chain whose values are in the slots; see `hold`.

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# Parts begin at a multiple of it, 64 bytes in float32: matrices at such addresses are read fastest.
+ALIGNED = 16
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -40,10 +43,10 @@ class Piece:
 class Layout:
     """Order of the tensors of the shared part, or of one block.
 
-    Parameters that train come first, then running statistics, other buffers, and frozen parameters. So what changes in
-    a round is usually one range, and an outer optimizer moves the first `num_trained` elements and no statistics.
-    Within each group, tensors whose size is not a multiple of 16 elements come last. So the others stay aligned to 64
-    bytes without padding, and the bytes on the wire are exactly those of the weights.
+    Parameters that train come together, then running statistics and other buffers. So what changes in a round is
+    usually one range. Tensors whose size is not a multiple of `ALIGNED` elements come last in their group, and frozen
+    parameters come before all, or after all if their size is not one. So all large matrices are aligned without
+    padding, and the bytes on the wire are exactly those of the weights.
 
     Args:
         tensors: Parameters and buffers of the part by name, of one dtype.
@@ -52,7 +55,6 @@ class Layout:
     Attributes:
         pieces: Position of each tensor by name.
         numel: Elements of the part.
-        num_trained: Elements of the parameters that train.
         statistics: Names of the running statistics of norms.
         frozen: Names of the parameters that do not train.
         resting: Names of everything that does not train.
@@ -60,21 +62,25 @@ class Layout:
 
     def __init__(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
         self.pieces: dict[str, Piece] = {}
-        self.numel = self.num_trained = 0
+        self.numel = 0
         groups = {name: _group(name, tensor) for name, tensor in tensors.items()}
         self.statistics = frozenset(name for name, group in groups.items() if group == _STATISTICS)
         self.frozen = frozenset(name for name, group in groups.items() if group == _FROZEN)
         self.resting = tuple(name for name, group in groups.items() if group != _TRAINED)
 
         def order(name: str) -> tuple[int, bool]:
-            return groups[name], tensors[name].numel() % 16 != 0
+            odd = tensors[name].numel() % ALIGNED != 0
+            return -1 if groups[name] == _FROZEN and not odd else groups[name], odd
 
         for name in sorted(tensors, key=order):
             shape = tensors[name].shape
             self.pieces[name] = Piece(self.numel, shape, channels_last and len(shape) == 4)
             self.numel += shape.numel()
-            if groups[name] == _TRAINED:
-                self.num_trained = self.numel
+
+    @property
+    def room(self) -> int:
+        """Elements from one slot to the next in a flat tensor: those of the part, rounded up to `ALIGNED`."""
+        return -(-self.numel // ALIGNED) * ALIGNED
 
     def ranges(self, changing: Set[str]) -> list[tuple[int, int]]:
         """List the ranges that train or change.
@@ -85,17 +91,18 @@ class Layout:
         Returns:
             (first element, end) of each range, ascending, neighbors as one.
         """
-        ranges = [(0, self.num_trained)]
+        ranges: list[tuple[int, int]] = []
+        resting = set(self.resting) - changing
         for name, piece in self.pieces.items():
-            if piece.offset >= self.num_trained and name in changing and piece.shape.numel():
+            if name not in resting and piece.shape.numel():
                 start, end = piece.offset, piece.offset + piece.shape.numel()
-                if start == ranges[-1][1]:
+                if ranges and start == ranges[-1][1]:
                     start = ranges.pop()[0]
                 ranges.append((start, end))
-        return [(start, end) for start, end in ranges if start < end]
+        return ranges
 
 
-# Groups of tensors, in the order in which they are in their part.
+# Groups of tensors.
 _TRAINED, _STATISTICS, _BUFFER, _FROZEN = range(4)
 
 

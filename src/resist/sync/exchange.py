@@ -229,8 +229,8 @@ class Exchange:
             subnet, capacities = worker.subnet, self.next_plan.capacities(index)
             resized = None
             if capacities != subnet.capacities:
-                size = subnet.layouts[payload.dtype].with_capacities(capacities).numel
-                resized = payload.resized[index] = payload.flats[index].new_empty(size)
+                layout, flat = subnet.layouts[payload.dtype].with_capacities(capacities), payload.flats[index]
+                resized = payload.resized[index] = layout.new_flat(flat.dtype, flat.device)
             for chain, (before, after) in enumerate(
                 zip(self.plan.held(index), self.next_plan.held(index), strict=True)
             ):
@@ -283,9 +283,9 @@ class Exchange:
         # Where capacities change, the blocks are in the new flat tensor already, and only the shared part is missing:
         # it is copied last, since its mean was complete only now. The old tensor is freed when the network is resized.
         for worker, resized in payload.resized.items():
-            subnet = self.workers[worker].subnet
+            subnet, capacities = self.workers[worker].subnet, self.next_plan.capacities(worker)
             before = subnet.slot(None, 0, payload.flats[worker], dtype=payload.dtype)
-            subnet.slot(None, 0, resized, dtype=payload.dtype).copy_(before)
+            subnet.slot(None, 0, resized, dtype=payload.dtype, capacities=capacities).copy_(before)
             payload.flats[worker] = resized
         # Elsewhere the flat tensor stays, with the parameters on it, and blocks are copied from where they arrived.
         for (worker, chain, slot), arriving in payload.arriving.items():

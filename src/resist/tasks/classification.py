@@ -79,8 +79,9 @@ class Classification:
     def network(self) -> nn.Module:
         return self.build()
 
-    def to(self, device: torch.device | str) -> "Classification":
-        return replace(self, train=self.train.to(device), held_out=self.held_out.to(device))
+    def to(self, device: torch.device | str, *, channels_last: bool | None = None) -> "Classification":
+        train, held_out = (data.to(device, channels_last=channels_last) for data in (self.train, self.held_out))
+        return replace(self, train=train, held_out=held_out)
 
     def batches(self, sampler: Sampler) -> Batches:
         loader = self.train.loader(sampler)
@@ -166,10 +167,12 @@ def hits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         (3,) int64 on the CPU: number of images, of those whose first class is right, and of those with the right one
         among the first five.
     """
-    counts = torch.zeros(3, dtype=torch.int64)
+    num, right = 0, list[Tensor]()  # on the network's device, which works ahead
     for images, labels in batches:
         with refusing_one_value(model, "test on at least two images, or give another `batchnorm`"):
             scores = model(images)
-        right = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-        counts += torch.stack([right.new_tensor(len(labels), dtype=torch.int64), right[:, 0].sum(), right.sum()]).cpu()
-    return counts  # each addition has waited for the device
+        hit = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        num += len(labels)
+        right.append(torch.stack([hit[:, 0].sum(), hit.sum()]))
+    top1, top5 = torch.stack(right).sum(0).tolist() if right else (0, 0)  # waits for the device
+    return torch.tensor([num, top1, top5])

@@ -96,7 +96,9 @@ class Detection:
             self.start.fill(model)
         return model
 
-    def to(self, device: torch.device | str) -> "Detection":
+    def to(self, device: torch.device | str, *, channels_last: bool | None = None) -> "Detection":
+        # The network makes batches of photographs of different sizes itself; its first convolution gives them the
+        # memory format of its weights.
         return replace(self, device=torch.device(device))
 
     def batches(self, sampler: Sampler) -> Batches:

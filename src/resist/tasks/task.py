@@ -40,8 +40,13 @@ class Task(Protocol):
         """Build the full network with its initial weights."""
         ...
 
-    def to(self, device: torch.device | str) -> "Task":
-        """Return the same task with batches on `device`."""
+    def to(self, device: torch.device | str, *, channels_last: bool | None = None) -> "Task":
+        """Return the same task with batches on `device`.
+
+        Args:
+            device: Device of the batches.
+            channels_last: Memory format of the images that enter the network; default: as before.
+        """
         ...
 
     def batches(self, sampler: Sampler) -> Batches:

@@ -38,7 +38,7 @@ def evaluate_run(path: Path, *, data_dir: Path | None = None, device: torch.devi
         UserError: The run has not finished, or a file is damaged.
     """
     config, task = _open(path, data_dir)
-    task = task.to(device)
+    task = task.to(device, channels_last=config.machine.channels_last)
     with autocast(device, config.machine.precision):
         scores = task.test(_load(path, config, task, scaled=True).to(device))
     if config.optimization.model_ema_decay is not None:
@@ -71,7 +71,7 @@ def readings_of_run(
     """
     config, task = _open(path, data_dir)
     with RunLock(path, "evaluate"):
-        task, chosen = task.to(device), config.method.batchnorm
+        task, chosen = task.to(device, channels_last=config.machine.channels_last), config.method.batchnorm
         choices = ["batch"] if chosen == "batch" else list(dict.fromkeys([chosen, "recalibrate", "batch"]))
         scores: dict[str, float] = {}
         for scaled in (True, False):
@@ -104,4 +104,5 @@ def _load(path: Path, config: TrainConfig, task: Task, *, scaled: bool, file: st
     model = task.network()  # with weights: buffers that are not saved, such as position tables, have to be right
     if config.method.batchnorm == "batch":
         use_batch_statistics(model)
-    return load_full(model, path / file, scaled=scaled)
+    memory_format = torch.channels_last if config.machine.channels_last else torch.contiguous_format
+    return load_full(model, path / file, scaled=scaled).to(memory_format=memory_format)  # as in the run

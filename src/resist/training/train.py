@@ -70,7 +70,7 @@ def train(config: TrainConfig, task: Task | None = None, *, checked: bool = True
         config = replace(config, optimization=optimization)
         task = _open_everywhere(config, transport) if task is None else task
         check_agreement(transport, {**config.digest(), "resist": resist.__version__, "data set": task.digest()})
-        return _train(config, task.to(device), transport, device, began)
+        return _train(config, task.to(device, channels_last=machine.channels_last), transport, device, began)
     finally:
         transport.close()
 

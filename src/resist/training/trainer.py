@@ -62,7 +62,7 @@ class Trainer:
         self._sizes = f"`batch_size={o.batch_size}`, `grad_accum_steps={o.grad_accum_steps}`"
 
     def step(self, step: int, lr: float) -> Tensor:
-        """Take one optimizer step on the batch of `step`.
+        """Take one optimizer step on the batch of `step`. Does not wait for the device.
 
         Args:
             step: Number of the step, from 0.
@@ -84,7 +84,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
-            self.average.update_parameters(self._network)
+            update_average(self.average, self._network)
         return total
 
     def _two_values(self) -> AbstractContextManager[None]:
@@ -103,3 +103,20 @@ def start_average(model: nn.Module, decay: float) -> AveragedModel:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     average.n_averaged.fill_(1)  # so the first step is averaged as all others are, also after a resume
     return average
+
+
+@torch.no_grad()
+def update_average(average: AveragedModel, model: nn.Module) -> None:
+    """Move an average on by the weights of a step, and copy the buffers.
+
+    It is `average.update_parameters(model)` without the copy of the count to the device, which waits for it.
+
+    Args:
+        average: An average that `start_average` has begun.
+        model: The network.
+    """
+    assert average.multi_avg_fn is not None
+    average.multi_avg_fn(list(average.parameters()), list(model.parameters()), average.n_averaged)
+    for own, new in zip(average.module.buffers(), model.buffers(), strict=True):
+        own.copy_(new)
+    average.n_averaged += 1
