@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from commands import Commands
 from exported import noise, own
 from resist.blocks.chains import find_chains
 from resist.cli import main
@@ -57,8 +58,26 @@ def scaled_of(run: Path) -> nn.Module:
     return scale_blocks(model, {f"layer3.{number}": 0.5 for number in range(1, 5)})
 
 
+OTHER = "; --to program needs torch alone):"
+NEEDS = {  # what is printed before the lines of code
+    ("torch", "fold"): "load it (needs resist for the network's source" + OTHER,
+    ("torch", "keep"): "load it (needs resist for the network's source and the scale" + OTHER,
+    ("safetensors", "fold"): "load it (needs resist for the network's source, safetensors" + OTHER,
+    ("safetensors", "keep"): "load it (needs resist for the network's source and the scale, safetensors" + OTHER,
+    ("program", "fold"): "load it (needs torch):",
+    ("program", "keep"): "load it (needs torch):",
+}
+WITH_TORCH_ALONE = """
+import sys, torch
+for path in sys.argv[1:]:
+    torch.export.load(path).module()(torch.zeros(3, 3, 16, 16))
+assert not [name for name in sys.modules if name.split('.')[0] in ('resist', 'torchvision', 'timm')]
+"""
+
+
 @pytest.mark.slow
-def test_every_target_computes_what_the_run_computes(capsys, tmp_path, runs) -> None:
+def test_every_target_computes_what_the_run_computes_and_says_what_it_needs(capsys, tmp_path, runs) -> None:
+    """A state dict of a network of this package needs this package; a program needs torch alone."""
     scaled, images = scaled_of(runs["plain"]), noise(3, 3, 16, 16)
     for to, file in (("safetensors", "a.safetensors"), ("torch", "a.pt"), ("program", "a.pt2")):
         for scale in ("fold", "keep"):
@@ -68,6 +87,7 @@ def test_every_target_computes_what_the_run_computes(capsys, tmp_path, runs) -> 
             assert (status, err) == (0, "")
             assert str(path) in text
             assert "4 blocks are multiplied by 0.5" in text
+            assert next(line for line in text.splitlines() if line.startswith("load it")) == NEEDS[to, scale]
             found = from_printed_code(text)  # with the printed lines of code
             torch.testing.assert_close(found(images), scaled(images), rtol=1e-5, atol=1e-5)
             assert scales_of(found) == (scales_of(scaled) if scale == "keep" and to != "program" else {})
@@ -79,6 +99,8 @@ def test_every_target_computes_what_the_run_computes(capsys, tmp_path, runs) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         f"{scale}-a.{suffix}" for scale in ("fold", "keep") for suffix in ("safetensors", "pt", "pt2")
     )
+    programs = [str(tmp_path / f"{scale}-a.pt2") for scale in ("fold", "keep")]
+    subprocess.run([sys.executable, "-c", WITH_TORCH_ALONE, *programs], check=True)
 
 
 @pytest.mark.slow
@@ -133,30 +155,6 @@ def test_onnx_that_differs_is_not_written_and_one_that_cannot_be_checked_is_call
     status, text, _ = command(capsys, *arguments)
     assert status == 0
     assert "not checked, because onnxruntime is not installed: pip install 'torch-resist[onnx]'" in text
-
-
-@pytest.mark.slow
-def test_what_is_printed_says_what_it_needs(capsys, tmp_path, runs) -> None:
-    """A state dict of a network of this package needs this package; a program needs torch alone."""
-    told = {}
-    for to in ("torch", "safetensors", "program"):
-        for scale in ("fold", "keep"):
-            arguments = ["--to", to, "--scale", scale, "-o", str(tmp_path / f"{scale}{TARGETS[to][0]}")]
-            text = command(capsys, "export", str(runs["plain"]), *arguments)[1]
-            told[to, scale] = next(line for line in text.splitlines() if line.startswith("load it"))
-    other = "; --to program needs torch alone):"
-    assert told == {
-        ("torch", "fold"): "load it (needs resist for the network's source" + other,
-        ("torch", "keep"): "load it (needs resist for the network's source and the scale" + other,
-        ("safetensors", "fold"): "load it (needs resist for the network's source, safetensors" + other,
-        ("safetensors", "keep"): "load it (needs resist for the network's source and the scale, safetensors" + other,
-        ("program", "fold"): "load it (needs torch):",
-        ("program", "keep"): "load it (needs torch):",
-    }
-    load = "import sys, torch; torch.export.load(sys.argv[1]).module()(torch.zeros(3, 3, 16, 16)); "
-    check = "assert not [name for name in sys.modules if name.split('.')[0] in ('resist', 'torchvision', 'timm')]"
-    for scale in ("fold", "keep"):
-        subprocess.run([sys.executable, "-c", load + check, str(tmp_path / f"{scale}.pt2")], check=True)
 
 
 @pytest.mark.slow
@@ -297,13 +295,18 @@ def test_a_run_that_is_none_or_damaged(capsys, tmp_path, runs) -> None:
     assert not (tmp_path / "exported.pt").exists()
 
 
+def without_reader() -> None:
+    """A prelude: standard output is a pipe whose reader has ended."""
+    import os
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+
+
 @pytest.mark.slow
-def test_a_reader_that_stops_ends_it_quietly(tmp_path, runs) -> None:
-    arguments = ["export", str(runs["plain"]), "--to", "torch", "-o", str(tmp_path / "x.pt")]
-    command = [sys.executable, "-m", "resist", *arguments]
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(write)
+def test_a_reader_that_stops_ends_it_quietly(commands: Commands, tmp_path, runs) -> None:
+    path = tmp_path / "x.pt"
+    done = commands.run("export", runs["plain"], "--to", "torch", "-o", path, prelude=without_reader)
     assert (done.returncode, done.stderr) == (141, "")
-    assert (tmp_path / "x.pt").exists()
+    assert path.exists()
