@@ -301,6 +301,7 @@ def test_quoted_messages_are_those_of_the_source(message: str) -> None:
     assert share_in_source(message) > 0.4, message
 
 
+@pytest.mark.slow
 def test_an_invented_message_is_detected() -> None:
     assert len(MESSAGES) > 20
     assert share_in_source("--batch-size 7 may not be odd; take an even number of images instead") < 0.3

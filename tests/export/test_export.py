@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from resist.cli import main
 from resist.errors import UserError
 from resist.export import onnx
 from resist.export.recipe import Recipe
-from resist.export.run import TARGETS
 from resist.models import build
 from resist.runs.model_file import save_full
 from resist.subnet.scaling import scale_blocks, scale_branches, scales_of
@@ -40,15 +41,18 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of 4 chain blocks dealt to 3 workers, one without running statistics, one without scale."""
-    folder = tmp_path_factory.mktemp("runs")
-    options = {"plain": [], "batch": ["--batchnorm", "batch"]}
-    for name, more in options.items():
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of 4 chain blocks dealt to 3 workers, "plain" or without running statistics, made when it is needed."""
+    folder, options = tmp_path_factory.mktemp("runs"), {"plain": [], "batch": ["--batchnorm", "batch"]}
+
+    @cache
+    def run(name: str) -> Path:
         with pytest.raises(SystemExit) as ended:
-            main(["train", *SMALL, *more, "--out", str(folder / name)])
+            main(["train", *SMALL, *options[name], "--out", str(folder / name)])
         assert not ended.value.code
-    return {name: folder / name for name in options}
+        return folder / name
+
+    return run
 
 
 def scaled_of(run: Path) -> nn.Module:
@@ -78,12 +82,12 @@ assert not [name for name in sys.modules if name.split('.')[0] in ('resist', 'to
 @pytest.mark.slow
 def test_every_target_computes_what_the_run_computes_and_says_what_it_needs(capsys, tmp_path, runs) -> None:
     """A state dict of a network of this package needs this package; a program needs torch alone."""
-    scaled, images = scaled_of(runs["plain"]), noise(3, 3, 16, 16)
+    scaled, images = scaled_of(runs("plain")), noise(3, 3, 16, 16)
     for to, file in (("safetensors", "a.safetensors"), ("torch", "a.pt"), ("program", "a.pt2")):
         for scale in ("fold", "keep"):
             path = tmp_path / f"{scale}-{file}"
             arguments = ["--to", to, "-o", str(path), "--scale", scale, "--device", "cpu"]
-            status, text, err = command(capsys, "export", str(runs["plain"]), *arguments)
+            status, text, err = command(capsys, "export", str(runs("plain")), *arguments)
             assert (status, err) == (0, "")
             assert str(path) in text
             assert "4 blocks are multiplied by 0.5" in text
@@ -108,11 +112,11 @@ def test_onnx_computes_what_the_run_computes(capsys, tmp_path, runs) -> None:
     """For any number of images, with the scale folded and as part of the graph."""
     pytest.importorskip("onnxscript", reason="onnx is an optional extra")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnx is an optional extra")
-    scaled = scaled_of(runs["plain"])
+    scaled = scaled_of(runs("plain"))
     for scale in ("fold", "keep"):
         path = tmp_path / f"{scale}.onnx"
         arguments = ["--to", "onnx", "-o", str(path), "--scale", scale, "--device", "cpu"]
-        status, text, err = command(capsys, "export", str(runs["plain"]), *arguments)
+        status, text, err = command(capsys, "export", str(runs("plain")), *arguments)
         assert (status, err) == (0, "")
         assert re.search(r"checked: the logits of onnxruntime differ from torch's by \d\.\de-\d\d at most", text)
         names: dict[str, Any] = {}
@@ -128,7 +132,7 @@ def test_onnx_computes_what_the_run_computes(capsys, tmp_path, runs) -> None:
 def test_onnx_without_its_packages(capsys, tmp_path, monkeypatch, runs) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     path = tmp_path / "x.onnx"
-    status, out, err = command(capsys, "export", str(runs["plain"]), "--to", "onnx", "-o", str(path))
+    status, out, err = command(capsys, "export", str(runs("plain")), "--to", "onnx", "-o", str(path))
     assert (status, out) == (2, "")
     assert err == "resist: --to onnx needs onnxscript: pip install 'torch-resist[onnx]'\n"
     assert not path.exists()
@@ -141,7 +145,7 @@ def test_onnx_that_differs_is_not_written_and_one_that_cannot_be_checked_is_call
     pytest.importorskip("onnxscript", reason="onnx is an optional extra")
     pytest.importorskip("onnxruntime", reason="onnx is an optional extra")
     path = tmp_path / "x.onnx"
-    arguments = ["export", str(runs["plain"]), "--to", "onnx", "-o", str(path)]
+    arguments = ["export", str(runs("plain")), "--to", "onnx", "-o", str(path)]
     model, other, images = own(), own(), noise(3, 3, 16, 16)
     content = onnx._convert(other, images, {})
     monkeypatch.setattr(onnx, "_convert", lambda *_: content)
@@ -183,7 +187,7 @@ def test_runs_of_their_networks(capsys, tmp_path, monkeypatch, runs, model: str,
     pytest.importorskip(library, reason="timm is an optional extra")
     build_theirs = Recipe(library, name, {"num_classes": 10, **options}).build
     monkeypatch.setattr("resist.export.run.network_builder", lambda _config: build_theirs)
-    config = json.loads((runs["plain"] / "config.json").read_text())
+    config = json.loads((runs("plain") / "config.json").read_text())
     config["network"] = {"model": model, "data": "synthetic"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     scaled = build_theirs().eval()
@@ -211,7 +215,7 @@ def test_runs_of_their_networks(capsys, tmp_path, monkeypatch, runs, model: str,
 @pytest.mark.parametrize("model", ["preact_resnet101_imagenet", "preact_resnet200_imagenet"])
 def test_our_networks_for_photographs_are_timms(capsys, tmp_path, runs, model: str) -> None:
     pytest.importorskip("timm", reason="timm is an optional extra")
-    config = json.loads((runs["plain"] / "config.json").read_text())
+    config = json.loads((runs("plain") / "config.json").read_text())
     config["network"] = {"model": model, "data": "synthetic", "model_args": ["depths=1,1,3,1", "width=8"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     scaled = build(model, num_classes=10, depths=(1, 1, 3, 1), width=8).eval()
@@ -240,16 +244,16 @@ def from_printed_code(text: str) -> nn.Module:
 
 @pytest.mark.slow
 def test_statistics_are_estimated_for_a_run_without_them(capsys, tmp_path, runs) -> None:
-    status, _, err = command(capsys, "export", str(runs["batch"]), "--to", "torch", "-o", str(tmp_path / "x.pt"))
+    status, _, err = command(capsys, "export", str(runs("batch")), "--to", "torch", "-o", str(tmp_path / "x.pt"))
     assert (status, err.count("\n")) == (2, 1)
     assert "--calibrate" in err
     arguments = ["--to", "torch", "-o", str(tmp_path / "x.pt"), "--calibrate", "--device", "cpu"]
-    status, text, _ = command(capsys, "export", str(runs["batch"]), *arguments)
+    status, text, _ = command(capsys, "export", str(runs("batch")), *arguments)
     assert status == 0
     model = from_printed_code(text)
     own().load_state_dict(model.state_dict())
     assert model.get_buffer("norm.running_mean").abs().max() > 0
-    trained_weights = load_file(runs["batch"] / "model.safetensors")
+    trained_weights = load_file(runs("batch") / "model.safetensors")
     assert torch.equal(trained_weights["layer3.0.conv2.weight"], model.get_parameter("layer3.0.conv2.weight"))
 
 
@@ -276,7 +280,7 @@ def test_what_cannot_be_exported_is_an_error_of_one_line(
     Path("there.safetensors").write_text("precious")
     Path("dangling.safetensors").symlink_to("nowhere")
     before = sorted(os.listdir())
-    status, out, err = command(capsys, "export", str(runs["plain"]), *arguments)
+    status, out, err = command(capsys, "export", str(runs("plain")), *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert text in err
     assert Path("there.safetensors").read_text() == "precious"
@@ -287,8 +291,8 @@ def test_a_run_that_is_none_or_damaged(capsys, tmp_path, runs) -> None:
     status, _, err = command(capsys, "export", str(tmp_path), "--to", "torch")
     assert (status, err.count("\n")) == (2, 1)
     assert "is not a run directory" in err
-    (tmp_path / "config.json").write_text((runs["plain"] / "config.json").read_text())
-    (tmp_path / "model.safetensors").write_bytes((runs["plain"] / "model.safetensors").read_bytes()[:-9])
+    (tmp_path / "config.json").write_text((runs("plain") / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((runs("plain") / "model.safetensors").read_bytes()[:-9])
     status, _, err = command(capsys, "export", str(tmp_path), "--to", "torch")
     assert (status, err.count("\n")) == (2, 1)
     assert "model.safetensors is damaged" in err
@@ -307,6 +311,6 @@ def without_reader() -> None:
 @pytest.mark.slow
 def test_a_reader_that_stops_ends_it_quietly(commands: Commands, tmp_path, runs) -> None:
     path = tmp_path / "x.pt"
-    done = commands.run("export", runs["plain"], "--to", "torch", "-o", path, prelude=without_reader)
+    done = commands.run("export", runs("plain"), "--to", "torch", "-o", path, prelude=without_reader)
     assert (done.returncode, done.stderr) == (141, "")
     assert path.exists()
