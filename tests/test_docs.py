@@ -285,6 +285,8 @@ def share_in_source(message: str) -> float:
     """Return the share of a message that is literally in matching texts of the source."""
     covered = [False] * len(message)
     for parts in templates():
+        if not all(part in message for part in parts):  # a search takes a hundred times as long
+            continue
         found = re.search(".*?".join(f"({re.escape(part)})" for part in parts), message)
         for group in range(1, len(parts) + 1 if found else 0):
             assert found is not None

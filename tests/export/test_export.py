@@ -5,8 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +38,22 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return int(ended.value.code or 0), out, err
 
 
+def trained(folder: Path, *options: str) -> Path:
+    """A run of 4 chain blocks dealt to 3 workers."""
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *SMALL, *options, "--out", str(folder / "run")])
+    assert not ended.value.code
+    return folder / "run"
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A run of 4 chain blocks dealt to 3 workers, "plain" or without running statistics, made when it is needed."""
-    folder, options = tmp_path_factory.mktemp("runs"), {"plain": [], "batch": ["--batchnorm", "batch"]}
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("plain"))
 
-    @cache
-    def run(name: str) -> Path:
-        with pytest.raises(SystemExit) as ended:
-            main(["train", *SMALL, *options[name], "--out", str(folder / name)])
-        assert not ended.value.code
-        return folder / name
 
-    return run
+@pytest.fixture(scope="module")
+def without_statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("batch"), "--batchnorm", "batch")
 
 
 def scaled_of(run: Path) -> nn.Module:
@@ -80,14 +81,14 @@ assert not [name for name in sys.modules if name.split('.')[0] in ('resist', 'to
 
 
 @pytest.mark.slow
-def test_every_target_computes_what_the_run_computes_and_says_what_it_needs(capsys, tmp_path, runs) -> None:
+def test_every_target_computes_what_the_run_computes_and_says_what_it_needs(capsys, tmp_path, plain) -> None:
     """A state dict of a network of this package needs this package; a program needs torch alone."""
-    scaled, images = scaled_of(runs("plain")), noise(3, 3, 16, 16)
+    scaled, images = scaled_of(plain), noise(3, 3, 16, 16)
     for to, file in (("safetensors", "a.safetensors"), ("torch", "a.pt"), ("program", "a.pt2")):
         for scale in ("fold", "keep"):
             path = tmp_path / f"{scale}-{file}"
             arguments = ["--to", to, "-o", str(path), "--scale", scale, "--device", "cpu"]
-            status, text, err = command(capsys, "export", str(runs("plain")), *arguments)
+            status, text, err = command(capsys, "export", str(plain), *arguments)
             assert (status, err) == (0, "")
             assert str(path) in text
             assert "4 blocks are multiplied by 0.5" in text
@@ -108,15 +109,15 @@ def test_every_target_computes_what_the_run_computes_and_says_what_it_needs(caps
 
 
 @pytest.mark.slow
-def test_onnx_computes_what_the_run_computes(capsys, tmp_path, runs) -> None:
+def test_onnx_computes_what_the_run_computes(capsys, tmp_path, plain) -> None:
     """For any number of images, with the scale folded and as part of the graph."""
     pytest.importorskip("onnxscript", reason="onnx is an optional extra")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnx is an optional extra")
-    scaled = scaled_of(runs("plain"))
+    scaled = scaled_of(plain)
     for scale in ("fold", "keep"):
         path = tmp_path / f"{scale}.onnx"
         arguments = ["--to", "onnx", "-o", str(path), "--scale", scale, "--device", "cpu"]
-        status, text, err = command(capsys, "export", str(runs("plain")), *arguments)
+        status, text, err = command(capsys, "export", str(plain), *arguments)
         assert (status, err) == (0, "")
         assert re.search(r"checked: the logits of onnxruntime differ from torch's by \d\.\de-\d\d at most", text)
         names: dict[str, Any] = {}
@@ -129,10 +130,10 @@ def test_onnx_computes_what_the_run_computes(capsys, tmp_path, runs) -> None:
         assert (metadata["scale"], metadata["num_classes"]) == ("folded" if scale == "fold" else "kept", "10")
 
 
-def test_onnx_without_its_packages(capsys, tmp_path, monkeypatch, runs) -> None:
+def test_onnx_without_its_packages(capsys, tmp_path, monkeypatch, plain) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     path = tmp_path / "x.onnx"
-    status, out, err = command(capsys, "export", str(runs("plain")), "--to", "onnx", "-o", str(path))
+    status, out, err = command(capsys, "export", str(plain), "--to", "onnx", "-o", str(path))
     assert (status, out) == (2, "")
     assert err == "resist: --to onnx needs onnxscript: pip install 'torch-resist[onnx]'\n"
     assert not path.exists()
@@ -140,12 +141,12 @@ def test_onnx_without_its_packages(capsys, tmp_path, monkeypatch, runs) -> None:
 
 @pytest.mark.slow
 def test_onnx_that_differs_is_not_written_and_one_that_cannot_be_checked_is_called_so(
-    capsys, tmp_path, monkeypatch, runs
+    capsys, tmp_path, monkeypatch, plain
 ) -> None:
     pytest.importorskip("onnxscript", reason="onnx is an optional extra")
     pytest.importorskip("onnxruntime", reason="onnx is an optional extra")
     path = tmp_path / "x.onnx"
-    arguments = ["export", str(runs("plain")), "--to", "onnx", "-o", str(path)]
+    arguments = ["export", str(plain), "--to", "onnx", "-o", str(path)]
     model, other, images = own(), own(), noise(3, 3, 16, 16)
     content = onnx._convert(other, images, {})
     monkeypatch.setattr(onnx, "_convert", lambda *_: content)
@@ -181,13 +182,13 @@ def test_the_average_of_a_run_is_exported(capsys, tmp_path) -> None:
     ("model", "options"),
     [("timm:test_convnext", {}), ("timm:test_vit", {"img_size": 32}), ("torchvision:resnet18", {})],
 )
-def test_runs_of_their_networks(capsys, tmp_path, monkeypatch, runs, model: str, options: dict[str, int]) -> None:
+def test_runs_of_their_networks(capsys, tmp_path, monkeypatch, plain, model: str, options: dict[str, int]) -> None:
     """A run directory as training leaves it: the weights of a network of timm or torchvision, and the scale."""
     library, _, name = model.partition(":")
     pytest.importorskip(library, reason="timm is an optional extra")
     build_theirs = Recipe(library, name, {"num_classes": 10, **options}).build
     monkeypatch.setattr("resist.export.run.network_builder", lambda _config: build_theirs)
-    config = json.loads((runs("plain") / "config.json").read_text())
+    config = json.loads((plain / "config.json").read_text())
     config["network"] = {"model": model, "data": "synthetic"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     scaled = build_theirs().eval()
@@ -213,9 +214,9 @@ def test_runs_of_their_networks(capsys, tmp_path, monkeypatch, runs, model: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["preact_resnet101_imagenet", "preact_resnet200_imagenet"])
-def test_our_networks_for_photographs_are_timms(capsys, tmp_path, runs, model: str) -> None:
+def test_our_networks_for_photographs_are_timms(capsys, tmp_path, plain, model: str) -> None:
     pytest.importorskip("timm", reason="timm is an optional extra")
-    config = json.loads((runs("plain") / "config.json").read_text())
+    config = json.loads((plain / "config.json").read_text())
     config["network"] = {"model": model, "data": "synthetic", "model_args": ["depths=1,1,3,1", "width=8"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     scaled = build(model, num_classes=10, depths=(1, 1, 3, 1), width=8).eval()
@@ -243,17 +244,17 @@ def from_printed_code(text: str) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_statistics_are_estimated_for_a_run_without_them(capsys, tmp_path, runs) -> None:
-    status, _, err = command(capsys, "export", str(runs("batch")), "--to", "torch", "-o", str(tmp_path / "x.pt"))
+def test_statistics_are_estimated_for_a_run_without_them(capsys, tmp_path, without_statistics) -> None:
+    status, _, err = command(capsys, "export", str(without_statistics), "--to", "torch", "-o", str(tmp_path / "x.pt"))
     assert (status, err.count("\n")) == (2, 1)
     assert "--calibrate" in err
     arguments = ["--to", "torch", "-o", str(tmp_path / "x.pt"), "--calibrate", "--device", "cpu"]
-    status, text, _ = command(capsys, "export", str(runs("batch")), *arguments)
+    status, text, _ = command(capsys, "export", str(without_statistics), *arguments)
     assert status == 0
     model = from_printed_code(text)
     own().load_state_dict(model.state_dict())
     assert model.get_buffer("norm.running_mean").abs().max() > 0
-    trained_weights = load_file(runs("batch") / "model.safetensors")
+    trained_weights = load_file(without_statistics / "model.safetensors")
     assert torch.equal(trained_weights["layer3.0.conv2.weight"], model.get_parameter("layer3.0.conv2.weight"))
 
 
@@ -274,25 +275,25 @@ def test_statistics_are_estimated_for_a_run_without_them(capsys, tmp_path, runs)
     ],
 )
 def test_what_cannot_be_exported_is_an_error_of_one_line(
-    capsys, tmp_path, monkeypatch, runs, arguments: list[str], text: str
+    capsys, tmp_path, monkeypatch, plain, arguments: list[str], text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("there.safetensors").write_text("precious")
     Path("dangling.safetensors").symlink_to("nowhere")
     before = sorted(os.listdir())
-    status, out, err = command(capsys, "export", str(runs("plain")), *arguments)
+    status, out, err = command(capsys, "export", str(plain), *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert text in err
     assert Path("there.safetensors").read_text() == "precious"
     assert sorted(os.listdir()) == before
 
 
-def test_a_run_that_is_none_or_damaged(capsys, tmp_path, runs) -> None:
+def test_a_run_that_is_none_or_damaged(capsys, tmp_path, plain) -> None:
     status, _, err = command(capsys, "export", str(tmp_path), "--to", "torch")
     assert (status, err.count("\n")) == (2, 1)
     assert "is not a run directory" in err
-    (tmp_path / "config.json").write_text((runs("plain") / "config.json").read_text())
-    (tmp_path / "model.safetensors").write_bytes((runs("plain") / "model.safetensors").read_bytes()[:-9])
+    (tmp_path / "config.json").write_text((plain / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((plain / "model.safetensors").read_bytes()[:-9])
     status, _, err = command(capsys, "export", str(tmp_path), "--to", "torch")
     assert (status, err.count("\n")) == (2, 1)
     assert "model.safetensors is damaged" in err
@@ -309,8 +310,8 @@ def without_reader() -> None:
 
 
 @pytest.mark.slow
-def test_a_reader_that_stops_ends_it_quietly(commands: Commands, tmp_path, runs) -> None:
+def test_a_reader_that_stops_ends_it_quietly(commands: Commands, tmp_path, plain) -> None:
     path = tmp_path / "x.pt"
-    done = commands.run("export", runs("plain"), "--to", "torch", "-o", path, prelude=without_reader)
+    done = commands.run("export", plain, "--to", "torch", "-o", path, prelude=without_reader)
     assert (done.returncode, done.stderr) == (141, "")
     assert path.exists()
