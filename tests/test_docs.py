@@ -285,6 +285,8 @@ def share_in_source(message: str) -> float:
     """Return the share of a message that is literally in matching texts of the source."""
     covered = [False] * len(message)
     for parts in templates():
+        if not all(part in message for part in parts):  # a search takes a hundred times as long
+            continue
         found = re.search(".*?".join(f"({re.escape(part)})" for part in parts), message)
         for group in range(1, len(parts) + 1 if found else 0):
             assert found is not None
@@ -301,6 +303,7 @@ def test_quoted_messages_are_those_of_the_source(message: str) -> None:
     assert share_in_source(message) > 0.4, message
 
 
+@pytest.mark.slow
 def test_an_invented_message_is_detected() -> None:
     assert len(MESSAGES) > 20
     assert share_in_source("--batch-size 7 may not be odd; take an even number of images instead") < 0.3

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from resist.blocks.chain import Chain
-from resist.blocks.chains import choose_chains
+from resist.blocks.chains import chosen_of, try_runs
 from resist.blocks.holdings import log_holdings
 from resist.blocks.wrappers import check_blocks
 from resist.checking.unchecked import add_depth_hints, note_unchecked
@@ -177,7 +177,8 @@ class Job:
         self.workers: list[Worker] = []
         for index in self.transport.hosted:
             self.workers.append(self._host(index, full, device, channels_last))
-        if runs is None and strategy.ever_partitions:
+        unchecked = example is None or example is False
+        if unchecked and strategy.ever_partitions:
             add_depth_hints((worker.subnet.model for worker in self.workers), self.chains)
         self.mark_anchors()
         if 0 in self.transport.hosted:
@@ -187,18 +188,19 @@ class Job:
 
     def _draw_first(
         self, full: nn.Module, chains: str | Sequence[str], example: object
-    ) -> tuple[tuple[Chain, ...], Sequence[Chain] | None]:
+    ) -> tuple[tuple[Chain, ...], tuple[Chain, ...]]:
         """Line 1 of the algorithm: choose chains and draw sub-networks.
 
         Returns:
-            The chains, and all runs of blocks that were tried with the example; None without one.
+            The chains, and all runs of blocks that were tried.
         """
         if (hosted := self.transport.num_workers) != self.strategy.workers:
             raise UserError(f"a transport for {hosted} workers, a strategy for {self.strategy.workers}; match them")
         names = (chains,) if isinstance(chains, str) else tuple(chains)
         needed = self.strategy.ever_partitions
         if example is None or example is False:
-            found, runs = choose_chains(full, names, needed=needed), None
+            runs = try_runs(full)
+            found = chosen_of(runs, full, names, needed=needed)
         else:
             found, runs = choose_with_runs(full, names, example, needed=needed)
         check_blocks(full, (n for chain in found for block in range(chain.num_blocks) for n in chain.members(block)))

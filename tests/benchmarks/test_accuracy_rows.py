@@ -43,6 +43,7 @@ def test_a_skipped_block_passes_its_input_and_is_scaled_in_tests() -> None:
     assert torch.allclose(doubled.eval()(x), x + 0.25)
 
 
+@pytest.mark.slow
 def test_the_rate_ends_at_zero_and_rows_of_a_seed_begin_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     step = torch.optim.SGD.step

@@ -217,11 +217,11 @@ def test_a_model_may_itself_be_the_container() -> None:
     [
         ("resnet18", "layer1:0-1"),
         ("resnet50", "layer3:1-5"),
-        ("resnet101", "layer3:1-22"),
-        ("resnet152", "layer3:1-35"),
+        pytest.param("resnet101", "layer3:1-22", marks=pytest.mark.slow),
+        pytest.param("resnet152", "layer3:1-35", marks=pytest.mark.slow),
         ("mobilenet_v2", "features:8-10"),
-        ("convnext_tiny", "features.5:0-8"),
-        ("swin_t", "features.5:0-5"),
+        pytest.param("convnext_tiny", "features.5:0-8", marks=pytest.mark.slow),
+        pytest.param("swin_t", "features.5:0-5", marks=pytest.mark.slow),
         ("efficientnet_b0", "features.6:1-3"),
     ],
 )

@@ -97,6 +97,7 @@ def test_a_run_ends_early_when_its_budget_is_used_up(capsys, tmp_path) -> None:
         assert (out / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_plan_names_the_papers_counts(capsys) -> None:
     arguments = ["plan", "--model", "preact_resnet101", "--num-classes", "100", "--workers", "4"]
     status, text, _ = resist(capsys, *arguments)
@@ -113,7 +114,7 @@ def test_plan_names_the_papers_counts(capsys) -> None:
 
 
 def test_plan_depends_on_the_seed(capsys) -> None:
-    arguments = ["plan", "--model", "preact_resnet101", "--workers", "4", "--json"]
+    arguments = ["plan", "--model-args", "depths=1,1,9,1", "width=4", "--workers", "4", "--json"]
     first, again, other = (resist(capsys, *arguments, "--seed", seed)[1] for seed in ("0", "0", "1"))
     assert json.loads(first) == json.loads(again)
     assert json.loads(first)["rounds"] != json.loads(other)["rounds"]

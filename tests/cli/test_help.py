@@ -219,8 +219,9 @@ ROOMS = [file for file in SOURCE.rglob("*.py") if file.parent.name != "cli" and 
 FLAGS = {flag for record, _ in COMMANDS.values() for option in options_of(record).values() for flag in option.flags}
 
 
-@pytest.mark.parametrize("file", ROOMS, ids=lambda file: str(file.relative_to(SOURCE)))
-def test_only_this_room_writes_options_with_dashes(file: Path) -> None:
+def test_only_this_room_writes_options_with_dashes() -> None:
     """The others name the argument, `timeout_s=0`, as their users in Python write it; docstrings too."""
     flags = FLAGS | {"--" + name.replace("_", "-") for name in EARLIER} | {"--resume", "--outer", "--scale"}
-    assert set(re.findall(r"--[a-z][a-z-]+", file.read_text(encoding="utf-8"))) & flags == set()
+    found = {file: set(re.findall(r"--[a-z][a-z-]+", file.read_text(encoding="utf-8"))) & flags for file in ROOMS}
+    assert len(found) > 100
+    assert {str(file.relative_to(SOURCE)): names for file, names in found.items() if names} == {}

@@ -95,6 +95,17 @@ def test_ctrl_c_is_ignored_where_it_was(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"resist {resist.__version__}\n", "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes of Unix")
+def test_a_reader_that_stops_ends_a_process_without_a_word() -> None:
+    """Nor does the interpreter complain when it closes standard output in the end."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "resist", "train", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

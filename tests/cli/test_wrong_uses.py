@@ -373,7 +373,17 @@ def test_there_are_200_wrong_uses() -> None:
     assert len(CASES) >= 200
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join([*case.environment, *case.arguments])[:60])
+@pytest.mark.parametrize(
+    "case",
+    [  # every third is one of the fast tests
+        pytest.param(
+            case,
+            id=" ".join([*case.environment, *case.arguments])[:60],
+            marks=pytest.mark.slow if number % 3 else (),
+        )
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_a_wrong_use_is_refused_in_one_short_line(case: Case, places, no_work, capsys, monkeypatch) -> None:
     for name, value in case.environment.items():
         monkeypatch.setenv(name, value)

@@ -44,6 +44,7 @@ def test_a_growing_strategy_has_a_row_for_each_of_its_sizes() -> None:
     assert row(alone, "resist", 3).traffic == report.rows[0].traffic
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_stage_are_those_that_are_sent() -> None:
     """In the rounds before and after the one that grows."""
     strategy = resist(3, 1, capacities=Capacities(by_round={0: 2, 3: 4}), optimizer_state="reset")

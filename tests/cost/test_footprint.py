@@ -75,6 +75,7 @@ def test_memory_is_what_the_allocator_hands_out(
     assert network.memory.peak == pytest.approx(measured_peak(blocks, batch, build_optimizer), rel=0.1)
 
 
+@pytest.mark.slow
 def test_memory_has_its_parts() -> None:
     template = build_on_meta(small)
     one, two = (
@@ -117,6 +118,7 @@ def test_state_has_the_bytes_of_a_real_step(
     assert predicted == sum(value.nbytes for value in values)
 
 
+@pytest.mark.slow
 def test_an_average_of_the_weights_is_counted() -> None:
     plain, averaged = (
         predict(tiny, [resist(2), ddp(2)], build_optimizer=factored, average=average, **SMALL).rows

@@ -64,6 +64,7 @@ class ReadsItself(PreActResNet):
         return {"logits": super().forward(images), "others": [images.mean()]}
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_its_weights_is_predicted_too() -> None:
     before = torch.get_rng_state()
     plain = predict(lambda: PreActResNet((1, 1, 4, 1), 5, width=4), all_of([2]), **SMALL)

@@ -49,7 +49,15 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 
 @pytest.mark.parametrize(
     ("optimizer", "policy"),
-    [(name, "travel") for name in OPTIMIZERS] + [(n, p) for n in ("momentum", "adamw") for p in ("keep", "average")],
+    [
+        ("decay", "travel"),
+        *(pytest.param(name, "travel", marks=pytest.mark.slow) for name in OPTIMIZERS if name != "decay"),
+        *(
+            pytest.param(name, policy, marks=pytest.mark.slow)
+            for name in ("momentum", "adamw")
+            for policy in ("keep", "average")
+        ),
+    ],
 )
 def test_one_worker_is_plain_sgd(optimizer: str, policy: str) -> None:
     """Bit for bit, over several rounds, in single precision as in use."""
@@ -72,6 +80,7 @@ def test_one_worker_is_plain_sgd(optimizer: str, policy: str) -> None:
     assert all(torch.equal(value, found[name]) for name, value in floats(plain).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [local_sgd(3, 2, optimizer_state="keep"), resist(3, 2, min_depth=BLOCKS, optimizer_state="keep")],
@@ -243,6 +252,7 @@ def test_a_loop_with_one_worker() -> None:
     assert job.round == 4
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_docstring_runs() -> None:
     recipe = re.search(r"```python\n(.*?)```", inspect.getdoc(Job) or "", re.DOTALL)
     assert recipe is not None

@@ -51,6 +51,7 @@ def test_with_one_worker_it_is_torchs(average) -> None:
     assert all(torch.equal(found[name], value) for name, value in floats(theirs.module).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [UNEQUAL, RESIZED], ids=["", "resized"])
 def test_they_go_where_their_blocks_go(strategy: Strategy) -> None:
     """As by hand; training itself does not notice."""

@@ -18,6 +18,7 @@ from support import batch, make, sgd, tiny, train, weights
 TWO = resist.resist(2, 2, min_depth=0)
 
 
+@pytest.mark.slow
 def test_training_is_bit_for_bit_the_same() -> None:
     rng = torch.get_rng_state()
     found = []

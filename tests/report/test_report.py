@@ -272,6 +272,7 @@ KEYS = (
 )
 
 
+@pytest.mark.slow
 @given(st.fixed_dictionaries({"round": st.integers(1, 9), "step": st.integers(1, 99)},
                              optional=dict.fromkeys(KEYS, anything)))  # fmt: skip
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

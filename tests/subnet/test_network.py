@@ -383,6 +383,7 @@ def test_memory_follows_the_subnetwork() -> None:
     assert all(worker.subnet.flat.numel() == full - (BLOCKS - 2) * layout.numel for worker in job.workers)
 
 
+@pytest.mark.slow
 def test_workers_are_made_without_copies_of_the_full_network() -> None:
     """Sixteen workers with 2 of 32 blocks each: the work follows the sub-networks."""
     copied = 0

@@ -126,7 +126,13 @@ def train(kind: str, growing: bool = False) -> tuple[Tensor, Tensor]:
         return (expected if full is None else full(x)), expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("dict", "tensor", "late buffer") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_what_a_block_changes_goes_with_it(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         torch.testing.assert_close(*train(kind), rtol=1e-5, atol=1e-5)

@@ -55,8 +55,8 @@ def block_messages(job: Job, round: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("capacities", [(2, 2, 2), (6, 3, 1)])
-@pytest.mark.parametrize(("optimizer", "num_states"), [(sgd, 1), (adamw, 2)])
+@pytest.mark.parametrize("capacities", [pytest.param((2, 2, 2), marks=pytest.mark.slow), (6, 3, 1)])
+@pytest.mark.parametrize(("optimizer", "num_states"), [pytest.param(sgd, 1, marks=pytest.mark.slow), (adamw, 2)])
 @pytest.mark.parametrize("policy", ["reset", "keep", "travel", "average"])
 def test_ledger(policy: str, optimizer, num_states: int, capacities: tuple[int, ...]) -> None:
     """Bytes by traffic kind from sizes and plans, for three rounds and the assembly of the full network."""

@@ -24,6 +24,7 @@ def test_outer_lr_1_without_momentum_is_the_plain_mean() -> None:
         torch.testing.assert_close(weights(outer)[name], value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_diloco_is_torchs_nesterov_on_the_mean_change(workers: int) -> None:
     """The outer step, compared with torch.optim.SGD on the gradient anchor - mean, in every round."""

@@ -205,6 +205,7 @@ def scattered(seed: int) -> list[tuple[Found, Objects]]:
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of libraries that only this test uses
 @pytest.mark.parametrize("seed", range(3))
 def test_cocos_own_evaluation_gives_the_same_at_101_points(seed: int) -> None:
@@ -219,6 +220,7 @@ def test_cocos_own_evaluation_gives_the_same_at_101_points(seed: int) -> None:
         assert measured(images).by_class(11)[label] != pytest.approx(value, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_where_coco_differs_by_definition() -> None:
     """The second detection overlaps A most, which is taken: false for VOC. COCO gives it the other object."""

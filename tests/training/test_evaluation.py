@@ -78,6 +78,7 @@ def trained_bytes(record: dict[str, Any]) -> list[int]:
     return [record["bytes"][kind] for kind in ("shared", "blocks", "state")]
 
 
+@pytest.mark.slow
 def test_one_process_tests_alone_and_accounts_for_the_wall_clock(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -42,6 +42,7 @@ def rounds_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_train_and_evaluate(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
     (folder / "train/bee/bee_0.png").write_bytes(b"")
     options = ["--processes", "1", "--data-workers", "0", "--epochs", "2", "--warmup-rounds", "3", "--skip-bad-files"]

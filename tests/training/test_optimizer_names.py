@@ -54,6 +54,7 @@ def trainer_of(o: OptimizationConfig, chain: bool = False) -> tuple[Trainer, Sub
     return Trainer(config, Worker(0, subnet), task, make_sampler(config, task.num_images, worker=0)), subnet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALL if name not in REFUSED | {"muon"}])
 def test_every_class_of_torch_takes_steps_as_by_hand(name: str) -> None:
     o = options(optimizer=name.upper(), lr=0.01, batch_size=8)

@@ -5,6 +5,7 @@
 import logging
 import sys
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -103,14 +104,15 @@ def _check_hook(name: str, hook: object) -> None:
 
 def _check_views(name: str, module: nn.Module) -> None:
     """Refuse attributes that share memory with a weight: a copy would not follow the weight."""
-    weights: dict[int, str] = {}
-    for part, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.numel() and not tensor.is_meta:
-            weights.setdefault(_address(tensor), part)
-    known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+
+    @cache  # few modules have a tensor as an attribute
+    def weights() -> list[Tensor]:
+        return [*module.parameters(), *module.buffers()]
 
     def is_view(part: object) -> bool:
-        return isinstance(part, Tensor) and id(part) not in known and _address(part) in weights
+        if not isinstance(part, Tensor) or any(part is weight for weight in weights()):
+            return False
+        return _address(part) in {_address(weight) for weight in weights() if weight.numel() and not weight.is_meta}
 
     for attribute, value in vars(module).items():
         if attribute not in TABLES and not is_leaf(value) and touches(value, is_view):
