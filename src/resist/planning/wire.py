@@ -1,0 +1,144 @@
+"""Wire formats: what numbers look like on the way to another worker, and how many bytes they take.
+
+Numbers are encoded in groups with one scale each, so that a few large ones do not take the precision of all others:
+
+| format | bits | code | bytes of n numbers |
+| --- | ---: | --- | --- |
+| fp32 | 32 | as it is | 4 n |
+| bf16 | 16 | rounded | 2 n |
+| int8, int6, int4 | 8, 6, 4 | multiples of the group's largest magnitude / (127, 31, 7) | n bits / 8 + 4 a group |
+| log4 | 4 | sign and 3 bits of exponent: 0 and ± largest x 2^0, 2^-1 .. 2^-6 | n / 2 + 4 a group |
+| log8 | 8 | for numbers that are never negative: 0 and largest x 2^(-k / 6), k = 0 .. 254 | n + 4 a group |
+
+Four numbers of int6 are three bytes. `log8` keeps every number within 6 % down to 2^-42 of the largest of its group and
+never turns a positive one into zero: it is for second moments, by whose roots a step is divided.
+"""
+
+from dataclasses import dataclass, fields
+
+from resist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Format:
+    """A wire format.
+
+    Attributes:
+        name: Its name, as in the table above.
+        bits: Bits of a number, without scales.
+        group: Numbers that share a scale; 0: there are no scales. A multiple of the numbers that are packed together.
+    """
+
+    name: str
+    bits: int
+    group: int = 0
+
+    def num_bytes(self, numel: int) -> int:
+        """Return the bytes of `numel` numbers, scales included. The last group is a whole one."""
+        if not self.group:
+            return numel * self.bits // 8
+        return -(-numel // self.group) * (4 + self.group * self.bits // 8)
+
+    def pieces(self, numel: int, workers: int) -> list[int]:
+        """Cut numbers into one piece for each worker, in whole groups.
+
+        Args:
+            numel: How many numbers.
+            workers: Number of pieces.
+
+        Returns:
+            Numbers of each piece: equally many, but fewer or none in the last ones.
+        """
+        unit = self.group or ALIGNED
+        size = -(-numel // (workers * unit)) * unit
+        return [min(size, max(numel - worker * size, 0)) for worker in range(workers)]
+
+
+ALIGNED = 16  # a piece without groups is a multiple of this
+
+FP32, BF16, LOG8 = "fp32", "bf16", "log8"
+FORMATS = {
+    format.name: format
+    for format in (
+        Format(FP32, 32),
+        Format(BF16, 16),
+        Format("int8", 8, 1024),
+        Format("int6", 6, 512),
+        Format("int4", 4, 128),
+        Format("log4", 4, 128),
+        Format(LOG8, 8, 1024),
+    )
+}
+# Formats of each part. The change of the shared part carries its error to the next round, so that any will do; blocks
+# and state are sent by value, and an error stays.
+CHOICES = {
+    "shared": (FP32, BF16, "int8", "int6", "int4", "log4"),
+    "blocks": (FP32, BF16, "int8", "int6"),
+    "state": (FP32, BF16, "int8"),
+}
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Wire formats of a job.
+
+    Only numbers in single precision are encoded: parameters that train, and what is laid out as they are. Running
+    statistics and other buffers, frozen parameters and other dtypes go as they are.
+
+    Attributes:
+        shared: Of the shared part, of which the change since the beginning of the round is sent; what a code loses is
+            added to the change of the next round. Also of blocks, if every worker holds every block.
+        blocks: Of blocks that are averaged or handed over, of their replicas, and of an outer momentum. Rounded
+            stochastically, so that the error is zero on average.
+        state: Of the optimizer's state, by value, rounded stochastically. Second moments, which are never negative, go
+            as `log8` for "int8", and states that are not known as "bf16".
+
+    Raises:
+        UserError: If a part cannot have a format.
+    """
+
+    shared: str = FP32
+    blocks: str = FP32
+    state: str = FP32
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, choices = getattr(self, field.name), CHOICES[field.name]
+            if value not in choices:
+                raise UserError(f"`wire`: {field.name}={value!r} is not one of {', '.join(choices)}")
+
+    @property
+    def compresses(self) -> bool:
+        """True if anything is encoded."""
+        return self != Wire()
+
+    @property
+    def average(self) -> str:
+        """Format of averages of the weights over time, by value."""
+        return FP32 if self.blocks == FP32 else BF16
+
+
+# One name for all three parts.
+WIRES = {
+    FP32: Wire(),
+    BF16: Wire(BF16, BF16, BF16),
+    "int8": Wire("int8", BF16, "int8"),
+    "int6": Wire("int6", "int8", "int8"),
+    "int4": Wire("int4", "int8", "int8"),
+}
+
+
+def as_wire(wire: "str | Wire") -> Wire:
+    """Return the formats that a name stands for.
+
+    Args:
+        wire: A name in `WIRES`, or the formats themselves.
+
+    Raises:
+        UserError: There is none of this name.
+    """
+    if isinstance(wire, Wire):
+        return wire
+    if wire not in WIRES:
+        raise UserError(f"`wire={wire!r}` is not one of {', '.join(WIRES)}; or give a resist.Wire")
+    return WIRES[wire]
