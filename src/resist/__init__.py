@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from resist.planning.plan import Plan, RoundPlan, partition
     from resist.planning.schedule import Message, Schedule, allreduce_bytes, schedule
     from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
+    from resist.planning.wire import Wire
     from resist.runs.library import load_checkpoint, save_checkpoint
     from resist.sync.worker import Worker
 
@@ -39,6 +40,7 @@ __all__ = [
     "Schedule",
     "Strategy",
     "UserError",
+    "Wire",
     "Worker",
     "WorkerLostError",
     "allreduce_bytes",
@@ -66,6 +68,7 @@ _HOME = {  # the module of each public name
     "Schedule": "resist.planning.schedule",
     "Strategy": "resist.planning.strategy",
     "UserError": "resist.errors",
+    "Wire": "resist.planning.wire",
     "Worker": "resist.sync.worker",
     "WorkerLostError": "resist.errors",
     "allreduce_bytes": "resist.planning.schedule",

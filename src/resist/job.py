@@ -25,6 +25,7 @@ from resist.checking.validate import choose_with_runs
 from resist.errors import UserError
 from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
+from resist.planning.wire import FP32, Wire, as_wire
 from resist.state.stateful import load_state_dict, state_dict_of
 from resist.subnet.batchnorm import has_running_statistics, recalibrate, use_batch_statistics
 from resist.subnet.flats import Flats
@@ -103,6 +104,8 @@ class Job:
         replicate: Keep a replica of each block that only one worker holds, until the next synchronization is complete,
             so that losing any one worker costs at most the current round; see `replicas`. Needs memory for one more
             copy of the worker's weights, and for the replicas that it keeps.
+        wire: Format of what is sent: "fp32", "bf16", "int8", "int6", "int4", or a `resist.Wire` with one for each part.
+            Needs memory for two more copies of the worker's shared part, but for "fp32".
         resume_at: (round, step) to continue an interrupted job at; see `resist.runs.checkpoint`.
         example: One batch, from which the network is checked: a tensor; a tuple or list, whose items are the positional
             arguments of the network, or if it does not take them the first item alone; a dict of keyword arguments; or
@@ -115,6 +118,7 @@ class Job:
     Attributes:
         workers: The hosted workers, ascending.
         strategy: The strategy.
+        wire: The formats of what is sent.
         chains: The chains that are partitioned.
         plan: Plan of the present round, with the chains in the order of `chains`.
         round: The round that the next step belongs to, counted from 0.
@@ -146,10 +150,12 @@ class Job:
         timeout_s: float = 600.0,
         on_nonfinite: str = "stop",
         replicate: bool = False,
+        wire: str | Wire = FP32,
         resume_at: tuple[int, int] = (0, 0),
         example: object = None,
     ) -> None:
-        check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate)
+        self.wire = as_wire(wire)
+        check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate, wire=self.wire)
         self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
         self.on_nonfinite, self.replicate, self.timeout_s = on_nonfinite, replicate, timeout_s
         self.replicas: list[Replica] = []
@@ -163,6 +169,7 @@ class Job:
             use_batch_statistics(full)
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
+        options |= {"wire": self.wire.formats}
         self.transport = CountingTransport(transport or connect(strategy.workers, device, timeout_s))
         try:
             # Waits for all processes. Each may have another example, and two that disagree would later wait for each
@@ -371,7 +378,7 @@ class Job:
         """
         strategy = self.strategy.at(self.round)
         next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
-        end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan)
+        end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan, self.wire, self.seed)
         for worker in self.workers:
             worker.take_back()
         for worker in self.workers if strategy.optimizer_state == "reset" else ():
@@ -505,11 +512,14 @@ class Job:
 
         Drops the copies of the last round if no option needs new ones at the end of this one.
         """
+        sent = "all" if self.plan.held_by_all else "shared"
+        changes = sent if self.wire.shared != FP32 and self.strategy.workers > 1 else None
         for worker in self.workers:
             worker.begin_round(
                 keep_anchor=self.replicate or self.on_nonfinite == "drop",
                 keep_average=self.on_nonfinite == "drop",
                 outer=self.strategy.at(self.round).outer is not None,
+                changes=changes,
             )
 
     @property

@@ -18,6 +18,7 @@ from resist.job import Job
 from resist.planning.methods import build_strategy
 from resist.planning.schedule import schedule
 from resist.planning.strategy import OuterSGD, Strategy, ddp, local_sgd, resist
+from resist.planning.wire import Wire
 from resist.sync.optimizer_state import OPTIMIZER_STATES
 from support import BLOCKS, local_step, make, tiny
 
@@ -138,9 +139,9 @@ def test_replicas_are_predicted_as_they_are_sent_and_held() -> None:
     job, optimizers = make(resist(3, 1, min_depth=0), replicate=True)
     sent, kept = 0, [0, 0, 0]
     for number in range(4):
-        made = schedule(job.plan_of(number), job.plan_of(number + 1), SIZES.block_bytes, replicate=True)
+        made = schedule(job.plan_of(number), job.plan_of(number + 1), SIZES.block_bytes(Wire()), replicate=True)
         blocks = Counter(made.keepers.values())
-        kept = [max(most, blocks[worker] * SIZES.block_bytes[0]) for worker, most in enumerate(kept)]
+        kept = [max(most, blocks[worker] * SIZES.blocks[0].num_bytes) for worker, most in enumerate(kept)]
         local_step(job, optimizers)
         job.step(*optimizers)
         sent += job.transport.bytes["replica"]

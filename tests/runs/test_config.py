@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from resist.errors import UserError
 from resist.planning.capacities import Capacities
+from resist.planning.wire import Wire
 from resist.runs.config import (
     MachineConfig,
     MethodConfig,
@@ -116,10 +117,24 @@ def test_huge_numbers_are_refused_in_one_short_line(part: str, name: str, defaul
         assert len(refused(**{part: changed})) < 120
 
 
+def test_formats_of_single_parts_override_those_of_the_name() -> None:
+    method = MethodConfig(wire="int8", wire_parts=("shared=int4", "state=fp32"))
+    assert method.wires() == Wire(shared="int4", blocks="bf16", state="fp32")
+    assert "`wire_parts=all=int8`; give a part" in refused(method=MethodConfig(wire_parts=("all=int8",)))
+    assert "blocks='int4' is not one of" in refused(method=MethodConfig(wire_parts=("blocks=int4",)))
+    assert "`wire_parts` has no effect" in refused(method=MethodConfig(strategy="ddp", wire_parts=("shared=int8",)))
+
+
 def test_options_that_would_do_nothing_are_refused() -> None:
     assert "`capacities`" in refused(method=MethodConfig(strategy="local_sgd", capacities=(1, 1, 1, 1)))
     assert "`min_depth`" in refused(method=MethodConfig(strategy="local_sgd", min_depth=0))
-    for option in ({"optimizer_state": "reset"}, {"outer": (0.7, 0.9)}, {"replicate": True}, {"on_nonfinite": "drop"}):
+    for option in (
+        {"optimizer_state": "reset"},
+        {"outer": (0.7, 0.9)},
+        {"replicate": True},
+        {"on_nonfinite": "drop"},
+        {"wire": "int8"},
+    ):
         text = f"`{next(iter(option))}` has no effect with `strategy=ddp`; remove it"
         assert refused(method=MethodConfig(strategy="ddp", **option)) == text  # type: ignore[arg-type]
         for strategy in ("resist", "local_sgd", "diloco"):

@@ -48,6 +48,8 @@ class CostConfig:
     """Count an exponential moving average (EMA) of the weights, with any decay."""
     replicate: bool = False
     """Count the memory and the bytes of a replica of every block."""
+    wire: Literal["fp32", "bf16", "int8", "int6", "int4"] = "fp32"
+    """Format of the weights and momentum that are sent; see train."""
     link_gbit_s: float | None = None
     """Rate of each worker's link in Gbit/s, in each direction. With a speed of the devices, seconds are
     predicted."""
@@ -125,6 +127,7 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         loss=loss,
         replicate=config.replicate,
         average=config.model_ema_decay is not None,
+        wire=config.wire,
         link=link,
         speed=speeds or None,
         gpu=gpu,

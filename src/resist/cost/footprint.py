@@ -41,6 +41,7 @@ class Memory:
         outer: State of an outer optimizer: the round's first weights and its momentum.
         replicas: The round's first weights, and replicas of blocks. While workers synchronize there are two of each,
             but no activations.
+        changes: What is compressed as a change: its numbers at the round's beginning, and the errors of the codes.
         activations: Tensors that exist after the forward pass in addition to weights and optimizer: those that backward
             needs, and the batch.
         peak: The most that exists at one time, with all of these. Activations are freed as
@@ -54,13 +55,14 @@ class Memory:
     buckets: int = 0
     outer: int = 0
     replicas: int = 0
+    changes: int = 0
     activations: int
     peak: int
 
     @property
     def kept(self) -> int:
         """Bytes that exist between two steps."""
-        return self.weights + self.optimizer + self.average + self.buckets + self.outer + self.replicas
+        return self.weights + self.optimizer + self.average + self.buckets + self.outer + self.replicas + self.changes
 
 
 @dataclass(frozen=True)

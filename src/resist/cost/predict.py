@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from resist.blocks.chains import find_chains
@@ -20,6 +21,7 @@ from resist.cost.traffic import RoundTraffic, ddp_traffic, mean_traffic, paper_b
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan, partition
 from resist.planning.strategy import Strategy
+from resist.planning.wire import FP32, Wire, as_wire
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.sync.options import check_options
 
@@ -34,6 +36,7 @@ def predict(
     image_shape: Sequence[int] = (3, 32, 32),
     replicate: bool = False,
     average: bool = False,
+    wire: str | Wire = FP32,
     batchnorm: str = "recalibrate",
     link: Link | None = None,
     speed: Speed | Sequence[Speed] | None = None,
@@ -56,6 +59,7 @@ def predict(
         image_shape: (channels, height, width) of an image.
         replicate: As in `Job`.
         average: Count an average of the weights (EMA) that each worker keeps, see `Job.follow`.
+        wire: Formats of what is sent, as in `Job`, but of strategies that average gradients in every step.
         batchnorm: As in `Job`.
         link: Connection of each worker. Seconds are predicted if `link` and `speed` are given.
         speed: Speed of the devices, one for all workers or one for each.
@@ -73,6 +77,7 @@ def predict(
         UserError: An argument has an invalid type or value, a strategy does not fit the others or the model's chains,
             the number of speeds is wrong, or the model does not run on the meta device.
     """
+    formats = as_wire(wire)
     _check_numbers(batch_size=[batch_size], image_shape=image_shape, rounds=[rounds])
     speeds = () if speed is None else (speed,) if isinstance(speed, Speed) else tuple(speed)
     _check_strategies(strategies, speeds, batchnorm)
@@ -112,6 +117,7 @@ def predict(
         batch_size=batch_size,
         replicate=replicate,
         average=average,
+        wire=formats,
         rounds=rounds,
         seed=seed,
         link=link,
@@ -138,6 +144,7 @@ class _Prediction:
     batch_size: int
     replicate: bool
     average: bool
+    wire: Wire
     rounds: int
     seed: int
     link: Link | None
@@ -185,6 +192,7 @@ class _Prediction:
                 state=state,
                 average=self.average,
                 replicate=replicate,
+                wire=self.wire,
             )
             for plan, next_plan in pairwise(plans)
         ]
@@ -192,6 +200,7 @@ class _Prediction:
         for worker, blocks in enumerate(capacities):
             network = self.network(blocks)
             network = network if strategy.outer is None else _with_outer(network)
+            network = self._with_changes(network, plans[0], anchored=strategy.outer is not None or replicate)
             networks.append(_with_replicas(network, run, worker) if replicate else network)
         seconds = None
         if self.link is not None and self.speeds:
@@ -200,6 +209,17 @@ class _Prediction:
             seconds = self._seconds(strategy, compute, exchange, 0.0)
         traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers=workers))
         return Row(name, workers, tuple(networks), traffic, seconds, self._gpu(networks))
+
+    def _with_changes(self, network: Network, plan: RoundPlan, *, anchored: bool) -> Network:
+        """The network with what compressed means of changes need: the first numbers of the round, and the errors.
+
+        anchored: another option keeps the first weights of the round. Those of the shared part serve for both.
+        """
+        if self.wire.shared == FP32 or plan.workers < 2:
+            return network
+        part, copies = (self.sizes.whole(), 2) if plan.held_by_all else (self.sizes.shared, 1 if anchored else 2)
+        memory, changes = network.memory, copies * part.trained.get(torch.float32, 0) * torch.float32.itemsize
+        return replace(network, memory=replace(memory, changes=changes, peak=memory.peak + changes))
 
     def _every_step(self, strategy: Strategy) -> Row:
         """Row of torch's DistributedDataParallel: an exchange in every step, overlapped with backward."""

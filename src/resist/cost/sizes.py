@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from resist.blocks.chain import Chain
+from resist.planning.wire import FORMATS, FP32, Wire, part_bytes
 from resist.subnet.network import Subnet
+from resist.sync.state_formats import format_of
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,14 @@ class Part:
     Attributes:
         numel: Parameters and float buffers, which are handed over with a block: number of elements by dtype.
         changing: Those that change in training, in the same form. Each dtype has an all-reduce of its own.
+        trained: Parameters that train, in the same form: what a wire format encodes.
         parameters: Bytes of the parameters, which the paper counts.
         trainable: Bytes of the parameters with a gradient, which DistributedDataParallel sends.
     """
 
     numel: Mapping[torch.dtype, int]
     changing: Mapping[torch.dtype, int]
+    trained: Mapping[torch.dtype, int]
     parameters: int
     trainable: int
 
@@ -31,6 +35,35 @@ class Part:
     def num_bytes(self) -> int:
         """Bytes of parameters and float buffers."""
         return sum(number * dtype.itemsize for dtype, number in self.numel.items())
+
+    def block_bytes(self, format: str, types: Mapping[torch.dtype, torch.dtype] | None = None) -> int:
+        """Return the bytes of a block on the wire.
+
+        Args:
+            format: Wire format of what trains in single precision.
+            types: Dtype of the values by dtype of the weights, of a state that is laid out as the weights. Default: the
+                weights themselves.
+        """
+        types = {dtype: dtype for dtype in self.numel} if types is None else types
+        return sum(
+            part_bytes(_format(format, own), self.numel.get(d, 0), self.trained.get(d, 0), own.itemsize)
+            for d, own in types.items()
+        )
+
+    def mean_bytes(
+        self, format: str, types: Mapping[torch.dtype, torch.dtype] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return the bytes of each all-reduce, and of each compressed mean; arguments as in `block_bytes`."""
+        types = {dtype: dtype for dtype in self.changing} if types is None else types
+        plain: list[int] = []
+        encoded: list[int] = []
+        for d, own in types.items():
+            number, trained = self.changing.get(d, 0), self.trained.get(d, 0)
+            if _format(format, own) != FP32:
+                encoded.append(FORMATS[format].num_bytes(trained))
+                number -= trained
+            plain.append(number * own.itemsize)
+        return [n for n in plain if n], [n for n in encoded if n]
 
     @property
     def buffers(self) -> int:
@@ -44,6 +77,7 @@ class StateSizes:
 
     Attributes:
         flat: For each state that is laid out as the weights, its dtype by dtype of the weights.
+        kinds: For each of them, its kind; see `resist.sync.state_formats`.
         loose_shared: Bytes of all other state of the shared part.
         loose_blocks: The same of a block of each chain; empty: none.
     """
@@ -51,10 +85,11 @@ class StateSizes:
     flat: tuple[Mapping[torch.dtype, torch.dtype], ...] = ()
     loose_shared: int = 0
     loose_blocks: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ()
 
-    def flat_bytes(self, numel: Mapping[torch.dtype, int]) -> list[int]:
-        """List the bytes of each state, for numbers of weights by dtype."""
-        return [numel[d] * own.itemsize for types in self.flat for d, own in types.items() if numel.get(d)]
+    def formats(self, wire: str) -> list[tuple[str, Mapping[torch.dtype, torch.dtype]]]:
+        """List the format and the dtypes of each state, for the wire format of states."""
+        return [(format_of(kind, wire), types) for kind, types in zip(self.kinds, self.flat, strict=True)]
 
 
 NO_STATE = StateSizes()
@@ -74,21 +109,21 @@ class Sizes:
     chains: tuple[Chain, ...]
     blocks: tuple[Part, ...]
 
-    @property
-    def block_bytes(self) -> tuple[int, ...]:
-        """Bytes of one block of each chain."""
-        return tuple(block.num_bytes for block in self.blocks)
+    def block_bytes(self, wire: Wire) -> tuple[int, ...]:
+        """Return the bytes of one block of each chain on the wire."""
+        return tuple(block.block_bytes(wire.blocks) for block in self.blocks)
 
     def whole(self) -> Part:
         """Return the full network as one part."""
         parts = [self.shared]
         for chain, block in zip(self.chains, self.blocks, strict=True):
             parts += [block] * chain.num_blocks
-        numel, changing = Counter[torch.dtype](), Counter[torch.dtype]()
+        numel, changing, trained = Counter[torch.dtype](), Counter[torch.dtype](), Counter[torch.dtype]()
         for part in parts:
             numel.update(part.numel)
             changing.update(part.changing)
-        return Part(numel, changing, sum(p.parameters for p in parts), sum(p.trainable for p in parts))
+            trained.update(part.trained)
+        return Part(numel, changing, trained, sum(p.parameters for p in parts), sum(p.trainable for p in parts))
 
 
 def sizes_of(template: nn.Module, chains: Sequence[Chain]) -> Sizes:
@@ -112,6 +147,12 @@ def _part(subnet: Subnet, chain: int | None) -> Part:
     return Part(
         numel={dtype: layout.numel for dtype, layout in layouts.items()},
         changing=changing,
+        trained={dtype: layout.num_trained for dtype, layout in layouts.items()},
         parameters=sum(p.nbytes for p in parameters),
         trainable=sum(p.nbytes for p in parameters if p.requires_grad),
     )
+
+
+def _format(format: str, own: torch.dtype) -> str:
+    """The wire format of values of a dtype: only single precision is encoded."""
+    return format if own == torch.float32 else FP32

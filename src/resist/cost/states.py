@@ -18,7 +18,9 @@ from resist.cost.sizes import StateSizes
 from resist.subnet.network import Subnet
 from resist.sync.loose import STATE
 from resist.sync.optimizer_state import flat_states, movable_state
+from resist.sync.optimizers import innermost
 from resist.sync.packing import InFlat, pack
+from resist.sync.state_formats import kind_of
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Parts = dict[int | None, list[tuple[str, nn.Parameter]]]
@@ -36,6 +38,7 @@ class StateMeter:
 
     def __init__(self, build_optimizer: BuildOptimizer) -> None:
         self._build, self.reads_numbers = build_optimizer, False
+        self._classes: set[type] = set()
         self._known: dict[tuple[torch.Size, torch.dtype], dict[str, Any]] = {}
 
     def num_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
@@ -64,6 +67,7 @@ class StateMeter:
         parameter = nn.Parameter(torch.zeros(like.shape, dtype=like.dtype, device=device))
         parameter.grad = torch.ones_like(parameter)
         optimizer = self._build([parameter])
+        self._classes.add(type(innermost(optimizer)))
         optimizer.step()
         return dict(optimizer.state.get(parameter, {}))
 
@@ -87,7 +91,8 @@ class StateMeter:
             for name, own in flat_states([self._optimizer(parameters)], {}).items():
                 types[name] = {**own, **types.get(name, {})}
         loose = [self._loose_bytes(part, types) for part in parts.values()]
-        return StateSizes(tuple(types.values()), loose[0], tuple(loose[1:]))
+        kinds = tuple(kind_of(name, self._classes) for name in types)
+        return StateSizes(tuple(types.values()), loose[0], tuple(loose[1:]), kinds)
 
     def _loose_bytes(self, part: Sequence[tuple[str, nn.Parameter]], types: Any) -> int:
         """Packed bytes of the state of a part that is not laid out as the weights; 0 where it is equal everywhere."""

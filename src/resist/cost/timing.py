@@ -30,7 +30,8 @@ ASSUMPTIONS = (
     "A step of a sub-network takes a fixed share of the full network's step (0 unless calibrated) and a part in "
     "proportion to its training FLOPs; the slowest worker determines the time.",
     "The all-reduces overlap with the two phases of blocks and share the links with them: exchange = (all-reduces + "
-    "busiest link of each phase) / rate + latency x the larger of 2 (S - 1) for each all-reduce and 1 for each phase.",
+    "busiest link of each phase) / rate + latency x the larger of 2 (S - 1) for each all-reduce, 2 for each compressed "
+    "mean, and 1 for each phase. Encoding takes no time.",
     "DDP: step = buffers + forward + max(backward, all-reduce of the gradients), with perfect overlap: the first "
     "bucket is ready when backward begins, and none is left when it ends.",
     "Speed is images per second; the accuracy that a strategy reaches with as many images is not predicted.",
@@ -127,7 +128,7 @@ def exchange_s(traffic: RoundTraffic, link: Link, workers: int) -> float:
         workers: Number of workers.
     """
     phases = [max(phase.values()) for phase in (traffic.average, traffic.hand_over) if phase]
-    hops = max(2 * (workers - 1) * traffic.allreduces, len(phases))
+    hops = max(2 * (workers - 1) * traffic.allreduces + 2 * traffic.compressed, len(phases))
     return (traffic.ring_bytes + sum(phases)) / link.bytes_s + hops * link.latency_s
 
 

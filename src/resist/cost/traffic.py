@@ -9,6 +9,7 @@ from resist.cost.sizes import NO_STATE, Sizes, StateSizes
 from resist.planning.plan import RoundPlan
 from resist.planning.schedule import Message, allreduce_bytes, schedule
 from resist.planning.strategy import Strategy
+from resist.planning.wire import Wire
 
 Way = tuple[str, int]  # ("out" or "in", worker): one direction of a worker's link to the network
 
@@ -23,8 +24,9 @@ class RoundTraffic:
     Attributes:
         bytes: Bytes sent by all workers, by traffic kind: "shared", "blocks", "state" and "replica" as a transport
             counts them; "gradients" and "buffers" under DistributedDataParallel.
-        ring_bytes: Bytes that each worker sends, and receives, in all-reduces.
+        ring_bytes: Bytes that each worker sends, and receives, in all-reduces and compressed means.
         allreduces: Number of all-reduces.
+        compressed: Number of compressed means: two messages one after the other, however many workers there are.
         average: Bytes by direction of a link in the phase that averages blocks.
         hand_over: Bytes by direction of a link in the phase that hands blocks over.
         replica_bytes: Bytes of replicas that each worker keeps.
@@ -36,6 +38,7 @@ class RoundTraffic:
     average: Mapping[Way, int]
     hand_over: Mapping[Way, int]
     replica_bytes: Mapping[int, int] = field(default_factory=dict)
+    compressed: int = 0
 
     def links(self, workers: int) -> dict[Way, int]:
         """Return the bytes over each direction of every worker's link, with all-reduces."""
@@ -96,6 +99,7 @@ def round_traffic(
     state: StateSizes = NO_STATE,
     average: bool = False,
     replicate: bool = False,
+    wire: Wire | None = None,
 ) -> RoundTraffic:
     """Count the messages of the synchronization between two rounds.
 
@@ -108,28 +112,32 @@ def round_traffic(
         state: The optimizer's state. Default: it has none.
         average: Count an average of the weights (EMA), which is exchanged as the weights are.
         replicate: Keep a replica of each block with a single next holder, as in `Job`.
+        wire: Formats of what is sent, as in `Job`. Default: nothing is compressed.
 
     Returns:
         The traffic. The momentum of the outer optimizer and the average of the weights are part of "state".
     """
     workers, policy = strategy.workers, strategy.optimizer_state
-    messages = schedule(plan, next_plan, sizes.block_bytes, replicate=replicate)
+    wire = wire or Wire()
+    block_bytes = sizes.block_bytes(wire)
+    messages = schedule(plan, next_plan, block_bytes, replicate=replicate)
     # Where every worker holds every block, blocks are averaged in the all-reduce of the shared part.
     common = sizes.whole() if messages.held_by_all else sizes.shared
     moving = state if policy in ("travel", "average") else NO_STATE
-    collectives = [number * dtype.itemsize for dtype, number in common.changing.items() if number]
-    of_state = moving.flat_bytes(common.changing) if policy == "average" else []
-    of_state += collectives if average else []
-    ring, state_ring = (sum(allreduce_bytes(n, workers) for n in tensors) for tensors in (collectives, of_state))
+    of_weights = [common.mean_bytes(wire.shared)]
+    of_state = [common.mean_bytes(*state) for state in moving.formats(wire.state) if policy == "average"]
+    of_state += [common.mean_bytes(wire.average)] if average else []
     # State that goes with a block of each chain. All holders of a block have the same outer momentum, so it is handed
     # over, but not averaged.
     loose = moving.loose_blocks or (0,) * len(sizes.blocks)
     with_block = [
-        sum(moving.flat_bytes(block.numel)) + rest + average * block.num_bytes
+        sum(block.block_bytes(*state) for state in moving.formats(wire.state))
+        + rest
+        + (block.block_bytes(wire.average) if average else 0)
         for block, rest in zip(sizes.blocks, loose, strict=True)
     ]
     handed = [
-        own + (strategy.outer is not None) * block.num_bytes
+        own + (block.block_bytes(wire.blocks) if strategy.outer is not None else 0)
         for own, block in zip(with_block, sizes.blocks, strict=True)
     ]
     # State of another form that is averaged goes to worker 0 and back.
@@ -138,9 +146,9 @@ def round_traffic(
         to_root += sum(chain.num_blocks * rest for chain, rest in zip(sizes.chains, loose, strict=True))
     there, back = _through_root(workers, to_root)
     num_bytes = {
-        "shared": workers * ring,
+        "shared": _total(of_weights, workers),
         "blocks": sum(message.num_bytes for message in (*messages.average, *messages.hand_over)),
-        "state": workers * state_ring
+        "state": _total(of_state, workers)
         + 2 * (workers - 1) * to_root
         + sum(with_block[message.chain] for message in messages.average)
         + sum(handed[message.chain] for message in messages.hand_over),
@@ -148,15 +156,22 @@ def round_traffic(
     }
     replica_bytes = Counter[int]()
     for (chain, _), keeper in messages.keepers.items():
-        replica_bytes[keeper] += sizes.block_bytes[chain]
+        replica_bytes[keeper] += sizes.blocks[chain].num_bytes
     return RoundTraffic(
         num_bytes,
-        ring + state_ring,
-        len(collectives) + len(of_state) if workers > 1 else 0,
+        sum(allreduce_bytes(n, workers) for plain, encoded in of_weights + of_state for n in plain + encoded),
+        sum(len(plain) for plain, _ in of_weights + of_state) if workers > 1 else 0,
         _links(messages.average, with_block) + there,
         _links(messages.hand_over, handed) + _links(messages.replicas, [0] * len(sizes.blocks)) + back,
         replica_bytes,
+        sum(len(encoded) for _, encoded in of_weights + of_state) if workers > 1 else 0,
     )
+
+
+def _total(means: Sequence[tuple[list[int], list[int]]], workers: int) -> int:
+    """Bytes that all workers send in all-reduces and compressed means."""
+    plain = sum(workers * allreduce_bytes(n, workers) for own, _ in means for n in own)
+    return plain + sum(2 * (workers - 1) * n for _, own in means for n in own)
 
 
 def ddp_traffic(sizes: Sizes, *, workers: int, local_steps: int) -> RoundTraffic:

@@ -12,9 +12,10 @@ from resist.errors import UserError
 from resist.planning.assign import AllBlocks, Assign, PartitionBlocks
 from resist.planning.capacities import Capacities, Given, as_capacities
 from resist.planning.plan import ChainLike, RoundPlan
+from resist.planning.wire import Wire
 
 # Options of the synchronization at the end of a round, which strategies with `every_step` do not have.
-ROUND_OPTIONS = ("replicate", "on_nonfinite")
+ROUND_OPTIONS = ("replicate", "on_nonfinite", "wire")
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,21 @@ class Strategy:
         if not isinstance(self.outer, OuterSGD | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UserError(f"`outer={self.outer!r}` is not an outer optimizer; give one, as in OuterSGD(0.7, 0.9)")
 
-    def check_round_options(self, *, replicate: bool, on_nonfinite: str) -> None:
+    def check_round_options(self, *, replicate: bool, on_nonfinite: str, wire: Wire) -> None:
         """Check the options of a synchronization, `ROUND_OPTIONS`.
 
         Args:
             replicate: As in `resist.Job`.
             on_nonfinite: As in `resist.Job`.
+            wire: As in `resist.Job`.
 
         Raises:
             UserError: If one has no effect, because gradients are averaged in every step, or needs another worker.
         """
-        if self.every_step and (replicate or on_nonfinite == "drop"):
+        if self.every_step and (replicate or on_nonfinite == "drop" or wire.compresses):
             raise UserError(
                 f"{self.name} averages gradients in every step, and every worker holds all weights; leave out "
-                "`replicate` and `on_nonfinite='drop'`"
+                "`replicate`, `on_nonfinite='drop'` and `wire`"
             )
         if replicate and self.workers < 2:
             raise UserError("`replicate` needs a second worker to hold the replicas; give `workers=2` or more")

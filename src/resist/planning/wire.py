@@ -113,9 +113,28 @@ class Wire:
         return self != Wire()
 
     @property
+    def formats(self) -> dict[str, str]:
+        """Format of each part, for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
     def average(self) -> str:
         """Format of averages of the weights over time, by value."""
         return FP32 if self.blocks == FP32 else BF16
+
+
+def part_bytes(format: str, numel: int, trained: int, itemsize: int) -> int:
+    """Compute the bytes of a block, or of another part, on the wire.
+
+    Args:
+        format: Name of the format of the numbers that train.
+        numel: Numbers of the part.
+        trained: Those of them that train. The others go as they are.
+        itemsize: Bytes of a number as it is.
+    """
+    if format == FP32:
+        return numel * itemsize
+    return FORMATS[format].num_bytes(trained) + (numel - trained) * itemsize
 
 
 # One name for all three parts.

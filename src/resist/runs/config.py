@@ -16,6 +16,7 @@ from resist.errors import UserError
 from resist.planning.capacities import Capacities
 from resist.planning.methods import DEFAULT, METHODS, build_strategy
 from resist.planning.strategy import ROUND_OPTIONS, OuterSGD, Strategy
+from resist.planning.wire import Wire, as_wire
 from resist.runs.bounds import check_device, check_values
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.recipe import DETECTION, STREAMED, check_recipe
@@ -115,6 +116,11 @@ class MethodConfig:
     inspection. drop: exclude the worker's round from the averages; blocks that only it holds keep their old weights."""
     replicate: bool = False
     """Keep a replica of every block, so that losing one worker costs at most the current round; see `resume`."""
+    wire: Literal["fp32", "bf16", "int8", "int6", "int4"] = "fp32"
+    """Format of the weights and momentum that are sent. fp32: as they are. Others send 2 to 7 times fewer bytes: the
+    change of the shared part in this format, blocks and momentum in one of 8 or 16 bits; see `wire_parts`."""
+    wire_parts: tuple[str, ...] = config_key(())
+    """Formats of single parts instead of those that `wire` stands for: shared=int4 blocks=bf16 state=fp32."""
     scale: str = config_key("inclusion")
     """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number
     above 0."""
@@ -130,6 +136,16 @@ class MethodConfig:
             min_depth=self.min_depth,
         )
 
+    def wires(self) -> Wire:
+        """Return the wire formats. Raises UserError for a part or a format that does not exist."""
+        wire = as_wire(self.wire)
+        for text in self.wire_parts:
+            part, _, format = text.partition("=")
+            if part not in wire.formats:
+                raise UserError(f"`wire_parts={text}`; give a part and its format, as in shared=int4 or blocks=bf16")
+            wire = dataclasses.replace(wire, **{part: format})
+        return wire
+
     def without_effect(self) -> dict[str, Any]:
         """Return the options that were changed and have no effect with the strategy, with their defaults."""
         method = METHODS[self.strategy]
@@ -137,7 +153,7 @@ class MethodConfig:
         if "capacities" in unused:
             unused |= {"capacities_by_chain", "capacities_by_round"}
         if method.build(1).every_step:  # nothing is exchanged at the end of a round
-            unused |= set(ROUND_OPTIONS)
+            unused |= {*ROUND_OPTIONS, "wire_parts"}
         return {
             f.name: f.default
             for f in dataclasses.fields(self)
@@ -285,7 +301,9 @@ class TrainConfig:
             )
         for name in method.without_effect():
             raise UserError(f"`{name}` has no effect with `strategy={method.strategy}`; remove it")
-        self.strategy().check_round_options(replicate=method.replicate, on_nonfinite=method.on_nonfinite)
+        self.strategy().check_round_options(
+            replicate=method.replicate, on_nonfinite=method.on_nonfinite, wire=method.wires()
+        )
         self.scale()
         self.budgets()
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
+from resist.state.code_errors import load_errors
 from resist.state.names import Held, other_buffer_names, put_buffers, weight_places
 from resist.state.optimizers import check_optimizers, load_arrived, load_groups, load_state
 from resist.state.saving import Record, SavedJob, held_by_all, network_state
@@ -91,6 +92,8 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
             record = saved.records[worker.index] if same else saved.records.get(0, Record({}))
             if record.values:  # those of a job that had not begun may be empty
                 loads += _from_record(worker, held, record, saved.source, whole=same, with_optimizers=with_optimizers)
+                errors: dict[str, Any] = record.values.get("errors", {}) if same else {}
+                loads.append(load_errors(worker, job.wire.shared, errors, record.tensors, saved.source))
             if same_processes and "random" in record.values:
                 loads.append(_random_state(record, worker.subnet.device))
             if not same:
@@ -161,6 +164,7 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
         subnet.changing = set(changing)
     worker.reset_state()
     worker.state.clear()
+    worker.feedback = None
 
 
 def _from_record(

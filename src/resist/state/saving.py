@@ -22,6 +22,8 @@ from resist.blocks.chain import Chain
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan
 from resist.planning.strategy import Strategy
+from resist.planning.wire import Wire
+from resist.state.code_errors import errors_record
 from resist.state.names import Held, other_buffers, weight_places
 from resist.state.optimizers import arrived_state, optimizer_record
 from resist.state.values import encode, join
@@ -39,6 +41,7 @@ class SavedJob(Protocol):
     plan: RoundPlan
     round: int
     step_index: int
+    wire: Wire
 
     @property
     def transport(self) -> Transport:
@@ -183,6 +186,8 @@ def worker_record(job: SavedJob, worker: Worker) -> Record:
         optimizer_record(worker, number, held, record.tensors, (part, "optimizer"))
         for number in range(len(worker.optimizers))
     ]
+    if errors := errors_record(worker, job.wire.shared, record.tensors, (part, "errors")):
+        record.values["errors"] = errors
     record.values["arrived"] = arrived_state(worker, held, record.tensors, (part, "arrived"))
     buffers = other_buffers(worker.subnet, worker.subnet.model, held)
     record.values["buffers"] = _encode_all(buffers, record.tensors, (part, "buffers"))

@@ -145,12 +145,15 @@ class SubnetLayout:
                 flat[first : first + capacity * block.room].view(capacity, block.room)[:, block.numel :].zero_()
         return flat
 
-    def ranges(self, changing: Set[tuple[int | None, str]], *, blocks: bool) -> list[tuple[int, int]]:
+    def ranges(
+        self, changing: Set[tuple[int | None, str]] = frozenset(), *, blocks: bool, trained: bool = True
+    ) -> list[tuple[int, int]]:
         """List the ranges of the flat tensor that train or change.
 
         Args:
             changing: `Place.key` of what changes besides what trains.
             blocks: List those of all slots too, and not only of the shared part.
+            trained: List what trains, too.
 
         Returns:
             (first element, end) of each range, ascending, neighbors as one.
@@ -163,7 +166,7 @@ class SubnetLayout:
         names = {chain: {name for key, name in changing if key == chain} for chain in {chain for _, _, chain in parts}}
         ranges: list[tuple[int, int]] = []
         for first, layout, chain in parts:
-            for start, end in layout.ranges(names[chain]):
+            for start, end in layout.ranges(names[chain], trained=trained):
                 if ranges and ranges[-1][1] == first + start:
                     start = ranges.pop()[0] - first
                 ranges.append((first + start, first + end))

@@ -78,15 +78,28 @@ class Layout:
             self.numel += shape.numel()
 
     @property
+    def trained(self) -> tuple[int, int]:
+        """(first element, end) of what trains, which is one range."""
+        (found,) = self.ranges(frozenset()) or [(0, 0)]
+        return found
+
+    @property
+    def num_trained(self) -> int:
+        """Elements of the parameters that train."""
+        start, end = self.trained
+        return end - start
+
+    @property
     def room(self) -> int:
         """Elements from one slot to the next in a flat tensor: those of the part, rounded up to `ALIGNED`."""
         return -(-self.numel // ALIGNED) * ALIGNED
 
-    def ranges(self, changing: Set[str]) -> list[tuple[int, int]]:
+    def ranges(self, changing: Set[str], *, trained: bool = True) -> list[tuple[int, int]]:
         """List the ranges that train or change.
 
         Args:
             changing: Names of the pieces that change besides those that train.
+            trained: List what trains, too.
 
         Returns:
             (first element, end) of each range, ascending, neighbors as one.
@@ -94,7 +107,7 @@ class Layout:
         ranges: list[tuple[int, int]] = []
         resting = set(self.resting) - changing
         for name, piece in self.pieces.items():
-            if name not in resting and piece.shape.numel():
+            if name not in resting and (trained or name in self.resting) and piece.shape.numel():
                 start, end = piece.offset, piece.offset + piece.shape.numel()
                 if ranges and start == ranges[-1][1]:
                     start = ranges.pop()[0]

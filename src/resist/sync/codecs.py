@@ -30,7 +30,7 @@ class Codec:
         format: The format.
         signed: Whether it carries negative numbers. Where it does not, a group with one becomes NaN.
         quantize: Maps groups of numbers (groups, group), their largest magnitudes (groups, 1), and draws for stochastic
-            rounding (None: to the nearest) to codes, uint8 below 2^bits. May overwrite the numbers.
+            rounding (None: to the nearest) to codes, uint8 below 2^bits.
         dequantize: Maps codes (groups, group) and the largest magnitudes back to numbers.
     """
 

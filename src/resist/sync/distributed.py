@@ -23,6 +23,7 @@ from resist.sync.groups import Groups
 from resist.sync.local import Local
 from resist.sync.meeting import environment_number
 from resist.sync.pending import PendingMean, PendingMoves, PendingShortMean, sendable
+from resist.sync.pending_bytes import PendingBytes
 from resist.sync.process_group import DefaultGroup, averaging_gradients
 from resist.sync.staging import is_summable, stage
 from resist.sync.transport import Handle, Move, Transport, hosted_workers, local_moves, workers_of
@@ -198,6 +199,23 @@ class Distributed:
         """Send `sent` to all processes, in the background."""
         pieces = list(received.chunk(self.num_processes))
         return dist.all_gather(pieces, sent, group=self._groups.collective, async_op=True)
+
+    @property
+    def hosted_workers(self) -> Sequence[Sequence[int]]:
+        """The workers of each process."""
+        return self._hosted_workers
+
+    def scatter(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """See `Transport.scatter`."""
+        return PendingBytes(self, sent, sizes, gather=False)
+
+    def gather(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """See `Transport.gather`."""
+        return PendingBytes(self, sent, sizes, gather=True)
+
+    def exchange_bytes(self, received: Tensor, sent: Tensor, lengths: Sequence[int], own: Sequence[int]) -> Any:
+        """Send `own[p]` bytes to each process p and receive `lengths[p]` from it, in the background."""
+        return dist.all_to_all_single(received, sent, [*lengths], [*own], group=self._groups.collective, async_op=True)
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
         """See `Transport.average_gradients`."""

@@ -8,18 +8,23 @@
 The two are separate so that something else can be computed between them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from resist.planning.plan import Key
 from resist.planning.schedule import Message, schedule
+from resist.planning.wire import FP32
 from resist.subnet.flats import Flats
-from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, mean_into, outer_step
-from resist.sync.payload import Payload, SharedMean, collect_payloads
+from resist.subnet.pieces import Layout
+from resist.sync.anchors import discard_round, take_outer_step
+from resist.sync.averaging import WEIGHTS, mean_into
+from resist.sync.encoded_blocks import EncodedBlocks
+from resist.sync.payload import Payload, collect_payloads
 from resist.sync.round_agreement import RoundAgreement
 from resist.sync.round_end import RoundEnd
+from resist.sync.shared_mean import SharedMean
 from resist.sync.transport import Move, Transport
 from resist.sync.worker import Worker
 
@@ -56,21 +61,21 @@ class Exchange:
     ) -> None:
         self.transport = transport
         self.workers = {worker.index: worker for worker in workers}
-        self.plan, self.next_plan = end.plan, end.next_plan
-        self.outer, self.dropped = end.strategy.outer, agreed.nonfinite.keys()
-        self.payloads = collect_payloads(workers, end.strategy, agreed.states)
+        self.end, self.plan, self.next_plan = end, end.plan, end.next_plan
+        self.dropped = agreed.nonfinite.keys()
+        self.payloads = collect_payloads(workers, end, agreed.states)
+        self.encoded = EncodedBlocks(end, workers[0].subnet)
         # 1. List the messages. Every process computes the same list, so no message says which block goes where.
-        self.schedule = schedule(self.plan, self.next_plan, workers[0].subnet.block_bytes, replicate=replicate)
+        weights = [payload for payload in self.payloads if payload.name == WEIGHTS]
+        block_bytes = [sum(self._num_bytes(p, chain) for p in weights) for chain in range(len(self.plan.plans))]
+        self.schedule = schedule(self.plan, self.next_plan, block_bytes, replicate=replicate)
         # 2. Undo the round of dropped workers, before anything of it is sent.
         for worker in self.dropped & self.workers.keys():
-            self._discard(worker)
+            discard_round(self.workers[worker], self.payloads)
         # 3. Begin the mean of the shared part: one collective for each payload, in place. It runs while blocks are
         #    exchanged, and nothing reads the shared part until `finish` has waited for all workers.
         averaged = [payload for payload in self.payloads if payload.average_shared and transport.num_workers > 1]
-        self.means = [
-            SharedMean(transport, payload, self.workers, self.dropped, blocks=self.schedule.held_by_all)
-            for payload in averaged
-        ]
+        self.means = [SharedMean(transport, payload, self.workers, end, self.dropped) for payload in averaged]
         # 4. Send the blocks with several holders to their owners: one batch for all payloads. The owners need memory
         #    for each block they receive; the slots are only read. No process waits before `finish`.
         self.moving = [payload for payload in self.payloads if payload.moves]
@@ -98,14 +103,27 @@ class Exchange:
         # 3. Send the blocks from the slots of their owners to their next holders, and replicas along with them, as one
         #    batch. Slots keep their blocks until the batch is complete, since they are being read; so blocks arrive in
         #    tensors of their own. Each process waits for the owners that send to it, and for those that it sends to.
+        handed = self._messages(self.moving, "hand_over")
+        for payload, m in handed if self.end.wire.compresses else ():
+            if payload.block_format != FP32 and m.source in self.workers:
+                # The owner has what the others get, whether it holds the block any more or not.
+                slot = self._slot(payload, m.chain, m.block, m.source)
+                self.encoded.round(payload, m, slot)
         for payload in self.payloads:
             self._prepare(payload)
-        moves = [self._hand_over_move(payload, m) for payload, m in self._messages(self.moving, "hand_over")]
+        moves = [self._hand_over_move(payload, m) for payload, m in handed]
         replicas = self._make_replicas()
         weights = [payload for payload in self.payloads if payload.name == WEIGHTS]
-        moves += [self._replica_move(payload, m, replicas) for payload, m in self._messages(weights, "replicas")]
-        self.transport.transfer(moves).finish()
-        # 4. Wait for all workers: the mean of the shared part.
+        copied = self._messages(weights, "replicas")
+        moves += [self._replica_move(payload, m, replicas) for payload, m in copied]
+        transfer = self.transport.transfer(moves)
+        # 4. Wait for all workers: the mean of the shared part. If compressed, its second half goes with the blocks.
+        for mean in self.means:
+            mean.advance()
+        for (payload, m), tensor in zip(handed + copied, transfer.finish(), strict=True):
+            if payload.block_format != FP32 and m.target in self.workers:
+                assert tensor is not None
+                self.encoded.decode(payload, m, tensor, into=self._target(payload, m, replicas))
         for mean in self.means:
             mean.finish()
         # 5. The outer step on the shared part: every worker takes it for itself, from equal values. If all workers hold
@@ -124,27 +142,6 @@ class Exchange:
             worker.finish_round(flats, self.next_plan.held(index))
         return replicas
 
-    @torch.no_grad()
-    def _discard(self, worker: int) -> None:
-        """Undo the round of a dropped worker.
-
-        Weights and averages are as at its beginning, optimizer state is zero.
-        """
-        for payload in self.payloads:
-            if payload.name == WEIGHTS:
-                payload.flats[worker].copy_(self._anchor(payload.dtype, worker))
-            elif payload.name == AVERAGE:
-                anchor = self.workers[worker].average_anchor
-                assert anchor is not None, "`Worker.begin_round` copies it where an option needs it"
-                payload.flats[worker].copy_(anchor[payload.dtype])
-            elif payload.name != VELOCITY:
-                payload.flats[worker].zero_()
-
-    def _anchor(self, dtype: torch.dtype, worker: int) -> Tensor:
-        anchor = self.workers[worker].anchor
-        assert anchor is not None, "`Job.mark_anchors` copies them where an option needs them"
-        return anchor[dtype]
-
     def _messages(self, payloads: Sequence[Payload], phase: str) -> list[tuple[Payload, Message]]:
         """The messages of a phase, for each payload.
 
@@ -154,8 +151,13 @@ class Exchange:
         return [(payload, m) for payload in payloads for m in messages if self._numel(payload, m.chain)]
 
     def _numel(self, payload: Payload, chain: int) -> int:
-        subnet = next(iter(self.workers.values())).subnet
-        return subnet.layouts[payload.dtype].blocks[chain].numel
+        return self._block(payload, chain).numel
+
+    def _block(self, payload: Payload, chain: int) -> Layout:
+        return next(iter(self.workers.values())).subnet.layouts[payload.dtype].blocks[chain]
+
+    def _num_bytes(self, payload: Payload, chain: int) -> int:
+        return payload.block_bytes(self._block(payload, chain))
 
     def _slot(self, payload: Payload, chain: int, block: int, worker: int) -> Tensor:
         """The slot in which `worker` holds `block` before the synchronization."""
@@ -163,9 +165,13 @@ class Exchange:
         return self.workers[worker].subnet.slot(chain, slot, payload.flats[worker], dtype=payload.dtype)
 
     def _move(self, payload: Payload, m: Message, incoming: Tensor | None, traffic_kind: str) -> Move:
-        """The move of one slot; received in `incoming`."""
+        """The move of one slot; received in `incoming`, or encoded in a tensor of its own."""
         outgoing = self._slot(payload, m.chain, m.block, m.source) if m.source in self.workers else None
-        num_bytes = self._numel(payload, m.chain) * payload.itemsize
+        num_bytes = self._num_bytes(payload, m.chain)
+        if payload.block_format != FP32:
+            outgoing = None if outgoing is None else self.encoded.encode(payload, m, outgoing)
+            received = m.target in self.workers and m.source not in self.workers
+            incoming = self.encoded.room(num_bytes) if received else None
         return Move(traffic_kind, m.source, m.target, num_bytes, outgoing, incoming)
 
     def _new_block(self, payload: Payload, chain: int) -> Tensor:
@@ -185,6 +191,8 @@ class Exchange:
         for (payload, m), tensor in zip(self.sent, arrived, strict=True):
             if m.target in self.workers and m.source not in self.dropped:
                 assert tensor is not None
+                if payload.block_format != FP32:
+                    tensor = self.encoded.decode(payload, m, tensor)
                 received.setdefault((id(payload), m.chain, m.block), (payload, []))[1].append(tensor)
         for (_, chain, block), (payload, tensors) in received.items():
             owner = self.schedule.owners[chain, block]
@@ -194,9 +202,13 @@ class Exchange:
             mean_into(slot, tensors)
 
     def _hand_over_move(self, payload: Payload, m: Message) -> Move:
-        slot = self.next_plan.slot(m.chain, m.block, worker=m.target)
-        incoming = payload.arriving.get((m.target, m.chain, slot))
-        return self._move(payload, m, incoming, payload.traffic_kind("blocks"))
+        return self._move(payload, m, self._target(payload, m, {}), payload.traffic_kind("blocks"))
+
+    def _target(self, payload: Payload, m: Message, replicas: Mapping[Key, Flats]) -> Tensor | None:
+        """The tensor that a handed block, or a replica, is to fill here."""
+        if m.phase == "replica":
+            return replicas[m.chain, m.block][payload.dtype] if m.target in self.workers else None
+        return payload.arriving.get((m.target, m.chain, self.next_plan.slot(m.chain, m.block, worker=m.target)))
 
     @torch.no_grad()
     def _make_replicas(self) -> dict[Key, Flats]:
@@ -213,8 +225,7 @@ class Exchange:
         return replicas
 
     def _replica_move(self, payload: Payload, m: Message, replicas: dict[Key, Flats]) -> Move:
-        incoming = replicas[m.chain, m.block][payload.dtype] if m.target in self.workers else None
-        return self._move(payload, m, incoming, "replica")
+        return self._move(payload, m, self._target(payload, m, replicas), "replica")
 
     @torch.no_grad()
     def _prepare(self, payload: Payload) -> None:
@@ -255,24 +266,9 @@ class Exchange:
                         arriving.zero_()
 
     def _outer_step(self, worker: int, chain: int | None, slot: int) -> None:
-        """Take the outer step, if there is one, on one part.
-
-        The part is a slot, or the shared part (`chain` is None).
-        """
-        if self.outer is None:
-            return
-        subnet = self.workers[worker].subnet
-        for payload in self.payloads:
-            if payload.name == VELOCITY:
-                flats = subnet.flats[payload.dtype], self._anchor(payload.dtype, worker), payload.flats[worker]
-                # Weights that train, and frozen ones that train by now; not running statistics.
-                part = subnet.layouts[payload.dtype].part(chain)
-                frozen = {name for key, name in subnet.changing if key == chain} & part.frozen
-                for start, end in part.ranges(frozen):
-                    weights, anchor, velocity = (
-                        subnet.slot(chain, slot, flat, dtype=payload.dtype)[start:end] for flat in flats
-                    )
-                    outer_step(weights, anchor, velocity, self.outer)
+        """Take the outer step, if there is one, on one part."""
+        if self.end.strategy.outer is not None:
+            take_outer_step(self.workers[worker], self.payloads, self.end.strategy.outer, chain, slot)
 
     @torch.no_grad()
     def _settle(self, payload: Payload) -> None:

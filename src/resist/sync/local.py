@@ -53,6 +53,14 @@ class Local:
             tensor.copy_(tensors[0])
         return Done([])
 
+    def scatter(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """See `Transport.scatter`."""
+        return Done(list(torch.split(torch.stack(list(sent)), list(sizes), 1)))
+
+    def gather(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """See `Transport.gather`."""
+        return Done([torch.cat(list(sent))])
+
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
         """See `Transport.average_gradients`."""
         if self.num_workers > 1:

@@ -2,13 +2,16 @@
 
 from resist.errors import UserError
 from resist.planning.strategy import Strategy
+from resist.planning.wire import Wire
 from resist.subnet.batchnorm import BATCHNORMS
 from resist.sync.optimizer_state import OPTIMIZER_STATES
 
 NONFINITE = ("stop", "drop")
 
 
-def check_options(strategy: Strategy, *, batchnorm: str, on_nonfinite: str, replicate: bool) -> None:
+def check_options(
+    strategy: Strategy, *, batchnorm: str, on_nonfinite: str, replicate: bool, wire: Wire | None = None
+) -> None:
     """Check options of `Job`.
 
     Args:
@@ -16,6 +19,7 @@ def check_options(strategy: Strategy, *, batchnorm: str, on_nonfinite: str, repl
         batchnorm: As in `Job`.
         on_nonfinite: As in `Job`.
         replicate: As in `Job`.
+        wire: As in `Job`. Default: nothing is compressed.
 
     Raises:
         UserError: If an option has no such value, or two options contradict each other.
@@ -26,7 +30,7 @@ def check_options(strategy: Strategy, *, batchnorm: str, on_nonfinite: str, repl
     for stage in strategy.stages:
         _check_choice("optimizer_state", stage.optimizer_state, OPTIMIZER_STATES)
     _check_choice("on_nonfinite", on_nonfinite, NONFINITE)
-    strategy.check_round_options(replicate=replicate, on_nonfinite=on_nonfinite)
+    strategy.check_round_options(replicate=replicate, on_nonfinite=on_nonfinite, wire=wire or Wire())
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

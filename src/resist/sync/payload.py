@@ -1,15 +1,18 @@
-"""Payloads: the values that workers exchange, each laid out as the weights, and their means over all workers."""
+"""Payloads: the values that workers exchange, each laid out as the weights, and their bytes on the wire."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from resist.planning.strategy import Strategy
+from resist.planning.wire import FP32, Wire, part_bytes
+from resist.subnet.pieces import Layout
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
+from resist.sync.codecs import CODECS
 from resist.sync.optimizer_state import StateTypes
-from resist.sync.transport import Handle, Transport
+from resist.sync.round_end import RoundEnd
+from resist.sync.state_formats import format_of, kind_of
 from resist.sync.worker import Worker
 
 
@@ -27,6 +30,8 @@ class Payload:
             blocks that arrive.
         average_shared: True if the shared part becomes its mean over all workers.
         average_blocks: True if a block becomes its mean over its holders. Otherwise the value of its owner is kept.
+        shared_format: Wire format of what trains in the shared part; see `resist.planning.wire`.
+        block_format: The same of blocks.
         arriving: (worker, chain number, slot) -> tensor that receives the next block of the slot.
         resized: Worker -> flat tensor of the next plan, where its capacities change.
     """
@@ -37,6 +42,8 @@ class Payload:
     moves: bool
     average_shared: bool
     average_blocks: bool = True
+    shared_format: str = FP32
+    block_format: str = FP32
     arriving: dict[tuple[int, int, int], Tensor] = field(default_factory=dict[tuple[int, int, int], Tensor])
     resized: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
@@ -56,13 +63,55 @@ class Payload:
         """Bytes of an element."""
         return next(iter(self.flats.values())).element_size()
 
+    def block_bytes(self, block: Layout) -> int:
+        """Return the bytes of a block on the wire."""
+        return part_bytes(self.block_format, block.numel, block.num_trained, self.itemsize)
 
-def collect_payloads(workers: Sequence[Worker], strategy: Strategy, states: Mapping[str, StateTypes]) -> list[Payload]:
+    @torch.no_grad()
+    def encode(self, values: Tensor, block: Layout, draws: torch.Generator) -> Tensor:
+        """Encode the values of a block: those that train in the wire format, the others as they are.
+
+        Args:
+            values: (block.numel,) float32.
+            block: Layout of the block.
+            draws: Draws of stochastic rounding.
+
+        Returns:
+            (block_bytes(block),) uint8.
+        """
+        codec, (start, end) = CODECS[self.block_format], block.trained
+        encoded = torch.empty(self.block_bytes(block), dtype=torch.uint8, device=values.device)
+        size = codec.num_bytes(end - start)
+        codec.encode(values[start:end], draws, into=encoded[:size])
+        encoded[size:].copy_(torch.cat([values[:start], values[end:]]).view(torch.uint8))
+        return encoded
+
+    @torch.no_grad()
+    def decode(self, encoded: Tensor, block: Layout, *, into: Tensor | None = None) -> Tensor:
+        """Decode the values of a block.
+
+        Args:
+            encoded: (block_bytes(block),) uint8, from `encode`.
+            block: Layout of the block.
+            into: (block.numel,) to write to. Default: a new tensor.
+        """
+        codec, (start, end) = CODECS[self.block_format], block.trained
+        if into is None:
+            into = torch.empty(block.numel, device=encoded.device)
+        size = codec.num_bytes(end - start)
+        codec.decode(encoded[:size], end - start, into=into[start:end])
+        first = size + start * into.element_size()
+        into[:start].view(torch.uint8).copy_(encoded[size:first])
+        into[end:].view(torch.uint8).copy_(encoded[first:])
+        return into
+
+
+def collect_payloads(workers: Sequence[Worker], end: RoundEnd, states: Mapping[str, StateTypes]) -> list[Payload]:
     """List the payloads of the exchange at the end of a round.
 
     Args:
         workers: The hosted workers.
-        strategy: The strategy of the round; its `optimizer_state` decides what happens to the states.
+        end: The end of the round. The strategy's `optimizer_state` decides what happens to the states.
         states: Names of the states that any worker has, each with its dtype for each dtype of weights. A worker without
             one of them gets zeros, in memory for one more copy of its weights.
 
@@ -70,7 +119,7 @@ def collect_payloads(workers: Sequence[Worker], strategy: Strategy, states: Mapp
         Weights, optimizer states, averages of the weights, and outer momentum, in this order; each with one payload for
         each dtype of the weights.
     """
-    policy = strategy.optimizer_state
+    wire, policy, outer = end.wire, end.strategy.optimizer_state, end.strategy.outer
     moves, average_shared = policy in ("travel", "average"), policy == "average"
     dtypes = tuple(workers[0].subnet.flats)
     payloads = [
@@ -85,55 +134,21 @@ def collect_payloads(workers: Sequence[Worker], strategy: Strategy, states: Mapp
     for d in dtypes if averages else ():
         flats = {index: average.flats[d] for index, average in averages}
         payloads.append(Payload(AVERAGE, d, flats, moves=True, average_shared=True))
-    for d in dtypes if strategy.outer else ():
+    for d in dtypes if outer else ():
         # All holders of a block have the same velocity already, so it only moves.
         flats = {worker.index: worker.state[VELOCITY][d] for worker in workers}
         payloads.append(Payload(VELOCITY, d, flats, moves=True, average_shared=False, average_blocks=False))
+    for payload in payloads:
+        if next(iter(payload.flats.values())).dtype == torch.float32:  # others are not encoded
+            payload.shared_format, payload.block_format = _formats(payload.name, workers[0], wire)
     return payloads
 
 
-class SharedMean:
-    """The mean of one payload over all workers, in progress: one collective.
-
-    Frozen weights and buffers that nobody has changed are left out. What remains is usually one range of the flat
-    tensor, which is averaged in place. Several ranges are copied together and back.
-
-    Args:
-        transport: Connects the workers.
-        payload: The payload.
-        workers: The hosted workers by number. They agree on `Subnet.changing`.
-        dropped: Workers that are left out of the mean.
-        blocks: Average everything, because all workers hold all blocks, and not only the shared part.
-
-    Raises:
-        WorkerLostError: If another process is lost; also by `finish`.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self, transport: Transport, payload: Payload, workers: Mapping[int, Worker], dropped: Set[int], *, blocks: bool
-    ) -> None:
-        self._parts: list[list[Tensor]] = []
-        for worker, flat in payload.flats.items():
-            subnet = workers[worker].subnet
-            ranges = subnet.layouts[payload.dtype].ranges(subnet.changing, blocks=blocks)
-            self._parts.append([flat[start:end] for start, end in ranges])
-            for part in self._parts[-1] if worker in dropped else ():
-                part.zero_()
-        # Dropped workers contribute zeros to a sum that is divided by the number of all workers.
-        scale = transport.num_workers / (transport.num_workers - len(dropped))
-        self._tensors = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in self._parts if parts]
-        self._handle: Handle | None = None
-        if self._tensors:
-            self._handle = transport.mean(self._tensors, payload.traffic_kind("shared"), scale)
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Wait until all hosted workers have the mean."""
-        if self._handle is None:
-            return
-        self._handle.finish()
-        for tensor, parts in zip(self._tensors, self._parts, strict=True):
-            if len(parts) > 1:
-                for part, mean in zip(parts, torch.split(tensor, [part.numel() for part in parts]), strict=True):
-                    part.copy_(mean)
+def _formats(name: str, worker: Worker, wire: Wire) -> tuple[str, str]:
+    """The formats of a payload: of its shared part and of its blocks."""
+    if name in (WEIGHTS, VELOCITY):  # the shared part of the latter is not sent
+        return wire.shared, wire.blocks
+    if name == AVERAGE:
+        return wire.average, wire.average
+    format = format_of(kind_of(name, map(type, worker.optimizers)), wire.state)
+    return format, format

@@ -1,10 +1,13 @@
 """The end of a round: the plans before and after, and what moves between them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from resist.planning.plan import RoundPlan
+import torch
+
+from resist.planning.plan import RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
+from resist.planning.wire import Wire
 from resist.subnet.buffers import Part
 
 SHARED: Part = (None, 0)
@@ -20,6 +23,8 @@ class RoundEnd:
         strategy: Strategy of this round: its policy for the optimizer's state, and its outer optimizer.
         plan: Plan of this round.
         next_plan: Plan of the next round.
+        wire: Formats of what is sent.
+        seed: Seed of the job, for stochastic rounding.
     """
 
     round: int
@@ -27,6 +32,8 @@ class RoundEnd:
     strategy: Strategy
     plan: RoundPlan
     next_plan: RoundPlan
+    wire: Wire = field(default_factory=Wire)
+    seed: int = 0
 
     @cached_property
     def held_by_all(self) -> bool:
@@ -44,3 +51,7 @@ class RoundEnd:
         """Return True if the optimizer's state of a part is exchanged."""
         policy = self.strategy.optimizer_state
         return policy == "average" or (policy == "travel" and not self.of_everyone(part))
+
+    def draws(self, device: torch.device, *key: object) -> torch.Generator:
+        """Make the generator of one stochastic rounding: a function of seed, round and key."""
+        return torch.Generator(device).manual_seed(keyed_int("wire", self.seed, self.round, *key))

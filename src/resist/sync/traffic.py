@@ -92,6 +92,22 @@ class CountingTransport:
             self.wire_bytes[traffic_kind] += (self.num_processes - 1) * more
         return self._timed(traffic_kind, lambda: self._transport.mean(tensors, traffic_kind, scale))
 
+    def scatter(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """See `Transport.scatter`."""
+        processes = [self.process_of(worker) for worker in range(self.num_workers)]
+        self.bytes[traffic_kind] += (self.num_workers - 1) * sum(sizes)
+        self.messages[traffic_kind] += 1
+        apart = [sum(process != home for process in processes) for home in processes]  # workers elsewhere, of each
+        self.wire_bytes[traffic_kind] += sum(size * others for size, others in zip(sizes, apart, strict=True))
+        return self._timed(traffic_kind, lambda: self._transport.scatter(sent, sizes, traffic_kind))
+
+    def gather(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """See `Transport.gather`."""
+        self.bytes[traffic_kind] += (self.num_workers - 1) * sum(sizes)
+        self.messages[traffic_kind] += 1
+        self.wire_bytes[traffic_kind] += (self.num_processes - 1) * sum(sizes)
+        return self._timed(traffic_kind, lambda: self._transport.gather(sent, sizes, traffic_kind))
+
     def average_gradients(self, model: nn.Module, count: Callable[[int], None] = lambda num_bytes: None) -> nn.Module:
         """See `Transport.average_gradients`.
 

@@ -108,6 +108,40 @@ class Transport(Protocol):
         """
         ...
 
+    def scatter(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """Begin to send a piece of each worker's bytes to each worker. All processes have to call it.
+
+        Args:
+            sent: (sum(sizes),) uint8 of each hosted worker: the pieces for all workers, in their order. Do not change
+                them before the handle's `finish`.
+            sizes: Bytes of the piece for each worker.
+            traffic_kind: The account on which it is booked: "shared" or "state".
+
+        Returns:
+            A handle, whose `finish` returns (num_workers, sizes[worker]) uint8 for each hosted worker: its piece from
+            each worker.
+
+        Raises:
+            WorkerLostError: If another process is lost; also by the handle's `finish`.
+        """
+        ...
+
+    def gather(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """Begin to send the bytes of each worker to all workers. All processes have to call it.
+
+        Args:
+            sent: (sizes[worker],) uint8 of each hosted worker.
+            sizes: Bytes of each worker.
+            traffic_kind: The account on which it is booked: "shared" or "state".
+
+        Returns:
+            A handle, whose `finish` returns one (sum(sizes),) uint8: the bytes of all workers, in their order.
+
+        Raises:
+            WorkerLostError: If another process is lost; also by the handle's `finish`.
+        """
+        ...
+
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
         """Wrap `model` to average its gradients in each backward pass.
 

@@ -14,6 +14,7 @@ from resist.subnet.flats import Flats
 from resist.subnet.modes import frozen_modules
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
+from resist.sync.compressed_mean import Feedback
 from resist.sync.optimizer_state import StateTypes, adopt_state, follow_resize, start_over
 from resist.sync.optimizers import check_alone, check_optimizers, optimizers_of
 
@@ -36,6 +37,7 @@ class Worker:
             of an outer optimizer.
         optimizers: The optimizers that `Job.step` was given for this worker, without wrappers around them.
         anchor: The weights at the beginning of the round, or None if no option needs them in this round.
+        feedback: What a compressed mean of changes needs, or None if no change is sent in this round.
         average: An average of the weights over time, or None; see `Job.follow`.
         average_anchor: The average at the beginning of the round, or None if no option needs it.
         watches: The state of `subnet` and `average` at the beginning of the round.
@@ -48,19 +50,24 @@ class Worker:
         self.state: dict[str, Flats] = {}
         self.optimizers: list[Optimizer] = []
         self.anchor: Flats | None = None
+        self.feedback: Feedback | None = None
         self.average: Subnet | None = None
         self.average_anchor: Flats | None = None
         self.watches: list[Watch] = []
         self._keep_average = False
         self.averaged: AveragedModel | None = None
 
-    def begin_round(self, *, keep_anchor: bool, outer: bool, keep_average: bool = False) -> None:
+    def begin_round(
+        self, *, keep_anchor: bool, outer: bool, keep_average: bool = False, changes: str | None = None
+    ) -> None:
         """Copy the weights to `anchor` if an option needs them.
 
         Args:
             keep_anchor: Copy them, with or without an outer optimizer.
             outer: Copy them for an outer optimizer, and create its momentum if there is none yet.
             keep_average: Copy the average too, if there is one.
+            changes: Keep the anchor of what the next mean sends as changes: of the "shared" part, or of "all" blocks as
+                well. None: nothing is sent as a change.
         """
         self._keep_average = keep_average
         self._begin_average()
@@ -68,6 +75,22 @@ class Worker:
         self.anchor = {dtype: flat.clone() for dtype, flat in flats.items()} if keep_anchor or outer else None
         if outer:
             self.state.setdefault(VELOCITY, {dtype: torch.zeros_like(flat) for dtype, flat in flats.items()})
+        self._keep_changes(changes)
+
+    @torch.no_grad()
+    def _keep_changes(self, changes: str | None) -> None:
+        layout = self.subnet.layouts.get(torch.float32)
+        if changes is None or layout is None:
+            self.feedback = None
+            return
+        flat = (self.anchor or self.subnet.flats)[torch.float32]
+        parts = [flat[start:end] for start, end in layout.ranges(blocks=changes == "all")]
+        # One range of the anchor of all weights serves for both.
+        anchor = parts[0] if self.anchor is not None and len(parts) == 1 else torch.cat([*parts, flat[:0]])
+        shared = layout.shared.num_trained
+        if self.feedback is None:
+            self.feedback = Feedback(anchor, shared=shared)
+        self.feedback.anchor, self.feedback.shared = anchor, shared
 
     def _begin_average(self) -> None:
         flats = None if self.average is None else self.average.flats

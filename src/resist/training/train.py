@@ -184,6 +184,7 @@ def _make_job(config: TrainConfig, task: Task, transport: Transport, device: tor
         channels_last=config.machine.channels_last,
         transport=transport,
         on_nonfinite=config.method.on_nonfinite,
+        wire=config.method.wires(),
         replicate=config.method.replicate,
         resume_at=(point.round, point.step),
         example=example_of(config.network),

@@ -1,0 +1,185 @@
+"""The compressed mean: numbers of all workers, encoded on their way, become a mean with the same bits everywhere.
+
+Summing codes would overflow or lose digits, so there is no all-reduce of them:
+
+1. Each worker encodes its numbers, and sends one piece of the bytes to each worker.
+2. Each worker decodes its piece of all workers, in their order, averages in single precision, encodes the mean, and
+   sends it to all. Everybody decodes the same bytes.
+
+Of weights the *change* since the beginning of the round is sent: `anchor`, which all workers agree on, moves by the
+decoded mean. What a code loses is an error that its worker adds to the change of the next round, on both sides: of
+what it sends, and of the piece that it averages. So what was sent, summed over rounds, tends to what was meant.
+
+Everything is counted by worker and not by process, so 1, 2 and S processes give the same bits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resist.sync.codecs import Codec
+from resist.sync.transport import Handle, Transport
+
+Draws = Callable[[int | str], torch.Generator | None]  # (worker, or "mean") -> draws; None: round to the nearest
+
+
+@dataclass
+class Feedback:
+    """What one worker remembers of a compressed mean of changes.
+
+    Attributes:
+        anchor: (numel,) the numbers at the beginning of the round, with equal bits in all workers.
+        error: (numel,) what the codes of its changes have lost so far; or None.
+        piece_error: (numel of its piece,) the same of the means that it has encoded; or None.
+        shared: Numbers of the shared part, the last ones. Errors of others are dropped when workers hold other blocks.
+    """
+
+    anchor: Tensor
+    error: Tensor | None = None
+    piece_error: Tensor | None = None
+    shared: int = 0
+
+    def prepare(self, numel: int, piece: int, *, dropped: bool) -> None:
+        """Make room for errors of `numel` numbers, of which it averages `piece`; keep those that fit."""
+        if self.error is None or self.error.numel() != numel:
+            error = self.anchor.new_zeros(numel)
+            if self.error is not None:
+                error[numel - self.shared :] = self.error[self.error.numel() - self.shared :]
+            self.error, self.piece_error = error, None  # pieces are others, too
+        if self.piece_error is None:
+            self.piece_error = self.anchor.new_zeros(piece)
+        if dropped:
+            self.error.zero_()
+
+    def last(self, numel: int) -> Tensor:
+        """Return the anchor of the last numbers: all of them, or the shared part."""
+        return self.anchor[self.anchor.numel() - numel :]
+
+
+class CompressedMean:
+    """A compressed mean of all workers, in progress.
+
+    Args:
+        transport: Connects the workers.
+        codec: The code, of both halves.
+        numbers: Hosted worker -> its numbers, (numel,) float32. `finish` replaces them by the mean.
+        traffic_kind: The account on which it is booked.
+        dropped: Workers that are left out.
+        draws: Draws of stochastic rounding.
+        feedback: Hosted worker -> its anchor and errors, if the change is sent. Default: the numbers themselves are.
+
+    Raises:
+        WorkerLostError: If another process is lost; also by `advance` and `finish`.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        transport: Transport,
+        codec: Codec,
+        numbers: Mapping[int, Tensor],
+        traffic_kind: str,
+        *,
+        dropped: Set[int],
+        draws: Draws,
+        feedback: Mapping[int, Feedback] | None = None,
+    ) -> None:
+        self._transport, self._codec, self._numbers = transport, codec, numbers
+        self._kind, self._draws, self._feedback = traffic_kind, draws, feedback
+        self._live = [worker for worker in range(transport.num_workers) if worker not in dropped]
+        self._numel = next(iter(numbers.values())).numel()
+        self._pieces = codec.format.pieces(self._numel, transport.num_workers)
+        self._sizes = [codec.num_bytes(piece) for piece in self._pieces]
+        encoded: list[Tensor] = []
+        for worker, own in numbers.items():
+            if feedback is not None:
+                feedback[worker].prepare(self._numel, self._pieces[worker], dropped=worker in dropped)
+            encoded.append(self._encode(worker, own, count=worker not in dropped))
+        self._scattered = transport.scatter(encoded, self._sizes, traffic_kind)
+        self._gathered: Handle | None = None
+
+    def _encode(self, worker: int, numbers: Tensor, *, count: bool) -> Tensor:
+        """The bytes that a worker sends: its pieces, one after another. Those of a dropped worker are not read."""
+        encoded = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=numbers.device)
+        draws = self._draws(worker)
+        starts = _starts(self._pieces)
+        for start, piece, own in zip(starts, self._pieces, torch.split(encoded, self._sizes), strict=True):
+            values = slice(start, start + piece)
+            if not count:
+                continue
+            if self._feedback is None:
+                self._codec.encode(numbers[values], draws, into=own)
+            else:
+                feedback = self._feedback[worker]
+                assert feedback.error is not None
+                anchor = feedback.last(self._numel)[values]
+                encode_change(self._codec, numbers[values], anchor, feedback.error[values], own)
+        return encoded
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Average the pieces of the hosted workers, and send the means to all.
+
+        Waits for all processes.
+        """
+        means: list[Tensor] = []
+        for worker, rows in zip(self._numbers, self._scattered.finish(), strict=True):
+            assert rows is not None
+            mean, encoded = self._mean(rows, self._pieces[worker]), rows.new_empty(self._sizes[worker])
+            if self._feedback is None:
+                self._codec.encode(mean, self._draws(f"mean {worker}"), into=encoded)
+            else:
+                error = self._feedback[worker].piece_error
+                assert error is not None
+                encode_change(self._codec, mean, None, error, encoded)
+            means.append(encoded)
+        self._gathered = self._transport.gather(means, self._sizes, self._kind)
+
+    def _mean(self, rows: Tensor, numel: int) -> Tensor:
+        """The mean of a piece over the workers that count, in their order."""
+        total = self._codec.decode(rows[self._live[0]], numel)
+        for worker in self._live[1:]:
+            for start, end, chunk in self._codec.chunks(numel, rows[worker]):
+                total[start:end] += self._codec.decode_chunk(chunk, end - start)
+        return total.mul_(1 / len(self._live))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Wait until all hosted workers have the mean."""
+        if self._gathered is None:
+            self.advance()
+        assert self._gathered is not None
+        (encoded,) = self._gathered.finish()
+        assert encoded is not None
+        (first, *others) = self._numbers.items()
+        for start, piece, own in zip(
+            _starts(self._pieces), self._pieces, torch.split(encoded, self._sizes), strict=True
+        ):
+            self._codec.decode(own, piece, into=first[1][start : start + piece])
+        if self._feedback is not None:
+            first[1].add_(self._feedback[first[0]].last(self._numel))
+        for _, numbers in others:
+            numbers.copy_(first[1])
+
+
+def encode_change(codec: Codec, numbers: Tensor, anchor: Tensor | None, error: Tensor, into: Tensor) -> None:
+    """Encode `numbers - anchor + error`, to the nearest, and keep what the code loses in `error`.
+
+    Args:
+        codec: The code.
+        numbers: (numel,) float32.
+        anchor: (numel,), or None for zeros.
+        error: (numel,), changed in place.
+        into: (num_bytes(numel),) uint8 to write to.
+    """
+    for start, end, chunk in codec.chunks(numbers.numel(), into):
+        own, change = error[start:end], numbers[start:end]
+        own += change if anchor is None else change - anchor[start:end]
+        codec.encode_chunk(own, chunk, None)
+        own -= codec.decode_chunk(chunk, end - start)
+
+
+def _starts(pieces: Sequence[int]) -> list[int]:
+    return [sum(pieces[:worker]) for worker in range(len(pieces))]

@@ -1,0 +1,46 @@
+"""Wire formats of optimizer states: which are known, and which are never negative."""
+
+from collections.abc import Iterable
+
+from torch.optim import Optimizer
+
+from resist.planning.wire import BF16, FP32, LOG8
+
+# Names of torch's optimizers. Others may use the same name for something else, so theirs are unknown.
+_LINEAR = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
+_NEVER_NEGATIVE = frozenset(
+    {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum"}  # Adam and its kin, RMSprop, Ada*
+)
+
+
+LINEAR, NEVER_NEGATIVE, UNKNOWN = "linear", "never negative", "unknown"  # kinds of states
+
+
+def kind_of(name: str, optimizers: Iterable[type]) -> str:
+    """Return the kind of an optimizer state.
+
+    Args:
+        name: Name of the state.
+        optimizers: The classes of a worker's optimizers, which all workers have.
+    """
+    if not all(map(_is_torchs, optimizers)):
+        return UNKNOWN
+    return LINEAR if name in _LINEAR else NEVER_NEGATIVE if name in _NEVER_NEGATIVE else UNKNOWN
+
+
+def format_of(kind: str, wire: str) -> str:
+    """Return the format of a state.
+
+    Args:
+        kind: Its kind.
+        wire: The format that was chosen for states. One of few bits is `log8` for a state that is never negative, and
+            bf16 for one that is not known.
+    """
+    if wire in (FP32, BF16) or kind == LINEAR:
+        return wire
+    return LOG8 if kind == NEVER_NEGATIVE else BF16
+
+
+def _is_torchs(optimizer: type) -> bool:
+    """True for an optimizer of torch, or one that is derived from it."""
+    return any(base is not Optimizer and base.__module__.startswith("torch.optim.") for base in optimizer.__mro__)
