@@ -30,6 +30,7 @@ from resist.sync.codecs import CODECS
 from resist.sync.compressed_mean import CompressedMean, Feedback
 from resist.sync.local import Local
 from resist.sync.transport import Handle, Move
+from resist.training.recorder import weights_of
 from support import floats, states
 
 COMPRESSED = [name for name in WIRES if name != "fp32"]
@@ -319,6 +320,14 @@ def test_bytes_are_those_of_the_formula(name: str, wire: str | Wire) -> None:
         )  # fmt: skip
         assert +run.job.transport.bytes == +Counter(expected.bytes)
         assert run.job.transport.bytes.total() == transport.sent
+
+
+def test_a_run_is_compared_with_local_sgd_in_the_same_format() -> None:
+    for wire in ("fp32", "int8"):
+        run = Run(local_sgd(3, 1), wire)
+        run.job.transport.take()
+        run.train(1)
+        assert abs(run.job.transport.bytes["shared"] - weights_of(run.job, run.job.plan)["local_sgd_bytes"]) < 3
 
 
 def everything(run: Run) -> list[Tensor]:

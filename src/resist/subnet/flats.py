@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from resist.blocks.chain import Chain
 from resist.errors import UserError
+from resist.planning.wire import FP32, part_bytes
 from resist.subnet.layout import Place, SubnetLayout
 from resist.subnet.tensors import tensors_of
 
@@ -118,16 +119,24 @@ class FlatTensors:
         """
         return sum(layout.with_capacities(capacities).numel for layout in self.layouts.values())
 
-    def num_bytes(self, capacities: Sequence[int]) -> int:
+    def num_bytes(self, capacities: Sequence[int], format: str = FP32) -> int:
         """Count the bytes of all flat tensors, without padding.
 
         Args:
             capacities: Number of blocks of each chain.
+            format: Wire format of what trains in single precision.
 
         Returns:
             Number of bytes.
         """
-        return sum(layout.with_capacities(capacities).numel * dtype.itemsize for dtype, layout in self.layouts.items())
+        total = 0
+        for dtype, layout in self.layouts.items():
+            own = layout.with_capacities(capacities)
+            trained = own.shared.num_trained
+            trained += sum(c * block.num_trained for c, block in zip(own.capacities, own.blocks, strict=True))
+            encoded = format if dtype == torch.float32 else FP32
+            total += part_bytes(encoded, own.numel, trained, dtype.itemsize)
+        return total
 
     def empty(self, capacities: Sequence[int]) -> Flats:
         """Allocate flat tensors, not initialized but for the padding, which is zero.

@@ -152,12 +152,12 @@ def weights_of(job: Job, plan: RoundPlan) -> dict[str, int]:
         plan: the plan of the round.
 
     Returns:
-        "all" and "largest" as numbers of weights; "local_sgd_bytes", sent by all workers.
+        "all" and "largest" as numbers of weights; "local_sgd_bytes", sent by all workers in the same wire format.
     """
     subnet, workers = job.workers[0].subnet, plan.workers
     everything = [chain.num_blocks for chain in job.chains]
     return {
         "all": subnet.numel(everything),
         "largest": max(subnet.numel(plan.capacities(worker)) for worker in range(workers)),
-        "local_sgd_bytes": workers * allreduce_bytes(subnet.num_bytes(everything), workers),
+        "local_sgd_bytes": workers * allreduce_bytes(subnet.num_bytes(everything, job.wire.shared), workers),
     }
