@@ -123,7 +123,7 @@ def settings_of(args: argparse.Namespace, name: str) -> Settings:
 
 def run_here(name: str, settings: Settings) -> int:
     """Run a part in this process. Returns the exit status."""
-    if settings.device.type == "cuda":
+    if settings.on_gpu:
         torch.cuda.set_device(settings.device)
     found = Findings(settings.out, name)
     try:

@@ -61,6 +61,7 @@ def train(settings: Settings, found: Findings, strategy: Strategy) -> None:
     The learning rate follows the time: it rises in the first twentieth, and falls along a cosine to zero.
     """
     size, device = settings.size, settings.device
+    settings.choose_convolutions()
     train_images, test_images = (images.to(device) for images in data(settings))
     job = resist.Job(settings.network, strategy, batchnorm="average", device=device, channels_last=True, example=False)
     optimizers = [

@@ -71,6 +71,7 @@ def test_speed_compares_the_job_with_plain_torch(tmp_path: Path) -> None:
     assert all(len(values) == TINY.repetitions for values in rates.values())
     percent = [100 * (plain / job - 1) for job, plain in zip(rates["job"], rates["plain"], strict=True)]
     assert line["slower_percent"] == pytest.approx(np.median(percent))
+    assert line["reached"] == (line["slower_percent"] <= 5)
     assert line["synchronization"]["later_s"] > 0
     assert {"date", "commit", "machine", "gpu", "torch", "python"} <= line.keys()
 
@@ -83,6 +84,34 @@ def test_the_measured_step_is_the_predicted_one(tmp_path: Path) -> None:
     ]  # fmt: skip
     # On the CPU both are the bytes of live tensors.
     assert [row["allocated"] for row in rows] == pytest.approx([row["predicted"] for row in rows], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_on_a_gpu_the_counters_of_its_allocator_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for GPUs, with the CPU in the place of one and an allocator that counts a megabyte for each call."""
+    seen: list[str] = []
+
+    def stub(name: str, value: object = None) -> None:
+        def call(*_: object) -> object:
+            seen.append(name)
+            return value
+
+        monkeypatch.setattr(torch.cuda, name, call)
+
+    stub("memory_allocated", 1_000_000)
+    stub("max_memory_allocated", 3_500_000)
+    stub("max_memory_reserved", 4_000_000)
+    stub("memory_reserved", 4_000_000)
+    stub("mem_get_info", (70_000_000, 80_000_000))
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
+        stub(name)
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    line = run("memory", settings(tmp_path))
+    assert [(row["allocated"], row["reserved"]) for row in line["bytes"]] == [(2_500_000, 4_000_000)] * 4
+    assert all(row["error_percent"] == pytest.approx(100 * (row["predicted"] / 2_500_000 - 1)) for row in line["bytes"])
+    assert line["outside_torch_bytes"] == 6_000_000
+    assert seen[:4] == ["set_device", "empty_cache", "memory_allocated", "reset_peak_memory_stats"]
+    assert seen.index("synchronize") < seen.index("max_memory_reserved")
 
 
 @pytest.mark.slow
