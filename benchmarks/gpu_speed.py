@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 import resist
 from gpu_part import WORKERS, Findings, Settings
 from memory import Alone
-from resist.cost import predict
+from resist.cost import GpuSettings, predict
 from resist.cost.footprint import LiveBytes, mean_square, sgd
+from resist.cost.gpu import CONTEXT_BYTES
 
 ENDLESS = 1_000_000_000  # local steps of a worker that never synchronizes
 WARM_UP = 3
@@ -134,13 +135,13 @@ def _synchronization(settings: Settings) -> dict[str, Any]:
 
 def memory(settings: Settings, found: Findings) -> None:
     """Compare the peak of two steps with the prediction: the sub-network under `Job` and the full network."""
-    size, rows = settings.size, []
+    size, rows, gpu = settings.size, [], GpuSettings() if settings.on_gpu else None
     strategies = {
         "resist": resist.resist(WORKERS, ENDLESS, capacities=size.held),
         "local_sgd": resist.local_sgd(WORKERS, ENDLESS),
     }
     for batch_size in (size.batch_size // 4, size.batch_size):
-        report = predict(settings.network, list(strategies.values()), batch_size=batch_size, rounds=1)
+        report = predict(settings.network, list(strategies.values()), batch_size=batch_size, rounds=1, gpu=gpu)
         for row, (name, strategy) in zip(report.rows, strategies.items(), strict=True):
             predicted = row.networks[0].memory.peak
             measured = _peaks(settings, strategy, batch_size)
@@ -151,7 +152,8 @@ def memory(settings: Settings, found: Findings) -> None:
     if settings.on_gpu:
         free, total = torch.cuda.mem_get_info(settings.device)
         outside = total - free - torch.cuda.memory_reserved(settings.device)
-        found.add(outside_torch_bytes=outside)  # context, kernels, libraries; and other programs
+        # Context, kernels and libraries; and those of other programs.
+        found.add(outside_torch_bytes=outside, predicted_context_bytes=CONTEXT_BYTES)
 
 
 def _peaks(settings: Settings, strategy: resist.Strategy, batch_size: int) -> dict[str, int]:

@@ -62,7 +62,7 @@ def train(settings: Settings, found: Findings, strategy: Strategy) -> None:
     """
     size, device = settings.size, settings.device
     settings.choose_convolutions()
-    train_images, test_images = (images.to(device) for images in data(settings))
+    train_images, test_images = (images.to(device, channels_last=True) for images in data(settings))
     job = resist.Job(settings.network, strategy, batchnorm="average", device=device, channels_last=True, example=False)
     optimizers = [
         torch.optim.SGD(worker.model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4) for worker in job.workers
@@ -137,7 +137,7 @@ def _step(
 ) -> torch.Tensor:
     images, labels = loader.batch(step)
     with torch.autocast(settings.device.type, torch.bfloat16):
-        loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
+        loss = F.cross_entropy(model(images), labels)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
