@@ -175,6 +175,17 @@ def test_every_step_of_the_order_is_a_command(tmp_path: Path, monkeypatch: pytes
     names = [step.name for step in listed]
     assert all(names.index(step.like or step.resumes) < names.index(step.name) for step in listed[1:] if step.like)
     assert {step.gpus for step in listed} == {1, 2, 3}
+    uncompiled = [step.name for step in gpu_order.steps(replace(given, compile=False))]
+    assert [name for name in names if name not in uncompiled] == ["compiled"]
+
+
+def test_commands_find_packages_that_were_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/brought")
+    injection = sys.modules[gpu_order.Fault.__module__]
+    for environment in (gpu_order.environment(), injection.environment(None, tmp_path / "mark")):
+        paths = environment["PYTHONPATH"].split(os.pathsep)
+        assert str(gpu_order.ROOT / "src") in paths
+        assert paths[-1] == "/brought"
 
 
 @pytest.mark.slow
