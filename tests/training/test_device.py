@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from resist.errors import UserError
+from resist.planning.strategy import resist
 from resist.training.device import naming_nondeterminism, pick_device, take_device
+from resist.training.loop import Training
 
 
 def test_devices() -> None:
@@ -72,3 +76,21 @@ def test_an_operation_without_a_deterministic_algorithm_is_named(deterministic: 
         torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
     with pytest.raises(RuntimeError, match="size of tensor"), naming_nondeterminism():
         torch.add(torch.zeros(3), torch.zeros(2))
+
+
+def test_it_ends_the_round_in_all_processes(deterministic: None) -> None:
+    """As an image that cannot be read does."""
+
+    def step(step: int, lr: float) -> torch.Tensor:
+        return torch.zeros(3).put_(torch.tensor([step]), torch.ones(1)).sum()
+
+    job = SimpleNamespace(step_seed=lambda worker: worker, round=0, strategy=resist(1, 2))
+    training: Any = SimpleNamespace(
+        failed=None,
+        evaluation=SimpleNamespace(failed=None),
+        trainers=[SimpleNamespace(index=0, step=step)],
+        job=job,
+        device=torch.device("cpu"),
+    )
+    assert Training._step(training, 1, 0.1).isnan().all()
+    assert training.failed.startswith("`deterministic=true`: put_ does not have")
