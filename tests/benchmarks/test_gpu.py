@@ -189,7 +189,7 @@ def test_a_step_with_another_loss_or_without_a_named_worker_is_a_problem(tmp_pat
     }  # fmt: skip
     assert order["gloo, two processes"]["problem"] == "another loss than 'one process'"
     assert order["killed while sending"]["problem"] == "no line names the lost worker"
-    assert "problem" not in order["channels last"]
+    assert "problem" not in order["contiguous"]
 
 
 def test_the_report_of_the_tests_names_what_failed_and_what_was_skipped(tmp_path: Path) -> None:
