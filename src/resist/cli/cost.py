@@ -60,6 +60,8 @@ class CostConfig:
     device: str = "auto"
     """Device of the run, and of --calibrate: cpu, cuda, or auto: cuda where there is a GPU. With cuda, the memory of a
     GPU is predicted; only --calibrate needs one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which --calibrate measures; memory is predicted for fp32."""
     processes: int | None = None
     """Processes of the run, each with a GPU of its own. Default: one for each worker."""
     json: bool = False
@@ -69,13 +71,14 @@ class CostConfig:
 def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     """Predict and print. Returns the exit status."""
     from rich.console import Console
+    from torch import Tensor, nn
 
     from resist.cost import GpuSettings, Link, Speed, calibrate, predict, print_table
     from resist.cost.footprint import mean_square
     from resist.data import device_bytes
     from resist.tasks import image_shape, largest_test_batch, network_builder
     from resist.tasks.preflight import example_of
-    from resist.training.device import on_gpu, take_device
+    from resist.training.device import autocast, on_gpu, take_device
     from resist.training.optimizers import optimizer_for, resolve
 
     strategies = _strategies(config)
@@ -93,6 +96,12 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     link = None if config.link_gbit_s is None else Link(config.link_gbit_s, config.latency_ms)
     speeds = [Speed(images_s) for images_s in config.images_s]
     if config.calibrate:
+        device = take_device(config.device, fixed_shapes=network.task == "classification")
+
+        def loss_in_precision(model: nn.Module, images: Tensor) -> Tensor:
+            with autocast(device, config.precision):
+                return loss(model, images)
+
         speeds = [
             calibrate(
                 build_model,
@@ -101,8 +110,8 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
                 chains=network.chain,
                 example=example,
                 build_optimizer=build_optimizer,
-                loss=loss,
-                device=take_device(config.device),
+                loss=loss_in_precision,
+                device=device,
             )
         ]
     if (link is None) != (not speeds):
@@ -135,6 +144,8 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         print_table(report, Console(highlight=False, soft_wrap=True))
         if config.processes is not None and gpu is None:
             print("\n--processes has no effect without --device cuda.")
+        if config.precision != "fp32" and not config.calibrate:
+            print("\n--precision has no effect without --calibrate.")
         if link is None:
             print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
     return 0

@@ -113,9 +113,11 @@ class Loader:
         data, index = self.data, self.sampler.indices(step)
         shifts = flips = index[:0]
         if self.augment:
-            random = generator("augment", self.sampler.seed, self.sampler.worker, step)
-            shifts = torch.randint(0, 2 * data.pad + 1, (2, len(index)), generator=random) if data.pad else shifts
-            flips = (torch.rand(len(index), generator=random) < 0.5).long() if data.flip else flips
+            random, num = generator("augment", self.sampler.seed, self.sampler.worker, step), len(index)
+            if data.pad:
+                shifts = torch.randint(0, 2 * data.pad + 1, (2, num), generator=random, device="cpu")
+            if data.flip:
+                flips = (torch.rand(num, generator=random, device="cpu") < 0.5).long()
         drawn = send(torch.cat([index, shifts.view(-1), flips]), data.labels.device)
         index, shifts, flips = drawn.split([len(index), shifts.numel(), len(flips)])
         images, labels = data.images[index], data.labels[index]

@@ -58,7 +58,9 @@ def train(config: TrainConfig, task: Task | None = None, *, checked: bool = True
     began = run_began()
     device, failure = torch.device("cpu"), ""
     try:
-        device = take_device(config.machine.device, fixed_shapes=config.network.task == "classification")
+        fixed_shapes = config.network.task == "classification"
+        deterministic = config.machine.deterministic
+        device = take_device(config.machine.device, fixed_shapes=fixed_shapes, deterministic=deterministic)
         if not checked:
             _check_own(config, device)
     except UserError as error:  # raised in all processes when they have met
