@@ -87,7 +87,7 @@ def test_a_prediction_has_it_in_each_row_and_only_where_it_is_wanted() -> None:
     assert without.to_json()["assumptions"] == []
 
 
-@pytest.mark.parametrize("name", ["digits", "synthetic"])
+@pytest.mark.parametrize("name", [pytest.param("digits", marks=pytest.mark.slow), "synthetic"])
 def test_data_and_batches_are_those_of_the_task(name: str) -> None:
     config = NetworkConfig(data=name)
     task = open_task(config)
@@ -103,6 +103,7 @@ def test_streamed_data_take_no_memory_of_a_gpu() -> None:
     assert largest_test_batch(NetworkConfig(data="folder")) == 100
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     network = {"data": "digits", "model_args": ["depths=1,1,5,1", "width=4"]}
