@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 if hasattr(providers, "_get_local_constants"):
     providers._get_local_constants = lambda: providers._local_constants
 hypothesis.settings.register_profile(
-    "resist",
+    "day",
     deadline=None,
     derandomize=True,
     database=None,
@@ -38,7 +38,12 @@ hypothesis.settings.register_profile(
     max_examples=60,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
-hypothesis.settings.load_profile("resist")
+hypothesis.settings.register_profile("nightly", hypothesis.settings.get_profile("day"), max_examples=600)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the profile before the tests are collected; some take a part of its number of examples."""
+    hypothesis.settings.load_profile("nightly" if config.getoption("markexpr") in ("", "nightly") else "day")
 
 
 # Under pytest-xdist a process runs whole files, whose tests share fixtures. One process runs those of ALONE, which
