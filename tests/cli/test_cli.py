@@ -254,7 +254,7 @@ def test_a_port_in_use_is_named(commands: Commands) -> None:
     assert port in done.stderr
 
 
-LONG = [*FAST[:-8], "--epochs", "0.4", "--num-evals", "1", "--checkpoint-rounds", "2", *FAST[-4:]]
+LONG = ["--workers", "3", *FAST[2:-8], "--epochs", "0.4", "--num-evals", "1", "--checkpoint-rounds", "2", *FAST[-4:]]
 ROUNDS = 6
 
 
@@ -300,7 +300,7 @@ def lose() -> None:
 
 @pytest.fixture(scope="module")
 def interrupted(_commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four processes that SIGTERM ended after its fourth round."""
+    """A run of three processes that SIGTERM ended after its fourth round."""
     out = tmp_path_factory.mktemp("interrupted") / "run"
     done = _commands.run("train", *LONG, "--out", out, prelude=interrupt)
     assert (done.returncode, done.stderr) == (75, "")
@@ -349,11 +349,11 @@ def test_a_run_goes_on_with_fewer_workers(capsys, interrupted: Path, tmp_path) -
     done = len(accuracies(tmp_path / "a"))
     status, text, _ = resist(capsys, "train", "--resume", str(tmp_path / "a"), "--workers", "2", "--processes", "1")
     assert status == 0
-    assert "resuming with 2 workers instead of 4" in text
+    assert "resuming with 2 workers instead of 3" in text
     records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     images = sum(record["images"] for record in records)
     assert len(records) > done
-    assert images == pytest.approx(4 * 0.4 * 1437, rel=0.02)  # as many as all four together would have seen
+    assert images == pytest.approx(3 * 0.4 * 1437, rel=0.02)  # as many as all three together would have seen
     assert len(records[-1]["workers"]) == 2
 
 
