@@ -49,7 +49,15 @@ def pytest_configure(config: pytest.Config) -> None:
 # Under pytest-xdist a process runs whole files, whose tests share fixtures. One process runs those of ALONE, which
 # measure time or list the network namespaces of this machine. The long ones come first: no process waits in the end.
 ALONE = ("test_wire.py", "test_report_browser.py")
-FIRST = (*ALONE, "test_faults.py", "test_cli.py", "test_export.py", "test_third_party.py", "test_resume.py")
+FIRST = (*ALONE, "test_faults.py", "test_cli.py", "test_resume.py", "test_distributed.py", "test_optimizers.py")
+FIRST += (
+    "test_export.py",
+    "test_examples.py",
+    "test_evaluation.py",
+    "test_average.py",
+    "test_docs.py",
+    "test_notebook.py",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
