@@ -64,6 +64,7 @@ def test_what_the_user_has_chosen_stays() -> None:
         assert not group["foreach"]
 
 
+@pytest.mark.slow
 def test_temporary_tensors_of_all_gradients_are_counted() -> None:
     """One image: activations are small, so that the peak is in the optimizer's step."""
     template, options = tiny(), {"batch_size": 1, "image_shape": (3, 16, 16)}
@@ -73,6 +74,7 @@ def test_temporary_tensors_of_all_gradients_are_counted() -> None:
     assert replace(on_gpu, peak=0) == replace(before, peak=0)
 
 
+@pytest.mark.slow
 def test_a_prediction_has_it_in_each_row_and_only_where_it_is_wanted() -> None:
     report = predict(tiny, [resist(2), ddp(2)], gpu=GpuSettings(processes=1, test_batch=8), **SMALL)
     assert [row.gpu.workers for row in report.rows if row.gpu] == [2, 1]  # DDP has a process for each worker

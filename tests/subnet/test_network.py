@@ -74,7 +74,7 @@ def partitions(draw: st.DrawFn) -> tuple[tuple[str, ...], Strategy]:
 
 @pytest.mark.slow
 @given(partitions(), st.booleans(), st.integers(0, 99), st.integers(0, 3))
-@settings(max_examples=25)
+@settings(max_examples=settings().max_examples // 6)
 def test_splitting_and_averaging_restores_all_weights(
     case: tuple[tuple[str, ...], Strategy], channels_last: bool, seed: int, rounds: int
 ) -> None:
@@ -103,7 +103,7 @@ def job_full(seed: int) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @given(partitions(), st.booleans())
-@settings(max_examples=12)
+@settings(max_examples=settings().max_examples // 10)
 def test_a_subnetwork_computes_what_the_full_network_does_without_the_others(
     case: tuple[tuple[str, ...], Strategy], channels_last: bool
 ) -> None:
