@@ -60,6 +60,9 @@ class Row:
         width: Channels of the stem.
         survival: Probability that a block of the chain is computed in a step (stochastic depth); None: always.
         ema: Decay of an average of the weights over time that is tested too; None: without one.
+        zero_chain: Whether every block of the chain begins as the identity: its last convolution is zero.
+        teacher_every: In one step of so many, the full network of the last round is a teacher; 0: never.
+        scales: Factors of the scale of the chain's branches at which the final network is tested too.
     """
 
     name: str
@@ -71,6 +74,9 @@ class Row:
     width: int = 8
     survival: float | None = None
     ema: float | None = None
+    zero_chain: bool = False
+    teacher_every: int = 0
+    scales: tuple[float, ...] = ()
 
     def at_rate(self, factor: float) -> "Row":
         """Return the row with `factor` times its learning rate, under a name that says so."""
@@ -84,6 +90,9 @@ class Row:
             assert isinstance(section, nn.Sequential)
             for number in range(1, len(section)):
                 section[number] = Skipped(section[number], self.survival)
+        if self.zero_chain:
+            for number in range(1, self.depths[2]):
+                nn.init.zeros_(model.get_parameter(f"{CHAIN}.{number}.conv2.weight"))
         return model.to(memory_format=torch.channels_last)
 
 
@@ -118,7 +127,14 @@ def resist_row(name: str, state: str = "average", *, held: int = HELD, lr: float
     def strategy(rounds: int) -> resist.Strategy:
         return resist.resist(WORKERS, LOCAL_STEPS, capacities=held, optimizer_state=state)
 
-    return Row(name, strategy, lr=lr, chain_lr=chain_lr)
+    return Row(name, strategy, lr=lr, chain_lr=chain_lr, scales=(0.7, 1.4, 2.0))
+
+
+def warmed_up(share: float) -> Callable[[int], resist.Strategy]:
+    """Return the strategy of a ResIST that begins with some rounds of local SGD."""
+    return lambda rounds: resist.resist(
+        WORKERS, LOCAL_STEPS, capacities=HELD, optimizer_state="average", warmup_rounds=round(share * rounds)
+    )
 
 
 def growing(*held: int) -> Callable[[int], resist.Strategy]:
@@ -165,10 +181,14 @@ ROWS = {
         ),
         *(resist_row(f"ResIST, {state}", state) for state in ("average", "travel", "reset")),
         resist_row("ResIST, reset, rate corrected", "reset", lr=1 / RESET_RATE),
-        *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 11, 16)),
+        *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 11, 16, 20)),
         *(resist_row(f"ResIST, chain's rate x {factor:g}", chain_lr=factor) for factor in (0.5, 2.0)),
         Row("ResIST, growing 6, 11, 22", growing(6, 11, 22)),
         Row("ResIST, growing 6, 11", growing(6, 11)),
         replace(resist_row("ResIST, average, EMA 0.99"), ema=0.99),
+        replace(resist_row("ResIST, chain begins as the identity"), zero_chain=True),
+        replace(resist_row("ResIST, taught by the last round"), teacher_every=4),
+        *(Row(f"ResIST after {percent} % of local SGD", warmed_up(percent / 100)) for percent in (10, 33)),
+        replace(Row(BASE, local_sgd), name="local SGD, chain begins as the identity", zero_chain=True),
     )
 }
