@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from resist.errors import UserError
 from resist.planning.methods import METHODS, build_strategy
@@ -11,6 +11,12 @@ from resist.planning.strategy import Strategy
 from resist.runs.bounds import check_device, check_size
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.config import NetworkConfig, OptimizationConfig, TrainConfig, config_key
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from resist.cost.footprint import Loss
 
 # Numbers of the links and devices.
 LINKS = ("link_gbit_s", "latency_ms", "images_s")
@@ -71,14 +77,13 @@ class CostConfig:
 def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     """Predict and print. Returns the exit status."""
     from rich.console import Console
-    from torch import Tensor, nn
 
     from resist.cost import GpuSettings, Link, Speed, calibrate, predict, print_table
     from resist.cost.footprint import mean_square
     from resist.data import device_bytes
     from resist.tasks import image_shape, largest_test_batch, network_builder
     from resist.tasks.preflight import example_of
-    from resist.training.device import autocast, on_gpu, take_device
+    from resist.training.device import on_gpu, take_device
     from resist.training.optimizers import optimizer_for, resolve
 
     strategies = _strategies(config)
@@ -97,11 +102,6 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     speeds = [Speed(images_s) for images_s in config.images_s]
     if config.calibrate:
         device = take_device(config.device, fixed_shapes=network.task == "classification")
-
-        def loss_in_precision(model: nn.Module, images: Tensor) -> Tensor:
-            with autocast(device, config.precision):
-                return loss(model, images)
-
         speeds = [
             calibrate(
                 build_model,
@@ -110,7 +110,7 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
                 chains=network.chain,
                 example=example,
                 build_optimizer=build_optimizer,
-                loss=loss_in_precision,
+                loss=partial(_loss_in_precision, loss, device, config.precision),
                 device=device,
             )
         ]
@@ -142,13 +142,27 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         print(json.dumps(report.to_json()))
     else:
         print_table(report, Console(highlight=False, soft_wrap=True))
-        if config.processes is not None and gpu is None:
-            print("\n--processes has no effect without --device cuda.")
-        if config.precision != "fp32" and not config.calibrate:
-            print("\n--precision has no effect without --calibrate.")
-        if link is None:
-            print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
+        _print_notes(config, on_gpu=gpu is not None)
     return 0
+
+
+def _loss_in_precision(
+    loss: "Loss", device: "torch.device", precision: str, model: "nn.Module", images: "Tensor"
+) -> "Tensor":
+    from resist.training.device import autocast
+
+    with autocast(device, precision):
+        return loss(model, images)
+
+
+def _print_notes(config: CostConfig, *, on_gpu: bool) -> None:
+    """Print which options have had no effect, and which would have."""
+    if config.processes is not None and not on_gpu:
+        print("\n--processes has no effect without --device cuda.")
+    if config.precision != "fp32" and not config.calibrate:
+        print("\n--precision has no effect without --calibrate.")
+    if config.link_gbit_s is None:
+        print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
 
 
 def _optimization(config: CostConfig) -> OptimizationConfig:
