@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resist
@@ -93,7 +94,28 @@ class Row:
         if self.zero_chain:
             for number in range(1, self.depths[2]):
                 nn.init.zeros_(model.get_parameter(f"{CHAIN}.{number}.conv2.weight"))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+                model.set_submodule(name, Pointwise(module))
         return model.to(memory_format=torch.channels_last)
+
+
+class Pointwise(nn.Module):
+    """A convolution of 1 x 1 as a product of matrices.
+
+    The kernels that oneDNN 3.12 (torch 2.14) has for AVX2 write past the end of such a weight's gradient.
+
+    Args:
+        convolution: One of 1 x 1 without padding, groups and bias.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.stride = convolution.weight, convolution.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride[0], :: self.stride[1]]
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 class Skipped(nn.Module):
