@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 3
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test test-fast test-nightly lint types check docs clean
@@ -27,6 +27,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(PYTEST)
 
+test-fast: JOBS = 2  # few of these wait
 test-fast: .venv/installed
 	$(PYTEST) -m "not slow and not nightly"
 

@@ -22,7 +22,8 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,14 @@ def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) 
     marks = {steps * quarter // QUARTERS: quarter for quarter in range(1, QUARTERS)}
     curve: list[float] = []
     train_s, gmac, work, start = 0.0, 0.0, [0.0], time.process_time()
+    teacher: nn.Module | None = None
     for step in range(steps):
         if step % LOCAL_STEPS == 0:  # the plan of a round
             work = [gmacs(worker.subnet.model, setting.image_size) for worker in job.workers]
+            if row.teacher_every and step:
+                teacher = job.full_model()
+                assert teacher is not None
+                work.append(gmacs(teacher, setting.image_size) * len(job.workers) / row.teacher_every / 3)
         gmac += sum(work) * setting.batch_size
         # The last step is taken at a rate of exactly zero.
         lr = setting.lr * row.lr * (1 + math.cos(math.pi * step / max(1, steps - 1))) / 2
@@ -161,7 +167,13 @@ def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) 
                 group["lr"] = lr * group["factor"]
             torch.manual_seed(keyed_int("step", seed, worker.index, step))  # for stochastic depth
             images, labels = loader.batch(step)
-            F.cross_entropy(worker.model(images), labels).backward()
+            scores = worker.model(images)
+            loss = F.cross_entropy(scores, labels)
+            if teacher is not None and step % row.teacher_every == 0:
+                with torch.no_grad():
+                    taught = teacher(images).softmax(1)
+                loss = (loss + F.cross_entropy(scores, taught)) / 2
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         for worker, average in zip(job.workers, averages, strict=False):
@@ -178,7 +190,7 @@ def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) 
     return {
         "rounds": rounds,
         "percent_at_quarters": curve,
-        "percent": readings(job, train, test, ema=row.ema is not None),
+        "percent": readings(job, train, test, ema=row.ema is not None, scales=row.scales),
         "train_cpu_s": round(train_s, 1),
         "gmac": round(gmac),
         "bytes": traffic["bytes"],
@@ -224,8 +236,17 @@ def accuracy(model: nn.Module, test: Images, num: int) -> float:
     return 100 * right / num
 
 
-def readings(job: Job, train: Images, test: Images, *, ema: bool) -> dict[str, float]:
-    """Return the accuracy of the final weights on all test images, with each source of BatchNorm statistics."""
+def readings(job: Job, train: Images, test: Images, *, ema: bool, scales: Sequence[float] = ()) -> dict[str, float]:
+    """Return the accuracy of the final weights on all test images, with each source of BatchNorm statistics.
+
+    With other scales of the chain's branches, too, and that of the first worker's sub-network: both re-estimated.
+    """
+
+    def estimated(model: nn.Module) -> float:
+        # The images on which `resist train` estimates statistics: augmented training images.
+        recalibrate(model, Classification(nn.Identity, train, train).calibration(0), torch.device("cpu"))
+        return accuracy(model, test, len(test))
+
     result: dict[str, float] = {}
     for averaged in (False, True) if ema else (False,):
         full = job.full_model(averaged=averaged)
@@ -233,9 +254,15 @@ def readings(job: Job, train: Images, test: Images, *, ema: bool) -> dict[str, f
         name = "EMA, " if averaged else ""
         if not averaged:  # the statistics of an average over time are those of the last step
             result["averaged"] = accuracy(full, test, len(test))
-        # The images on which `resist train` estimates statistics: augmented training images.
-        recalibrate(full, Classification(nn.Identity, train, train).calibration(0), torch.device("cpu"))
-        result[f"{name}re-estimated"] = accuracy(full, test, len(test))
+        result[f"{name}re-estimated"] = estimated(full)
+    if scales:
+        result["sub-network"] = estimated(deepcopy(job.workers[0].subnet.model))
+    inclusion = job.scales[0]
+    for factor in scales:
+        job.scale = factor * inclusion
+        full = job.full_model()
+        assert full is not None
+        result[f"scale x {factor:g}"] = estimated(full)
     return result
 
 

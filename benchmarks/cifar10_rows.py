@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resist
@@ -60,6 +61,9 @@ class Row:
         width: Channels of the stem.
         survival: Probability that a block of the chain is computed in a step (stochastic depth); None: always.
         ema: Decay of an average of the weights over time that is tested too; None: without one.
+        zero_chain: Whether every block of the chain begins as the identity: its last convolution is zero.
+        teacher_every: In one step of so many, the full network of the last round is a teacher; 0: never.
+        scales: Factors of the scale of the chain's branches at which the final network is tested too.
     """
 
     name: str
@@ -71,6 +75,9 @@ class Row:
     width: int = 8
     survival: float | None = None
     ema: float | None = None
+    zero_chain: bool = False
+    teacher_every: int = 0
+    scales: tuple[float, ...] = ()
 
     def at_rate(self, factor: float) -> "Row":
         """Return the row with `factor` times its learning rate, under a name that says so."""
@@ -84,7 +91,31 @@ class Row:
             assert isinstance(section, nn.Sequential)
             for number in range(1, len(section)):
                 section[number] = Skipped(section[number], self.survival)
+        if self.zero_chain:
+            for number in range(1, self.depths[2]):
+                nn.init.zeros_(model.get_parameter(f"{CHAIN}.{number}.conv2.weight"))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+                model.set_submodule(name, Pointwise(module))
         return model.to(memory_format=torch.channels_last)
+
+
+class Pointwise(nn.Module):
+    """A convolution of 1 x 1 as a product of matrices.
+
+    The kernels that oneDNN 3.12 (torch 2.14) has for AVX2 write past the end of such a weight's gradient.
+
+    Args:
+        convolution: One of 1 x 1 without padding, groups and bias.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.stride = convolution.weight, convolution.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride[0], :: self.stride[1]]
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 class Skipped(nn.Module):
@@ -118,7 +149,14 @@ def resist_row(name: str, state: str = "average", *, held: int = HELD, lr: float
     def strategy(rounds: int) -> resist.Strategy:
         return resist.resist(WORKERS, LOCAL_STEPS, capacities=held, optimizer_state=state)
 
-    return Row(name, strategy, lr=lr, chain_lr=chain_lr)
+    return Row(name, strategy, lr=lr, chain_lr=chain_lr, scales=(0.7, 1.4, 2.0))
+
+
+def warmed_up(share: float) -> Callable[[int], resist.Strategy]:
+    """Return the strategy of a ResIST that begins with some rounds of local SGD."""
+    return lambda rounds: resist.resist(
+        WORKERS, LOCAL_STEPS, capacities=HELD, optimizer_state="average", warmup_rounds=round(share * rounds)
+    )
 
 
 def growing(*held: int) -> Callable[[int], resist.Strategy]:
@@ -165,10 +203,14 @@ ROWS = {
         ),
         *(resist_row(f"ResIST, {state}", state) for state in ("average", "travel", "reset")),
         resist_row("ResIST, reset, rate corrected", "reset", lr=1 / RESET_RATE),
-        *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 11, 16)),
+        *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 11, 16, 20)),
         *(resist_row(f"ResIST, chain's rate x {factor:g}", chain_lr=factor) for factor in (0.5, 2.0)),
         Row("ResIST, growing 6, 11, 22", growing(6, 11, 22)),
         Row("ResIST, growing 6, 11", growing(6, 11)),
         replace(resist_row("ResIST, average, EMA 0.99"), ema=0.99),
+        replace(resist_row("ResIST, chain begins as the identity"), zero_chain=True),
+        replace(resist_row("ResIST, taught by the last round"), teacher_every=4),
+        *(Row(f"ResIST after {percent} % of local SGD", warmed_up(percent / 100)) for percent in (10, 33)),
+        replace(Row(BASE, local_sgd), name="local SGD, chain begins as the identity", zero_chain=True),
     )
 }

@@ -11,11 +11,11 @@ it prints in FOLDER/gpu.log. The exit status is 0 if all parts ended as they sho
 
 CIFAR-10 comes in files of under 60 MB: `python benchmarks/gpu_data.py` makes these.
 
-It runs from a checkout with torch 2.11 or newer and Python 3.11 or newer, without a network. It needs torch,
-torchvision, numpy, scikit-learn, safetensors, rich and matplotlib; where these are not installed, bring wheels of them,
-and of tyro, docstring-parser and typeguard for the command `resist` (parts tests and order). The part `tests` also
-needs pytest, pytest-timeout, hypothesis and psutil, and `order` psutil. Triton, which `--no-compile` does without,
-comes with torch.
+It runs from a checkout, with `src` on PYTHONPATH, torch 2.11 or newer and Python 3.11 or newer, without a network. It
+needs torch, torchvision, numpy, scikit-learn, safetensors, rich and matplotlib; where these are not installed, bring
+wheels of them, and of tyro, docstring-parser and typeguard for the command `resist` (parts tests and order). The part
+`tests` also needs pytest, pytest-timeout, hypothesis and psutil, and `order` psutil. Compiling needs Triton, which
+comes with torch, and a C compiler; `--no-compile` does without. RESIST_COMMIT names the commit where there is no git.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def settings_of(args: argparse.Namespace, name: str) -> Settings:
 
 def run_here(name: str, settings: Settings) -> int:
     """Run a part in this process. Returns the exit status."""
-    if settings.device.type == "cuda":
+    if settings.on_gpu:
         torch.cuda.set_device(settings.device)
     found = Findings(settings.out, name)
     try:

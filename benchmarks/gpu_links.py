@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -33,8 +35,7 @@ MAX_DIFFERENCE = 1e-3  # from the weights of one process, relative to the larges
 
 def links(settings: Settings, found: Findings) -> None:
     """Run the rounds, as one of the two processes; the other one is started here."""
-    folder = settings.out / f"gpu-links-{os.getpid()}"
-    folder.mkdir(parents=True)
+    folder = Path(tempfile.mkdtemp(prefix="gpu-links-"))
     task = asdict(settings) | {"device": settings.device.type, "out": str(settings.out), "data": None}
     command = [sys.executable, __file__, json.dumps(task), str(folder / "store"), str(settings.left_s())]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -48,8 +49,7 @@ def links(settings: Settings, found: Findings) -> None:
                 raise RuntimeError(f"the other process ended with status {other.returncode}; see its error above")
         finally:
             other.kill()
-            (folder / "store").unlink(missing_ok=True)
-            folder.rmdir()
+            shutil.rmtree(folder)
 
 
 def join(rank: int, store: Path) -> None:
@@ -65,10 +65,10 @@ def rounds(settings: Settings, found: Findings | None) -> None:
         settings: Settings of the part, the same in both processes.
         found: Where process 0 writes.
     """
-    several = settings.device.type == "cuda" and torch.cuda.device_count() >= PROCESSES
+    several = settings.on_gpu and torch.cuda.device_count() >= PROCESSES
     device = settings.device
-    if device.type == "cuda":
-        device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+    if several:
+        device = torch.device("cuda", dist.get_rank())
     rows: list[dict[str, Any]] = []
     for backend in ("gloo", "nccl") if several else ("gloo",):
         for name in STRATEGIES:

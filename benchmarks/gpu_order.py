@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ from injection import Fault, command  # noqa: E402
 # Runs a command: its arguments, a fault or None, a file that is made when the fault happens, a limit in seconds.
 # Returns the exit status (None: it did not end) and what is on stderr.
 Runner = Callable[[tuple[str, ...], Fault | None, Path, float], tuple[int | None, str]]
-STEP_S = 90.0  # most that a command may take
+TF32 = 5e-3  # most by which a loss differs after some steps whose convolutions are in TF32
+STEP_S = 150.0  # most that a command may take
+MOST_SHOWN = 2000  # characters of its output that are kept where it has failed
 KILLED = Fault("kill", "sending blocks", 1, 2)
 
 
@@ -77,21 +81,21 @@ def read_report(file: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a command that finds this checkout."""
+    """Return the environment of a command that finds this checkout, and meets others at the loopback interface."""
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def steps(settings: Settings) -> list[Step]:
     """List the steps, each of which adds one thing to those before."""
     one, two = ("--processes", "1"), ("--processes", "2")
-    channels_last = ("machine", "channels_last", True)
+    contiguous = ("machine", "channels_last", False)
     found = [
         Step("cpu", ("--device", "cpu", *one)),
-        Step("one process", one, like="cpu"),
+        Step("one process", one, like="cpu", within=TF32),
         Step("bf16", (*one, "--precision", "bf16"), like="cpu", within=0.1),
-        Step("channels last", one, (channels_last,), like="cpu"),
-        Step("compiled", (*one, "--precision", "bf16", "--compile"), (channels_last,), like="cpu", within=0.1),
+        Step("contiguous", one, (contiguous,), like="cpu", within=TF32),
+        Step("compiled", (*one, "--precision", "bf16", "--compile"), like="cpu", within=0.1),
         Step("gloo, two processes", two, (("machine", "backend", "gloo"),), like="one process"),
         Step("ddp, two processes", (*two, "--workers", "2", "--strategy", "ddp")),
         Step("killed while sending", (*two, "--replicate"), fault=KILLED),
@@ -101,7 +105,8 @@ def steps(settings: Settings) -> list[Step]:
              (("machine", "backend", "nccl"),), gpus=3),
         Step("nccl, killed", (*two, "--replicate"), (("machine", "backend", "nccl"),), gpus=2, fault=KILLED),
     ]  # fmt: skip
-    return [step for step in found if not (settings.tiny and step.name == "compiled")]
+    compiles = settings.compile and not settings.tiny  # a compiler for the CPU takes longer than all steps
+    return [step for step in found if compiles or step.name != "compiled"]
 
 
 def order(settings: Settings, found: Findings, runner: Runner | None = None) -> None:
@@ -112,15 +117,17 @@ def order(settings: Settings, found: Findings, runner: Runner | None = None) -> 
         found: Where the outcome of each step is written.
         runner: Runs a command. Default: in new processes.
     """
-    gpus = torch.cuda.device_count() if settings.device.type == "cuda" else 1
+    gpus = torch.cuda.device_count() if settings.on_gpu else 1
     outcomes: dict[str, dict[str, Any]] = {}
+    folder = Path(tempfile.mkdtemp(prefix="gpu-order-"))  # no TemporaryDirectory, which also ends with a fork
     for step in steps(settings):
         outcomes[step.name] = (
             {"skipped": f"needs {step.gpus} GPUs, and there is {gpus}"}
             if step.gpus > gpus
-            else _outcome(settings, step, outcomes, runner or start)
+            else _outcome(settings, step, folder, outcomes, runner or start)
         )
         found.add(order=outcomes)
+    shutil.rmtree(folder)
     if wrong := [name for name, outcome in outcomes.items() if outcome.get("problem")]:
         raise SystemExit(f"steps with a problem: {', '.join(wrong)}; see the result line")
 
@@ -130,11 +137,11 @@ def start(arguments: tuple[str, ...], fault: Fault | None, mark: Path, limit_s: 
     return command(arguments, fault, mark, limit_s, warm=False)
 
 
-def _outcome(settings: Settings, step: Step, before: dict[str, dict[str, Any]], runner: Runner) -> dict[str, Any]:
-    """Run one step, and judge it."""
-    folder = settings.out / "gpu-order"
+def _outcome(
+    settings: Settings, step: Step, folder: Path, before: dict[str, dict[str, Any]], runner: Runner
+) -> dict[str, Any]:
+    """Run one step in a folder, and judge it."""
     out = folder / (step.resumes or step.name).replace(" ", "-").replace(",", "")
-    folder.mkdir(exist_ok=True)
     mark, limit_s = folder / f"{out.name}.{len(before)}", min(STEP_S, settings.left_s())
     if limit_s <= 0:
         return {"problem": "no time was left"}
@@ -153,8 +160,7 @@ def _outcome(settings: Settings, step: Step, before: dict[str, dict[str, Any]], 
             if expected and (outcome["difference"] is None or not outcome["difference"] <= step.within):
                 wrong = f"another loss than {step.like!r}"
     if wrong:
-        lines = errors.strip().splitlines()
-        outcome |= {"problem": wrong, "stderr": lines[-1][:300] if lines else ""}
+        outcome |= {"problem": wrong, "stderr": errors.strip()[-MOST_SHOWN:]}
     return outcome
 
 

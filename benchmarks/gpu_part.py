@@ -78,6 +78,11 @@ class Settings:
         """The size of what the part runs."""
         return TINY if self.tiny else FULL
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.type == "cuda"
+
     def left_s(self) -> float:
         """Return the seconds that are left of the part's time."""
         return self.began + self.seconds - time.monotonic()
@@ -96,9 +101,13 @@ class Settings:
         """Return the compiled model, or the model itself where `compile` is off."""
         return torch.compile(model, backend=self.size.backend) if self.compile else model
 
+    def choose_convolutions(self) -> None:
+        """Let cuDNN choose the fastest algorithm for each shape: those of training are always the same."""
+        torch.backends.cudnn.benchmark = self.on_gpu
+
     def synchronize(self) -> None:
         """Wait for the device."""
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def train(settings: Settings, found: Findings, strategy: Strategy) -> None:
     The learning rate follows the time: it rises in the first twentieth, and falls along a cosine to zero.
     """
     size, device = settings.size, settings.device
-    train_images, test_images = (images.to(device) for images in data(settings))
+    settings.choose_convolutions()
+    train_images, test_images = (images.to(device, channels_last=True) for images in data(settings))
     job = resist.Job(settings.network, strategy, batchnorm="average", device=device, channels_last=True, example=False)
     optimizers = [
         torch.optim.SGD(worker.model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4) for worker in job.workers
@@ -88,7 +90,7 @@ def train(settings: Settings, found: Findings, strategy: Strategy) -> None:
         if (len(curve) + 1) * settings.train_s / QUARTERS <= course.trained_s < settings.train_s:
             curve.append({"trained_s": course.trained_s, "percent": accuracy(_full(job), test_images)})
             found.add(curve=curve)
-    found.add(percent=_readings(job, train_images, test_images), percent_of=len(test_images))
+    found.add(percent=_readings(settings, job, train_images, test_images), percent_of=len(test_images))
 
 
 def data(settings: Settings) -> tuple[Images, Images]:
@@ -136,7 +138,7 @@ def _step(
 ) -> torch.Tensor:
     images, labels = loader.batch(step)
     with torch.autocast(settings.device.type, torch.bfloat16):
-        loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
+        loss = F.cross_entropy(model(images), labels)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -187,11 +189,11 @@ def accuracy(model: nn.Module, images: Images) -> float:
     return 100 * int(right) / len(images)
 
 
-def _readings(job: resist.Job, train_images: Images, test_images: Images) -> dict[str, float]:
+def _readings(settings: Settings, job: resist.Job, train_images: Images, test_images: Images) -> dict[str, float]:
     """Return the accuracy with averaged statistics of BatchNorm, and with re-estimated ones."""
     full = _full(job)
     percent = {"averaged": accuracy(full, test_images)}
     # The images on which `resist train` estimates statistics: augmented training images.
     batches = Classification(nn.Identity, train_images, train_images).calibration(0)
-    recalibrate(full, batches, job.workers[0].subnet.device)
+    recalibrate(full, islice(batches, 2 if settings.tiny else None), job.workers[0].subnet.device)
     return percent | {"re-estimated": accuracy(full, test_images)}

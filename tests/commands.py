@@ -13,6 +13,7 @@ package: what is to happen in the middle of a run then happens at its place, how
 import contextlib
 import ctypes
 import inspect
+import io
 import json
 import os
 import signal
@@ -233,4 +234,6 @@ if __name__ == "__main__":
     import resist.training.train  # noqa: F401
     from resist.cli import main
 
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main(["train", "--help"])  # which imports what reads arguments
     serve()

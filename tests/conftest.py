@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 if hasattr(providers, "_get_local_constants"):
     providers._get_local_constants = lambda: providers._local_constants
 hypothesis.settings.register_profile(
-    "resist",
+    "day",
     deadline=None,
     derandomize=True,
     database=None,
@@ -38,13 +38,26 @@ hypothesis.settings.register_profile(
     max_examples=60,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
-hypothesis.settings.load_profile("resist")
+hypothesis.settings.register_profile("nightly", hypothesis.settings.get_profile("day"), max_examples=600)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the profile before the tests are collected; some take a part of its number of examples."""
+    hypothesis.settings.load_profile("nightly" if config.getoption("markexpr") in ("", "nightly") else "day")
 
 
 # Under pytest-xdist a process runs whole files, whose tests share fixtures. One process runs those of ALONE, which
 # measure time or list the network namespaces of this machine. The long ones come first: no process waits in the end.
 ALONE = ("test_wire.py", "test_report_browser.py")
-FIRST = (*ALONE, "test_faults.py", "test_cli.py", "test_export.py", "test_third_party.py", "test_resume.py")
+FIRST = (*ALONE, "test_faults.py", "test_cli.py", "test_resume.py", "test_distributed.py", "test_optimizers.py")
+FIRST += (
+    "test_export.py",
+    "test_examples.py",
+    "test_evaluation.py",
+    "test_average.py",
+    "test_docs.py",
+    "test_notebook.py",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

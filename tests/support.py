@@ -21,6 +21,21 @@ def tiny() -> PreActResNet:
     return PreActResNet((1, 1, BLOCKS + 1, 1), CLASSES, width=4).double()
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(torch.relu(self.norm(x)))
+
+
+def slight() -> nn.Module:
+    """Six blocks of one convolution, for tests that compile it. In double precision."""
+    blocks = nn.Sequential(*(Residual() for _ in range(BLOCKS)))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), blocks, nn.Flatten(), nn.Linear(144, CLASSES)).double()
+
+
 def preact(model: nn.Module | None) -> PreActResNet:
     assert isinstance(model, PreActResNet)
     return model
@@ -47,10 +62,13 @@ def adamw(model: nn.Module) -> Optimizer:
 
 
 def make(
-    strategy: Strategy, optimizer: Callable[[nn.Module], Optimizer] = sgd, **options: object
+    strategy: Strategy,
+    optimizer: Callable[[nn.Module], Optimizer] = sgd,
+    network: Callable[[], nn.Module] = tiny,
+    **options: object,
 ) -> tuple[Job, list[Optimizer]]:
-    """A job on `tiny` and the optimizers of its hosted workers."""
-    job = Job(tiny, strategy, **{"batchnorm": "average", **options})  # type: ignore[arg-type]
+    """A job and the optimizers of its hosted workers."""
+    job = Job(network, strategy, **{"batchnorm": "average", **options})  # type: ignore[arg-type]
     return job, [optimizer(worker.model) for worker in job.workers]
 
 
@@ -75,7 +93,9 @@ def train(job: Job, optimizers: Sequence[Optimizer], steps: int) -> None:
 
 def weights(job: Job) -> dict[str, Tensor]:
     """Parameters and float buffers of the full network by global dotted name, cloned."""
-    return floats(full_of(job))
+    full = job.full_model()
+    assert full is not None
+    return floats(full)
 
 
 def floats(model: nn.Module) -> dict[str, Tensor]:

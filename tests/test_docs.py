@@ -202,7 +202,13 @@ def dotted_names() -> Iterator[str]:
         yield from re.findall(r"^::: (\S+)$", text, re.M)
 
 
-@pytest.mark.parametrize("name", sorted(set(dotted_names())))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith("resist.integrations") else ())  # large imports
+        for name in sorted(set(dotted_names()))
+    ],
+)
 def test_named_functions_exist(name: str) -> None:
     for library in ("lightning", "transformers"):
         if name.startswith(f"resist.integrations.{library}"):

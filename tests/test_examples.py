@@ -8,12 +8,16 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pool import Pool
+from resist.models import build
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
@@ -28,10 +32,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], nam
 
 
 def in_a_process(name: str, *arguments: object) -> str:
-    """Run an example in a process of the pool, which has joined the others as torchrun makes it join them."""
+    """Run an example in a process of the pool, which has joined the others as torchrun makes it join them.
+
+    A network of this package is small.
+    """
     file, output = next(EXAMPLES.glob(f"{name}_*.py")), io.StringIO()
     sys.argv = [str(file), *map(str, arguments)]
-    with contextlib.redirect_stdout(output):
+    os.environ |= {"WORLD_SIZE": str(dist.get_world_size()), "LOCAL_RANK": str(dist.get_rank())}
+    smaller = patch("resist.models.build", partial(build, depths=(1, 1, 5, 1), width=4))
+    with contextlib.redirect_stdout(output), smaller:
         runpy.run_path(str(file), run_name="__main__")
     return output.getvalue()
 
@@ -78,11 +87,21 @@ def test_four_workers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert re.search(r"^Sent in 4 rounds: .*shared \d+\.\d MB, blocks \d+\.\d MB, state \d+\.\d MB, eval", output, re.M)
 
 
+CIFAR10 = ["--synthetic", "--network", "preact_small", "--max-steps", 5, "--local-steps", 2]
+
+
 @pytest.mark.slow
+def test_two_processes_on_cifar10(pool: Pool) -> None:
+    """On noise: CIFAR-10 may be missing."""
+    check_cifar10("".join(pool.run(2, in_a_process, "3", *CIFAR10)))
+
+
+@pytest.mark.nightly  # tests/cli/test_cli.py compares processes of torchrun with others
 def test_torchrun_on_cifar10() -> None:
-    """Separate processes, on noise: CIFAR-10 may be missing."""
-    arguments = ["--synthetic", "--network", "preact_small", "--max-steps", 5, "--local-steps", 2]
-    output = torchrun("3", *arguments)
+    check_cifar10(torchrun("3", *CIFAR10))
+
+
+def check_cifar10(output: str) -> None:
     assert re.findall(r"^round (\d), step (\d) of 5: loss \d\.\d{3}$", output, re.M) == [("1", "2"), ("2", "4")]
     assert re.search(r"^2 workers: the full network is \d+\.\d% correct; \d+ MB sent$", output, re.M)
 
@@ -90,11 +109,11 @@ def test_torchrun_on_cifar10() -> None:
 @pytest.mark.slow
 def test_your_own_network(pool: Pool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Three workers in one process and in three processes: the same accuracy."""
-    here = run(monkeypatch, capsys, "4", "--steps", 50)
+    here = run(monkeypatch, capsys, "4", "--steps", 40)
     assert "worker 2 holds 4 blocks of blocks:0-8" in here
     answers = [
         re.findall(r"^9 blocks, .*: (.*)% of 360 test images correct$", output, re.M)
-        for output in (here, "".join(pool.run(3, in_a_process, "4", "--steps", 50)))
+        for output in (here, "".join(pool.run(3, in_a_process, "4", "--steps", 40)))
     ]
     assert len(answers[0]) == len(answers[1]) == 2
     for in_one, in_three in zip(*answers, strict=True):
@@ -104,7 +123,7 @@ def test_your_own_network(pool: Pool, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.mark.slow
 def test_unequal_workers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(monkeypatch, capsys, "5", "--rounds", 1, "--local-steps", 4, "--speeds", 1, 0.1)
+    output = run(monkeypatch, capsys, "5", "--rounds", 1, "--local-steps", 2, "--speeds", 1, 0.1)
     held = [int(number) for number in re.findall(r"(\d+) blocks ", output)]
     assert held[:2] == [8, 8]
     assert sum(held[2:]) == 16

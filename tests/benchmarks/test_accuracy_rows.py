@@ -63,6 +63,36 @@ def test_the_rate_ends_at_zero_and_rows_of_a_seed_begin_alike(monkeypatch: pytes
     assert first == {**cifar10.trained(setting, row, 0, data, data), "train_cpu_s": first["train_cpu_s"]}
 
 
+@pytest.mark.slow
+def test_a_teacher_changes_the_training_and_scales_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "LOCAL_STEPS", 2)
+    monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
+    data = cifar10.smaller(images(64), 8)
+    setting = cifar10.replace(SETTINGS["screen"], rounds=2, image_size=8, batch_size=4)
+    ends: list[list[float]] = []
+    seen: list[float] = []
+    monkeypatch.setattr(
+        cifar10,
+        "accuracy",
+        lambda model, test, num: (seen.append(float(model(test.images[:4].float()).detach().sum())), 0.0)[1],
+    )
+    for every in (0, 1):
+        seen.clear()
+        row = cifar10.replace(ROWS["ResIST, average"], depths=(1, 1, 9, 1), teacher_every=every, scales=(0.5, 1.0))
+        result = cifar10.trained(setting, row, 0, data, data)
+        assert list(result["percent"]) == ["averaged", "re-estimated", "sub-network", "scale x 0.5", "scale x 1"]
+        assert seen[-1] == seen[-4] != seen[-2]  # the scale of ResIST, and another
+        ends.append(list(seen))
+    assert ends[0][-1] != ends[1][-1]
+
+
+def test_the_blocks_of_a_chain_can_begin_as_the_identity() -> None:
+    section = ROWS["ResIST, chain begins as the identity"].network().get_submodule("layer3")
+    assert isinstance(section, torch.nn.Sequential)
+    x = torch.randn(2, 32, 4, 4)
+    assert all(torch.equal(block.eval()(x), x) for block in section[1:])
+
+
 def test_a_narrower_share_of_blocks_costs_less() -> None:
     torch.set_num_threads(1)
     row = ROWS["stochastic depth, averaging in every step"]

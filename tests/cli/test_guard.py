@@ -57,6 +57,17 @@ def recurse() -> None:
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 2, "out of memory: this machine has no more; lower --batch-size, raise --grad-accum-steps"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. x"), 2, "out of memory: CUDA out of m"),
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+            2,
+            "out of memory: CUDA error: out of",
+        ),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors"),
+            2,
+            "CUDA error: no kernel image is available for execution on the device; this torch has no code for the GPU: "
+            "install one that was built for it, or give --device cpu",
+        ),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "out of memory: "),
         (OSError(errno.ENOSPC, "No space left on device", "a b"), 2, "a b: No space left on device; make room"),
         (OSError(errno.EACCES, "Permission denied", "a"), 2, "a: Permission denied; check its permissions"),

@@ -64,6 +64,7 @@ def test_what_the_user_has_chosen_stays() -> None:
         assert not group["foreach"]
 
 
+@pytest.mark.slow
 def test_temporary_tensors_of_all_gradients_are_counted() -> None:
     """One image: activations are small, so that the peak is in the optimizer's step."""
     template, options = tiny(), {"batch_size": 1, "image_shape": (3, 16, 16)}
@@ -73,6 +74,7 @@ def test_temporary_tensors_of_all_gradients_are_counted() -> None:
     assert replace(on_gpu, peak=0) == replace(before, peak=0)
 
 
+@pytest.mark.slow
 def test_a_prediction_has_it_in_each_row_and_only_where_it_is_wanted() -> None:
     report = predict(tiny, [resist(2), ddp(2)], gpu=GpuSettings(processes=1, test_batch=8), **SMALL)
     assert [row.gpu.workers for row in report.rows if row.gpu] == [2, 1]  # DDP has a process for each worker
@@ -87,7 +89,7 @@ def test_a_prediction_has_it_in_each_row_and_only_where_it_is_wanted() -> None:
     assert without.to_json()["assumptions"] == []
 
 
-@pytest.mark.parametrize("name", ["digits", "synthetic"])
+@pytest.mark.parametrize("name", [pytest.param("digits", marks=pytest.mark.slow), "synthetic"])
 def test_data_and_batches_are_those_of_the_task(name: str) -> None:
     config = NetworkConfig(data=name)
     task = open_task(config)
@@ -103,6 +105,7 @@ def test_streamed_data_take_no_memory_of_a_gpu() -> None:
     assert largest_test_batch(NetworkConfig(data="folder")) == 100
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     network = {"data": "digits", "model_args": ["depths=1,1,5,1", "width=4"]}

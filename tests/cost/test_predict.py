@@ -74,6 +74,7 @@ def test_a_model_that_reads_its_weights_is_predicted_too() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_several_chains_and_batch_statistics() -> None:
     def two() -> nn.Module:
         return PreActResNet((1, 4, 4, 1), 5, width=4)

@@ -1,5 +1,6 @@
 """Seconds: by hand, by calibration, and within bounds."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from resist.cli import main
 from resist.cost import Link, Speed, calibrate
 from resist.cost.timing import PAYLOAD, ddp_step_s, exchange_s, median_step_s
 from resist.cost.traffic import ddp_traffic, round_traffic
@@ -152,3 +154,24 @@ def test_other_bounds() -> None:
         Speed(1, 1)
     with pytest.raises(UserError, match="steps=0"):
         calibrate(tiny, batch_size=2, image_shape=(3, 8, 8), steps=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_command_calibrates_in_the_precision_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def calibrated(build_model: object, *, loss: Callable[[nn.Module, Tensor], Tensor], **_: object) -> Speed:
+        layer = nn.Linear(2, 2)
+        layer.register_forward_hook(lambda _layer, _args, output: seen.append(output.dtype))
+        loss(layer, torch.ones(1, 2)).backward()
+        return Speed(100)
+
+    monkeypatch.setattr("resist.cost.calibrate", calibrated)
+    network = ["--data", "digits", "--model-args", "depths=1,1,5,1", "width=4", "--strategies", "local_sgd"]
+    measured = ["--workers", "2", "--link-gbit-s", "1", "--calibrate", "--device", "cpu", "--precision", precision]
+    with pytest.raises(SystemExit) as ended:
+        main(["cost", *network, *measured])
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]

@@ -73,7 +73,7 @@ def shares(draw: st.DrawFn) -> list[int]:
 
 
 @given(shares(), st.sampled_from(OPTIMIZER_STATES), st.booleans(), st.sampled_from([None, OuterSGD()]))
-@settings(max_examples=20)
+@settings(max_examples=settings().max_examples // 6)
 def test_bytes_are_those_of_the_ledger(capacities: list[int], policy: str, adam: bool, outer: OuterSGD | None) -> None:
     strategy = resist(len(capacities), 1, capacities=capacities, optimizer_state=policy, outer=outer)
     build_optimizer = OPTIMIZERS["adamw" if adam else "sgd"]

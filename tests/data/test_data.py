@@ -152,6 +152,7 @@ def test_batches_have_the_memory_format_that_was_asked_for(pad: int, flip: bool,
     for images in (data.loader(own).batch(0)[0], next(data.batches(16))[0], next(data.to("cpu").batches(16))[0]):
         assert images.is_contiguous(memory_format=form)
         assert not images.is_contiguous(memory_format=other)
+    assert next(colored(pad, flip).batches(16))[0].is_contiguous(memory_format=torch.channels_last)  # the default
 
 
 def test_images_stay_as_they_are() -> None:

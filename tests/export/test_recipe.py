@@ -115,7 +115,8 @@ def test_a_recipe_says_what_is_missing() -> None:
     assert Recipe("timm", "vit").code == "timm.create_model('vit')"
 
 
-@pytest.mark.parametrize("depth", [50, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (101, 152, 200))])
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [50, 101, 152, 200])
 def test_timms_names_of_our_networks(depth: int) -> None:
     pytest.importorskip("timm", reason="timm is an optional extra")
     recipe = timm_counterpart(f"preact_resnet{depth}_imagenet", 10, (), None)

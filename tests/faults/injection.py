@@ -90,7 +90,7 @@ def draw(seed: int, number: int, timeout_s: float) -> list[Fault]:
 
 
 def environment(fault: Fault | None, mark: Path) -> dict[str, str]:
-    paths = [str(HERE / "inject"), str(Path(resist.__file__).parents[1])]
+    paths = [str(HERE / "inject"), str(Path(resist.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "RESIST_FAULT_RUN": str(mark)}
     own["RESIST_FORK"] = "0"  # forks do not run sitecustomize
     if fault is not None:

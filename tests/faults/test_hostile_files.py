@@ -59,7 +59,6 @@ def one_line(action: Callable[[], object]) -> bool:
 PATHS = [(part, name) for part, values in TrainConfig().to_json().items() for name in values]
 
 
-@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(PATHS), ODD | JSON), min_size=1, max_size=3))
 @example([(("optimization", "lr"), 10**400)])  # JSON has no largest number
 def test_mutated_configurations(changes: list[tuple[tuple[str, str], Any]]) -> None:
@@ -81,7 +80,6 @@ def test_configurations_that_are_anything(data: Any) -> None:
     assert one_line(lambda: from_json(json.loads(json.dumps(data))).check()) == (data == {})
 
 
-@settings(max_examples=200)
 @given(DAMAGE)
 def test_damaged_configuration_files(tmp_path_factory: pytest.TempPathFactory, damage: Any) -> None:
     folder = tmp_path_factory.mktemp("run")
@@ -114,7 +112,7 @@ CHAIN = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=120)
+@settings(max_examples=settings().max_examples // 2)
 @given(st.lists(CHAIN, max_size=3))
 def test_chain_expressions(chains: list[str]) -> None:
     one_line(lambda: choose_chains(tiny(), tuple(chains)))
@@ -149,7 +147,7 @@ KINDS = st.sampled_from(["damage", "damage", "swap", "remove", "folder", "link"]
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=settings().max_examples // 3)
 @given(st.lists(st.tuples(KINDS, st.integers(0, 99), st.integers(0, 99), DAMAGE), min_size=1, max_size=2))
 def test_damaged_checkpoints(
     run: tuple[Path, dict[int, dict[str, Tensor]]], tmp_path_factory: pytest.TempPathFactory, changes: list[Any]
@@ -185,7 +183,6 @@ ABOUT = {
 }  # fmt: skip
 
 
-@settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from([*ABOUT, "more"]), ODD | JSON, max_size=3))
 def test_mutated_descriptions_of_a_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
@@ -206,7 +203,6 @@ def test_descriptions_of_a_checkpoint_that_are_anything(tmp_path_factory: pytest
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
 @given(DAMAGE)
 def test_damaged_tensor_files(tmp_path_factory: pytest.TempPathFactory, damage: Any) -> None:
     """What is read is what was written, or there is a line that names the file."""
@@ -224,7 +220,6 @@ def test_damaged_tensor_files(tmp_path_factory: pytest.TempPathFactory, damage: 
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from(["__metadata__", "a", "b"]), JSON | ODD, max_size=3), st.binary(max_size=40))
 def test_tensor_files_whose_headers_are_anything(
     tmp_path_factory: pytest.TempPathFactory, entries: dict[str, Any], data: bytes
@@ -246,7 +241,7 @@ RECORD = {
 
 
 @pytest.mark.slow
-@settings(max_examples=80)
+@settings(max_examples=settings().max_examples // 2)
 @given(
     st.integers(0, 2), st.dictionaries(st.sampled_from([*RECORD]), ODD | JSON, max_size=2), st.none() | DAMAGE
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from resist.data.sampler import Sampler
+from resist.data import Images, Sampler
 from resist.job import Job
 from resist.planning.strategy import local_sgd, resist, switch
 from resist.runs.library import load_checkpoint, save_checkpoint
@@ -84,9 +85,15 @@ def test_a_default_dtype_of_double_precision(in_double: None, tmp_path: Path) ->
 
 
 def test_images_are_drawn_on_the_host(on_meta: None) -> None:
-    options = {"batch_size": 4, "seed": 0, "worker": 1, "workers": 2}
+    options: dict[str, Any] = {"batch_size": 4, "seed": 0, "worker": 1, "workers": 2}
     for sampling in ("all", "shard"):
         drawn = Sampler(16, sampling=sampling, **options).indices(1)
         assert drawn.device.type == "cpu"
         with torch.device("cpu"):
             assert torch.equal(drawn, Sampler(16, sampling=sampling, **options).indices(1))
+    pixels = torch.arange(16 * 3 * 4 * 4, device="cpu").view(16, 3, 4, 4) % 256
+    labels = torch.arange(16, device="cpu") % 10
+    data = Images(pixels.byte(), labels, 10, (0.5,) * 3, (0.25,) * 3, pad=1, flip=True)
+    images, _ = data.loader(Sampler(16, **options)).batch(0)
+    with torch.device("cpu"):
+        assert torch.equal(images, data.loader(Sampler(16, **options)).batch(0)[0])

@@ -87,8 +87,8 @@ def test_a_form_changes_nothing(
     assert by_name.chains[0].form == "in_place"
     found = [train(by_name, optimizer)]
 
-    def placed(found: tuple[Chain, ...], model: nn.Module, names: Sequence[str]) -> tuple[object, ...]:
-        return tuple(in_place(chain, model) for chain in chosen_of(found, model, names))
+    def placed(found: tuple[Chain, ...], model: nn.Module, names: Sequence[str], *, needed: bool) -> tuple[object, ...]:
+        return tuple(in_place(chain, model) for chain in chosen_of(found, model, names, needed=needed))
 
     monkeypatch.setattr(job_module, "chosen_of", placed)
     found.append(train(made(lambda: Net(period, by_name=False)), optimizer))

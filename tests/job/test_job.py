@@ -30,6 +30,7 @@ from support import (
     make,
     preact,
     sgd,
+    slight,
     tiny,
     train,
     train_step,
@@ -269,7 +270,7 @@ def test_rounds_do_not_recompile() -> None:
 
     dynamo.reset()
     counters.clear()
-    job, optimizers = make(resist(2, 2, capacities=(3, 4)))
+    job, optimizers = make(resist(2, 2, capacities=(3, 4)), network=slight)
     compiled = [torch.compile(worker.model, backend="aot_eager") for worker in job.workers]
     graphs = []
     for step in range(10):
@@ -277,7 +278,7 @@ def test_rounds_do_not_recompile() -> None:
             train_step(worker, model, optimizer, step)
         graphs.append(counters["stats"]["unique_graphs"])
         job.step(*optimizers)
-    plain, plain_optimizers = make(resist(2, 2, capacities=(3, 4)))
+    plain, plain_optimizers = make(resist(2, 2, capacities=(3, 4)), network=slight)
     train(plain, plain_optimizers, 10)
     assert job.round == 5
     assert len({job.plan_of(round) for round in range(5)}) == 5

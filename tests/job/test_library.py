@@ -13,7 +13,7 @@ from resist.job import Job
 from resist.planning.schedule import schedule
 from resist.planning.strategy import Strategy, resist, switch
 from resist.subnet.seeded import build_seeded
-from support import batch, floats, make, sgd, tiny, train_step, weights
+from support import batch, floats, make, sgd, slight, tiny, train_step, weights
 
 pytestmark = pytest.mark.slow
 
@@ -295,7 +295,7 @@ def test_compiled_autocast_and_clipping_make_no_new_graph() -> None:
     dynamo.reset()
     counters.clear()
     strategy = switch(resist(2, 1, capacities=(3, 4)), resist(2, 1, capacities=(5, 2)), at_round=4)
-    job, optimizers = make(strategy)
+    job, optimizers = make(strategy, network=slight)
     compiled = [torch.compile(worker.model, backend="eager") for worker in job.workers]
     graphs = []
     for step in range(8):
@@ -307,7 +307,7 @@ def test_compiled_autocast_and_clipping_make_no_new_graph() -> None:
     assert graphs[:4] == [graphs[0]] * 4, graphs
     assert graphs[4:] == [graphs[4]] * 4, graphs
     assert graphs[4] == 2 * graphs[0], graphs
-    plain, plain_optimizers = make(strategy)
+    plain, plain_optimizers = make(strategy, network=slight)
     for step in range(8):
         for worker, optimizer in zip(plain.workers, plain_optimizers, strict=True):
             with torch.autocast("cpu", torch.bfloat16):

@@ -30,6 +30,7 @@ def test_training_is_bit_for_bit_the_same() -> None:
     assert all(torch.equal(value, other[name]) for other in found[1:] for name, value in found[0].items())
 
 
+@pytest.mark.slow
 def test_without_an_example_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     note_unchecked.cache_clear()
     with caplog.at_level(logging.INFO, logger="resist"):

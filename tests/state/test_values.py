@@ -26,6 +26,7 @@ ANY = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(ANY)
 def test_values_come_back_as_they_were(value: object) -> None:
     tensors: dict[str, torch.Tensor] = {}

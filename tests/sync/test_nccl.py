@@ -151,6 +151,53 @@ def test_replicas_are_written_after_the_group_is_aborted(monkeypatch: pytest.Mon
     assert recorder.calls[-2:] == [("abort", 1), ("replicas", -1)]
 
 
+def test_gradients_that_never_arrive_end_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams wait for them, and the host for the streams: a thread aborts the group, and so frees both."""
+    monkeypatch.setattr(nccl, "WATCH_S", 0.01)
+    transport, recorder = recorded(monkeypatch, 0, 2, timeout_s=0.2)
+    own = transport._groups
+
+    def begin() -> None:
+        own.begin_gradients(lambda: recorder.all_reduce(torch.ones(1), own.collective, async_op=True))
+
+    begin()  # completes, and is not waited for on the host
+    recorder.running.clear()
+    recorder.takes_s = NEVER
+    begin()
+    start = time.monotonic()
+    while not recorder.aborted and time.monotonic() - start < 5:
+        time.sleep(0.01)
+    assert recorder.calls[-1] == ("abort", 1)
+    expected = (
+        "process 0 (worker 0) lost contact while averaging gradients: not complete within 0 s; no answer from process "
+        "1 (worker 1)"
+    )
+    for use in (begin, lambda: transport.all_gather_text("the end of a round")):
+        with pytest.raises(WorkerLostError) as raised:
+            use()
+        assert str(raised.value) == expected
+    check_end(transport, recorder, expected)
+
+
+@pytest.mark.parametrize("text", ["[/__w/pytorch/gloo/transport/tcp/pair.cc:561] Connection closed by peer [x]", "b"])
+def test_a_loss_that_torch_notices_in_a_backward_pass_is_named(text: str, tmp_path: Path) -> None:
+    def fail(error: RuntimeError) -> Any:
+        raise error
+
+    def gather(_: str) -> list[str]:
+        raise WorkerLostError("no answer from process 1")
+
+    job = SimpleNamespace(transport=SimpleNamespace(all_gather_text=gather), replicas=[])
+    training: Any = SimpleNamespace(job=job, round_number=4, train=lambda _: fail(RuntimeError(text)))
+    with pytest.raises(RuntimeError) as raised:
+        train._surviving(tmp_path, "", training, 1)
+    if "gloo" in text:
+        assert type(raised.value) is WorkerLostError
+        assert str(raised.value).startswith("round 4: no answer from process 1; continue with resist train ")
+    else:
+        assert type(raised.value) is RuntimeError
+
+
 def test_the_older_replica_goes_when_the_newer_one_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
     """The exchange has ended on the GPU, not only been queued there, before the processes tell each other so."""
     transport, recorder = recorded(monkeypatch, 0, 2)
@@ -292,6 +339,7 @@ class Store:
 @pytest.mark.parametrize("make", [Store, dist.HashStore])
 def test_signs_of_life(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> None:
     monkeypatch.setattr("resist.sync.liveness.POLL_S", 0.005)
+    monkeypatch.setattr("resist.sync.liveness.LOOK_S", 0.0)
     store = make()
     first, second = Liveness(store, 0, 2), Liveness(store, 1, 2)
     second.beat()
@@ -310,8 +358,14 @@ def test_signs_of_life(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any])
     first.close()
 
 
-def test_a_process_that_has_never_shown_life_or_a_store_that_has_ended_is_a_loss() -> None:
+def test_a_process_that_has_never_shown_life_or_a_store_that_has_ended_is_a_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     store = Store()
+    one = Liveness(store, 0, 2)
+    assert not any(one.has_loss() for _ in range(2 * SILENT)), "looks of several threads count once"
+    one.close()
+    monkeypatch.setattr("resist.sync.liveness.LOOK_S", 0.0)
     one = Liveness(store, 0, 2)
     assert [one.has_loss() for _ in range(SILENT + 1)].index(True) >= SILENT - 1
     store.fails = True

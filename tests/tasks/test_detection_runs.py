@@ -132,7 +132,7 @@ def test_two_workers_learn_four_photographs(commands, tmp_path, processes: int) 
         "--local-steps",
         "10",
     ]
-    schedule = ["--epochs", "30", "--lr", "0.02", "--lr-schedule", "cosine", "--lr-warmup-steps", "10"]
+    schedule = ["--epochs", "20", "--lr", "0.02", "--lr-schedule", "cosine", "--lr-warmup-steps", "10"]
     arguments += ["--num-evals", "1", "--processes", str(processes), "--out", str(tmp_path / "run")]
     done = commands.run("train", *arguments, *schedule)
     assert (done.returncode, done.stderr) == (0, "")

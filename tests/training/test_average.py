@@ -21,8 +21,8 @@ from support import train as train_rounds
 
 SMALL = [
     "--workers", "2", "--min-depth", "0", "--model-args", "depths=1,1,3,1", "width=4", "--batch-size", "32",
-    "--local-steps", "3", "--epochs", "0.4", "--num-evals", "2", "--device", "cpu", "--processes", "1", "--lr", "0.01",
-    "--checkpoint-rounds", "3",
+    "--local-steps", "3", "--epochs", "0.2", "--num-evals", "2", "--device", "cpu", "--processes", "1", "--lr", "0.01",
+    "--checkpoint-rounds", "2",
 ]  # fmt: skip
 RECIPE = {"no_decay_norm_and_bias": True, "clip_grad_norm": 1.0, "mixup": 0.2, "cutmix": 1.0}
 RESUMED = ["--optimizer", "adamw", "--model-ema-decay", "0.8"]

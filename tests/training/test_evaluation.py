@@ -54,7 +54,9 @@ def records(out: Path) -> list[dict[str, Any]]:
 def test_all_processes_find_what_one_finds_and_training_stays_the_same(
     pool: Pool, tmp_path: Path, batchnorm: str
 ) -> None:
-    ways = {"all": ("all", 2), "one": ("one", 2), "once": ("all", 1)}
+    ways = {"all": ("all", 2), "one": ("one", 2)}
+    if batchnorm == "recalibrate":  # which a test does with batches of training
+        ways["once"] = ("all", 1)
     for name, (evaluation, num_evals) in ways.items():
         config = small_run(tmp_path / name, evaluation=evaluation, num_evals=num_evals, batchnorm=batchnorm, ema=0.9)
         torch.manual_seed(len(name))
@@ -64,10 +66,11 @@ def test_all_processes_find_what_one_finds_and_training_stays_the_same(
         for name in ways:
             found = load_file(tmp_path / name / file)
             assert all(torch.equal(found[key], value) for key, value in expected.items()), (name, file)
-    together, alone, once = (records(tmp_path / name) for name in ways)
+    together, alone, *once = (records(tmp_path / name) for name in ways)
     assert [record["accuracy"] is not None for record in together] == [False, True, False, True]
     assert [record.get("scores") for record in together] == [record.get("scores") for record in alone]
-    assert [record["loss"] for record in together] == [record["loss"] for record in once]
+    for others in (alone, *once):
+        assert [record["loss"] for record in together] == [record["loss"] for record in others]
     assert [run[0]["evaluation"]["by"] for run in (together, alone)] == ["all", "one"]
     # Every process gets the blocks that it lacks, and nothing of it counts as training.
     assert together[-1]["bytes"]["evaluate"] > 2 * alone[-1]["bytes"]["evaluate"]

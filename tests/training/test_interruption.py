@@ -37,8 +37,10 @@ def test_the_line_says_when(stage: Stage, recent: list[tuple[float, float, int]]
 
 @unix
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_it_is_said_once(name: str) -> None:
+def test_it_is_said_once(name: str, request: pytest.FixtureRequest) -> None:
     said, number = list[float](), getattr(signal, name)
+    before = signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, before))  # nohup and a shell's background ignore some
     handlers = [signal.getsignal(one) for one in signal.valid_signals()]
     with interruption(lambda: said.append(time.monotonic())) as event:
         assert not event.is_set()

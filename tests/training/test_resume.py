@@ -195,6 +195,7 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, caplog: pytest.LogCapture
     assert "round-000040 is damaged: No such file or directory\n" in caplog.text
 
 
+@pytest.mark.slow
 def test_replicas_after_the_newest_checkpoint_are_taken(tmp_path: Path) -> None:
     job, optimizers = make(resist(2, 2, min_depth=0), replicate=True)
     train_rounds(job, optimizers, 2)

@@ -64,11 +64,11 @@ VIT = {
 
 
 def dropping(out: Path, model: Path, *, num_evals: int = 1) -> TrainConfig:
-    """A run of a small network with dropout: eight rounds, saved after every second."""
+    """A run of a small network with dropout: four rounds, saved after every second."""
     return TrainConfig(
         network=NetworkConfig(model=f"transformers:{model}"),
         method=MethodConfig(workers=2, local_steps=2, min_depth=0),
-        optimization=OptimizationConfig(batch_size=32, epochs=16 * 2 * 32 / 2 / 1437, lr=0.05),
+        optimization=OptimizationConfig(batch_size=32, epochs=8 * 2 * 32 / 2 / 1437, lr=0.05),
         machine=MachineConfig(device="cpu"),
         run=RunConfig(out=out, num_evals=num_evals, checkpoint_rounds=2),
     )
@@ -91,10 +91,10 @@ def test_equal_commands_give_equal_weights_with_dropout(pool: Pool, tmp_path: Pa
     model.write_text(json.dumps(VIT))
     assert train(dropping(tmp_path / "one", model)) == 0
     one = final(tmp_path / "one")
-    assert json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])["round"] == 8
+    assert json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])["round"] == 4
 
     torch.manual_seed(1)
-    assert train(dropping(tmp_path / "again", model, num_evals=4)) == 0
+    assert train(dropping(tmp_path / "again", model, num_evals=2)) == 0
     assert same(one, final(tmp_path / "again"))
 
     assert pool.run(2, train, dropping(tmp_path / "two", model)) == [0, 0]
@@ -102,7 +102,7 @@ def test_equal_commands_give_equal_weights_with_dropout(pool: Pool, tmp_path: Pa
     for name, value in one.items():  # only the order of summation differs
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-6)
 
-    shutil.rmtree(tmp_path / "one" / "checkpoints" / "round-000008")
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / "round-000004")
     torch.manual_seed(2)
     resumed = dropping(tmp_path / "one", model)
     assert train(replace(resumed, run=replace(resumed.run, out=None, resume=tmp_path / "one"))) == 0

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from resist.errors import UserError
 from resist.planning.methods import METHODS, build_strategy
@@ -11,6 +11,12 @@ from resist.planning.strategy import Strategy
 from resist.runs.bounds import check_device, check_size
 from resist.runs.capacity_keys import capacities_of
 from resist.runs.config import NetworkConfig, OptimizationConfig, TrainConfig, config_key
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from resist.cost.footprint import Loss
 
 # Numbers of the links and devices.
 LINKS = ("link_gbit_s", "latency_ms", "images_s")
@@ -62,6 +68,8 @@ class CostConfig:
     device: str = "auto"
     """Device of the run, and of --calibrate: cpu, cuda, or auto: cuda where there is a GPU. With cuda, the memory of a
     GPU is predicted; only --calibrate needs one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which --calibrate measures; memory is predicted for fp32."""
     processes: int | None = None
     """Processes of the run, each with a GPU of its own. Default: one for each worker."""
     json: bool = False
@@ -95,6 +103,7 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     link = None if config.link_gbit_s is None else Link(config.link_gbit_s, config.latency_ms)
     speeds = [Speed(images_s) for images_s in config.images_s]
     if config.calibrate:
+        device = take_device(config.device, fixed_shapes=network.task == "classification")
         speeds = [
             calibrate(
                 build_model,
@@ -103,8 +112,8 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
                 chains=network.chain,
                 example=example,
                 build_optimizer=build_optimizer,
-                loss=loss,
-                device=take_device(config.device),
+                loss=partial(_loss_in_precision, loss, device, config.precision),
+                device=device,
             )
         ]
     if (link is None) != (not speeds):
@@ -136,11 +145,27 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         print(json.dumps(report.to_json()))
     else:
         print_table(report, Console(highlight=False, soft_wrap=True))
-        if config.processes is not None and gpu is None:
-            print("\n--processes has no effect without --device cuda.")
-        if link is None:
-            print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
+        _print_notes(config, on_gpu=gpu is not None)
     return 0
+
+
+def _loss_in_precision(
+    loss: "Loss", device: "torch.device", precision: str, model: "nn.Module", images: "Tensor"
+) -> "Tensor":
+    from resist.training.device import autocast
+
+    with autocast(device, precision):
+        return loss(model, images)
+
+
+def _print_notes(config: CostConfig, *, on_gpu: bool) -> None:
+    """Print which options have had no effect, and which would have."""
+    if config.processes is not None and not on_gpu:
+        print("\n--processes has no effect without --device cuda.")
+    if config.precision != "fp32" and not config.calibrate:
+        print("\n--precision has no effect without --calibrate.")
+    if config.link_gbit_s is None:
+        print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
 
 
 def _optimization(config: CostConfig) -> OptimizationConfig:

@@ -37,6 +37,13 @@ REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter name", errno.ELOOP: "remove the link to itself",
 }  # fmt: skip
 MEMORY = "out of memory: {}; lower `batch_size`, raise `grad_accum_steps`, or use more workers"
+# Errors of CUDA, and what to do about them.
+GPU = {
+    "no kernel image": "this torch has no code for the GPU: install one that was built for it, or give `device=cpu`",
+    "busy or unavailable": "another program has the GPU for itself: end it, or choose another by CUDA_VISIBLE_DEVICES",
+    "driver version is insufficient": "install a newer driver, or a torch for this one",
+    "uncorrectable ECC": "the GPU is damaged: reset it, or choose another by CUDA_VISIBLE_DEVICES",
+}
 COMPILE = "`compile`: {}; leave it out"
 _runs: list[Path] = []  # the run directory that this process trains in
 
@@ -97,8 +104,12 @@ def _of_the_system(error: Exception) -> str | None:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or "DefaultCPUAllocator" in str(error)
+        or str(error).startswith("CUDA error: out of memory")
     ):
         return MEMORY.format("this machine has no more" if isinstance(error, MemoryError) else _sentence(error))
+    for what, remedy in GPU.items() if isinstance(error, RuntimeError) else ():
+        if what in first_line(error):
+            return f"{_sentence(error)}; {remedy}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("resist"):
         return f"the Python package {error.name} is missing; install it"
     if home[:2] in (["torch", "_dynamo"], ["torch", "_inductor"]):

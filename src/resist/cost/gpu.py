@@ -26,7 +26,8 @@ GPU_ASSUMPTIONS = (
     "are part of the training peak.",
     "A test needs the full network twice, and its activations without gradients, beside the weights and optimizer "
     "states of the process of worker 0. Where all processes test, each needs as much.",
-    "Not counted: what the allocator keeps free between tensors, and the workspaces of single kernels.",
+    "Activations are those of fp32; with bf16 they are about half as large. Not counted: what the allocator keeps free "
+    "between tensors, and the workspaces of single kernels.",
 )
 
 

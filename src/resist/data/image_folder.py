@@ -51,7 +51,7 @@ class Photographs:
         size: Height and width in pixels of the images in a batch.
         data_workers: Processes that read for each stream of batches; 0: this process reads.
         device: Device of the batches.
-        channels_last: Memory format of the batches: channels innermost, or not.
+        channels_last: Memory format of the batches: channels innermost, which convolutions compute fastest, or not.
         rand_augment: Number of operations and magnitude of RandAugment in training; None: without it.
     """
 
@@ -60,7 +60,7 @@ class Photographs:
     size: int = IMAGE_SIZE
     data_workers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    channels_last: bool = False
+    channels_last: bool = True
     rand_augment: tuple[int, int] | None = None
 
     def __len__(self) -> int:

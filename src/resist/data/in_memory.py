@@ -32,7 +32,7 @@ class Images:
         std: Standard deviation of each channel, likewise.
         pad: Largest random shift in training, in pixels.
         flip: Mirror images in training; True where a mirrored image shows the same class.
-        channels_last: Memory format of the batches: channels innermost, or not.
+        channels_last: Memory format of the batches: channels innermost, which convolutions compute fastest, or not.
         notes: Lines for the user about files that were left out; always empty here.
     """
 
@@ -43,7 +43,7 @@ class Images:
     std: tuple[float, ...]
     pad: int
     flip: bool
-    channels_last: bool = False
+    channels_last: bool = True
 
     notes: ClassVar[tuple[str, ...]] = ()
 
@@ -113,9 +113,11 @@ class Loader:
         data, index = self.data, self.sampler.indices(step)
         shifts = flips = index[:0]
         if self.augment:
-            random = generator("augment", self.sampler.seed, self.sampler.worker, step)
-            shifts = torch.randint(0, 2 * data.pad + 1, (2, len(index)), generator=random) if data.pad else shifts
-            flips = (torch.rand(len(index), generator=random) < 0.5).long() if data.flip else flips
+            random, num = generator("augment", self.sampler.seed, self.sampler.worker, step), len(index)
+            if data.pad:
+                shifts = torch.randint(0, 2 * data.pad + 1, (2, num), generator=random, device="cpu")
+            if data.flip:
+                flips = (torch.rand(num, generator=random, device="cpu") < 0.5).long()
         drawn = send(torch.cat([index, shifts.view(-1), flips]), data.labels.device)
         index, shifts, flips = drawn.split([len(index), shifts.numel(), len(flips)])
         images, labels = data.images[index], data.labels[index]
@@ -134,9 +136,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def normalize(
-    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, channels_last: bool = False
-) -> Tensor:
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, channels_last: bool) -> Tensor:
     """Normalize images. Waits for the device only where it has not normalized with these numbers before.
 
     Args:

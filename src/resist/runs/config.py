@@ -218,6 +218,9 @@ class MachineConfig:
     """How weights go between processes. auto: NCCL if each process has a GPU of its own, else gloo."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16: autocast to bfloat16 in forward and backward; weights stay in fp32."""
+    deterministic: bool = config_key(False)
+    """Use only algorithms that give the same numbers each time, on a GPU too, where they are slower; an operation that
+    has none ends the run. On the CPU runs repeat anyway."""
     channels_last: bool = config_key(True)
     """Use the channels_last memory format for images and 4-D weights: convolutions are faster on GPUs and on CPUs."""
     compile: bool = False

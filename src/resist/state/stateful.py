@@ -108,7 +108,8 @@ def _blocks(job: SavedJob) -> list[str]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    copied = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format, requires_grad=False)
+    return copied.copy_(tensor.detach())
 
 
 def _pack(record: Record) -> bytes:

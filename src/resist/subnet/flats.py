@@ -61,7 +61,7 @@ class FlatTensors:
     Attributes:
         layouts: As above, with the present capacities.
         device: As above.
-        flats: The flat tensors by dtype, 1-D.
+        flats: The flat tensors by dtype, (numel,) each.
     """
 
     def __init__(self, layouts: dict[torch.dtype, SubnetLayout], device: torch.device) -> None:
@@ -91,7 +91,7 @@ class FlatTensors:
 
     @property
     def flat(self) -> Tensor:
-        """The flat tensor of a network with one dtype, 1-D."""
+        """The flat tensor of a network with one dtype, (numel,)."""
         (flat,) = self.flats.values()
         return flat
 
@@ -109,7 +109,7 @@ class FlatTensors:
         )
 
     def numel(self, capacities: Sequence[int]) -> int:
-        """Count the elements of all flat tensors, without padding.
+        """Count the elements of all weights and float buffers, without padding.
 
         Args:
             capacities: Number of blocks of each chain.
@@ -117,10 +117,11 @@ class FlatTensors:
         Returns:
             Number of elements.
         """
-        return sum(layout.with_capacities(capacities).numel for layout in self.layouts.values())
+        layouts = [layout.with_capacities(capacities) for layout in self.layouts.values()]
+        return sum(layout.numel - layout.padding for layout in layouts)
 
     def num_bytes(self, capacities: Sequence[int], format: str = FP32) -> int:
-        """Count the bytes of all flat tensors, without padding.
+        """Count the bytes of all flat tensors.
 
         Args:
             capacities: Number of blocks of each chain.
@@ -166,7 +167,7 @@ class FlatTensors:
         Args:
             chain: Number of the chain; None for the shared part.
             slot: Slot in the chain; 0 for the shared part.
-            flat: Flat tensor, 1-D: the weights, or an optimizer state with the same layout.
+            flat: Flat tensor, (numel,): the weights, or an optimizer state with the same layout.
             dtype: Dtype of the weights that `flat` belongs to. Default: that of `flat`.
             capacities: Capacities that `flat` is laid out for. Default: the present ones.
 

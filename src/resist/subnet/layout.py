@@ -1,9 +1,8 @@
 """Layout of a sub-network: positions of its tensors in the flat tensors, one for each dtype.
 
-A flat tensor reads `[chain 0, slot 0 | chain 0, slot 1 | ... | shared]`. Each part begins at a multiple of 16 elements,
-whatever the number of classes: blocks usually fill such a number, and where they do not, there is padding between the
-slots, which is zero. It belongs to no part, so it is neither averaged nor sent nor saved. This file is arithmetic on
-names, shapes and capacities; `resist.subnet.network.Subnet` applies it to a model.
+A flat tensor reads `[chain 0, slot 0 | chain 0, slot 1 | ... | shared]`. So each part begins at a multiple of 16
+elements, whatever the number of classes. This file is arithmetic on names, shapes and capacities;
+`resist.subnet.network.Subnet` applies it to a model.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -100,7 +99,7 @@ class SubnetLayout:
         """
         places = [(self.place(name), tensor) for name, tensor in tensors.items()]
         blocks = (
-            Layout({p.piece: t for p, t in places if (p.chain, p.slot) == (number, 0)}, channels_last)
+            Layout({p.piece: t for p, t in places if (p.chain, p.slot) == (number, 0)}, channels_last, padded=True)
             for number in range(len(self.chains))
         )
         shared = Layout({p.piece: t for p, t in places if p.chain is None}, channels_last)
@@ -121,12 +120,17 @@ class SubnetLayout:
 
     @property
     def numel(self) -> int:
-        """Elements of all parts."""
-        return self.shared.numel + sum(c * block.numel for c, block in zip(self.capacities, self.blocks, strict=True))
+        """Elements of the flat tensor."""
+        return self._start(None) + self.shared.numel
+
+    @property
+    def padding(self) -> int:
+        """Elements of the flat tensor that belong to no tensor."""
+        return sum(c * block.padding for c, block in zip(self.capacities, self.blocks, strict=True))
 
     def _start(self, chain: int | None) -> int:
         """First element of a chain, or of the shared part, in the flat tensor."""
-        return sum(c * block.room for c, block in zip(self.capacities[:chain], self.blocks[:chain], strict=True))
+        return sum(c * block.numel for c, block in zip(self.capacities[:chain], self.blocks[:chain], strict=True))
 
     def new_flat(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate a flat tensor with this layout, not initialized but for the padding.
@@ -136,13 +140,12 @@ class SubnetLayout:
             device: Its device.
 
         Returns:
-            (elements of all parts and of the padding,).
+            (numel,).
         """
-        flat = torch.empty(self._start(None) + self.shared.numel, dtype=dtype, device=device)
+        flat = torch.empty(self.numel, dtype=dtype, device=device)
         for chain, (capacity, block) in enumerate(zip(self.capacities, self.blocks, strict=True)):
-            if block.numel < block.room:
-                first = self._start(chain)
-                flat[first : first + capacity * block.room].view(capacity, block.room)[:, block.numel :].zero_()
+            for slot in range(capacity if block.padding else 0):
+                self.slot(chain, slot, flat)[-block.padding :].zero_()
         return flat
 
     def ranges(
@@ -161,7 +164,7 @@ class SubnetLayout:
         parts: list[tuple[int, Layout, int | None]] = []
         for chain, capacity in enumerate(self.capacities if blocks else ()):
             first, block = self._start(chain), self.blocks[chain]
-            parts += [(first + slot * block.room, block, chain) for slot in range(capacity)]
+            parts += [(first + slot * block.numel, block, chain) for slot in range(capacity)]
         parts.append((self._start(None), self.shared, None))
         names = {chain: {name for key, name in changing if key == chain} for chain in {chain for _, _, chain in parts}}
         ranges: list[tuple[int, int]] = []
@@ -189,13 +192,13 @@ class SubnetLayout:
         Args:
             chain: Number of the chain; None for the shared part.
             slot: Slot in the chain; 0 for the shared part.
-            flat: Flat tensor, 1-D, with this layout.
+            flat: Flat tensor, (numel,), with this layout.
 
         Returns:
             A view of `flat`, (part(chain).numel,).
         """
         part = self.part(chain)
-        start = self._start(chain) + slot * part.room
+        start = self._start(chain) + slot * part.numel
         return flat[start : start + part.numel]
 
     def view(self, place: Place, flat: Tensor) -> Tensor:
@@ -203,7 +206,7 @@ class SubnetLayout:
 
         Args:
             place: Place of the tensor.
-            flat: Flat tensor, 1-D, with this layout.
+            flat: Flat tensor, (numel,), with this layout.
 
         Returns:
             A view of `flat` in the shape of the tensor.

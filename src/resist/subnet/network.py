@@ -66,7 +66,7 @@ class Subnet(FlatTensors):
 
     Attributes:
         model: The shallow network.
-        flats: All its weights and float buffers, by dtype, 1-D. New ones are not initialized: see `load`.
+        flats: All its weights and float buffers, by dtype, (numel,) each. New ones are not initialized: see `load`.
         channels_last: As above.
         buffers: Its buffers by place.
         held: Blocks of each chain whose values are in the slots; see `hold`.

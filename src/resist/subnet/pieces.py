@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Parts begin at a multiple of it, 64 bytes in float32: matrices at such addresses are read fastest.
+# Parts begin at a multiple of these elements, 64 bytes in float32: matrices at such addresses are read fastest.
 ALIGNED = 16
 
 
@@ -46,21 +46,24 @@ class Layout:
     Parameters that train come together, then running statistics and other buffers. So what changes in a round is
     usually one range. Tensors whose size is not a multiple of `ALIGNED` elements come last in their group, and frozen
     parameters come before all, or after all if their size is not one. So all large matrices are aligned without
-    padding, and the bytes on the wire are exactly those of the weights.
+    padding between them. A block whose size is not such a multiple ends in padding, fewer than `ALIGNED` elements that
+    are zero and go with it in every message, so that the next slot is aligned too.
 
     Args:
         tensors: Parameters and buffers of the part by name, of one dtype.
         channels_last: Store 4-D tensors with the channels innermost.
+        padded: End in padding, if necessary.
 
     Attributes:
         pieces: Position of each tensor by name.
-        numel: Elements of the part.
+        numel: Elements of the part, with padding.
+        padding: Elements of the padding, at the end.
         statistics: Names of the running statistics of norms.
         frozen: Names of the parameters that do not train.
         resting: Names of everything that does not train.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], channels_last: bool) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], channels_last: bool, *, padded: bool = False) -> None:
         self.pieces: dict[str, Piece] = {}
         self.numel = 0
         groups = {name: _group(name, tensor) for name, tensor in tensors.items()}
@@ -76,6 +79,8 @@ class Layout:
             shape = tensors[name].shape
             self.pieces[name] = Piece(self.numel, shape, channels_last and len(shape) == 4)
             self.numel += shape.numel()
+        self.padding = -self.numel % ALIGNED if padded else 0
+        self.numel += self.padding
 
     @property
     def trained(self) -> tuple[int, int]:
@@ -89,11 +94,6 @@ class Layout:
         start, end = self.trained
         return end - start
 
-    @property
-    def room(self) -> int:
-        """Elements from one slot to the next in a flat tensor: those of the part, rounded up to `ALIGNED`."""
-        return -(-self.numel // ALIGNED) * ALIGNED
-
     def ranges(self, changing: Set[str], *, trained: bool = True) -> list[tuple[int, int]]:
         """List the ranges that train or change.
 
@@ -102,7 +102,7 @@ class Layout:
             trained: List what trains, too.
 
         Returns:
-            (first element, end) of each range, ascending, neighbors as one.
+            (first element, end) of each range, ascending, neighbors as one; with the padding behind the last one.
         """
         ranges: list[tuple[int, int]] = []
         resting = set(self.resting) - changing
@@ -112,6 +112,8 @@ class Layout:
                 if ranges and start == ranges[-1][1]:
                     start = ranges.pop()[0]
                 ranges.append((start, end))
+        if ranges and ranges[-1][1] == self.numel - self.padding:
+            ranges[-1] = ranges[-1][0], self.numel
         return ranges
 
 

@@ -229,7 +229,10 @@ class Distributed:
                 f"ddp averages gradients on the CPU and on GPUs of CUDA, not on {others[0]}; give another device or "
                 "strategy, or one process"
             )
-        return averaging_gradients(model, self._groups.collective, count)
+        groups = self._groups
+        return groups.limited(
+            "connecting", lambda: averaging_gradients(model, groups.collective, count, groups.begin_gradients)
+        )
 
     def all_gather_text(self, text: str) -> list[str]:
         """See `Transport.all_gather_text`."""

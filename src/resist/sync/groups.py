@@ -16,11 +16,13 @@ from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.sync.devices import GLOO, NCCL, is_of_device
 from resist.sync.interfaces import reason
 from resist.sync.liveness import COMPUTING, WAITING, Liveness
-from resist.sync.nccl import MARGIN_S, NcclGroup, errors_left_to_us, handling_note
+from resist.sync.nccl import MARGIN_S, NcclGroup, StuckError, errors_left_to_us, handling_note
 from resist.sync.process_group import DefaultGroup, abort_group
 from resist.sync.texts import gather_texts
 
 log = logging.getLogger(__name__)
+
+GRADIENTS = "averaging gradients"
 
 
 class Groups:
@@ -155,7 +157,7 @@ class Groups:
         if self._closed:
             raise UserError("this job is closed, and its connections with it; call job.close() after the last use")
         if self._nccl is not None and self._nccl.aborted:
-            raise WorkerLostError(self._loss)
+            raise WorkerLostError(self._loss) if self._loss else self._lost(GRADIENTS, StuckError(self._nccl.failure))
         self._report_state(WAITING)
         try:
             return action()
@@ -170,6 +172,18 @@ class Groups:
         """Begin an operation on weights, or a list of them; see `run`."""
         nccl = self._nccl
         return self.run(doing, action if nccl is None else lambda: nccl.begin(action))
+
+    def limited(self, doing: str, action: Callable[[], Any]) -> Any:
+        """Run an action in which NCCL waits on the host; see `run`."""
+        nccl = self._nccl
+        return self.run(doing, action if nccl is None else lambda: nccl.limited(action))
+
+    def begin_gradients(self, action: Callable[[], Any]) -> Any:
+        """Begin an operation that only a stream waits for; see `run`."""
+        work = self.run(GRADIENTS, action)
+        if self._nccl is not None:
+            self._nccl.watch(work)
+        return work
 
     def wait(self, doing: str, work: Any) -> None:
         """Wait on the host until an operation on weights is complete; see `run`."""

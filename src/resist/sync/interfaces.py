@@ -136,6 +136,15 @@ def reason(error: Exception) -> str:
     return line.partition(" This is typically")[0].rstrip(".")
 
 
+def is_of_network(error: Exception) -> bool:
+    """Return True for an error of gloo or NCCL.
+
+    Args:
+        error: What torch raised.
+    """
+    return "/gloo/" in first_line(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
+
+
 def machine_id() -> str:
     """Return what tells this machine from others, whatever they are called."""
     with contextlib.suppress(OSError):

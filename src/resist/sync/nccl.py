@@ -4,10 +4,14 @@ NCCL waits on the GPU, without end, for a process that is gone, and the host wai
 at an operation until it is complete, and only then makes a stream wait for it: no stream ever depends on an operation
 that may not end, and what is copied from the GPU after a loss (replicas) does not queue behind it. torch's own watchdog
 would end the process; it is made to leave errors to this.
+
+Gradients (ddp) are the exception: torch makes the streams wait for them. A thread looks at them, and aborts the group
+if one does not come to an end. The streams then go on with numbers that mean nothing, and every later call fails.
 """
 
 import contextlib
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -22,6 +26,7 @@ from resist.sync.meeting import within
 HANDLING = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING")
 NONE, ENDING = "0", ("1", "3")  # its values: nothing, and those that end the process
 SHORTEST_S, LONGEST_S = 5e-5, 2e-3  # seconds between two looks at an operation
+WATCH_S = 0.1  # seconds between two looks at an operation that nobody waits for
 LEAVE_S = 5.0  # seconds that aborting or destroying a group may take
 MARGIN_S = 60.0  # seconds by which torch's own limit is later
 
@@ -73,6 +78,7 @@ class NcclGroup:
 
     Attributes:
         aborted: True from the moment on that the group is not to be used any more.
+        failure: Why a thread has aborted it.
         hangs: True if aborting it has not come to an end.
     """
 
@@ -92,7 +98,8 @@ class NcclGroup:
         self._aside: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._begun: list[Any] = []
         self._lock = threading.Lock()
-        self.aborted = self.hangs = False
+        self._watched: queue.SimpleQueue[Any] | None = None
+        self.aborted, self.hangs, self.failure = False, False, ""
 
     def open(self, action: Callable[[], Any]) -> None:
         """Open the communicator by a first operation. Waits for all processes.
@@ -113,12 +120,22 @@ class NcclGroup:
         within(self._timeout_s, in_thread)
 
     def begin(self, action: Callable[[], Any]) -> Any:
-        """Begin operations.
+        """Begin operations, which have to be waited for; see `limited`.
 
-        The first message between two processes connects them, for which NCCL waits on the host, without a limit.
+        The first message between two processes connects them, for which NCCL waits on the host.
 
         Args:
             action: Returns one operation, or a list of them.
+        """
+        result = self.limited(action)
+        self._begun += cast("list[Any]", result) if isinstance(result, list) else [result]
+        return cast(Any, result)
+
+    def limited(self, action: Callable[[], Any]) -> Any:
+        """Run an action that may wait on the host, without a limit of its own.
+
+        Args:
+            action: Function without arguments.
 
         Returns:
             The result of `action`.
@@ -134,8 +151,7 @@ class NcclGroup:
         finally:
             limit.cancel()
         self._check()
-        self._begun += cast("list[Any]", result) if isinstance(result, list) else [result]
-        return cast(Any, result)
+        return result
 
     def wait(self, work: Any) -> None:
         """Wait on the host until an operation is complete.
@@ -146,7 +162,34 @@ class NcclGroup:
         Raises:
             RuntimeError: It has failed, has not come to an end in time, or a process is lost.
         """
-        start, pause = time.monotonic(), SHORTEST_S
+        self._poll(work, SHORTEST_S, LONGEST_S)
+        self._check()  # an operation that was aborted is complete, too
+        with torch.cuda.stream(self._aside):
+            work.wait()  # frees its tensors, and raises its error
+        self._begun = [begun for begun in self._begun if begun is not work]
+
+    def watch(self, work: Any) -> None:
+        """Abort the group if an operation does not come to an end, for which nobody waits on the host.
+
+        Args:
+            work: The operation.
+        """
+        if self._watched is None:
+            self._watched = queue.SimpleQueue[Any]()
+            threading.Thread(target=self._watch, args=(self._watched,), daemon=True).start()
+        self._watched.put(work)
+
+    def _watch(self, works: "queue.SimpleQueue[Any]") -> None:
+        while (work := works.get()) is not None:
+            try:
+                self._poll(work, WATCH_S, WATCH_S)
+            except RuntimeError as error:
+                self.failure = str(error)
+                self.abort()
+                return
+
+    def _poll(self, work: Any, pause: float, longest: float) -> None:
+        start = time.monotonic()
         look = start + LOOK_S
         while not work.is_completed():
             now = time.monotonic()
@@ -157,11 +200,7 @@ class NcclGroup:
                     raise StuckError("a process shows no life any more, or has lost contact itself")
                 look = time.monotonic() + LOOK_S
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_S)
-        self._check()  # an operation that was aborted is complete, too
-        with torch.cuda.stream(self._aside):
-            work.wait()  # frees its tensors, and raises its error
-        self._begun = [begun for begun in self._begun if begun is not work]
+            pause = min(2 * pause, longest)
 
     def _check(self) -> None:
         if self.aborted:
@@ -182,6 +221,8 @@ class NcclGroup:
 
     def close(self) -> None:
         """Destroy the group if nothing is under way, else abort it: destroying waits for what is."""
+        if self._watched is not None:
+            self._watched.put(None)
         if self._begun:
             self.abort()
         if self.aborted:

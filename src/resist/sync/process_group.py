@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from resist.errors import UserError
@@ -118,13 +117,19 @@ def abort_group(group: dist.ProcessGroup) -> None:
     (abort or dist.ProcessGroup.abort)(group)
 
 
-def averaging_gradients(model: nn.Module, group: dist.ProcessGroup, count: Callable[[int], None]) -> nn.Module:
+def averaging_gradients(
+    model: nn.Module,
+    group: dist.ProcessGroup,
+    count: Callable[[int], None],
+    begin: Callable[[Callable[[], Any]], Any],
+) -> nn.Module:
     """Wrap a model so that its gradients are averaged in every backward pass.
 
     Args:
         model: The model.
         group: The group of all processes.
         count: Called with the bytes of each bucket of gradients.
+        begin: Begins an operation and returns it; nobody waits for it on the host.
     """
     wrapped = DistributedDataParallel(model, process_group=group)
 
@@ -133,8 +138,15 @@ def averaging_gradients(model: nn.Module, group: dist.ProcessGroup, count: Calla
         _state: object,
         bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
     ) -> torch.futures.Future[Tensor]:
-        count(bucket.buffer().numel() * bucket.buffer().element_size())
-        return allreduce_hook(group, bucket)
+        gradients = bucket.buffer()
+        count(gradients.nbytes)
+        gradients.div_(group.size())
+        work = begin(lambda: dist.all_reduce(gradients, group=group, async_op=True))
+        return work.get_future().then(_first_value)
 
     wrapped.register_comm_hook(None, average)  # pyright: ignore[reportUnknownMemberType]
     return wrapped
+
+
+def _first_value(done: Any) -> Tensor:
+    return done.value()[0]

@@ -175,4 +175,4 @@ def hits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         num += len(labels)
         right.append(torch.stack([hit[:, 0].sum(), hit.sum()]))
     top1, top5 = torch.stack(right).sum(0).tolist() if right else (0, 0)  # waits for the device
-    return torch.tensor([num, top1, top5])
+    return torch.tensor([num, top1, top5], device="cpu")

@@ -162,14 +162,18 @@ class Detection:
         """
         indices = itertools.chain(*share.of(spans(len(self.held_out), TEST_BATCH)))
         rows = [torch.zeros(0, 7, dtype=torch.float64, device="cpu")]
-        for items in in_order(self.held_out, TEST_BATCH, num_data_workers=self.data_workers, collate=list, share=share):
-            images = [image.to(self.device) for image, *_ in items]
+        pinned = self.device.type == "cuda"
+        options = {"num_data_workers": self.data_workers, "collate": list, "pin_memory": pinned, "share": share}
+        for items in in_order(self.held_out, TEST_BATCH, **options):
+            images = [image.to(self.device, non_blocking=True) for image, *_ in items]
             with refusing_one_value(model, "test on at least two photographs, or give another `batchnorm`"):
                 outputs = model(floats(images))
+            found: list[Tensor] = []
             for output, index in zip(outputs, indices):  # noqa: B905 - the indices of all batches
-                boxes, labels, scores = (output[key].cpu().double() for key in ("boxes", "labels", "scores"))  # waits
+                boxes, labels, scores = (output[key].double() for key in ("boxes", "labels", "scores"))
                 place = torch.full_like(scores, index)
-                rows.append(torch.cat([place[:, None], boxes, labels[:, None], scores[:, None]], dim=1))
+                found.append(torch.cat([place[:, None], boxes, labels[:, None], scores[:, None]], dim=1))
+            rows.append(torch.cat(found).cpu())  # waits for the device
         return torch.cat(rows)
 
     def digest(self) -> str:

@@ -4,8 +4,10 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +39,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def take_device(name: str, *, fixed_shapes: bool = False) -> torch.device:
+def take_device(name: str, *, fixed_shapes: bool = False, deterministic: bool = False) -> torch.device:
     """Choose the device of this process as `pick_device` does, and make it the current one.
 
     What torch starts in this process then uses no other GPU: the thread that pins memory, for example, would open a
@@ -46,11 +48,17 @@ def take_device(name: str, *, fixed_shapes: bool = False) -> torch.device:
     Args:
         name: As in `pick_device`.
         fixed_shapes: Batches have few different shapes, so that cuDNN may time its algorithms for each.
+        deterministic: Use deterministic algorithms only; cuDNN then does not choose by time.
 
     Raises:
         UserError: As `pick_device`, and for a GPU that cannot be used.
     """
     device = pick_device(name)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it begins
+        torch.use_deterministic_algorithms(True)
+        settings: Any = torch.utils.deterministic
+        settings.fill_uninitialized_memory = False  # everything is written before it is read
     if device.type == "cuda":
         try:
             torch.cuda.set_device(device)
@@ -59,8 +67,20 @@ def take_device(name: str, *, fixed_shapes: bool = False) -> torch.device:
                 f"`device={name}`: {device} cannot be used: {first_line(error)}; choose another by "
                 "CUDA_VISIBLE_DEVICES, or give `device=cpu`"
             ) from error
-        torch.backends.cudnn.benchmark = fixed_shapes
+        torch.backends.cudnn.benchmark = fixed_shapes and not deterministic
     return device
+
+
+@contextlib.contextmanager
+def naming_nondeterminism() -> Iterator[None]:
+    """Raise UserError where torch refuses an operation that has no deterministic algorithm."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not torch.are_deterministic_algorithms_enabled() or "deterministic" not in str(error):
+            raise
+        reason = first_line(error).partition(", but you set")[0]
+        raise UserError(f"`deterministic=true`: {reason}; remove it, or change the network") from error
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:

@@ -25,7 +25,7 @@ from resist.subnet.batchnorm import has_running_statistics, recalibrate
 from resist.subnet.seeded import fingerprint
 from resist.sync.assembly import fetched_bytes
 from resist.tasks import Task, image_shape
-from resist.training.device import autocast, free_bytes
+from resist.training.device import autocast, free_bytes, naming_nondeterminism
 from resist.training.lr_schedule import evaluation_rounds
 
 MOST = 10  # tests of a run, unless the options say more
@@ -157,7 +157,10 @@ class Evaluation:
         device, precision = self._job.workers[0].subnet.device, self._config.machine.precision
         for averaged in (False, True)[: self._networks]:
             try:
-                with autocast(device, precision):  # one for each network, since it keeps converted weights
+                with (
+                    naming_nondeterminism(),
+                    autocast(device, precision),
+                ):  # one for each network, since it keeps converted weights
                     found = self._test(averaged=averaged, last=last)
             except UserError as error:
                 self.failed = str(error)

@@ -20,7 +20,7 @@ from resist.runs.config import TrainConfig
 from resist.runs.directory import Run
 from resist.subnet.randomness import seeded_rng
 from resist.tasks import Task
-from resist.training.device import Clock
+from resist.training.device import Clock, naming_nondeterminism
 from resist.training.evaluation import Evaluation
 from resist.training.interruption import Stage, interruption
 from resist.training.launcher import INTERRUPTED
@@ -138,7 +138,7 @@ class Training:
             try:
                 losses: list[Tensor] = []
                 for trainer in self.trainers:
-                    with seeded_rng(self.job.step_seed(trainer.index), self.device):
+                    with seeded_rng(self.job.step_seed(trainer.index), self.device), naming_nondeterminism():
                         losses.append(trainer.step(step, lr))
                 return torch.stack(losses)
             except UserError as error:

@@ -21,6 +21,7 @@ from resist.runs.recipe import STREAMED
 from resist.runs.replicas import write_diverged, write_replicas
 from resist.sync.agreement import check_agreement, run_everywhere
 from resist.sync.distributed import connect
+from resist.sync.interfaces import is_of_network
 from resist.sync.meeting import environment_number
 from resist.sync.transport import Transport, hosted_workers
 from resist.tasks import Task, open_task
@@ -58,7 +59,9 @@ def train(config: TrainConfig, task: Task | None = None, *, checked: bool = True
     began = run_began()
     device, failure = torch.device("cpu"), ""
     try:
-        device = take_device(config.machine.device, fixed_shapes=config.network.task == "classification")
+        fixed_shapes = config.network.task == "classification"
+        deterministic = config.machine.deterministic
+        device = take_device(config.machine.device, fixed_shapes=fixed_shapes, deterministic=deterministic)
         if not checked:
             _check_own(config, device)
     except UserError as error:  # raised in all processes when they have met
@@ -220,7 +223,7 @@ def _surviving(out: Path, attempt: str, training: Training, steps: int) -> int:
     """Train; where a worker is lost or diverges, write the replicas and weights of this process."""
     job = training.job
     try:
-        return training.train(steps)
+        return _naming_losses(training, steps)
     except WorkerLostError as lost:
         kept = ""
         if job.replicas:
@@ -236,6 +239,17 @@ def _surviving(out: Path, attempt: str, training: Training, steps: int) -> int:
         where = f"the weights are in {out / 'diverged'}"
         remedy = f"to continue from the last checkpoint: resist train `resume={out}` `lr=...`"
         raise DivergedError(f"{error}; {where}; {remedy}") from error
+
+
+def _naming_losses(training: Training, steps: int) -> int:
+    """Train; a loss that torch notices (ddp, in a backward pass) is one that the transport names."""
+    try:
+        return training.train(steps)
+    except RuntimeError as error:
+        if isinstance(error, WorkerLostError) or not is_of_network(error):
+            raise
+        training.job.transport.all_gather_text("")  # fails too, and says who is lost
+        raise
 
 
 def _open_everywhere(config: TrainConfig, transport: Transport) -> Task:
