@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resist.data import in_memory
+from resist.sync import codecs
 
 aten = torch.ops.aten
 # Their results have a shape or a value that the host must know.
@@ -65,9 +66,15 @@ def fake_gpu() -> Iterator[Waits]:
         waits.pinned += 1
         return tensor
 
-    in_memory._moments.cache_clear()
+    _forget_tables()
     try:
         with patch.object(Tensor, "pin_memory", pin_memory), FakeTensorMode(allow_non_fake_inputs=True), waits:
             yield waits
     finally:
-        in_memory._moments.cache_clear()  # fake tensors
+        _forget_tables()
+
+
+def _forget_tables() -> None:
+    """Clear what is kept on a device: it is fake inside, and not outside."""
+    in_memory._moments.cache_clear()
+    codecs._table.cache_clear()

@@ -33,6 +33,8 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "mean": lambda transport: transport.mean([torch.ones(3)], "shared"),
     "mean of integers": lambda transport: transport.mean([torch.ones(3, dtype=torch.int64)], "shared"),
     "short mean": lambda transport: transport.mean([torch.ones(4, dtype=torch.bfloat16)], "shared"),
+    "scatter": lambda transport: transport.scatter([torch.zeros(5, dtype=torch.uint8)], [2, 3], "shared"),
+    "gather": lambda transport: transport.gather([torch.zeros(2, dtype=torch.uint8)], [2, 2], "shared"),
 }
 
 

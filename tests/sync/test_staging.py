@@ -107,6 +107,47 @@ def test_blocks_and_means_of_any_device_go_through_the_host(monkeypatch: pytest.
     transport.close()
 
 
+BYTES = torch.arange(5, dtype=torch.uint8)
+HALF = torch.tensor([1.0, 2.0, 5.0], dtype=torch.bfloat16)
+COLLECTIVES: dict[str, tuple[Any, int, list[list[float]]]] = {  # with its waits, and what two equal processes get
+    "scatter": (lambda transport: transport.scatter([BYTES], [2, 3], "shared"), 1, [[0, 1], [0, 1]]),
+    "gather": (lambda transport: transport.gather([BYTES[:2]], [2, 2], "shared"), 1, [[0, 1, 0, 1]]),
+    "short mean": (lambda transport: transport.mean([HALF], "shared"), 2, []),
+}
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("name", COLLECTIVES)
+@pytest.mark.parametrize("staged", [False, True])
+def test_bytes_of_any_device_go_through_the_host_with_one_wait_each(
+    monkeypatch: pytest.MonkeyPatch, name: str, staged: bool
+) -> None:
+    transport, recorder = recorded(monkeypatch, 0, 2, backend="gloo")
+    transport.staged = staged
+    batches: list[set[int]] = []
+    used: set[int] = set()
+    exchange = recorder.all_to_all_single
+
+    def staging_of(sent: Any, received: Any) -> Any:
+        staged = stage(sent, received)
+        batches.append({tensor.data_ptr() for tensors in staged for tensor in tensors})
+        return staged
+
+    def watched(received: Tensor, sent: Tensor, *rest: Any, **options: Any) -> Any:
+        used.update((received.data_ptr(), sent.data_ptr()))
+        return exchange(received, sent, *rest, **options)
+
+    monkeypatch.setattr("resist.sync.pending_bytes.stage", staging_of)
+    monkeypatch.setattr(recorder, "all_to_all_single", watched)
+    begin, waits, expected = COLLECTIVES[name]
+    arrived = begin(transport).finish()
+    values = [row for tensor in arrived for row in (tensor.tolist() if tensor.dim() == 2 else [tensor.tolist()])]
+    assert values == expected
+    assert len(batches) == waits * staged
+    assert not staged or used == set.union(*batches)
+    transport.close()
+
+
 def test_a_device_that_ddp_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     transport, _ = recorded(monkeypatch, 0, 2, backend="gloo")
     model = torch.nn.Linear(2, 2, device="meta")

@@ -9,6 +9,9 @@ from resist.errors import UserError
 from resist.planning.wire import CHOICES, WIRES, Wire, as_wire
 from resist.sync import codecs
 from resist.sync.codecs import CODECS, PACKED, Codec, pack, unpack
+from resist.sync.compressed_mean import CompressedMean, Feedback
+from resist.sync.local import Local
+from waits import fake_gpu
 
 # Greatest error as a share of the largest magnitude of a group.
 ERRORS = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.5 / 127, "int6": 0.5 / 31, "int4": 0.5 / 7, "log4": 0.25, "log8": 0.06}
@@ -117,6 +120,34 @@ def test_pieces_are_whole_groups_and_cost_nothing(code: Codec, numel: int, worke
     assert sum(pieces) == numel
     assert sum(map(code.num_bytes, pieces)) == code.num_bytes(numel)
     assert max(pieces) - min(pieces[:1]) == 0
+
+
+@every
+@pytest.mark.parametrize("random", [False, True], ids=["nearest", "random"])
+def test_codes_do_not_wait_for_a_gpu(code: Codec, random: bool) -> None:
+    with fake_gpu() as waits:
+        values = torch.empty(3000, device="cuda")
+        draws = torch.Generator().manual_seed(0) if random else None
+        code.decode(code.encode(values, draws), 3000)
+        waits.clear()  # of tables, once
+        after = code.decode(code.encode(values, draws), 3000)
+        assert after.device.type == "cuda"
+        assert not waits.found
+        assert not waits.copies
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_compressed_mean_does_not_wait_for_a_gpu(changes: bool) -> None:
+    with fake_gpu() as waits:
+        numbers = {worker: torch.empty(5000, device="cuda") for worker in range(3)}
+        feedback = {worker: Feedback(own.clone()) for worker, own in numbers.items()} if changes else None
+        mean = CompressedMean(
+            Local(3), CODECS["int8"], numbers, "shared", dropped={1}, draws=lambda _: None, feedback=feedback
+        )
+        mean.advance()
+        mean.finish()
+        assert not waits.found
+        assert not waits.copies
 
 
 def test_one_name_stands_for_three_formats() -> None:

@@ -9,6 +9,7 @@ The bytes of a tensor are [scales of all groups, 4 bytes each | codes of all gro
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -216,14 +217,19 @@ def _linear(name: str) -> Codec:
     return Codec(format, quantize=quantize, dequantize=dequantize)
 
 
-def _look_up(values: list[float], positions: Tensor) -> Tensor:
-    table = torch.tensor(values, device=positions.device)
+@cache
+def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
+
+
+def _look_up(values: tuple[float, ...], positions: Tensor) -> Tensor:
+    table = _table(values, positions.device)
     return table.index_select(0, positions.reshape(-1).int()).view(positions.shape)
 
 
 # Of log4: the magnitudes, and the values of all codes.
-_MAGNITUDES = [0.0, *(2.0**-k for k in range(6, -1, -1))]
-_LOG4_VALUES = [*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)]
+_MAGNITUDES = (0.0, *(2.0**-k for k in range(6, -1, -1)))
+_LOG4_VALUES = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
 
 
 def _log4_quantize(groups: Tensor, largest: Tensor, draws: Tensor | None) -> Tensor:
@@ -243,7 +249,7 @@ def _log4_dequantize(codes: Tensor, largest: Tensor) -> Tensor:
 
 
 _STEPS = 6  # of log8, in an octave
-_LOG8_VALUES = [0.0, *(2.0 ** ((code - 255) / _STEPS) for code in range(1, 256))]
+_LOG8_VALUES = (0.0, *(2.0 ** ((code - 255) / _STEPS) for code in range(1, 256)))
 
 
 def _log8_quantize(groups: Tensor, largest: Tensor, draws: Tensor | None) -> Tensor:

@@ -84,7 +84,7 @@ class Distributed:
         num_processes: The number of processes.
         rank: The number of this process.
         hosted: The workers of this process, ascending.
-        staged: True if pieces of short numbers are sent from CPU memory, though they are on another device.
+        staged: True if bytes are sent from CPU memory, though they are on another device.
 
     Raises:
         AgreedError: If the processes differ in workers, device or backend, if there are more of them than workers, or
@@ -191,15 +191,6 @@ class Distributed:
         """The tensor that the backend changes: a copy on the host where it cannot use this one."""
         return tensor.to("cpu", copy=True) if self.staged and not is_summable(tensor) else tensor
 
-    def exchange_pieces(self, received: Tensor, sent: Tensor) -> Any:
-        """Send a piece of `sent` to each process, in the background."""
-        return dist.all_to_all_single(received, sent, group=self._groups.collective, async_op=True)
-
-    def gather_pieces(self, received: Tensor, sent: Tensor) -> Any:
-        """Send `sent` to all processes, in the background."""
-        pieces = list(received.chunk(self.num_processes))
-        return dist.all_gather(pieces, sent, group=self._groups.collective, async_op=True)
-
     @property
     def hosted_workers(self) -> Sequence[Sequence[int]]:
         """The workers of each process."""
@@ -213,9 +204,10 @@ class Distributed:
         """See `Transport.gather`."""
         return PendingBytes(self, sent, sizes, gather=True)
 
-    def exchange_bytes(self, received: Tensor, sent: Tensor, lengths: Sequence[int], own: Sequence[int]) -> Any:
-        """Send `own[p]` bytes to each process p and receive `lengths[p]` from it, in the background."""
-        return dist.all_to_all_single(received, sent, [*lengths], [*own], group=self._groups.collective, async_op=True)
+    def exchange_bytes(self, received: Tensor, sent: Tensor, incoming: Sequence[int], outgoing: Sequence[int]) -> Any:
+        """Send `outgoing[p]` bytes to each process p and receive `incoming[p]` from it, in the background."""
+        lengths = [*incoming], [*outgoing]
+        return dist.all_to_all_single(received, sent, *lengths, group=self._groups.collective, async_op=True)
 
     def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
         """See `Transport.average_gradients`."""

@@ -7,30 +7,14 @@ import torch
 from torch import Tensor
 
 from resist.sync.averaging import total
+from resist.sync.pending_bytes import ByteCollectives, PendingExchange
 
 
-class Collectives(Protocol):
+class Collectives(ByteCollectives, Protocol):
     """The part of `Distributed` that the handles use."""
 
     num_workers: int
     num_processes: int
-    staged: bool
-
-    def begin(self, doing: str, action: Any) -> Any:
-        """See `Distributed.begin`."""
-        ...
-
-    def wait(self, doing: str, work: Any) -> None:
-        """See `Distributed.wait`."""
-        ...
-
-    def exchange_pieces(self, received: Tensor, sent: Tensor) -> Any:
-        """See `Distributed.exchange_pieces`."""
-        ...
-
-    def gather_pieces(self, received: Tensor, sent: Tensor) -> Any:
-        """See `Distributed.gather_pieces`."""
-        ...
 
 
 class PendingMoves:
@@ -98,33 +82,25 @@ class PendingShortMean:
 
     def __init__(self, transport: Collectives, tensors: Sequence[Tensor], scale: float) -> None:
         self._transport, self._tensors = transport, tensors
-        self._factor = scale / transport.num_workers
         processes, first = transport.num_processes, tensors[0]
+        self._factor = scale / transport.num_workers
         own = first if processes == transport.num_workers else total(tensors)
-        piece = -(-own.numel() // processes)
-        # gloo sends from CPU memory only. The pieces are equally long: the last one is padded.
-        device = "cpu" if transport.staged else first.device
-        sent = torch.zeros(processes * piece, dtype=own.dtype, device=device)
-        sent[: own.numel()].copy_(own.reshape(-1))
-        self._sent, self._received = sent, torch.empty_like(sent)  # kept until the messages are complete
-        self._work = transport.begin(
-            "averaging", lambda: transport.exchange_pieces(self._received.view(torch.uint8), sent.view(torch.uint8))
-        )
+        self._dtype, size = own.dtype, -(-own.numel() // processes)
+        self._pieces = [min(size, max(own.numel() - rank * size, 0)) for rank in range(processes)]
+        lengths = [piece * own.element_size() for piece in self._pieces]
+        sent = own.reshape(-1).view(torch.uint8)
+        self._exchange = PendingExchange(transport, sent, lengths, [lengths[transport.rank]] * processes)
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
-        self._transport.wait("averaging the shared part", self._work)
-        pieces = self._received.chunk(self._transport.num_processes)
-        first = self._tensors[0]
-        mean = total(pieces).mul_(self._factor).to(first.dtype)
-        means = mean.new_empty(len(pieces) * mean.numel())
-        work = self._transport.begin(
-            "averaging the shared part",
-            lambda: self._transport.gather_pieces(means.view(torch.uint8), mean.view(torch.uint8)),
-        )
-        self._transport.wait("averaging the shared part", work)
+        processes, first = self._transport.num_processes, self._tensors[0]
+        rows = self._exchange.finish().view(self._dtype).view(processes, self._pieces[self._transport.rank])
+        mean = total(rows.unbind()).mul_(self._factor).to(first.dtype).view(torch.uint8)
+        lengths = [piece * first.element_size() for piece in self._pieces]
+        gathering = PendingExchange(self._transport, mean.repeat(processes), [mean.numel()] * processes, lengths)
+        means = gathering.finish().view(first.dtype).view(first.shape)
         for tensor in self._tensors:
-            tensor.copy_(means[: first.numel()].view(first.shape))
+            tensor.copy_(means)
         return []
 
 

@@ -1,7 +1,7 @@
-"""Collectives of encoded bytes over torch.distributed: an all-to-all between workers, and an all-gather.
+"""Collectives of bytes over torch.distributed: to each process its own, pieces between workers, and an all-gather.
 
 Each process hosts consecutive workers, perhaps unequally many. So the bytes that a worker sends to the workers of one
-process are neighbors, and what a process receives has one row for each worker, in their order. Both are one
+process are neighbors, and what a process receives has one row for each worker, in their order. All are one
 `all_to_all_single` with a length for each process, and send exactly the bytes of the pieces.
 """
 
@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from resist.sync.staging import stage
 
 
 class ByteCollectives(Protocol):
@@ -31,9 +33,39 @@ class ByteCollectives(Protocol):
         """See `Distributed.wait`."""
         ...
 
-    def exchange_bytes(self, received: Tensor, sent: Tensor, lengths: Sequence[int], own: Sequence[int]) -> Any:
+    def exchange_bytes(self, received: Tensor, sent: Tensor, incoming: Sequence[int], outgoing: Sequence[int]) -> Any:
         """See `Distributed.exchange_bytes`."""
         ...
+
+
+class PendingExchange:
+    """Bytes from each process to each process, in progress.
+
+    Where gloo has to send from the host, it waits for the device, once.
+
+    Args:
+        transport: Connects the processes.
+        sent: (sum(outgoing),) uint8, the bytes for all processes in their order. Not to be changed before `finish`.
+        outgoing: Bytes for each process.
+        incoming: Bytes from each process.
+    """
+
+    def __init__(
+        self, transport: ByteCollectives, sent: Tensor, outgoing: Sequence[int], incoming: Sequence[int]
+    ) -> None:
+        self._transport, self._final = transport, sent.new_empty(sum(incoming))
+        host = stage([sent], [self._final]) if transport.staged else ([sent], [self._final])
+        (self._sent,), (self._received,) = host  # kept until the messages are complete
+        self._work = transport.begin(
+            "averaging", lambda: transport.exchange_bytes(self._received, self._sent, incoming, outgoing)
+        )
+
+    def finish(self) -> Tensor:
+        """Wait until all bytes have arrived: (sum(incoming),) uint8, in the order of the processes."""
+        self._transport.wait("averaging the shared part", self._work)
+        if self._received is not self._final:
+            self._final.copy_(self._received, non_blocking=True)  # pinned: torch keeps it until the copy is done
+        return self._final
 
 
 class PendingBytes:
@@ -51,7 +83,7 @@ class PendingBytes:
         self, transport: ByteCollectives, sent: Sequence[Tensor], sizes: Sequence[int], *, gather: bool
     ) -> None:
         hosted, rank = transport.hosted_workers, transport.rank
-        self._transport, self._gather, self._device = transport, gather, sent[0].device
+        self._workers, self._gather = sum(map(len, hosted)), gather
         self._sizes = [sizes[worker] for worker in hosted[rank]]
         lengths = [sum(sizes[worker] for worker in workers) for workers in hosted]  # of the pieces of each process
         if gather:
@@ -61,19 +93,12 @@ class PendingBytes:
             rows = [part for parts in zip(*(torch.split(t, lengths) for t in sent), strict=True) for part in parts]
             outgoing = [len(sent) * length for length in lengths]
             incoming = [len(workers) * lengths[rank] for workers in hosted]
-        bytes_out = sent[0] if len(sent) == 1 and not gather else torch.cat(rows)
-        # Kept until the messages are complete. gloo sends from CPU memory only.
-        self._sent = bytes_out.cpu() if transport.staged else bytes_out
-        self._received = self._sent.new_empty(sum(incoming))
-        self._work = transport.begin(
-            "averaging", lambda: transport.exchange_bytes(self._received, self._sent, incoming, outgoing)
-        )
+        together = sent[0] if len(sent) == 1 and not gather else torch.cat(rows)
+        self._exchange = PendingExchange(transport, together, outgoing, incoming)
 
     def finish(self) -> list[Tensor | None]:
         """See `Transport.scatter` and `Transport.gather`."""
-        self._transport.wait("averaging the shared part", self._work)
-        received = self._received.to(self._device)
+        received = self._exchange.finish()
         if self._gather:
             return [received]
-        rows = received.view(sum(map(len, self._transport.hosted_workers)), sum(self._sizes))
-        return list(torch.split(rows, self._sizes, 1))
+        return list(torch.split(received.view(self._workers, sum(self._sizes)), self._sizes, 1))
