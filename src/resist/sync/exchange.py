@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resist.planning.plan import Key
 from resist.planning.schedule import Message, schedule
+from resist.planning.slots import fill_order
 from resist.planning.wire import FP32
 from resist.subnet.flats import Flats
 from resist.subnet.pieces import Layout
@@ -101,20 +102,20 @@ class Exchange:
             if owner in self.workers and not set(self.plan.holders(chain, block)) <= self.dropped:
                 self._outer_step(owner, chain, self.plan.slot(chain, block, worker=owner))
         # 3. Send the blocks from the slots of their owners to their next holders, and replicas along with them, as one
-        #    batch. Slots keep their blocks until the batch is complete, since they are being read; so blocks arrive in
-        #    tensors of their own. Each process waits for the owners that send to it, and for those that it sends to.
+        #    batch. Slots that are read keep their blocks until the batch is complete; others receive at once. Each
+        #    process waits for the owners that send to it, and for those that it sends to.
         handed = self._messages(self.moving, "hand_over")
         for payload, m in handed if self.end.wire.compresses else ():
             if payload.block_format != FP32 and m.source in self.workers:
                 # The owner has what the others get, whether it holds the block any more or not.
                 slot = self._slot(payload, m.chain, m.block, m.source)
                 self.encoded.round(payload, m, slot)
-        for payload in self.payloads:
-            self._prepare(payload)
-        moves = [self._hand_over_move(payload, m) for payload, m in handed]
         replicas = self._make_replicas()
         weights = [payload for payload in self.payloads if payload.name == WEIGHTS]
         copied = self._messages(weights, "replicas")
+        for payload in self.payloads:
+            self._prepare(payload, handed + copied)
+        moves = [self._hand_over_move(payload, m) for payload, m in handed]
         moves += [self._replica_move(payload, m, replicas) for payload, m in copied]
         transfer = self.transport.transfer(moves)
         # 4. Wait for all workers: the mean of the shared part. If compressed, its second half goes with the blocks.
@@ -228,11 +229,16 @@ class Exchange:
         return self._move(payload, m, self._target(payload, m, replicas), "replica")
 
     @torch.no_grad()
-    def _prepare(self, payload: Payload) -> None:
-        """Make room for blocks that arrive or change their slot.
+    def _prepare(self, payload: Payload, sent: Sequence[tuple[Payload, Message]]) -> None:
+        """Copy blocks that change their slot, and find the place of those that arrive.
 
-        Memory: one block for each block that arrives or changes its slot; a second flat tensor for each worker whose
-        capacities change. `_settle` frees the former; `Worker.finish_round` frees the old flat tensors.
+        Blocks arrive in their slot, or in memory of their own where messages read the slot: at most one block for each
+        block that is sent. A worker whose capacities change has a second flat tensor. `_settle` frees the former,
+        `Worker.finish_round` the old flat tensors.
+
+        Args:
+            payload: The payload.
+            sent: What messages read from the slots.
         """
         if self.schedule.held_by_all:
             return
@@ -242,26 +248,23 @@ class Exchange:
             if capacities != subnet.capacities:
                 layout, flat = subnet.layouts[payload.dtype].with_capacities(capacities), payload.flats[index]
                 resized = payload.resized[index] = layout.new_flat(flat.dtype, flat.device)
-            for chain, (before, after) in enumerate(
-                zip(self.plan.held(index), self.next_plan.held(index), strict=True)
-            ):
-                for slot, block in enumerate(after):
-                    # Values that do not move are used as they are; of those that do, only the owner has the mean.
-                    valid = self.schedule.owners[chain, block] == index or not payload.moves
-                    # A valid block stays in its slot without a copy, unless the whole flat tensor is replaced.
-                    if resized is None and valid and before[slot] == block:
-                        continue
-                    # Everything else goes to a tensor of its own, since the slot may still have to be read: for a
-                    # message, or for another slot of this worker. In a new flat tensor, its place is free already.
-                    if resized is None:
+            for chain, after in enumerate(self.next_plan.held(index)):
+                # Values that do not move are used as they are; of those that do, only the owner has the mean.
+                here = {b for b in after if self.schedule.owners[chain, b] == index or not payload.moves}
+                read = {m.block for p, m in sent if p is payload and (m.source, m.chain) == (index, chain)}
+                before = self.plan.held(index)[chain]
+                for fill in fill_order(before, after, here, read, refill=resized is not None):
+                    if resized is not None:
+                        arriving = subnet.slot(chain, fill.slot, resized, dtype=payload.dtype, capacities=capacities)
+                    elif fill.apart:
                         arriving = self._new_block(payload, chain)
                     else:
-                        arriving = subnet.slot(chain, slot, resized, dtype=payload.dtype, capacities=capacities)
-                    payload.arriving[index, chain, slot] = arriving
+                        arriving = subnet.slot(chain, fill.slot, payload.flats[index], dtype=payload.dtype)
+                    payload.arriving[index, chain, fill.slot] = arriving
                     # From another slot of this worker, or zero for a state that does not move. Otherwise the owner
                     # sends it.
-                    if valid and block in before:
-                        arriving.copy_(self._slot(payload, chain, block, index))
+                    if fill.source is not None:
+                        arriving.copy_(self._slot(payload, chain, before[fill.source], index))
                     elif not payload.moves:
                         arriving.zero_()
 
@@ -283,9 +286,9 @@ class Exchange:
             before = subnet.slot(None, 0, payload.flats[worker], dtype=payload.dtype)
             subnet.slot(None, 0, resized, dtype=payload.dtype, capacities=capacities).copy_(before)
             payload.flats[worker] = resized
-        # Elsewhere the flat tensor stays, with the parameters on it, and blocks are copied from where they arrived.
-        for (worker, chain, slot), arriving in payload.arriving.items():
-            if worker not in payload.resized:
-                subnet = self.workers[worker].subnet
-                subnet.slot(chain, slot, payload.flats[worker], dtype=payload.dtype).copy_(arriving)
+        # Elsewhere the flat tensor stays, with the parameters on it, and blocks that did not arrive there are copied.
+        for (worker, chain, number), arriving in payload.arriving.items():
+            slot = self.workers[worker].subnet.slot(chain, number, payload.flats[worker], dtype=payload.dtype)
+            if worker not in payload.resized and slot.data_ptr() != arriving.data_ptr():
+                slot.copy_(arriving)
         payload.arriving.clear()
