@@ -117,7 +117,14 @@ def one(setting: Setting, row: Row, seed: int, data_dir: str) -> dict[str, Any]:
     assert isinstance(test, Images)
     train, test = smaller(train, setting.image_size), smaller(test, setting.image_size)
     measured = trained(setting, row, seed, train, test)
-    return {"benchmark": "accuracy", "setting": setting.name, "row": row.name, "seed": seed, **measured, **provenance()}
+    return {
+        "benchmark": "accuracy",
+        "setting": setting.name,
+        "row": row.name,
+        "seed": seed,
+        **measured,
+        **provenance("accuracy"),
+    }
 
 
 def smaller(data: Images, size: int) -> Images:

@@ -65,7 +65,7 @@ def main() -> None:
         results[str(workers)] = result = summary(measure(args, workers), args.repetitions)
         print(table(workers, result), flush=True)
     settings = {key: getattr(args, key) for key in ("model", "width", "num_classes", "repetitions", "quiet")}
-    record = {"benchmark": "exchange", **settings, "results": results, **provenance()}
+    record = {"benchmark": "exchange", **settings, "results": results, **provenance("exchange")}
     if not args.no_record:
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:

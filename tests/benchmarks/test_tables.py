@@ -12,7 +12,9 @@ import pytest
 from torch import nn
 
 import accuracy
+import page_parts
 import paper_tables
+import sources
 import tables
 from resist.cost import Link, Speed, predict
 from resist.planning.strategy import ddp
@@ -25,6 +27,7 @@ ORIGIN = {"date": "2020-01-02", "commit": "abc", "machine": "m", "cores": 2, "gp
 
 
 def write(file: Path, *lines: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -213,6 +216,49 @@ def test_what_faults_and_checkpoints_cost_is_read_from_the_figures(
         assert "at most 3 %: **missed**" in page
 
 
+def test_figures_of_other_code_are_listed_and_are_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = sources.hashes(sources.SOURCES["faults"])
+    write(
+        tmp_path / "results" / "faults.jsonl",
+        faults() | {"timeout_s": 1.0, "sources": now},
+        faults() | {"timeout_s": 2.0, "sources": now | {"src/resist/runs": "0"}, "commit": "old"},
+        faults() | {"timeout_s": 3.0, "commit": "older"},
+    )
+    monkeypatch.setattr(tables, "traffic", lambda network, wire: "")
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "page.md")
+    assert_ends(monkeypatch, None)
+    written = tables.PAGE.read_text()
+    assert ["Code changed since" in line for line in written.splitlines() if line.startswith("*Measured")] == [
+        False, True, True,
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert_ends(monkeypatch, None, "--changed")
+    assert capsys.readouterr().out.splitlines() == [
+        "faults, 2020-01-02, commit old. Code changed since: runs.",
+        "faults, 2020-01-02, commit older. Code changed since: unknown, its line names no source files.",
+        "2 of 3 measurements on docs/results.md are of other code than this",
+    ]
+    # Code moves on, and the page says what it said before: no failure. Another figure is one.
+    monkeypatch.setattr(sources, "here", lambda: {"src/resist/job.py": b""})
+    assert_ends(monkeypatch, 0, "--check")
+    tables.PAGE.write_text(written.replace("All 8 ended", "All 9 ended"))
+    assert_ends(monkeypatch, "docs/results.md is out of date", "--check")
+
+
+def assert_ends(monkeypatch: pytest.MonkeyPatch, status: object, *arguments: str) -> None:
+    """Run tables.py in this process; None: it returns."""
+    monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
+    if status is None:
+        tables.main()
+        return
+    with pytest.raises(SystemExit) as ended:
+        tables.main()
+    assert ended.value.code == status
+
+
 @pytest.mark.slow
 def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each footprint is measured once, and bytes come from the formula, which other tests compare with a job's."""
@@ -228,7 +274,8 @@ def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(footprints, "measure", measured)
     monkeypatch.setattr(paper_tables, "count_bytes", lambda *setting: paper_tables.formula(*setting).rounds)
-    assert tables.page(tables.HERE / "results") == tables.PAGE.read_text(encoding="utf-8")
+    page, written = tables.page(tables.HERE / "results"), tables.PAGE.read_text(encoding="utf-8")
+    assert page_parts.without_marks(page) == page_parts.without_marks(written)
 
 
 @pytest.mark.nightly
