@@ -5,7 +5,8 @@
 
 One process per worker, one thread each, gloo over the loopback interface. In every repetition each method synchronizes
 once, in a rotating order; a barrier comes before each, and the slowest process counts. All methods send fp32 parameters
-only (optimizer_state=reset), except where the row says that momentum is sent too. For the methods see competitors.py.
+only (optimizer_state=reset), except where the row says that momentum is sent too, or names a wire format: loopback is
+so fast that encoding costs more than the bytes. For the methods see competitors.py.
 
 Other programs may use the machine. The share of the processors that they took is measured in each repetition (Linux).
 A repetition with a share above `--quiet` is repeated for all methods, up to four times the number of repetitions; then
@@ -36,6 +37,8 @@ RESULTS = Path(__file__).parent / "results" / "exchange.jsonl"
 METHODS = (
     "resist,optimizer_state=reset",
     "resist,optimizer_state=travel",
+    "resist,optimizer_state=reset,wire=bf16",
+    "resist,optimizer_state=reset,wire=int8",
     "local_sgd,optimizer_state=reset",
     "flat",
     "averager",

@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 import accuracy
+import format_tables
 import page_parts
 import paper_tables
 import sources
@@ -96,6 +97,48 @@ def test_the_byte_count_of_a_job_is_the_formula(name: str) -> None:
     assert paper_tables.count_bytes(build, strategy, 4) == paper_tables.formula(build, strategy, 4).rounds
 
 
+def exchanged(**times: float) -> dict[str, Any]:
+    seconds = {"median_s": 1.0, "quartile_low_s": 1.0, "quartile_high_s": 1.0}
+    methods = {name: {**seconds, "times_resist": value} for name, value in times.items()}
+    result = {"n": 1, "measured": 1, "others_share": {"max": 0.0}, "methods": methods}
+    return {**SMALL, "results": {"4": result}, **ORIGIN}
+
+
+def test_a_sentence_on_speed_says_what_was_measured() -> None:
+    page = tables.exchange(exchanged(published=3.0, flat=0.97))
+    assert "`published` takes 3.00 times as long as ResIST, target 3.60: **missed**; " in page
+    assert "`flat` takes 0.97 times as long as ResIST, so ResIST is the slower one, target" in page
+    assert page.count("**missed**") == 2
+    good = tables.exchange(exchanged(published=3.6, flat=9.0))
+    assert good.count(": reached") == 2
+    assert "slower" not in good
+
+
+def test_each_wire_format_reaches_or_misses_each_target() -> None:
+    def row(name: str, gb: float, stall_s: float, slowed: float | None = None, formula: float = 1.0) -> dict[str, Any]:
+        times = {"round_s": 10.0, "stall_s": stall_s, "cpu_s": 1.0}
+        return {
+            "method": name, "n": 2, **{key: {"median": value, "all": [value] * 2} for key, value in times.items()},
+            "wire_bytes": [gb * 1e9] * 2, "formula_bytes": [gb * 1e9 / formula] * 2, "slowed_percent": slowed,
+        }  # fmt: skip
+
+    ours = "resist,optimizer_state=travel"
+    methods = [row(ours, 0.5, 5.0), row(f"{ours},wire=int8", 0.11, 1.0), row(f"{ours},wire=int4", 0.1, 0.2, 6.0, 1.02)]
+    record = wire(*methods, rate="1gbit", full_step_s=2.0)
+    page = format_tables.formats([record])
+    assert "| resist, travel, wire=int4 | 0.1000 | 1.0200 | 10.00 | 0.00 | 0.20 | 2.0 | +6.0 | 1.00 |" in page
+    assert [line for line in page.splitlines() if line.startswith("- ")] == [
+        "- At most 0.10 GB a round: reached by resist, travel, wire=int4 (0.100).",
+        "- At most 0.10 GB a round: **missed** by resist, travel, wire=int8 (0.110).",
+        "- A stall of at most 5 % of a round: reached by resist, travel, wire=int4 (2.0).",
+        "- A stall of at most 5 % of a round: **missed** by resist, travel, wire=int8 (10.0).",
+        "- Steps slowed by at most 5 %: **missed** by resist, travel, wire=int4 (6.0).",
+        "- Interfaces and formula within 1 %: reached by resist, travel (0.00); resist, travel, wire=int8 (0.00).",
+        "- Interfaces and formula within 1 %: **missed** by resist, travel, wire=int4 (2.00).",
+    ]
+    assert "A stall" not in format_tables.formats([record | {"rate": "20mbit"}])
+
+
 def test_losses_and_ties_are_named() -> None:
     methods = [
         method("resist,optimizer_state=reset", 5.0, 5.0), method("local_sgd,optimizer_state=reset", 9.0, 6.0),
@@ -155,6 +198,19 @@ def test_first_runs_are_not_taken_for_runs_with_augmented_statistics(tmp_path: P
     assert "| 40.00 |  | 41.00 | 42.00 |" in readings
     assert "| 50.00 | 51.00 | 31.50 | 52.00 |" in readings
     assert "in 2 of 2 runs" in readings
+
+
+def test_methods_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("local SGD", 0, 60.0), ("local SGD", 1, 62.0), ("ResIST, average", 0, 61.0), ("ResIST, average", 1, 64.0)]
+    cost = {"gmac": 2, "bytes": {"shared": 4, "evaluate": 9}, "weights_held": 6, "train_cpu_s": 8.0}
+    known = {"benchmark": "accuracy", "setting": "short", "plain": "", **cost, **ORIGIN}
+    lines = [known | {"row": row, "seed": seed, "percent": {"averaged": percent}} for row, seed, percent in rows]
+    write(tmp_path / "accuracy.jsonl", lines[0] | {"percent": {"averaged": 1.0}}, *lines)
+    monkeypatch.setattr(tables, "traffic", lambda network, wire: "")
+    page = tables.page(tmp_path, SMALL)
+    assert "### `short`: 32 pixels, at most 40 rounds" in page
+    assert "| ResIST, average | 62.50 | 2 | +1.50 ± 0.50 | -4.85 |  |  | 1.00 | 1.00 | 1.00 | 1.00 |" in page
+    assert "| local SGD | 61.00 | 2 |  |  |  |  | 1.00 |" in page
 
 
 def test_photographs_say_what_was_measured() -> None:
