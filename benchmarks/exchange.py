@@ -162,16 +162,16 @@ def summary(repetitions: list[Repetition], wanted: int) -> dict[str, object]:
 
 
 def table(workers: int, result: dict[str, Any]) -> str:
-    others = result["others_share"]
+    others, width = result["others_share"], max(map(len, result["methods"]))
     lines = [
         f"S = {workers}: seconds of one synchronization, n = {result['n']} of {result['measured']} repetitions; "
         f"other programs took {others['median']:.0%} of the processors (at most {others['max']:.0%})",
-        f"{'method':32} {'median':>8} {'quartiles':>16} {'min':>7} {'max':>7} {'cpu':>7} {'x resist':>9}",
+        f"{'method':{width}} {'median':>8} {'quartiles':>16} {'min':>7} {'max':>7} {'cpu':>7} {'x resist':>9}",
     ]
     for name, row in sorted(result["methods"].items(), key=lambda item: item[1]["median_s"]):
         quartiles = f"{row['quartile_low_s']:.3f} to {row['quartile_high_s']:.3f}"
         lines.append(
-            f"{name:32} {row['median_s']:8.3f} {quartiles:>16} {row['min_s']:7.3f} {row['max_s']:7.3f} "
+            f"{name:{width}} {row['median_s']:8.3f} {quartiles:>16} {row['min_s']:7.3f} {row['max_s']:7.3f} "
             f"{row['cpu_s']:7.3f} {row['times_resist']:9.2f}"
         )
     return "\n".join(lines) + "\n"

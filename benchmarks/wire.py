@@ -23,8 +23,8 @@ wire      bytes sent by all interfaces in a round, headers included; ledger: pay
           payload, from the plans alone (for this package) or from the ring (for one all-reduce).
 
 A table is printed (`--json`: the record), and a line of JSON with provenance is appended to
-benchmarks/results/wire.jsonl. `--formats` compares wire formats instead, in formats.jsonl; all of that comparison, in
-a known time: `python benchmarks/wire.py --list-plan | sh` as root (wire_plan.py).
+benchmarks/results/wire.jsonl. `--formats` compares wire formats instead, in formats.jsonl: see
+wire_plan.py.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from namespaces import INTERFACE, CannotEmulateError, Host, network, parse_rate,
 from provenance import provenance
 from resist import UserError
 from resist.models import build
-from wire_plan import FORMATS, commands
+from wire_plan import FORMATS
 from wire_steps import Steps, compare_steps
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,9 +72,6 @@ def main() -> None:
     if args.as_host:
         host_main(args)
         return
-    if args.list_plan:
-        print(commands())
-        return
     args.methods = args.methods or list(FORMATS if args.formats else METHODS)
     name = "formats" if args.formats else "wire"
     try:
@@ -90,7 +87,7 @@ def main() -> None:
     except (CannotEmulateError, UserError, ValueError) as error:
         print(f"wire.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    left_out = ("as_host", "json", "no_record", "methods", "formats", "list_plan")
+    left_out = ("as_host", "json", "no_record", "methods", "formats")
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
     record = {"benchmark": name, "emulated": True, **settings, "methods": rows, **provenance(name)}
     print(json.dumps(record) if args.json else table(args, rows))
@@ -124,7 +121,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compute-note", default="", help="the device of these seconds; part of the output")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--formats", action="store_true", help="compare wire formats, recorded in formats.jsonl")
-    parser.add_argument("--list-plan", action="store_true", help="print the commands of that comparison, for sh")
     parser.add_argument("--json", action="store_true", help="print the record instead of the table")
     parser.add_argument("--no-record", action="store_true", help="do not append to the results")
     parser.add_argument("--as-host", help=argparse.SUPPRESS)  # the process of one host: the file for its results

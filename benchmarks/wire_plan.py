@@ -1,6 +1,11 @@
-"""The comparison of wire formats by wire.py: its methods, its commands, and the seconds that they take."""
+"""Print the commands that compare wire formats with wire.py, and the seconds that they take.
+
+python benchmarks/wire_plan.py | sh        # as root, on a quiet machine with Linux
+"""
 
 import shlex
+import sys
+from pathlib import Path
 
 from namespaces import parse_rate
 from own import OPTIONS, SEED, expected_bytes, strategy_of, wire_of
@@ -34,7 +39,16 @@ def commands() -> str:
     for rate, (warm_up, rounds) in RATES.items():
         seconds = sum(START_S + (warm_up + rounds) * round_s(spec, rate, network) for spec in FORMATS)
         total += seconds
-        command = ["python", "benchmarks/wire.py", "--formats", "--rate", rate, "--warm-up", str(warm_up), "--rounds"]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("wire.py")),
+            "--formats",
+            "--rate",
+            rate,
+            "--warm-up",
+            str(warm_up),
+            "--rounds",
+        ]
         command += [str(rounds), "--full-step-s", str(FULL_STEP_S), "--compute-note", NOTE]
         lines += [f"# about {seconds:.0f} s", shlex.join(command)]
     return "\n".join([f"# Needs root and about {total / 60:.0f} minutes of a quiet machine.", *lines])
@@ -51,3 +65,7 @@ def round_s(spec: str, rate: str, network: Subnet) -> float:
     num_bytes = expected_bytes(now, then, sizes, strategy, wire_of(options))
     step_s = FULL_STEP_S * (SUB_SHARE if name == "resist" else 1)
     return LOCAL_STEPS * step_s + num_bytes / WORKERS * 8 / parse_rate(rate)
+
+
+if __name__ == "__main__":
+    print(commands())
