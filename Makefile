@@ -1,14 +1,15 @@
 # make demo: install, train on handwritten digits with four real processes, see what it saves
 # make test: install, run the tests            make check: tests, lint and types
 # make test-fast: the tests without slow ones  make test-nightly: with the longest sweeps; JOBS=4: four at once
-# make docs: the documents as a site, in site/
+# make docs: the documents as a site, in site/ make results: docs/results.md, from benchmarks/results/
+# make results-check: is that page up to date, and which of its figures were measured on code that has changed since
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 3
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-fast test-nightly lint types check docs clean
+.PHONY: demo test test-fast test-nightly lint types check docs results results-check clean
 
 demo: .venv/installed
 	@echo "Training a 32-layer residual network on handwritten digits: 4 workers, 4 processes."
@@ -45,6 +46,14 @@ check: test lint types
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+results: .venv/installed
+	$(BIN)/python benchmarks/tables.py
+
+# Figures of code that has changed since are listed, and are no failure; a page with other figures is one.
+results-check: .venv/installed
+	$(BIN)/python benchmarks/tables.py --changed
+	$(BIN)/python benchmarks/tables.py --check
 
 # Installs again when the requirements change.
 .venv/installed: pyproject.toml

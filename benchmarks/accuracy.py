@@ -1,10 +1,28 @@
 """Accuracy on CIFAR-10 and on photographs in folders, for docs/results.md. Used by tables.py."""
 
+from dataclasses import asdict
+
+from cifar10_rows import BASE, LOCAL_STEPS, SETTINGS, WORKERS
 from page_parts import Record, fill, provenance, table
+from paired import summary
 
 PLAIN = "recalibrate, not augmented"
 WAYS = {"batch": "batch", "recalibrate": "re-estimated", PLAIN: "re-estimated, plain", "average": "averaged"}
 SCALES = {"inclusion": "scaled", "1.0": "no scale"}
+
+
+def compared(runs: list[Record]) -> str:
+    """Write the section on the differences between methods, paired by seed."""
+    by_setting: dict[str, list[Record]] = {}
+    for run in runs:
+        by_setting.setdefault(run["setting"], []).append(run)
+    tables = []
+    for name, some in by_setting.items():
+        tables.append(fill("paired-setting", **asdict(SETTINGS[name]), table=summary(some, BASE)))
+    return fill(
+        "paired", tables="\n\n".join(tables), workers=WORKERS, local_steps=LOCAL_STEPS, base=BASE,
+        provenance=provenance(*runs, n="n-paired"),
+    )  # fmt: skip
 
 
 def curves(runs: list[Record]) -> str:

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write checkpoints; default: a temporary folder")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    origin = provenance()
+    origin = provenance("checkpoints")
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         record = {"benchmark": "checkpoints", **measure(options, folder), **origin}

@@ -24,7 +24,7 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from provenance import provenance
 from resist.data import Images, Sampler, load
 from resist.job import Job
 from resist.planning.plan import keyed_int
+from resist.planning.wire import as_wire
 from resist.subnet.batchnorm import recalibrate
 from resist.tasks import Classification
 
@@ -117,7 +118,9 @@ def one(setting: Setting, row: Row, seed: int, data_dir: str) -> dict[str, Any]:
     assert isinstance(test, Images)
     train, test = smaller(train, setting.image_size), smaller(test, setting.image_size)
     measured = trained(setting, row, seed, train, test)
-    return {"benchmark": "accuracy", "setting": setting.name, "row": row.name, "seed": seed, **measured, **provenance()}
+    about = {"benchmark": "accuracy", "setting": setting.name, "row": row.name, "seed": seed}
+    about |= {"wire": asdict(as_wire(row.wire)), "plain": row.plain}
+    return {**about, **measured, **provenance("accuracy")}
 
 
 def smaller(data: Images, size: int) -> Images:
@@ -132,7 +135,7 @@ def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) 
     """Train, and return accuracies and costs."""
     rounds = max(1, round(setting.rounds * row.share))
     strategy = row.strategy(rounds)
-    job = Job(row.network, strategy, seed=seed, batchnorm="average", example=False)
+    job = Job(row.network, strategy, seed=seed, batchnorm="average", wire=row.wire, example=False)
     optimizers = [optimizer_of(worker.subnet.parameter_places(), row) for worker in job.workers]
     averages = [
         AveragedModel(worker.subnet.model, multi_avg_fn=get_ema_multi_avg_fn(row.ema))

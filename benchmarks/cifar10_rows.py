@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import resist
 from resist.models import build
+from resist.planning.wire import FP32, Wire
 
 WORKERS = 4
 LOCAL_STEPS = 25
@@ -64,6 +65,8 @@ class Row:
         zero_chain: Whether every block of the chain begins as the identity: its last convolution is zero.
         teacher_every: In one step of so many, the full network of the last round is a teacher; 0: never.
         scales: Factors of the scale of the chain's branches at which the final network is tested too.
+        wire: Formats of what is sent, as in `Job`.
+        plain: Name of the same row with nothing compressed; empty: it is this one.
     """
 
     name: str
@@ -78,10 +81,20 @@ class Row:
     zero_chain: bool = False
     teacher_every: int = 0
     scales: tuple[float, ...] = ()
+    wire: str | Wire = FP32
+    plain: str = ""
 
     def at_rate(self, factor: float) -> "Row":
         """Return the row with `factor` times its learning rate, under a name that says so."""
-        return self if factor == 1 else replace(self, name=f"{self.name}, rate x {factor:g}", lr=self.lr * factor)
+        if factor == 1:
+            return self
+        end = f", rate x {factor:g}"
+        return replace(self, name=self.name + end, lr=self.lr * factor, plain=self.plain and self.plain + end)
+
+    def sent_as(self, wire: str | Wire) -> "Row":
+        """Return the row with a wire format, under a name that says so."""
+        name = wire if isinstance(wire, str) else wire.shared
+        return replace(self, name=f"{self.name}, {name}", wire=wire, plain=self.name)
 
     def network(self) -> nn.Module:
         """Build the network."""
@@ -188,20 +201,26 @@ def diloco(lr: float, momentum: float) -> Callable[[int], resist.Strategy]:
 RESET_RATE = 1 - 0.9 * (1 - 0.9**LOCAL_STEPS) / (LOCAL_STEPS * (1 - 0.9))
 
 BASE = "local SGD"
+LOCAL = Row(BASE, local_sgd)
+RESIST = resist_row("ResIST, average")
+DILOCO = Row("DiLoCo, outer rate 0.7, momentum 0.9", diloco(0.7, 0.9))
+LOG4 = Wire("log4", "int8", "int8")
 ROWS = {
     row.name: row
     for row in (
-        Row(BASE, local_sgd),
+        LOCAL,
         *(Row(f"local SGD, {percent} % of the rounds", local_sgd, share=percent / 100) for percent in (40, 60, 80)),
         Row("averaging in every step", every_step),
         Row("stochastic depth, averaging in every step", every_step, survival=HELD / NUM_BLOCKS),
         Row("local SGD, depth 7", local_sgd, depths=(3, 4, HELD + 1, 3)),
         Row("local SGD, width 6", local_sgd, width=6),
+        DILOCO,
         *(
             Row(f"DiLoCo, outer rate {lr:g}, momentum {momentum:g}", diloco(lr, momentum))
-            for lr, momentum in ((0.7, 0.9), (0.7, 0.5), (1.0, 0.3))
+            for lr, momentum in ((0.7, 0.5), (1.0, 0.3))
         ),
-        *(resist_row(f"ResIST, {state}", state) for state in ("average", "travel", "reset")),
+        RESIST,
+        *(resist_row(f"ResIST, {state}", state) for state in ("travel", "reset")),
         resist_row("ResIST, reset, rate corrected", "reset", lr=1 / RESET_RATE),
         *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 11, 16, 20)),
         *(resist_row(f"ResIST, chain's rate x {factor:g}", chain_lr=factor) for factor in (0.5, 2.0)),
@@ -211,6 +230,8 @@ ROWS = {
         replace(resist_row("ResIST, chain begins as the identity"), zero_chain=True),
         replace(resist_row("ResIST, taught by the last round"), teacher_every=4),
         *(Row(f"ResIST after {percent} % of local SGD", warmed_up(percent / 100)) for percent in (10, 33)),
-        replace(Row(BASE, local_sgd), name="local SGD, chain begins as the identity", zero_chain=True),
+        replace(LOCAL, name="local SGD, chain begins as the identity", zero_chain=True),
+        *(RESIST.sent_as(wire) for wire in ("bf16", "int8", "int6", "int4", LOG4)),
+        *(row.sent_as(wire) for row in (LOCAL, DILOCO) for wire in ("int8", "int4")),
     )
 }

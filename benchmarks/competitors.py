@@ -1,6 +1,8 @@
 """The methods with which ResIST is compared, behind one interface: a network to train, and `synchronize`.
 
-resist, local_sgd   this package (`Job`), with keyword arguments after commas: resist,optimizer_state=travel,min_depth=8
+resist, local_sgd, diloco
+                    this package (`Job`), with options after commas: resist,optimizer_state=travel,min_depth=8,wire=int8
+                    (own.py)
 flat                local SGD by hand: the parameters are views into one flat tensor, averaged by one all-reduce
 averager            torch's PeriodicModelAverager, called after every step as its documentation shows
 ddp                 torch's DistributedDataParallel: averages gradients in every step; nothing remains for the end
@@ -25,17 +27,15 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
+import own
 import resist
 from resist.blocks.chains import Chain, choose_chains
 from resist.planning.plan import Plan
 from resist.subnet.batchnorm import use_batch_statistics
 from resist.subnet.seeded import build_seeded
 from resist.sync.optimizer_state import OPTIMIZER_STATES
-from resist.sync.transport import PACKET_BYTES
 
-SEED = 0
-NAMES = ("resist", "local_sgd", "flat", "averager", "ddp", "published", "published-kept")
-OPTIONS = {"resist": ("optimizer_state", "min_depth", "capacities"), "local_sgd": ("optimizer_state",)}
+NAMES = (*own.OPTIONS, "flat", "averager", "ddp", "published", "published-kept")
 Build = Callable[[], nn.Module]
 
 
@@ -46,11 +46,17 @@ class Method(Protocol):
         name: Name of the method.
         model: The network that this worker trains.
         optimizer: SGD with momentum, whose state already exists.
+        busy_steps: Steps of a round, from 1, during which an exchange is under way.
     """
 
     name: str
     model: nn.Module
     optimizer: SGD
+    busy_steps: frozenset[int]
+
+    def step(self) -> None:
+        """Count a training step that is not the last one of its round. An exchange may make progress meanwhile."""
+        ...
 
     def synchronize(self) -> None:
         """End a round. Every worker must call this, and it waits for the others."""
@@ -71,9 +77,9 @@ class Method(Protocol):
 
 def make(spec: str, build: Build, workers: int, local_steps: int) -> Method:
     """Make the method that `spec` describes. A process group must exist, with one process per worker."""
-    name, kwargs = _parse(spec)
-    if name in ("resist", "local_sgd"):
-        return Own(spec, build, _strategy(name, workers, local_steps, kwargs))
+    name, options = _parse(spec)
+    if name in own.OPTIONS:
+        return own.Own(spec, build, own.strategy_of(name, workers, local_steps, options), own.wire_of(options))
     if name in ("published", "published-kept"):
         return Published(build, workers, keep_groups=name == "published-kept")
     if name == "averager":
@@ -86,90 +92,39 @@ def check(specs: Sequence[str], build: Build, workers: int, local_steps: int) ->
     with torch.device("meta"):
         chains = choose_chains(build())
     for spec in specs:
-        name, kwargs = _parse(spec)
-        if name in ("resist", "local_sgd"):
-            strategy = _strategy(name, workers, local_steps, kwargs)
+        name, options = _parse(spec)
+        if name in own.OPTIONS:
+            strategy = own.strategy_of(name, workers, local_steps, options)
             if strategy.optimizer_state not in OPTIMIZER_STATES:
                 raise ValueError(f"method {spec!r}: optimizer_state is not one of {', '.join(OPTIMIZER_STATES)}")
-            strategy.plan(chains, seed=SEED, round=0)
+            strategy.plan(chains, seed=own.SEED, round=0)
+            own.wire_of(options)
 
 
 def _parse(spec: str) -> tuple[str, dict[str, str]]:
     name, *options = spec.split(",")
-    kwargs = dict(option.split("=", 1) for option in options if "=" in option)
+    given = dict(option.split("=", 1) for option in options if "=" in option)
     if name not in NAMES:
         raise ValueError(f"method {name!r} is not one of {', '.join(NAMES)}")
-    allowed = OPTIONS.get(name, ())
-    if len(kwargs) != len(options) or not kwargs.keys() <= set(allowed):
+    allowed = own.OPTIONS.get(name, ())
+    if len(given) != len(options) or not given.keys() <= set(allowed):
         raise ValueError(f"method {spec!r}: the options of {name} are {', '.join(allowed) or 'none'}")
-    return name, kwargs
-
-
-def _strategy(name: str, workers: int, local_steps: int, kwargs: dict[str, str]) -> resist.Strategy:
-    if name == "local_sgd":
-        return resist.local_sgd(workers, local_steps, **kwargs)
-    options: dict[str, object] = dict(kwargs)
-    if "min_depth" in kwargs:
-        options["min_depth"] = int(kwargs["min_depth"])
-    if "capacities" in kwargs:
-        options["capacities"] = [int(capacity) for capacity in kwargs["capacities"].split("/")]
-    return resist.resist(workers, local_steps, **options)  # type: ignore[arg-type]
-
-
-class Own:
-    """This package, used like in a training script."""
-
-    def __init__(self, spec: str, build: Build, strategy: resist.Strategy) -> None:
-        self.name = spec
-        self.job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", timeout_s=120.0)
-        self.model = self.job.model
-        self.optimizer = momentum_sgd(self.model)
-        self._steps = strategy.local_steps
-        self._before = self.job.plan_of(0)
-
-    def synchronize(self) -> None:
-        self._before = self.job.plan_of(self.job.round)
-        if not self.optimizer.state and self.job.strategy.optimizer_state != "reset":
-            raise AssertionError("the optimizer has no state to send")
-        for _ in range(self._steps):
-            self.job.step(self.optimizer)
-
-    def tidy(self) -> None:
-        pass
-
-    def counted_bytes(self) -> int:
-        return sum(self.job.transport.take()["bytes"].values())  # type: ignore[attr-defined]
-
-    def expected_bytes(self) -> int:
-        """Return the bytes of the round, computed from the plans alone, without `resist.planning.schedule`.
-
-        An averaged block needs one message from each holder except its owner, then one to each next holder except
-        the owner. The owner is a next holder too, if any holder is.
-        """
-        workers, subnet = self.job.strategy.workers, self.job.workers[0].subnet
-        state = self.job.strategy.optimizer_state
-        moved, averaged = 1 + (state in ("travel", "average")), 1 + (state == "average")
-        plan, next_plan = self._before, self.job.plan
-        texts = workers * (workers - 1) * PACKET_BYTES  # one text between each pair, to agree on the round
-        if plan.held_by_all:
-            return averaged * 2 * (workers - 1) * subnet.flat.nbytes + texts
-        total = averaged * 2 * (workers - 1) * subnet.shared.nbytes + texts
-        for chain, block in plan.keys:
-            holders, targets = set(plan.holders(chain, block)), set(next_plan.holders(chain, block))
-            messages = len(holders) - 1 + len(targets) - bool(holders & targets)
-            total += moved * messages * subnet.block_bytes[chain]
-        return total
+    return name, given
 
 
 class _Full:
     """Base of the methods whose workers hold the full network."""
 
     name: str
+    busy_steps: frozenset[int] = frozenset()
 
     def __init__(self, build: Build) -> None:
-        self.model: nn.Module = build_seeded(build, SEED)
+        self.model: nn.Module = build_seeded(build, own.SEED)
         use_batch_statistics(self.model)
         self.workers = dist.get_world_size()
+
+    def step(self) -> None:
+        pass
 
     def tidy(self) -> None:
         pass
@@ -191,7 +146,7 @@ class Flat(_Full):
         self.flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
         for parameter, part in zip(parameters, self.flat.split([p.numel() for p in parameters]), strict=True):
             parameter.data = part.view(parameter.shape)
-        self.optimizer = momentum_sgd(self.model)
+        self.optimizer = own.momentum_sgd(self.model)
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -204,7 +159,7 @@ class Averager(_Full):
 
     def __init__(self, build: Build, local_steps: int) -> None:
         super().__init__(build)
-        self.optimizer = momentum_sgd(self.model)
+        self.optimizer = own.momentum_sgd(self.model)
         self.period = local_steps
         self.averager = PeriodicModelAverager(period=local_steps)
         for parameter in self.model.parameters():  # it skips parameters without gradient
@@ -221,7 +176,7 @@ class Ddp(_Full):
 
     def __init__(self, build: Build) -> None:
         super().__init__(build)
-        self.optimizer = momentum_sgd(self.model)
+        self.optimizer = own.momentum_sgd(self.model)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Wrap `model` in DDP; its gradients are views, which saves a copy."""
@@ -235,7 +190,7 @@ class Published(_Full):
     def __init__(self, build: Build, workers: int, keep_groups: bool) -> None:
         super().__init__(build)
         self.name = "published-kept" if keep_groups else "published"
-        self.optimizer = momentum_sgd(self.model)
+        self.optimizer = own.momentum_sgd(self.model)
         self.rank, self.round, self.keep = dist.get_rank(), 0, keep_groups
         self.strategy = resist.resist(workers)
         self.chains = choose_chains(self.model)
@@ -292,14 +247,4 @@ class Published(_Full):
         return list(self.model.get_submodule(chain.block_name(block)).parameters())
 
     def _plan(self, chain: Chain, round: int) -> Plan:
-        return self.strategy.assign(chain.num_blocks, chain=chain.name, seed=SEED, round=round)
-
-
-def momentum_sgd(model: nn.Module) -> SGD:
-    """Return SGD with momentum whose state exists, after one step with zero gradients (weights do not change)."""
-    optimizer = SGD(model.parameters(), lr=0.03, momentum=0.9)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
+        return self.strategy.assign(chain.num_blocks, chain=chain.name, seed=own.SEED, round=round)

@@ -25,6 +25,7 @@ from resist.cli.plan import PlanConfig, describe_plan
 from resist.models import read_model_args
 from resist.planning.schedule import allreduce_bytes
 from resist.runs.history import read_history
+from sources import SOURCES, hashes
 
 RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
 TARGET = 0.6  # AP50 of `overfit`
@@ -49,6 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run = args.run or trained(args.setting, args.data_dir, Path(scratch))
         record = {"benchmark": "detection", "setting": args.setting, **summary(run)}
+        if args.run is None:  # by the code that is here
+            record["sources"] = hashes(SOURCES["detection"])
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

@@ -5,7 +5,8 @@
 
 One process per worker, one thread each, gloo over the loopback interface. In every repetition each method synchronizes
 once, in a rotating order; a barrier comes before each, and the slowest process counts. All methods send fp32 parameters
-only (optimizer_state=reset), except where the row says that momentum is sent too. For the methods see competitors.py.
+only (optimizer_state=reset), except where the row says that momentum is sent too, or names a wire format: loopback is
+so fast that encoding costs more than the bytes. For the methods see competitors.py.
 
 Other programs may use the machine. The share of the processors that they took is measured in each repetition (Linux).
 A repetition with a share above `--quiet` is repeated for all methods, up to four times the number of repetitions; then
@@ -36,6 +37,8 @@ RESULTS = Path(__file__).parent / "results" / "exchange.jsonl"
 METHODS = (
     "resist,optimizer_state=reset",
     "resist,optimizer_state=travel",
+    "resist,optimizer_state=reset,wire=bf16",
+    "resist,optimizer_state=reset,wire=int8",
     "local_sgd,optimizer_state=reset",
     "flat",
     "averager",
@@ -65,7 +68,7 @@ def main() -> None:
         results[str(workers)] = result = summary(measure(args, workers), args.repetitions)
         print(table(workers, result), flush=True)
     settings = {key: getattr(args, key) for key in ("model", "width", "num_classes", "repetitions", "quiet")}
-    record = {"benchmark": "exchange", **settings, "results": results, **provenance()}
+    record = {"benchmark": "exchange", **settings, "results": results, **provenance("exchange")}
     if not args.no_record:
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
@@ -159,16 +162,16 @@ def summary(repetitions: list[Repetition], wanted: int) -> dict[str, object]:
 
 
 def table(workers: int, result: dict[str, Any]) -> str:
-    others = result["others_share"]
+    others, width = result["others_share"], max(map(len, result["methods"]))
     lines = [
         f"S = {workers}: seconds of one synchronization, n = {result['n']} of {result['measured']} repetitions; "
         f"other programs took {others['median']:.0%} of the processors (at most {others['max']:.0%})",
-        f"{'method':32} {'median':>8} {'quartiles':>16} {'min':>7} {'max':>7} {'cpu':>7} {'x resist':>9}",
+        f"{'method':{width}} {'median':>8} {'quartiles':>16} {'min':>7} {'max':>7} {'cpu':>7} {'x resist':>9}",
     ]
     for name, row in sorted(result["methods"].items(), key=lambda item: item[1]["median_s"]):
         quartiles = f"{row['quartile_low_s']:.3f} to {row['quartile_high_s']:.3f}"
         lines.append(
-            f"{name:32} {row['median_s']:8.3f} {quartiles:>16} {row['min_s']:7.3f} {row['max_s']:7.3f} "
+            f"{name:{width}} {row['median_s']:8.3f} {quartiles:>16} {row['min_s']:7.3f} {row['max_s']:7.3f} "
             f"{row['cpu_s']:7.3f} {row['times_resist']:9.2f}"
         )
     return "\n".join(lines) + "\n"

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--start", action="store_true", help="start each process instead of forking it")
     parser.add_argument("--lane", type=int, help=argparse.SUPPRESS)  # one of the lanes, a process of its own
     options = parser.parse_args()
-    origin = provenance()  # of the code as it is when the sweep begins
+    origin = provenance("faults")  # of the code as it is when the sweep begins
     options.scratch.mkdir(parents=True, exist_ok=True)
     reference, warm = options.scratch / "undisturbed", not options.start
     faults = list(enumerate(draw(options.seed, options.number, options.timeout_s)))

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def keep(results: dict[str, object]) -> None:
-    record = {"benchmark": "imagenet", **results, **provenance()}
+    record = {"benchmark": "imagenet", **results, **provenance("imagenet")}
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.write(json.dumps(record) + "\n")

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resist
-from competitors import momentum_sgd
+from own import momentum_sgd
 from provenance import provenance
 from resist.models import build
 from resist.planning.methods import build_strategy
@@ -78,7 +78,7 @@ def main() -> None:
     trained, exchanged = measure(args)
     print(table(args, trained, exchanged))
     settings = {k: getattr(args, k) for k in ("model", "width", "num_classes", "workers", "repetitions", "device")}
-    record = {"benchmark": "memory", **settings, "training": trained, "exchange": exchanged, **provenance()}
+    record = {"benchmark": "memory", **settings, "training": trained, "exchange": exchanged, **provenance("memory")}
     if not args.no_record:
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:

@@ -5,8 +5,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sources import changed
+
 Record = dict[str, Any]
 PAGES = Path(__file__).parent / "pages"
+MARK = " **Code changed since: {}.**"
 
 
 class Parts:
@@ -45,14 +48,31 @@ def table(head: Sequence[str], cells: Iterable[Sequence[object]]) -> str:
 def provenance(*records: Record, n: str) -> str:
     """Describe machine, versions and number of measurements, one line for each distinct description.
 
+    Each line ends with a mark if the code that was measured is not the one that is here.
+
     Args:
         records: The records with the figures.
         n: The part of the page that describes the number of measurements of a record.
     """
     lines = {
-        fill("provenance", **{**record, "gpu": record["gpu"] or "no GPU", "n": fill(n, **record)}) for record in records
+        fill("provenance", **{**record, "gpu": record["gpu"] or "no GPU", "n": fill(n, **record)}) + mark(record)
+        for record in records
     }
     return "  \n".join(sorted(lines))
+
+
+def mark(record: Record) -> str:
+    """Name the source files of a record that have changed since; empty if none has."""
+    paths = changed(record)
+    if paths is None:
+        return MARK.format("unknown, its line names no source files")
+    short = [path.removeprefix("src/resist/").removeprefix("benchmarks/") for path in paths]
+    return MARK.format(", ".join(f"`{path}`" for path in short)) if paths else ""
+
+
+def without_marks(page: str) -> str:
+    """Return a page without the marks, which depend on other files than the figures."""
+    return re.sub(re.escape(MARK).replace(r"\{\}", "[^*]*"), "", page)
 
 
 def reached(yes: bool) -> str:

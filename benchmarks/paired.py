@@ -4,37 +4,58 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy import stats
 
 from page_parts import table
 
 
-def difference(values: Mapping[int, float], base: Mapping[int, float]) -> tuple[float, float, int]:
+class Difference(NamedTuple):
+    """Differences between two methods on the same seeds.
+
+    Attributes:
+        mean: Their mean; NaN without a seed.
+        error: Standard error of the mean; infinite with fewer than two seeds.
+        low: Lower end of the 95 % interval of the mean, by Student's t.
+        seeds: Number of seeds.
+    """
+
+    mean: float
+    error: float
+    low: float
+    seeds: int
+
+    def cells(self) -> list[str]:
+        """Return mean with standard error, and the lower end, as text."""
+        if not self.seeds:
+            return ["", ""]
+        if self.seeds == 1:
+            return [f"{self.mean:+.2f}", ""]
+        return [f"{self.mean:+.2f} ± {self.error:.2f}", f"{self.low:+.2f}"]
+
+
+def difference(values: Mapping[int, float], base: Mapping[int, float]) -> Difference:
     """Compare two methods on the seeds that both have.
 
     Args:
         values: Seed -> result of a method.
         base: Seed -> result of the method that it is compared with.
-
-    Returns:
-        Mean of the differences, half the width of its 95 % interval (Student's t; infinite for a single seed), and the
-        number of seeds.
     """
     differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
     if len(differences) < 2:
-        return (differences[0] if differences else math.nan), math.inf, len(differences)
-    error = stdev(differences) / math.sqrt(len(differences))
-    return fmean(differences), error * float(stats.t.ppf(0.975, len(differences) - 1)), len(differences)
+        return Difference(differences[0] if differences else math.nan, math.inf, -math.inf, len(differences))
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    return Difference(mean, error, mean - error * float(stats.t.ppf(0.975, len(differences) - 1)), len(differences))
 
 
 def summary(runs: Sequence[Mapping[str, Any]], base: str, reading: str = "averaged") -> str:
-    """Return the table of all rows: accuracy, difference to `base`, and cost.
+    """Return the table of all rows: accuracy, differences, and cost.
 
     Args:
         runs: Recorded runs of one setting.
-        base: Name of the row that all others are compared with.
+        base: Name of the row that all others are compared with. Rows that are compressed are also compared with the
+            same row in fp32.
         reading: Source of BatchNorm statistics whose accuracy is compared; a row without it shows its own first one.
     """
     by_row: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -42,19 +63,20 @@ def summary(runs: Sequence[Mapping[str, Any]], base: str, reading: str = "averag
         by_row[run["row"]].append(run)
     results = {name: {run["seed"]: score(run, reading) for run in some} for name, some in by_row.items()}
     costs = by_row.get(base, [])
-    cells = []
+    cells: list[list[object]] = []
     for name, some in sorted(by_row.items(), key=lambda item: -fmean(results[item[0]].values())):
-        mean, half, seeds = difference(results[name], results.get(base, {}))
+        others = ("" if name == base else base, some[0].get("plain", ""))
         cells.append(
             [
                 name,
                 f"{fmean(results[name].values()):.2f}",
-                "" if name == base else f"{mean:+.2f}" + (f" +- {half:.2f}" if math.isfinite(half) else ""),
-                "" if name == base else seeds,
+                len(results[name]),
+                *(cell for other in others for cell in difference(results[name], results.get(other, {})).cells()),
                 *(share(some, costs, key) for key in ("gmac", "bytes", "weights_held", "train_cpu_s")),
             ]
         )
-    head = ["row", "accuracy, %", f"to {base}, 95 %", "seeds", "compute", "bytes", "weights of a worker", "processor"]
+    head = ["row", "accuracy, %", "seeds", f"to {base}", "95 % from", "to fp32", "95 % from", "compute", "bytes",
+            "weights of a worker", "processor"]  # fmt: skip
     return table(head, cells)
 
 

@@ -91,7 +91,7 @@ def count_bytes(build: Build, strategy: resist.Strategy, rounds: int) -> list[in
     One process hosts all workers. Nothing is trained, so no optimizer has state to send: `strategy` must reset it.
     """
     assert strategy.optimizer_state == "reset", "without an optimizer there is no state to send"
-    job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", transport=Local(strategy.workers))
+    job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", transport=Local(strategy.workers), example=False)
     job.transport.take()  # discards the messages of building the job
     counted: list[int] = []
     for _ in range(rounds):

@@ -10,10 +10,17 @@ from pathlib import Path
 import torch
 
 from resist.runs.directory import processor
+from sources import SOURCES, hashes, here
+
+here()  # the files as they are when a benchmark begins; it may take hours
 
 
-def provenance() -> dict[str, object]:
-    """Return date, commit, hardware and versions, ready for JSON."""
+def provenance(benchmark: str | None = None) -> dict[str, object]:
+    """Return date, commit, hardware and versions, ready for JSON.
+
+    Args:
+        benchmark: A key of `SOURCES`, to note the hashes of its source files as they are now.
+    """
     here = Path(__file__).parent
     describe = ["git", "describe", "--always", "--dirty"]
     commit = ""
@@ -27,6 +34,7 @@ def provenance() -> dict[str, object]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **({"sources": hashes(SOURCES[benchmark])} if benchmark else {}),
     }
 
 

@@ -56,7 +56,7 @@ def main() -> None:
     result = {
         "benchmark": "recording", "rounds": args.rounds, "repetitions": args.repetitions, "round_cpu_s": round_s,
         "workers": 4, "local_steps": LOCAL_STEPS, "batch_size": 32, "ways": ways,
-        "drawing": {"percent": 100 * median(drawing), "all": [100 * one for one in drawing]}, **provenance(),
+        "drawing": {"percent": 100 * median(drawing), "all": [100 * one for one in drawing]}, **provenance("recording"),
     }  # fmt: skip
     print(f"a round: {round_s:.2f} processor seconds")
     for way, cost in ways.items():

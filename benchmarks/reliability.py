@@ -41,7 +41,6 @@ def _faults(record: Record) -> str:
         "ended": fill("faults-some", ended=number - hung, number=number) if hung else fill("faults-all", number=number),
         "failures": fill("faults-failed", failures="; ".join(failures)) if failures else fill("faults-none-failed"),
         "started": fill("faults-forked" if record["forked"] else "faults-started"),
-        "earlier_format": fill("faults-earlier-format") if str(record["date"]) < "2026-11-25" else "",
     }
     return fill("faults", **values, rows=rows(cells), provenance=provenance(record, n="n-faults"))
 

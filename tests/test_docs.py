@@ -105,7 +105,7 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif name == "torchrun":
         check_torchrun(rest, monkeypatch)
     elif name == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(rest) <= set(targets)
     elif name == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import cifar10
+import cifar10_rows
 import paired
 from cifar10_rows import BASE, ROWS, SETTINGS, WORKERS, Skipped
 from resist.data import Images
+from resist.planning.wire import Wire, as_wire
 
 
 def images(num: int, size: int = 32) -> Images:
@@ -104,16 +106,54 @@ def test_a_narrower_share_of_blocks_costs_less() -> None:
 
 
 def test_differences_are_paired_by_seed() -> None:
-    mean, half, seeds = paired.difference({0: 61.0, 1: 63.0, 2: 62.0, 9: 0.0}, {0: 60.0, 1: 61.0, 2: 61.5})
-    assert (round(mean, 6), seeds) == (1.166667, 3)
-    assert half == pytest.approx(4.302653 * 0.763763 / math.sqrt(3), rel=1e-5)  # t(0.975, 2) x s / sqrt(n)
-    assert paired.difference({0: 1.0}, {0: 0.5}) == (0.5, math.inf, 1)
+    found = paired.difference({0: 61.0, 1: 63.0, 2: 62.0, 9: 0.0}, {0: 60.0, 1: 61.0, 2: 61.5})
+    assert (round(found.mean, 6), found.seeds) == (1.166667, 3)
+    assert found.error == pytest.approx(0.763763 / math.sqrt(3), rel=1e-5)  # s / sqrt(n)
+    assert found.mean - found.low == pytest.approx(4.302653 * found.error, rel=1e-5)  # t(0.975, 2)
+    assert found.cells() == ["+1.17 ± 0.44", "-0.73"]
+    assert paired.difference({0: 1.0}, {0: 0.5}) == (0.5, math.inf, -math.inf, 1)
+    assert paired.difference({0: 1.0}, {0: 0.5}).cells() == ["+0.50", ""]
+    assert paired.difference({0: 1.0}, {1: 0.5}).cells() == ["", ""]
 
 
 def test_the_summary_leaves_out_the_bytes_of_tests() -> None:
-    def run(row: str, seed: int, percent: float, sent: int) -> dict[str, object]:
-        return {"row": row, "seed": seed, "percent": {"averaged": percent}, "gmac": 10, "weights_held": 5,
-                "train_cpu_s": 3.0, "bytes": {"shared": sent, "evaluate": 99}}  # fmt: skip
+    def run(row: str, seed: int, percent: float, sent: int, plain: str = "") -> dict[str, object]:
+        return {"row": row, "seed": seed, "plain": plain, "percent": {"averaged": percent}, "gmac": 10,
+                "weights_held": 5, "train_cpu_s": 3.0, "bytes": {"shared": sent, "evaluate": 99}}  # fmt: skip
 
-    text = paired.summary([run(BASE, 0, 60, 10), run(BASE, 1, 62, 10), run("x", 0, 61, 5), run("x", 1, 63, 5)], BASE)
-    assert "| x | 62.00 | +1.00 +- 0.00 | 2 | 1.00 | 0.50 | 1.00 | 1.00 |" in text
+    text = paired.summary(
+        [
+            run(BASE, 0, 60, 10), run(BASE, 1, 62, 10), run("x", 0, 61, 5), run("x", 1, 63, 5),
+            run("x, int8", 0, 61, 2, "x"), run("x, int8", 1, 62, 2, "x"),
+        ],
+        BASE,
+    )  # fmt: skip
+    assert "| x | 62.00 | 2 | +1.00 ± 0.00 | +1.00 |  |  | 1.00 | 0.50 | 1.00 | 1.00 |" in text
+    assert "| x, int8 | 61.50 | 2 | +0.50 ± 0.50 | -5.85 | -0.50 ± 0.50 | -6.85 | 1.00 | 0.20 | 1.00 | 1.00 |" in text
+
+
+def test_compressed_rows_are_compared_with_the_same_row_in_fp32() -> None:
+    compressed = [row for row in ROWS.values() if row.plain]
+    assert {ROWS[row.plain].name for row in compressed} == {BASE, "ResIST, average", cifar10_rows.DILOCO.name}
+    for row in compressed:
+        plain = ROWS[row.plain]
+        assert as_wire(row.wire) != as_wire(plain.wire) == Wire()
+        assert cifar10.replace(row, name=plain.name, wire=plain.wire, plain="") == plain
+        assert row.at_rate(2.0).plain == plain.at_rate(2.0).name
+    assert len({as_wire(row.wire) for row in compressed if row.plain == "ResIST, average"}) == sum(
+        row.plain == "ResIST, average" for row in compressed
+    )
+
+
+@pytest.mark.slow
+def test_a_row_trains_in_its_wire_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10, "LOCAL_STEPS", 1)
+    monkeypatch.setattr(cifar10, "accuracy", lambda model, test, num: 0.0)
+    monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
+    data = cifar10.smaller(images(64), 8)
+    setting = cifar10.replace(SETTINGS["screen"], rounds=2, image_size=8, batch_size=4)
+    sent = {}
+    for name in ("ResIST, average", "ResIST, average, int8"):
+        row = cifar10.replace(ROWS[name], depths=(1, 1, 9, 1), scales=())
+        sent[name] = paired.cost(cifar10.trained(setting, row, 0, data, data)["bytes"])
+    assert 0.25 < sent["ResIST, average, int8"] / sent["ResIST, average"] < 0.5

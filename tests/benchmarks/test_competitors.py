@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import competitors
+import own
 from pool import Pool
 from resist.models import build
 from resist.planning.plan import keyed_int
@@ -49,7 +50,7 @@ def weights_after_rounds(spec: str, rank: int) -> dict[str, Tensor]:
 
 
 def global_weights(method: competitors.Method) -> dict[str, Tensor]:
-    if isinstance(method, competitors.Own):
+    if isinstance(method, own.Own):
         worker, job = method.job.workers[0], method.job
         return worker.subnet.state(job.plan.held(worker.index))
     return {name: parameter.detach() for name, parameter in method.model.named_parameters()}

@@ -12,7 +12,10 @@ import pytest
 from torch import nn
 
 import accuracy
+import format_tables
+import page_parts
 import paper_tables
+import sources
 import tables
 from resist.cost import Link, Speed, predict
 from resist.planning.strategy import ddp
@@ -25,6 +28,7 @@ ORIGIN = {"date": "2020-01-02", "commit": "abc", "machine": "m", "cores": 2, "gp
 
 
 def write(file: Path, *lines: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -93,6 +97,48 @@ def test_the_byte_count_of_a_job_is_the_formula(name: str) -> None:
     assert paper_tables.count_bytes(build, strategy, 4) == paper_tables.formula(build, strategy, 4).rounds
 
 
+def exchanged(**times: float) -> dict[str, Any]:
+    seconds = {"median_s": 1.0, "quartile_low_s": 1.0, "quartile_high_s": 1.0}
+    methods = {name: {**seconds, "times_resist": value} for name, value in times.items()}
+    result = {"n": 1, "measured": 1, "others_share": {"max": 0.0}, "methods": methods}
+    return {**SMALL, "results": {"4": result}, **ORIGIN}
+
+
+def test_a_sentence_on_speed_says_what_was_measured() -> None:
+    page = tables.exchange(exchanged(published=3.0, flat=0.97))
+    assert "`published` takes 3.00 times as long as ResIST, target 3.60: **missed**; " in page
+    assert "`flat` takes 0.97 times as long as ResIST, so ResIST is the slower one, target" in page
+    assert page.count("**missed**") == 2
+    good = tables.exchange(exchanged(published=3.6, flat=9.0))
+    assert good.count(": reached") == 2
+    assert "slower" not in good
+
+
+def test_each_wire_format_reaches_or_misses_each_target() -> None:
+    def row(name: str, gb: float, stall_s: float, slowed: float | None = None, formula: float = 1.0) -> dict[str, Any]:
+        times = {"round_s": 10.0, "stall_s": stall_s, "cpu_s": 1.0}
+        return {
+            "method": name, "n": 2, **{key: {"median": value, "all": [value] * 2} for key, value in times.items()},
+            "wire_bytes": [gb * 1e9] * 2, "formula_bytes": [gb * 1e9 / formula] * 2, "slowed_percent": slowed,
+        }  # fmt: skip
+
+    ours = "resist,optimizer_state=travel"
+    methods = [row(ours, 0.5, 5.0), row(f"{ours},wire=int8", 0.11, 1.0), row(f"{ours},wire=int4", 0.1, 0.2, 6.0, 1.02)]
+    record = wire(*methods, rate="1gbit", full_step_s=2.0)
+    page = format_tables.formats([record])
+    assert "| resist, travel, wire=int4 | 0.1000 | 1.0200 | 10.00 | 0.00 | 0.20 | 2.0 | +6.0 | 1.00 |" in page
+    assert [line for line in page.splitlines() if line.startswith("- ")] == [
+        "- At most 0.10 GB a round: reached by resist, travel, wire=int4 (0.100).",
+        "- At most 0.10 GB a round: **missed** by resist, travel, wire=int8 (0.110).",
+        "- A stall of at most 5 % of a round: reached by resist, travel, wire=int4 (2.0).",
+        "- A stall of at most 5 % of a round: **missed** by resist, travel, wire=int8 (10.0).",
+        "- Steps slowed by at most 5 %: **missed** by resist, travel, wire=int4 (6.0).",
+        "- Interfaces and formula within 1 %: reached by resist, travel (0.00); resist, travel, wire=int8 (0.00).",
+        "- Interfaces and formula within 1 %: **missed** by resist, travel, wire=int4 (2.00).",
+    ]
+    assert "A stall" not in format_tables.formats([record | {"rate": "20mbit"}])
+
+
 def test_losses_and_ties_are_named() -> None:
     methods = [
         method("resist,optimizer_state=reset", 5.0, 5.0), method("local_sgd,optimizer_state=reset", 9.0, 6.0),
@@ -154,6 +200,19 @@ def test_first_runs_are_not_taken_for_runs_with_augmented_statistics(tmp_path: P
     assert "in 2 of 2 runs" in readings
 
 
+def test_methods_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("local SGD", 0, 60.0), ("local SGD", 1, 62.0), ("ResIST, average", 0, 61.0), ("ResIST, average", 1, 64.0)]
+    cost = {"gmac": 2, "bytes": {"shared": 4, "evaluate": 9}, "weights_held": 6, "train_cpu_s": 8.0}
+    known = {"benchmark": "accuracy", "setting": "short", "plain": "", **cost, **ORIGIN}
+    lines = [known | {"row": row, "seed": seed, "percent": {"averaged": percent}} for row, seed, percent in rows]
+    write(tmp_path / "accuracy.jsonl", lines[0] | {"percent": {"averaged": 1.0}}, *lines)
+    monkeypatch.setattr(tables, "traffic", lambda network, wire: "")
+    page = tables.page(tmp_path, SMALL)
+    assert "### `short`: 32 pixels, at most 40 rounds" in page
+    assert "| ResIST, average | 62.50 | 2 | +1.50 ± 0.50 | -4.85 |  |  | 1.00 | 1.00 | 1.00 | 1.00 |" in page
+    assert "| local SGD | 61.00 | 2 |  |  |  |  | 1.00 |" in page
+
+
 def test_photographs_say_what_was_measured() -> None:
     trained = {"part": "train", "loss_by_epoch": [3.9, 3.5], "accuracy": 0.15, "top5": 0.4, "rounds": 9, "gb_sent": 0.1}
     resumed = {"part": "resume", "status": 75, "interrupted_after": 4, "rounds": 9, "greatest_difference": 0.0}
@@ -213,6 +272,49 @@ def test_what_faults_and_checkpoints_cost_is_read_from_the_figures(
         assert "at most 3 %: **missed**" in page
 
 
+def test_figures_of_other_code_are_listed_and_are_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = sources.hashes(sources.SOURCES["faults"])
+    write(
+        tmp_path / "results" / "faults.jsonl",
+        faults() | {"timeout_s": 1.0, "sources": now},
+        faults() | {"timeout_s": 2.0, "sources": now | {"src/resist/runs": "0"}, "commit": "old"},
+        faults() | {"timeout_s": 3.0, "commit": "older"},
+    )
+    monkeypatch.setattr(tables, "traffic", lambda network, wire: "")
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "page.md")
+    assert_ends(monkeypatch, None)
+    written = tables.PAGE.read_text()
+    assert ["Code changed since" in line for line in written.splitlines() if line.startswith("*Measured")] == [
+        False, True, True,
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert_ends(monkeypatch, None, "--changed")
+    assert capsys.readouterr().out.splitlines() == [
+        "faults, 2020-01-02, commit old. Code changed since: runs.",
+        "faults, 2020-01-02, commit older. Code changed since: unknown, its line names no source files.",
+        "2 of 3 measurements on docs/results.md are of other code than this",
+    ]
+    # Code moves on, and the page says what it said before: no failure. Another figure is one.
+    monkeypatch.setattr(sources, "here", lambda: {"src/resist/job.py": b""})
+    assert_ends(monkeypatch, 0, "--check")
+    tables.PAGE.write_text(written.replace("All 8 ended", "All 9 ended"))
+    assert_ends(monkeypatch, "docs/results.md is out of date", "--check")
+
+
+def assert_ends(monkeypatch: pytest.MonkeyPatch, status: object, *arguments: str) -> None:
+    """Run tables.py in this process; None: it returns."""
+    monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
+    if status is None:
+        tables.main()
+        return
+    with pytest.raises(SystemExit) as ended:
+        tables.main()
+    assert ended.value.code == status
+
+
 @pytest.mark.slow
 def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each footprint is measured once, and bytes come from the formula, which other tests compare with a job's."""
@@ -228,7 +330,8 @@ def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(footprints, "measure", measured)
     monkeypatch.setattr(paper_tables, "count_bytes", lambda *setting: paper_tables.formula(*setting).rounds)
-    assert tables.page(tables.HERE / "results") == tables.PAGE.read_text(encoding="utf-8")
+    page, written = tables.page(tables.HERE / "results"), tables.PAGE.read_text(encoding="utf-8")
+    assert page_parts.without_marks(page) == page_parts.without_marks(written)
 
 
 @pytest.mark.nightly

@@ -1,24 +1,31 @@
 """Tests of the emulated network: interfaces and ledger count the same bytes, and nothing is left behind."""
 
+import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import namespaces
 import wire
+import wire_plan
+import wire_steps
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Blocks of 1.2 MB: small enough for seconds, large enough for headers and barriers to be less than 1 %.
 SMALL = ["--rate", "1gbit", "--depths", "1", "1", "9", "1", "--width", "32", "--local-steps", "2", "--rounds", "2"]
 COMMAND = [sys.executable, str(BENCHMARKS / "wire.py"), *SMALL, "--batch", "1", "--no-record", "--json"]
 POLICIES = ["resist,min_depth=0,optimizer_state=reset", "resist,min_depth=5,optimizer_state=travel", "local_sgd"]
+FORMATS = ["resist,optimizer_state=travel,wire=int8", "diloco,wire=log4/int8/int8"]
 UNEQUAL = {2: "resist,capacities=7/3,optimizer_state=average", 4: "resist,capacities=5/3/2/1,optimizer_state=average"}
 
 
@@ -55,7 +62,7 @@ def running(allowed: None) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=[pytest.mark.nightly, pytest.mark.timeout(600)])])
 def test_the_ledger_is_the_formula_and_what_the_interfaces_count(allowed: None, workers: int) -> None:
-    methods = [*POLICIES, UNEQUAL[workers]]
+    methods = [*POLICIES, UNEQUAL[workers], *FORMATS]
     command = [*COMMAND, "--workers", str(workers), "--methods", *methods]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -66,6 +73,50 @@ def test_the_ledger_is_the_formula_and_what_the_interfaces_count(allowed: None, 
         for sent, ledger in zip(row["wire_bytes"], row["ledger_bytes"], strict=True):
             assert 0 <= sent - ledger <= 0.01 * ledger, row["method"]
     assert not left(os.getpid())
+
+
+def host(method: str, undisturbed_s: float, compute_s: float, busy_s: float | None) -> dict[str, object]:
+    entry = {"compute_s": compute_s, "exchange_s": 1.0, "sent_bytes": 10, "ledger_bytes": 8, "formula_bytes": 8}
+    return {
+        "method": method,
+        "rounds": [entry | {"undisturbed_s": undisturbed_s, "busy_s": busy_s, "cpu_s": 0.25}],
+    }
+
+
+def test_a_stall_is_what_a_round_takes_beyond_its_steps() -> None:
+    (row,) = wire.collect([[host("a", 0.1, 2.0, 0.11)], [host("a", 0.1, 2.5, 0.12)]], local_steps=20)
+    assert (row["stall_s"]["median"], row["slowed_percent"], row["cpu_s"]["median"]) == (1.5, 20.0, 0.5)
+    (row,) = wire.collect([[host("a", 0.1, 2.0, None)], [host("a", 0.125, 2.5, None)]], local_steps=20)
+    assert (row["stall_s"]["median"], row["slowed_percent"]) == (1.0, None)
+
+
+def test_steps_are_counted_by_the_method_but_the_last() -> None:
+    args = argparse.Namespace(compute_s=[0.001, 0.002], batch=1, num_classes=2)
+    calls: list[int] = []
+
+    class Counts:
+        name, model, optimizer = "local_sgd", nn.Linear(1, 1), None
+
+        def step(self) -> None:
+            calls.append(len(calls))
+
+    method = Counts()
+    seconds = wire_steps.Steps(method, args, exchanging=False).run(5, method.step)  # type: ignore[arg-type]
+    assert len(calls) == 4
+    assert all(one >= 0.002 for one in seconds)
+
+
+def test_the_plan_names_methods_that_exist_and_ends_in_time() -> None:
+    lines = wire_plan.commands().splitlines()
+    seconds = [int(line.split()[2]) for line in lines if line.startswith("# about")]
+    assert len(seconds) == len(wire_plan.RATES)
+    assert sum(seconds) <= 25 * 60
+    network = partial(wire.build, "preact_resnet101", num_classes=2, depths=(1, 1, 9, 1), width=4)
+    wire.check(wire_plan.FORMATS, network, wire_plan.WORKERS, wire_plan.LOCAL_STEPS)
+    one = shlex.split(lines[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", one[1:])
+        assert wire.arguments().full_step_s == wire_plan.FULL_STEP_S
 
 
 @pytest.mark.slow
@@ -118,6 +169,10 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (["--workers", "1"], "at least 2"),
         (["--methods", "resist,capacities=2/2/2/1"], "hold 7 of the 8 blocks"),
         (["--methods", "gossip"], "'gossip'"),
+        (["--methods", "local_sgd,wire=int9"], "int9"),
+        (["--methods", "local_sgd,wire=int8/int8"], "wire=int8/int8"),
+        (["--methods", "diloco,min_depth=3"], "the options of diloco are wire"),
+        (["--compute-s", "1", "1", "--full-step-s", "1"], "not both"),
         (["--methods", "flat,min_depth=3"], "flat"),
         (["--methods", "resist,min_depth=30"], "30` exceeds the 8 blocks"),
         (["--model", "vgg"], "vgg"),
