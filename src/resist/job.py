@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -47,6 +47,7 @@ from resist.sync.options import check_options
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.round_agreement import agree_on_round, diverged
 from resist.sync.round_end import RoundEnd
+from resist.sync.streaming import Streaming, mean_of_weights, put_weights
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
@@ -104,8 +105,9 @@ class Job:
         replicate: Keep a replica of each block that only one worker holds, until the next synchronization is complete,
             so that losing any one worker costs at most the current round; see `replicas`. Needs memory for one more
             copy of the worker's weights, and for the replicas that it keeps.
-        wire: Format of what is sent: "fp32", "bf16", "int8", "int6", "int4", or a `resist.Wire` with one for each part.
-            Needs memory for two more copies of the worker's shared part, but for "fp32".
+        wire: Format of what is sent: "fp32", "bf16", "int8", "int6", "int4", or a `resist.Wire` with one for each part,
+            and with fragments that are averaged while training goes on. Needs memory for two more copies of the
+            worker's shared part, with "fp32" for one if there are fragments.
         resume_at: (round, step) to continue an interrupted job at; see `resist.runs.checkpoint`.
         example: One batch, from which the network is checked: a tensor; a tuple or list, whose items are the positional
             arguments of the network, or if it does not take them the first item alone; a dict of keyword arguments; or
@@ -164,12 +166,13 @@ class Job:
         self._steps_in_round = 0
         self.begun = False
         self._optimizers: tuple[Optimizer, ...] = ()
+        self._streaming: Streaming | None = None  # in a round with fragments
         full = build_seeded(build_model, seed)
         if batchnorm == "batch":
             use_batch_statistics(full)
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
         options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
-        options |= {"wire": self.wire.formats}
+        options |= {"wire": self.wire.formats, "fragments": self.wire.fragments, "delay": self.wire.delay}
         self.transport = CountingTransport(transport or connect(strategy.workers, device, timeout_s))
         try:
             # Waits for all processes. Each may have another example, and two that disagree would later wait for each
@@ -288,7 +291,8 @@ class Job:
 
         Call it after each optimizer step. A synchronization waits for all workers, averages, and puts the blocks of the
         next round into the slots. So every process has to call `step` the same number of times, even if a GradScaler
-        has skipped an optimizer step.
+        has skipped an optimizer step. With fragments, steps within the round begin and finish their means: the weights
+        then change in `step`, too.
 
         Args:
             optimizers: The optimizers of all hosted workers, at least one for each.
@@ -316,6 +320,8 @@ class Job:
         self.step_index += 1
         self._steps_in_round += 1
         if self.steps_left > 0:
+            if self._streaming is not None:
+                self._streaming.step(self._steps_in_round)
             return False
         self.synchronize(nonfinite)
         return True
@@ -378,7 +384,11 @@ class Job:
         """
         strategy = self.strategy.at(self.round)
         next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
-        end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan, self.wire, self.seed)
+        streamed: frozenset[int] | None = None
+        if self._streaming is not None:
+            self._streaming.complete()
+            streamed = frozenset(self._streaming.done)
+        end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan, self.wire, self.seed, streamed)
         for worker in self.workers:
             worker.take_back()
         for worker in self.workers if strategy.optimizer_state == "reset" else ():
@@ -396,7 +406,7 @@ class Job:
             replicas = exchange.finish()
             LooseExchange(self.transport, self.workers, end, agreed, exchange.schedule).run()
         self.plan, self.round, self._steps_in_round = next_plan, self.round + 1, 0
-        self.mark_anchors()
+        self.mark_anchors(agreed=not streamed)
         if self.replicate:
             own = collect_replica(self.workers, plan=next_plan, blocks=replicas, round=self.round, step=self.step_index)
             keep_newest(self.transport, self.replicas, own)
@@ -415,7 +425,8 @@ class Job:
         """Assemble the complete network in eval mode, with scaled branches.
 
         Ends the present round first (`finish`). Every process has to call it. The network is a copy. The scales are
-        forward hooks: deepcopy and pickle keep them, a state dict does not.
+        forward hooks: deepcopy and pickle keep them, a state dict does not. Where workers differ in what they have
+        trained since fragments were averaged, the network has their mean, and they stay as they are.
 
         Args:
             batches: Training batches on which the BatchNorm statistics are estimated: images, dictionaries of the
@@ -447,7 +458,12 @@ class Job:
             subnets[worker.index] = subnet
         together = self.together if on is None else None
         targets = [on] if on is not None else self.together.first_workers
+        means: Mapping[int, Tensor] = {}
+        if not averaged and any(worker.apart for worker in self.workers):
+            means = mean_of_weights(self.transport, self.workers, blocks=self.plan.held_by_all)
         full = assemble(self.transport, subnets, plan=self.plan, on=targets)
+        if full is not None and means:
+            put_weights(full, next(iter(means.values())), blocks=self.plan.held_by_all)
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
@@ -501,26 +517,41 @@ class Job:
         self.plan, self.round, self.step_index, self._steps_in_round = self.plan_of(round), round, step, 0
         self.begun, self.dropped = True, {}
         self.replicas.clear()
+        self._streaming = None  # what is on its way is not waited for: it belongs to weights that are gone
         self.mark_anchors()
 
     def close(self) -> None:
-        """Leave the process group, if there is one."""
+        """Leave the process group, if there is one. Does not wait for a fragment that is on its way."""
+        self._streaming = None
         self.transport.close()
 
-    def mark_anchors(self) -> None:
+    def mark_anchors(self, *, agreed: bool = True) -> None:
         """Copy the weights that begin this round.
 
         Drops the copies of the last round if no option needs new ones at the end of this one.
+
+        Args:
+            agreed: All workers have equal weights. Otherwise they agree on the anchors of their fragments, which stay.
         """
-        sent = "all" if self.plan.held_by_all else "shared"
-        changes = sent if self.wire.shared != FP32 and self.strategy.workers > 1 else None
+        strategy, sent = self.strategy.at(self.round), "all" if self.plan.held_by_all else "shared"
+        sends_changes = self.strategy.workers > 1 and (self.wire.shared != FP32 or self.wire.fragments > 0)
+        changes = sent if sends_changes else None
+        # Everything is averaged at the end of a round that begins or ends holding all blocks.
+        streams = sends_changes and self.wire.fragments > 0
+        streams = streams and self.plan.held_by_all == self.plan_of(self.round + 1).held_by_all
         for worker in self.workers:
             worker.begin_round(
                 keep_anchor=self.replicate or self.on_nonfinite == "drop",
                 keep_average=self.on_nonfinite == "drop",
-                outer=self.strategy.at(self.round).outer is not None,
+                outer=strategy.outer is not None,
                 changes=changes,
+                fragments=self.wire.fragments if streams else 0,
+                agreed=agreed,
             )
+        self._streaming = None
+        if streams:
+            times = self.wire.times(strategy.local_steps)
+            self._streaming = Streaming(self.transport, self.workers, times, self.wire.shared, strategy.outer)
 
     @property
     def together(self) -> TogetherIn:

@@ -135,9 +135,9 @@ def test_compressed_runs_stay_near_the_others(name: str) -> None:
 
 def test_a_job_without_formats_copies_nothing() -> None:
     run = Run(resist(3, 1), "fp32").train(2)
-    assert all(worker.feedback is None and worker.anchor is None for worker in run.job.workers)
+    assert all(not worker.fragments and worker.anchor is None for worker in run.job.workers)
     run = Run(resist(3, 1), Wire(blocks="bf16", state="int8")).train(2)
-    assert all(worker.feedback is None for worker in run.job.workers)
+    assert all(not worker.fragments for worker in run.job.workers)
 
 
 def test_one_worker_loses_nothing() -> None:
@@ -185,13 +185,13 @@ def test_a_dropped_workers_round_does_not_count() -> None:
     for wire in ("int8", "int4"):
         run = Run(resist(3, 1, min_depth=3), wire, on_nonfinite="drop").train(2)
         worker = run.job.workers[1]
-        assert worker.feedback is not None
+        (everything,) = worker.fragments
         with torch.no_grad():
             worker.model.get_parameter("stem.weight").fill_(torch.nan)
         run.job.synchronize()
         assert run.job.dropped.keys() == {1}
-        assert worker.feedback.error is not None
-        assert not worker.feedback.error.any()
+        assert everything.feedback.error is not None
+        assert not everything.feedback.error.any()
         for values in held_values(run.job).values():
             assert all(torch.equal(values[0], other) for other in values[1:])
             assert values[0].isfinite().all()
@@ -333,9 +333,9 @@ def test_a_run_is_compared_with_local_sgd_in_the_same_format() -> None:
 def everything(run: Run) -> list[Tensor]:
     found: list[Tensor] = []
     for worker in run.job.workers:
-        assert worker.feedback is not None
-        found += [worker.subnet.flat, worker.feedback.anchor, *worker.state["momentum_buffer"].values()]
-        found += [error for error in (worker.feedback.error, worker.feedback.piece_error) if error is not None]
+        found += [worker.subnet.flat, *worker.state["momentum_buffer"].values()]
+        for feedback in (fragment.feedback for fragment in worker.fragments):
+            found += [n for n in (feedback.anchor, feedback.error, feedback.piece_error) if n is not None]
     return [tensor.clone() for tensor in found]
 
 
@@ -355,7 +355,7 @@ def test_errors_of_another_format_or_number_of_workers_are_left() -> None:
     for workers, wire in ((3, "int8"), (2, "int4"), (3, "fp32")):
         run = Run(resist(workers, 1), wire).train(1)
         run.job.load_state_dict(state)
-        assert all(worker.feedback is None or worker.feedback.error is None for worker in run.job.workers)
+        assert all(fragment.feedback.error is None for worker in run.job.workers for fragment in worker.fragments)
         run.train(1)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from resist.blocks.chain import Chain
-from resist.planning.wire import FORMATS, FP32, Wire, part_bytes
+from resist.planning.wire import FORMATS, FP32, Wire, fragment_bytes, part_bytes
 from resist.subnet.network import Subnet
 from resist.sync.state_formats import format_of
 
@@ -51,15 +51,24 @@ class Part:
         )
 
     def mean_bytes(
-        self, format: str, types: Mapping[torch.dtype, torch.dtype] | None = None
+        self, format: str, types: Mapping[torch.dtype, torch.dtype] | None = None, *, fragments: int = 0
     ) -> tuple[list[int], list[int]]:
-        """Return the bytes of each all-reduce, and of each compressed mean; arguments as in `block_bytes`."""
+        """Return the bytes of each all-reduce, and of each compressed mean.
+
+        Args:
+            format: As in `block_bytes`.
+            types: As in `block_bytes`.
+            fragments: Number of fragments in which what trains in single precision is averaged; 0: with the rest.
+        """
         types = {dtype: dtype for dtype in self.changing} if types is None else types
         plain: list[int] = []
         encoded: list[int] = []
         for d, own in types.items():
             number, trained = self.changing.get(d, 0), self.trained.get(d, 0)
-            if _format(format, own) != FP32:
+            if fragments and own == torch.float32:
+                (plain if format == FP32 else encoded).extend(fragment_bytes(format, trained, fragments))
+                number -= trained
+            elif _format(format, own) != FP32:
                 encoded.append(FORMATS[format].num_bytes(trained))
                 number -= trained
             plain.append(number * own.itemsize)

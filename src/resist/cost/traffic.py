@@ -124,7 +124,9 @@ def round_traffic(
     # Where every worker holds every block, blocks are averaged in the all-reduce of the shared part.
     common = sizes.whole() if messages.held_by_all else sizes.shared
     moving = state if policy in ("travel", "average") else NO_STATE
-    of_weights = [common.mean_bytes(wire.shared)]
+    # Everything is averaged at the end of a round that begins or ends holding all blocks.
+    fragments = wire.fragments if plan.held_by_all == next_plan.held_by_all and workers > 1 else 0
+    of_weights = [common.mean_bytes(wire.shared, fragments=fragments)]
     of_state = [common.mean_bytes(*state) for state in moving.formats(wire.state) if policy == "average"]
     of_state += [common.mean_bytes(wire.average)] if average else []
     # State that goes with a block of each chain. All holders of a block have the same outer momentum, so it is handed

@@ -15,7 +15,7 @@ from resist.planning.plan import ChainLike, RoundPlan
 from resist.planning.wire import Wire
 
 # Options of the synchronization at the end of a round, which strategies with `every_step` do not have.
-ROUND_OPTIONS = ("replicate", "on_nonfinite", "wire")
+ROUND_OPTIONS = ("replicate", "on_nonfinite", "wire", "fragments", "delay")
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,16 @@ class Strategy:
             wire: As in `resist.Job`.
 
         Raises:
-            UserError: If one has no effect, because gradients are averaged in every step, or needs another worker.
+            UserError: If one has no effect, because gradients are averaged in every step, or needs another worker, or
+                more steps in a round.
         """
-        if self.every_step and (replicate or on_nonfinite == "drop" or wire.compresses):
+        if self.every_step and (replicate or on_nonfinite == "drop" or wire != Wire()):
             raise UserError(
                 f"{self.name} averages gradients in every step, and every worker holds all weights; leave out "
                 "`replicate`, `on_nonfinite='drop'` and `wire`"
             )
+        for stage in self.stages:
+            wire.times(stage.local_steps)
         if replicate and self.workers < 2:
             raise UserError("`replicate` needs a second worker to hold the replicas; give `workers=2` or more")
 

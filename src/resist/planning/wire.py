@@ -14,9 +14,10 @@ Four numbers of int6 are three bytes. `log8` keeps every number within 6 % down 
 never turns a positive one into zero: it is for second moments, by whose roots a step is divided.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from resist.errors import UserError
+from resist.planning.fragments import Times, fragment_sizes, fragment_times
 
 
 @dataclass(frozen=True)
@@ -95,30 +96,45 @@ class Wire:
             stochastically, so that the error is zero on average.
         state: Of the optimizer's state, by value, rounded stochastically. Second moments, which are never negative, go
             as `log8` for "int8", and states that are not known as "bf16".
+        fragments: Number of fragments of the shared part, each of which is averaged at a time of its own in the round,
+            while training goes on; 0: all of it at the round's end. Also of blocks, if every worker holds every block.
+        delay: Steps from the beginning of a fragment's mean to its end.
 
     Raises:
-        UserError: If a part cannot have a format.
+        UserError: If a part cannot have a format, or a number is out of range.
     """
 
     shared: str = FP32
     blocks: str = FP32
     state: str = FP32
+    fragments: int = 0
+    delay: int = 1
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, choices = getattr(self, field.name), CHOICES[field.name]
-            if value not in choices:
-                raise UserError(f"`wire`: {field.name}={value!r} is not one of {', '.join(choices)}")
+        for part, choices in CHOICES.items():
+            if (value := getattr(self, part)) not in choices:
+                raise UserError(f"`wire`: {part}={value!r} is not one of {', '.join(choices)}")
+        for name, value, least in (("fragments", self.fragments, 0), ("delay", self.delay, 1)):
+            if type(value) is not int:
+                raise UserError(f"`{name}={value!r}` is not a whole number; give one")
+            if value < least:
+                raise UserError(f"`{name}={value}`; must be at least {least}")
+        if self.delay > 1 and not self.fragments:
+            raise UserError(f"`delay={self.delay}` has no effect without `fragments`; give them, or remove it")
 
     @property
     def compresses(self) -> bool:
         """True if anything is encoded."""
-        return self != Wire()
+        return any(format != FP32 for format in self.formats.values())
 
     @property
     def formats(self) -> dict[str, str]:
         """Format of each part, for JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {part: getattr(self, part) for part in CHOICES}
+
+    def times(self, local_steps: int) -> list[Times]:
+        """Return when each fragment is averaged in a round; see `resist.planning.fragments.fragment_times`."""
+        return fragment_times(local_steps, self.fragments, self.delay)
 
     @property
     def average(self) -> str:
@@ -138,6 +154,20 @@ def part_bytes(format: str, numel: int, trained: int, itemsize: int) -> int:
     if format == FP32:
         return numel * itemsize
     return FORMATS[format].num_bytes(trained) + (numel - trained) * itemsize
+
+
+def fragment_bytes(format: str, numel: int, fragments: int) -> list[int]:
+    """Compute the bytes of each fragment on the wire.
+
+    In single precision there is one number more: how many workers count.
+
+    Args:
+        format: Name of the format.
+        numel: Numbers of all fragments.
+        fragments: How many there are.
+    """
+    more = 1 if format == FP32 else 0
+    return [FORMATS[format].num_bytes(size + more) for size in fragment_sizes(numel, fragments)]
 
 
 # One name for all three parts.

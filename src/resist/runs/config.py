@@ -121,6 +121,12 @@ class MethodConfig:
     change of the shared part in this format, blocks and momentum in one of 8 or 16 bits; see `wire_parts`."""
     wire_parts: tuple[str, ...] = config_key(())
     """Formats of single parts instead of those that `wire` stands for: shared=int4 blocks=bf16 state=fp32."""
+    fragments: int = 0
+    """Average the shared part (or all weights, if workers hold them) in this number of fragments, each at a time of its
+    own in the round, while training goes on; 0: all of it at the round's end. A round needs 2 steps for each."""
+    delay: int = config_key(1)
+    """Steps from the beginning of a fragment's mean to its end: more for a slow link, and less is better for accuracy.
+    Must be less than `local_steps` / `fragments`."""
     scale: str = config_key("inclusion")
     """Factor of each chain block's branch in the full network: inclusion (mean capacity / blocks), 1/S, or a number
     above 0."""
@@ -137,14 +143,14 @@ class MethodConfig:
         )
 
     def wires(self) -> Wire:
-        """Return the wire formats. Raises UserError for a part or a format that does not exist."""
+        """Return the wire formats and fragments. Raises UserError for a part or a format that does not exist."""
         wire = as_wire(self.wire)
         for text in self.wire_parts:
             part, _, format = text.partition("=")
             if part not in wire.formats:
                 raise UserError(f"`wire_parts={text}`; give a part and its format, as in shared=int4 or blocks=bf16")
             wire = dataclasses.replace(wire, **{part: format})
-        return wire
+        return dataclasses.replace(wire, fragments=self.fragments, delay=self.delay)
 
     def without_effect(self) -> dict[str, Any]:
         """Return the options that were changed and have no effect with the strategy, with their defaults."""

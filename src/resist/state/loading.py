@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from resist.errors import UserError, first_line
-from resist.state.code_errors import load_errors
 from resist.state.names import Held, other_buffer_names, put_buffers, weight_places
 from resist.state.optimizers import check_optimizers, load_arrived, load_groups, load_state
+from resist.state.own_changes import load_own
 from resist.state.saving import Record, SavedJob, held_by_all, network_state
 from resist.state.values import decode, keys_of
 from resist.subnet.network import Subnet
@@ -80,6 +80,7 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
         UserError: If the state is that of another network, other optimizers, or damaged. The job is then as it was.
     """
     loads: list[Callable[[], None]] = []
+    own: list[Callable[[], None]] = []
     try:
         plan, same = job.plan_of(saved.about["round"]), saved.same_plan(job)
         same_processes = same and saved.about["processes"] == job.transport.num_processes
@@ -92,8 +93,8 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
             record = saved.records[worker.index] if same else saved.records.get(0, Record({}))
             if record.values:  # those of a job that had not begun may be empty
                 loads += _from_record(worker, held, record, saved.source, whole=same, with_optimizers=with_optimizers)
-                errors: dict[str, Any] = record.values.get("errors", {}) if same else {}
-                loads.append(load_errors(worker, job.wire.shared, errors, record.tensors, saved.source))
+                values: dict[str, Any] = record.values.get("own", {}) if same else {}
+                own.append(load_own(worker, job.wire, values, record.tensors, saved.source))
             if same_processes and "random" in record.values:
                 loads.append(_random_state(record, worker.subnet.device))
             if not same:
@@ -107,12 +108,14 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
         _hold(worker, plan.held(worker.index), changing)
     job.continue_at(saved.about["round"], saved.step(job))
     for worker in job.workers:
-        for kind, views in network_state(worker, plan.held(worker.index)).items():
+        for kind, views in network_state(worker, plan.held(worker.index), worker.subnet.flats).items():
             for name, view in views.items() if kind in saved.network else ():
                 view.copy_(saved.network[kind][name])
     for action in loads:
         action()
     job.mark_anchors()
+    for action in own:
+        action()
 
 
 def _check_kinds(job: SavedJob, saved: Saved) -> None:
@@ -164,7 +167,7 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
         subnet.changing = set(changing)
     worker.reset_state()
     worker.state.clear()
-    worker.feedback = None
+    worker.fragments = []
 
 
 def _from_record(

@@ -2,8 +2,8 @@
 
 - The network: weights, averages of them over time, and the momentum of an outer optimizer. All holders of a block have
   the same, so it is there once, by global dotted name.
-- A record for each worker: the state and the groups of its optimizers, the buffers that are not synchronized, and the
-  random state of its process. It fits a job with the same plan.
+- A record for each worker: the state and the groups of its optimizers, what `resist.state.own_changes` lists, the
+  buffers that are not synchronized, and the random state of its process. It fits a job with the same plan.
 
 A tensor's key has one or more parts; `resist.state.values.split` gives them back:
 
@@ -23,10 +23,11 @@ from resist.errors import UserError
 from resist.planning.plan import RoundPlan
 from resist.planning.strategy import Strategy
 from resist.planning.wire import Wire
-from resist.state.code_errors import errors_record
 from resist.state.names import Held, other_buffers, weight_places
 from resist.state.optimizers import arrived_state, optimizer_record
+from resist.state.own_changes import own_record
 from resist.state.values import encode, join
+from resist.subnet.flats import Flats
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker
@@ -61,7 +62,7 @@ class SavedJob(Protocol):
         """See `Job.continue_at`."""
         ...
 
-    def mark_anchors(self) -> None:
+    def mark_anchors(self, *, agreed: bool = True) -> None:
         """See `Job.mark_anchors`."""
         ...
 
@@ -119,17 +120,18 @@ def held_by_all(chains: Sequence[Chain], plan: RoundPlan, workers: int) -> list[
     ]
 
 
-def network_state(worker: Worker, held: Held) -> dict[str, dict[str, Tensor]]:
+def network_state(worker: Worker, held: Held, weights: Flats) -> dict[str, dict[str, Tensor]]:
     """Return what a worker holds of the network.
 
     Args:
         worker: The worker, between two rounds.
         held: Blocks of each chain, in the order of the slots.
+        weights: Its weights; see `Worker.agreed`.
 
     Returns:
         WEIGHTS, AVERAGE and VELOCITY, as far as there are any -> views by global dotted name.
     """
-    found = {WEIGHTS: worker.subnet.state(held)}
+    found = {WEIGHTS: worker.subnet.state(held, weights)}
     if worker.average is not None:
         found[AVERAGE] = worker.average.state(held)
     if VELOCITY in worker.state:
@@ -153,7 +155,7 @@ def owned_network(job: SavedJob) -> Iterator[tuple[str, Tensor]]:
     The shared part is saved by worker 0, a block by its first holder.
 
     Yields:
-        Key and tensor: views, not copies.
+        Key and tensor: views, not copies, but where workers differ in what they have trained.
     """
     for worker in job.workers:
         held = job.plan.held(worker.index)
@@ -163,7 +165,7 @@ def owned_network(job: SavedJob) -> Iterator[tuple[str, Tensor]]:
             if worker.index
             == (0 if place.chain is None else job.plan.holders(place.chain, held[place.chain][place.slot])[0])
         }
-        for kind, views in network_state(worker, held).items():
+        for kind, views in network_state(worker, held, worker.agreed).items():
             yield from ((network_key(kind, name), view) for name, view in views.items() if name in owned)
 
 
@@ -186,8 +188,8 @@ def worker_record(job: SavedJob, worker: Worker) -> Record:
         optimizer_record(worker, number, held, record.tensors, (part, "optimizer"))
         for number in range(len(worker.optimizers))
     ]
-    if errors := errors_record(worker, job.wire.shared, record.tensors, (part, "errors")):
-        record.values["errors"] = errors
+    if own := own_record(worker, job.wire, record.tensors, (part, "own")):
+        record.values["own"] = own
     record.values["arrived"] = arrived_state(worker, held, record.tensors, (part, "arrived"))
     buffers = other_buffers(worker.subnet, worker.subnet.model, held)
     record.values["buffers"] = _encode_all(buffers, record.tensors, (part, "buffers"))

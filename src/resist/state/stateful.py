@@ -50,7 +50,7 @@ def state_dict_of(job: SavedJob, *, complete: bool) -> dict[str, Any]:
     records: dict[str, bytes] = {}
     for worker in job.workers:
         held = job.plan.held(worker.index)
-        for kind, views in network_state(worker, held).items():
+        for kind, views in network_state(worker, held, worker.agreed).items():
             kinds.setdefault(kind, {}).update(views)
         for chain, blocks in zip(job.chains, held, strict=True):
             for name in (name for block in blocks for name in chain.members(block)):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from resist.planning.strategy import OuterSGD
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS, outer_step
+from resist.sync.fragments import write_anchors
 from resist.sync.payload import Payload
 from resist.sync.worker import Worker
 
@@ -15,7 +16,8 @@ from resist.sync.worker import Worker
 def discard_round(worker: Worker, payloads: Sequence[Payload]) -> None:
     """Undo the round of a dropped worker.
 
-    Weights and averages are as at its beginning, optimizer state is zero.
+    Weights and averages are as at its beginning, optimizer state is zero. Fragments that were averaged since are as all
+    workers agree on them.
 
     Args:
         worker: The worker, which has anchors.
@@ -25,6 +27,8 @@ def discard_round(worker: Worker, payloads: Sequence[Payload]) -> None:
         flat = payload.flats[worker.index]
         if payload.name == WEIGHTS:
             flat.copy_(_anchor(worker, payload.dtype))
+            if payload.dtype == torch.float32:
+                write_anchors(worker.fragments, flat)
         elif payload.name == AVERAGE:
             assert worker.average_anchor is not None, "`Worker.begin_round` copies it where an option needs it"
             flat.copy_(worker.average_anchor[payload.dtype])
@@ -32,7 +36,15 @@ def discard_round(worker: Worker, payloads: Sequence[Payload]) -> None:
             flat.zero_()
 
 
-def take_outer_step(worker: Worker, payloads: Sequence[Payload], outer: OuterSGD, chain: int | None, slot: int) -> None:
+def take_outer_step(
+    worker: Worker,
+    payloads: Sequence[Payload],
+    outer: OuterSGD,
+    chain: int | None,
+    slot: int,
+    *,
+    streamed: bool = False,
+) -> None:
     """Take the outer step on one part.
 
     Args:
@@ -41,6 +53,7 @@ def take_outer_step(worker: Worker, payloads: Sequence[Payload], outer: OuterSGD
         outer: The outer optimizer.
         chain: Number of the chain; None for the shared part.
         slot: Slot of the chain; 0 for the shared part.
+        streamed: The part is averaged in fragments, each of which takes the step of what trains in single precision.
     """
     subnet = worker.subnet
     for payload in payloads:
@@ -49,7 +62,8 @@ def take_outer_step(worker: Worker, payloads: Sequence[Payload], outer: OuterSGD
             # Weights that train, and frozen ones that train by now; not running statistics.
             part = subnet.layouts[payload.dtype].part(chain)
             frozen = {name for key, name in subnet.changing if key == chain} & part.frozen
-            for start, end in part.ranges(frozen):
+            trained = not streamed or payload.dtype != torch.float32
+            for start, end in part.ranges(frozen, trained=trained):
                 weights, anchor, velocity = (
                     subnet.slot(chain, slot, flat, dtype=payload.dtype)[start:end] for flat in flats
                 )

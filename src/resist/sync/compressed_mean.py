@@ -10,6 +10,8 @@ Of weights the *change* since the beginning of the round is sent: `anchor`, whic
 decoded mean. What a code loses is an error that its worker adds to the change of the next round, on both sides: of
 what it sends, and of the piece that it averages. So what was sent, summed over rounds, tends to what was meant.
 
+A worker that alone knows that its numbers are not finite sends bytes that no finite numbers have, and is left out.
+
 Everything is counted by worker and not by process, so 1, 2 and S processes give the same bits.
 """
 
@@ -21,6 +23,9 @@ from torch import Tensor
 
 from resist.sync.codecs import Codec
 from resist.sync.transport import Handle, Transport
+
+# Bytes of a worker that is left out. A finite number, or a scale of finite numbers, does not begin with four of them.
+ABSENT = 255
 
 Draws = Callable[[int | str], torch.Generator | None]  # (worker, or "mean") -> draws; None: round to the nearest
 
@@ -69,6 +74,7 @@ class CompressedMean:
         dropped: Workers that are left out.
         draws: Draws of stochastic rounding.
         feedback: Hosted worker -> its anchor and errors, if the change is sent. Default: the numbers themselves are.
+        absent: Hosted workers that are left out, which others learn from their bytes. None: there are none anywhere.
 
     Raises:
         WorkerLostError: If another process is lost; also by `advance` and `finish`.
@@ -85,30 +91,33 @@ class CompressedMean:
         dropped: Set[int],
         draws: Draws,
         feedback: Mapping[int, Feedback] | None = None,
+        absent: Set[int] | None = None,
     ) -> None:
         self._transport, self._codec, self._numbers = transport, codec, numbers
         self._kind, self._draws, self._feedback = traffic_kind, draws, feedback
+        self._marked = absent is not None
         self._live = [worker for worker in range(transport.num_workers) if worker not in dropped]
         self._numel = next(iter(numbers.values())).numel()
         self._pieces = codec.format.pieces(self._numel, transport.num_workers)
         self._sizes = [codec.num_bytes(piece) for piece in self._pieces]
         encoded: list[Tensor] = []
         for worker, own in numbers.items():
+            left_out = worker in dropped or worker in (absent or ())
             if feedback is not None:
-                feedback[worker].prepare(self._numel, self._pieces[worker], dropped=worker in dropped)
-            encoded.append(self._encode(worker, own, count=worker not in dropped))
+                feedback[worker].prepare(self._numel, self._pieces[worker], dropped=left_out)
+            encoded.append(self._encode(worker, own, count=not left_out))
         self._scattered = transport.scatter(encoded, self._sizes, traffic_kind)
         self._gathered: Handle | None = None
 
     def _encode(self, worker: int, numbers: Tensor, *, count: bool) -> Tensor:
         """The bytes that a worker sends: its pieces, one after another. Those of a dropped worker are not read."""
         encoded = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=numbers.device)
+        if not count:
+            return encoded.fill_(ABSENT)
         draws = self._draws(worker)
         starts = _starts(self._pieces)
         for start, piece, own in zip(starts, self._pieces, torch.split(encoded, self._sizes), strict=True):
             values = slice(start, start + piece)
-            if not count:
-                continue
             if self._feedback is None:
                 self._codec.encode(numbers[values], draws, into=own)
             else:
@@ -139,11 +148,14 @@ class CompressedMean:
 
     def _mean(self, rows: Tensor, numel: int) -> Tensor:
         """The mean of a piece over the workers that count, in their order."""
-        total = self._codec.decode(rows[self._live[0]], numel)
-        for worker in self._live[1:]:
+        live = [worker for worker in self._live if not (self._marked and _is_absent(rows[worker]))]
+        if not live:
+            return torch.zeros(numel, device=rows.device)
+        total = self._codec.decode(rows[live[0]], numel)
+        for worker in live[1:]:
             for start, end, chunk in self._codec.chunks(numel, rows[worker]):
                 total[start:end] += self._codec.decode_chunk(chunk, end - start)
-        return total.mul_(1 / len(self._live))
+        return total.mul_(1 / len(live))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -179,6 +191,11 @@ def encode_change(codec: Codec, numbers: Tensor, anchor: Tensor | None, error: T
         own += change if anchor is None else change - anchor[start:end]
         codec.encode_chunk(own, chunk, None)
         own -= codec.decode_chunk(chunk, end - start)
+
+
+def _is_absent(row: Tensor) -> bool:
+    """Return True for the bytes of a worker that is left out. Waits for the device."""
+    return bool((row[:4] == ABSENT).all())
 
 
 def _starts(pieces: Sequence[int]) -> list[int]:

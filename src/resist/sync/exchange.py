@@ -73,8 +73,9 @@ class Exchange:
         # 2. Undo the round of dropped workers, before anything of it is sent.
         for worker in self.dropped & self.workers.keys():
             discard_round(self.workers[worker], self.payloads)
-        # 3. Begin the mean of the shared part: one collective for each payload, in place. It runs while blocks are
-        #    exchanged, and nothing reads the shared part until `finish` has waited for all workers.
+        # 3. Begin the mean of the shared part, but for fragments that were averaged before: one collective for each
+        #    payload, in place. It runs while blocks are exchanged, and nothing reads the shared part until `finish` has
+        #    waited for all workers.
         averaged = [payload for payload in self.payloads if payload.average_shared and transport.num_workers > 1]
         self.means = [SharedMean(transport, payload, self.workers, end, self.dropped) for payload in averaged]
         # 4. Send the blocks with several holders to their owners: one batch for all payloads. The owners need memory
@@ -271,7 +272,10 @@ class Exchange:
     def _outer_step(self, worker: int, chain: int | None, slot: int) -> None:
         """Take the outer step, if there is one, on one part."""
         if self.end.strategy.outer is not None:
-            take_outer_step(self.workers[worker], self.payloads, self.end.strategy.outer, chain, slot)
+            streamed = self.end.streamed is not None and (chain is None or self.schedule.held_by_all)
+            take_outer_step(
+                self.workers[worker], self.payloads, self.end.strategy.outer, chain, slot, streamed=streamed
+            )
 
     @torch.no_grad()
     def _settle(self, payload: Payload) -> None:

@@ -25,6 +25,7 @@ class RoundEnd:
         next_plan: Plan of the next round.
         wire: Formats of what is sent.
         seed: Seed of the job, for stochastic rounding.
+        streamed: Fragments that were averaged in the course of this round; None: it has no fragments.
     """
 
     round: int
@@ -34,6 +35,7 @@ class RoundEnd:
     next_plan: RoundPlan
     wire: Wire = field(default_factory=Wire)
     seed: int = 0
+    streamed: frozenset[int] | None = None
 
     @cached_property
     def held_by_all(self) -> bool:

@@ -11,6 +11,7 @@ from resist.sync.codecs import CODECS
 from resist.sync.compressed_mean import CompressedMean, Feedback
 from resist.sync.payload import Payload
 from resist.sync.round_end import RoundEnd
+from resist.sync.streaming import FragmentMean
 from resist.sync.transport import Handle, Transport
 from resist.sync.worker import Worker
 
@@ -21,7 +22,8 @@ class SharedMean:
     """The mean of one payload over all workers, in progress.
 
     Frozen weights and buffers that nobody has changed are left out. What remains is one collective; with a wire format
-    that compresses what trains, the rest has one of its own.
+    that compresses what trains, the rest has one of its own. In a round with fragments, what trains of the weights has
+    one for each fragment that was not averaged before.
 
     Args:
         transport: Connects the workers.
@@ -38,12 +40,15 @@ class SharedMean:
     def __init__(
         self, transport: Transport, payload: Payload, workers: Mapping[int, Worker], end: RoundEnd, dropped: Set[int]
     ) -> None:
-        compressed = payload.shared_format != FP32
+        weights = payload.name == WEIGHTS
+        streamed = end.streamed if weights and payload.dtype == torch.float32 else None
+        compressed = payload.shared_format != FP32 and streamed is None
+        apart = compressed or streamed is not None
         plain, encoded = _Joined(), _Joined()
         for worker, flat in payload.flats.items():
             subnet = workers[worker].subnet
             layout = subnet.layouts[payload.dtype]
-            plain.add(worker, flat, layout.ranges(subnet.changing, blocks=end.held_by_all, trained=not compressed))
+            plain.add(worker, flat, layout.ranges(subnet.changing, blocks=end.held_by_all, trained=not apart))
             encoded.add(worker, flat, layout.ranges(blocks=end.held_by_all) if compressed else ())
             if worker in dropped and worker in plain.tensors:
                 plain.tensors[worker].zero_()
@@ -56,7 +61,6 @@ class SharedMean:
             scale = transport.num_workers / (transport.num_workers - len(dropped))
             self._plain = transport.mean(list(plain.tensors.values()), kind, scale)
         if encoded.tensors:
-            changes = payload.name == WEIGHTS
             device = next(iter(encoded.tensors.values())).device
             name = f"shared {payload.name}"
             self._encoded = CompressedMean(
@@ -65,14 +69,22 @@ class SharedMean:
                 encoded.tensors,
                 kind,
                 dropped=dropped,
-                draws=lambda who: None if changes else end.draws(device, name, str(payload.dtype), who),
-                feedback={worker: _feedback(workers[worker]) for worker in encoded.tensors} if changes else None,
+                draws=lambda who: None if weights else end.draws(device, name, str(payload.dtype), who),
+                feedback={worker: _feedback(workers[worker]) for worker in encoded.tensors} if weights else None,
             )
+        self._outer = end.strategy.outer
+        self._fragments = [
+            FragmentMean(transport, list(workers.values()), number, payload.shared_format, dropped=dropped)
+            for number in range(len(next(iter(workers.values())).fragments) if streamed is not None else 0)
+            if number not in (streamed or ())
+        ]
 
     def advance(self) -> None:
         """Begin the second half of a compressed mean. Waits for all processes, if it is one."""
         if self._encoded is not None:
             self._encoded.advance()
+        for fragment in self._fragments:
+            fragment.advance()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -81,6 +93,8 @@ class SharedMean:
             self._plain.finish()
         if self._encoded is not None:
             self._encoded.finish()
+        for fragment in self._fragments:
+            fragment.finish(self._outer)
         for joined in self._joined:
             joined.put_back()
 
@@ -107,5 +121,5 @@ class _Joined:
 
 
 def _feedback(worker: Worker) -> Feedback:
-    assert worker.feedback is not None, "`Worker.begin_round` creates it where changes are sent"
-    return worker.feedback
+    (everything,) = worker.fragments  # `Worker.begin_round` makes it where changes are sent
+    return everything.feedback

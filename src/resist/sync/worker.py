@@ -14,7 +14,7 @@ from resist.subnet.flats import Flats
 from resist.subnet.modes import frozen_modules
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.compressed_mean import Feedback
+from resist.sync.fragments import Fragment, begin_fragments, write_anchors
 from resist.sync.optimizer_state import StateTypes, adopt_state, follow_resize, start_over
 from resist.sync.optimizers import check_alone, check_optimizers, optimizers_of
 
@@ -36,8 +36,11 @@ class Worker:
         state: Optimizer state by name, each in flat tensors laid out as the weights, by dtype of the weights; also that
             of an outer optimizer.
         optimizers: The optimizers that `Job.step` was given for this worker, without wrappers around them.
-        anchor: The weights at the beginning of the round, or None if no option needs them in this round.
-        feedback: What a compressed mean of changes needs, or None if no change is sent in this round.
+        anchor: The weights at the beginning of the round, or None if no option needs them in this round. Where workers
+            differ in what they have trained since a fragment's mean, what all agree on.
+        fragments: What means of changes need; empty if no change is sent in this round.
+        apart: Whether this worker may differ from the others in what everyone trains, since fragments were averaged at
+            times of their own in the round before.
         average: An average of the weights over time, or None; see `Job.follow`.
         average_anchor: The average at the beginning of the round, or None if no option needs it.
         watches: The state of `subnet` and `average` at the beginning of the round.
@@ -50,7 +53,8 @@ class Worker:
         self.state: dict[str, Flats] = {}
         self.optimizers: list[Optimizer] = []
         self.anchor: Flats | None = None
-        self.feedback: Feedback | None = None
+        self.fragments: list[Fragment] = []
+        self.apart = False
         self.average: Subnet | None = None
         self.average_anchor: Flats | None = None
         self.watches: list[Watch] = []
@@ -58,7 +62,14 @@ class Worker:
         self.averaged: AveragedModel | None = None
 
     def begin_round(
-        self, *, keep_anchor: bool, outer: bool, keep_average: bool = False, changes: str | None = None
+        self,
+        *,
+        keep_anchor: bool,
+        outer: bool,
+        keep_average: bool = False,
+        changes: str | None = None,
+        fragments: int = 0,
+        agreed: bool = True,
     ) -> None:
         """Copy the weights to `anchor` if an option needs them.
 
@@ -68,6 +79,8 @@ class Worker:
             keep_average: Copy the average too, if there is one.
             changes: Keep the anchor of what the next mean sends as changes: of the "shared" part, or of "all" blocks as
                 well. None: nothing is sent as a change.
+            fragments: Number of fragments that are averaged at times of their own in this round.
+            agreed: All workers have equal weights. Otherwise what they agree on are the anchors of their fragments.
         """
         self._keep_average = keep_average
         self._begin_average()
@@ -75,22 +88,32 @@ class Worker:
         self.anchor = {dtype: flat.clone() for dtype, flat in flats.items()} if keep_anchor or outer else None
         if outer:
             self.state.setdefault(VELOCITY, {dtype: torch.zeros_like(flat) for dtype, flat in flats.items()})
-        self._keep_changes(changes)
-
-    @torch.no_grad()
-    def _keep_changes(self, changes: str | None) -> None:
         layout = self.subnet.layouts.get(torch.float32)
+        self.apart = not agreed and bool(self.fragments)
         if changes is None or layout is None:
-            self.feedback = None
+            self.fragments = []
             return
-        flat = (self.anchor or self.subnet.flats)[torch.float32]
-        parts = [flat[start:end] for start, end in layout.ranges(blocks=changes == "all")]
-        # One range of the anchor of all weights serves for both.
-        anchor = parts[0] if self.anchor is not None and len(parts) == 1 else torch.cat([*parts, flat[:0]])
-        shared = layout.shared.num_trained
-        if self.feedback is None:
-            self.feedback = Feedback(anchor, shared=shared)
-        self.feedback.anchor, self.feedback.shared = anchor, shared
+        self.fragments = begin_fragments(
+            self.fragments,
+            layout,
+            (self.anchor or flats)[torch.float32],
+            blocks=changes == "all",
+            count=fragments,
+            agreed=agreed,
+            copied=self.anchor is not None,
+        )
+        if self.anchor is not None and self.apart:
+            write_anchors(self.fragments, self.anchor[torch.float32])
+
+    @property
+    def agreed(self) -> Flats:
+        """The weights that begin the round, as all workers agree on them: a copy where this one differs."""
+        flats = self.subnet.flats
+        if not self.apart:
+            return flats
+        agreed = flats[torch.float32].clone()
+        write_anchors(self.fragments, agreed)
+        return {**flats, torch.float32: agreed}
 
     def _begin_average(self) -> None:
         flats = None if self.average is None else self.average.flats
