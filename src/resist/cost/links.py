@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,10 @@ class Links:
     def latency_s(self) -> float:
         """The longest one-way latency, in seconds."""
         return max(link.latency_ms for link in self.each) / 1e3
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the attributes by name."""
+        return {"each": [asdict(link) for link in self.each], "to_all": self.to_all}
 
 
 @dataclass(frozen=True)

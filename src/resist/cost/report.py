@@ -105,7 +105,7 @@ class Report:
             "batch_size": self.batch_size,
             "local_steps": self.local_steps,
             "rounds": self.rounds,
-            "links": None if self.links is None else asdict(self.links),
+            "links": None if self.links is None else self.links.to_json(),
             "speeds": [asdict(speed) for speed in self.speeds],
             "full": _network_json(self.full),
             "strategies": [self._row_json(row) for row in self.rows],
