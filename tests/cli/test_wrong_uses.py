@@ -160,8 +160,8 @@ TRAIN = """
 foo | not understood: foo
 """
 OTHERS = """
- | no command given; choose one of train, plan, cost
-foo | 'foo' is not a command; choose one of train, plan, cost, compare, evaluate, export, watch, report
+ | no command given; choose one of train, plan, cost, probe
+foo | 'foo' is not a command; choose one of train, plan, cost, probe, compare, evaluate, export, watch, report
 trian | 'trian' is not a command; did you mean train?
 --versio | '--versio' is not a command; did you mean --version?
 plan --rounds 0 | --rounds 0 is too small; give at least 1
@@ -193,8 +193,19 @@ cost --link-gbit-s 1 --images-s 1e300 | --images-s 1e300 is too large
 cost --link-gbit-s 1 --images-s 1 2 3 --workers 2 | 3 speeds for 2 workers; give one for each worker
 cost --latency-ms -1 --link-gbit-s 1 --images-s 5 | --latency-ms -1; must be at least 0 ms and finite
 cost --latency-ms 5 | has no effect without --link-gbit-s; give both
-cost --images-s 5 | seconds need both --link-gbit-s and a speed (--images-s or --calibrate); give both or none
+cost --images-s 5 | seconds need both a link (--link-gbit-s or --link-file) and a speed (--images-s
 cost --calibrate --images-s 5 --link-gbit-s 1 | --calibrate measures --images-s; give one of the two
+cost --link-file none --images-s 5 | --link-file none: No such file or directory; give a file that resist probe has
+cost --link-file none --link-gbit-s 1 | --link-file has what --link-gbit-s says; give one of the two
+cost --link-file none --latency-ms 1 | --link-file has what --latency-ms says; give one of the two
+probe | give --processes 2 for the loopback interface
+probe --processes 1 | links are between processes, and there is 1; start at least 2
+probe --processes 17 | --processes 17 is too large for one machine; give at most 16
+probe --processes 2 --timeout-s 0 | --timeout-s 0 must be above 0
+probe --processes 2 --device gpu | --device 'gpu' is not one of auto, cpu, cuda
+probe --processes 2 --backend mpi | --backend 'mpi' is not one of auto, gloo, nccl
+probe --processes 2 --out . | --out . exists already; give another file, or remove it
+probe --processes 2 --out none/links.json | there is no folder
 cost --model-ema-decay nan | --model-ema-decay nan is not a finite number
 cost --batch-size 0 | --batch-size 0
 cost --local-steps 0 | --local-steps 0; must be at least 1
@@ -359,6 +370,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("resist.training.train.train", work)
     monkeypatch.setattr("resist.training.train.open_data", work)
+    monkeypatch.setattr("resist.cli.probe.launch", work)
     monkeypatch.setattr(atomic, "PIPE_S", 0.01)
 
 
@@ -439,6 +451,7 @@ def test_whatever_is_given_to_an_option_is_accepted_or_refused_in_one_line(name,
     for place in ("resist.tasks.network_builder", "resist.training.preflight.network_builder"):
         monkeypatch.setattr(place, work)
     monkeypatch.setattr("resist.cli.train._start_processes", start)
+    monkeypatch.setattr("resist.cli.probe.launch", work)
     monkeypatch.setattr("resist.cli.report.write", lambda *_: [])
     monkeypatch.setattr(atomic, "PIPE_S", 0.01)
     monkeypatch.chdir(tmp_path)

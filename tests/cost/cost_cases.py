@@ -8,6 +8,7 @@ from torch import nn
 from resist.blocks.chains import Chain, choose_chains
 from resist.cost import Link, Report, Row, Speed, predict
 from resist.cost.footprint import Network, build_on_meta, measure, sgd
+from resist.cost.links import Links
 from resist.cost.sizes import sizes_of
 from resist.cost.states import StateMeter
 from resist.planning.methods import METHODS, build_strategy
@@ -45,6 +46,6 @@ def row(report: Report, strategy: str, workers: int) -> Row:
 
 
 def timed(
-    strategies: Sequence[Strategy], link: Link, speed: Speed | Sequence[Speed], batchnorm: str = "recalibrate"
+    strategies: Sequence[Strategy], link: Link | Links, speed: Speed | Sequence[Speed], batchnorm: str = "recalibrate"
 ) -> Report:
     return predict(tiny, strategies, link=link, speed=speed, batchnorm=batchnorm, **SMALL)

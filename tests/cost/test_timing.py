@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resist.cli import main
 from resist.cost import Link, Speed, calibrate
+from resist.cost.links import Links
 from resist.cost.timing import PAYLOAD, ddp_step_s, exchange_s, median_step_s
 from resist.cost.traffic import ddp_traffic, round_traffic
 from resist.errors import UserError
@@ -60,7 +61,7 @@ def test_the_slowest_worker_decides() -> None:
 @given(st.floats(1e-3, 100), st.floats(1, 10), st.floats(0, 100), st.floats(0, 100), st.integers(1, 4))
 @settings(max_examples=50)
 def test_a_better_link_is_never_slower(rate: float, factor: float, latency: float, more: float, workers: int) -> None:
-    better, worse = Link(rate * factor, latency), Link(rate, latency + more)
+    better, worse = Links((Link(rate * factor, latency),)), Links((Link(rate, latency + more),))
     strategy = resist(workers, optimizer_state="average")
     plans = [strategy.plan([CHAIN], seed=0, round=number) for number in (0, 1)]
     apart = round_traffic(SIZES, plans[0], plans[1], strategy=strategy, state=MOMENTUM)

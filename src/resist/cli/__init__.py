@@ -21,6 +21,7 @@ from resist.cli.options import as_typed
 from resist.cli.parse import parse, written
 from resist.cli.plan import PlanConfig, run_plan
 from resist.cli.printing import open_streams, print_error
+from resist.cli.probe import ProbeConfig, run_probe
 from resist.cli.report import ReportConfig, run_report
 from resist.cli.train import run_train
 from resist.cli.watch import WatchConfig, run_watch
@@ -33,6 +34,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "train": (TrainConfig, run_train),
     "plan": (PlanConfig, run_plan),
     "cost": (CostConfig, run_cost),
+    "probe": (ProbeConfig, run_probe),
     "compare": (CompareConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
     "export": (ExportConfig, run_export),
@@ -87,5 +89,6 @@ def _run(arguments: list[str]) -> int:
     config, given = parse({name: record for name, (record, _) in COMMANDS.items()}, arguments)
     _, action = COMMANDS[arguments[0]]
     open_streams(lasting=isinstance(config, LASTING))
-    check_environment(training=isinstance(config, LASTING), drawing=isinstance(config, CompareConfig | ReportConfig))
+    in_job = isinstance(config, (*LASTING, ProbeConfig))
+    check_environment(training=in_job, drawing=isinstance(config, CompareConfig | ReportConfig))
     return action(config, given)

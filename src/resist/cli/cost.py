@@ -1,8 +1,9 @@
 """`resist cost`: predict the traffic, memory and time of each strategy."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from resist.errors import UserError
@@ -10,16 +11,19 @@ from resist.planning.methods import METHODS, build_strategy
 from resist.planning.strategy import Strategy
 from resist.runs.bounds import check_device, check_size
 from resist.runs.capacity_keys import capacities_of
-from resist.runs.config import NetworkConfig, OptimizationConfig, TrainConfig, config_key
+from resist.runs.config import MethodConfig, NetworkConfig, OptimizationConfig, TrainConfig, config_key
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from resist.cost.footprint import Loss
+    from resist.cost.links import Links
 
 # Numbers of the links and devices.
 LINKS = ("link_gbit_s", "latency_ms", "images_s")
+# How a link is given, in a message.
+LINK = "--link-gbit-s or --link-file"
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,14 @@ class CostConfig:
     """Count the memory and the bytes of a replica of every block."""
     wire: Literal["fp32", "bf16", "int8", "int6", "int4"] = "fp32"
     """Format of the weights and momentum that are sent; see train."""
+    wire_parts: tuple[str, ...] = config_key(())
     link_gbit_s: float | None = None
     """Rate of each worker's link in Gbit/s, in each direction. With a speed of the devices, seconds are
     predicted."""
     latency_ms: float = 0.0
     """One-way latency of a link in milliseconds."""
+    link_file: Path | None = None
+    """Links as resist probe has measured them, in place of --link-gbit-s and --latency-ms: one for each worker."""
     images_s: tuple[float, ...] = ()
     """Training speed of the full network on one device, in images per second: one number, or one per worker."""
     calibrate: bool = False
@@ -80,7 +87,7 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     """Predict and print. Returns the exit status."""
     from rich.console import Console
 
-    from resist.cost import GpuSettings, Link, Speed, calibrate, predict, print_table
+    from resist.cost import GpuSettings, Speed, calibrate, predict, print_table
     from resist.cost.footprint import mean_square
     from resist.data import device_bytes
     from resist.tasks import image_shape, largest_test_batch, network_builder
@@ -88,6 +95,10 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     from resist.training.device import on_gpu, take_device
     from resist.training.optimizers import optimizer_for, resolve
 
+    _check_sizes(config)
+    link = _link(config)
+    if config.link_file is not None and link is not None and "workers" not in given:
+        config = replace(config, workers=(len(link.each),))
     strategies = _strategies(config)
     network, shape = config.network, image_shape(config.network)
     loss = mean_square
@@ -98,9 +109,6 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     example, build_optimizer = example_of(network), partial(optimizer_for, optimization)
     if config.calibrate and config.images_s:
         raise UserError("--calibrate measures --images-s; give one of the two")
-    if config.latency_ms and config.link_gbit_s is None:
-        raise UserError(f"--latency-ms {config.latency_ms} has no effect without --link-gbit-s; give both")
-    link = None if config.link_gbit_s is None else Link(config.link_gbit_s, config.latency_ms)
     speeds = [Speed(images_s) for images_s in config.images_s]
     if config.calibrate:
         device = take_device(config.device, fixed_shapes=network.task == "classification")
@@ -117,7 +125,7 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
             )
         ]
     if (link is None) != (not speeds):
-        raise UserError("seconds need both --link-gbit-s and a speed (--images-s or --calibrate); give both or none")
+        raise UserError(f"seconds need both a link ({LINK}) and a speed (--images-s or --calibrate); give both or none")
     gpu = None
     if on_gpu(config.device):
         gpu = GpuSettings(
@@ -136,7 +144,7 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         loss=loss,
         replicate=config.replicate,
         average=config.model_ema_decay is not None,
-        wire=config.wire,
+        wire=MethodConfig(wire=config.wire, wire_parts=config.wire_parts).wires(),
         link=link,
         speed=speeds or None,
         gpu=gpu,
@@ -147,6 +155,20 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         print_table(report, Console(highlight=False, soft_wrap=True))
         _print_notes(config, on_gpu=gpu is not None)
     return 0
+
+
+def _link(config: CostConfig) -> "Links | None":
+    """Return the links of the workers, if they are given. Raises UserError for options that contradict each other."""
+    from resist.cost.links import Link, Links, read_links
+
+    if config.link_file is not None:
+        for name, given in (("link_gbit_s", config.link_gbit_s is not None), ("latency_ms", config.latency_ms != 0)):
+            if given:
+                raise UserError(f"`link_file` has what `{name}` says; give one of the two")
+        return read_links(config.link_file)
+    if config.latency_ms and config.link_gbit_s is None:
+        raise UserError(f"--latency-ms {config.latency_ms} has no effect without --link-gbit-s; give both")
+    return None if config.link_gbit_s is None else Links((Link(config.link_gbit_s, config.latency_ms),))
 
 
 def _loss_in_precision(
@@ -164,8 +186,8 @@ def _print_notes(config: CostConfig, *, on_gpu: bool) -> None:
         print("\n--processes has no effect without --device cuda.")
     if config.precision != "fp32" and not config.calibrate:
         print("\n--precision has no effect without --calibrate.")
-    if config.link_gbit_s is None:
-        print("\nFor seconds and a verdict, give --link-gbit-s, and --images-s or --calibrate.")
+    if config.link_gbit_s is None and config.link_file is None:
+        print(f"\nFor seconds and a verdict, give {LINK}, and --images-s or --calibrate.")
 
 
 def _optimization(config: CostConfig) -> OptimizationConfig:
@@ -182,13 +204,16 @@ def _optimization(config: CostConfig) -> OptimizationConfig:
     return o
 
 
-def _strategies(config: CostConfig) -> list[Strategy]:
-    """Build the strategies to predict, by number of workers. Raises UserError where one of the options is invalid."""
+def _check_sizes(config: CostConfig) -> None:
     check_device(config.device)
     for name in ("workers", "capacities", "local_steps", "batch_size", "min_depth", "num_classes", "processes", *LINKS):
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else () if value is None else (value,):
             check_size(name, number)
+
+
+def _strategies(config: CostConfig) -> list[Strategy]:
+    """Build the strategies to predict, by number of workers. Raises UserError where one of the options is invalid."""
     for name in ("min_depth", "capacities", "capacities_by_chain", "capacities_by_round"):
         given = getattr(config, name) not in (None, ())
         if given and not any("capacities" in METHODS[s].options for s in config.strategies if s in METHODS):

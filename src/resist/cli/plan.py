@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from resist.blocks.chain import Chain
+    from resist.cost.sizes import Sizes
 
 # Lines that are printed at most, one for each worker and round.
 LINES = 20_000
@@ -111,14 +113,16 @@ def describe(
 
     Returns:
         Numbers of parameters (in all, outside the chains, held by each worker), a table of the chains, changes of the
-        capacities, notes, and for each round and chain the blocks of each worker. Capacities, and what a worker holds,
-        are those of the first round after the warm-up.
+        capacities, notes, for each round and chain the blocks of each worker, and what is sent of the weights after
+        each round in the wire formats. Capacities, and what a worker holds, are those of the first round after the
+        warm-up.
 
     Raises:
         UserError: Where no plan is possible.
     """
     from resist.blocks.chains import choose_chains, find_chains
     from resist.blocks.holdings import notes_on_holdings, weights_of
+    from resist.cost.sizes import sizes_of
 
     strategy = config.strategy()
     if chains is None:
@@ -158,4 +162,25 @@ def describe(
         "other_chains": [run.name for run in find_chains(model) if run not in chains],
         "notes": [as_typed(note) for note in (*notes.warnings, *notes.remarks)],
         "rounds": [{"round": number + 1, "plan": by_chain(plan(number), "blocks")} for number in range(rounds)],
+        "wire": _wire(config, sizes_of(model, chains), [plan(number) for number in range(rounds + 1)]),
+    }
+
+
+def _wire(config: TrainConfig, sizes: "Sizes", plans: "Sequence[RoundPlan]") -> dict[str, Any] | None:
+    """Describe what the weights are on the wire; None for a strategy that averages gradients in every step."""
+    from resist.cost.traffic import round_traffic
+
+    strategy, wire = config.strategy(), config.method.wires()
+    if strategy.every_step:
+        return None
+    rounds = [
+        round_traffic(sizes, plan, then, strategy=strategy.at(number), replicate=config.method.replicate, wire=wire)
+        for number, (plan, then) in enumerate(pairwise(plans))
+    ]
+    return {
+        "formats": wire.formats,
+        "bytes_of_a_block": {
+            chain.name: num_bytes for chain, num_bytes in zip(sizes.chains, sizes.block_bytes(wire), strict=True)
+        },
+        "sent": [{"after_round": number, "bytes": dict(own.bytes)} for number, own in enumerate(rounds, start=1)],
     }

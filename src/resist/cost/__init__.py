@@ -7,14 +7,15 @@
 
 Predictions come from plans, schedules and tensors on the meta device. sizes.py has the parts of a network, states.py
 the state of an optimizer; traffic.py counts messages, footprint.py memory and FLOPs, gpu.py what a GPU holds beside
-them, timing.py seconds; predict.py combines them.
+them, links.py connections, timing.py seconds; predict.py combines them. probe.py measures the links of a job.
 """
 
 from resist.cost.footprint import Memory, Network
 from resist.cost.gpu import GpuMemory, GpuSettings
+from resist.cost.links import Link
 from resist.cost.predict import predict
 from resist.cost.report import Report, Row, print_table
-from resist.cost.timing import Link, Seconds, Speed, calibrate
+from resist.cost.timing import Seconds, Speed, calibrate
 from resist.cost.traffic import Traffic
 
 __all__ = [

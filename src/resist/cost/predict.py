@@ -13,10 +13,11 @@ from resist.blocks.chains import find_chains
 from resist.cost.evaluation import forward_pass
 from resist.cost.footprint import Loss, Network, build_on_meta, choose, mean_square, measure, sgd
 from resist.cost.gpu import GpuMemory, GpuSettings, built_on_gpu, gpu_memory
+from resist.cost.links import Link, Links
 from resist.cost.report import Report, Row
 from resist.cost.sizes import Sizes, StateSizes, sizes_of
 from resist.cost.states import BuildOptimizer, StateMeter
-from resist.cost.timing import Link, Seconds, Speed, ddp_step_s, exchange_s
+from resist.cost.timing import Seconds, Speed, ddp_step_s, exchange_s
 from resist.cost.traffic import RoundTraffic, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan, partition
@@ -38,7 +39,7 @@ def predict(
     average: bool = False,
     wire: str | Wire = FP32,
     batchnorm: str = "recalibrate",
-    link: Link | None = None,
+    link: Link | Links | None = None,
     speed: Speed | Sequence[Speed] | None = None,
     rounds: int = 50,
     seed: int = 0,
@@ -61,7 +62,8 @@ def predict(
         average: Count an average of the weights (EMA) that each worker keeps, see `Job.follow`.
         wire: Formats of what is sent, as in `Job`, but of strategies that average gradients in every step.
         batchnorm: As in `Job`.
-        link: Connection of each worker. Seconds are predicted if `link` and `speed` are given.
+        link: Connection of each worker, or the connections of all. Seconds are predicted if `link` and `speed` are
+            given.
         speed: Speed of the devices, one for all workers or one for each.
         rounds: Number of rounds over whose plans the traffic is averaged.
         seed: Seed of the plans.
@@ -75,12 +77,14 @@ def predict(
 
     Raises:
         UserError: An argument has an invalid type or value, a strategy does not fit the others or the model's chains,
-            the number of speeds is wrong, or the model does not run on the meta device.
+            the number of speeds or links is wrong, or the model does not run on the meta device.
     """
     formats = as_wire(wire)
     _check_numbers(batch_size=[batch_size], image_shape=image_shape, rounds=[rounds])
     speeds = () if speed is None else (speed,) if isinstance(speed, Speed) else tuple(speed)
-    _check_strategies(strategies, speeds, batchnorm)
+    links = Links((link,)) if isinstance(link, Link) else link
+    _check_strategies(strategies, batchnorm)
+    _check_each(strategies, speeds=len(speeds), links=0 if links is None else len(links.each))
     template = build_on_meta(build_model)
     if batchnorm == "batch":
         use_batch_statistics(template)
@@ -120,13 +124,13 @@ def predict(
         wire=formats,
         rounds=rounds,
         seed=seed,
-        link=link,
+        links=links,
         speeds=speeds,
         gpu=gpu,
         test_bytes=test_bytes,
     )
     rows = tuple(row for strategy in strategies for row in prediction.rows_of(strategy))
-    return Report(prediction.full, rows, batch_size, strategies[0].local_steps, rounds, link, speeds)
+    return Report(prediction.full, rows, batch_size, strategies[0].local_steps, rounds, links, speeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +151,7 @@ class _Prediction:
     wire: Wire
     rounds: int
     seed: int
-    link: Link | None
+    links: Links | None
     speeds: tuple[Speed, ...]
     gpu: GpuSettings | None
     test_bytes: int
@@ -203,9 +207,9 @@ class _Prediction:
             network = self._with_changes(network, plans[0], anchored=strategy.outer is not None or replicate)
             networks.append(_with_replicas(network, run, worker) if replicate else network)
         seconds = None
-        if self.link is not None and self.speeds:
+        if self.links is not None and self.speeds:
             compute = strategy.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
-            exchange = sum(exchange_s(traffic, self.link, workers) for traffic in run) / len(run)
+            exchange = sum(exchange_s(traffic, self.links, workers) for traffic in run) / len(run)
             seconds = self._seconds(strategy, compute, exchange, 0.0)
         traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers=workers))
         return Row(name, workers, tuple(networks), traffic, seconds, self._gpu(networks))
@@ -229,10 +233,10 @@ class _Prediction:
         buckets = whole.trainable
         memory = replace(self.full.memory, buckets=buckets, peak=self.full.memory.peak + buckets)
         seconds = None
-        if self.link is not None and self.speeds:
+        if self.links is not None and self.speeds:
             step_s = max(self._step_s(worker, self.full) for worker in range(workers))
             share = self.full.forward_flops / self.full.training_flops
-            exposed, hidden = ddp_step_s(traffic, self.link, workers, local_steps, step_s, share)
+            exposed, hidden = ddp_step_s(traffic, self.links, workers, local_steps, step_s, share)
             seconds = self._seconds(strategy, local_steps * step_s, local_steps * exposed, local_steps * hidden)
         paper = local_steps * 2 * workers * whole.parameters
         networks = (replace(self.full, memory=memory),) * workers
@@ -281,7 +285,7 @@ def _check_numbers(**given: Sequence[int]) -> None:
             raise UserError(f"`{name}={','.join(map(str, values))}`; must be at least 1")
 
 
-def _check_strategies(strategies: Sequence[Strategy], speeds: Sequence[Speed], batchnorm: str) -> None:
+def _check_strategies(strategies: Sequence[Strategy], batchnorm: str) -> None:
     if not strategies:
         raise UserError("no strategy given; give at least one, as in resist.resist(workers=4)")
     for strategy in strategies:
@@ -296,7 +300,12 @@ def _check_strategies(strategies: Sequence[Strategy], speeds: Sequence[Speed], b
     if len(lengths) > 1:
         text = " and ".join(map(str, sorted(lengths)))
         raise UserError(f"strategies with {text} local steps; give all of them the same number, to compare rounds")
+
+
+def _check_each(strategies: Sequence[Strategy], **given: int) -> None:
+    """Raise UserError where there are several speeds or links, but not one for each worker."""
     numbers = {strategy.workers for strategy in strategies}
-    if len(speeds) > 1 and numbers != {len(speeds)}:
-        text = " or ".join(map(str, sorted(numbers)))
-        raise UserError(f"{len(speeds)} speeds for {text} workers; give one for each worker")
+    for what, count in given.items():
+        if count > 1 and numbers != {count}:
+            text = " or ".join(map(str, sorted(numbers)))
+            raise UserError(f"{count} {what} for {text} workers; give one for each worker")

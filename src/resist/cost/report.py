@@ -9,7 +9,8 @@ from rich.table import Table
 
 from resist.cost.footprint import Network
 from resist.cost.gpu import GPU_ASSUMPTIONS, GpuMemory
-from resist.cost.timing import ASSUMPTIONS, Link, Seconds, Speed
+from resist.cost.links import Links
+from resist.cost.timing import ASSUMPTIONS, Seconds, Speed
 from resist.cost.traffic import Traffic
 
 
@@ -44,7 +45,7 @@ class Report:
         batch_size: Images in a worker's step.
         local_steps: Optimizer steps in a round.
         rounds: Number of rounds that the traffic is averaged over.
-        link: Connection of each worker, if given.
+        links: Connections of the workers, if given.
         speeds: Speeds of the devices: none, one for all workers, or one for each.
     """
 
@@ -53,7 +54,7 @@ class Report:
     batch_size: int
     local_steps: int
     rounds: int
-    link: Link | None
+    links: Links | None
     speeds: tuple[Speed, ...]
 
     def speedups(self, row: Row) -> dict[str, float]:
@@ -88,7 +89,7 @@ class Report:
             sentences.append(
                 f"{workers} worker{'s' * (workers > 1)}: {row.strategy} is fastest per image, "
                 f"{_amount(seconds.images_s)} images/s ({ratios}); "
-                f"{seconds.exchange / seconds.round:.0%} of its time is exchange."
+                f"{seconds.stall:.0%} of its time is exchange."
             )
         if timed:
             best = max(timed, key=lambda pair: pair[1].images_s)[0]
@@ -104,7 +105,7 @@ class Report:
             "batch_size": self.batch_size,
             "local_steps": self.local_steps,
             "rounds": self.rounds,
-            "link": None if self.link is None else asdict(self.link),
+            "links": None if self.links is None else self.links.to_json(),
             "speeds": [asdict(speed) for speed in self.speeds],
             "full": _network_json(self.full),
             "strategies": [self._row_json(row) for row in self.rows],
@@ -131,6 +132,7 @@ class Report:
                 "exchange": seconds.exchange,
                 "hidden_exchange": seconds.hidden,
                 "round": seconds.round,
+                "stall": seconds.stall,
                 "images_s": seconds.images_s,
                 "speedup_over": self.speedups(row),
             }
@@ -225,12 +227,12 @@ def _on_gpus(report: Report) -> Table:
 
 
 def _timed(report: Report) -> Table:
-    table = _table("compute", "exchange", "(hidden)", "round", "images/s", "over one machine")
+    table = _table("compute", "exchange", "(hidden)", "round", "stall", "images/s", "over one machine")
     for row in report.rows:
         seconds = row.seconds
         if seconds is not None:
-            cells = (seconds.compute, seconds.exchange, seconds.hidden, seconds.round, seconds.images_s)
-            amounts = [_amount(cell) for cell in cells]
+            cells = (seconds.compute, seconds.exchange, seconds.hidden, seconds.round)
+            amounts = [*map(_amount, cells), f"{seconds.stall:.1%}", _amount(seconds.images_s)]
             table.add_row(row.strategy, str(row.workers), *amounts, f"{report.speedups(row)['one machine']:.2f}x")
     return table
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from resist.cost.footprint import Loss, choose, count_flops, mean_square, sgd
+from resist.cost.links import PAYLOAD, Links
 from resist.cost.states import BuildOptimizer
 from resist.cost.traffic import RoundTraffic
 from resist.errors import UserError
@@ -21,53 +22,20 @@ from resist.subnet.network import Subnet
 from resist.subnet.seeded import build_seeded
 from resist.subnet.tensors import tensors_of
 
-# Share of payload of TCP over IPv4 with timestamps in a full-sized Ethernet frame with preamble and gap (1538 bytes).
-PAYLOAD = 1448 / 1538
-
 ASSUMPTIONS = (
-    "Every worker has its own link, equally fast in both directions, and the network between them is not a bottleneck; "
-    f"{PAYLOAD:.1%} of the line rate is payload. Adding and copying received tensors takes no time.",
+    "Every worker has its own link, equally fast in both directions unless measured, and the network between them is "
+    f"no bottleneck; {PAYLOAD:.1%} of a line rate is payload. Adding and copying received tensors takes no time.",
     "A step of a sub-network takes a fixed share of the full network's step (0 unless calibrated) and a part in "
     "proportion to its training FLOPs; the slowest worker determines the time.",
     "The all-reduces overlap with the two phases of blocks and share the links with them: exchange = (all-reduces + "
     "busiest link of each phase) / rate + latency x the larger of 2 (S - 1) for each all-reduce, 2 for each compressed "
-    "mean, and 1 for each phase. Encoding takes no time.",
+    "mean, and 1 for each phase. Of unequal links the slowest decides in all-reduces, and in a phase the one that is "
+    "last; where it was measured, the first half of a compressed mean has the rate of all sending to all. Encoding is "
+    "not counted.",
     "DDP: step = buffers + forward + max(backward, all-reduce of the gradients), with perfect overlap: the first "
     "bucket is ready when backward begins, and none is left when it ends.",
     "Speed is images per second; the accuracy that a strategy reaches with as many images is not predicted.",
 )
-
-
-@dataclass(frozen=True)
-class Link:
-    """Connection of a worker.
-
-    Attributes:
-        gbit_s: Line rate in Gbit/s in each direction, above 0.
-        latency_ms: One-way latency in ms, at least 0.
-
-    Raises:
-        UserError: A value is out of bounds.
-    """
-
-    gbit_s: float
-    latency_ms: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.gbit_s) and self.gbit_s > 0):
-            raise UserError(f"`link_gbit_s={self.gbit_s:g}`; must be above 0 Gbit/s and finite")
-        if not (math.isfinite(self.latency_ms) and self.latency_ms >= 0):
-            raise UserError(f"`latency_ms={self.latency_ms:g}`; must be at least 0 ms and finite")
-
-    @property
-    def bytes_s(self) -> float:
-        """Payload in bytes per second in each direction."""
-        return self.gbit_s * 1e9 / 8 * PAYLOAD
-
-    @property
-    def latency_s(self) -> float:
-        """One-way latency in seconds."""
-        return self.latency_ms / 1e3
 
 
 @dataclass(frozen=True)
@@ -118,28 +86,34 @@ class Seconds:
         """Seconds of the whole round."""
         return self.compute + self.exchange
 
+    @property
+    def stall(self) -> float:
+        """Share of the round in which devices wait for the exchange, 0 to 1."""
+        return self.exchange / self.round
 
-def exchange_s(traffic: RoundTraffic, link: Link, workers: int) -> float:
+
+def exchange_s(traffic: RoundTraffic, links: Links, workers: int) -> float:
     """Return the seconds of the synchronization between two rounds.
 
     Args:
         traffic: Messages of the round.
-        link: Connection of each worker.
+        links: Connections of the workers.
         workers: Number of workers.
     """
-    phases = [max(phase.values()) for phase in (traffic.average, traffic.hand_over) if phase]
+    phases = [links.seconds(phase) for phase in (traffic.average, traffic.hand_over) if phase]
     hops = max(2 * (workers - 1) * traffic.allreduces + 2 * traffic.compressed, len(phases))
-    return (traffic.ring_bytes + sum(phases)) / link.bytes_s + hops * link.latency_s
+    means = traffic.ring_bytes + traffic.scattered * (1 / links.to_all - 1)
+    return means / links.slowest_bytes_s + sum(phases) + hops * links.latency_s
 
 
 def ddp_step_s(
-    traffic: RoundTraffic, link: Link, workers: int, local_steps: int, step_s: float, forward_share: float
+    traffic: RoundTraffic, links: Links, workers: int, local_steps: int, step_s: float, forward_share: float
 ) -> tuple[float, float]:
     """Return the seconds of exchange in a step of DistributedDataParallel.
 
     Args:
         traffic: Messages of a round of `local_steps` steps.
-        link: Connection of each worker.
+        links: Connections of the workers.
         workers: Number of workers.
         local_steps: Steps of the round.
         step_s: Seconds of computation in a step.
@@ -149,10 +123,10 @@ def ddp_step_s(
         Exchange that is exposed, and exchange that is hidden by backward.
     """
     hops = traffic.allreduces * 2 * (workers - 1)
-    gradients = (traffic.ring_bytes / link.bytes_s + hops * link.latency_s) / local_steps
-    buffers = max(traffic.hand_over.values(), default=0) / local_steps / link.bytes_s
+    gradients = (traffic.ring_bytes / links.slowest_bytes_s + hops * links.latency_s) / local_steps
+    buffers = links.seconds(traffic.hand_over) / local_steps
     if buffers:
-        buffers += math.ceil(math.log2(workers)) * link.latency_s
+        buffers += math.ceil(math.log2(workers)) * links.latency_s
     hidden = min(gradients, step_s * (1 - forward_share))
     return buffers + gradients - hidden, hidden
 

@@ -27,6 +27,7 @@ class RoundTraffic:
         ring_bytes: Bytes that each worker sends, and receives, in all-reduces and compressed means.
         allreduces: Number of all-reduces.
         compressed: Number of compressed means: two messages one after the other, however many workers there are.
+        scattered: Bytes that each worker sends in the first halves of compressed means, to all others; in `ring_bytes`.
         average: Bytes by direction of a link in the phase that averages blocks.
         hand_over: Bytes by direction of a link in the phase that hands blocks over.
         replica_bytes: Bytes of replicas that each worker keeps.
@@ -39,6 +40,7 @@ class RoundTraffic:
     hand_over: Mapping[Way, int]
     replica_bytes: Mapping[int, int] = field(default_factory=dict)
     compressed: int = 0
+    scattered: int = 0
 
     def links(self, workers: int) -> dict[Way, int]:
         """Return the bytes over each direction of every worker's link, with all-reduces."""
@@ -167,6 +169,7 @@ def round_traffic(
         _links(messages.hand_over, handed) + _links(messages.replicas, [0] * len(sizes.blocks)) + back,
         replica_bytes,
         sum(len(encoded) for _, encoded in of_weights + of_state) if workers > 1 else 0,
+        sum(allreduce_bytes(n, workers) for _, encoded in of_weights + of_state for n in encoded) // 2,
     )
 
 

@@ -3,6 +3,7 @@
 A plan's description is a dict, ready for JSON (see `resist.cli.plan.describe`). Rounds are numbered from 1.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from html import escape
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resist.report.colors import color_of
+from resist.report.units import amount
 
 
 def print_plan(description: dict[str, Any], console: Console) -> None:
@@ -39,6 +41,8 @@ def print_plan(description: dict[str, Any], console: Console) -> None:
     if description["other_chains"]:
         others = " ".join(description["other_chains"])
         table.add_row("not partitioned, could be", others)
+    for label, text in _sent(description):
+        table.add_row(label, text)
     console.print(table)
     for note in (*description["notes"], *(chain["caveat"] for chain in description["chains"])):
         if note:
@@ -48,6 +52,26 @@ def print_plan(description: dict[str, Any], console: Console) -> None:
         rounds = plans_of(description, chain["name"])
         for line in partition_lines(chain["blocks"], rounds, console.width, utf8=console.encoding.startswith("utf")):
             console.print(line)
+
+
+def _sent(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines on what is sent of the weights; none for a strategy that averages gradients in every step."""
+    wire = description.get("wire")
+    if wire is None:
+        return []
+    total: Counter[str] = Counter()
+    for entry in wire["sent"]:
+        total.update(entry["bytes"])
+    rounds = len(wire["sent"])
+    sent = [f"{amount(total[part] / rounds)} {part}" for part in ("shared", "blocks", "replica") if total[part]]
+    return [
+        ("weights sent by all, mean round", " + ".join(sent) or "none"),
+        ("  wire format", ", ".join(f"{part} {wire['formats'][part]}" for part in ("shared", "blocks"))),
+        *(
+            (f"  a block of {chain}", f"{amount(num_bytes)} on the wire")
+            for chain, num_bytes in wire["bytes_of_a_block"].items()
+        ),
+    ]
 
 
 def plans_of(description: dict[str, Any], chain: str) -> list[Sequence[Sequence[int]]]:

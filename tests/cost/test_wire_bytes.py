@@ -1,0 +1,108 @@
+"""Predicted bytes are those that a job counts, for each wire format, policy of the optimizer's state and number of
+workers; and what `resist cost` and `resist plan` say of a format.
+"""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from resist.cli import main
+from resist.cost.footprint import build_on_meta
+from resist.cost.sizes import sizes_of
+from resist.cost.states import StateMeter
+from resist.cost.traffic import round_traffic
+from resist.job import Job
+from resist.models import PreActResNet
+from resist.planning.strategy import Strategy, diloco, local_sgd, resist
+from resist.planning.wire import WIRES, Wire
+
+POLICIES = ("reset", "keep", "travel", "average")
+STRATEGIES = {
+    "unequal": lambda workers, policy: resist(workers, 1, capacities=(4, 3, 2, 2)[:workers], optimizer_state=policy),
+    "local_sgd": lambda workers, policy: local_sgd(workers, 1, optimizer_state=policy),
+    "diloco": lambda workers, policy: diloco(workers, 1),
+}
+MIXED = [Wire("log4", "int6", "fp32"), Wire("int8", "fp32", "bf16"), Wire("fp32", "int8", "int8")]
+
+
+def network() -> nn.Module:
+    return PreActResNet((1, 1, 5, 1), 3, width=4)
+
+
+TEMPLATE = build_on_meta(network)
+
+
+def check(strategy: Strategy, wire: str | Wire) -> None:
+    job = Job(network, strategy, wire=wire, example=False, batchnorm="average")
+    optimizers = [torch.optim.AdamW(worker.model.parameters(), lr=1e-3) for worker in job.workers]
+    meter = StateMeter(lambda parameters: torch.optim.AdamW(nn.ParameterList(parameters), lr=1e-3))
+    held = [job.plan.capacities(worker) for worker in range(strategy.workers)]
+    sizes, state = sizes_of(TEMPLATE, job.chains), meter.sizes(TEMPLATE, job.chains, held)
+    for number in range(2):
+        for worker, optimizer in zip(job.workers, optimizers, strict=True):
+            worker.model(torch.ones(2, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+        job.transport.take()
+        job.step(*optimizers)
+        plans = (job.plan_of(number), job.plan_of(number + 1))
+        expected = round_traffic(sizes, *plans, strategy=strategy, state=state, wire=job.wire)
+        assert +Counter(job.transport.bytes) == +Counter(expected.bytes), (strategy.name, wire)
+
+
+@pytest.mark.parametrize("policy", ["reset", pytest.param("average", marks=pytest.mark.slow)])
+def test_predicted_bytes_are_those_counted_with_two_workers(policy: str) -> None:
+    for wire in ("int8", MIXED[0]):
+        check(STRATEGIES["unequal"](2, policy), wire)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_predicted_bytes_are_those_counted(name: str, workers: int) -> None:
+    for policy in POLICIES if name != "diloco" else ("keep",):
+        for wire in (*WIRES, *MIXED):
+            check(STRATEGIES[name](workers, policy), wire)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--data", "digits", "--model-args", "depths=1,1,7,1", "width=4"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (0, "")
+    return out
+
+
+def test_plan_shows_the_bytes_of_a_format(capsys: pytest.CaptureFixture[str]) -> None:
+    found: dict[str, dict[str, int]] = {}
+    for wire in ("fp32", "int8"):
+        text = printed(capsys, "plan", "--workers", "2", "--rounds", "2", "--wire", wire)
+        assert re.search(r"weights sent by all, mean round +[\d.]+ kB shared \+ [\d.]+ kB blocks", text)
+        content = json.loads(printed(capsys, "plan", "--workers", "2", "--rounds", "2", "--wire", wire, "--json"))
+        assert [entry["after_round"] for entry in content["wire"]["sent"]] == [1, 2]
+        found[wire] = content["wire"]["sent"][0]["bytes"]
+        assert content["wire"]["formats"]["shared"] == wire
+        assert content["wire"]["bytes_of_a_block"].keys() == {"layer3:1-6"}
+    assert found["int8"]["shared"] < 0.5 * found["fp32"]["shared"]
+    assert found["int8"]["blocks"] < 0.6 * found["fp32"]["blocks"]
+    assert json.loads(printed(capsys, "plan", "--strategy", "ddp", "--json"))["wire"] is None
+
+
+@pytest.mark.slow
+def test_cost_takes_formats_of_parts_and_measured_links(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    file, links = tmp_path / "options.json", tmp_path / "links.json"
+    file.write_text('{"method": {"wire_parts": ["shared=log4"]}}')
+    one = {"host": "a", "out_gbit_s": 0.1, "in_gbit_s": 0.1, "latency_ms": 1}
+    links.write_text(json.dumps({"format": "resist probe 1", "links": [one, one, one], "to_all_share": 1}))
+    arguments = ["cost", "--strategies", "resist", "--batch-size", "2", "--json"]
+    plain = json.loads(printed(capsys, *arguments, "--workers", "3"))["strategies"]
+    short = json.loads(printed(capsys, *arguments, "--config", str(file), "--link-file", str(links), "--images-s", "9"))
+    (row,) = short["strategies"]
+    assert row["workers"] == 3  # as many as there are links
+    assert row["bytes"]["shared"] < 0.4 * plain[0]["bytes"]["shared"]
+    assert row["bytes"]["blocks"] == plain[0]["bytes"]["blocks"]
+    assert row["seconds"]["stall"] == pytest.approx(row["seconds"]["exchange"] / row["seconds"]["round"])
+    assert [link["latency_ms"] for link in short["links"]["each"]] == [1, 1, 1]
