@@ -44,7 +44,13 @@ class Setting:
 
 
 SETTINGS = {
-    setting.name: setting for setting in (Setting("screen", 16, 40), Setting("short", 32, 40), Setting("full", 32, 120))
+    setting.name: setting
+    for setting in (
+        Setting("screen", 16, 40),
+        Setting("long", 16, 120),
+        Setting("short", 32, 40),
+        Setting("full", 32, 120),
+    )
 }
 
 
