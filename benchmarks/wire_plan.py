@@ -21,11 +21,12 @@ NOTE += "sub-network is the share of it that was measured on this processor"
 WORKERS, LOCAL_STEPS = 4, 50
 SUB_SHARE = 0.51  # as measured, for the estimate only
 START_S = 12.0  # of a method: building the network in all hosts, connecting, undisturbed steps
-ALONE = ("", ",wire=int8", ",wire=int4")
+STREAMED = ",wire=int8,fragments=10,delay=2", ",wire=int4,fragments=10,delay=2"
+# DiLoCo sends what local SGD sends, and is late in fp32 as it is.
 FORMATS = (
-    *(f"resist,optimizer_state=travel{wire}" for wire in ALONE),
-    *(f"local_sgd,optimizer_state=reset{wire}" for wire in ALONE),
-    *(f"diloco{wire}" for wire in ALONE),
+    *(f"resist,optimizer_state=travel{wire}" for wire in ("", ",wire=int8", ",wire=int4", *STREAMED)),
+    *(f"local_sgd,optimizer_state=reset{wire}" for wire in ("", ",wire=int4", *STREAMED)),
+    *(f"diloco{wire}" for wire in STREAMED),
 )
 RATES = {"1gbit": (1, 2), "100mbit": (1, 2), "20mbit": (0, 1)}  # -> rounds to warm up, and rounds measured
 

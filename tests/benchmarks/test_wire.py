@@ -16,9 +16,12 @@ import pytest
 from torch import nn
 
 import namespaces
+import own
+import resist
 import wire
 import wire_plan
 import wire_steps
+from resist.planning.wire import Wire
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Blocks of 1.2 MB: small enough for seconds, large enough for headers and barriers to be less than 1 %.
@@ -26,6 +29,7 @@ SMALL = ["--rate", "1gbit", "--depths", "1", "1", "9", "1", "--width", "32", "--
 COMMAND = [sys.executable, str(BENCHMARKS / "wire.py"), *SMALL, "--batch", "1", "--no-record", "--json"]
 POLICIES = ["resist,min_depth=0,optimizer_state=reset", "resist,min_depth=5,optimizer_state=travel", "local_sgd"]
 FORMATS = ["resist,optimizer_state=travel,wire=int8", "diloco,wire=log4/int8/int8"]
+FORMATS += ["resist,wire=int4,fragments=1", "local_sgd,optimizer_state=average,fragments=1"]
 UNEQUAL = {2: "resist,capacities=7/3,optimizer_state=average", 4: "resist,capacities=5/3/2/1,optimizer_state=average"}
 
 
@@ -106,6 +110,12 @@ def test_steps_are_counted_by_the_method_but_the_last() -> None:
     assert all(one >= 0.002 for one in seconds)
 
 
+def test_the_busy_steps_are_those_of_the_fragments() -> None:
+    method = own.Own("local_sgd", partial(wire.build, "preact_small", num_classes=2, width=4), resist.local_sgd(1, 10),
+                     Wire(fragments=2, delay=2))  # fmt: skip
+    assert method.busy_steps == {2, 3, 4, 7, 8, 9}
+
+
 def test_the_plan_names_methods_that_exist_and_ends_in_time() -> None:
     lines = wire_plan.commands().splitlines()
     seconds = [int(line.split()[2]) for line in lines if line.startswith("# about")]
@@ -171,6 +181,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (["--methods", "gossip"], "'gossip'"),
         (["--methods", "local_sgd,wire=int9"], "int9"),
         (["--methods", "local_sgd,wire=int8/int8"], "wire=int8/int8"),
+        (["--methods", "local_sgd,fragments=-1"], "`fragments=-1`"),
+        (["--methods", "local_sgd,fragments=2"], "`fragments=2` needs at least 4 steps"),
         (["--methods", "diloco,min_depth=3"], "the options of diloco are wire"),
         (["--compute-s", "1", "1", "--full-step-s", "1"], "not both"),
         (["--methods", "flat,min_depth=3"], "flat"),
