@@ -188,6 +188,7 @@ def measure(method: Method, args: argparse.Namespace) -> list[dict[str, Any]]:
     steppers = [Steps(method, args, exchanging) for exchanging in ((False, True) if ddp else (False,))]
     dist.barrier()
     undisturbed_s = statistics.median(steppers[0].run(min(UNDISTURBED_STEPS, args.local_steps)))
+    method.counted_bytes()  # without those of building it
     rounds: list[dict[str, Any]] = []
     for number in range(-args.warm_up, args.rounds):
         dist.barrier()

@@ -26,6 +26,7 @@ from resist.planning.wire import Wire
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Blocks of 1.2 MB: small enough for seconds, large enough for headers and barriers to be less than 1 %.
 SMALL = ["--rate", "1gbit", "--depths", "1", "1", "9", "1", "--width", "32", "--local-steps", "2", "--rounds", "2"]
+SMALL += ["--warm-up", "0"]
 COMMAND = [sys.executable, str(BENCHMARKS / "wire.py"), *SMALL, "--batch", "1", "--no-record", "--json"]
 POLICIES = ["resist,min_depth=0,optimizer_state=reset", "resist,min_depth=5,optimizer_state=travel", "local_sgd"]
 FORMATS = ["resist,optimizer_state=travel,wire=int8", "diloco,wire=log4/int8/int8"]
