@@ -20,7 +20,7 @@ NOTE = "a GPU that sustains 10 TFLOP/s, batch 128: 1.88 TFLOP a step of the full
 NOTE += "sub-network is the share of it that was measured on this processor"
 WORKERS, LOCAL_STEPS = 4, 50
 SUB_SHARE = 0.51  # as measured, for the estimate only
-START_S = 12.0  # of a method: building the network in all hosts, connecting, undisturbed steps
+BEGIN_S, START_S = 40.0, 8.0  # of a command: imports, measured steps; of a method: building it, undisturbed steps
 STREAMED = ",wire=int8,fragments=10,delay=2", ",wire=int4,fragments=10,delay=2"
 # DiLoCo sends what local SGD sends, and is late in fp32 as it is.
 FORMATS = (
@@ -38,7 +38,7 @@ def commands() -> str:
     chains = choose_chains(template)
     network = Subnet(template, chains, [chain.num_blocks for chain in chains], device="meta")
     for rate, (warm_up, rounds) in RATES.items():
-        seconds = sum(START_S + (warm_up + rounds) * round_s(spec, rate, network) for spec in FORMATS)
+        seconds = BEGIN_S + sum(START_S + (warm_up + rounds) * round_s(spec, rate, network) for spec in FORMATS)
         total += seconds
         command = [
             sys.executable,

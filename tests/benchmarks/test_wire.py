@@ -111,6 +111,12 @@ def test_steps_are_counted_by_the_method_but_the_last() -> None:
     assert all(one >= 0.002 for one in seconds)
 
 
+@pytest.mark.slow
+def test_a_step_of_a_sub_network_is_a_share_of_one_of_the_full_network() -> None:
+    build = partial(wire.build, "preact_resnet101", num_classes=2, depths=(1, 1, 17, 1), width=4)
+    assert 0 < wire_steps.compare_steps(build, workers=4, batch=1, num_classes=2, repetitions=1) < 0.9
+
+
 def test_the_busy_steps_are_those_of_the_fragments() -> None:
     method = own.Own("local_sgd", partial(wire.build, "preact_small", num_classes=2, width=4), resist.local_sgd(1, 10),
                      Wire(fragments=2, delay=2))  # fmt: skip
@@ -186,6 +192,9 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (["--methods", "local_sgd,fragments=2"], "`fragments=2` needs at least 4 steps"),
         (["--methods", "diloco,min_depth=3"], "the options of diloco are wire"),
         (["--compute-s", "1", "1", "--full-step-s", "1"], "not both"),
+        (["--compute-s", "0", "1"], "above 0"),
+        (["--full-step-s", "0"], "above 0"),
+        (["--warm-up", "-1"], "at least 0"),
         (["--methods", "flat,min_depth=3"], "flat"),
         (["--methods", "resist,min_depth=30"], "30` exceeds the 8 blocks"),
         (["--model", "vgg"], "vgg"),
