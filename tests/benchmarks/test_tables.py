@@ -205,10 +205,13 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.M
     cost = {"gmac": 2, "bytes": {"shared": 4, "evaluate": 9}, "weights_held": 6, "train_cpu_s": 8.0}
     known = {"benchmark": "accuracy", "setting": "short", "plain": "", **cost, **ORIGIN}
     lines = [known | {"row": row, "seed": seed, "percent": {"averaged": percent}} for row, seed, percent in rows]
-    write(tmp_path / "accuracy.jsonl", lines[0] | {"percent": {"averaged": 1.0}}, *lines)
+    other = {"name": "long", "image_size": 24, "rounds": 7, "batch_size": 8, "lr": 0.5}
+    longer = lines[0] | {"setting": "long", "settings": other}
+    write(tmp_path / "accuracy.jsonl", lines[0] | {"percent": {"averaged": 1.0}}, *lines, longer)
     monkeypatch.setattr(tables, "traffic", lambda network, wire: "")
     page = tables.page(tmp_path, SMALL)
     assert "### `short`: 32 pixels, at most 40 rounds" in page
+    assert "### `long`: 24 pixels, at most 7 rounds, batch 8 for each worker, rate 0.5\n" in page
     assert "| ResIST, average | 62.50 | 2 | +1.50 ± 0.50 | -4.85 |  |  | 1.00 | 1.00 | 1.00 | 1.00 |" in page
     assert "| local SGD | 61.00 | 2 |  |  |  |  | 1.00 |" in page
 
