@@ -58,7 +58,7 @@ class Own:
 
     def __init__(self, spec: str, build: Callable[[], nn.Module], strategy: resist.Strategy, wire: Wire) -> None:
         self.name = spec
-        self.job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", timeout_s=120.0, wire=wire, example=False)
+        self.job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", timeout_s=600.0, wire=wire, example=False)
         self.model = self.job.model
         self.optimizer = momentum_sgd(self.model)
         self._before = self.job.plan
