@@ -53,6 +53,11 @@ def wire_of(options: Mapping[str, str]) -> Wire:
     return replace(wire, fragments=fragments, delay=delay)
 
 
+def busy_steps(wire: Wire, local_steps: int) -> frozenset[int]:
+    """Return the steps of a round, from 1, from the beginning of a fragment's mean to its end."""
+    return frozenset(step for one in wire.times(local_steps) for step in range(one.begin, one.finish + 1))
+
+
 class Own:
     """This package, used like in a training script."""
 
@@ -62,8 +67,7 @@ class Own:
         self.model = self.job.model
         self.optimizer = momentum_sgd(self.model)
         self._before = self.job.plan
-        times = wire.times(strategy.local_steps)
-        self.busy_steps = frozenset(step for one in times for step in range(one.begin, one.finish + 1))
+        self.busy_steps = busy_steps(wire, strategy.local_steps)
 
     def step(self) -> None:
         self.job.step(self.optimizer)

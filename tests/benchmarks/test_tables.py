@@ -128,8 +128,8 @@ def test_each_wire_format_reaches_or_misses_each_target() -> None:
     page = format_tables.formats([record])
     assert "| resist, travel, wire=int4 | 0.1000 | 1.0200 | 10.00 | 0.00 | 0.20 | 2.0 | +6.0 | 1.00 |" in page
     assert [line for line in page.splitlines() if line.startswith("- ")] == [
-        "- At most 0.10 GB a round: reached by resist, travel, wire=int4 (0.100).",
-        "- At most 0.10 GB a round: **missed** by resist, travel, wire=int8 (0.110).",
+        "- At most 0.10 GB a round: reached by resist, travel, wire=int4 (0.1000).",
+        "- At most 0.10 GB a round: **missed** by resist, travel, wire=int8 (0.1100).",
         "- A stall of at most 5 % of a round: reached by resist, travel, wire=int4 (2.0).",
         "- A stall of at most 5 % of a round: **missed** by resist, travel, wire=int8 (10.0).",
         "- Steps slowed by at most 5 %: **missed** by resist, travel, wire=int4 (6.0).",
@@ -137,6 +137,7 @@ def test_each_wire_format_reaches_or_misses_each_target() -> None:
         "- Interfaces and formula within 1 %: **missed** by resist, travel, wire=int4 (2.00).",
     ]
     assert "A stall" not in format_tables.formats([record | {"rate": "20mbit"}])
+    assert "GB a round:" not in format_tables.formats([record | {"workers": 2}])
 
 
 def test_losses_and_ties_are_named() -> None:

@@ -17,7 +17,6 @@ from torch import nn
 
 import namespaces
 import own
-import resist
 import wire
 import wire_plan
 import wire_steps
@@ -118,22 +117,21 @@ def test_a_step_of_a_sub_network_is_a_share_of_one_of_the_full_network() -> None
 
 
 def test_the_busy_steps_are_those_of_the_fragments() -> None:
-    method = own.Own("local_sgd", partial(wire.build, "preact_small", num_classes=2, width=4), resist.local_sgd(1, 10),
-                     Wire(fragments=2, delay=2))  # fmt: skip
-    assert method.busy_steps == {2, 3, 4, 7, 8, 9}
+    assert own.busy_steps(Wire(fragments=2, delay=2), 10) == {2, 3, 4, 7, 8, 9}
+    assert own.busy_steps(Wire(), 10) == frozenset()
 
 
 def test_the_plan_names_methods_that_exist_and_ends_in_time() -> None:
-    lines = wire_plan.commands().splitlines()
-    seconds = [int(line.split()[2]) for line in lines if line.startswith("# about")]
-    assert len(seconds) == len(wire_plan.RATES)
-    assert sum(seconds) <= 25 * 60
-    network = partial(wire.build, "preact_resnet101", num_classes=2, depths=(1, 1, 9, 1), width=4)
-    wire.check(wire_plan.FORMATS, network, wire_plan.WORKERS, wire_plan.LOCAL_STEPS)
-    one = shlex.split(lines[-1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", one[1:])
-        assert wire.arguments().full_step_s == wire_plan.FULL_STEP_S
+    lines = wire_plan.plan().splitlines()
+    assert sum(int(line.split()[2]) for line in lines if line.startswith("# about")) <= 25 * 60
+    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
+    assert len(commands) == len(wire_plan.COMMANDS)
+    for words in commands:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            args = wire.arguments()
+        args.width, args.sections = 4, (1, 1, 9, 1)
+        wire.check(args.methods, partial(wire.build_network, args), args.workers, args.local_steps)
 
 
 @pytest.mark.slow
