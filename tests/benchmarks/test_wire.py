@@ -28,8 +28,11 @@ SMALL = ["--rate", "1gbit", "--depths", "1", "1", "9", "1", "--width", "32", "--
 SMALL += ["--warm-up", "0"]
 COMMAND = [sys.executable, str(BENCHMARKS / "wire.py"), *SMALL, "--batch", "1", "--no-record", "--json"]
 POLICIES = ["resist,min_depth=0,optimizer_state=reset", "resist,min_depth=5,optimizer_state=travel", "local_sgd"]
-FORMATS = ["resist,optimizer_state=travel,wire=int8", "diloco,wire=log4/int8/int8"]
-FORMATS += ["resist,wire=int4,fragments=1", "local_sgd,optimizer_state=average,fragments=1"]
+FORMATS = [
+    "resist,wire=int4,fragments=1",
+    "local_sgd,optimizer_state=average,fragments=1",
+    "diloco,wire=log4/int8/int8",
+]
 UNEQUAL = {2: "resist,capacities=7/3,optimizer_state=average", 4: "resist,capacities=5/3/2/1,optimizer_state=average"}
 
 
