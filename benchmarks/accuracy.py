@@ -18,7 +18,9 @@ def compared(runs: list[Record]) -> str:
         by_setting.setdefault(run["setting"], []).append(run)
     tables = []
     for name, some in by_setting.items():
-        tables.append(fill("paired-setting", **asdict(SETTINGS[name]), table=summary(some, BASE)))
+        known = next((run["settings"] for run in some if "settings" in run), None)  # lines from before have none
+        heading = fill("paired-setting", **(known or asdict(SETTINGS[name])))
+        tables.append(f"{heading}\n\n{summary(some, BASE)}")
     return fill(
         "paired", tables="\n\n".join(tables), workers=WORKERS, local_steps=LOCAL_STEPS, base=BASE,
         provenance=provenance(*runs, n="n-paired"),

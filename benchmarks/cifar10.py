@@ -40,7 +40,6 @@ from provenance import provenance
 from resist.data import Images, Sampler, load
 from resist.job import Job
 from resist.planning.plan import keyed_int
-from resist.planning.wire import as_wire
 from resist.subnet.batchnorm import recalibrate
 from resist.tasks import Classification
 
@@ -119,7 +118,7 @@ def one(setting: Setting, row: Row, seed: int, data_dir: str) -> dict[str, Any]:
     train, test = smaller(train, setting.image_size), smaller(test, setting.image_size)
     measured = trained(setting, row, seed, train, test)
     about = {"benchmark": "accuracy", "setting": setting.name, "row": row.name, "seed": seed}
-    about |= {"wire": asdict(as_wire(row.wire)), "plain": row.plain}
+    about |= {"settings": asdict(setting), "wire": asdict(row.wire), "plain": row.plain}
     return {**about, **measured, **provenance("accuracy")}
 
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 import resist
 from resist.models import build
-from resist.planning.wire import FP32, Wire
+from resist.planning.wire import FP32, Wire, as_wire
 
 WORKERS = 4
 LOCAL_STEPS = 25
 CHAIN = "layer3"  # the section whose blocks after the first form the chain
 DEPTHS = (3, 4, 23, 3)  # of ResNet101
 NUM_BLOCKS = DEPTHS[2] - 1
+PLAIN = Wire()
 HELD = 6  # blocks of the chain that a worker of ResIST holds by default: ceil(22 / 4)
 
 
@@ -72,7 +73,7 @@ class Row:
         teacher_every: In one step of so many, the full network of the last round is a teacher; 0: never.
         scales: Factors of the scale of the chain's branches at which the final network is tested too.
         wire: Formats of what is sent, as in `Job`.
-        plain: Name of the same row with nothing compressed; empty: it is this one.
+        plain: Name of the same row with nothing compressed and no fragments; empty: it is this one.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Row:
     zero_chain: bool = False
     teacher_every: int = 0
     scales: tuple[float, ...] = ()
-    wire: str | Wire = FP32
+    wire: Wire = PLAIN
     plain: str = ""
 
     def at_rate(self, factor: float) -> "Row":
@@ -97,10 +98,13 @@ class Row:
         end = f", rate x {factor:g}"
         return replace(self, name=self.name + end, lr=self.lr * factor, plain=self.plain and self.plain + end)
 
-    def sent_as(self, wire: str | Wire) -> "Row":
-        """Return the row with a wire format, under a name that says so."""
-        name = wire if isinstance(wire, str) else wire.shared
-        return replace(self, name=f"{self.name}, {name}", wire=wire, plain=self.name)
+    def sent_as(self, wire: str | Wire, fragments: int = 0, delay: int = 1) -> "Row":
+        """Return the row with a wire format and fragments, under a name that says so."""
+        formats, names = as_wire(wire), [self.name]
+        names += [wire if isinstance(wire, str) else wire.shared] if formats.compresses else []
+        names += [f"{fragments} fragments, late by {delay} step{'s' * (delay > 1)}"] if fragments else []
+        formats = replace(formats, fragments=fragments, delay=delay)
+        return replace(self, name=", ".join(names), wire=formats, plain=self.name)
 
     def network(self) -> nn.Module:
         """Build the network."""
@@ -239,5 +243,11 @@ ROWS = {
         replace(LOCAL, name="local SGD, chain begins as the identity", zero_chain=True),
         *(RESIST.sent_as(wire) for wire in ("bf16", "int8", "int6", "int4", LOG4)),
         *(row.sent_as(wire) for row in (LOCAL, DILOCO) for wire in ("int8", "int4")),
+        *(
+            row.sent_as(wire, fragments, delay)
+            for row in (RESIST, LOCAL, DILOCO)
+            for wire in (FP32, "int8", "int4")
+            for fragments, delay in ((5, 1), (5, 2), (10, 1))  # ten of them have two steps each, and cannot be later
+        ),
     )
 }

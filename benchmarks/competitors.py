@@ -98,7 +98,7 @@ def check(specs: Sequence[str], build: Build, workers: int, local_steps: int) ->
             if strategy.optimizer_state not in OPTIMIZER_STATES:
                 raise ValueError(f"method {spec!r}: optimizer_state is not one of {', '.join(OPTIMIZER_STATES)}")
             strategy.plan(chains, seed=own.SEED, round=0)
-            own.wire_of(options)
+            own.wire_of(options).times(local_steps)
 
 
 def _parse(spec: str) -> tuple[str, dict[str, str]]:

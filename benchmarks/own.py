@@ -5,9 +5,11 @@ Options of a method, after commas:
 optimizer_state     policy for the momentum at a synchronization
 min_depth           lower bound of a worker's blocks; capacities=7/3: blocks of each worker
 wire                wire format: a name (int8), or one for each of shared part, blocks and state (log4/int8/int8)
+fragments, delay    number of fragments of the shared part, and steps that each is late
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,11 +18,11 @@ from torch.optim import SGD
 import resist
 from resist.planning.methods import build_strategy
 from resist.planning.plan import RoundPlan
-from resist.planning.wire import FORMATS, FP32, Wire, as_wire
+from resist.planning.wire import FORMATS, FP32, Wire, as_wire, fragment_bytes
 from resist.sync.transport import PACKET_BYTES
 
 SEED = 0
-WIRE = ("wire",)
+WIRE = ("wire", "fragments", "delay")
 OPTIONS = {
     "resist": ("optimizer_state", "min_depth", "capacities", *WIRE),
     "local_sgd": ("optimizer_state", *WIRE),
@@ -40,10 +42,20 @@ def strategy_of(name: str, workers: int, local_steps: int, options: Mapping[str,
 
 def wire_of(options: Mapping[str, str]) -> Wire:
     """Return the wire formats of a method; UserError or ValueError if an option has a wrong value."""
-    formats = options.get("wire", FP32).split("/")
-    if len(formats) not in (1, 3):
-        raise ValueError(f"wire={options['wire']} must be one name, or three for shared part, blocks and state")
-    return as_wire(formats[0]) if len(formats) == 1 else Wire(*formats)
+    match options.get("wire", FP32).split("/"):
+        case [name]:
+            wire = as_wire(name)
+        case [shared, blocks, state]:
+            wire = Wire(shared, blocks, state)
+        case _:
+            raise ValueError(f"wire={options['wire']} must be one name, or three for shared part, blocks and state")
+    fragments, delay = (int(options.get(key, getattr(wire, key))) for key in ("fragments", "delay"))
+    return replace(wire, fragments=fragments, delay=delay)
+
+
+def busy_steps(wire: Wire, local_steps: int) -> frozenset[int]:
+    """Return the steps of a round, from 1, from the beginning of a fragment's mean to its end."""
+    return frozenset(step for one in wire.times(local_steps) for step in range(one.begin, one.finish + 1))
 
 
 class Own:
@@ -51,11 +63,11 @@ class Own:
 
     def __init__(self, spec: str, build: Callable[[], nn.Module], strategy: resist.Strategy, wire: Wire) -> None:
         self.name = spec
-        self.job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", timeout_s=120.0, wire=wire, example=False)
+        self.job = resist.Job(build, strategy, seed=SEED, batchnorm="batch", timeout_s=600.0, wire=wire, example=False)
         self.model = self.job.model
         self.optimizer = momentum_sgd(self.model)
         self._before = self.job.plan
-        self.busy_steps: frozenset[int] = frozenset()
+        self.busy_steps = busy_steps(wire, strategy.local_steps)
 
     def step(self) -> None:
         self.job.step(self.optimizer)
@@ -103,7 +115,12 @@ def expected_bytes(
     everyone = shared
     if plan.held_by_all:
         everyone += sum(chain.num_blocks * numel for chain, numel in zip(plan.plans, blocks, strict=True))
-    total += _mean_bytes(wire.shared, everyone, workers) + averaged * _mean_bytes(wire.state, everyone, workers)
+    parts = [FORMATS[wire.shared].num_bytes(everyone)]
+    if wire.fragments:
+        parts = fragment_bytes(wire.shared, everyone, wire.fragments)
+    parts += [FORMATS[wire.state].num_bytes(everyone)] if averaged else []
+    # A mean, in a ring or in two halves of encoded pieces: each worker sends as much as it gets, rounded down.
+    total += sum(workers * (2 * (workers - 1) * num_bytes // workers) for num_bytes in parts)
     for chain, block in plan.keys if not plan.held_by_all else ():
         holders, targets = set(plan.holders(chain, block)), set(next_plan.holders(chain, block))
         handed = len(targets) - bool(holders & targets)
@@ -111,11 +128,6 @@ def expected_bytes(
         weights, state = (FORMATS[format].num_bytes(blocks[chain]) for format in (wire.blocks, wire.state))
         total += messages * (weights + moved * state) + (handed * weights if strategy.outer is not None else 0)
     return total
-
-
-def _mean_bytes(format: str, numel: int, workers: int) -> int:
-    """Bytes of a mean: in a ring, or in two halves of encoded pieces. Each worker sends what it gets, rounded down."""
-    return workers * (2 * (workers - 1) * FORMATS[format].num_bytes(numel) // workers)
 
 
 def momentum_sgd(model: nn.Module) -> SGD:

@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,7 +13,21 @@ import torch
 from resist.runs.directory import processor
 from sources import SOURCES, hashes, here
 
-here()  # the files as they are when a benchmark begins; it may take hours
+
+@cache
+def commit() -> str:
+    """Return the commit of this directory; empty if there is none."""
+    if known := os.environ.get("RESIST_COMMIT"):
+        return known
+    describe = ["git", "describe", "--always", "--dirty"]
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+
+# Commit and files as they are when a benchmark begins; it may take hours.
+commit()
+here()
 
 
 def provenance(benchmark: str | None = None) -> dict[str, object]:
@@ -21,14 +36,9 @@ def provenance(benchmark: str | None = None) -> dict[str, object]:
     Args:
         benchmark: A key of `SOURCES`, to note the hashes of its source files as they are now.
     """
-    here = Path(__file__).parent
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = ""
-    if shutil.which("git"):
-        commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": os.environ.get("RESIST_COMMIT") or commit,
+        "commit": commit(),
         "machine": processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

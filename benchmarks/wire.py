@@ -80,6 +80,9 @@ def main() -> None:
             raise ValueError("workers and local steps must be at least 2, rounds and DDP steps at least 1")
         if args.compute_s and args.full_step_s is not None:
             raise ValueError("give --compute-s or --full-step-s, not both")
+        given = [seconds for seconds in (*(args.compute_s or ()), args.full_step_s) if seconds is not None]
+        if args.warm_up < 0 or any(seconds <= 0 for seconds in given):
+            raise ValueError("rounds to warm up must be at least 0, and seconds of a step above 0")
         check(args.methods, lambda: build_network(args), args.workers, args.local_steps)
         computed = scaled(args)
         with network(args.workers, rate_bit_s) as hosts:
@@ -134,7 +137,7 @@ def build_network(args: argparse.Namespace) -> nn.Module:
 def scaled(args: argparse.Namespace) -> list[str]:
     """Measure the steps to sleep for, if they are to be measured; returns arguments for the hosts."""
     arguments = ["--methods", *args.methods]
-    if args.full_step_s is not None:
+    if args.full_step_s:
         share = compare_steps(lambda: build_network(args), args.workers, args.batch, args.num_classes)
         args.compute_s = [round(args.full_step_s * share, 5), args.full_step_s]
     if args.compute_s:
@@ -188,6 +191,7 @@ def measure(method: Method, args: argparse.Namespace) -> list[dict[str, Any]]:
     steppers = [Steps(method, args, exchanging) for exchanging in ((False, True) if ddp else (False,))]
     dist.barrier()
     undisturbed_s = statistics.median(steppers[0].run(min(UNDISTURBED_STEPS, args.local_steps)))
+    method.counted_bytes()  # without those of building it
     rounds: list[dict[str, Any]] = []
     for number in range(-args.warm_up, args.rounds):
         dist.barrier()

@@ -128,8 +128,8 @@ def test_each_wire_format_reaches_or_misses_each_target() -> None:
     page = format_tables.formats([record])
     assert "| resist, travel, wire=int4 | 0.1000 | 1.0200 | 10.00 | 0.00 | 0.20 | 2.0 | +6.0 | 1.00 |" in page
     assert [line for line in page.splitlines() if line.startswith("- ")] == [
-        "- At most 0.10 GB a round: reached by resist, travel, wire=int4 (0.100).",
-        "- At most 0.10 GB a round: **missed** by resist, travel, wire=int8 (0.110).",
+        "- At most 0.10 GB a round: reached by resist, travel, wire=int4 (0.1000).",
+        "- At most 0.10 GB a round: **missed** by resist, travel, wire=int8 (0.1100).",
         "- A stall of at most 5 % of a round: reached by resist, travel, wire=int4 (2.0).",
         "- A stall of at most 5 % of a round: **missed** by resist, travel, wire=int8 (10.0).",
         "- Steps slowed by at most 5 %: **missed** by resist, travel, wire=int4 (6.0).",
@@ -137,6 +137,7 @@ def test_each_wire_format_reaches_or_misses_each_target() -> None:
         "- Interfaces and formula within 1 %: **missed** by resist, travel, wire=int4 (2.00).",
     ]
     assert "A stall" not in format_tables.formats([record | {"rate": "20mbit"}])
+    assert "GB a round:" not in format_tables.formats([record | {"workers": 2}])
 
 
 def test_losses_and_ties_are_named() -> None:
@@ -205,10 +206,13 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.M
     cost = {"gmac": 2, "bytes": {"shared": 4, "evaluate": 9}, "weights_held": 6, "train_cpu_s": 8.0}
     known = {"benchmark": "accuracy", "setting": "short", "plain": "", **cost, **ORIGIN}
     lines = [known | {"row": row, "seed": seed, "percent": {"averaged": percent}} for row, seed, percent in rows]
-    write(tmp_path / "accuracy.jsonl", lines[0] | {"percent": {"averaged": 1.0}}, *lines)
+    other = {"name": "long", "image_size": 24, "rounds": 7, "batch_size": 8, "lr": 0.5}
+    longer = lines[0] | {"setting": "long", "settings": other}
+    write(tmp_path / "accuracy.jsonl", lines[0] | {"percent": {"averaged": 1.0}}, *lines, longer)
     monkeypatch.setattr(tables, "traffic", lambda network, wire: "")
     page = tables.page(tmp_path, SMALL)
     assert "### `short`: 32 pixels, at most 40 rounds" in page
+    assert "### `long`: 24 pixels, at most 7 rounds, batch 8 for each worker, rate 0.5\n" in page
     assert "| ResIST, average | 62.50 | 2 | +1.50 ± 0.50 | -4.85 |  |  | 1.00 | 1.00 | 1.00 | 1.00 |" in page
     assert "| local SGD | 61.00 | 2 |  |  |  |  | 1.00 |" in page
 

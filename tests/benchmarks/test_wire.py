@@ -16,16 +16,23 @@ import pytest
 from torch import nn
 
 import namespaces
+import own
 import wire
 import wire_plan
 import wire_steps
+from resist.planning.wire import Wire
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Blocks of 1.2 MB: small enough for seconds, large enough for headers and barriers to be less than 1 %.
 SMALL = ["--rate", "1gbit", "--depths", "1", "1", "9", "1", "--width", "32", "--local-steps", "2", "--rounds", "2"]
+SMALL += ["--warm-up", "0"]
 COMMAND = [sys.executable, str(BENCHMARKS / "wire.py"), *SMALL, "--batch", "1", "--no-record", "--json"]
 POLICIES = ["resist,min_depth=0,optimizer_state=reset", "resist,min_depth=5,optimizer_state=travel", "local_sgd"]
-FORMATS = ["resist,optimizer_state=travel,wire=int8", "diloco,wire=log4/int8/int8"]
+FORMATS = [
+    "resist,wire=int4,fragments=1",
+    "local_sgd,optimizer_state=average,fragments=1",
+    "diloco,wire=log4/int8/int8",
+]
 UNEQUAL = {2: "resist,capacities=7/3,optimizer_state=average", 4: "resist,capacities=5/3/2/1,optimizer_state=average"}
 
 
@@ -106,17 +113,28 @@ def test_steps_are_counted_by_the_method_but_the_last() -> None:
     assert all(one >= 0.002 for one in seconds)
 
 
+@pytest.mark.slow
+def test_a_step_of_a_sub_network_is_a_share_of_one_of_the_full_network() -> None:
+    build = partial(wire.build, "preact_resnet101", num_classes=2, depths=(1, 1, 17, 1), width=4)
+    assert 0 < wire_steps.compare_steps(build, workers=4, batch=1, num_classes=2, repetitions=1) < 0.9
+
+
+def test_the_busy_steps_are_those_of_the_fragments() -> None:
+    assert own.busy_steps(Wire(fragments=2, delay=2), 10) == {2, 3, 4, 7, 8, 9}
+    assert own.busy_steps(Wire(), 10) == frozenset()
+
+
 def test_the_plan_names_methods_that_exist_and_ends_in_time() -> None:
-    lines = wire_plan.commands().splitlines()
-    seconds = [int(line.split()[2]) for line in lines if line.startswith("# about")]
-    assert len(seconds) == len(wire_plan.RATES)
-    assert sum(seconds) <= 25 * 60
-    network = partial(wire.build, "preact_resnet101", num_classes=2, depths=(1, 1, 9, 1), width=4)
-    wire.check(wire_plan.FORMATS, network, wire_plan.WORKERS, wire_plan.LOCAL_STEPS)
-    one = shlex.split(lines[-1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", one[1:])
-        assert wire.arguments().full_step_s == wire_plan.FULL_STEP_S
+    lines = wire_plan.plan().splitlines()
+    assert sum(int(line.split()[2]) for line in lines if line.startswith("# about")) <= 25 * 60
+    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
+    assert len(commands) == len(wire_plan.COMMANDS)
+    for words in commands:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            args = wire.arguments()
+        args.width, args.sections = 4, (1, 1, 9, 1)
+        wire.check(args.methods, partial(wire.build_network, args), args.workers, args.local_steps)
 
 
 @pytest.mark.slow
@@ -171,8 +189,13 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         (["--methods", "gossip"], "'gossip'"),
         (["--methods", "local_sgd,wire=int9"], "int9"),
         (["--methods", "local_sgd,wire=int8/int8"], "wire=int8/int8"),
+        (["--methods", "local_sgd,fragments=-1"], "`fragments=-1`"),
+        (["--methods", "local_sgd,fragments=2"], "`fragments=2` needs at least 4 steps"),
         (["--methods", "diloco,min_depth=3"], "the options of diloco are wire"),
         (["--compute-s", "1", "1", "--full-step-s", "1"], "not both"),
+        (["--compute-s", "0", "1"], "above 0"),
+        (["--full-step-s", "0"], "above 0"),
+        (["--warm-up", "-1"], "at least 0"),
         (["--methods", "flat,min_depth=3"], "flat"),
         (["--methods", "resist,min_depth=30"], "30` exceeds the 8 blocks"),
         (["--model", "vgg"], "vgg"),
