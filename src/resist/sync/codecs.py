@@ -238,11 +238,12 @@ def _log4_quantize(groups: Tensor, largest: Tensor, draws: Tensor | None) -> Ten
     parts = (groups * factor).nan_to_num_(0.0).clamp_(-1.0, 1.0)
     size = parts.abs()
     # The exponent of a number is its position: 2^-6 .. 2^0 are 1 .. 7, and below 2^-6 the step is 2^-6 itself.
-    below = ((size.view(torch.int32) >> 23) - 120).clamp_(0, 7)
-    low = _look_up(_MAGNITUDES, below)
-    step = torch.where(below > 0, low, 2.0**-6)
-    up = (size - low) / step > (0.5 if draws is None else _fractions(draws))
-    return ((below + up).clamp_(max=7) | (parts < 0).int() << 3).to(torch.int8).view(torch.uint8)
+    below = (size.view(torch.int32) >> 23).sub_(120).clamp_(0, 7)
+    step = (below.clamp(min=1).add_(120) << 23).view(torch.float32)
+    rest = size.div_(step).sub_(below.clamp(max=1))
+    codes = below.add_(rest > (0.5 if draws is None else _fractions(draws))).clamp_(max=7)
+    sign = (parts.view(torch.int32) >> 28) & 8
+    return codes.add_(sign).to(torch.int8).view(torch.uint8)
 
 
 def _log4_dequantize(codes: Tensor, largest: Tensor) -> Tensor:
