@@ -286,10 +286,10 @@ def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int,
     assert bool(only) == (capacities != (6, 6, 6))
     train(job, optimizers, 4)
     assert not job.dropped
-    assert all_finite(worker.subnet.flat for worker in job.workers)
+    assert all_finite(*(worker.subnet.flat for worker in job.workers))
     for optimizer in optimizers:
         for state in optimizer.state.values():
-            assert all_finite([state["momentum_buffer"]])
+            assert all_finite(state["momentum_buffer"])
 
 
 def test_a_round_without_a_finite_worker_stops_the_run() -> None:

@@ -16,17 +16,17 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.com
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_single_bad_number_is_found(dtype: torch.dtype, bad: float) -> None:
     tensors = [torch.randn(n).to(dtype) for n in (0, 1, 1000)]
-    assert all_finite(tensors)
-    assert all_finite([])
+    assert all_finite(*tensors)
+    assert all_finite()
     for number in (1, 2):
         spoiled = [tensor.clone() for tensor in tensors]
         spoiled[number][-1] = torch.tensor(bad).to(dtype)
-        assert not all_finite(spoiled)
+        assert not all_finite(*spoiled)
 
 
 def test_the_largest_numbers_are_finite_and_integers_too() -> None:
     largest = [torch.tensor([torch.finfo(d).max, torch.finfo(d).min], dtype=d) for d in DTYPES if not d.is_complex]
-    assert all_finite([*largest, torch.tensor([2**63 - 1, -(2**63)])])
+    assert all_finite(*largest, torch.tensor([2**63 - 1, -(2**63)]))
 
 
 class Reads(TorchDispatchMode):
@@ -42,5 +42,5 @@ class Reads(TorchDispatchMode):
 def test_the_host_reads_one_value_for_each_dtype() -> None:
     parts = [torch.randn(10).to(dtype) for dtype in (torch.float32, torch.bfloat16) * 5]
     with Reads() as reads:
-        assert all_finite(parts)
+        assert all_finite(*parts)
     assert reads.number == 2

@@ -1,7 +1,7 @@
 """Averaging: each weight becomes its mean over its holders, followed by the optional outer step."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,12 +40,12 @@ def first_nonfinite(subnet: Subnet) -> str | None:
             for piece in layout.part(chain).pieces:
                 place = Place(chain, slot, piece)
                 averaged = piece not in layout.part(chain).resting or place.key in subnet.changing
-                if averaged and not all_finite([layout.view(place, subnet.flats[dtype])]):
+                if averaged and not all_finite(layout.view(place, subnet.flats[dtype])):
                     return layout.full_name(place, subnet.held)
     return None
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
+def all_finite(*tensors: Tensor) -> bool:
     """Check tensors for NaN and inf. Waits for the device, once for each dtype.
 
     Args:

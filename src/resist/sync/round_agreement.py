@@ -103,7 +103,7 @@ def _with_nonfinite_weights(workers: Sequence[Worker]) -> dict[int, str]:
 
     Waits for the device: once for each dtype if all are finite, as almost always.
     """
-    if all_finite(part for worker in workers for part in averaged_ranges(worker.subnet)):
+    if all_finite(*(part for worker in workers for part in averaged_ranges(worker.subnet))):
         return {}
     names = {worker.index: first_nonfinite(worker.subnet) for worker in workers}
     return {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
