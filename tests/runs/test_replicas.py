@@ -247,15 +247,6 @@ def poison(job: Job, worker: int) -> None:
         job.workers[worker].model.get_parameter("layer1.0.conv1.weight").view(-1)[7] = torch.nan
 
 
-def test_a_network_with_a_single_nan_is_not_finite() -> None:
-    flat = torch.randn(1000)
-    assert all_finite(flat)
-    for value in (torch.nan, torch.inf, -torch.inf):
-        flat[500] = value
-        assert not all_finite(flat)
-    assert all_finite(torch.empty(0))
-
-
 def test_bad_weights_stop_the_run_before_anything_is_folded() -> None:
     job, optimizers = make(resist(3, 2))
     train(job, optimizers, 3)
@@ -295,7 +286,7 @@ def test_a_dropped_worker_counts_for_nothing(policy: str, capacities: tuple[int,
     assert bool(only) == (capacities != (6, 6, 6))
     train(job, optimizers, 4)
     assert not job.dropped
-    assert all(all_finite(worker.subnet.flat) for worker in job.workers)
+    assert all_finite(*(worker.subnet.flat for worker in job.workers))
     for optimizer in optimizers:
         for state in optimizer.state.values():
             assert all_finite(state["momentum_buffer"])

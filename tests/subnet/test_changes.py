@@ -12,8 +12,10 @@ from resist.cost.footprint import build_on_meta
 from resist.cost.sizes import sizes_of
 from resist.cost.traffic import round_traffic
 from resist.job import Job
+from resist.models import PreActResNet
 from resist.planning.schedule import allreduce_bytes
 from resist.planning.strategy import OuterSGD, Strategy, local_sgd, resist
+from resist.subnet.changes import Watch
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +84,24 @@ FROZEN = ("stem", "target", "norm", "fc.", "table")
 
 def frozen(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if any(part in name for part in FROZEN)}
+
+
+def test_a_change_of_any_tensor_in_any_slot_is_found() -> None:
+    """Also one that no version counter shows, and of tensors that are summed together."""
+    job = Job(lambda: PreActResNet((1, 1, 7, 1), 5, width=4), resist(2, 1), example=False, seed=1)
+    subnet, seen = job.workers[0].subnet, 0
+    subnet.changing.clear()
+    watch = Watch(subnet)
+    assert watch.changed() == set()
+    for place, buffer in subnet.buffers.items():
+        if buffer.view is not None:
+            before = buffer.view.data[-1].clone()
+            buffer.view.data[-1] += 1
+            assert watch.changed() == {place.key}
+            buffer.view.data[-1] = before
+            seen += 1
+    assert seen > 20
+    assert watch.changed() == set()
 
 
 @pytest.mark.parametrize("strategy", [local_sgd(3, 1), resist(5, 1, min_depth=3), resist(3, 1, min_depth=2)])

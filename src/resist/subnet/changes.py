@@ -4,16 +4,17 @@ Parameters that train are averaged in every round. Of the rest (frozen weights, 
 change, or change in some workers only; equal copies are left alone, so that they keep their bits.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from resist.subnet.flats import PlaceKey
-from resist.subnet.layout import Place
 from resist.subnet.network import Subnet
+from resist.subnet.pieces import Layout
 
+Run = tuple[torch.dtype, int | None, tuple[str, ...]]  # dtype, chain, and names of tensors that follow each other
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
@@ -38,9 +39,15 @@ class Watch:
         Returns:
             `Place.key` of each.
         """
-        now, versions = _sums(self._subnet), _versions(self._subnet)
-        changed = {place.key for place, value in now.items() if self._sums.get(place) != value}
-        return changed | {key for key, version in versions.items() if self._versions.get(key) != version}
+        versions, now = _versions(self._subnet), _sums(self._subnet)
+        changed = {key for key, version in versions.items() if self._versions.get(key) != version}
+        compared = {run: old for run, old in self._sums.items() if run in now and old.shape == now[run].shape}
+        if compared:
+            different = torch.cat([(now[run] != before).any(0) for run, before in compared.items()])
+            keys = ((chain, name) for _, chain, names in compared for name in names)
+            values = cast(list[bool], different.tolist())  # pyright: ignore[reportUnknownMemberType]
+            changed |= {key for key, value in zip(keys, values, strict=True) if value}
+        return changed | {(chain, name) for _, chain, names in now.keys() - compared.keys() for name in names}
 
 
 def resting_keys(subnet: Subnet) -> list[PlaceKey]:
@@ -65,33 +72,38 @@ def from_text(text: str, subnet: Subnet) -> set[PlaceKey]:
     return {key for bit, key in enumerate(resting_keys(subnet)) if bits >> bit & 1}
 
 
-def _watched(subnet: Subnet) -> Iterator[tuple[Place, Tensor]]:
-    """The tensors that do not train and are not known to change, each as (numel,)."""
-    for dtype, layout in subnet.layouts.items():
-        parts: list[tuple[int | None, int]] = [(None, 0)]
-        parts += [(chain, slot) for chain, capacity in enumerate(layout.capacities) for slot in range(capacity)]
-        for chain, slot in parts:
-            part, own = layout.part(chain), None
-            for name in part.resting:
-                if (chain, name) not in subnet.changing:
-                    own = layout.slot(chain, slot, subnet.flats[dtype]) if own is None else own
-                    piece = part.pieces[name]
-                    yield Place(chain, slot, name), own[piece.offset : piece.offset + piece.shape.numel()]
-
-
 @torch.no_grad()
-def _sums(subnet: Subnet) -> dict[Place, int]:
-    if subnet.device.type == "meta":
-        return {}
-    places: list[Place] = []
-    sums: list[Tensor] = []
-    for place, tensor in _watched(subnet):
-        places.append(place)
-        sums.append(tensor.view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
-    if not sums:
-        return {}
-    values = cast(list[int], torch.stack(sums).tolist())  # pyright: ignore[reportUnknownMemberType]
-    return dict(zip(places, values, strict=True))
+def _sums(subnet: Subnet) -> dict[Run, Tensor]:
+    """Sums of the bits of what does not train and is not known to change, of all slots of a chain at once.
+
+    Returns:
+        Run -> (slots, tensors of the run) int64, modulo 2^64.
+    """
+    sums: dict[Run, Tensor] = {}
+    for dtype, layout in subnet.layouts.items() if subnet.device.type != "meta" else ():
+        for chain in (None, *range(len(layout.chains))):
+            part = layout.part(chain)
+            for names in _runs(part, [name for name in part.resting if (chain, name) not in subnet.changing]):
+                first, numel = part.pieces[names[0]].offset, part.pieces[names[0]].shape.numel()
+                slots = layout.slots(chain, subnet.flats[dtype])[:, first : first + len(names) * numel]
+                bits = slots.view(_INTEGERS[slots.element_size()])
+                apart = bits.view(len(bits), len(names), bits.shape[1] // len(names))
+                sums[dtype, chain, names] = apart.sum(2, dtype=torch.int64)
+    return sums
+
+
+def _runs(part: Layout, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Group tensors of equal size that follow each other in their part."""
+    runs: list[list[str]] = []
+    expected = -1, 0
+    for name in names:
+        start, numel = part.pieces[name].offset, part.pieces[name].shape.numel()
+        if (start, numel) == expected:
+            runs[-1].append(name)
+        elif numel:
+            runs.append([name])
+        expected = start + numel, numel
+    return [tuple(run) for run in runs]
 
 
 def _versions(subnet: Subnet) -> dict[PlaceKey, tuple[int, ...]]:

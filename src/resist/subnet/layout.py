@@ -201,6 +201,23 @@ class SubnetLayout:
         start = self._start(chain) + slot * part.numel
         return flat[start : start + part.numel]
 
+    def slots(self, chain: int | None, flat: Tensor) -> Tensor:
+        """Return all slots of a chain in a flat tensor, or its shared part.
+
+        Args:
+            chain: Number of the chain; None for the shared part.
+            flat: Flat tensor, (numel,), with this layout.
+
+        Returns:
+            A view of `flat`, (slots, part(chain).numel).
+        """
+        number, numel, start = (
+            1 if chain is None else self.capacities[chain],
+            self.part(chain).numel,
+            self._start(chain),
+        )
+        return flat[start : start + number * numel].view(number, numel)
+
     def view(self, place: Place, flat: Tensor) -> Tensor:
         """Return one tensor in a flat tensor.
 

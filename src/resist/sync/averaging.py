@@ -1,5 +1,6 @@
 """Averaging: each weight becomes its mean over its holders, followed by the optional outer step."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +15,17 @@ from resist.subnet.network import Subnet
 WEIGHTS, VELOCITY, AVERAGE = "weights", "outer velocity", "average of weights"
 
 
-def first_nonfinite(subnet: Subnet) -> str | None:
-    """Look for NaN and inf in what is averaged.
+def averaged_ranges(subnet: Subnet) -> list[Tensor]:
+    """List what is averaged: weights that train, and buffers that change, as ranges of the flat tensors."""
+    return [
+        subnet.flats[dtype][start:end]
+        for dtype, layout in subnet.layouts.items()
+        for start, end in layout.ranges(subnet.changing, blocks=True)
+    ]
 
-    That is weights that train, and buffers that change. Waits for the device.
+
+def first_nonfinite(subnet: Subnet) -> str | None:
+    """Look for NaN and inf in what is averaged. Waits for the device, once for each tensor.
 
     Args:
         subnet: A sub-network.
@@ -26,38 +34,36 @@ def first_nonfinite(subnet: Subnet) -> str | None:
         The global dotted name of the first tensor that has one, or None.
     """
     for dtype, layout in subnet.layouts.items():
-        flat = subnet.flats[dtype]
-        ranges = layout.ranges(subnet.changing, blocks=True)
-        if all(all_finite(flat[start:end]) for start, end in ranges):
-            continue
         parts: list[tuple[int | None, int]] = [(None, 0)]
         parts += [(chain, slot) for chain, capacity in enumerate(layout.capacities) for slot in range(capacity)]
         for chain, slot in parts:
             for piece in layout.part(chain).pieces:
                 place = Place(chain, slot, piece)
                 averaged = piece not in layout.part(chain).resting or place.key in subnet.changing
-                if averaged and not all_finite(layout.view(place, flat)):
+                if averaged and not all_finite(layout.view(place, subnet.flats[dtype])):
                     return layout.full_name(place, subnet.held)
     return None
 
 
-def all_finite(flat: Tensor) -> bool:
-    """Check a tensor for NaN and inf. Waits for the device.
+def all_finite(*tensors: Tensor) -> bool:
+    """Check tensors for NaN and inf. Waits for the device, once for each dtype.
 
     Args:
-        flat: A tensor of any shape.
+        tensors: Tensors of any shapes.
 
     Returns:
-        True if it has neither.
+        True if they have neither.
     """
-    if flat.numel() == 0:
-        return True
-    if flat.is_complex():
-        flat = torch.view_as_real(flat)
-    if flat.element_size() == 1:  # float8 has no order
-        flat = flat.float()
-    low, high = torch.aminmax(flat)  # ten times as fast as a norm; NaN in either if there is one
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    bounds: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        if tensor.element_size() == 1:  # float8 has no order
+            tensor = tensor.float()
+        bounds[tensor.dtype] += torch.aminmax(tensor)  # ten times as fast as a norm; NaN in both if there is one
+    return all(bool(torch.stack(limits).isfinite().all()) for limits in bounds.values())
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from resist.errors import AgreedError, DivergedError, UserError
 from resist.subnet.changes import from_text, to_text
 from resist.sync import loose as loose_values
-from resist.sync.averaging import VELOCITY, first_nonfinite
+from resist.sync.averaging import VELOCITY, all_finite, averaged_ranges, first_nonfinite
 from resist.sync.loose import Described, LooseParts, collect_loose
 from resist.sync.optimizer_state import StateTypes, flat_states
 from resist.sync.round_end import RoundEnd
@@ -99,10 +99,12 @@ def agree_on_round(
 
 
 def _with_nonfinite_weights(workers: Sequence[Worker]) -> dict[int, str]:
-    """The workers with NaN or inf in their weights.
+    """The workers with NaN or inf in their weights, each with the reason.
 
-    Each with the reason. Waits for the device.
+    Waits for the device: once for each dtype if all are finite, as almost always.
     """
+    if all_finite(*(part for worker in workers for part in averaged_ranges(worker.subnet))):
+        return {}
     names = {worker.index: first_nonfinite(worker.subnet) for worker in workers}
     return {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
 
