@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pool import Pool
 from resist.cost.footprint import build_on_meta
@@ -23,6 +25,8 @@ from resist.planning.capacities import Capacities
 from resist.planning.fragments import STRIPS, fragment_sizes, fragment_strips, fragment_times
 from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
 from resist.planning.wire import Wire, as_wire
+from resist.runs.job_state import restore_weights
+from resist.runs.library import load_checkpoint, save_checkpoint
 from resist.subnet.batchnorm import has_running_statistics
 from resist.sync.averaging import VELOCITY
 from resist.sync.local import Local
@@ -59,6 +63,14 @@ class Run:
         self.job = Job(network, strategy, wire=wire, **options)  # type: ignore[arg-type]
         self.optimizers, self.equal = [make(worker.model) for worker in self.job.workers], equal
         self.job.attach(*self.optimizers)
+        self.averages: list[AveragedModel] = []
+        self.kept: list[Tensor] = []
+
+    def follow(self) -> "Run":
+        update = get_ema_multi_avg_fn(0.9)
+        self.averages = [AveragedModel(worker.model, multi_avg_fn=update) for worker in self.job.workers]
+        self.job.follow(*self.averages)
+        return self
 
     def train(self, steps: int) -> "Run":
         """Take steps with random gradients towards zero, which is faster than batches, and change the statistics."""
@@ -73,6 +85,8 @@ class Run:
                     if "running" in name:
                         buffer.add_(0.01 if self.equal else 0.01 * (worker.index + 1))
                 optimizer.step()
+            for worker, average in zip(self.job.workers, self.averages, strict=False):
+                average.update_parameters(worker.model)
             self.job.step(*self.optimizers)
         return self
 
@@ -138,7 +152,11 @@ def test_fragments_follow_each_other_within_the_round(steps: int, fragments: int
 
 @pytest.mark.parametrize(
     ("name", "wire"),
-    [("average", "fp32"), ("outer", "int8"), ("diloco", "fp32"), ("switch", "int8"), ("growing", "int4")],
+    [
+        ("average", "fp32"),
+        ("switch", "int8"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("diloco", "fp32"), ("growing", "int4"))),
+    ],
 )
 def test_all_workers_agree_on_the_anchors(name: str, wire: str) -> None:
     """And the complete network has the mean of what the workers have, whose training goes on undisturbed."""
@@ -168,16 +186,15 @@ def test_all_workers_agree_on_the_anchors(name: str, wire: str) -> None:
     assert drifts >= 3
 
 
-@pytest.mark.parametrize("delay", [1, 2])
-@pytest.mark.parametrize("name", ["resist", "local_sgd"])
+@pytest.mark.parametrize(("name", "delay"), [("resist", 1), ("local_sgd", 2)])
 def test_equal_workers_train_as_one(name: str, delay: int) -> None:
     """The mean of equal changes is the own change: the delay loses nothing, and counts nothing twice."""
     make: dict[str, Callable[[int], Strategy]] = {
         "local_sgd": lambda workers: local_sgd(workers, 9, optimizer_state="keep"),
         "resist": lambda workers: resist(workers, 9, capacities=6, optimizer_state="keep"),
     }
-    several = Run(make[name](3), fragments=3, delay=delay, equal=True).train(27)
-    alone = Run(make[name](1), fragments=3, delay=delay, equal=True).train(27)
+    several = Run(make[name](3), fragments=3, delay=delay, equal=True).train(20)
+    alone = Run(make[name](1), fragments=3, delay=delay, equal=True).train(20)
     assert not alone.job.workers[0].fragments
     for worker in several.job.workers:
         torch.testing.assert_close(worker.subnet.flat, alone.job.workers[0].subnet.flat, rtol=1e-4, atol=1e-5)
@@ -185,7 +202,7 @@ def test_equal_workers_train_as_one(name: str, delay: int) -> None:
 
 def test_every_number_is_averaged_once_a_round() -> None:
     """Each worker's change of a round arrives in the anchors in equal parts."""
-    for name, early in (("resist", 0), ("local_sgd", 0), ("resist", 3), ("local_sgd", 1)):
+    for name, early in (("resist", 0), ("resist", 3), ("local_sgd", 1)):
         run = Run(STRATEGIES[name](), delay=1)
         workers = run.job.workers
         start = anchors(workers[0]).clone()
@@ -230,10 +247,16 @@ def test_progress_during_the_delay_is_kept(wire: str) -> None:
         torch.testing.assert_close(moved, torch.full_like(moved, own), rtol=0, atol=1e-5)
 
 
-CASES = [("average", "fp32"), ("average", "int8"), ("outer", "int8"), ("diloco", "fp32")]
+SLOW = [("average", "fp32"), ("outer", "int8"), ("switch", "fp32"), ("growing", "bf16")]
 
 
-@pytest.mark.parametrize(("name", "wire"), [*CASES, ("switch", "fp32"), ("switch", "int4"), ("growing", "bf16")])
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [
+        *(("average", "int8"), ("diloco", "fp32"), ("switch", "int4")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    ],
+)
 def test_bytes_are_those_of_the_formula(name: str, wire: str) -> None:
     run = Run(STRATEGIES[name](), wire, replicate=name == "average")
     sizes = sizes_of(build_on_meta(single), run.job.chains)
@@ -342,7 +365,6 @@ def test_another_job_begins_at_the_anchors() -> None:
         other.job.load_state_dict(state)
         for worker in other.job.workers:
             assert torch.equal(worker.model.get_parameter("stem.weight"), agreed)
-        other.train(STEPS)
 
 
 def test_a_job_can_be_loaded_while_a_fragment_is_on_its_way() -> None:
@@ -356,11 +378,33 @@ def test_a_job_can_be_loaded_while_a_fragment_is_on_its_way() -> None:
     run.job.close()
 
 
-def test_replicas_have_what_all_agree_on() -> None:
+def test_replicas_have_what_all_agree_on(tmp_path: Path) -> None:
     run = Run(resist(3, STEPS), "int8", replicate=True).train(2 * STEPS)
     (replica,) = run.job.replicas
     state = run.job.state_dict()["weights"]
     assert all(torch.equal(value, replica.tensors[name]) for name, value in state.items())
+    other = Run(resist(3, STEPS), "int8", replicate=True, resume_at=(2, 2 * STEPS))
+    restore_weights(other.job, replica.tensors, tmp_path)
+    for worker in other.job.workers:
+        assert torch.equal(anchors(worker), anchors(run.job.workers[0]))
+    other.train(STEPS)
+    assert all(torch.equal(anchors(other.job.workers[0]), anchors(worker)) for worker in other.job.workers)
+
+
+def test_a_run_that_ends_within_a_fragment_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """With an average of the weights, which is exchanged at the round's end."""
+    run = Run(resist(3, STEPS), "int8", fragments=1, delay=2).follow().train(STEPS)
+    save_checkpoint(tmp_path, run.job)
+    run.train(2)  # a fragment is on its way; then the process dies
+    other = Run(resist(3, STEPS), "int8", fragments=1, delay=2).follow()
+    load_checkpoint(tmp_path, other.job)
+    assert other.job.step_index == STEPS
+    for one, more in ((run, STEPS - 2), (other, STEPS)):
+        one.train(more)
+        full = one.job.full_model(averaged=True)
+        assert full is not None
+        one.kept = tensors_of(one) + list(full.parameters())
+    assert all(torch.equal(*pair) for pair in zip(run.kept, other.kept, strict=True))
 
 
 def test_velocity_is_that_of_fragments() -> None:
