@@ -1,144 +1,33 @@
-"""Jobs whose shared part is averaged in fragments: what all agree on, what is never lost, and what stays as it was."""
+"""Jobs whose shared part is averaged in fragments: what all agree on, and what is never lost."""
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from pool import Pool
 from resist.cost.footprint import build_on_meta
 from resist.cost.sizes import sizes_of
 from resist.cost.states import StateMeter
 from resist.cost.traffic import round_traffic
-from resist.errors import DivergedError, UserError
-from resist.job import Job
-from resist.models import PreActResNet
-from resist.planning.capacities import Capacities
-from resist.planning.fragments import STRIPS, fragment_sizes, fragment_strips, fragment_times
-from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
-from resist.planning.wire import Wire, as_wire
+from resist.errors import DivergedError
+from resist.planning.fragments import fragment_times
+from resist.planning.strategy import Strategy, diloco, local_sgd, resist
 from resist.subnet.batchnorm import has_running_statistics
 from resist.sync.averaging import VELOCITY
 from resist.sync.local import Local
-from resist.sync.worker import Worker
-
-STEPS = 4  # of a round
-
-
-def single() -> PreActResNet:
-    return PreActResNet((1, 1, 7, 1), 5, width=4)
-
-
-def sgd(model: nn.Module) -> Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-
-
-class Run:
-    """A job on `single` with fragments, its optimizers and batches."""
-
-    def __init__(
-        self,
-        strategy: Strategy,
-        wire: str | Wire = "fp32",
-        fragments: int = 2,
-        delay: int = 1,
-        *,
-        equal: bool = False,
-        make: Callable[[nn.Module], Optimizer] = sgd,
-        network: Callable[[], nn.Module] = single,
-        **options: object,
-    ) -> None:
-        options = {"batchnorm": "average", "example": False, "seed": 3, **options}
-        wire = replace(as_wire(wire), fragments=fragments, delay=delay)
-        self.job = Job(network, strategy, wire=wire, **options)  # type: ignore[arg-type]
-        self.optimizers, self.equal = [make(worker.model) for worker in self.job.workers], equal
-        self.job.attach(*self.optimizers)
-
-    def train(self, steps: int) -> "Run":
-        """Take steps with random gradients towards zero, which is faster than batches, and change the statistics."""
-        for _ in range(steps):
-            for worker, optimizer in zip(self.job.workers, self.optimizers, strict=True):
-                seed = self.job.step_index if self.equal else 1000 * worker.index + self.job.step_index
-                random = torch.Generator().manual_seed(seed)
-                for parameter in worker.model.parameters():
-                    noise = torch.randn(parameter.shape, generator=random)
-                    parameter.grad = parameter.detach() + noise if parameter.requires_grad else None
-                for name, buffer in worker.model.named_buffers():
-                    if "running" in name:
-                        buffer.add_(0.01 if self.equal else 0.01 * (worker.index + 1))
-                optimizer.step()
-            self.job.step(*self.optimizers)
-        return self
-
-
-STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "resist": lambda: resist(3, STEPS),
-    "average": lambda: resist(3, STEPS, capacities=(4, 3, 2), optimizer_state="average"),
-    "outer": lambda: resist(3, STEPS, min_depth=3, outer=OuterSGD()),
-    "local_sgd": lambda: local_sgd(3, STEPS, optimizer_state="average"),
-    "diloco": lambda: diloco(3, STEPS),
-    "switch": lambda: switch(
-        local_sgd(3, STEPS), switch(resist(3, STEPS), local_sgd(3, STEPS), at_round=4), at_round=2
-    ),
-    "growing": lambda: resist(3, STEPS, capacities=Capacities(by_worker=2, by_round={2: 4, 3: 6})),
-}
-
-
-def anchors(worker: Worker) -> Tensor:
-    return torch.cat([fragment.feedback.anchor for fragment in worker.fragments])
-
-
-def everyones(worker: Worker, *, blocks: bool) -> Tensor:
-    """What every worker trains: of the shared part, or of all blocks as well."""
-    layout = worker.subnet.layout
-    return torch.cat([worker.subnet.flat[start:end] for start, end in layout.ranges(blocks=blocks)])
-
-
-def tensors_of(run: Run) -> list[Tensor]:
-    """Everything that the next rounds depend on."""
-    found: list[Tensor] = []
-    for worker in run.job.workers:
-        found += [worker.subnet.flat, *(worker.state[name][torch.float32] for name in sorted(worker.state))]
-        for feedback in (fragment.feedback for fragment in worker.fragments):
-            found += [t for t in (feedback.anchor, feedback.error, feedback.piece_error) if t is not None]
-    return [tensor.clone() for tensor in found]
-
-
-@given(st.integers(0, 9000), st.integers(1, 12))
-def test_strips_have_every_number_once(numel: int, fragments: int) -> None:
-    dealt = fragment_strips(numel, fragments)
-    assert len(dealt) == fragments
-    ordered = sorted(strip for strips in dealt for strip in strips)
-    assert [number for start, end in ordered for number in range(start, end)] == list(range(numel))
-    assert all(len(strips) <= STRIPS for strips in dealt)
-    assert sum(fragment_sizes(numel, fragments)) == numel
-    if numel >= 16 * 8 * fragments:
-        assert all(strips[-1][1] - strips[0][0] > numel / 2 for strips in dealt if fragments < 5)
-
-
-@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 12))
-def test_fragments_follow_each_other_within_the_round(steps: int, fragments: int, delay: int) -> None:
-    if steps < 2 * fragments or delay >= steps // fragments:
-        with pytest.raises(UserError, match=r"needs at least|is too long"):
-            fragment_times(steps, fragments, delay)
-        return
-    before = 0
-    for times in fragment_times(steps, fragments, delay):
-        assert 1 <= times.begin < times.advance <= times.finish <= steps
-        assert times.finish == times.begin + delay
-        assert times.begin >= before
-        before = times.finish
+from streamed import STEPS, STRATEGIES, Run, anchors, everyones, sgd, single, tensors_of
 
 
 @pytest.mark.parametrize(
     ("name", "wire"),
-    [("average", "fp32"), ("outer", "int8"), ("diloco", "fp32"), ("switch", "int8"), ("growing", "int4")],
+    [
+        ("average", "fp32"),
+        ("switch", "int8"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("diloco", "fp32"), ("growing", "int4"))),
+    ],
 )
 def test_all_workers_agree_on_the_anchors(name: str, wire: str) -> None:
     """And the complete network has the mean of what the workers have, whose training goes on undisturbed."""
@@ -168,16 +57,15 @@ def test_all_workers_agree_on_the_anchors(name: str, wire: str) -> None:
     assert drifts >= 3
 
 
-@pytest.mark.parametrize("delay", [1, 2])
-@pytest.mark.parametrize("name", ["resist", "local_sgd"])
+@pytest.mark.parametrize(("name", "delay"), [("resist", 1), ("local_sgd", 2)])
 def test_equal_workers_train_as_one(name: str, delay: int) -> None:
     """The mean of equal changes is the own change: the delay loses nothing, and counts nothing twice."""
     make: dict[str, Callable[[int], Strategy]] = {
         "local_sgd": lambda workers: local_sgd(workers, 9, optimizer_state="keep"),
         "resist": lambda workers: resist(workers, 9, capacities=6, optimizer_state="keep"),
     }
-    several = Run(make[name](3), fragments=3, delay=delay, equal=True).train(27)
-    alone = Run(make[name](1), fragments=3, delay=delay, equal=True).train(27)
+    several = Run(make[name](3), fragments=3, delay=delay, equal=True).train(20)
+    alone = Run(make[name](1), fragments=3, delay=delay, equal=True).train(20)
     assert not alone.job.workers[0].fragments
     for worker in several.job.workers:
         torch.testing.assert_close(worker.subnet.flat, alone.job.workers[0].subnet.flat, rtol=1e-4, atol=1e-5)
@@ -185,7 +73,7 @@ def test_equal_workers_train_as_one(name: str, delay: int) -> None:
 
 def test_every_number_is_averaged_once_a_round() -> None:
     """Each worker's change of a round arrives in the anchors in equal parts."""
-    for name, early in (("resist", 0), ("local_sgd", 0), ("resist", 3), ("local_sgd", 1)):
+    for name, early in (("resist", 0), ("resist", 3), ("local_sgd", 1)):
         run = Run(STRATEGIES[name](), delay=1)
         workers = run.job.workers
         start = anchors(workers[0]).clone()
@@ -230,10 +118,16 @@ def test_progress_during_the_delay_is_kept(wire: str) -> None:
         torch.testing.assert_close(moved, torch.full_like(moved, own), rtol=0, atol=1e-5)
 
 
-CASES = [("average", "fp32"), ("average", "int8"), ("outer", "int8"), ("diloco", "fp32")]
+SLOW = [("average", "fp32"), ("outer", "int8"), ("switch", "fp32"), ("growing", "bf16")]
 
 
-@pytest.mark.parametrize(("name", "wire"), [*CASES, ("switch", "fp32"), ("switch", "int4"), ("growing", "bf16")])
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [
+        *(("average", "int8"), ("diloco", "fp32"), ("switch", "int4")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    ],
+)
 def test_bytes_are_those_of_the_formula(name: str, wire: str) -> None:
     run = Run(STRATEGIES[name](), wire, replicate=name == "average")
     sizes = sizes_of(build_on_meta(single), run.job.chains)
@@ -309,60 +203,6 @@ def test_the_others_average_without_a_worker_with_nan() -> None:
         torch.testing.assert_close(moved, torch.full_like(moved, 4.0), rtol=0, atol=0.05)  # of 0, 3 and 9
 
 
-@pytest.mark.parametrize(
-    ("name", "wire"),
-    [
-        ("switch", "int4"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("average", "fp32"), ("diloco", "int8"))),
-    ],
-)
-def test_a_loaded_job_goes_on_bit_for_bit(name: str, wire: str) -> None:
-    run, other = Run(STRATEGIES[name](), wire), Run(STRATEGIES[name](), wire)
-    for _ in range(5):
-        run.train(STEPS)
-        state = run.job.state_dict()
-        other.job.load_state_dict(state)
-        again = other.job.state_dict()
-        assert all(torch.equal(value, again["weights"][key]) for key, value in state["weights"].items())
-        other.train(STEPS + 1)
-        run.train(1)
-        other.job.load_state_dict(state)  # in the middle of a round
-        run.train(STEPS - 1)
-        other.train(STEPS)
-        assert all(torch.equal(*pair) for pair in zip(tensors_of(run), tensors_of(other), strict=True))
-
-
-def test_another_job_begins_at_the_anchors() -> None:
-    run = Run(resist(3, STEPS), "int8").train(2 * STEPS)
-    state = run.job.state_dict()
-    agreed = state["weights"]["stem.weight"]
-    assert not torch.equal(agreed, run.job.workers[0].model.get_parameter("stem.weight"))
-    for workers, wire, fragments in ((2, "int8", 2), (3, "fp32", 2), (3, "int8", 1), (3, "int8", 0)):
-        other = Run(resist(workers, STEPS), wire, fragments)
-        other.job.load_state_dict(state)
-        for worker in other.job.workers:
-            assert torch.equal(worker.model.get_parameter("stem.weight"), agreed)
-        other.train(STEPS)
-
-
-def test_a_job_can_be_loaded_while_a_fragment_is_on_its_way() -> None:
-    run = Run(resist(3, STEPS), fragments=1, delay=2).train(STEPS)
-    state, expected = run.job.state_dict(), Run(resist(3, STEPS), fragments=1, delay=2).train(2 * STEPS)
-    run.train(2)
-    run.job.load_state_dict(state)
-    run.train(STEPS)
-    assert all(torch.equal(*pair) for pair in zip(tensors_of(run), tensors_of(expected), strict=True))
-    run.train(2)
-    run.job.close()
-
-
-def test_replicas_have_what_all_agree_on() -> None:
-    run = Run(resist(3, STEPS), "int8", replicate=True).train(2 * STEPS)
-    (replica,) = run.job.replicas
-    state = run.job.state_dict()["weights"]
-    assert all(torch.equal(value, replica.tensors[name]) for name, value in state.items())
-
-
 def test_velocity_is_that_of_fragments() -> None:
     """Of the shared part once a round, in equal bits; one round of diloco moves as without fragments."""
     run, whole = Run(diloco(3, STEPS)), Run(diloco(3, STEPS), fragments=0)
@@ -380,23 +220,6 @@ def test_velocity_is_that_of_fragments() -> None:
                 torch.testing.assert_close(a.subnet.flat[start:end], b.subnet.flat[start:end], rtol=0, atol=2e-5)
                 velocity = [w.state[VELOCITY][torch.float32][start:end] for w in (a, b)]
                 torch.testing.assert_close(*velocity, rtol=0, atol=2e-5)
-
-
-def test_bad_numbers_are_refused_in_one_line() -> None:
-    for wire, message in (
-        ({"fragments": -1}, "`fragments=-1`; must be at least 0"),
-        ({"fragments": 2, "delay": 0}, "`delay=0`; must be at least 1"),
-        ({"fragments": 2.5}, "`fragments=2.5` is not a whole number"),
-        ({"delay": 2}, "`delay=2` has no effect without `fragments`"),
-    ):
-        with pytest.raises(UserError, match=message.replace("(", r"\(")):
-            Wire(**wire)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"needs at least 10 steps in a round, .* give `fragments=3` or fewer"):
-        Job(single, resist(2, 6), wire=Wire(fragments=5), example=False)
-    with pytest.raises(UserError, match=r"`delay=3` is too long: .* give at most 2"):
-        Job(single, resist(2, 6), wire=Wire(fragments=2, delay=3), example=False)
-    with pytest.raises(UserError, match="leave out"):
-        Job(single, ddp(1), wire=Wire(fragments=2), example=False)
 
 
 def trained_by(name: str, wire: str, alone: bool) -> dict[int, Tensor]:

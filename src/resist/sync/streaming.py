@@ -112,7 +112,7 @@ class FragmentMean:
         if self._plain is not None:
             self._plain.finish()
             for index, change in zip(self._copies, self._changes, strict=True):
-                self._copies[index] = self._fragment(index).feedback.anchor + self._mean(change)
+                self._copies[index] = self._mean(change).add_(self._fragment(index).feedback.anchor)
         if self._encoded is not None:
             self._encoded.finish()
         for index, worker in self._workers.items():
