@@ -34,9 +34,12 @@ class Fragment:
         """Return views of its ranges. Writing to them does not count as a change of frozen weights beside them."""
         return [flat.data[start:end] for start, end in self.ranges]
 
-    def read(self, flat: Tensor) -> Tensor:
-        """Copy its numbers from a flat tensor."""
-        return torch.cat([*self.parts(flat), flat.data[:0]])
+    def read(self, flat: Tensor, into: Tensor | None = None) -> Tensor:
+        """Copy its numbers from a flat tensor; to `into`, if it has memory of its own of that size."""
+        parts = [*self.parts(flat), flat.data[:0]]
+        if into is None or into.untyped_storage().nbytes() != sum(part.nbytes for part in parts):
+            return torch.cat(parts)
+        return torch.cat(parts, out=into)
 
     def write(self, flat: Tensor, numbers: Tensor) -> None:
         """Copy numbers to their places in a flat tensor."""
@@ -90,7 +93,7 @@ def begin_fragments(
             _deal(_joined(before, lambda feedback: feedback.anchor), found, "anchor")
     for fragment in found if not kept else ():
         view = copied and not count and len(fragment.ranges) == 1
-        fragment.feedback.anchor = fragment.parts(flat)[0] if view else fragment.read(flat)
+        fragment.feedback.anchor = fragment.parts(flat)[0] if view else fragment.read(flat, fragment.feedback.anchor)
     return found
 
 

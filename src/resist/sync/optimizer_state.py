@@ -157,10 +157,14 @@ def start_over(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
         optimizer: The optimizer.
         parameters: Parameters that it trains.
     """
-    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    group_of: dict[int, dict[str, Any]] | None = None
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
-        if id(parameter) not in group_of or not _begins_with_state.get(type(optimizer), True):
+        if not _begins_with_state.get(type(optimizer), True):
+            continue
+        if group_of is None:
+            group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        if id(parameter) not in group_of:
             continue
         state = _first_state(optimizer, parameter, group_of[id(parameter)])
         _begins_with_state[type(optimizer)] = bool(state)
