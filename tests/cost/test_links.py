@@ -11,6 +11,7 @@ from cost_cases import CHAIN, MOMENTUM, SIZES, timed
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commands import Commands
 from pool import Pool
 from resist.blocks.chains import choose_chains
 from resist.cost import Link, Speed
@@ -170,3 +171,16 @@ def test_processes_measure_the_same(pool: Pool) -> None:
     values = [*one.gbit_s.values(), *one.latency_ms.values(), *one.ring_gbit_s, *one.to_all_gbit_s]
     assert len(values) == 6 + 3 + 3 + 3
     assert all(0 < value < 10_000 for value in values)
+
+
+@pytest.mark.slow
+def test_probe_writes_what_cost_takes(commands: Commands, tmp_path: Path) -> None:
+    file = tmp_path / "links.json"
+    done = commands.run("probe", "--processes", "2", "--device", "cpu", "--out", str(file))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 processes; gloo, from the memory of the host" in done.stdout
+    assert done.stdout.rstrip().endswith(f"wrote {file}")
+    assert len(read_links(file).each) == 2
+    again = commands.run("probe", "--processes", "2", "--device", "cpu", "--out", str(file))
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.count("\n") == 1
