@@ -5,18 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cost_cases import CHAIN, MOMENTUM, SIZES, timed
+from cost_cases import CHAIN, MOMENTUM, SIZES, SMALL, timed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from resist.cli import main
-from resist.cost import Link, Speed, calibrate
+from resist.cost import Link, Row, Speed, calibrate, predict
 from resist.cost.links import Links
-from resist.cost.timing import PAYLOAD, ddp_step_s, exchange_s, median_step_s
-from resist.cost.traffic import ddp_traffic, round_traffic
+from resist.cost.timing import PAYLOAD, ddp_step_s, exchange_s, fragments_s, median_step_s
+from resist.cost.traffic import RoundTraffic, ddp_traffic, round_traffic
 from resist.errors import UserError
+from resist.models import PreActResNet
+from resist.planning.fragments import fragment_times
 from resist.planning.strategy import ddp, local_sgd, resist
+from resist.planning.wire import Wire
 from support import tiny
 
 MEGABYTE_S = 8e6 / 1e9 / PAYLOAD  # the line rate in Gbit/s that carries 1e6 bytes of payload a second
@@ -43,6 +46,53 @@ def test_seconds_of_ddp_by_hand() -> None:
         assert seconds is not None
         assert seconds.round / 10 == pytest.approx(step_s - backward + max(backward, numel * 8 / 1e6))
         assert seconds.hidden / 10 == pytest.approx(min(backward, numel * 8 / 1e6))
+
+
+def fragments(encoded: int, allreduces: int) -> RoundTraffic:
+    """Two fragments of 1 MB a worker, and 0.5 MB more at the end of the round."""
+    return RoundTraffic(
+        {}, 2_500_000, allreduces, {}, {}, compressed=encoded, scattered=1_000_000 if encoded else 0,
+        fragments=(1_000_000, 1_000_000),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("step_s", [0.01, 0.3, 5.0])
+def test_fragments_wait_for_what_steps_do_not_hide(step_s: float) -> None:
+    """Of a compressed mean the first half has two of three steps, the second half the third one."""
+    links, times = Links((Link(MEGABYTE_S, 100),)), fragment_times(10, 2, 3)
+    waited, hidden = fragments_s(fragments(0, 3), links, 2, times, step_s)
+    whole = 1 + 2 * 0.1  # two hops of a ring of two
+    assert waited == pytest.approx(2 * max(0, whole - 3 * step_s))
+    assert waited + hidden == pytest.approx(2 * whole)
+    assert exchange_s(fragments(0, 3), links, 2) == pytest.approx(0.5 + 2 * 0.1)
+    waited, hidden = fragments_s(fragments(2, 1), links, 2, times, step_s)
+    half = 0.5 + 0.1
+    assert waited == pytest.approx(2 * (max(0, half - 2 * step_s) + max(0, half - step_s)))
+    assert waited + hidden == pytest.approx(4 * half)
+    assert exchange_s(fragments(2, 1), links, 2) == pytest.approx(0.5 + 2 * 0.1)
+
+
+def test_fragments_send_as_much_and_stall_less() -> None:
+    network, rows = (lambda: PreActResNet((1, 1, 5, 1), 5, width=4)), list[Row]()
+    for wire in (Wire("int8"), Wire("int8", fragments=2)):
+        report = predict(
+            network,
+            [local_sgd(2, 10)],
+            wire=wire,
+            link=Link(MEGABYTE_S),
+            speed=Speed(80),
+            **SMALL,  # type: ignore[arg-type]
+        )
+        rows += report.rows
+    whole, pieces = ((row.seconds, row.traffic.total_bytes) for row in rows)
+    assert pieces[1] == pytest.approx(whole[1], rel=0.1)
+    assert whole[0] is not None
+    assert pieces[0] is not None
+    assert pieces[0].stall < 0.7 * whole[0].stall
+    assert pieces[0].exchange + pieces[0].hidden == pytest.approx(whole[0].exchange, rel=0.1)
+    assert rows[1].networks[0].memory.changes > rows[0].networks[0].memory.changes
+    with pytest.raises(UserError, match="`fragments=6` needs at least 12 steps in a round"):
+        predict(network, [local_sgd(2, 10)], wire=Wire(fragments=6), **SMALL)  # type: ignore[arg-type]
 
 
 def test_the_slowest_worker_decides() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from resist.cli import main
 from resist.cost.footprint import build_on_meta
+from resist.cost.options import change_bytes
 from resist.cost.sizes import sizes_of
 from resist.cost.states import StateMeter
 from resist.cost.traffic import round_traffic
@@ -20,13 +21,17 @@ from resist.models import PreActResNet
 from resist.planning.strategy import Strategy, diloco, local_sgd, resist
 from resist.planning.wire import WIRES, Wire
 
+STEPS = 4
 POLICIES = ("reset", "keep", "travel", "average")
 STRATEGIES = {
-    "unequal": lambda workers, policy: resist(workers, 1, capacities=(4, 3, 2, 2)[:workers], optimizer_state=policy),
-    "local_sgd": lambda workers, policy: local_sgd(workers, 1, optimizer_state=policy),
-    "diloco": lambda workers, policy: diloco(workers, 1),
+    "unequal": lambda workers, policy: resist(
+        workers, STEPS, capacities=(4, 3, 2, 2)[:workers], optimizer_state=policy
+    ),
+    "local_sgd": lambda workers, policy: local_sgd(workers, STEPS, optimizer_state=policy),
+    "diloco": lambda workers, policy: diloco(workers, STEPS),
 }
-MIXED = [Wire("log4", "int6", "fp32"), Wire("int8", "fp32", "bf16"), Wire("fp32", "int8", "int8")]
+FRAGMENTS = [Wire("int4", "int8", "int8", fragments=2), Wire(fragments=2)]
+MIXED = [*FRAGMENTS, Wire("log4", "int6", "fp32"), Wire("int8", "fp32", "bf16"), Wire("fp32", "int8", "int8")]
 
 
 def network() -> nn.Module:
@@ -47,7 +52,8 @@ def check(strategy: Strategy, wire: str | Wire) -> None:
             worker.model(torch.ones(2, 3, 8, 8)).square().sum().backward()
             optimizer.step()
         job.transport.take()
-        job.step(*optimizers)
+        for _ in range(STEPS):
+            job.step(*optimizers)
         plans = (job.plan_of(number), job.plan_of(number + 1))
         expected = round_traffic(sizes, *plans, strategy=strategy, state=state, wire=job.wire)
         assert +Counter(job.transport.bytes) == +Counter(expected.bytes), (strategy.name, wire)
@@ -55,7 +61,7 @@ def check(strategy: Strategy, wire: str | Wire) -> None:
 
 @pytest.mark.parametrize("policy", ["reset", pytest.param("average", marks=pytest.mark.slow)])
 def test_predicted_bytes_are_those_counted_with_two_workers(policy: str) -> None:
-    for wire in ("int8", MIXED[0]):
+    for wire in ("int8", FRAGMENTS[0]):
         check(STRATEGIES["unequal"](2, policy), wire)
 
 
@@ -66,6 +72,36 @@ def test_predicted_bytes_are_those_counted(name: str, workers: int) -> None:
     for policy in POLICIES if name != "diloco" else ("keep",):
         for wire in (*WIRES, *MIXED):
             check(STRATEGIES[name](workers, policy), wire)
+
+
+def kept(job: Job) -> int:
+    """Bytes of the first worker's anchors and errors, without views of weights that other options keep."""
+    worker, found = job.workers[0], 0
+    others = {flat.untyped_storage().data_ptr() for flat in (worker.anchor or {}).values()}
+    for fragment in worker.fragments:
+        feedback = fragment.feedback
+        tensors = (feedback.anchor, feedback.error, feedback.piece_error)
+        found += sum(t.nbytes for t in tensors if t is not None and t.untyped_storage().data_ptr() not in others)
+    return found
+
+
+@pytest.mark.parametrize("wire", [WIRES["fp32"], WIRES["bf16"], WIRES["int8"], *FRAGMENTS], ids=str)
+@pytest.mark.parametrize("name", ["unequal", "diloco"])
+def test_predicted_memory_of_changes_is_what_a_job_keeps(name: str, wire: Wire) -> None:
+    job = Job(network, STRATEGIES[name](2, "keep"), wire=wire, example=False, batchnorm="average")
+    optimizers = [torch.optim.SGD(worker.model.parameters(), lr=0.1) for worker in job.workers]
+    for _ in range(STEPS + 2):
+        job.step(*optimizers)
+    sizes = sizes_of(TEMPLATE, job.chains)
+    part = sizes.shared if name == "unequal" else sizes.whole()
+    predicted = change_bytes(part, wire, 2)
+    on_its_way = 0
+    if wire.fragments:
+        encoded = max(part.fragment_bytes(wire.shared, wire.fragments))
+        numbers = max(fragment.feedback.anchor.nbytes for fragment in job.workers[0].fragments)
+        on_its_way = numbers + (2 if wire.shared != "fp32" else 1) * encoded
+    assert predicted == kept(job) + on_its_way
+    assert (predicted > 0) == (wire != Wire())
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

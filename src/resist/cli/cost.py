@@ -61,6 +61,9 @@ class CostConfig:
     wire: Literal["fp32", "bf16", "int8", "int6", "int4"] = "fp32"
     """Format of the weights and momentum that are sent; see train."""
     wire_parts: tuple[str, ...] = config_key(())
+    fragments: int = 0
+    """Number of fragments in which the shared part is averaged during the round; see train."""
+    delay: int = config_key(1)
     link_gbit_s: float | None = None
     """Rate of each worker's link in Gbit/s, in each direction. With a speed of the devices, seconds are
     predicted."""
@@ -99,6 +102,9 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     link = _link(config)
     if config.link_file is not None and link is not None and "workers" not in given:
         config = replace(config, workers=(len(link.each),))
+    wires = MethodConfig(
+        wire=config.wire, wire_parts=config.wire_parts, fragments=config.fragments, delay=config.delay
+    ).wires()
     strategies = _strategies(config)
     network, shape = config.network, image_shape(config.network)
     loss = mean_square
@@ -144,7 +150,7 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
         loss=loss,
         replicate=config.replicate,
         average=config.model_ema_decay is not None,
-        wire=MethodConfig(wire=config.wire, wire_parts=config.wire_parts).wires(),
+        wire=wires,
         link=link,
         speed=speeds or None,
         gpu=gpu,

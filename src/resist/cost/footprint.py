@@ -41,7 +41,8 @@ class Memory:
         outer: State of an outer optimizer: the round's first weights and its momentum.
         replicas: The round's first weights, and replicas of blocks. While workers synchronize there are two of each,
             but no activations.
-        changes: What is compressed as a change: its numbers at the round's beginning, and the errors of the codes.
+        changes: What is sent as a change: its numbers at the round's beginning, the errors of the codes, and copies of
+            one fragment.
         activations: Tensors that exist after the forward pass in addition to weights and optimizer: those that backward
             needs, and the batch.
         peak: The most that exists at one time, with all of these. Activations are freed as

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
-import torch
 from torch import nn
 
 from resist.blocks.chains import find_chains
@@ -14,11 +13,12 @@ from resist.cost.evaluation import forward_pass
 from resist.cost.footprint import Loss, Network, build_on_meta, choose, mean_square, measure, sgd
 from resist.cost.gpu import GpuMemory, GpuSettings, built_on_gpu, gpu_memory
 from resist.cost.links import Link, Links
+from resist.cost.options import change_bytes, with_average, with_changes, with_outer, with_replicas
 from resist.cost.report import Report, Row
 from resist.cost.sizes import Sizes, StateSizes, sizes_of
 from resist.cost.states import BuildOptimizer, StateMeter
-from resist.cost.timing import Seconds, Speed, ddp_step_s, exchange_s
-from resist.cost.traffic import RoundTraffic, ddp_traffic, mean_traffic, paper_bytes, round_traffic
+from resist.cost.timing import Seconds, Speed, ddp_step_s, exchange_s, fragments_s
+from resist.cost.traffic import ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan, partition
 from resist.planning.strategy import Strategy
@@ -84,6 +84,9 @@ def predict(
     speeds = () if speed is None else (speed,) if isinstance(speed, Speed) else tuple(speed)
     links = Links((link,)) if isinstance(link, Link) else link
     _check_strategies(strategies, batchnorm)
+    for strategy in strategies:
+        if not strategy.every_step:
+            formats.times(strategy.local_steps)  # the round is long enough for all fragments
     _check_each(strategies, speeds=len(speeds), links=0 if links is None else len(links.each))
     template = build_on_meta(build_model)
     if batchnorm == "batch":
@@ -105,7 +108,7 @@ def predict(
             build_optimizer=on_device,
             loss=loss,
         )
-        return _with_average(measured) if average else measured
+        return with_average(measured) if average else measured
 
     meter = StateMeter(build_optimizer)
     everything = tuple(chain.num_blocks for chain in chosen)
@@ -203,27 +206,23 @@ class _Prediction:
         networks: list[Network] = []
         for worker, blocks in enumerate(capacities):
             network = self.network(blocks)
-            network = network if strategy.outer is None else _with_outer(network)
-            network = self._with_changes(network, plans[0], anchored=strategy.outer is not None or replicate)
-            networks.append(_with_replicas(network, run, worker) if replicate else network)
+            network = network if strategy.outer is None else with_outer(network)
+            if workers > 1:
+                part = self.sizes.whole() if plans[0].held_by_all else self.sizes.shared
+                anchored = not plans[0].held_by_all and (strategy.outer is not None or replicate)
+                network = with_changes(network, change_bytes(part, self.wire, workers, anchored=anchored))
+            networks.append(with_replicas(network, run, worker) if replicate else network)
         seconds = None
         if self.links is not None and self.speeds:
-            compute = strategy.local_steps * max(self._step_s(w, network) for w, network in enumerate(networks))
-            exchange = sum(exchange_s(traffic, self.links, workers) for traffic in run) / len(run)
-            seconds = self._seconds(strategy, compute, exchange, 0.0)
+            step_s = max(self._step_s(w, network) for w, network in enumerate(networks))
+            times = self.wire.times(strategy.local_steps)
+            end = sum(exchange_s(traffic, self.links, workers) for traffic in run)
+            own = [fragments_s(traffic, self.links, workers, times, step_s) for traffic in run]
+            waited, hidden = map(sum, zip(*own, strict=True))
+            compute = strategy.local_steps * step_s
+            seconds = self._seconds(strategy, compute, (end + waited) / len(run), hidden / len(run))
         traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers=workers))
         return Row(name, workers, tuple(networks), traffic, seconds, self._gpu(networks))
-
-    def _with_changes(self, network: Network, plan: RoundPlan, *, anchored: bool) -> Network:
-        """The network with what compressed means of changes need: the first numbers of the round, and the errors.
-
-        anchored: another option keeps the first weights of the round. Those of the shared part serve for both.
-        """
-        if self.wire.shared == FP32 or plan.workers < 2:
-            return network
-        part, copies = (self.sizes.whole(), 2) if plan.held_by_all else (self.sizes.shared, 1 if anchored else 2)
-        memory, changes = network.memory, copies * part.trained.get(torch.float32, 0) * torch.float32.itemsize
-        return replace(network, memory=replace(memory, changes=changes, peak=memory.peak + changes))
 
     def _every_step(self, strategy: Strategy) -> Row:
         """Row of torch's DistributedDataParallel: an exchange in every step, overlapped with backward."""
@@ -257,26 +256,6 @@ class _Prediction:
     def _seconds(self, strategy: Strategy, compute: float, exchange: float, hidden: float) -> Seconds:
         images = strategy.workers * self.batch_size * strategy.local_steps
         return Seconds(compute, exchange, hidden, images / (compute + exchange))
-
-
-def _with_average(network: Network) -> Network:
-    """The network with the memory of an average of its weights."""
-    memory, average = network.memory, network.memory.weights
-    return replace(network, memory=replace(memory, average=average, peak=memory.peak + average))
-
-
-def _with_outer(network: Network) -> Network:
-    """The network with the memory of an outer optimizer: two tensors of the size of the weights."""
-    memory, outer = network.memory, 2 * network.memory.weights
-    return replace(network, memory=replace(memory, outer=outer, peak=memory.peak + outer))
-
-
-def _with_replicas(network: Network, run: Sequence[RoundTraffic], worker: int) -> Network:
-    """The network with replicas of blocks and the round's first weights (which an outer optimizer keeps anyway)."""
-    memory = network.memory
-    blocks = max(traffic.replica_bytes.get(worker, 0) for traffic in run)
-    replicas = blocks + (0 if memory.outer else memory.weights)
-    return replace(network, memory=replace(memory, replicas=replicas, peak=memory.peak + replicas))
 
 
 def _check_numbers(**given: Sequence[int]) -> None:

@@ -165,7 +165,7 @@ def print_table(report: Report, console: Console) -> None:
         _print_assumptions(console, GPU_ASSUMPTIONS)
     if not report._timed:
         return
-    console.print(f"\nTime of a round of {report.local_steps} steps, seconds")
+    console.print(f"\nTime of a round of {report.local_steps} steps, seconds; speedup over one machine")
     console.print(_timed(report))
     for sentence in report.verdict():
         console.print(sentence)
@@ -227,7 +227,7 @@ def _on_gpus(report: Report) -> Table:
 
 
 def _timed(report: Report) -> Table:
-    table = _table("compute", "exchange", "(hidden)", "round", "stall", "images/s", "over one machine")
+    table = _table("compute", "exchange", "(hidden)", "round", "stall", "images/s", "speedup")
     for row in report.rows:
         seconds = row.seconds
         if seconds is not None:

@@ -66,13 +66,17 @@ class Part:
         for d, own in types.items():
             number, trained = self.changing.get(d, 0), self.trained.get(d, 0)
             if fragments and own == torch.float32:
-                (plain if format == FP32 else encoded).extend(fragment_bytes(format, trained, fragments))
+                (plain if format == FP32 else encoded).extend(self.fragment_bytes(format, fragments))
                 number -= trained
             elif _format(format, own) != FP32:
                 encoded.append(FORMATS[format].num_bytes(trained))
                 number -= trained
             plain.append(number * own.itemsize)
         return [n for n in plain if n], [n for n in encoded if n]
+
+    def fragment_bytes(self, format: str, fragments: int) -> list[int]:
+        """Return the bytes of each fragment of what trains in single precision; none for 0 fragments."""
+        return fragment_bytes(format, self.trained.get(torch.float32, 0), fragments) if fragments else []
 
     @property
     def buffers(self) -> int:

@@ -18,6 +18,7 @@ from resist.cost.links import PAYLOAD, Links
 from resist.cost.states import BuildOptimizer
 from resist.cost.traffic import RoundTraffic
 from resist.errors import UserError
+from resist.planning.fragments import Times
 from resist.subnet.network import Subnet
 from resist.subnet.seeded import build_seeded
 from resist.subnet.tensors import tensors_of
@@ -32,6 +33,8 @@ ASSUMPTIONS = (
     "mean, and 1 for each phase. Of unequal links the slowest decides in all-reduces, and in a phase the one that is "
     "last; where it was measured, the first half of a compressed mean has the rate of all sending to all. Encoding is "
     "not counted.",
+    "Fragments: training waits for what the steps between beginning and end do not hide, for each half of a compressed "
+    "mean apart; sending does not slow these steps.",
     "DDP: step = buffers + forward + max(backward, all-reduce of the gradients), with perfect overlap: the first "
     "bucket is ready when backward begins, and none is left when it ends.",
     "Speed is images per second; the accuracy that a strategy reaches with as many images is not predicted.",
@@ -72,7 +75,7 @@ class Seconds:
     Attributes:
         compute: Computation.
         exchange: Exchange that does not overlap with computation.
-        hidden: Exchange that overlaps with backward (DDP only).
+        hidden: Exchange that overlaps with computation: of fragments with steps, under DDP with backward.
         images_s: Images per second of all workers together.
     """
 
@@ -93,7 +96,7 @@ class Seconds:
 
 
 def exchange_s(traffic: RoundTraffic, links: Links, workers: int) -> float:
-    """Return the seconds of the synchronization between two rounds.
+    """Return the seconds of the synchronization at the end of a round, without fragments that were averaged before.
 
     Args:
         traffic: Messages of the round.
@@ -101,9 +104,44 @@ def exchange_s(traffic: RoundTraffic, links: Links, workers: int) -> float:
         workers: Number of workers.
     """
     phases = [links.seconds(phase) for phase in (traffic.average, traffic.hand_over) if phase]
-    hops = max(2 * (workers - 1) * traffic.allreduces + 2 * traffic.compressed, len(phases))
-    means = traffic.ring_bytes + traffic.scattered * (1 / links.to_all - 1)
+    number, num_bytes = len(traffic.fragments), sum(traffic.fragments)
+    plain, encoded = (number, 0) if not traffic.compressed else (0, number)
+    allreduces, compressed = traffic.allreduces - plain, traffic.compressed - encoded
+    scattered = traffic.scattered - (num_bytes // 2 if encoded else 0)
+    hops = max(2 * (workers - 1) * allreduces + 2 * compressed, len(phases))
+    means = traffic.ring_bytes - num_bytes + scattered * (1 / links.to_all - 1)
     return means / links.slowest_bytes_s + sum(phases) + hops * links.latency_s
+
+
+def fragments_s(
+    traffic: RoundTraffic, links: Links, workers: int, times: Sequence[Times], step_s: float
+) -> tuple[float, float]:
+    """Return the seconds of the fragments that are averaged while training goes on.
+
+    Args:
+        traffic: Messages of the round.
+        links: Connections of the workers.
+        workers: Number of workers.
+        times: When each fragment goes, by its number.
+        step_s: Seconds of computation in a step.
+
+    Returns:
+        Seconds that training waits for them, and seconds that are hidden by steps.
+    """
+    waited = hidden = 0.0
+    for num_bytes, own in zip(traffic.fragments, times, strict=False):  # small networks have fewer
+        whole = num_bytes / links.slowest_bytes_s
+        if traffic.compressed:  # each half has steps of its own
+            halves = [
+                (whole / 2 / links.to_all + links.latency_s, own.advance - own.begin),
+                (whole / 2 + links.latency_s, own.finish - own.advance),
+            ]
+        else:
+            halves = [(whole + 2 * (workers - 1) * links.latency_s, own.finish - own.begin)]
+        for seconds, steps in halves:
+            hidden += min(seconds, steps * step_s)
+            waited += max(0.0, seconds - steps * step_s)
+    return waited, hidden
 
 
 def ddp_step_s(

@@ -28,6 +28,8 @@ class RoundTraffic:
         allreduces: Number of all-reduces.
         compressed: Number of compressed means: two messages one after the other, however many workers there are.
         scattered: Bytes that each worker sends in the first halves of compressed means, to all others; in `ring_bytes`.
+        fragments: Bytes that each worker sends for each fragment that is averaged during the round; in `ring_bytes`.
+            Each is an all-reduce or a compressed mean, and counted as such.
         average: Bytes by direction of a link in the phase that averages blocks.
         hand_over: Bytes by direction of a link in the phase that hands blocks over.
         replica_bytes: Bytes of replicas that each worker keeps.
@@ -41,6 +43,7 @@ class RoundTraffic:
     replica_bytes: Mapping[int, int] = field(default_factory=dict)
     compressed: int = 0
     scattered: int = 0
+    fragments: tuple[int, ...] = ()
 
     def links(self, workers: int) -> dict[Way, int]:
         """Return the bytes over each direction of every worker's link, with all-reduces."""
@@ -170,6 +173,7 @@ def round_traffic(
         replica_bytes,
         sum(len(encoded) for _, encoded in of_weights + of_state) if workers > 1 else 0,
         sum(allreduce_bytes(n, workers) for _, encoded in of_weights + of_state for n in encoded) // 2,
+        tuple(allreduce_bytes(n, workers) for n in common.fragment_bytes(wire.shared, fragments)),
     )
 
 
