@@ -98,6 +98,26 @@ def test_a_run_ends_early_when_its_budget_is_used_up(capsys, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_budget_of_bytes_counts_what_is_on_the_wire(capsys, tmp_path) -> None:
+    """A budget a little above the first round of int8 is used up by the first round of fp32, and not by its own."""
+
+    def sent(wire: str, budget: float) -> list[int]:
+        out = tmp_path / f"{wire} {budget}"
+        options = ["--wire", wire, "--until", f"gb={budget}", "--out", str(out)]
+        status, text, _ = resist(capsys, "train", *FAST, "--processes", "1", *options)
+        assert status == 0
+        assert ("by all workers (int8); local SGD" in text) == (wire == "int8")
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [sum(n for kind, n in r["bytes"].items() if kind != "evaluate") for r in records]
+
+    first, *others = sent("int8", 9.0)
+    assert len(others) == 2
+    assert len(sent("int8", (first + 1000) / 1e9)) == 3
+    assert len(sent("fp32", (first + 1000) / 1e9)) == 2
+    assert len(sent("int8", first / 1e9)) == 2
+
+
+@pytest.mark.slow
 def test_plan_names_the_papers_counts(capsys) -> None:
     arguments = ["plan", "--model", "preact_resnet101", "--num-classes", "100", "--workers", "4"]
     status, text, _ = resist(capsys, *arguments)

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import statistics
+from dataclasses import replace
 from html import unescape
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -16,14 +17,15 @@ from report_runs import make_run
 from resist.cli.compare import print_comparison
 from resist.cli.report import ReportConfig, run_report
 from resist.report.colors import COLORS, PHASES
-from resist.report.compare import compare, labels
+from resist.report.compare import baseline_of, compare, labels
 from resist.report.conclusion import T, caveats, conclusion, noise_points
 from resist.report.curves import curves_of
 from resist.report.markdown import markdown
 from resist.report.page import page
 from resist.report.provenance import common, differing, environment, repeat_all
-from resist.report.tables import wall_parts
-from resist.report.units import duration
+from resist.report.tables import headline, local_sgd_sentence, wall_parts
+from resist.report.units import amount, duration
+from resist.runs.directory import title_of
 from resist.runs.history import History, read_history
 
 
@@ -168,6 +170,41 @@ def test_runs_that_do_not_compare_well_are_marked(histories: list[History], tmp_
     found = " ".join(caveats(compare([histories[0], other]), [histories[0], other]))
     for text in ("1 of the 2 runs did not finish", "200 to 400 steps", "their times do not compare"):
         assert text in found
+
+
+def with_wire(history: History, **method: object) -> History:
+    config = replace(history.config, method=replace(history.config.method, **method))  # type: ignore[arg-type]
+    return replace(history, config=config)
+
+
+def test_runs_of_different_wires_are_marked_and_compared_with_their_own(histories: list[History]) -> None:
+    resist, local_sgd = histories[0], histories[2]
+    short, same = with_wire(resist, wire="int8"), with_wire(local_sgd, wire="int8")
+    assert labels([resist, local_sgd]) == ["resist", "local_sgd"]
+    assert labels([short, local_sgd]) == ["resist, wire int8", "local_sgd, wire fp32"]
+    assert labels([short, same]) == ["resist", "local_sgd"]
+    streamed = with_wire(same, fragments=5)
+    assert labels([short, streamed]) == ["resist, fragments 0", "local_sgd, fragments 5"]
+    (found,) = caveats(compare([short, local_sgd]), [short, local_sgd])
+    assert "had not the same wire (int8, fp32)" in found
+    runs = [short, local_sgd, same]
+    rows = compare(runs)["rows"]
+    assert baseline_of(rows[0], rows) is rows[2]
+    found = " ".join(caveats(compare(runs), runs))
+    assert "ResIST" not in found
+    assert "local SGD, wire fp32 and" not in found
+
+
+def test_a_run_says_how_it_was_sent(histories: list[History]) -> None:
+    run = with_wire(histories[0], wire="int8", wire_parts=("shared=int4",), fragments=5)
+    rows = dict(headline(run))
+    assert rows["wire"] == "int8 shared=int4, 5 fragments"
+    sent = [sum(record["bytes"][kind] for record in run.rounds) for kind in ("shared", "blocks")]
+    assert rows["… of which"] == f"shared {amount(sent[0])} · blocks {amount(sent[1])}"
+    assert rows["synchronizing"].endswith("; waiting for fragments counts as training")
+    assert "of weights in the same rounds in the same wire format" in " ".join(local_sgd_sentence(run))
+    assert title_of(run.config).endswith("4 workers, int8 shared=int4, 5 fragments")
+    assert title_of(histories[0].config).endswith("4 workers")
 
 
 def test_a_run_says_what_local_sgd_would_have_cost(histories: list[History]) -> None:

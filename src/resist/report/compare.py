@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from resist.planning.methods import BASELINE
+from resist.planning.methods import BASELINE, METHODS
 from resist.report.colors import STRATEGIES, color_of
 from resist.runs.history import History
 from resist.runs.records import START_UP
 
 # Options that do not distinguish two runs of a strategy: where they ran, and what the mean is taken over.
 IGNORED = {"seed", "out", "resume", "data_dir", "num_evals", "checkpoint_rounds"}
+
+# Options that distinguish runs of different strategies, too.
+WIRE = {"wire", "wire_parts", "fragments", "delay"}
 
 
 def compare(histories: Sequence[History]) -> dict[str, Any]:
@@ -42,24 +45,37 @@ def compare(histories: Sequence[History]) -> dict[str, Any]:
 
 
 def baseline_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first row of local SGD with as many workers, or None."""
-    return next((r for r in rows if (r["strategy"], r["workers"]) == (BASELINE, row["workers"])), None)
+    """The first row of local SGD with as many workers, if possible with the same wire, or None."""
+    same = [r for r in rows if (r["strategy"], r["workers"]) == (BASELINE, row["workers"])]
+    return next((r for r in same if r["wire"] == row["wire"]), same[0] if same else None)
 
 
 def labels(histories: Sequence[History]) -> list[str]:
     """A label for each run: its strategy, and the options that differ among the runs of that strategy.
 
-    Runs that differ in their seeds alone have the same label.
+    Where runs differ in their wire, the label names it, whatever their strategies: fewer bytes are then not the
+    strategy's doing alone. Runs that differ in their seeds alone have the same label.
     """
     all_options = [_options(history) for history in histories]
+    names = [history.config.method.strategy for history in histories]
     texts: list[str] = []
-    for history, options in zip(histories, all_options, strict=True):
-        name = history.config.method.strategy
-        others = [o for h, o in zip(histories, all_options, strict=True) if h.config.method.strategy == name]
-        differing = [key for key in options if any(other[key] != options[key] for other in others)]
+    for name, options in zip(names, all_options, strict=True):
+        others = [o for other, o in zip(names, all_options, strict=True) if other == name]
+        wired = [o for other, o in zip(names, all_options, strict=True) if not _every_step(other)]
+        differing = [
+            key
+            for key in options
+            for among in (wired if key in WIRE and not _every_step(name) else others,)
+            if any(other[key] != options[key] for other in among)
+        ]
         values = {key: "default" if options[key] is None else options[key] for key in differing}
         texts.append(", ".join([name, *(f"{key.replace('_', ' ')} {value}" for key, value in values.items())]))
     return texts
+
+
+def _every_step(strategy: str) -> bool:
+    """True for a strategy that averages gradients in every step, and has no wire formats."""
+    return METHODS[strategy].build(1).every_step
 
 
 def _options(history: History) -> dict[str, Any]:
@@ -87,6 +103,7 @@ def _row(runs: Sequence[History], target: float | None) -> dict[str, Any]:
     reached = [(h, i) for h, i in positions if i is not None]
     return {
         "strategy": runs[0].config.method.strategy,
+        "wire": None if _every_step(runs[0].config.method.strategy) else runs[0].config.method.wire_text,
         "workers": runs[0].workers,
         "runs": [str(h.path) for h in runs],
         "seeds": [h.config.run.seed for h in runs],

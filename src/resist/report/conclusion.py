@@ -51,6 +51,13 @@ def caveats(comparison: dict[str, Any], histories: Sequence[History]) -> list[st
     machines = {tuple(str(history.environment.get(name)) for name in SAME_MACHINE) for history in histories}
     if len(machines) > 1:
         texts.append("The runs had different machines, threads or numbers of processes; their times do not compare.")
+    rows = comparison["rows"]
+    for row, base in ((row, baseline_of(row, rows)) for row in rows):
+        if base is not None and row["wire"] is not None and row["wire"] != base["wire"]:
+            texts.append(
+                f"{name_of(row)} and {name_of(base)} had not the same wire ({row['wire']}, {base['wire']}): that is a part of "
+                "their difference."
+            )
     untested = sum(not history.tested for history in histories)
     if untested:
         texts.append(f"{untested} of the {len(histories)} runs were not tested.")

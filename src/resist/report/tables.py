@@ -1,6 +1,7 @@
 """The tables and texts of a report, shared by HTML and Markdown."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import stdev
 from typing import Any
@@ -12,7 +13,7 @@ from resist.report.compare import score_name
 from resist.report.provenance import Rows
 from resist.report.units import amount, duration
 from resist.runs.history import History
-from resist.runs.records import START_UP
+from resist.runs.records import EVALUATE, START_UP
 
 ENDS = {
     "finished": "finished",
@@ -54,12 +55,33 @@ def headline(history: History) -> Rows:
     if images and history.seconds[-1] > 0:
         rows.append(("images per second", f"{images / history.seconds[-1]:,.0f}"))
     rows.append(("sent by all workers", amount(history.bytes[-1])))
+    if len(kinds := bytes_by_kind(history)) > 1:
+        rows.append(("… of which", " · ".join(f"{kind} {amount(num_bytes)}" for kind, num_bytes in kinds.items())))
     if (local_sgd := local_sgd_bytes(history)) is not None:
         rows.append(("local SGD would send", amount(local_sgd)))
+    if not METHODS[history.config.method.strategy].build(1).every_step:
+        rows.append(("wire", history.config.method.wire_text))
+        rows.append(("synchronizing", _synchronizing(history)))
     held = [f"{len(h)} of {f.blocks}" for f in holdings(history)[:1] for h in _last_plan(history, f.chain)]
     if held:
         rows.append(("blocks held by a worker", " · ".join(dict.fromkeys(held))))
     return rows
+
+
+def bytes_by_kind(history: History) -> dict[str, int]:
+    """Bytes that all workers sent in training, by traffic kind, as they were on the wire."""
+    total: Counter[str] = Counter()
+    for record in history.rounds:
+        total.update(record["bytes"])
+    return {kind: num_bytes for kind, num_bytes in total.items() if num_bytes and kind != EVALUATE}
+
+
+def _synchronizing(history: History) -> str:
+    """Seconds in which training stood still for synchronizations, and their share."""
+    seconds = history.total("sync")
+    share = f" ({seconds / history.seconds[-1]:.0%} of the time)" if history.seconds[-1] > 0 else ""
+    fragments = "; waiting for fragments counts as training" if history.config.method.fragments else ""
+    return f"{duration(seconds)}{share}{fragments}"
 
 
 def local_sgd_bytes(history: History) -> int | None:
@@ -77,11 +99,12 @@ def local_sgd_sentence(history: History) -> list[str]:
     local_sgd, weights = local_sgd_bytes(history), history.rounds[-1]["weights"]
     if local_sgd is None:
         return []
+    wire = " in the same wire format" if history.config.method.wire_text != "fp32" else ""
     ratio = f" ({local_sgd / history.bytes[-1]:.2f} times as much)" if history.bytes[-1] else ""
     return [
         f"The largest worker held {weights['largest'] / weights['all']:.0%} of the network's {weights['all']:,} "
         f"weights, and all workers together sent {amount(history.bytes[-1])}. With local SGD each worker would hold "
-        f"all weights, and they would have sent {amount(local_sgd)} of weights in the same rounds{ratio}."
+        f"all weights, and they would have sent {amount(local_sgd)} of weights in the same rounds{wire}{ratio}."
     ]
 
 

@@ -142,6 +142,12 @@ class MethodConfig:
             min_depth=self.min_depth,
         )
 
+    @property
+    def wire_text(self) -> str:
+        """What the wire is, in short: "fp32", or "int8 shared=int4, 5 fragments"."""
+        fragments = f", {self.fragments} fragments" if self.fragments else ""
+        return " ".join([self.wire, *self.wire_parts]) + fragments + (f", delay {self.delay}" if self.delay > 1 else "")
+
     def wires(self) -> Wire:
         """Return the wire formats and fragments. Raises UserError for a part or a format that does not exist."""
         wire = as_wire(self.wire)

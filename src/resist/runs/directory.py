@@ -29,7 +29,7 @@ from pathlib import Path
 
 from resist.errors import UserError
 from resist.runs.atomic import write_atomically
-from resist.runs.config import TrainConfig
+from resist.runs.config import MethodConfig, TrainConfig
 from resist.runs.history import missing_rounds, read_past, read_table
 from resist.runs.lock import RunLock
 from resist.runs.records import Record
@@ -47,9 +47,11 @@ def default_out(config: TrainConfig) -> Path:
 
 
 def title_of(config: TrainConfig) -> str:
-    """A short title: data, model, strategy, number of workers."""
+    """A short title: data, model, strategy, number of workers, and the wire if it is not the default."""
     network, method = config.network, config.method
-    return f"{network.data}, {network.model}, {method.strategy}, {method.workers} worker{'s' * (method.workers > 1)}"
+    wire = f", {method.wire_text}" if method.wire_text != MethodConfig().wire_text else ""
+    workers = f"{method.workers} worker{'s' * (method.workers > 1)}"
+    return f"{network.data}, {network.model}, {method.strategy}, {workers}{wire}"
 
 
 def check_free(path: Path) -> None:

@@ -38,6 +38,7 @@ class Recorder:
 
     def __init__(self, config: TrainConfig, rounds: int, run: Run | None, loggers: Sequence[Logger]) -> None:
         self.run, self.rounds, self._loggers = run, rounds, list(loggers)
+        self._wire = config.method.wire_text
         self.summary = Summary(rounds)
         self.display = Display(title_of(config), self.summary, live=not config.machine.no_progress)
         self._state, self._records = "", list[Mapping[str, Any]](run.past if run else ())
@@ -130,13 +131,14 @@ class Recorder:
         self.display.stop()
         summary, weights = self.summary, weights_of(job, job.plan)
         full, local_sgd = weights["all"], weights["local_sgd_bytes"] * summary.done
+        wire = f" ({self._wire})" if self._wire != "fp32" else ""
         seconds = wall_parts(self._records, self.closing_s)
         parts = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
         log.info(
             f"test {summary.score:<10} {100 * (summary.accuracy or 0):.2f} % of the full network\n"
             f"time            {sum(seconds.values()):.1f} s: {parts}\n"
             f"largest worker  {weights['largest'] / full:.0%} of the network's {full:,} weights\n"
-            f"sent            {amount(summary.bytes)} by all workers; local SGD: {amount(local_sgd)} of weights\n"
+            f"sent            {amount(summary.bytes)} by all workers{wire}; local SGD: {amount(local_sgd)} of weights\n"
             f"saved to        {shown(self.run.path)}; report: resist report {quoted(self.run.path)}"
         )
 
