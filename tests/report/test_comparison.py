@@ -186,7 +186,7 @@ def test_runs_of_different_wires_are_marked_and_compared_with_their_own(historie
     streamed = with_wire(same, fragments=5)
     assert labels([short, streamed]) == ["resist, fragments 0", "local_sgd, fragments 5"]
     (found,) = caveats(compare([short, local_sgd]), [short, local_sgd])
-    assert "had not the same wire (int8, fp32)" in found
+    assert "are not the same (int8, fp32)" in found
     runs = [short, local_sgd, same]
     rows = compare(runs)["rows"]
     assert baseline_of(rows[0], rows) is rows[2]
