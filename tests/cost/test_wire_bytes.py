@@ -5,15 +5,17 @@ workers; and what `resist cost` and `resist plan` say of a format.
 import json
 import re
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
 
+from resist.blocks.chains import choose_chains
 from resist.cli import main
 from resist.cost.footprint import build_on_meta
 from resist.cost.options import change_bytes
-from resist.cost.sizes import sizes_of
+from resist.cost.sizes import Sizes, StateSizes, sizes_of
 from resist.cost.states import StateMeter
 from resist.cost.traffic import round_traffic
 from resist.job import Job
@@ -46,12 +48,17 @@ def network() -> nn.Module:
 TEMPLATE = build_on_meta(network)
 
 
+@cache
+def sizes_with_state(held: tuple[tuple[int, ...], ...]) -> tuple[Sizes, StateSizes]:
+    chains = choose_chains(TEMPLATE)
+    meter = StateMeter(lambda parameters: torch.optim.AdamW(nn.ParameterList(parameters), lr=1e-3))
+    return sizes_of(TEMPLATE, chains), meter.sizes(TEMPLATE, chains, held)
+
+
 def check(strategy: Strategy, wire: str | Wire) -> None:
     job = Job(network, strategy, wire=wire, example=False, batchnorm="average")
     optimizers = [torch.optim.AdamW(worker.model.parameters(), lr=1e-3) for worker in job.workers]
-    meter = StateMeter(lambda parameters: torch.optim.AdamW(nn.ParameterList(parameters), lr=1e-3))
-    held = [job.plan.capacities(worker) for worker in range(strategy.workers)]
-    sizes, state = sizes_of(TEMPLATE, job.chains), meter.sizes(TEMPLATE, job.chains, held)
+    sizes, state = sizes_with_state(tuple(job.plan.capacities(worker) for worker in range(strategy.workers)))
     for worker, optimizer in zip(job.workers, optimizers, strict=True):
         worker.model(torch.ones(2, 3, 8, 8)).square().sum().backward()
         optimizer.step()
