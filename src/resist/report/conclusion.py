@@ -55,13 +55,8 @@ def caveats(comparison: dict[str, Any], histories: Sequence[History]) -> list[st
     for row, base in ((row, baseline_of(row, rows)) for row in rows):
         if base is not None and row["wire"] is not None and row["wire"] != base["wire"]:
             texts.append(
-<<<<<<< HEAD
-                f"The wires of {name_of(row)} and {name_of(base)} are not the same ({row['wire']}, {base['wire']}): that "
-                "is a part of their difference."
-=======
                 f"The wires of {name_of(row)} and {name_of(base)} are not the same ({row['wire']}, {base['wire']}): "
                 "that is a part of their difference."
->>>>>>> probe
             )
     untested = sum(not history.tested for history in histories)
     if untested:
