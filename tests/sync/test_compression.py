@@ -140,6 +140,18 @@ def test_a_job_without_formats_copies_nothing() -> None:
     assert all(not worker.fragments for worker in run.job.workers)
 
 
+def test_a_network_without_buffers_is_one_range() -> None:
+    """Then the anchor of local SGD is as large as the flat tensor, and must not be in its memory."""
+    run = Run(local_sgd(2, 3), "int8", batchnorm="batch")
+    worker = run.job.workers[0]
+    (fragment,) = worker.fragments
+    assert fragment.feedback.anchor.numel() == worker.subnet.flats[torch.float32].numel()
+    run.train(6)
+    first, second = (worker.subnet.flats[torch.float32] for worker in run.job.workers)
+    assert torch.equal(first, second)
+    assert torch.equal(first, run.job.workers[1].fragments[0].feedback.anchor)
+
+
 def test_one_worker_loses_nothing() -> None:
     exact, other = (Run(resist(1, 1, optimizer_state="keep"), wire).train(3).weights() for wire in ("fp32", "int4"))
     assert all(torch.equal(value, other[name]) for name, value in exact.items())

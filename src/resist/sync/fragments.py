@@ -37,7 +37,8 @@ class Fragment:
     def read(self, flat: Tensor, into: Tensor | None = None) -> Tensor:
         """Copy its numbers from a flat tensor; to `into`, if it has memory of its own of that size."""
         parts = [*self.parts(flat), flat.data[:0]]
-        if into is None or into.untyped_storage().nbytes() != sum(part.nbytes for part in parts):
+        numel = sum(part.numel() for part in parts)
+        if into is None or not into.numel() == numel == into.untyped_storage().nbytes() // into.itemsize:
             return torch.cat(parts)
         return torch.cat(parts, out=into)
 
@@ -82,7 +83,7 @@ def begin_fragments(
     ranges = layout.ranges(blocks=blocks)
     numel, shared = sum(end - start for start, end in ranges), layout.shared.num_trained
     dealt = [strips for strips in fragment_strips(numel, count) if strips] if count else [[(0, numel)]]
-    found = [Fragment(strips, _locate(strips, ranges), Feedback(flat[:0], shared=shared)) for strips in dealt]
+    found = [Fragment(strips, _locate(strips, ranges), Feedback(flat.new_empty(0), shared=shared)) for strips in dealt]
     kept = not agreed and bool(before)  # a round between keeps what is numbered
     if len(found) == len(before) and (not count or [f.strips for f in before] == dealt):
         for old, new in zip(before, found, strict=True):
