@@ -75,9 +75,18 @@ def test_predicted_bytes_are_those_counted_with_two_workers(policy: str) -> None
         check(STRATEGIES["unequal"](2, policy), wire)
 
 
+DAILY = {("unequal", 3), ("local_sgd", 2), ("diloco", 3)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 3, 4])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        pytest.param(name, workers, marks=() if (name, workers) in DAILY else pytest.mark.nightly)
+        for name in STRATEGIES
+        for workers in (2, 3, 4)
+    ],
+)
 def test_predicted_bytes_are_those_counted(name: str, workers: int) -> None:
     for policy in POLICIES[name]:
         for wire in (*WIRES, *MIXED):

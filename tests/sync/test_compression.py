@@ -386,7 +386,10 @@ def trained_by(name: str, wire: str, alone: bool) -> dict[int, dict[str, Tensor]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "wire"), [("average", "int8"), ("outer", "int6"), ("switch", "int4")])
+@pytest.mark.parametrize(
+    ("name", "wire"),
+    [("average", "int8"), pytest.param("outer", "int6", marks=pytest.mark.nightly), ("switch", "int4")],
+)
 def test_the_number_of_processes_changes_no_bit(pool: Pool, name: str, wire: str) -> None:
     """1, 2 and 3 processes for 3 workers; in training, nothing depends on the buffers, which are averaged as ever."""
     alone = trained_by(name, wire, alone=True)

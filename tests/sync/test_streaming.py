@@ -237,7 +237,9 @@ def trained_by(name: str, wire: str, alone: bool) -> dict[int, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "wire"), [("average", "int8"), ("switch", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "wire"), [("average", "int8"), pytest.param("switch", "fp32", marks=pytest.mark.nightly)]
+)
 def test_the_number_of_processes_changes_nothing(pool: Pool, name: str, wire: str) -> None:
     alone = trained_by(name, wire, alone=True)
     for processes in (2, 3):
