@@ -65,7 +65,7 @@ def test_the_rate_ends_at_zero_and_rows_of_a_seed_begin_alike(monkeypatch: pytes
     assert first == {**cifar10.trained(setting, row, 0, data, data), "train_cpu_s": first["train_cpu_s"]}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_teacher_changes_the_training_and_scales_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar10, "LOCAL_STEPS", 2)
     monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
@@ -144,7 +144,7 @@ def test_compressed_rows_are_compared_with_the_same_row_in_fp32() -> None:
     assert len({(row.plain, row.wire) for row in compressed}) == len(compressed)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_row_trains_in_its_wire_format(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (cifar10, cifar10_rows):
         monkeypatch.setattr(module, "LOCAL_STEPS", 10)

@@ -67,9 +67,24 @@ def running(allowed: None) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=[pytest.mark.nightly, pytest.mark.timeout(600)])])
-def test_the_ledger_is_the_formula_and_what_the_interfaces_count(allowed: None, workers: int) -> None:
-    methods = [*POLICIES, UNEQUAL[workers], *FORMATS]
+@pytest.mark.parametrize(
+    ("workers", "methods"),
+    [
+        pytest.param(2, [POLICIES[1], FORMATS[0]], id="few"),
+        *(
+            pytest.param(
+                workers,
+                [*POLICIES, UNEQUAL[workers], *FORMATS],
+                id=str(workers),
+                marks=[pytest.mark.nightly, pytest.mark.timeout(600)],
+            )
+            for workers in UNEQUAL
+        ),
+    ],
+)
+def test_the_ledger_is_the_formula_and_what_the_interfaces_count(
+    allowed: None, workers: int, methods: list[str]
+) -> None:
     command = [*COMMAND, "--workers", str(workers), "--methods", *methods]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
