@@ -20,9 +20,9 @@ from commands import Commands, free_port
 FAULTS = (
     Fault("kill", "sending blocks", 1, 5),
     Fault("stop", "awaiting blocks", 3, 4),
-    Fault("raise", "assembling", 1, 1),
 )
 MORE_FAULTS = (
+    Fault("raise", "assembling", 1, 1),
     Fault("delay", "writing", 2, 2, 1.0),
     Fault("kill", "joined", 2, 1),
     Fault("raise", "shared part begun", 3, 4),

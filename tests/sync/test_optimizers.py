@@ -118,8 +118,14 @@ def run(optimizer: str, strategy: str, alone: bool = False) -> dict[str, Any]:
     return {"states": states, "traffic": traffic, "flats": {w.index: w.subnet.flat.clone() for w in job.workers}}
 
 
-@pytest.mark.parametrize("optimizer", SOME)
-@pytest.mark.parametrize("strategy", SHARED)
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"),
+    [  # by day each strategy with one optimizer
+        pytest.param(strategy, optimizer, marks=() if number == place % len(SOME) else pytest.mark.nightly)
+        for place, strategy in enumerate(SHARED)
+        for number, optimizer in enumerate(SOME)
+    ],
+)
 def test_the_number_of_processes_does_not_matter(pool: Pool, optimizer: str, strategy: str) -> None:
     """1, 2 and 3 processes: equal weights, states of every kind and traffic."""
     alone = run(optimizer, strategy, alone=True)
