@@ -114,7 +114,7 @@ class _Probe:
         return int(number.item())
 
     def pass_on(self, source: int, target: int) -> None:
-        """Send a word from one process to another, which waits for it; nothing to do in others."""
+        """Send a number from one process to another, which waits for it; nothing to do in others."""
         if self.own == source:
             self._announce(target, DONE)
         elif self.own == target:
