@@ -8,7 +8,7 @@ import torch
 import cifar10
 import cifar10_rows
 import paired
-from cifar10_rows import BASE, ROWS, SETTINGS, WORKERS, Skipped
+from cifar10_rows import BASE, ROWS, SETTINGS, Skipped
 from resist.data import Images
 from resist.planning.wire import Wire
 
@@ -23,7 +23,11 @@ def images(num: int, size: int = 32) -> Images:
 def test_every_row_has_a_strategy_for_every_setting(row) -> None:
     for setting in SETTINGS.values():
         rounds = max(1, round(setting.rounds * row.share))
-        assert row.strategy(rounds).workers == WORKERS
+        strategy = row.strategy(row, rounds)
+        assert (strategy.workers, strategy.at(rounds - 1).local_steps) == (
+            row.workers,
+            1 if "every step" in row.name else row.local_steps,
+        )
     assert row.at_rate(2.0).lr == 2 * row.lr
     assert row.at_rate(2.0).name != row.name
 
@@ -52,13 +56,12 @@ def test_the_rate_ends_at_zero_and_rows_of_a_seed_begin_alike(monkeypatch: pytes
     monkeypatch.setattr(
         torch.optim.SGD, "step", lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1]
     )
-    monkeypatch.setattr(cifar10, "LOCAL_STEPS", 1)
     monkeypatch.setattr(cifar10, "accuracy", lambda model, test, num: 0.0)
     monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
     data = cifar10.smaller(images(64), 8)
     assert data.pad == 1
     setting = cifar10.replace(SETTINGS["screen"], rounds=3, image_size=8, batch_size=4)
-    row = cifar10.replace(ROWS[BASE], depths=(1, 1, 3, 1))
+    row = cifar10.replace(ROWS[BASE], depths=(1, 1, 3, 1), local_steps=1)
     first = cifar10.trained(setting, row, 0, data, data)
     assert rates[0] == pytest.approx(setting.lr)
     assert rates[-1] == 0.0
@@ -67,7 +70,6 @@ def test_the_rate_ends_at_zero_and_rows_of_a_seed_begin_alike(monkeypatch: pytes
 
 @pytest.mark.nightly
 def test_a_teacher_changes_the_training_and_scales_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar10, "LOCAL_STEPS", 2)
     monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
     data = cifar10.smaller(images(64), 8)
     setting = cifar10.replace(SETTINGS["screen"], rounds=2, image_size=8, batch_size=4)
@@ -80,7 +82,9 @@ def test_a_teacher_changes_the_training_and_scales_are_tested(monkeypatch: pytes
     )
     for every in (0, 1):
         seen.clear()
-        row = cifar10.replace(ROWS["ResIST, average"], depths=(1, 1, 9, 1), teacher_every=every, scales=(0.5, 1.0))
+        row = cifar10.replace(
+            ROWS["ResIST, average"], depths=(1, 1, 9, 1), teacher_every=every, scales=(0.5, 1.0), local_steps=2
+        )
         result = cifar10.trained(setting, row, 0, data, data)
         assert list(result["percent"]) == ["averaged", "re-estimated", "sub-network", "scale x 0.5", "scale x 1"]
         assert seen[-1] == seen[-4] != seen[-2]  # the scale of ResIST, and another
@@ -140,22 +144,28 @@ def test_compressed_rows_are_compared_with_the_same_row_in_fp32() -> None:
         assert row.wire != plain.wire == Wire()
         assert cifar10.replace(row, name=plain.name, wire=plain.wire, plain="") == plain
         assert row.at_rate(2.0).plain == plain.at_rate(2.0).name
-        row.wire.times(cifar10_rows.LOCAL_STEPS)  # an error if the round is too short
+        row.wire.times(row.local_steps)  # an error if the round is too short
     assert len({(row.plain, row.wire) for row in compressed}) == len(compressed)
 
 
 @pytest.mark.nightly
 def test_a_row_trains_in_its_wire_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cifar10, cifar10_rows):
-        monkeypatch.setattr(module, "LOCAL_STEPS", 10)
     monkeypatch.setattr(cifar10, "accuracy", lambda model, test, num: 0.0)
     monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
     data = cifar10.smaller(images(64), 8)
     setting = cifar10.replace(SETTINGS["screen"], rounds=1, image_size=8, batch_size=2)
     plain, coded, streamed = (
         paired.cost(cifar10.trained(setting, cifar10.replace(ROWS[name], **small), 0, data, data)["bytes"])
-        for small in ({"depths": (1, 1, 3, 1), "scales": ()},)
+        for small in ({"depths": (1, 1, 3, 1), "scales": (), "local_steps": 10},)
         for name in ("local SGD", "local SGD, int8", "local SGD, int8, 5 fragments, late by 1 step")
     )
     assert 0.25 < coded / plain < 0.5
     assert coded < streamed < 1.2 * coded  # whole groups of each fragment
+
+
+def test_a_round_of_more_steps_costs_no_more_than_one_of_local_sgd() -> None:
+    torch.set_num_threads(1)
+    full, part = ROWS[BASE], ROWS[f"ResIST, {cifar10_rows.SAME_COMPUTE} steps a round"]
+    held = cifar10.replace(part, depths=(3, 4, cifar10_rows.HELD + 1, 3))  # the network of one worker
+    work = [cifar10.gmacs(row.network(), 16) * row.local_steps for row in (held, full)]
+    assert 0.8 * work[1] < work[0] <= work[1]
