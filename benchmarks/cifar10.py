@@ -13,7 +13,7 @@ appended to benchmarks/results/accuracy.jsonl, and runs that are there already a
 tested on the first 5,000 test images after each quarter, and at the end on all 10,000, with averaged and with
 re-estimated statistics of BatchNorm. `train_cpu_s` is the processor time of training and synchronizing, without tests.
 `gmac` is the work of all workers' forward passes in 1e9 multiplications: a measure of compute that does not depend on
-how busy the machine is.
+how busy the machine is. `peak_bytes` is what `resist cost` predicts for the worker that needs most memory.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifar10_rows import BASE, ROWS, SETTINGS, Row, Setting, Skipped
 from paired import summary
 from provenance import provenance
+from resist.cost import predict
 from resist.data import Images, Sampler, load
 from resist.job import Job
 from resist.planning.plan import keyed_int
@@ -116,7 +117,7 @@ def one(setting: Setting, row: Row, seed: int, data_dir: str) -> dict[str, Any]:
     assert isinstance(train, Images)
     assert isinstance(test, Images)
     train, test = smaller(train, setting.image_size), smaller(test, setting.image_size)
-    measured = trained(setting, row, seed, train, test)
+    measured = trained(setting, row, seed, train, test) | {"peak_bytes": peak_bytes(setting, row)}
     about = {"benchmark": "accuracy", "setting": setting.name, "row": row.name, "seed": seed}
     about |= {"settings": asdict(setting), "wire": asdict(row.wire), "plain": row.plain}
     return {**about, **measured, **provenance("accuracy")}
@@ -198,6 +199,19 @@ def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) 
         "bytes": traffic["bytes"],
         "weights_held": max(worker.subnet.numel(job.plan.capacities(worker.index)) for worker in job.workers),
     }
+
+
+def peak_bytes(setting: Setting, row: Row) -> int:
+    """Predict the memory that the worker with most of it needs in training."""
+    shape = (3, setting.image_size, setting.image_size)
+    peaks: list[int] = []
+    for stage in row.strategy(row, max(1, round(setting.rounds * row.share))).stages:
+        report = predict(
+            row.network, [replace(stage, then=None, at_round=0)], batch_size=setting.batch_size, image_shape=shape,
+            wire=row.wire, average=row.ema is not None, example=False, rounds=1,
+        )  # fmt: skip
+        peaks += [network.memory.peak for at in report.rows for network in at.networks]
+    return max(peaks)
 
 
 def optimizer_of(places: Iterable[tuple[nn.Parameter, Any]], row: Row) -> torch.optim.SGD:

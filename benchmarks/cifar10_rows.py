@@ -241,7 +241,7 @@ ROWS = {
         RESIST,
         *(resist_row(f"ResIST, {state}", state) for state in ("travel", "reset")),
         resist_row("ResIST, reset, rate corrected", "reset", lr=1 / RESET_RATE),
-        *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 11, 16, 20)),
+        *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 10, 11, 16, 20)),
         *(resist_row(f"ResIST, chain's rate x {factor:g}", chain_lr=factor) for factor in (0.5, 2.0)),
         Row("ResIST, growing 6, 11, 22", growing(6, 11, 22)),
         Row("ResIST, growing 6, 11", growing(6, 11)),

@@ -169,3 +169,14 @@ def test_a_round_of_more_steps_costs_no_more_than_one_of_local_sgd() -> None:
     held = cifar10.replace(part, depths=(3, 4, cifar10_rows.HELD + 1, 3))  # the network of one worker
     work = [cifar10.gmacs(row.network(), 16) * row.local_steps for row in (held, full)]
     assert 0.8 * work[1] < work[0] <= work[1]
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_largest_part_of_a_run() -> None:
+    torch.set_num_threads(1)
+    setting = cifar10.replace(SETTINGS["screen"], batch_size=8)
+    part, whole, both = (
+        cifar10.peak_bytes(setting, cifar10.replace(ROWS[name], depths=(1, 1, 12, 1)))
+        for name in ("ResIST, average", BASE, "ResIST after 10 % of local SGD")
+    )
+    assert 0.6 * whole < part < whole == both
