@@ -1,10 +1,12 @@
 """The accuracy benchmark: rows that can be compared, and differences with their uncertainty."""
 
 import math
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
+import accuracy_figure
 import cifar10
 import cifar10_rows
 import paired
@@ -123,7 +125,8 @@ def test_differences_are_paired_by_seed() -> None:
 def test_the_summary_leaves_out_the_bytes_of_tests() -> None:
     def run(row: str, seed: int, percent: float, sent: int, plain: str = "") -> dict[str, object]:
         return {"row": row, "seed": seed, "plain": plain, "percent": {"averaged": percent}, "gmac": 10,
-                "weights_held": 5, "train_cpu_s": 3.0, "bytes": {"shared": sent, "evaluate": 99}}  # fmt: skip
+                "peak_bytes": 5, "train_cpu_s": 3.0, "rounds": 4,
+                "bytes": {"shared": sent, "evaluate": 99}}  # fmt: skip
 
     text = paired.summary(
         [
@@ -132,8 +135,11 @@ def test_the_summary_leaves_out_the_bytes_of_tests() -> None:
         ],
         BASE,
     )  # fmt: skip
-    assert "| x | 62.00 | 2 | +1.00 ± 0.00 | +1.00 |  |  | 1.00 | 0.50 | 1.00 | 1.00 |" in text
-    assert "| x, int8 | 61.50 | 2 | +0.50 ± 0.50 | -5.85 | -0.50 ± 0.50 | -6.85 | 1.00 | 0.20 | 1.00 | 1.00 |" in text
+    assert "| x | 62.00 | 2 | +1.00 ± 0.00 | +1.00 |  |  |  |  | 1.00 | 1.00 | 0.50 | 1.00 |" in text
+    assert (
+        "| x, int8 | 61.50 | 2 | +0.50 ± 0.50 | -5.85 |  |  | -0.50 ± 0.50 | -6.85 | 1.00 | 1.00 | 0.20 | 1.00 |"
+        in text
+    )
 
 
 def test_compressed_rows_are_compared_with_the_same_row_in_fp32() -> None:
@@ -180,3 +186,46 @@ def test_memory_is_that_of_the_largest_part_of_a_run() -> None:
         for name in ("ResIST, average", BASE, "ResIST after 10 % of local SGD")
     )
     assert 0.6 * whole < part < whole == both
+
+
+def test_at_equal_time_the_base_has_fewer_rounds() -> None:
+    curve = {1.0: {0: 70.0, 1: 72.0, 2: 71.0}, 0.5: {0: 60.0, 1: 64.0}}
+    assert paired.at_cost(curve, 0.75) == {0: 65.0, 1: 68.0}
+    assert paired.at_cost(curve, 1.0) == {0: 70.0, 1: 72.0}
+    assert paired.at_cost(curve, 0.4) == paired.at_cost(curve, 1.1) == {}  # nothing is extrapolated
+    assert paired.at_cost({1.0: {0: 70.0}}, 1.0) == {}
+
+
+def costly(row: str, seed: int, percent: float, cost: float, sent: int = 10, plain: str = "") -> dict[str, object]:
+    return {"setting": "long", "row": row, "seed": seed, "percent": {"averaged": percent}, "gmac": cost, "plain": plain,
+            "train_cpu_s": cost, "rounds": round(10 * cost), "bytes": {"shared": sent}, "peak_bytes": cost}  # fmt: skip
+
+
+def test_a_row_is_compared_with_as_much_time_of_local_sgd() -> None:
+    runs = [
+        costly(row, seed, percent + 0.5 * seed, cost)
+        for row, percent, cost in ((BASE, 70.0, 1.0), (f"{BASE}, 60 % of the rounds", 60.0, 0.6), ("x", 67.0, 0.8))
+        for seed in range(3)
+    ]
+    lines = paired.summary(runs, BASE).splitlines()
+    (x,) = (line for line in lines if line.startswith("| x "))
+    assert x.startswith(
+        "| x | 67.50 | 3 | -3.00 ± 0.00 | -3.00 | +2.00 ± 0.00 | +2.00 |  |  | 0.80 | 0.80 | 1.00 | 0.80"
+    )
+    assert all(line.split("|")[4:8] == ["  "] * 4 for line in lines if line.startswith(f"| {BASE}"))
+
+
+def test_the_figure_has_a_mark_for_each_row_with_three_seeds() -> None:
+    rows = {BASE: 1.0, f"{BASE}, 60 % of the rounds": 0.6, "<x>": 0.8, "sends more": 1.0}
+    runs = [costly(row, seed, 60 + seed, cost, 10 + 990 * (row == "sends more")) for row, cost in rows.items()
+            for seed in range(3)]  # fmt: skip
+    runs += [costly("x, int8", seed, 60.0, 0.8, plain="x") for seed in range(3)]
+    runs += [costly("one seed", 0, 60.0, 0.8)]
+    root = ElementTree.fromstring(accuracy_figure.figure(runs))
+    name = "{http://www.w3.org/2000/svg}"
+    assert len(root.findall(f"{name}circle")) == len(rows) * (len(accuracy_figure.PANELS) + 1)
+    texts = [str(text.text) for text in root.findall(f"{name}text")]
+    assert {text for text in texts if "±" in text} == {f"{row}: 61.0 ± 0.6" for row in rows}
+    assert "bytes sent, logarithmic" in texts
+    assert "compute" in texts
+    assert accuracy_figure.points_of(runs[:2]) == []

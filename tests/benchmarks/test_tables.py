@@ -203,7 +203,7 @@ def test_first_runs_are_not_taken_for_runs_with_augmented_statistics(tmp_path: P
 
 def test_methods_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [("local SGD", 0, 60.0), ("local SGD", 1, 62.0), ("ResIST, average", 0, 61.0), ("ResIST, average", 1, 64.0)]
-    cost = {"gmac": 2, "bytes": {"shared": 4, "evaluate": 9}, "weights_held": 6, "train_cpu_s": 8.0}
+    cost = {"gmac": 2, "bytes": {"shared": 4, "evaluate": 9}, "peak_bytes": 6, "train_cpu_s": 8.0, "rounds": 7}
     known = {"benchmark": "accuracy", "setting": "short", "plain": "", **cost, **ORIGIN}
     lines = [known | {"row": row, "seed": seed, "percent": {"averaged": percent}} for row, seed, percent in rows]
     other = {"name": "long", "image_size": 24, "rounds": 7, "batch_size": 8, "lr": 0.5}
@@ -213,8 +213,9 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.M
     page = tables.page(tmp_path, SMALL)
     assert "### `short`: 32 pixels, at most 40 rounds" in page
     assert "### `long`: 24 pixels, at most 7 rounds, batch 8 for each worker, rate 0.5\n" in page
-    assert "| ResIST, average | 62.50 | 2 | +1.50 ± 0.50 | -4.85 |  |  | 1.00 | 1.00 | 1.00 | 1.00 |" in page
-    assert "| local SGD | 61.00 | 2 |  |  |  |  | 1.00 |" in page
+    assert "| ResIST, average | 62.50 | 2 | +1.50 ± 0.50 | -4.85 |  |  |  |  | 1.00 | 1.00 | 1.00 | 1.00 |" in page
+    assert "| local SGD | 61.00 | 2 |  |  |  |  |  |  | 1.00 |" in page
+    assert "accuracy.svg" not in page
 
 
 def test_photographs_say_what_was_measured() -> None:
@@ -289,6 +290,7 @@ def test_figures_of_other_code_are_listed_and_are_no_failure(
     monkeypatch.setattr(tables, "traffic", lambda network, wire: "")
     monkeypatch.setattr(tables, "HERE", tmp_path)
     monkeypatch.setattr(tables, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(tables, "FIGURE", tmp_path / "figure.svg")
     assert_ends(monkeypatch, None)
     written = tables.PAGE.read_text()
     assert ["Code changed since" in line for line in written.splitlines() if line.startswith("*Measured")] == [
@@ -305,7 +307,7 @@ def test_figures_of_other_code_are_listed_and_are_no_failure(
     monkeypatch.setattr(sources, "here", lambda: {"src/resist/job.py": b""})
     assert_ends(monkeypatch, 0, "--check")
     tables.PAGE.write_text(written.replace("All 8 ended", "All 9 ended"))
-    assert_ends(monkeypatch, "docs/results.md is out of date", "--check")
+    assert_ends(monkeypatch, "out of date in docs: page.md", "--check")
 
 
 def assert_ends(monkeypatch: pytest.MonkeyPatch, status: object, *arguments: str) -> None:
