@@ -223,6 +223,8 @@ BASE = "local SGD"
 LOCAL = Row(BASE, local_sgd)
 RESIST = resist_row("ResIST, average")
 DILOCO = Row("DiLoCo, outer rate 0.7, momentum 0.9", diloco(0.7, 0.9))
+SHALLOW = Row("local SGD, depth 7", local_sgd, depths=(3, 4, HELD + 1, 3))  # what a worker of ResIST holds
+STOCHASTIC = Row("stochastic depth, averaging in every step", every_step, survival=HELD / NUM_BLOCKS)
 LOG4 = Wire("log4", "int8", "int8")
 ROWS = {
     row.name: row
@@ -230,8 +232,8 @@ ROWS = {
         LOCAL,
         *(Row(f"local SGD, {percent} % of the rounds", local_sgd, share=percent / 100) for percent in (40, 60, 80)),
         Row("averaging in every step", every_step),
-        Row("stochastic depth, averaging in every step", every_step, survival=HELD / NUM_BLOCKS),
-        Row("local SGD, depth 7", local_sgd, depths=(3, 4, HELD + 1, 3)),
+        STOCHASTIC,
+        SHALLOW,
         Row("local SGD, width 6", local_sgd, width=6),
         DILOCO,
         *(
@@ -250,8 +252,11 @@ ROWS = {
         replace(resist_row("ResIST, taught by the last round"), teacher_every=4),
         *(Row(f"ResIST after {percent} % of local SGD", warmed_up(percent / 100)) for percent in (10, 33)),
         replace(LOCAL, name="local SGD, chain begins as the identity", zero_chain=True),
-        # The compute that a step saves, spent on more steps of each round.
-        resist_row(f"ResIST, {SAME_COMPUTE} steps a round", local_steps=SAME_COMPUTE),
+        # The time that a step saves, spent on more steps of each round.
+        *(
+            replace(row, name=f"{name}, {SAME_COMPUTE} steps a round", local_steps=SAME_COMPUTE)
+            for name, row in {"ResIST": RESIST, SHALLOW.name: SHALLOW, STOCHASTIC.name: STOCHASTIC}.items()
+        ),
         *(
             replace(row, name=f"{row.name}, l = {steps}", local_steps=steps, share=LOCAL_STEPS / steps)
             for row in (LOCAL, RESIST)
