@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from scipy import stats
-
 from page_parts import table
 
 
@@ -45,8 +43,10 @@ def difference(values: Mapping[int, float], base: Mapping[int, float]) -> Differ
     differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
     if len(differences) < 2:
         return Difference(differences[0] if differences else math.nan, math.inf, -math.inf, len(differences))
+    from scipy.special import stdtrit  # here: the import takes a second
+
     mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
-    return Difference(mean, error, mean - error * float(stats.t.ppf(0.975, len(differences) - 1)), len(differences))
+    return Difference(mean, error, mean - error * float(stdtrit(len(differences) - 1, 0.975)), len(differences))
 
 
 def summary(runs: Sequence[Mapping[str, Any]], base: str, reading: str = "averaged") -> str:
