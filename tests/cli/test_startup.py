@@ -167,7 +167,7 @@ def test_forked_workers_share_the_data_that_the_launcher_has_opened(commands: Co
     assert done.stdout.count("the data are opened") == 1
 
 
-@pytest.mark.nightly  # test_processes_and_torchrun_give_the_same_run compares forks with processes of torchrun
+@pytest.mark.nightly  # test_processes_however_they_start_give_the_same_run compares forks with others
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_forked_workers_train_as_new_processes_do(commands: Commands, tmp_path: Path) -> None:
     """The records and the weights are the same, bit for bit, and so is the number of threads."""

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("averaged", [False, True], ids=["", "averaged"])
+@pytest.mark.parametrize("averaged", [pytest.param(False, marks=pytest.mark.nightly), True], ids=["", "averaged"])
 def test_a_loaded_job_goes_on_bit_for_bit(optimizer: str, averaged: bool) -> None:
     """Two steps, saved, two steps, saved, four steps: as eight."""
     make = OPTIMIZERS[optimizer]

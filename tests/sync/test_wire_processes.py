@@ -37,27 +37,34 @@ def trained_by(name: str, wire: str, fragments: int, alone: bool) -> dict[int, d
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "wire", "fragments"),
+    ("name", "wire", "fragments", "processes"),
     [
-        ("average", "int8", 0),
-        ("switch", "int4", 0),
-        ("average", "int8", 2),
-        pytest.param("outer", "int6", 0, marks=pytest.mark.nightly),
-        pytest.param("switch", "fp32", 2, marks=pytest.mark.nightly),
+        ("average", "int8", 0, 3),
+        ("switch", "int4", 0, 2),
+        ("average", "int8", 2, 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (
+                ("average", "int8", 0, 2),
+                ("switch", "int4", 0, 3),
+                ("average", "int8", 2, 2),
+                *(("outer", "int6", 0, processes) for processes in (2, 3)),
+                *(("switch", "fp32", 2, processes) for processes in (2, 3)),
+            )
+        ),
     ],
 )
-def test_one_two_and_three_processes_end_with_the_same_weights(
-    pool: Pool, name: str, wire: str, fragments: int
+def test_several_processes_end_with_the_weights_of_one(
+    pool: Pool, name: str, wire: str, fragments: int, processes: int
 ) -> None:
     """Of each worker in the same bits, if what is sent is encoded."""
     alone = trained_by(name, wire, fragments, alone=True)
-    for processes in (2, 3):
-        found: dict[int, dict[str, Tensor]] = {}
-        for part in pool.run(processes, trained_by, name, wire, fragments, False):
-            found |= part
-        assert found.keys() == alone.keys()
-        for worker, values in alone.items():
-            assert found[worker].keys() == values.keys()
-            bounds = {"rtol": 1e-4, "atol": 1e-5} if wire == "fp32" or worker == -1 else {"rtol": 0, "atol": 0}
-            for key, value in values.items():
-                torch.testing.assert_close(found[worker][key], value, **bounds)
+    found: dict[int, dict[str, Tensor]] = {}
+    for part in pool.run(processes, trained_by, name, wire, fragments, False):
+        found |= part
+    assert found.keys() == alone.keys()
+    for worker, values in alone.items():
+        assert found[worker].keys() == values.keys()
+        bounds = {"rtol": 1e-4, "atol": 1e-5} if wire == "fp32" or worker == -1 else {"rtol": 0, "atol": 0}
+        for key, value in values.items():
+            torch.testing.assert_close(found[worker][key], value, **bounds)
