@@ -75,7 +75,7 @@ def test_speed_compares_the_job_with_plain_torch(tmp_path: Path) -> None:
     assert {"date", "commit", "machine", "gpu", "torch", "python"} <= line.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # test_footprint compares the same prediction with the allocator
 def test_the_measured_step_is_the_predicted_one(tmp_path: Path) -> None:
     rows = run("memory", settings(tmp_path))["bytes"]
     assert [(row["strategy"], row["batch_size"]) for row in rows] == [

@@ -80,7 +80,12 @@ def test_no_run_of_another_setting_takes_the_place_of_one(tmp_path: Path, other:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "state"), [("resist", "reset"), ("resist", "travel"), ("resist", "average"), ("local_sgd", "average")]
+    ("name", "state"),
+    [
+        ("resist", "average"),
+        ("local_sgd", "average"),
+        *(pytest.param("resist", state, marks=pytest.mark.nightly) for state in ("reset", "travel")),
+    ],
 )
 def test_the_formula_is_that_of_resist_cost(name: str, state: str) -> None:
     build, strategy = paper_tables.builder(SMALL), paper_tables.strategy_of(name, 4, state)

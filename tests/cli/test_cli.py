@@ -59,12 +59,24 @@ def test_train_then_evaluate_in_one_process(capsys, tmp_path) -> None:
     assert text == f"test accuracy {100 * rounds[-1]['accuracy']:.2f} %\n"
 
 
+def count_opening() -> None:
+    """A prelude: print a line for every time that data are opened."""
+    import resist.training.train as module
+
+    def opened(*arguments, _open=module.open_task, **options):
+        print("the data are opened", flush=True)
+        return _open(*arguments, **options)
+
+    module.open_task = opened
+
+
 @pytest.fixture(scope="module")
 def forked(_commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes that resist forks."""
+    """A run of two processes that resist forks; they share the data that the launcher has opened."""
     out = tmp_path_factory.mktemp("forked") / "run"
-    done = _commands.run("train", *FAST, "--processes", "2", "--out", out)
+    done = _commands.run("train", *FAST, "--processes", "2", "--out", out, prelude=count_opening)
     assert (done.returncode, done.stderr) == (0, "")
+    assert sys.platform != "linux" or done.stdout.count("the data are opened") == 1
     return out
 
 
