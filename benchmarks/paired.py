@@ -7,7 +7,6 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from page_parts import table
 
@@ -49,8 +48,10 @@ def difference(values: Mapping[int, float], base: Mapping[int, float]) -> Differ
     differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
     if len(differences) < 2:
         return Difference(differences[0] if differences else math.nan, math.inf, -math.inf, len(differences))
+    from scipy.special import stdtrit  # here: the import takes a second
+
     mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
-    return Difference(mean, error, mean - error * float(stats.t.ppf(0.975, len(differences) - 1)), len(differences))
+    return Difference(mean, error, mean - error * float(stdtrit(len(differences) - 1, 0.975)), len(differences))
 
 
 def at_cost(curve: Mapping[float, Mapping[int, float]], share: float) -> dict[int, float]:
