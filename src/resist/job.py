@@ -23,6 +23,7 @@ from resist.blocks.wrappers import check_blocks
 from resist.checking.unchecked import add_depth_hints, note_unchecked
 from resist.checking.validate import choose_with_runs
 from resist.errors import UserError
+from resist.planning.members import Members
 from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.strategy import Strategy
 from resist.planning.wire import FP32, Wire, as_wire
@@ -39,15 +40,16 @@ from resist.subnet.tensors import values_of
 from resist.sync.agreement import check_agreement, job_values, run_everywhere
 from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
-from resist.sync.exchange import Exchange
 from resist.sync.gathering import TogetherIn
-from resist.sync.loose_exchange import LooseExchange
+from resist.sync.local import Unconnected
 from resist.sync.optimizers import check_optimizers
 from resist.sync.options import check_options
+from resist.sync.regrouping import Regrouped, Target, agree_on_target, share_anchors, take_up
 from resist.sync.replicas import Replica, collect_replica, keep_newest
-from resist.sync.round_agreement import agree_on_round, diverged
 from resist.sync.round_end import RoundEnd
+from resist.sync.round_start import RoundStart, first_blocks, first_buffers, with_start, worker_start
 from resist.sync.streaming import Streaming, mean_of_weights, put_weights
+from resist.sync.synchronization import agree, exchange
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
@@ -119,7 +121,10 @@ class Job:
 
     Attributes:
         workers: The hosted workers, ascending.
-        strategy: The strategy.
+        strategy: The strategy, for the present workers.
+        given: The strategy as it was given.
+        members: The present workers.
+        generation: How often the members have changed; -1 in a process that has not joined yet.
         wire: The formats of what is sent.
         chains: The chains that are partitioned.
         plan: Plan of the present round, with the chains in the order of `chains`.
@@ -129,6 +134,8 @@ class Job:
         transport: The transport, which counts bytes and messages; see `take` there.
         dropped: Workers that were left out of the last synchronization, each with the reason.
         replicas: Weights of the last synchronized network that this process keeps, if `replicate`; the newest is last.
+        starts: What `regroup` can return to, if `replicate`.
+        torn: Whether the weights are those of no round, since another process was lost in an exchange.
 
     Raises:
         UserError: If an option is invalid, if the network has no chain that the strategy can partition, or if the
@@ -158,7 +165,12 @@ class Job:
     ) -> None:
         self.wire = as_wire(wire)
         check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate, wire=self.wire)
-        self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
+        self.strategy, self.given, self.seed = strategy, strategy, seed
+        self.batchnorm, self.scale = batchnorm, scale
+        self.members = Members.first(strategy.workers)
+        self.generation = -1 if isinstance(transport, Unconnected) else 0
+        self.starts: list[RoundStart] = []
+        self.torn = False  # in an exchange, or lost in one
         self.on_nonfinite, self.replicate, self.timeout_s = on_nonfinite, replicate, timeout_s
         self.replicas: list[Replica] = []
         self.dropped: dict[int, str] = {}
@@ -178,8 +190,8 @@ class Job:
             # Waits for all processes. Each may have another example, and two that disagree would later wait for each
             # other, or average different tensors.
             self.chains, runs = run_everywhere(self.transport, lambda: self._draw_first(full, chains, example))
-            values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
-            check_agreement(self.transport, values)
+            self._values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
+            check_agreement(self.transport, self._values)
         except BaseException:
             if transport is None:
                 self.transport.close()
@@ -190,7 +202,9 @@ class Job:
         unchecked = example is None or example is False
         if unchecked and strategy.ever_partitions:
             add_depth_hints((worker.subnet.model for worker in self.workers), self.chains)
-        self.mark_anchors()
+        values = values_of(full) if replicate else {}
+        self._first_buffers = first_buffers(values, self.chains, self.workers[0].subnet) if replicate else {}
+        self.mark_anchors(replicas=first_blocks(values, self.chains, self.plan, self.workers) if replicate else {})
         if 0 in self.transport.hosted:
             log_holdings(full, self.chains, strategy, runs)
             if example is None:
@@ -389,27 +403,88 @@ class Job:
             self._streaming.complete()
             streamed = frozenset(self._streaming.done)
         end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan, self.wire, self.seed, streamed)
-        for worker in self.workers:
-            worker.take_back()
-        for worker in self.workers if strategy.optimizer_state == "reset" else ():
-            worker.reset_state()
-        # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
-        agreed = agree_on_round(self.transport, self.workers, end, nonfinite or {})
-        self.dropped = agreed.nonfinite
-        if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
-            raise diverged(self.dropped, round=self.round, step=self.step_index)
-        for worker in self.workers:
-            worker.collect_state(agreed.states, reset=worker.index in self.dropped)
-        replicas: dict[Key, Flats] = {}
+        agreed = agree(self.transport, self.workers, end, nonfinite=nonfinite or {}, on_nonfinite=self.on_nonfinite)
+        self.dropped, replicas = agreed.nonfinite, dict[Key, Flats]()
         if not strategy.every_step:  # line 5: average each weight over its holders, and hand the blocks over
-            exchange = Exchange(self.transport, self.workers, end, agreed, replicate=self.replicate)
-            replicas = exchange.finish()
-            LooseExchange(self.transport, self.workers, end, agreed, exchange.schedule).run()
+            self.torn = True
+            replicas = exchange(self.transport, self.workers, end, agreed, replicate=self.replicate)
         self.plan, self.round, self._steps_in_round = next_plan, self.round + 1, 0
-        self.mark_anchors(agreed=not streamed)
+        self._begin_round(replicas, agreed=not streamed)
+
+    def _begin_round(self, replicas: Mapping[Key, Flats], *, agreed: bool = True) -> None:
+        """Keep what begins a round. With replicas, waits until all processes have theirs."""
+        self.mark_anchors(agreed=agreed, replicas=replicas)
+        self.torn = False
         if self.replicate:
-            own = collect_replica(self.workers, plan=next_plan, blocks=replicas, round=self.round, step=self.step_index)
+            own = collect_replica(self.workers, plan=self.plan, blocks=replicas, round=self.round, step=self.step_index)
             keep_newest(self.transport, self.replicas, own)
+            del self.starts[:-1]
+
+    def regroup(self, transport: Transport, *, kept: Sequence[int] | None = None, most: int | None = None) -> Regrouped:
+        """Go on with other members: without processes that were lost, and with others that join.
+
+        Call it in all members after a WorkerLostError, or between two steps: in those that stay, and in those that
+        join, whose job was made in the same way, but with `transport=Unconnected(S)`. If it raises WorkerLostError
+        itself, call it again with a transport of the members that are left.
+
+        All go on from one point. If nobody is in the middle of an exchange, the weights stay, and the round ends now.
+        Otherwise all return to the beginning of the round, which `replicate` keeps, their optimizers start over, and
+        the round is repeated. Blocks that only lost workers held return to the beginning of the round; optimizers have
+        no state of them. The capacities follow the new number of workers. `step_index` becomes the step at which they
+        have seen as many images. Afterwards all workers have equal shared parts: fragments that are on their way are
+        given up, and the errors of wire formats begin at zero.
+
+        Args:
+            transport: Connects the new members. The former one is not used any more, and not closed.
+            kept: The workers of this process that stay, by their present numbers, in the order of the new ones.
+                Default: all of them.
+            most: Blocks of a chain that each worker of this process may hold at most. Default: no bound.
+
+        Returns:
+            What has become of the members. Their numbers are in `workers[i].index`, the number of workers in
+            `strategy.workers`.
+
+        Raises:
+            UserError: If `kept` has a worker that is not hosted here.
+            AgreedError: In all processes, if they do not fit each other, or if the workers may not hold all blocks.
+            IncompleteNetworkError: In all processes, if a part of the network was lost.
+            DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
+            WorkerLostError: If another process is lost.
+        """
+        hosted = {worker.index: worker for worker in self.workers}
+        if unknown := [index for index in kept or () if index not in hosted]:
+            raise UserError(f"kept has worker {unknown[0]}, and this process hosts {list(hosted)}; name only those")
+        workers = list(hosted.values()) if kept is None else [hosted[index] for index in kept]
+        counted = CountingTransport(transport)
+        target = agree_on_target(self, counted, workers, self._values, most)
+        self.torn, self._streaming = True, None
+        try:
+            for worker, index in zip(workers, transport.hosted, strict=True):
+                worker.index = index
+            take_up(self, target, workers, self._first_buffers)
+            joined = target.regrouping.joined
+            agreed = agree(counted, workers, target.end, nonfinite={}, on_nonfinite=self.on_nonfinite, joined=joined)
+            share_anchors(counted, workers, target)
+            replicas = exchange(counted, workers, target.end, agreed, replicate=self.replicate)
+        except BaseException:
+            for index, worker in hosted.items():
+                worker.index = index
+            raise
+        counted.follow(self.transport, target.regrouping.former)
+        self.transport, self.workers, self.dropped = counted, workers, agreed.nonfinite
+        self._go_on(target)
+        self._begin_round(replicas)
+        return target.result
+
+    def _go_on(self, target: Target) -> None:
+        """Take over the numbers of a regrouped job."""
+        result = target.result
+        self.strategy, self.members, self.plan = target.strategy, target.members, target.end.next_plan
+        self.generation, self.round, self.step_index = result.generation, result.round, result.step
+        self._steps_in_round, self.begun = 0, True
+        for worker in self.workers:
+            if worker.averaged is not None and worker.index in result.joined:
+                worker.averaged.n_averaged.fill_(target.averaged)
 
     def finish(self) -> None:
         """Synchronize if the present round has steps already.
@@ -517,6 +592,7 @@ class Job:
         self.plan, self.round, self.step_index, self._steps_in_round = self.plan_of(round), round, step, 0
         self.begun, self.dropped = True, {}
         self.replicas.clear()
+        self.starts.clear()
         self._streaming = None  # what is on its way is not waited for: it belongs to weights that are gone
         self.mark_anchors()
 
@@ -525,13 +601,14 @@ class Job:
         self._streaming = None
         self.transport.close()
 
-    def mark_anchors(self, *, agreed: bool = True) -> None:
+    def mark_anchors(self, *, agreed: bool = True, replicas: Mapping[Key, Flats] | None = None) -> None:
         """Copy the weights that begin this round.
 
         Drops the copies of the last round if no option needs new ones at the end of this one.
 
         Args:
             agreed: All workers have equal weights. Otherwise they agree on the anchors of their fragments, which stay.
+            replicas: Replicas of blocks that this process keeps, as they begin the round.
         """
         strategy, sent = self.strategy.at(self.round), "all" if self.plan.held_by_all else "shared"
         sends_changes = self.strategy.workers > 1 and (self.wire.shared != FP32 or self.wire.fragments > 0)
@@ -542,16 +619,25 @@ class Job:
         for worker in self.workers:
             worker.begin_round(
                 keep_anchor=self.replicate or self.on_nonfinite == "drop",
-                keep_average=self.on_nonfinite == "drop",
+                keep_average=self.replicate or self.on_nonfinite == "drop",
                 outer=strategy.outer is not None,
                 changes=changes,
                 fragments=self.wire.fragments if streams else 0,
                 agreed=agreed,
             )
+        if self.replicate and self.generation >= 0:
+            own = tuple(worker_start(worker, self.plan.held(worker.index)) for worker in self.workers)
+            numbers = self.generation, self.round, self.step_index
+            self.starts = with_start(self.starts, RoundStart(*numbers, self.members, own, replicas or {}))
         self._streaming = None
         if streams:
             times = self.wire.times(strategy.local_steps)
             self._streaming = Streaming(self.transport, self.workers, times, self.wire.shared, strategy.outer)
+
+    @property
+    def steps_in_round(self) -> int:
+        """Steps done in the present round."""
+        return self._steps_in_round
 
     @property
     def together(self) -> TogetherIn:

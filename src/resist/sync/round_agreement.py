@@ -26,6 +26,7 @@ class RoundAgreement:
         states: Names of the optimizer states that any worker has in flat tensors, sorted, each with its dtype for each
             dtype of weights.
         nonfinite: Workers with NaN or inf in their round, each with the reason.
+        joined: Workers that join, and have nothing to give.
         loose: Hosted worker -> its loose values; see `resist.sync.loose`.
         described: The descriptions of those of all workers.
     """
@@ -34,10 +35,20 @@ class RoundAgreement:
     nonfinite: dict[int, str]
     loose: dict[int, LooseParts]
     described: Described
+    joined: frozenset[int] = frozenset()
+
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Workers that are left out of every mean."""
+        return self.joined | self.nonfinite.keys()
 
 
 def agree_on_round(
-    transport: Transport, workers: Sequence[Worker], end: RoundEnd, nonfinite: Mapping[int, str]
+    transport: Transport,
+    workers: Sequence[Worker],
+    end: RoundEnd,
+    nonfinite: Mapping[int, str],
+    joined: frozenset[int] = frozenset(),
 ) -> RoundAgreement:
     """Agree on the payloads of the exchange at a round's end.
 
@@ -50,6 +61,7 @@ def agree_on_round(
         workers: The hosted workers. Weights with NaN or inf are found here.
         end: The end of the round.
         nonfinite: Hosted workers with NaN or inf elsewhere, each with the reason.
+        joined: All workers that join at this end of a round.
 
     Returns:
         The states and the workers with NaN or inf of all processes, and the loose values.
@@ -65,7 +77,7 @@ def agree_on_round(
     changed = {key for worker in workers for watch in worker.watches for key in watch.changed()}
     for worker in workers:  # before the check for NaN: what changed is averaged too
         worker.subnet.changing |= changed
-    failed = {**_with_nonfinite_weights(workers), **nonfinite}
+    failed = {**_with_nonfinite_weights([w for w in workers if w.index not in joined]), **nonfinite}
     values: dict[str, Any] = {
         "round": [end.round, end.step],
         "optimizers": _distinct([[type(optimizer).__name__ for optimizer in w.optimizers] for w in workers]),
@@ -77,7 +89,9 @@ def agree_on_round(
     own = [flat_states(w.optimizers, {n: f for n, f in w.state.items() if n != VELOCITY}) for w in workers]
     states = _merged_states([_state_texts(types) for types in own])
     while True:
-        loose = {w.index: collect_loose(w, states, end, without_state=w.index in failed) for w in workers}
+        loose = {
+            w.index: collect_loose(w, states, end, without_state=w.index in failed.keys() | joined) for w in workers
+        }
         values |= {"state": _state_texts(states), "loose": loose_values.to_text(loose)}
         processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values, separators=(",", ":")))]
         _check_progress(processes)
@@ -95,6 +109,7 @@ def agree_on_round(
         nonfinite={int(worker): reason for process in processes for worker, reason in process["nonfinite"].items()},
         loose=loose,
         described=Described([process["loose"] for process in processes]),
+        joined=joined,
     )
 
 
