@@ -133,7 +133,13 @@ class Cluster:
         **options: Any,
     ) -> None:
         self.strategy, self.optimizer, self.averaged = strategy, optimizer, averaged
-        self.options: dict[str, Any] = {"batchnorm": "average", "example": False, "replicate": True, **options}
+        self.options: dict[str, Any] = {
+            "batchnorm": "average",
+            "example": False,
+            "replicate": True,
+            "elastic": True,
+            **options,
+        }
         self.history: dict[tuple[int, int], dict[int, State]] = {}
         # It lists all objects of the process: a tuple that another thread is building must not get another reference.
         worker_module.check_alone = lambda *_: None

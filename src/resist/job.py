@@ -25,6 +25,7 @@ from resist.checking.validate import choose_with_runs
 from resist.errors import UserError
 from resist.planning.members import Members
 from resist.planning.plan import Key, RoundPlan, keyed_int
+from resist.planning.regrouping import with_members
 from resist.planning.strategy import Strategy
 from resist.planning.wire import FP32, Wire, as_wire
 from resist.state.stateful import load_state_dict, state_dict_of
@@ -44,12 +45,13 @@ from resist.sync.gathering import TogetherIn
 from resist.sync.local import Unconnected
 from resist.sync.optimizers import check_optimizers
 from resist.sync.options import check_options
-from resist.sync.regrouping import Regrouped, Target, agree_on_target, share_anchors, take_up
+from resist.sync.regrouping import move
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.round_end import RoundEnd
 from resist.sync.round_start import RoundStart, first_blocks, first_buffers, with_start, worker_start
 from resist.sync.streaming import Streaming, mean_of_weights, put_weights
 from resist.sync.synchronization import agree, exchange
+from resist.sync.target import Regrouped, Target, agree_on_target
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
@@ -107,6 +109,9 @@ class Job:
         replicate: Keep a replica of each block that only one worker holds, until the next synchronization is complete,
             so that losing any one worker costs at most the current round; see `replicas`. Needs memory for one more
             copy of the worker's weights, and for the replicas that it keeps.
+        elastic: Keep what `regroup` needs, so that the job can go on without workers that are lost, and with others
+            that join. Needs memory for one more copy of the worker's weights (the one of `replicate`), of its average
+            over time, and of the outer momentum.
         wire: Format of what is sent: "fp32", "bf16", "int8", "int6", "int4", or a `resist.Wire` with one for each part,
             and with fragments that are averaged while training goes on. Needs memory for two more copies of the
             worker's shared part, with "fp32" for one if there are fragments.
@@ -134,7 +139,7 @@ class Job:
         transport: The transport, which counts bytes and messages; see `take` there.
         dropped: Workers that were left out of the last synchronization, each with the reason.
         replicas: Weights of the last synchronized network that this process keeps, if `replicate`; the newest is last.
-        starts: What `regroup` can return to, if `replicate`.
+        starts: What `regroup` can return to, if `elastic`.
         torn: Whether the weights are those of no round, since another process was lost in an exchange.
 
     Raises:
@@ -159,12 +164,15 @@ class Job:
         timeout_s: float = 600.0,
         on_nonfinite: str = "stop",
         replicate: bool = False,
+        elastic: bool = False,
         wire: str | Wire = FP32,
         resume_at: tuple[int, int] = (0, 0),
         example: object = None,
     ) -> None:
         self.wire = as_wire(wire)
         check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate, wire=self.wire)
+        if elastic:
+            with_members(strategy, Members.first(strategy.workers))  # an error now, not when the first worker is lost
         self.strategy, self.given, self.seed = strategy, strategy, seed
         self.batchnorm, self.scale = batchnorm, scale
         self.members = Members.first(strategy.workers)
@@ -172,6 +180,7 @@ class Job:
         self.starts: list[RoundStart] = []
         self.torn = False  # in an exchange, or lost in one
         self.on_nonfinite, self.replicate, self.timeout_s = on_nonfinite, replicate, timeout_s
+        self.elastic = elastic
         self.replicas: list[Replica] = []
         self.dropped: dict[int, str] = {}
         self.round, self.step_index = resume_at
@@ -183,15 +192,15 @@ class Job:
         if batchnorm == "batch":
             use_batch_statistics(full)
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
-        options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
+        options |= {"replicate": replicate, "elastic": elastic, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
         options |= {"wire": self.wire.formats, "fragments": self.wire.fragments, "delay": self.wire.delay}
         self.transport = CountingTransport(transport or connect(strategy.workers, device, timeout_s))
         try:
             # Waits for all processes. Each may have another example, and two that disagree would later wait for each
             # other, or average different tensors.
             self.chains, runs = run_everywhere(self.transport, lambda: self._draw_first(full, chains, example))
-            self._values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
-            check_agreement(self.transport, self._values)
+            self.started_with = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
+            check_agreement(self.transport, self.started_with)
         except BaseException:
             if transport is None:
                 self.transport.close()
@@ -202,9 +211,11 @@ class Job:
         unchecked = example is None or example is False
         if unchecked and strategy.ever_partitions:
             add_depth_hints((worker.subnet.model for worker in self.workers), self.chains)
-        values = values_of(full) if replicate else {}
-        self._first_buffers = first_buffers(values, self.chains, self.workers[0].subnet) if replicate else {}
-        self.mark_anchors(replicas=first_blocks(values, self.chains, self.plan, self.workers) if replicate else {})
+        values = values_of(full) if elastic and replicate else {}
+        self.first_buffers: Mapping[Key, Mapping[str, Tensor]] = first_buffers(
+            values, self.chains, self.workers[0].subnet
+        )
+        self.mark_anchors(replicas=first_blocks(values, self.chains, self.plan, self.workers) if values else {})
         if 0 in self.transport.hosted:
             log_holdings(full, self.chains, strategy, runs)
             if example is None:
@@ -412,13 +423,15 @@ class Job:
         self._begin_round(replicas, agreed=not streamed)
 
     def _begin_round(self, replicas: Mapping[Key, Flats], *, agreed: bool = True) -> None:
-        """Keep what begins a round. With replicas, waits until all processes have theirs."""
+        """Keep what begins a round. With `replicate` or `elastic`, waits until all processes have it."""
         self.mark_anchors(agreed=agreed, replicas=replicas)
         self.torn = False
         if self.replicate:
             own = collect_replica(self.workers, plan=self.plan, blocks=replicas, round=self.round, step=self.step_index)
             keep_newest(self.transport, self.replicas, own)
-            del self.starts[:-1]
+        elif self.elastic:
+            self.transport.all_gather_text("kept")
+        del self.starts[:-1]
 
     def regroup(self, transport: Transport, *, kept: Sequence[int] | None = None, most: int | None = None) -> Regrouped:
         """Go on with other members: without processes that were lost, and with others that join.
@@ -428,11 +441,11 @@ class Job:
         itself, call it again with a transport of the members that are left.
 
         All go on from one point. If nobody is in the middle of an exchange, the weights stay, and the round ends now.
-        Otherwise all return to the beginning of the round, which `replicate` keeps, their optimizers start over, and
-        the round is repeated. Blocks that only lost workers held return to the beginning of the round; optimizers have
-        no state of them. The capacities follow the new number of workers. `step_index` becomes the step at which they
-        have seen as many images. Afterwards all workers have equal shared parts: fragments that are on their way are
-        given up, and the errors of wire formats begin at zero.
+        Otherwise all return to the beginning of the round, their optimizers start over, and the round is repeated.
+        Blocks that only lost workers held return to the beginning of the round, from replicas that `replicate` keeps;
+        optimizers have no state of them. The capacities follow the new number of workers. `step_index` becomes the step
+        at which they have seen as many images. Afterwards all workers have equal shared parts: fragments that are on
+        their way are given up, and the errors of wire formats begin at zero.
 
         Args:
             transport: Connects the new members. The former one is not used any more, and not closed.
@@ -452,24 +465,15 @@ class Job:
             WorkerLostError: If another process is lost.
         """
         hosted = {worker.index: worker for worker in self.workers}
+        if not self.elastic:
+            raise UserError("this job keeps nothing to regroup from; give Job `elastic=True`")
         if unknown := [index for index in kept or () if index not in hosted]:
             raise UserError(f"kept has worker {unknown[0]}, and this process hosts {list(hosted)}; name only those")
         workers = list(hosted.values()) if kept is None else [hosted[index] for index in kept]
         counted = CountingTransport(transport)
-        target = agree_on_target(self, counted, workers, self._values, most)
+        target = agree_on_target(self, counted, workers, most)
         self.torn, self._streaming = True, None
-        try:
-            for worker, index in zip(workers, transport.hosted, strict=True):
-                worker.index = index
-            take_up(self, target, workers, self._first_buffers)
-            joined = target.regrouping.joined
-            agreed = agree(counted, workers, target.end, nonfinite={}, on_nonfinite=self.on_nonfinite, joined=joined)
-            share_anchors(counted, workers, target)
-            replicas = exchange(counted, workers, target.end, agreed, replicate=self.replicate)
-        except BaseException:
-            for index, worker in hosted.items():
-                worker.index = index
-            raise
+        agreed, replicas = move(self, counted, workers, target)
         counted.follow(self.transport, target.regrouping.former)
         self.transport, self.workers, self.dropped = counted, workers, agreed.nonfinite
         self._go_on(target)
@@ -618,14 +622,14 @@ class Job:
         streams = streams and self.plan.held_by_all == self.plan_of(self.round + 1).held_by_all
         for worker in self.workers:
             worker.begin_round(
-                keep_anchor=self.replicate or self.on_nonfinite == "drop",
-                keep_average=self.replicate or self.on_nonfinite == "drop",
+                keep_anchor=self.elastic or self.replicate or self.on_nonfinite == "drop",
+                keep_average=self.elastic or self.on_nonfinite == "drop",
                 outer=strategy.outer is not None,
                 changes=changes,
                 fragments=self.wire.fragments if streams else 0,
                 agreed=agreed,
             )
-        if self.replicate and self.generation >= 0:
+        if self.elastic and self.generation >= 0:
             own = tuple(worker_start(worker, self.plan.held(worker.index)) for worker in self.workers)
             numbers = self.generation, self.round, self.step_index
             self.starts = with_start(self.starts, RoundStart(*numbers, self.members, own, replicas or {}))

@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from members import STEPS, Cluster, State, adam, close, merged, sgd
-from resist.errors import AgreedError, IncompleteNetworkError, UserError, WorkerLostError
+from members import NETWORK, STEPS, Cluster, State, adam, close, merged, network, sgd
+from resist.errors import AgreedError, DivergedError, IncompleteNetworkError, UserError, WorkerLostError
+from resist.job import Job
 from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
 from resist.planning.wire import Wire
 from resist.sync.averaging import VELOCITY
-from resist.sync.regrouping import Regrouped
+from resist.sync.local import Local
+from resist.sync.target import Regrouped
+from threaded import Threaded, Wires, in_threads
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "single holders": lambda: resist(4, STEPS, min_depth=0),
@@ -293,8 +296,6 @@ def test_a_process_gives_up_some_of_its_workers() -> None:
     cluster = Cluster(resist(3, STEPS, min_depth=0), hosted=[(0, 1, 2)])
     cluster.train(STEPS + 1)
     before, (member,) = cluster.states(), cluster.members
-    from threaded import Threaded, Wires  # the transport of two workers
-
     found = member.regroup(Threaded(Wires([(0, 1)]), 0), kept=[0, 2])
     member.optimizers = [member.optimizers[0], member.optimizers[2]]
     check(cluster, [found])
@@ -349,9 +350,15 @@ def test_what_is_refused_changes_nothing() -> None:
 
 
 def test_ddp_cannot_regroup() -> None:
-    cluster = Cluster(ddp(2, STEPS), replicate=False)
-    errors = cluster.regroup()
-    assert "ddp joins the workers in every step" in str(errors[0])
+    with pytest.raises(UserError, match="ddp joins the workers in every step, and cannot go on with others"):
+        Job(network, ddp(2, STEPS), elastic=True)
+
+
+def test_what_is_not_elastic_keeps_nothing_and_cannot_regroup() -> None:
+    job = Job(network, resist(2, STEPS, min_depth=0), replicate=True, example=False)
+    assert not job.starts
+    with pytest.raises(UserError, match="`elastic=True`"):
+        job.regroup(Local(2))
 
 
 def test_a_switch_and_diloco() -> None:
@@ -397,3 +404,89 @@ def test_any_sequence_of_losses_and_arrivals_leaves_a_complete_network(data: st.
         if outer is None or found.repeated:
             check_rule(cluster, found, before)
         go_on(cluster)
+
+
+def test_the_state_of_blocks_that_stay_goes_with_them() -> None:
+    """Down to the last worker, whose slots are filled with recovered blocks."""
+    cluster = Cluster(resist(3, STEPS, min_depth=0), optimizer=adam)
+    cluster.train(2 * STEPS)
+    while len(cluster.members) > 1:
+        cluster.train(STEPS, {len(cluster.members) - 1: 1})
+        before = momenta(cluster)
+        found = check(cluster, cluster.regroup())
+        after, lost = momenta(cluster), {f"2.{block}." for _, block in found.recovered}
+        assert {name for name in before if not name.startswith("2.")} <= after.keys()
+        for name, value in after.items():
+            assert not name.startswith(tuple(lost))
+            if name.startswith("2."):
+                torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-9)
+        assert len(after) < sum(1 for _ in NETWORK.parameters()) == len(before) + len(lost) * 4
+        go_on(cluster)
+
+
+def momenta(cluster: Cluster) -> State:
+    """Adam's first moments by global name. Those of the shared part are of one of the workers."""
+    found: State = {}
+    for member in cluster.members:
+        worker = member.job.workers[0]
+        for parameter, place in worker.subnet.parameter_places():
+            if state := member.optimizers[0].state.get(parameter):
+                found[worker.subnet.layout.full_name(place, worker.subnet.held)] = state["exp_avg"].clone()
+    return found
+
+
+def test_a_worker_with_nan_is_left_out_where_that_is_wanted() -> None:
+    for on_nonfinite in ("drop", "stop"):
+        cluster = Cluster(resist(4, STEPS, min_depth=0), on_nonfinite=on_nonfinite)
+        cluster.train(2 * STEPS)
+        began = cluster.full()
+        cluster.train(STEPS, {3: 1})
+        worker = cluster.members[1].job.workers[0]
+        with torch.no_grad():
+            worker.model.get_parameter("0.weight").fill_(torch.nan)
+        states = cluster.states()
+        own = {name for name in states[1].keys() - states[0].keys() - states[2].keys() if name.startswith("2.")}
+        assert own
+        results = cluster.regroup()
+        if on_nonfinite == "stop":
+            assert {type(error) for error in results} == {DivergedError}
+            continue
+        check(cluster, results)
+        assert all(set(member.job.dropped) == {1} for member in cluster.members)
+        full = cluster.full()
+        close({name: full[name] for name in own}, {name: began[name] for name in own})
+        go_on(cluster)
+
+
+def test_everything_that_is_sent_is_booked() -> None:
+    cluster = Cluster(resist(3, STEPS, min_depth=0, optimizer_state="average"))
+    cluster.train(2 * STEPS)
+    for member in cluster.members:
+        member.job.transport.take()
+    cluster.join()
+    check(cluster, cluster.regroup())
+    job = cluster.members[0].job
+    accounts: dict[str, Any] = job.transport.take()
+    shared = job.workers[0].subnet.shared.nbytes
+    assert accounts["bytes"]["shared"] == 4 * (2 * 3 * shared // 4)
+    joined = sum(job.workers[0].subnet.block_bytes[0] for _ in job.plan.held(3)[0])
+    assert sum(n for _, target, n in accounts["pairs"] if target == 3) >= joined
+    assert accounts["bytes"]["state"] > 0
+    assert accounts["bytes"]["control"] > 0
+
+
+def test_a_regrouped_job_is_saved_as_any_other() -> None:
+    cluster = Cluster(resist(4, STEPS, min_depth=3))
+    cluster.train(STEPS + 1)
+    cluster.train(STEPS, {2: 1})
+    check(cluster, cluster.regroup())
+    cluster.train(STEPS)
+    states = [member.job.state_dict() for member in cluster.members]
+    other = Cluster(resist(3, STEPS, min_depth=3))
+    in_threads(
+        [lambda m=m, s=s: m.job.load_state_dict(s) for m, s in zip(other.members, states, strict=True)], other.wires
+    )
+    for one, two in zip(cluster.members, other.members, strict=True):
+        assert (one.job.round, one.job.step_index) == (two.job.round, two.job.step_index)
+    for worker, state in cluster.states().items():
+        close(state, other.states()[worker], 0)

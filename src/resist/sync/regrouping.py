@@ -9,244 +9,56 @@ Everything that can be refused is refused before the weights of any process chan
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from resist.blocks.chain import Chain
-from resist.errors import UserError
-from resist.planning.members import Members
-from resist.planning.plan import Key, RoundPlan
-from resist.planning.regrouping import Offer, Point, Regrouping, Standing, choose, origins_of, with_members
-from resist.planning.strategy import Strategy
-from resist.planning.wire import Wire
-from resist.subnet.changes import from_text, to_text
-from resist.subnet.flats import Flats, PlaceKey
-from resist.sync import standing as standings
-from resist.sync.agreement import check_agreement, run_everywhere
+from resist.planning.plan import Key
+from resist.subnet.flats import Flats
 from resist.sync.averaging import VELOCITY
 from resist.sync.recovery import join, keep_present, return_to
-from resist.sync.round_end import RoundEnd
-from resist.sync.round_start import RoundStart
-from resist.sync.standing import Progress, Report
+from resist.sync.round_agreement import RoundAgreement
+from resist.sync.synchronization import agree, exchange
+from resist.sync.target import GroupedJob, Target
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker
 
 
-@dataclass(frozen=True)
-class Regrouped:
-    """What has become of a job's members, equal in all processes.
-
-    Attributes:
-        generation: The new generation, from 1.
-        round: The round that begins.
-        step: Optimizer steps done, at which the workers have seen as many images.
-        workers: Number of workers.
-        former: New index -> former index, of the workers that were there at the point from which they go on.
-        joined: Workers that have got everything from others.
-        lost: Former workers that are not there any more.
-        repeated: The round was begun before, and what was trained in it is lost.
-        recovered: Blocks that have returned to the beginning of the round, by (chain number, block).
-    """
-
-    generation: int
-    round: int
-    step: int
-    workers: int
-    former: Mapping[int, int]
-    joined: tuple[int, ...]
-    lost: tuple[int, ...]
-    repeated: bool
-    recovered: tuple[Key, ...]
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a regrouped job goes on, and how it gets there.
-
-    Attributes:
-        regrouping: The point to go on from.
-        members: The new members.
-        strategy: The strategy for them.
-        end: The end of a round that leads there.
-        result: What the caller learns.
-        changing: `Subnet.changing` of all processes.
-        averaged: Number of steps that averages of the weights have seen.
-    """
-
-    regrouping: Regrouping
-    members: Members
-    strategy: Strategy
-    end: RoundEnd
-    result: Regrouped
-    changing: set[PlaceKey]
-    averaged: int
-
-
-class GroupedJob(Protocol):
-    """The parts of a `resist.Job` that decide where it stands."""
-
-    workers: list[Worker]
-    chains: tuple[Chain, ...]
-    plan: RoundPlan
-    seed: int
-    wire: Wire
-    round: int
-    step_index: int
-    generation: int
-    members: Members
-    starts: list[RoundStart]
-
-    @property
-    def given(self) -> Strategy:
-        """The strategy as it was given."""
-        ...
-
-    @property
-    def torn(self) -> bool:
-        """Whether its weights are those of no round."""
-        ...
-
-    @property
-    def steps_in_round(self) -> int:
-        """Steps done in the round."""
-        ...
-
-
-def agree_on_target(
-    job: GroupedJob,
-    transport: Transport,
-    workers: Sequence[Worker],
-    values: Mapping[str, object],
-    most: int | None,
-) -> Target:
-    """Agree on where members go on. Changes nothing.
-
-    Waits for all processes.
+def move(
+    job: GroupedJob, transport: Transport, workers: Sequence[Worker], target: Target
+) -> tuple[RoundAgreement, dict[Key, Flats]]:
+    """Lead the hosted workers to the target. Their numbers are the new ones afterwards, or the old ones if it fails.
 
     Args:
         job: The job.
         transport: Connects the new members.
         workers: The workers of this process that stay, in the order of `transport.hosted`.
-        values: Values that all processes must have been started with.
-        most: Blocks of a chain that each worker of this process may hold at most; None: no bound.
+        target: Where they go on.
 
     Returns:
-        The target, equal in all processes.
+        What the members have agreed on, and the replicas that this process keeps.
 
     Raises:
-        IncompleteNetworkError: In all processes, if a part of the network is in none of them any more.
-        AgreedError: In all processes, if they were started with other arguments, or if the workers may not hold all
-            blocks.
-        WorkerLostError: If another process is lost.
+        AgreedError: In all processes, if their optimizers or averages do not fit each other.
+        DivergedError: In all processes, if a worker has diverged.
+        WorkerLostError: If another process is lost. The weights are then those of no round.
     """
-    run_everywhere(transport, lambda: _check(job, transport, workers, most))
-    check_agreement(transport, values)
-    own = _report(job, transport.hosted, workers, most)
-    reports = [standings.from_text(text) for text in transport.all_gather_text(standings.to_text(own))]
-    regrouping = choose([report.standing for report in reports], [chain.num_blocks for chain in job.chains])
-    return run_everywhere(transport, lambda: _target(job, regrouping, reports))
+    before = [worker.index for worker in workers]
+    try:
+        for worker, index in zip(workers, transport.hosted, strict=True):
+            worker.index = index
+        _take_up(job, target, workers)
+        joined, options = target.regrouping.joined, {"on_nonfinite": job.on_nonfinite}
+        agreed = agree(transport, workers, target.end, nonfinite={}, joined=joined, **options)
+        _share_anchors(transport, workers, target)
+        return agreed, exchange(transport, workers, target.end, agreed, replicate=job.replicate)
+    except BaseException:
+        for worker, index in zip(workers, before, strict=True):
+            worker.index = index
+        raise
 
 
-def _check(job: GroupedJob, transport: Transport, workers: Sequence[Worker], most: int | None) -> None:
-    if job.given.every_step:
-        with_members(job.given, job.members)  # raises
-    if len(workers) != len(transport.hosted):
-        raise UserError(
-            f"the new transport has {len(transport.hosted)} workers in this process, which hosts {len(workers)}; "
-            "give a transport for these, or name those that stay in `kept`"
-        )
-    if most is not None and most < 1:
-        raise UserError(f"`most={most}`; every worker holds a block of each chain: give 1 or more")
-    for worker in workers:
-        worker.subnet.check_attached()
-
-
-def _report(job: GroupedJob, hosted: Sequence[int], workers: Sequence[Worker], most: int | None) -> Report:
-    """What this process says about itself."""
-    offers: list[Offer] = []
-    progress: dict[Point, Progress] = {}
-    kept = {start.key: start.blocks.keys() for start in job.starts}
-    for start in job.starts:
-        point = Point(*start.key, steps=False)
-        there = [(new, start.of(worker)) for new, worker in zip(hosted, workers, strict=True)]
-        if rows := [(new, own.index, own.held) for new, own in there if own is not None]:
-            offers.append(standings.offer(point, start.members.workers, rows, start.blocks))
-            progress[point] = Progress(start.members, start.step, 0)
-    changed: set[PlaceKey] = set()
-    for worker in workers:
-        changed |= worker.subnet.changing
-    if job.generation >= 0 and not job.torn:
-        point = Point(job.generation, job.round, steps=True)
-        rows = [(new, w.index, job.plan.held(w.index)) for new, w in zip(hosted, workers, strict=True)]
-        offers.append(standings.offer(point, job.members.workers, rows, kept.get((job.generation, job.round), ())))
-        progress[point] = Progress(job.members, job.step_index - job.steps_in_round, job.steps_in_round)
-        changed |= {key for worker in workers for watch in worker.watches for key in watch.changed()}
-    torn = (job.generation, job.round) if job.torn and job.generation >= 0 else None
-    counts = [int(worker.averaged.n_averaged) for worker in workers if worker.averaged is not None]
-    return Report(
-        Standing(tuple(hosted), tuple(offers), torn),
-        progress,
-        job.generation,
-        most,
-        to_text(changed, workers[0].subnet),
-        max(counts, default=-1),
-    )
-
-
-def _target(job: GroupedJob, regrouping: Regrouping, reports: Sequence[Report]) -> Target:
-    """Work out where the members go on; UserError if they cannot."""
-    point, workers = regrouping.point, regrouping.plan.workers
-    there = [report for report in reports if point in report.progress]
-    first = there[0].progress[point]
-    most = {new: report.most for report in reports for new in report.standing.hosted}
-    origins = origins_of(first.members, regrouping.former, workers)
-    members = Members(origins, tuple(most[new] for new in range(workers)), first.members.given)
-    strategy = with_members(job.given, members)
-    # As going on at another S does: the step at which the workers have seen as many images.
-    steps = sum(report.progress[point].steps * len(report.standing.hosted) for report in there)
-    step = (first.step * first.members.workers + steps) // workers
-    round = point.round + (steps > 0)
-    end = RoundEnd(
-        point.round,
-        step,
-        strategy.at(point.round),
-        regrouping.plan,
-        strategy.plan(job.chains, seed=job.seed, round=round),
-        seed=job.seed,
-        regroups=True,
-        # With fragments, those that were averaged in this round have taken their outer step already.
-        steps=steps > 0 and job.wire.fragments == 0,
-    )
-    known = max(report.generation for report in reports)
-    result = Regrouped(
-        generation=known + 1,
-        round=round,
-        step=step,
-        workers=workers,
-        former=regrouping.former,
-        joined=tuple(sorted(regrouping.joined)),
-        lost=regrouping.lost,
-        repeated=not point.steps,
-        recovered=tuple(regrouping.recovered),
-    )
-    changing = {key for report in reports for key in from_text(report.changing, job.workers[0].subnet)}
-    return Target(regrouping, members, strategy, end, result, changing, max(report.averaged for report in there))
-
-
-def take_up(
-    job: GroupedJob, target: Target, workers: Sequence[Worker], buffers: Mapping[Key, Mapping[str, Tensor]]
-) -> None:
-    """Give the hosted workers what they have at the point to go on from.
-
-    Args:
-        job: The job.
-        target: The target.
-        workers: The hosted workers, with their new indices.
-        buffers: See `resist.sync.round_start.first_buffers`.
-    """
+def _take_up(job: GroupedJob, target: Target, workers: Sequence[Worker]) -> None:
+    """Give the hosted workers, which have their new numbers, what they have at the point to go on from."""
     point, plan = target.regrouping.point, target.end.plan
     start = next((start for start in job.starts if start.key == (point.generation, point.round)), None)
     replicas: Mapping[Key, Flats] = {} if start is None else start.blocks
@@ -256,9 +68,9 @@ def take_up(
         if former is None:
             join(worker)
         elif own is None:
-            keep_present(worker, job.plan.held(former), after, replicas, buffers)
+            keep_present(worker, job.plan.held(former), after, replicas, job.first_buffers)
         else:
-            return_to(worker, own, after, replicas, buffers)
+            return_to(worker, own, after, replicas, job.first_buffers)
         if target.end.strategy.outer is not None and VELOCITY not in worker.state:
             for dtype in worker.subnet.flats:
                 worker.state_flat(VELOCITY, dtype)
@@ -267,15 +79,10 @@ def take_up(
 
 
 @torch.no_grad()
-def share_anchors(transport: Transport, workers: Sequence[Worker], target: Target) -> None:
+def _share_anchors(transport: Transport, workers: Sequence[Worker], target: Target) -> None:
     """Give workers that join what the outer optimizer needs for its step on the shared part: where the round began.
 
     Waits for all processes, if there is such a step.
-
-    Args:
-        transport: Connects the workers.
-        workers: The hosted workers.
-        target: Where they go on.
     """
     joined = target.regrouping.joined
     if not joined or not target.end.steps or target.end.strategy.outer is None:

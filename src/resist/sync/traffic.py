@@ -50,14 +50,17 @@ class CountingTransport:
         self.wait_s: defaultdict[str, float] = defaultdict(float)
 
     def follow(self, other: "CountingTransport", former: Mapping[int, int]) -> None:
-        """Take over the accounts of the transport before this one.
+        """Add the accounts of the transport before this one.
 
         Args:
             other: The other transport.
             former: Worker of this transport -> its number there. Pairs with others are left out.
         """
-        self.bytes, self.messages, self.wire_bytes = other.bytes, other.messages, other.wire_bytes
-        self.wait_s = other.wait_s
+        self.bytes += other.bytes
+        self.messages += other.messages
+        self.wire_bytes += other.wire_bytes
+        for kind, seconds in other.wait_s.items():
+            self.wait_s[kind] += seconds
         now = {old: new for new, old in former.items()}
         self.pairs += Counter({(now[s], now[t]): n for (s, t), n in other.pairs.items() if s in now and t in now})
 
