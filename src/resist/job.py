@@ -39,8 +39,8 @@ from resist.subnet.seeded import build_seeded
 from resist.subnet.skeleton import own_storages
 from resist.subnet.tensors import values_of
 from resist.sync.agreement import check_agreement, job_values, run_everywhere
-from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
+from resist.sync.full_network import full_network
 from resist.sync.gathering import TogetherIn
 from resist.sync.local import Unconnected
 from resist.sync.optimizers import check_optimizers
@@ -48,9 +48,9 @@ from resist.sync.options import check_options
 from resist.sync.regrouping import move
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.round_end import RoundEnd
-from resist.sync.round_start import RoundStart, first_blocks, first_buffers, with_start, worker_start
-from resist.sync.streaming import Streaming, mean_of_weights, put_weights
-from resist.sync.synchronization import agree, exchange
+from resist.sync.round_start import RoundStart, begin_round, first_blocks, first_buffers, with_start, worker_start
+from resist.sync.streaming import Streaming
+from resist.sync.synchronization import agree, collect, exchange
 from resist.sync.target import Regrouped, Target, agree_on_target
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
@@ -201,6 +201,7 @@ class Job:
             self.chains, runs = run_everywhere(self.transport, lambda: self._draw_first(full, chains, example))
             self.started_with = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
             check_agreement(self.transport, self.started_with)
+            del self.started_with["resume_at"]  # who joins later begins where the others are
         except BaseException:
             if transport is None:
                 self.transport.close()
@@ -407,20 +408,24 @@ class Job:
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost. The sub-networks may then be of neither round.
         """
-        strategy = self.strategy.at(self.round)
-        next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
         streamed: frozenset[int] | None = None
         if self._streaming is not None:
             self._streaming.complete()
             streamed = frozenset(self._streaming.done)
-        end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan, self.wire, self.seed, streamed)
-        agreed = agree(self.transport, self.workers, end, nonfinite=nonfinite or {}, on_nonfinite=self.on_nonfinite)
+        end = self._round_end(streamed)
+        agreed = agree(self.transport, self.workers, end, nonfinite or {})
         self.dropped, replicas = agreed.nonfinite, dict[Key, Flats]()
-        if not strategy.every_step:  # line 5: average each weight over its holders, and hand the blocks over
+        collect(self.workers, end, agreed, on_nonfinite=self.on_nonfinite)
+        if not end.strategy.every_step:  # line 5: average each weight over its holders, and hand the blocks over
             self.torn = True
             replicas = exchange(self.transport, self.workers, end, agreed, replicate=self.replicate)
-        self.plan, self.round, self._steps_in_round = next_plan, self.round + 1, 0
+        self.plan, self.round, self._steps_in_round = end.next_plan, self.round + 1, 0
         self._begin_round(replicas, agreed=not streamed)
+
+    def _round_end(self, streamed: frozenset[int] | None = None) -> RoundEnd:
+        """Line 6 of the algorithm: the end of this round, with new sub-networks."""
+        strategy, next_plan = self.strategy.at(self.round), self.plan_of(self.round + 1)
+        return RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan, self.wire, self.seed, streamed)
 
     def _begin_round(self, replicas: Mapping[Key, Flats], *, agreed: bool = True) -> None:
         """Keep what begins a round. With `replicate` or `elastic`, waits until all processes have it."""
@@ -458,24 +463,21 @@ class Job:
             `strategy.workers`.
 
         Raises:
-            UserError: If `kept` has a worker that is not hosted here.
-            AgreedError: In all processes, if they do not fit each other, or if the workers may not hold all blocks.
+            UserError: If the job is not `elastic`.
+            AgreedError: In all processes, if they do not fit each other, if the workers may not hold all blocks, or if
+                `kept` has a worker that is not hosted there.
             IncompleteNetworkError: In all processes, if a part of the network was lost.
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost.
         """
-        hosted = {worker.index: worker for worker in self.workers}
         if not self.elastic:
             raise UserError("this job keeps nothing to regroup from; give Job `elastic=True`")
-        if unknown := [index for index in kept or () if index not in hosted]:
-            raise UserError(f"kept has worker {unknown[0]}, and this process hosts {list(hosted)}; name only those")
-        workers = list(hosted.values()) if kept is None else [hosted[index] for index in kept]
         counted = CountingTransport(transport)
-        target = agree_on_target(self, counted, workers, most)
+        target, workers = agree_on_target(self, counted, kept, most)
         self.torn, self._streaming = True, None
-        agreed, replicas = move(self, counted, workers, target)
+        replicas = move(self, counted, workers, target)
         counted.follow(self.transport, target.regrouping.former)
-        self.transport, self.workers, self.dropped = counted, workers, agreed.nonfinite
+        self.transport, self.workers = counted, workers
         self._go_on(target)
         self._begin_round(replicas)
         return target.result
@@ -527,22 +529,9 @@ class Job:
         if on is not None and not 0 <= on < self.strategy.workers:
             raise UserError(f"on={on} is outside 0 to {self.strategy.workers - 1}, the workers; change it")
         self.finish()
-        for worker in self.workers:
-            if worker.subnet.model.training:  # layers may have been frozen since
-                worker.note_modes()
-        subnets: dict[int, Subnet] = {}
-        for worker in self.workers:
-            if (subnet := worker.average if averaged else worker.subnet) is None:
-                raise UserError("averaged=True, and there are no averages; give them to job.follow before training")
-            subnets[worker.index] = subnet
         together = self.together if on is None else None
         targets = [on] if on is not None else self.together.first_workers
-        means: Mapping[int, Tensor] = {}
-        if not averaged and any(worker.apart for worker in self.workers):
-            means = mean_of_weights(self.transport, self.workers, blocks=self.plan.held_by_all)
-        full = assemble(self.transport, subnets, plan=self.plan, on=targets)
-        if full is not None and means:
-            put_weights(full, next(iter(means.values())), blocks=self.plan.held_by_all)
+        full = full_network(self.transport, self.workers, self.plan, on=targets, averaged=averaged)
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
@@ -614,29 +603,19 @@ class Job:
             agreed: All workers have equal weights. Otherwise they agree on the anchors of their fragments, which stay.
             replicas: Replicas of blocks that this process keeps, as they begin the round.
         """
-        strategy, sent = self.strategy.at(self.round), "all" if self.plan.held_by_all else "shared"
-        sends_changes = self.strategy.workers > 1 and (self.wire.shared != FP32 or self.wire.fragments > 0)
-        changes = sent if sends_changes else None
-        # Everything is averaged at the end of a round that begins or ends holding all blocks.
-        streams = sends_changes and self.wire.fragments > 0
-        streams = streams and self.plan.held_by_all == self.plan_of(self.round + 1).held_by_all
-        for worker in self.workers:
-            worker.begin_round(
-                keep_anchor=self.elastic or self.replicate or self.on_nonfinite == "drop",
-                keep_average=self.elastic or self.on_nonfinite == "drop",
-                outer=strategy.outer is not None,
-                changes=changes,
-                fragments=self.wire.fragments if streams else 0,
-                agreed=agreed,
-            )
+        drops = self.on_nonfinite == "drop"
+        self._streaming = begin_round(
+            self.transport,
+            self.workers,
+            self._round_end(),
+            keep_anchor=self.elastic or self.replicate or drops,
+            keep_average=self.elastic or drops,
+            agreed=agreed,
+        )
         if self.elastic and self.generation >= 0:
             own = tuple(worker_start(worker, self.plan.held(worker.index)) for worker in self.workers)
             numbers = self.generation, self.round, self.step_index
             self.starts = with_start(self.starts, RoundStart(*numbers, self.members, own, replicas or {}))
-        self._streaming = None
-        if streams:
-            times = self.wire.times(strategy.local_steps)
-            self._streaming = Streaming(self.transport, self.workers, times, self.wire.shared, strategy.outer)
 
     @property
     def steps_in_round(self) -> int:

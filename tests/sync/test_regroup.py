@@ -338,10 +338,17 @@ def test_what_is_refused_changes_nothing() -> None:
     errors = cluster.regroup()
     assert "process 3 was started with `seed=5`, process 0 with `seed=0`" in str(errors[0])
     cluster.members.pop()
+    cluster.options["seed"] = 0
     for worker, state in cluster.states().items():
         close(state, before[worker], 0)
-    with pytest.raises(UserError, match=r"kept has worker 7, and this process hosts \[0\]"):
-        cluster.members[0].job.regroup(cluster.members[0].job.transport, kept=[7])
+    assert "kept has worker 7, and this process hosts [0]" in str(cluster.regroup(kept=[7])[0])
+    cluster.join()
+    cluster.members[-1].job._optimizers = ()
+    cluster.members[-1].job.attach(adam(cluster.members[-1].job.model))
+    assert "process 3 trains a worker with Adam, process 0 with SGD" in str(cluster.regroup()[0])
+    cluster.members.pop()
+    for worker, state in cluster.states().items():
+        close(state, before[worker], 0)
     cluster.join()
     with pytest.raises(UserError, match=r"call job\.regroup with the others before training"):
         cluster.members.pop().train(STEPS)

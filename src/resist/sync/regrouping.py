@@ -16,16 +16,13 @@ from resist.planning.plan import Key
 from resist.subnet.flats import Flats
 from resist.sync.averaging import VELOCITY
 from resist.sync.recovery import join, keep_present, return_to
-from resist.sync.round_agreement import RoundAgreement
-from resist.sync.synchronization import agree, exchange
+from resist.sync.synchronization import agree, collect, exchange
 from resist.sync.target import GroupedJob, Target
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker
 
 
-def move(
-    job: GroupedJob, transport: Transport, workers: Sequence[Worker], target: Target
-) -> tuple[RoundAgreement, dict[Key, Flats]]:
+def move(job: GroupedJob, transport: Transport, workers: Sequence[Worker], target: Target) -> dict[Key, Flats]:
     """Lead the hosted workers to the target. Their numbers are the new ones afterwards, or the old ones if it fails.
 
     Args:
@@ -35,7 +32,7 @@ def move(
         target: Where they go on.
 
     Returns:
-        What the members have agreed on, and the replicas that this process keeps.
+        The replicas that this process keeps: (chain number, block) -> flat tensor of each dtype.
 
     Raises:
         AgreedError: In all processes, if their optimizers or averages do not fit each other.
@@ -47,10 +44,11 @@ def move(
         for worker, index in zip(workers, transport.hosted, strict=True):
             worker.index = index
         _take_up(job, target, workers)
-        joined, options = target.regrouping.joined, {"on_nonfinite": job.on_nonfinite}
-        agreed = agree(transport, workers, target.end, nonfinite={}, joined=joined, **options)
+        agreed = agree(transport, workers, target.end, {}, target.regrouping.joined)
+        job.dropped = agreed.nonfinite
+        collect(workers, target.end, agreed, on_nonfinite=job.on_nonfinite)
         _share_anchors(transport, workers, target)
-        return agreed, exchange(transport, workers, target.end, agreed, replicate=job.replicate)
+        return exchange(transport, workers, target.end, agreed, replicate=job.replicate)
     except BaseException:
         for worker, index in zip(workers, before, strict=True):
             worker.index = index

@@ -80,7 +80,7 @@ def agree_on_round(
     failed = {**_with_nonfinite_weights([w for w in workers if w.index not in joined]), **nonfinite}
     values: dict[str, Any] = {
         "round": [end.round, end.step],
-        "optimizers": _distinct([[type(optimizer).__name__ for optimizer in w.optimizers] for w in workers]),
+        "optimizers": distinct_optimizers(workers),
         "averages": any(worker.average for worker in workers),
         "nonfinite": failed,
         "changed": to_text(changed, workers[0].subnet),
@@ -94,7 +94,7 @@ def agree_on_round(
         }
         values |= {"state": _state_texts(states), "loose": loose_values.to_text(loose)}
         processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values, separators=(",", ":")))]
-        _check_progress(processes)
+        check_progress(processes)
         states = _merged_states([process["state"] for process in processes])
         if all(process["state"] == _state_texts(states) for process in processes):
             break  # all have described the same states; else all do so now
@@ -124,12 +124,22 @@ def _with_nonfinite_weights(workers: Sequence[Worker]) -> dict[int, str]:
     return {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
 
 
-def _distinct(values: Sequence[list[str]]) -> list[list[str]]:
-    return [value for number, value in enumerate(values) if value not in values[:number]]
+def distinct_optimizers(workers: Sequence[Worker]) -> list[list[str]]:
+    """Return the classes of the optimizers of each worker, equal ones once."""
+    names = [[type(optimizer).__name__ for optimizer in worker.optimizers] for worker in workers]
+    return [own for number, own in enumerate(names) if own not in names[:number]]
 
 
-def _check_progress(processes: Sequence[Mapping[str, Any]]) -> None:
-    """Raise if processes are not at the same point of training."""
+def check_progress(processes: Sequence[Mapping[str, Any]]) -> None:
+    """Check that processes are at the same point of training, with the same optimizers.
+
+    Args:
+        processes: For each process "round" (round and step), "optimizers" (see `distinct_optimizers`) and "averages"
+            (whether it has any).
+
+    Raises:
+        AgreedError: If they differ.
+    """
     first = processes[0]
     for number, process in enumerate(processes):
         if process["round"] != first["round"]:

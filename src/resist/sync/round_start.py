@@ -10,10 +10,14 @@ from resist.blocks.chain import Chain
 from resist.planning.members import Members
 from resist.planning.plan import Key, RoundPlan
 from resist.planning.regrouping import Held
+from resist.planning.wire import FP32
 from resist.subnet.buffers import Part
 from resist.subnet.flats import Flats
 from resist.subnet.network import Subnet
 from resist.sync.averaging import VELOCITY
+from resist.sync.round_end import RoundEnd
+from resist.sync.streaming import Streaming
+from resist.sync.transport import Transport
 from resist.sync.worker import Worker
 
 Loose = dict[Part, dict[str, Tensor]]
@@ -72,6 +76,46 @@ class RoundStart:
     def key(self) -> tuple[int, int]:
         """Generation and round."""
         return self.generation, self.round
+
+
+def begin_round(
+    transport: Transport,
+    workers: Sequence[Worker],
+    end: RoundEnd,
+    *,
+    keep_anchor: bool,
+    keep_average: bool,
+    agreed: bool,
+) -> Streaming | None:
+    """Copy the weights that begin a round, where something needs them.
+
+    Args:
+        transport: Connects the workers.
+        workers: The hosted workers.
+        end: The end of the round, if it has all its steps.
+        keep_anchor: Copy them, whether the means of the round need them or not.
+        keep_average: Copy averages over time, too.
+        agreed: All workers have equal weights.
+
+    Returns:
+        The fragments that are averaged in the course of the round, or None.
+    """
+    wire, outer = end.wire, end.strategy.outer
+    sends_changes = transport.num_workers > 1 and (wire.shared != FP32 or wire.fragments > 0)
+    # Everything is averaged at the end of a round that begins or ends holding all blocks.
+    streams = sends_changes and wire.fragments > 0 and end.plan.held_by_all == end.next_plan.held_by_all
+    for worker in workers:
+        worker.begin_round(
+            keep_anchor=keep_anchor,
+            keep_average=keep_average,
+            outer=outer is not None,
+            changes=("all" if end.plan.held_by_all else "shared") if sends_changes else None,
+            fragments=wire.fragments if streams else 0,
+            agreed=agreed,
+        )
+    if not streams:
+        return None
+    return Streaming(transport, workers, wire.times(end.strategy.local_steps), wire.shared, outer)
 
 
 @torch.no_grad()

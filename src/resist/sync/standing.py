@@ -36,6 +36,7 @@ class Report:
         most: Blocks of a chain that each of its workers may hold at most; None: no bound.
         changing: `resist.subnet.changes.to_text` of what changes besides what trains.
         averaged: Number of steps that averages of the weights have seen; -1: there are none.
+        optimizers: Classes of the optimizers of its workers.
     """
 
     standing: Standing
@@ -44,6 +45,7 @@ class Report:
     most: int | None
     changing: str
     averaged: int
+    optimizers: list[list[str]]
 
 
 def to_text(report: Report) -> str:
@@ -64,7 +66,7 @@ def to_text(report: Report) -> str:
         "hosted": report.standing.hosted,
         "offers": offers,
         "torn": report.standing.torn,
-        "about": [report.generation, report.most, report.changing, report.averaged],
+        "about": [report.generation, report.most, report.changing, report.averaged, report.optimizers],
     }
     return json.dumps(values, separators=(",", ":"))
 

@@ -1,4 +1,4 @@
-"""The synchronization at the end of a round, in its two parts: agree, which changes no weights, and exchange."""
+"""The synchronization at the end of a round: agree and collect, which change no weights, and exchange."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,9 +16,7 @@ def agree(
     transport: Transport,
     workers: Sequence[Worker],
     end: RoundEnd,
-    *,
     nonfinite: Mapping[int, str],
-    on_nonfinite: str,
     joined: frozenset[int] = frozenset(),
 ) -> RoundAgreement:
     """Agree on the states to exchange, and on workers with NaN or inf.
@@ -30,28 +28,39 @@ def agree(
         workers: The hosted workers.
         end: The end of the round.
         nonfinite: Hosted workers whose round must not count, each with the reason.
-        on_nonfinite: As in `resist.Job`.
         joined: All workers that join at this end of a round.
 
     Returns:
-        What they have agreed on. The workers have collected their states.
+        What they have agreed on.
 
     Raises:
         UserError: If a parameter was moved out of the flat tensor, or `nonfinite` has a worker that is not hosted here.
         AgreedError: If the processes do not fit each other.
-        DivergedError: In all processes, if a worker has diverged.
         WorkerLostError: If another process is lost.
     """
     for worker in workers:
         worker.take_back()
     for worker in workers if end.strategy.optimizer_state == "reset" else ():
         worker.reset_state()
-    agreed = agree_on_round(transport, workers, end, nonfinite, joined)
-    if agreed.nonfinite and (on_nonfinite == "stop" or len(agreed.left_out) == transport.num_workers):
+    return agree_on_round(transport, workers, end, nonfinite, joined)
+
+
+def collect(workers: Sequence[Worker], end: RoundEnd, agreed: RoundAgreement, *, on_nonfinite: str) -> None:
+    """Collect the states of the optimizers, unless a worker has diverged.
+
+    Args:
+        workers: The hosted workers.
+        end: The end of the round.
+        agreed: What `agree` has returned.
+        on_nonfinite: As in `resist.Job`.
+
+    Raises:
+        DivergedError: If a worker has diverged, and that is not to be overlooked, or if all have.
+    """
+    if agreed.nonfinite and (on_nonfinite == "stop" or len(agreed.left_out) == end.plan.workers):
         raise diverged(agreed.nonfinite, round=end.round, step=end.step)
     for worker in workers:
         worker.collect_state(agreed.states, reset=worker.index in agreed.nonfinite)
-    return agreed
 
 
 def exchange(
@@ -63,7 +72,7 @@ def exchange(
         transport: Connects the workers.
         workers: The hosted workers.
         end: The end of the round.
-        agreed: What `agree` has returned.
+        agreed: What `agree` has returned, after `collect`.
         replicate: Keep replicas; with a single worker there is nobody to keep them.
 
     Returns:

@@ -17,6 +17,7 @@ from resist.subnet.changes import from_text, to_text
 from resist.subnet.flats import PlaceKey
 from resist.sync import standing as standings
 from resist.sync.agreement import check_agreement, run_everywhere
+from resist.sync.round_agreement import check_progress, distinct_optimizers
 from resist.sync.round_end import RoundEnd
 from resist.sync.round_start import RoundStart
 from resist.sync.standing import Progress, Report
@@ -94,6 +95,7 @@ class GroupedJob(Protocol):
     members: Members
     starts: list[RoundStart]
     torn: bool
+    dropped: dict[int, str]
     on_nonfinite: str
     replicate: bool
     started_with: dict[str, object]
@@ -108,9 +110,9 @@ class GroupedJob(Protocol):
 def agree_on_target(
     job: GroupedJob,
     transport: Transport,
-    workers: Sequence[Worker],
+    kept: Sequence[int] | None,
     most: int | None,
-) -> Target:
+) -> tuple[Target, list[Worker]]:
     """Agree on where members go on. Changes nothing.
 
     Waits for all processes.
@@ -118,11 +120,11 @@ def agree_on_target(
     Args:
         job: The job.
         transport: Connects the new members.
-        workers: The workers of this process that stay, in the order of `transport.hosted`.
+        kept: The workers of this process that stay, in the order of `transport.hosted`; None: all.
         most: Blocks of a chain that each worker of this process may hold at most; None: no bound.
 
     Returns:
-        The target, equal in all processes.
+        The target, equal in all processes, and the workers of this process that stay.
 
     Raises:
         IncompleteNetworkError: In all processes, if a part of the network is in none of them any more.
@@ -130,15 +132,22 @@ def agree_on_target(
             blocks.
         WorkerLostError: If another process is lost.
     """
-    run_everywhere(transport, lambda: _check(job, transport, workers, most))
+    workers = run_everywhere(transport, lambda: _staying(job, transport, kept, most))
     check_agreement(transport, job.started_with)
     own = _report(job, transport.hosted, workers, most)
     reports = [standings.from_text(text) for text in transport.all_gather_text(standings.to_text(own))]
+    # The rounds may differ: `choose` finds one that fits.
+    check_progress([{"round": 0, "optimizers": r.optimizers, "averages": r.averaged >= 0} for r in reports])
     regrouping = choose([report.standing for report in reports], [chain.num_blocks for chain in job.chains])
-    return run_everywhere(transport, lambda: _target(job, regrouping, reports))
+    return run_everywhere(transport, lambda: _target(job, regrouping, reports)), workers
 
 
-def _check(job: GroupedJob, transport: Transport, workers: Sequence[Worker], most: int | None) -> None:
+def _staying(job: GroupedJob, transport: Transport, kept: Sequence[int] | None, most: int | None) -> list[Worker]:
+    """The workers that stay; UserError if an argument is of no use."""
+    hosted = {worker.index: worker for worker in job.workers}
+    if unknown := [index for index in kept or () if index not in hosted]:
+        raise UserError(f"kept has worker {unknown[0]}, and this process hosts {list(hosted)}; name only those")
+    workers = list(hosted.values()) if kept is None else [hosted[index] for index in dict.fromkeys(kept)]
     if len(workers) != len(transport.hosted):
         raise UserError(
             f"the new transport has {len(transport.hosted)} workers in this process, which hosts {len(workers)}; "
@@ -148,6 +157,7 @@ def _check(job: GroupedJob, transport: Transport, workers: Sequence[Worker], mos
         raise UserError(f"`most={most}`; every worker holds a block of each chain: give 1 or more")
     for worker in workers:
         worker.subnet.check_attached()
+    return workers
 
 
 def _report(job: GroupedJob, hosted: Sequence[int], workers: Sequence[Worker], most: int | None) -> Report:
@@ -179,6 +189,7 @@ def _report(job: GroupedJob, hosted: Sequence[int], workers: Sequence[Worker], m
         most,
         to_text(changed, workers[0].subnet),
         max(counts, default=-1),
+        distinct_optimizers(workers),
     )
 
 
