@@ -33,11 +33,20 @@ class Residual(nn.Module):
         return x + self.linear(torch.relu(self.norm(x)))
 
 
+class Stem(nn.Linear):
+    """Counts in the shared part, each worker for itself."""
+
+    def __init__(self) -> None:
+        super().__init__(3, WIDTH)
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+
 def _built() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         blocks = nn.Sequential(*(Residual() for _ in range(BLOCKS)))
-        return nn.Sequential(nn.Linear(3, WIDTH), nn.BatchNorm1d(WIDTH), blocks, nn.Linear(WIDTH, 3))
+        return nn.Sequential(Stem(), nn.BatchNorm1d(WIDTH), blocks, nn.Linear(WIDTH, 3))
 
 
 NETWORK = _built()
@@ -83,7 +92,7 @@ class Member:
             for name, buffer in worker.model.named_buffers():
                 if "running" in name:
                     buffer.add_(0.01 * (worker.index + 1))
-                if "calls" in name:
+                if "calls" in name or "seen" in name:
                     buffer.add_(1)
             optimizer.step()
         for worker, average in zip(self.job.workers, self.averages, strict=False):

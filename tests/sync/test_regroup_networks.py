@@ -5,8 +5,10 @@ from torch import nn
 
 from resist.planning.strategy import resist
 from resist.sync.local import Local
-from saving import OPTIMIZERS, STEPS, Block, Loop, warmed_up
+from saving import OPTIMIZERS, STEPS, Block, Loop, equal, warmed_up
 from support import floats
+
+OPTIONS = {"replicate": True, "elastic": True, "example": False}
 
 
 def regrouped(loop: Loop, kept: list[int], *, torn: bool) -> Loop:
@@ -25,12 +27,11 @@ def blocks_of(model: nn.Module) -> list[Block]:
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_goes_on(name: str, torn: bool) -> None:
-    options = {"replicate": True, "elastic": True, "example": False}
-    for policy in ("travel", "average"):
-        loop = Loop(warmed_up(policy=policy), OPTIMIZERS[name], averaged=True, options=options).train(3 * STEPS + 1)
+def test_every_optimizer_goes_on(name: str) -> None:
+    for policy, torn in (("travel", False), ("average", True)):
+        loop = Loop(warmed_up(policy=policy), OPTIMIZERS[name], averaged=True, options=OPTIONS).train(3 * STEPS + 1)
         regrouped(loop, [0, 2], torn=torn).train(2 * STEPS)
         regrouped(loop, [1], torn=torn).train(STEPS)
         full = loop.job.full_model()
@@ -39,9 +40,25 @@ def test_every_optimizer_goes_on(name: str, torn: bool) -> None:
         assert len(blocks_of(full)) == 6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adagrad", "adafactor", "two", "python"])
+def test_with_the_same_members_it_is_a_synchronization_bit_for_bit(name: str) -> None:
+    for policy, rounds in (("travel", 3), ("average", 3), ("travel", 0), ("reset", 1), ("keep", 1)):
+        loops = [
+            Loop(warmed_up(policy=policy), OPTIMIZERS[name], averaged=True, options=OPTIONS).train(rounds * STEPS + 1)
+            for _ in range(2)
+        ]
+        loops[0].job.synchronize()
+        regrouped(loops[1], [0, 1, 2], torn=False)
+        loops[0].schedules = []
+        assert equal(loops[0].everything(), loops[1].everything()), policy
+        for loop in loops:
+            loop.train(STEPS)
+        assert equal(loops[0].everything(), loops[1].everything()), policy
+
+
 def test_counters_of_lost_blocks_are_those_of_the_initial_network() -> None:
-    options = {"replicate": True, "elastic": True, "example": False}
-    loop = Loop(resist(3, STEPS, min_depth=0), options=options).train(2 * STEPS)
+    loop = Loop(resist(3, STEPS, min_depth=0), options=OPTIONS).train(2 * STEPS)
     lost = set(loop.job.plan.held(1)[0])
     regrouped(loop, [0, 2], torn=False)
     for worker in loop.job.workers:
