@@ -33,6 +33,10 @@ class DivergedError(AgreedError):
     """
 
 
+class IncompleteNetworkError(AgreedError):
+    """A part of the network was lost with its workers: no process has it any more."""
+
+
 class WorkerLostError(RuntimeError):
     """Contact with another worker was lost.
 

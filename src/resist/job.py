@@ -23,7 +23,9 @@ from resist.blocks.wrappers import check_blocks
 from resist.checking.unchecked import add_depth_hints, note_unchecked
 from resist.checking.validate import choose_with_runs
 from resist.errors import UserError
+from resist.planning.members import Members
 from resist.planning.plan import Key, RoundPlan, keyed_int
+from resist.planning.regrouping import with_members
 from resist.planning.strategy import Strategy
 from resist.planning.wire import FP32, Wire, as_wire
 from resist.state.stateful import load_state_dict, state_dict_of
@@ -37,17 +39,19 @@ from resist.subnet.seeded import build_seeded
 from resist.subnet.skeleton import own_storages
 from resist.subnet.tensors import values_of
 from resist.sync.agreement import check_agreement, job_values, run_everywhere
-from resist.sync.assembly import assemble
 from resist.sync.distributed import connect
-from resist.sync.exchange import Exchange
+from resist.sync.full_network import full_network
 from resist.sync.gathering import TogetherIn
-from resist.sync.loose_exchange import LooseExchange
+from resist.sync.local import Unconnected
 from resist.sync.optimizers import check_optimizers
 from resist.sync.options import check_options
+from resist.sync.regrouping import move
 from resist.sync.replicas import Replica, collect_replica, keep_newest
-from resist.sync.round_agreement import agree_on_round, diverged
 from resist.sync.round_end import RoundEnd
-from resist.sync.streaming import Streaming, mean_of_weights, put_weights
+from resist.sync.round_start import RoundStart, begin_round, first_blocks, first_buffers, with_start, worker_start
+from resist.sync.streaming import Streaming
+from resist.sync.synchronization import agree, collect, exchange
+from resist.sync.target import Regrouped, Target, agree_on_target
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker, assign_optimizers
@@ -105,6 +109,9 @@ class Job:
         replicate: Keep a replica of each block that only one worker holds, until the next synchronization is complete,
             so that losing any one worker costs at most the current round; see `replicas`. Needs memory for one more
             copy of the worker's weights, and for the replicas that it keeps.
+        elastic: Keep what `regroup` needs, so that the job can go on without workers that are lost, and with others
+            that join. Needs memory for one more copy of the worker's weights (the one of `replicate`), of its average
+            over time, and of the outer momentum.
         wire: Format of what is sent: "fp32", "bf16", "int8", "int6", "int4", or a `resist.Wire` with one for each part,
             and with fragments that are averaged while training goes on. Needs memory for two more copies of the
             worker's shared part, with "fp32" for one if there are fragments.
@@ -119,7 +126,10 @@ class Job:
 
     Attributes:
         workers: The hosted workers, ascending.
-        strategy: The strategy.
+        strategy: The strategy, for the present workers.
+        given: The strategy as it was given.
+        members: The present workers.
+        generation: How often the members have changed; -1 in a process that has not joined yet.
         wire: The formats of what is sent.
         chains: The chains that are partitioned.
         plan: Plan of the present round, with the chains in the order of `chains`.
@@ -129,6 +139,8 @@ class Job:
         transport: The transport, which counts bytes and messages; see `take` there.
         dropped: Workers that were left out of the last synchronization, each with the reason.
         replicas: Weights of the last synchronized network that this process keeps, if `replicate`; the newest is last.
+        starts: What `regroup` can return to, if `elastic`.
+        torn: Whether the weights are those of no round, since another process was lost in an exchange.
 
     Raises:
         UserError: If an option is invalid, if the network has no chain that the strategy can partition, or if the
@@ -152,14 +164,23 @@ class Job:
         timeout_s: float = 600.0,
         on_nonfinite: str = "stop",
         replicate: bool = False,
+        elastic: bool = False,
         wire: str | Wire = FP32,
         resume_at: tuple[int, int] = (0, 0),
         example: object = None,
     ) -> None:
         self.wire = as_wire(wire)
         check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate, wire=self.wire)
-        self.strategy, self.seed, self.batchnorm, self.scale = strategy, seed, batchnorm, scale
+        if elastic:
+            with_members(strategy, Members.first(strategy.workers))  # an error now, not when the first worker is lost
+        self.strategy, self.given, self.seed = strategy, strategy, seed
+        self.batchnorm, self.scale = batchnorm, scale
+        self.members = Members.first(strategy.workers)
+        self.generation = -1 if isinstance(transport, Unconnected) else 0
+        self.starts: list[RoundStart] = []
+        self.torn = False  # in an exchange, or lost in one
         self.on_nonfinite, self.replicate, self.timeout_s = on_nonfinite, replicate, timeout_s
+        self.elastic = elastic
         self.replicas: list[Replica] = []
         self.dropped: dict[int, str] = {}
         self.round, self.step_index = resume_at
@@ -171,15 +192,16 @@ class Job:
         if batchnorm == "batch":
             use_batch_statistics(full)
         options: dict[str, object] = {"batchnorm": batchnorm, "channels_last": channels_last}
-        options |= {"replicate": replicate, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
+        options |= {"replicate": replicate, "elastic": elastic, "on_nonfinite": on_nonfinite, "resume_at": resume_at}
         options |= {"wire": self.wire.formats, "fragments": self.wire.fragments, "delay": self.wire.delay}
         self.transport = CountingTransport(transport or connect(strategy.workers, device, timeout_s))
         try:
             # Waits for all processes. Each may have another example, and two that disagree would later wait for each
             # other, or average different tensors.
             self.chains, runs = run_everywhere(self.transport, lambda: self._draw_first(full, chains, example))
-            values = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
-            check_agreement(self.transport, values)
+            self.started_with = job_values(strategy, seed=seed, chains=self.chains, model=full, options=options)
+            check_agreement(self.transport, self.started_with)
+            del self.started_with["resume_at"]  # who joins later begins where the others are
         except BaseException:
             if transport is None:
                 self.transport.close()
@@ -190,7 +212,11 @@ class Job:
         unchecked = example is None or example is False
         if unchecked and strategy.ever_partitions:
             add_depth_hints((worker.subnet.model for worker in self.workers), self.chains)
-        self.mark_anchors()
+        values = values_of(full) if elastic and replicate else {}
+        self.first_buffers: Mapping[Key, Mapping[str, Tensor]] = first_buffers(
+            values, self.chains, self.workers[0].subnet
+        )
+        self.mark_anchors(replicas=first_blocks(values, self.chains, self.plan, self.workers) if values else {})
         if 0 in self.transport.hosted:
             log_holdings(full, self.chains, strategy, runs)
             if example is None:
@@ -382,34 +408,89 @@ class Job:
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost. The sub-networks may then be of neither round.
         """
-        strategy = self.strategy.at(self.round)
-        next_plan = self.plan_of(self.round + 1)  # line 6: draw new sub-networks
         streamed: frozenset[int] | None = None
         if self._streaming is not None:
             self._streaming.complete()
             streamed = frozenset(self._streaming.done)
-        end = RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan, self.wire, self.seed, streamed)
-        for worker in self.workers:
-            worker.take_back()
-        for worker in self.workers if strategy.optimizer_state == "reset" else ():
-            worker.reset_state()
-        # Agree on the states to exchange, and on workers with NaN or inf. Waits for all processes, and for the device.
-        agreed = agree_on_round(self.transport, self.workers, end, nonfinite or {})
-        self.dropped = agreed.nonfinite
-        if self.dropped and (self.on_nonfinite == "stop" or len(self.dropped) == self.strategy.workers):
-            raise diverged(self.dropped, round=self.round, step=self.step_index)
-        for worker in self.workers:
-            worker.collect_state(agreed.states, reset=worker.index in self.dropped)
-        replicas: dict[Key, Flats] = {}
-        if not strategy.every_step:  # line 5: average each weight over its holders, and hand the blocks over
-            exchange = Exchange(self.transport, self.workers, end, agreed, replicate=self.replicate)
-            replicas = exchange.finish()
-            LooseExchange(self.transport, self.workers, end, agreed, exchange.schedule).run()
-        self.plan, self.round, self._steps_in_round = next_plan, self.round + 1, 0
-        self.mark_anchors(agreed=not streamed)
+        end = self._round_end(streamed)
+        agreed = agree(self.transport, self.workers, end, nonfinite or {})
+        self.dropped, replicas = agreed.nonfinite, dict[Key, Flats]()
+        collect(self.workers, end, agreed, on_nonfinite=self.on_nonfinite)
+        if not end.strategy.every_step:  # line 5: average each weight over its holders, and hand the blocks over
+            self.torn = True
+            replicas = exchange(self.transport, self.workers, end, agreed, replicate=self.replicate)
+        self.plan, self.round, self._steps_in_round = end.next_plan, self.round + 1, 0
+        self._begin_round(replicas, agreed=not streamed)
+
+    def _round_end(self, streamed: frozenset[int] | None = None) -> RoundEnd:
+        """Line 6 of the algorithm: the end of this round, with new sub-networks."""
+        strategy, next_plan = self.strategy.at(self.round), self.plan_of(self.round + 1)
+        return RoundEnd(self.round, self.step_index, strategy, self.plan, next_plan, self.wire, self.seed, streamed)
+
+    def _begin_round(self, replicas: Mapping[Key, Flats], *, agreed: bool = True) -> None:
+        """Keep what begins a round. With `replicate` or `elastic`, waits until all processes have it."""
+        self.mark_anchors(agreed=agreed, replicas=replicas)
+        self.torn = False
         if self.replicate:
-            own = collect_replica(self.workers, plan=next_plan, blocks=replicas, round=self.round, step=self.step_index)
+            own = collect_replica(self.workers, plan=self.plan, blocks=replicas, round=self.round, step=self.step_index)
             keep_newest(self.transport, self.replicas, own)
+        elif self.elastic:
+            self.transport.all_gather_text("kept")
+        del self.starts[:-1]
+
+    def regroup(self, transport: Transport, *, kept: Sequence[int] | None = None, most: int | None = None) -> Regrouped:
+        """Go on with other members: without processes that were lost, and with others that join.
+
+        Call it in all members after a WorkerLostError, or between two steps: in those that stay, and in those that
+        join, whose job was made in the same way, but with `transport=Unconnected(S)`. If it raises WorkerLostError
+        itself, call it again with a transport of the members that are left.
+
+        All go on from one point. If nobody is in the middle of an exchange, the weights stay, and the round ends now.
+        Otherwise all return to the beginning of the round, their optimizers start over, and the round is repeated.
+        Blocks that only lost workers held return to the beginning of the round, from replicas that `replicate` keeps;
+        optimizers have no state of them. The capacities follow the new number of workers. `step_index` becomes the step
+        at which they have seen as many images. Afterwards all workers have equal shared parts: fragments that are on
+        their way are given up, and the errors of wire formats begin at zero.
+
+        Args:
+            transport: Connects the new members. The former one is not used any more, and not closed.
+            kept: The workers of this process that stay, by their present numbers, in the order of the new ones.
+                Default: all of them.
+            most: Blocks of a chain that each worker of this process may hold at most. Default: no bound.
+
+        Returns:
+            What has become of the members. Their numbers are in `workers[i].index`, the number of workers in
+            `strategy.workers`.
+
+        Raises:
+            UserError: If the job is not `elastic`.
+            AgreedError: In all processes, if they do not fit each other, if the workers may not hold all blocks, or if
+                `kept` has a worker that is not hosted there.
+            IncompleteNetworkError: In all processes, if a part of the network was lost.
+            DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
+            WorkerLostError: If another process is lost.
+        """
+        if not self.elastic:
+            raise UserError("this job keeps nothing to regroup from; give Job `elastic=True`")
+        counted = CountingTransport(transport)
+        target, workers = agree_on_target(self, counted, kept, most)
+        self.torn, self._streaming = True, None
+        replicas = move(self, counted, workers, target)
+        counted.follow(self.transport, target.regrouping.former)
+        self.transport, self.workers = counted, workers
+        self._go_on(target)
+        self._begin_round(replicas)
+        return target.result
+
+    def _go_on(self, target: Target) -> None:
+        """Take over the numbers of a regrouped job."""
+        result = target.result
+        self.strategy, self.members, self.plan = target.strategy, target.members, target.end.next_plan
+        self.generation, self.round, self.step_index = result.generation, result.round, result.step
+        self._steps_in_round, self.begun = 0, True
+        for worker in self.workers:
+            if worker.averaged is not None and worker.index in result.joined:
+                worker.averaged.n_averaged.fill_(target.averaged)
 
     def finish(self) -> None:
         """Synchronize if the present round has steps already.
@@ -448,22 +529,9 @@ class Job:
         if on is not None and not 0 <= on < self.strategy.workers:
             raise UserError(f"on={on} is outside 0 to {self.strategy.workers - 1}, the workers; change it")
         self.finish()
-        for worker in self.workers:
-            if worker.subnet.model.training:  # layers may have been frozen since
-                worker.note_modes()
-        subnets: dict[int, Subnet] = {}
-        for worker in self.workers:
-            if (subnet := worker.average if averaged else worker.subnet) is None:
-                raise UserError("averaged=True, and there are no averages; give them to job.follow before training")
-            subnets[worker.index] = subnet
         together = self.together if on is None else None
         targets = [on] if on is not None else self.together.first_workers
-        means: Mapping[int, Tensor] = {}
-        if not averaged and any(worker.apart for worker in self.workers):
-            means = mean_of_weights(self.transport, self.workers, blocks=self.plan.held_by_all)
-        full = assemble(self.transport, subnets, plan=self.plan, on=targets)
-        if full is not None and means:
-            put_weights(full, next(iter(means.values())), blocks=self.plan.held_by_all)
+        full = full_network(self.transport, self.workers, self.plan, on=targets, averaged=averaged)
         if full is None:
             return None
         scale_branches(full.model, self.chains, self.scales)
@@ -517,6 +585,7 @@ class Job:
         self.plan, self.round, self.step_index, self._steps_in_round = self.plan_of(round), round, step, 0
         self.begun, self.dropped = True, {}
         self.replicas.clear()
+        self.starts.clear()
         self._streaming = None  # what is on its way is not waited for: it belongs to weights that are gone
         self.mark_anchors()
 
@@ -525,33 +594,33 @@ class Job:
         self._streaming = None
         self.transport.close()
 
-    def mark_anchors(self, *, agreed: bool = True) -> None:
+    def mark_anchors(self, *, agreed: bool = True, replicas: Mapping[Key, Flats] | None = None) -> None:
         """Copy the weights that begin this round.
 
         Drops the copies of the last round if no option needs new ones at the end of this one.
 
         Args:
             agreed: All workers have equal weights. Otherwise they agree on the anchors of their fragments, which stay.
+            replicas: Replicas of blocks that this process keeps, as they begin the round.
         """
-        strategy, sent = self.strategy.at(self.round), "all" if self.plan.held_by_all else "shared"
-        sends_changes = self.strategy.workers > 1 and (self.wire.shared != FP32 or self.wire.fragments > 0)
-        changes = sent if sends_changes else None
-        # Everything is averaged at the end of a round that begins or ends holding all blocks.
-        streams = sends_changes and self.wire.fragments > 0
-        streams = streams and self.plan.held_by_all == self.plan_of(self.round + 1).held_by_all
-        for worker in self.workers:
-            worker.begin_round(
-                keep_anchor=self.replicate or self.on_nonfinite == "drop",
-                keep_average=self.on_nonfinite == "drop",
-                outer=strategy.outer is not None,
-                changes=changes,
-                fragments=self.wire.fragments if streams else 0,
-                agreed=agreed,
-            )
-        self._streaming = None
-        if streams:
-            times = self.wire.times(strategy.local_steps)
-            self._streaming = Streaming(self.transport, self.workers, times, self.wire.shared, strategy.outer)
+        drops = self.on_nonfinite == "drop"
+        self._streaming = begin_round(
+            self.transport,
+            self.workers,
+            self._round_end(),
+            keep_anchor=self.elastic or self.replicate or drops,
+            keep_average=self.elastic or drops,
+            agreed=agreed,
+        )
+        if self.elastic and self.generation >= 0:
+            own = tuple(worker_start(worker, self.plan.held(worker.index)) for worker in self.workers)
+            numbers = self.generation, self.round, self.step_index
+            self.starts = with_start(self.starts, RoundStart(*numbers, self.members, own, replicas or {}))
+
+    @property
+    def steps_in_round(self) -> int:
+        """Steps done in the present round."""
+        return self._steps_in_round
 
     @property
     def together(self) -> TogetherIn:

@@ -13,6 +13,7 @@ from resist.blocks.chain import Chain
 from resist.blocks.chains import chosen_of
 from resist.job import Job
 from resist.planning.strategy import Strategy, resist, switch
+from resist.sync.local import Local
 
 WIDTH = 8
 STRATEGY = switch(resist(2, 2, capacities=(3, 2)), resist(2, 2, capacities=(2, 4)), at_round=2)
@@ -122,3 +123,18 @@ def test_holdings_are_those_of_the_plan() -> None:
             held = job.plan.held(worker.index)[0]
             assert names == {str(2 * block + member) for block in held for member in (0, 1)}
         job.synchronize()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_members_change_in_place_as_elsewhere(torn: bool) -> None:
+    found: list[dict[str, Tensor]] = []
+    for by_name in (False, True):
+        strategy = resist(3, 2, capacities=(2, 3, 2))
+        options = {"chains": ("blocks",), "batchnorm": "average", "replicate": True, "elastic": True}
+        job = Job(lambda by_name=by_name: Net(1, by_name), strategy, **options)
+        train(job, torch.optim.AdamW, 5)
+        job.torn = torn
+        assert job.regroup(Local(2), kept=[0, 2]).recovered
+        found.append(train(job, torch.optim.AdamW, 4)[0].state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

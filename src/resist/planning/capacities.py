@@ -108,7 +108,7 @@ class Capacities:
         Raises:
             UserError: If there is not one value for each worker, or if they hold fewer than `num_blocks` blocks.
         """
-        amount, depth = self._deciding(chain, round)
+        amount, depth = self.deciding(chain, round)
         if amount is None:
             return equal_capacities(num_blocks, workers, min(depth, num_blocks), chain=chain)
         given = amount if isinstance(amount, tuple) else (amount,) * workers
@@ -132,7 +132,7 @@ class Capacities:
         Returns:
             The depth, or None if the chain has capacities of its own.
         """
-        amount, depth = self._deciding(chain, round)
+        amount, depth = self.deciding(chain, round)
         return depth if amount is None else None
 
     @property
@@ -175,11 +175,8 @@ class Capacities:
             for chain in chains:
                 self.of(chain.num_blocks, workers, chain=chain.name, round=round)
 
-    def _deciding(self, chain: str, round: int) -> tuple[Amount | None, int]:
-        """The entry that decides about a chain in a round.
-
-        An amount, or None and the minimum depth.
-        """
+    def deciding(self, chain: str, round: int) -> tuple[Amount | None, int]:
+        """Return the entry that decides about a chain in a round: an amount, or None and the minimum depth."""
         records = [record for first, record in reversed(self.by_round) if first <= round]
         for record in (*records, self):
             for fits in (operator.eq, _fits):  # the full name before that of the container

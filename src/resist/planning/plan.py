@@ -26,7 +26,8 @@ class Plan:
 
     Attributes:
         num_blocks: Number of blocks in the chain. They are numbered 0 to num_blocks - 1.
-        blocks: Blocks of each worker, ascending: `blocks[worker][slot]` is a block number.
+        blocks: Blocks of each worker: `blocks[worker][slot]` is a block number. Ascending, but for blocks that a worker
+            recovers when others are lost, which come last.
     """
 
     num_blocks: int
@@ -44,8 +45,9 @@ class Plan:
 
     @property
     def held_by_all(self) -> bool:
-        """True if every worker holds every block, as in local SGD."""
-        return all(len(held) == self.num_blocks for held in self.blocks)
+        """True if every worker holds every block, in the slot of its number, as in local SGD."""
+        everything = tuple(range(self.num_blocks))
+        return all(held == everything for held in self.blocks)
 
     @cached_property
     def _holders(self) -> tuple[tuple[int, ...], ...]:

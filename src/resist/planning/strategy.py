@@ -148,8 +148,8 @@ class Strategy:
             UserError: If the capacities do not fit a chain.
         """
         for stage in self.stages:  # later ones, too: the run must not end when their round comes
-            if stage.capacities is not None:
-                stage.capacities.check(stage.workers, chains)
+            if isinstance(stage.assign, PartitionBlocks):
+                stage.assign.check(chains)
         stage = self.at(round)
         plans = tuple(stage.assign(c.num_blocks, chain=c.name, seed=seed, round=round) for c in chains)
         return RoundPlan(plans, stage.workers)

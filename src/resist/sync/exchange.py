@@ -63,7 +63,7 @@ class Exchange:
         self.transport = transport
         self.workers = {worker.index: worker for worker in workers}
         self.end, self.plan, self.next_plan = end, end.plan, end.next_plan
-        self.dropped = agreed.nonfinite.keys()
+        self.dropped = agreed.left_out
         self.payloads = collect_payloads(workers, end, agreed.states)
         self.encoded = EncodedBlocks(end, workers[0].subnet)
         # 1. List the messages. Every process computes the same list, so no message says which block goes where.
@@ -71,7 +71,7 @@ class Exchange:
         block_bytes = [sum(self._num_bytes(p, chain) for p in weights) for chain in range(len(self.plan.plans))]
         self.schedule = schedule(self.plan, self.next_plan, block_bytes, replicate=replicate)
         # 2. Undo the round of dropped workers, before anything of it is sent.
-        for worker in self.dropped & self.workers.keys():
+        for worker in agreed.nonfinite.keys() & self.workers.keys():
             discard_round(self.workers[worker], self.payloads)
         # 3. Begin the mean of the shared part, but for fragments that were averaged before: one collective for each
         #    payload, in place. It runs while blocks are exchanged, and nothing reads the shared part until `finish` has
@@ -271,7 +271,7 @@ class Exchange:
 
     def _outer_step(self, worker: int, chain: int | None, slot: int) -> None:
         """Take the outer step, if there is one, on one part."""
-        if self.end.strategy.outer is not None:
+        if self.end.strategy.outer is not None and self.end.steps:
             streamed = self.end.streamed is not None and (chain is None or self.schedule.held_by_all)
             take_outer_step(
                 self.workers[worker], self.payloads, self.end.strategy.outer, chain, slot, streamed=streamed

@@ -21,6 +21,62 @@ class Done:
         return self.arrived
 
 
+class Unconnected:
+    """The transport of a process that joins a job: `Job.regroup` gives it the one that it needs.
+
+    Args:
+        strategy_workers: S, the number of workers of the strategy as it is given to all processes.
+        hosted: Number of workers of this process.
+
+    Raises:
+        UserError: If this process would host no worker, or more than all.
+    """
+
+    num_processes = 1
+
+    def __init__(self, strategy_workers: int, hosted: int = 1) -> None:
+        if not 1 <= hosted <= strategy_workers:
+            raise UserError(
+                f"hosted={hosted} is outside 1 to {strategy_workers}, the workers of the strategy; change it"
+            )
+        self.num_workers, self.hosted = strategy_workers, tuple(range(hosted))
+
+    def process_of(self, worker: int) -> int:
+        """See `Transport.process_of`."""
+        return 0
+
+    def all_gather_text(self, text: str) -> list[str]:
+        """See `Transport.all_gather_text`."""
+        return [text]
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+
+    def transfer(self, moves: Sequence[Move]) -> Handle:
+        """Refuse: there is nobody yet."""
+        raise _not_joined()
+
+    def mean(self, tensors: Sequence[Tensor], traffic_kind: str, scale: float = 1.0) -> Handle:
+        """Refuse: there is nobody yet."""
+        raise _not_joined()
+
+    def scatter(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """Refuse: there is nobody yet."""
+        raise _not_joined()
+
+    def gather(self, sent: Sequence[Tensor], sizes: Sequence[int], traffic_kind: str) -> Handle:
+        """Refuse: there is nobody yet."""
+        raise _not_joined()
+
+    def average_gradients(self, model: nn.Module, count: Callable[[int], None]) -> nn.Module:
+        """Refuse: there is nobody yet."""
+        raise _not_joined()
+
+
+def _not_joined() -> UserError:
+    return UserError("this process joins a job that runs; call job.regroup with the others before training")
+
+
 class Local:
     """A transport within one process. Nothing waits, and nothing leaves the process.
 

@@ -72,8 +72,9 @@ def collect_loose(
                 loose.unmovable.add(part)
     for kind, subnet in ((BUFFERS, worker.subnet), (AVERAGED, worker.average)):
         for part, buffers in subnet.loose().items() if subnet is not None else ():
-            # All workers have the shared part, and each keeps its own counters and indices.
-            moving = {n: b for n, b in buffers.items() if not end.of_everyone(part) or b.is_floating_point()}
+            # All workers have the shared part, and each keeps its own counters and indices. Those that join get them.
+            every = (end.regroups and part == SHARED) or not end.of_everyone(part)
+            moving = {name: buffer for name, buffer in buffers.items() if every or buffer.is_floating_point()}
             if moving:
                 trees[part][kind] = dict(moving)
     loose.packed = {part: pack(tree, device) for part, tree in trees.items()}

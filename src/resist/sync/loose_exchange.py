@@ -59,9 +59,9 @@ class LooseExchange:
         agreed: RoundAgreement,
         schedule: Schedule,
     ) -> None:
-        self.transport, self.end = transport, end
+        self.transport, self.end, self.joined = transport, end, agreed.joined
         self.plan, self.next_plan = end.plan, end.next_plan
-        self.loose, self.described, self.dropped = agreed.loose, agreed.described, agreed.nonfinite
+        self.loose, self.described, self.dropped = agreed.loose, agreed.described, agreed.left_out
         self.workers = {worker.index: worker for worker in workers}
         self.items = self._items(schedule)
         self.values: dict[tuple[int, Part], Tensor] = {}  # what arrives: (worker, part afterwards) -> packed
@@ -211,6 +211,9 @@ class LooseExchange:
         if packed is None:
             return
         tree = unpack(packed, slots.worker.subnet.device)
+        if part == SHARED and self.end.regroups and worker not in self.joined:  # its own counters and indices stay
+            for kind in tree.keys() & {BUFFERS, AVERAGED}:
+                tree[kind] = {name: value for name, value in tree[kind].items() if value.is_floating_point()}
         if moves_state:
             slots.put_state(part, tree.get(STATE, {}), own)
         for kind, subnet in ((BUFFERS, slots.worker.subnet), (AVERAGED, slots.worker.average)):

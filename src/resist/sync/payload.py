@@ -135,9 +135,10 @@ def collect_payloads(workers: Sequence[Worker], end: RoundEnd, states: Mapping[s
         flats = {index: average.flats[d] for index, average in averages}
         payloads.append(Payload(AVERAGE, d, flats, moves=True, average_shared=True))
     for d in dtypes if outer else ():
-        # All holders of a block have the same velocity already, so it only moves.
+        # All holders of a block have the same velocity already, so it only moves; and so have all workers that of the
+        # shared part, but for those that join.
         flats = {worker.index: worker.state[VELOCITY][d] for worker in workers}
-        payloads.append(Payload(VELOCITY, d, flats, moves=True, average_shared=False, average_blocks=False))
+        payloads.append(Payload(VELOCITY, d, flats, moves=True, average_shared=end.regroups, average_blocks=False))
     for payload in payloads:
         if next(iter(payload.flats.values())).dtype == torch.float32:  # others are not encoded
             payload.shared_format, payload.block_format = _formats(payload.name, workers[0], wire)

@@ -26,6 +26,7 @@ class RoundAgreement:
         states: Names of the optimizer states that any worker has in flat tensors, sorted, each with its dtype for each
             dtype of weights.
         nonfinite: Workers with NaN or inf in their round, each with the reason.
+        joined: Workers that join, and have nothing to give.
         loose: Hosted worker -> its loose values; see `resist.sync.loose`.
         described: The descriptions of those of all workers.
     """
@@ -34,10 +35,20 @@ class RoundAgreement:
     nonfinite: dict[int, str]
     loose: dict[int, LooseParts]
     described: Described
+    joined: frozenset[int] = frozenset()
+
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Workers that are left out of every mean."""
+        return self.joined | self.nonfinite.keys()
 
 
 def agree_on_round(
-    transport: Transport, workers: Sequence[Worker], end: RoundEnd, nonfinite: Mapping[int, str]
+    transport: Transport,
+    workers: Sequence[Worker],
+    end: RoundEnd,
+    nonfinite: Mapping[int, str],
+    joined: frozenset[int] = frozenset(),
 ) -> RoundAgreement:
     """Agree on the payloads of the exchange at a round's end.
 
@@ -50,6 +61,7 @@ def agree_on_round(
         workers: The hosted workers. Weights with NaN or inf are found here.
         end: The end of the round.
         nonfinite: Hosted workers with NaN or inf elsewhere, each with the reason.
+        joined: All workers that join at this end of a round.
 
     Returns:
         The states and the workers with NaN or inf of all processes, and the loose values.
@@ -65,10 +77,10 @@ def agree_on_round(
     changed = {key for worker in workers for watch in worker.watches for key in watch.changed()}
     for worker in workers:  # before the check for NaN: what changed is averaged too
         worker.subnet.changing |= changed
-    failed = {**_with_nonfinite_weights(workers), **nonfinite}
+    failed = {**_with_nonfinite_weights([w for w in workers if w.index not in joined]), **nonfinite}
     values: dict[str, Any] = {
         "round": [end.round, end.step],
-        "optimizers": _distinct([[type(optimizer).__name__ for optimizer in w.optimizers] for w in workers]),
+        "optimizers": distinct_optimizers(workers),
         "averages": any(worker.average for worker in workers),
         "nonfinite": failed,
         "changed": to_text(changed, workers[0].subnet),
@@ -77,10 +89,12 @@ def agree_on_round(
     own = [flat_states(w.optimizers, {n: f for n, f in w.state.items() if n != VELOCITY}) for w in workers]
     states = _merged_states([_state_texts(types) for types in own])
     while True:
-        loose = {w.index: collect_loose(w, states, end, without_state=w.index in failed) for w in workers}
+        loose = {
+            w.index: collect_loose(w, states, end, without_state=w.index in failed.keys() | joined) for w in workers
+        }
         values |= {"state": _state_texts(states), "loose": loose_values.to_text(loose)}
         processes = [json.loads(text) for text in transport.all_gather_text(json.dumps(values, separators=(",", ":")))]
-        _check_progress(processes)
+        check_progress(processes)
         states = _merged_states([process["state"] for process in processes])
         if all(process["state"] == _state_texts(states) for process in processes):
             break  # all have described the same states; else all do so now
@@ -95,6 +109,7 @@ def agree_on_round(
         nonfinite={int(worker): reason for process in processes for worker, reason in process["nonfinite"].items()},
         loose=loose,
         described=Described([process["loose"] for process in processes]),
+        joined=joined,
     )
 
 
@@ -109,12 +124,22 @@ def _with_nonfinite_weights(workers: Sequence[Worker]) -> dict[int, str]:
     return {worker: f"weights that are not finite ({name})" for worker, name in names.items() if name is not None}
 
 
-def _distinct(values: Sequence[list[str]]) -> list[list[str]]:
-    return [value for number, value in enumerate(values) if value not in values[:number]]
+def distinct_optimizers(workers: Sequence[Worker]) -> list[list[str]]:
+    """Return the classes of the optimizers of each worker, equal ones once."""
+    names = [[type(optimizer).__name__ for optimizer in worker.optimizers] for worker in workers]
+    return [own for number, own in enumerate(names) if own not in names[:number]]
 
 
-def _check_progress(processes: Sequence[Mapping[str, Any]]) -> None:
-    """Raise if processes are not at the same point of training."""
+def check_progress(processes: Sequence[Mapping[str, Any]]) -> None:
+    """Check that processes are at the same point of training, with the same optimizers.
+
+    Args:
+        processes: For each process "round" (round and step), "optimizers" (see `distinct_optimizers`) and "averages"
+            (whether it has any).
+
+    Raises:
+        AgreedError: If they differ.
+    """
     first = processes[0]
     for number, process in enumerate(processes):
         if process["round"] != first["round"]:

@@ -26,6 +26,8 @@ class RoundEnd:
         wire: Formats of what is sent.
         seed: Seed of the job, for stochastic rounding.
         streamed: Fragments that were averaged in the course of this round; None: it has no fragments.
+        regroups: The members change: some workers of `plan` may hold nothing, and get everything from the others.
+        steps: The round has steps, so that the outer optimizer takes its own.
     """
 
     round: int
@@ -36,6 +38,8 @@ class RoundEnd:
     wire: Wire = field(default_factory=Wire)
     seed: int = 0
     streamed: frozenset[int] | None = None
+    regroups: bool = False
+    steps: bool = True
 
     @cached_property
     def held_by_all(self) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence, Set
 import torch
 from torch import Tensor
 
+from resist.errors import WorkerLostError
 from resist.planning.fragments import Times
 from resist.planning.strategy import OuterSGD
 from resist.planning.wire import FP32
@@ -104,17 +105,21 @@ class FragmentMean:
 
         Args:
             outer: Outer optimizer, which takes its step along the mean change.
+
+        Raises:
+            WorkerLostError: If another process is lost. The weights have not changed.
         """
         for index, worker in self._workers.items():
             worker.take_back()
             for part, own in self._pairs(index, self._copies[index]):
                 part.sub_(own)  # what it has trained since
-        if self._plain is not None:
-            self._plain.finish()
-            for index, change in zip(self._copies, self._changes, strict=True):
-                self._copies[index] = self._mean(change).add_(self._fragment(index).feedback.anchor)
-        if self._encoded is not None:
-            self._encoded.finish()
+        try:
+            self._wait()
+        except WorkerLostError:
+            for index in self._workers:
+                for part, own in self._pairs(index, self._copies[index]):
+                    part.add_(own)
+            raise
         for index, worker in self._workers.items():
             mean, anchor = self._copies[index], self._fragment(index).feedback.anchor
             if outer is not None:
@@ -122,6 +127,15 @@ class FragmentMean:
             anchor.copy_(mean)
             for part, own in self._pairs(index, mean):
                 part.add_(own)
+
+    def _wait(self) -> None:
+        """Replace the copies by the mean. They stay if another process is lost."""
+        if self._plain is not None:
+            self._plain.finish()
+            for index, change in zip(self._copies, self._changes, strict=True):
+                self._copies[index] = self._mean(change).add_(self._fragment(index).feedback.anchor)
+        if self._encoded is not None:
+            self._encoded.finish()
 
     def _mean(self, change: Tensor) -> Tensor:
         """The mean change of the workers that count: what has arrived is divided by the number of all."""

@@ -7,7 +7,7 @@ of all of them, and no message is needed to add them up.
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -48,6 +48,21 @@ class CountingTransport:
         self.wire_bytes: Counter[str] = Counter()
         self.pairs: Counter[tuple[int, int]] = Counter()
         self.wait_s: defaultdict[str, float] = defaultdict(float)
+
+    def follow(self, other: "CountingTransport", former: Mapping[int, int]) -> None:
+        """Add the accounts of the transport before this one.
+
+        Args:
+            other: The other transport.
+            former: Worker of this transport -> its number there. Pairs with others are left out.
+        """
+        self.bytes += other.bytes
+        self.messages += other.messages
+        self.wire_bytes += other.wire_bytes
+        for kind, seconds in other.wait_s.items():
+            self.wait_s[kind] += seconds
+        now = {old: new for new, old in former.items()}
+        self.pairs += Counter({(now[s], now[t]): n for (s, t), n in other.pairs.items() if s in now and t in now})
 
     def take(self) -> dict[str, object]:
         """Return the accounts since the last call, and begin new ones.

@@ -217,6 +217,23 @@ class Worker:
         for subnet in filter(None, (self.subnet, self.average)):
             subnet.hold(held)
 
+    @torch.no_grad()
+    def replace(self, flats: Mapping[str, Flats], held: Sequence[Sequence[int]]) -> None:
+        """Take over other values. The state of optimizers has to be dropped before.
+
+        Args:
+            flats: WEIGHTS, AVERAGE if there is one, and VELOCITY -> flat tensors, laid out for `held`.
+            held: Blocks of each chain, in the order of the slots.
+        """
+        present = dict(flats)
+        if tuple(len(blocks) for blocks in held) == self.subnet.capacities:  # the parameters stay on their memory
+            for name, subnet in ((WEIGHTS, self.subnet), (AVERAGE, self.average)):
+                if subnet is not None:
+                    present[name] = subnet.flats
+                    for dtype, flat in subnet.flats.items():
+                        flat.copy_(flats[name][dtype])
+        self.finish_round(present, held)
+
 
 def assign_optimizers(
     workers: Sequence[Worker], optimizers: Sequence[Optimizer], strategy: Strategy, num_processes: int
