@@ -146,7 +146,7 @@ class MethodConfig:
     @property
     def wire_text(self) -> str:
         """What the wire is, in short: "fp32", or "int8 shared=int4, 5 fragments"."""
-        fragments = f", {self.fragments} fragments" if self.fragments else ""
+        fragments = f", {self.fragments} fragment{'s' * (self.fragments != 1)}" if self.fragments else ""
         return " ".join([self.wire, *self.wire_parts]) + fragments + (f", delay {self.delay}" if self.delay > 1 else "")
 
     def wires(self) -> Wire:

@@ -8,7 +8,7 @@ import torch
 from resist.cost.overlap import choose_fragments
 from resist.job import Job
 from resist.planning.wire import Wire
-from resist.report.units import amount
+from resist.report.units import amount, duration
 from resist.runs.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def take_up_fragments(
     Args:
         config: The options.
         job: The job, which has averaged nothing in fragments yet.
-        rounds: Rounds of the run, of whose last one everything that is averaged is hidden.
+        rounds: Rounds of the run; what is averaged in the last one is to be hidden.
         step_s: Seconds of a step in the slowest process.
         exchange_s: Seconds of a synchronization.
         exchange_bytes: Bytes that all workers have sent in it.
@@ -63,8 +63,6 @@ def _numbers(job: Job, rounds: int) -> int:
 
 
 def _reason(wire: Wire, step_s: float, exchange_s: float, exchange_bytes: float) -> str:
-    measured = f"a step takes {step_s:.3g} s, an exchange of {amount(exchange_bytes)} {exchange_s:.3g} s"
-    if not wire.fragments:
-        return f"none, for {measured}"
-    steps = f"{wire.delay} step{'s' * (wire.delay > 1)} from beginning to end"
-    return f"{wire.fragments}, each with {steps}, for {measured}"
+    measured = f"measured: {duration(step_s)} a step, {duration(exchange_s)} to exchange {amount(exchange_bytes)}"
+    late = f", each finished {wire.delay} step{'s' * (wire.delay > 1)} after it begins" if wire.fragments else ""
+    return f"{wire.fragments or 'none'}{late}; {measured}"
