@@ -333,6 +333,25 @@ def test_bounds_of_the_workers() -> None:
     go_on(cluster)
 
 
+def test_torn_weights_are_not_used_by_accident() -> None:
+    cluster = Cluster(resist(3, STEPS, min_depth=0))
+    cluster.train(STEPS)
+    states = [member.job.state_dict() for member in cluster.members]
+    cluster.train(STEPS, {2: 4})
+    jobs = [member.job for member in cluster.members]
+    assert all(job.torn for job in jobs)
+    for call in (jobs[0].synchronize, jobs[0].finish, jobs[0].full_model):
+        with pytest.raises(UserError, match="the last synchronization was not completed"):
+            call()
+    with pytest.raises(UserError, match="a job is saved between two rounds"):
+        jobs[0].state_dict()
+    other = Cluster(resist(3, STEPS, min_depth=0))
+    other.members[0].job.torn = True
+    makers = [lambda m=m, s=s: m.job.load_state_dict(s) for m, s in zip(other.members, states, strict=True)]
+    in_threads(makers, other.wires)
+    go_on(other)
+
+
 def test_images_are_counted_as_by_going_on_with_other_workers() -> None:
     cluster = Cluster(resist(4, STEPS, min_depth=0))
     cluster.train(3 * STEPS + 1)
