@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from members import NETWORK, STEPS, Cluster, State, adam, close, merged, network, sgd
+from regrouped import NETWORK, STEPS, Cluster, State, adam, close, merged, network, sgd
 from resist.errors import AgreedError, DivergedError, IncompleteNetworkError, UserError, WorkerLostError
 from resist.job import Job
 from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
