@@ -2,10 +2,12 @@
 
 from dataclasses import asdict
 
+from accuracy_figure import points_of
 from cifar10_rows import BASE, LOCAL_STEPS, SETTINGS, WORKERS
 from page_parts import Record, fill, provenance, table
 from paired import summary
 
+FIGURE_OF = "long"  # the setting of docs/accuracy.svg
 PLAIN = "recalibrate, not augmented"
 WAYS = {"batch": "batch", "recalibrate": "re-estimated", PLAIN: "re-estimated, plain", "average": "averaged"}
 SCALES = {"inclusion": "scaled", "1.0": "no scale"}
@@ -20,7 +22,8 @@ def compared(runs: list[Record]) -> str:
     for name, some in by_setting.items():
         known = next((run["settings"] for run in some if "settings" in run), None)  # lines from before have none
         heading = fill("paired-setting", **(known or asdict(SETTINGS[name])))
-        tables.append(f"{heading}\n\n{summary(some, BASE)}")
+        figure = fill("paired-figure") if name == FIGURE_OF and points_of(some) else ""
+        tables.append("\n\n".join(filter(None, (heading, figure, summary(some, BASE)))))
     return fill(
         "paired", tables="\n\n".join(tables), workers=WORKERS, local_steps=LOCAL_STEPS, base=BASE,
         provenance=provenance(*runs, n="n-paired"),

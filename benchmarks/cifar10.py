@@ -4,16 +4,16 @@
     python benchmarks/cifar10.py --data-dir DIR --rows 'local SGD' 'ResIST, average' --seeds 0 1 2
     python benchmarks/cifar10.py --summary                                   # differences to local SGD, paired by seed
 
-S = 4, depths 3,4,23,3, width 8, final norm, batch 64 per worker, 25 local steps, SGD with momentum 0.9 and weight
-decay 5e-4, a rate that falls along a cosine to exactly zero in the last step, crop and flip. Every worker draws from
-the whole set. See `cifar10_rows.py` for rows and settings.
+S = 4 and l = 25 unless a row names others, depths 3,4,23,3, width 8, final norm, batch 64 per worker, SGD with momentum
+0.9 and weight decay 5e-4, a rate that falls along a cosine to exactly zero in the last step, crop and flip. Every
+worker draws from the whole set. See `cifar10_rows.py` for rows and settings.
 
 A run is one process with one thread that hosts all workers; `--jobs` of them run at once. One line of JSON for each is
 appended to benchmarks/results/accuracy.jsonl, and runs that are there already are not repeated. The full network is
 tested on the first 5,000 test images after each quarter, and at the end on all 10,000, with averaged and with
 re-estimated statistics of BatchNorm. `train_cpu_s` is the processor time of training and synchronizing, without tests.
 `gmac` is the work of all workers' forward passes in 1e9 multiplications: a measure of compute that does not depend on
-how busy the machine is.
+how busy the machine is. `peak_bytes` is what `resist cost` predicts for the worker that needs most memory.
 """
 
 import argparse
@@ -34,9 +34,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar10_rows import BASE, LOCAL_STEPS, ROWS, SETTINGS, Row, Setting, Skipped
+from cifar10_rows import BASE, ROWS, SETTINGS, Row, Setting, Skipped
 from paired import summary
 from provenance import provenance
+from resist.cost import predict
 from resist.data import Images, Sampler, load
 from resist.job import Job
 from resist.planning.plan import keyed_int
@@ -116,7 +117,7 @@ def one(setting: Setting, row: Row, seed: int, data_dir: str) -> dict[str, Any]:
     assert isinstance(train, Images)
     assert isinstance(test, Images)
     train, test = smaller(train, setting.image_size), smaller(test, setting.image_size)
-    measured = trained(setting, row, seed, train, test)
+    measured = trained(setting, row, seed, train, test) | {"peak_bytes": peak_bytes(setting, row)}
     about = {"benchmark": "accuracy", "setting": setting.name, "row": row.name, "seed": seed}
     about |= {"settings": asdict(setting), "wire": asdict(row.wire), "plain": row.plain}
     return {**about, **measured, **provenance("accuracy")}
@@ -133,7 +134,7 @@ def smaller(data: Images, size: int) -> Images:
 def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) -> dict[str, Any]:
     """Train, and return accuracies and costs."""
     rounds = max(1, round(setting.rounds * row.share))
-    strategy = row.strategy(rounds)
+    strategy = row.strategy(row, rounds)
     job = Job(row.network, strategy, seed=seed, batchnorm="average", wire=row.wire, example=False)
     optimizers = [optimizer_of(worker.subnet.parameter_places(), row) for worker in job.workers]
     averages = [
@@ -149,13 +150,13 @@ def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) 
         )
         for w in job.workers
     ]
-    steps = rounds * LOCAL_STEPS
+    steps = rounds * row.local_steps
     marks = {steps * quarter // QUARTERS: quarter for quarter in range(1, QUARTERS)}
     curve: list[float] = []
     train_s, gmac, work, start = 0.0, 0.0, [0.0], time.process_time()
     teacher: nn.Module | None = None
     for step in range(steps):
-        if step % LOCAL_STEPS == 0:  # the plan of a round
+        if step % row.local_steps == 0:  # the plan of a round
             work = [gmacs(worker.subnet.model, setting.image_size) for worker in job.workers]
             if row.teacher_every and step:
                 teacher = job.full_model()
@@ -198,6 +199,19 @@ def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) 
         "bytes": traffic["bytes"],
         "weights_held": max(worker.subnet.numel(job.plan.capacities(worker.index)) for worker in job.workers),
     }
+
+
+def peak_bytes(setting: Setting, row: Row) -> int:
+    """Predict the memory that the worker with most of it needs in training."""
+    shape = (3, setting.image_size, setting.image_size)
+    peaks: list[int] = []
+    for stage in row.strategy(row, max(1, round(setting.rounds * row.share))).stages:
+        report = predict(
+            row.network, [replace(stage, then=None, at_round=0)], batch_size=setting.batch_size, image_shape=shape,
+            wire=row.wire, average=row.ema is not None, example=False, rounds=1,
+        )  # fmt: skip
+        peaks += [network.memory.peak for at in report.rows for network in at.networks]
+    return max(peaks)
 
 
 def optimizer_of(places: Iterable[tuple[nn.Parameter, Any]], row: Row) -> torch.optim.SGD:

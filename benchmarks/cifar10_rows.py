@@ -7,6 +7,7 @@ the same network begin with the same weights, so that differences between rows c
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ CHAIN = "layer3"  # the section whose blocks after the first form the chain
 DEPTHS = (3, 4, 23, 3)  # of ResNet101
 NUM_BLOCKS = DEPTHS[2] - 1
 PLAIN = Wire()
+SAME_COMPUTE = 41  # steps of ResIST that take the processor time of LOCAL_STEPS of local SGD
 HELD = 6  # blocks of the chain that a worker of ResIST holds by default: ceil(22 / 4)
 
 
@@ -61,8 +63,10 @@ class Row:
 
     Attributes:
         name: Name in the results.
-        strategy: Number of rounds -> strategy.
+        strategy: (row, number of rounds) -> strategy.
         share: Rounds as a share of the setting's.
+        workers: S.
+        local_steps: l; with averaging in every step, the steps that count as a round.
         lr: Factor of the setting's learning rate.
         chain_lr: Further factor for the blocks of the chain.
         depths: Blocks of each section.
@@ -77,8 +81,10 @@ class Row:
     """
 
     name: str
-    strategy: Callable[[int], resist.Strategy]
+    strategy: "Callable[[Row, int], resist.Strategy]"
     share: float = 1.0
+    workers: int = WORKERS
+    local_steps: int = LOCAL_STEPS
     lr: float = 1.0
     chain_lr: float = 1.0
     depths: tuple[int, int, int, int] = DEPTHS
@@ -166,45 +172,48 @@ class Skipped(nn.Module):
         return self.block(x) if torch.rand(()) < chance else x
 
 
-def resist_row(name: str, state: str = "average", *, held: int = HELD, lr: float = 1.0, chain_lr: float = 1.0) -> Row:
+Strategies = Callable[[Row, int], resist.Strategy]
+
+
+def resist_row(name: str, state: str = "average", *, held: int = HELD, **others: Any) -> Row:
     """Make a row of ResIST whose workers hold `held` blocks all the time."""
 
-    def strategy(rounds: int) -> resist.Strategy:
-        return resist.resist(WORKERS, LOCAL_STEPS, capacities=held, optimizer_state=state)
+    def strategy(row: Row, rounds: int) -> resist.Strategy:
+        return resist.resist(row.workers, row.local_steps, capacities=held, optimizer_state=state)
 
-    return Row(name, strategy, lr=lr, chain_lr=chain_lr, scales=(0.7, 1.4, 2.0))
+    return Row(name, strategy, scales=(0.7, 1.4, 2.0), **others)
 
 
-def warmed_up(share: float) -> Callable[[int], resist.Strategy]:
+def warmed_up(share: float) -> Strategies:
     """Return the strategy of a ResIST that begins with some rounds of local SGD."""
-    return lambda rounds: resist.resist(
-        WORKERS, LOCAL_STEPS, capacities=HELD, optimizer_state="average", warmup_rounds=round(share * rounds)
+    return lambda row, rounds: resist.resist(
+        row.workers, row.local_steps, capacities=HELD, optimizer_state="average", warmup_rounds=round(share * rounds)
     )
 
 
-def growing(*held: int) -> Callable[[int], resist.Strategy]:
+def growing(*held: int) -> Strategies:
     """Return the strategy of a ResIST whose workers hold more blocks in each of equal parts of the rounds."""
 
-    def strategy(rounds: int) -> resist.Strategy:
+    def strategy(row: Row, rounds: int) -> resist.Strategy:
         by_round = {rounds * part // len(held): number for part, number in enumerate(held)}
         return resist.resist(
-            WORKERS, LOCAL_STEPS, capacities=resist.Capacities(by_round=by_round), optimizer_state="average"
+            row.workers, row.local_steps, capacities=resist.Capacities(by_round=by_round), optimizer_state="average"
         )
 
     return strategy
 
 
-def local_sgd(rounds: int) -> resist.Strategy:
-    return resist.local_sgd(WORKERS, LOCAL_STEPS, optimizer_state="average")
+def local_sgd(row: Row, rounds: int) -> resist.Strategy:
+    return resist.local_sgd(row.workers, row.local_steps, optimizer_state="average")
 
 
-def every_step(rounds: int) -> resist.Strategy:
+def every_step(row: Row, rounds: int) -> resist.Strategy:
     """Averaging in every step: with each worker's own momentum this is SGD on the mean gradient."""
-    return resist.local_sgd(WORKERS, 1, optimizer_state="keep")
+    return resist.local_sgd(row.workers, 1, optimizer_state="keep")
 
 
-def diloco(lr: float, momentum: float) -> Callable[[int], resist.Strategy]:
-    return lambda rounds: resist.diloco(WORKERS, LOCAL_STEPS, outer=resist.OuterSGD(lr, momentum))
+def diloco(lr: float, momentum: float) -> Strategies:
+    return lambda row, rounds: resist.diloco(row.workers, row.local_steps, outer=resist.OuterSGD(lr, momentum))
 
 
 # Forgetting momentum at each synchronization lowers the mean effective rate: 1 - b(1 - b^l) / (l(1 - b)), b = 0.9.
@@ -214,6 +223,8 @@ BASE = "local SGD"
 LOCAL = Row(BASE, local_sgd)
 RESIST = resist_row("ResIST, average")
 DILOCO = Row("DiLoCo, outer rate 0.7, momentum 0.9", diloco(0.7, 0.9))
+SHALLOW = Row("local SGD, depth 7", local_sgd, depths=(3, 4, HELD + 1, 3))  # what a worker of ResIST holds
+STOCHASTIC = Row("stochastic depth, averaging in every step", every_step, survival=HELD / NUM_BLOCKS)
 LOG4 = Wire("log4", "int8", "int8")
 ROWS = {
     row.name: row
@@ -221,8 +232,8 @@ ROWS = {
         LOCAL,
         *(Row(f"local SGD, {percent} % of the rounds", local_sgd, share=percent / 100) for percent in (40, 60, 80)),
         Row("averaging in every step", every_step),
-        Row("stochastic depth, averaging in every step", every_step, survival=HELD / NUM_BLOCKS),
-        Row("local SGD, depth 7", local_sgd, depths=(3, 4, HELD + 1, 3)),
+        STOCHASTIC,
+        SHALLOW,
         Row("local SGD, width 6", local_sgd, width=6),
         DILOCO,
         *(
@@ -232,7 +243,7 @@ ROWS = {
         RESIST,
         *(resist_row(f"ResIST, {state}", state) for state in ("travel", "reset")),
         resist_row("ResIST, reset, rate corrected", "reset", lr=1 / RESET_RATE),
-        *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 11, 16, 20)),
+        *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 10, 11, 16, 20)),
         *(resist_row(f"ResIST, chain's rate x {factor:g}", chain_lr=factor) for factor in (0.5, 2.0)),
         Row("ResIST, growing 6, 11, 22", growing(6, 11, 22)),
         Row("ResIST, growing 6, 11", growing(6, 11)),
@@ -241,6 +252,21 @@ ROWS = {
         replace(resist_row("ResIST, taught by the last round"), teacher_every=4),
         *(Row(f"ResIST after {percent} % of local SGD", warmed_up(percent / 100)) for percent in (10, 33)),
         replace(LOCAL, name="local SGD, chain begins as the identity", zero_chain=True),
+        # The time that a step saves, spent on more steps of each round.
+        *(
+            replace(row, name=f"{name}, {SAME_COMPUTE} steps a round", local_steps=SAME_COMPUTE)
+            for name, row in {"ResIST": RESIST, SHALLOW.name: SHALLOW, STOCHASTIC.name: STOCHASTIC}.items()
+        ),
+        *(
+            replace(row, name=f"{row.name}, l = {steps}", local_steps=steps, share=LOCAL_STEPS / steps)
+            for row in (LOCAL, RESIST)
+            for steps in (10, 50, 100)
+        ),
+        *(replace(LOCAL, name=f"local SGD, S = {workers}", workers=workers) for workers in (2, 8)),
+        *(
+            resist_row(f"ResIST, average, S = {workers}", held=-(-NUM_BLOCKS // workers), workers=workers)
+            for workers in (2, 8)
+        ),
         *(RESIST.sent_as(wire) for wire in ("bf16", "int8", "int6", "int4", LOG4)),
         *(row.sent_as(wire) for row in (LOCAL, DILOCO) for wire in ("int8", "int4")),
         *(

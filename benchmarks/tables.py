@@ -1,7 +1,7 @@
 """Rebuild docs/results.md: the paper's tables next to ours, and every other figure, with provenance.
 
-    python benchmarks/tables.py            # reads benchmarks/results/*.jsonl, writes docs/results.md
-    python benchmarks/tables.py --check    # write nothing; exit status 1 if the page is out of date
+    python benchmarks/tables.py            # reads benchmarks/results/*.jsonl, writes docs/results.md and accuracy.svg
+    python benchmarks/tables.py --check    # write nothing; exit status 1 if one of them is out of date
     python benchmarks/tables.py --changed  # write nothing; list the figures of code that has changed since
 
 Figures stay when the code moves on, and the page marks them, by the hashes in their lines (sources.py). The marks are
@@ -23,7 +23,8 @@ import torch
 
 import detection
 import reliability
-from accuracy import compared, curves, photographs, readings
+from accuracy import FIGURE_OF, compared, curves, photographs, readings
+from accuracy_figure import figure, points_of
 from format_tables import formats
 from page_parts import Record, fill, mark, provenance, reached, rows, spread, without_marks
 from paper_tables import NAMES, ROUNDS, builder, formula, round_times, short, strategy_of, traffic
@@ -31,6 +32,7 @@ from predictions import predictions
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
+FIGURE = PAGE.with_name("accuracy.svg")
 MAX_RECORDING = 1.0  # percent of a round
 TIMES_PUBLISHED = 3.6
 FLAT_SHARE = 0.85  # of what the bytes allow against `flat`
@@ -62,12 +64,21 @@ def main() -> None:
     if args.changed:
         print(of_other_code(selected(HERE / "results")))
         return
-    text = page(HERE / "results")
+    files = {PAGE: page(HERE / "results"), FIGURE: picture(HERE / "results")}
     if args.check:
-        written = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-        sys.exit(0 if without_marks(written) == without_marks(text) else "docs/results.md is out of date")
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"wrote {PAGE}")
+        written = {file: file.read_text(encoding="utf-8") if file.exists() else "" for file in files}
+        old = [file.name for file, text in files.items() if without_marks(written[file]) != without_marks(text)]
+        sys.exit(f"out of date in docs: {', '.join(old)}" if old else 0)
+    for file, text in files.items():
+        if text:
+            file.write_text(text, encoding="utf-8")
+            print(f"wrote {file}")
+
+
+def picture(results: Path) -> str:
+    """Return docs/accuracy.svg, from the files in `results`; empty if no row has enough runs."""
+    runs = [run for run in selected(results)["accuracy"] if run["setting"] == FIGURE_OF]
+    return figure(runs) if points_of(runs) else ""
 
 
 def page(results: Path, network: Record = PAPERS) -> str:

@@ -4,11 +4,8 @@ import logging
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported here, and for every process that a test starts
-if os.path.exists("/proc/cpuinfo"):
-    with open("/proc/cpuinfo") as cpuinfo:
-        if "avx512" not in cpuinfo.read():
-            # The 1x1 convolutions that oneDNN 3.12 (torch 2.14) has for AVX2 write past the end of a weight's gradient.
-            os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
+# The 1x1 convolutions that oneDNN 3.12 (torch 2.14) has for AVX2 and AVX-512 write past the end of a weight's gradient.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +32,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.register_profile("nightly", hypothesis.settings.get_profile("day"), max_examples=600)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -114,6 +114,17 @@ def seed_everything() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def by_day_with_one(cases: Iterable[Any], numbers: Sequence[int]) -> list[Any]:
+    """Parameters of a test: each case with one of the numbers of processes in turn, at night with all."""
+    import pytest
+
+    return [
+        pytest.param(case, number, marks=() if place % len(numbers) == turn else pytest.mark.nightly)
+        for place, case in enumerate(cases)
+        for turn, number in enumerate(numbers)
+    ]
 
 
 def _serve(connection: Connection) -> None:

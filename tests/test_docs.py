@@ -126,7 +126,7 @@ def test_commands_that_are_not_run_are_in_the_documents() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("page", ["README.md", pytest.param("docs/index.md", marks=pytest.mark.nightly)])
 def test_the_first_steps_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Run the commands in the order of the page, each after the ones before it."""
     monkeypatch.chdir(tmp_path)
@@ -315,7 +315,7 @@ def test_an_invented_message_is_detected() -> None:
     assert share_in_source("--batch-size 7 may not be odd; take an even number of images instead") < 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # by day other tests look at links and names; the forge builds the site for each change
 def test_the_site_builds(tmp_path: Path) -> None:
     for package in ("material", "mkdocstrings"):
         pytest.importorskip(package, reason="the site needs pip install -e '.[docs]'")

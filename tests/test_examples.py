@@ -96,7 +96,7 @@ def test_two_processes_on_cifar10(pool: Pool) -> None:
     check_cifar10("".join(pool.run(2, in_a_process, "3", *CIFAR10)))
 
 
-@pytest.mark.nightly  # tests/cli/test_cli.py compares processes of torchrun with others
+@pytest.mark.nightly  # tests/cli/test_cli.py has processes that are started as torchrun does
 def test_torchrun_on_cifar10() -> None:
     check_cifar10(torchrun("3", *CIFAR10))
 

@@ -1,14 +1,16 @@
 """The accuracy benchmark: rows that can be compared, and differences with their uncertainty."""
 
 import math
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
+import accuracy_figure
 import cifar10
 import cifar10_rows
 import paired
-from cifar10_rows import BASE, ROWS, SETTINGS, WORKERS, Skipped
+from cifar10_rows import BASE, ROWS, SETTINGS, Skipped
 from resist.data import Images
 from resist.planning.wire import Wire
 
@@ -23,7 +25,11 @@ def images(num: int, size: int = 32) -> Images:
 def test_every_row_has_a_strategy_for_every_setting(row) -> None:
     for setting in SETTINGS.values():
         rounds = max(1, round(setting.rounds * row.share))
-        assert row.strategy(rounds).workers == WORKERS
+        strategy = row.strategy(row, rounds)
+        assert (strategy.workers, strategy.at(rounds - 1).local_steps) == (
+            row.workers,
+            1 if "every step" in row.name else row.local_steps,
+        )
     assert row.at_rate(2.0).lr == 2 * row.lr
     assert row.at_rate(2.0).name != row.name
 
@@ -52,13 +58,12 @@ def test_the_rate_ends_at_zero_and_rows_of_a_seed_begin_alike(monkeypatch: pytes
     monkeypatch.setattr(
         torch.optim.SGD, "step", lambda self, *args: (rates.append(self.param_groups[0]["lr"]), step(self, *args))[1]
     )
-    monkeypatch.setattr(cifar10, "LOCAL_STEPS", 1)
     monkeypatch.setattr(cifar10, "accuracy", lambda model, test, num: 0.0)
     monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
     data = cifar10.smaller(images(64), 8)
     assert data.pad == 1
     setting = cifar10.replace(SETTINGS["screen"], rounds=3, image_size=8, batch_size=4)
-    row = cifar10.replace(ROWS[BASE], depths=(1, 1, 3, 1))
+    row = cifar10.replace(ROWS[BASE], depths=(1, 1, 3, 1), local_steps=1)
     first = cifar10.trained(setting, row, 0, data, data)
     assert rates[0] == pytest.approx(setting.lr)
     assert rates[-1] == 0.0
@@ -67,7 +72,6 @@ def test_the_rate_ends_at_zero_and_rows_of_a_seed_begin_alike(monkeypatch: pytes
 
 @pytest.mark.nightly
 def test_a_teacher_changes_the_training_and_scales_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar10, "LOCAL_STEPS", 2)
     monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
     data = cifar10.smaller(images(64), 8)
     setting = cifar10.replace(SETTINGS["screen"], rounds=2, image_size=8, batch_size=4)
@@ -80,7 +84,9 @@ def test_a_teacher_changes_the_training_and_scales_are_tested(monkeypatch: pytes
     )
     for every in (0, 1):
         seen.clear()
-        row = cifar10.replace(ROWS["ResIST, average"], depths=(1, 1, 9, 1), teacher_every=every, scales=(0.5, 1.0))
+        row = cifar10.replace(
+            ROWS["ResIST, average"], depths=(1, 1, 9, 1), teacher_every=every, scales=(0.5, 1.0), local_steps=2
+        )
         result = cifar10.trained(setting, row, 0, data, data)
         assert list(result["percent"]) == ["averaged", "re-estimated", "sub-network", "scale x 0.5", "scale x 1"]
         assert seen[-1] == seen[-4] != seen[-2]  # the scale of ResIST, and another
@@ -119,7 +125,8 @@ def test_differences_are_paired_by_seed() -> None:
 def test_the_summary_leaves_out_the_bytes_of_tests() -> None:
     def run(row: str, seed: int, percent: float, sent: int, plain: str = "") -> dict[str, object]:
         return {"row": row, "seed": seed, "plain": plain, "percent": {"averaged": percent}, "gmac": 10,
-                "weights_held": 5, "train_cpu_s": 3.0, "bytes": {"shared": sent, "evaluate": 99}}  # fmt: skip
+                "peak_bytes": 5, "train_cpu_s": 3.0, "rounds": 4,
+                "bytes": {"shared": sent, "evaluate": 99}}  # fmt: skip
 
     text = paired.summary(
         [
@@ -128,8 +135,11 @@ def test_the_summary_leaves_out_the_bytes_of_tests() -> None:
         ],
         BASE,
     )  # fmt: skip
-    assert "| x | 62.00 | 2 | +1.00 ± 0.00 | +1.00 |  |  | 1.00 | 0.50 | 1.00 | 1.00 |" in text
-    assert "| x, int8 | 61.50 | 2 | +0.50 ± 0.50 | -5.85 | -0.50 ± 0.50 | -6.85 | 1.00 | 0.20 | 1.00 | 1.00 |" in text
+    assert "| x | 62.00 | 2 | +1.00 ± 0.00 | +1.00 |  |  |  |  | 1.00 | 1.00 | 0.50 | 1.00 |" in text
+    assert (
+        "| x, int8 | 61.50 | 2 | +0.50 ± 0.50 | -5.85 |  |  | -0.50 ± 0.50 | -6.85 | 1.00 | 1.00 | 0.20 | 1.00 |"
+        in text
+    )
 
 
 def test_compressed_rows_are_compared_with_the_same_row_in_fp32() -> None:
@@ -140,22 +150,82 @@ def test_compressed_rows_are_compared_with_the_same_row_in_fp32() -> None:
         assert row.wire != plain.wire == Wire()
         assert cifar10.replace(row, name=plain.name, wire=plain.wire, plain="") == plain
         assert row.at_rate(2.0).plain == plain.at_rate(2.0).name
-        row.wire.times(cifar10_rows.LOCAL_STEPS)  # an error if the round is too short
+        row.wire.times(row.local_steps)  # an error if the round is too short
     assert len({(row.plain, row.wire) for row in compressed}) == len(compressed)
 
 
 @pytest.mark.nightly
 def test_a_row_trains_in_its_wire_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cifar10, cifar10_rows):
-        monkeypatch.setattr(module, "LOCAL_STEPS", 10)
     monkeypatch.setattr(cifar10, "accuracy", lambda model, test, num: 0.0)
     monkeypatch.setattr(cifar10, "recalibrate", lambda *args: None)
     data = cifar10.smaller(images(64), 8)
     setting = cifar10.replace(SETTINGS["screen"], rounds=1, image_size=8, batch_size=2)
     plain, coded, streamed = (
         paired.cost(cifar10.trained(setting, cifar10.replace(ROWS[name], **small), 0, data, data)["bytes"])
-        for small in ({"depths": (1, 1, 3, 1), "scales": ()},)
+        for small in ({"depths": (1, 1, 3, 1), "scales": (), "local_steps": 10},)
         for name in ("local SGD", "local SGD, int8", "local SGD, int8, 5 fragments, late by 1 step")
     )
     assert 0.25 < coded / plain < 0.5
     assert coded < streamed < 1.2 * coded  # whole groups of each fragment
+
+
+def test_a_round_of_more_steps_costs_no_more_than_one_of_local_sgd() -> None:
+    torch.set_num_threads(1)
+    full, part = ROWS[BASE], ROWS[f"ResIST, {cifar10_rows.SAME_COMPUTE} steps a round"]
+    held = cifar10.replace(part, depths=(3, 4, cifar10_rows.HELD + 1, 3))  # the network of one worker
+    work = [cifar10.gmacs(row.network(), 16) * row.local_steps for row in (held, full)]
+    assert 0.8 * work[1] < work[0] <= work[1]
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_largest_part_of_a_run() -> None:
+    torch.set_num_threads(1)
+    setting = cifar10.replace(SETTINGS["screen"], batch_size=8)
+    part, whole, both = (
+        cifar10.peak_bytes(setting, cifar10.replace(ROWS[name], depths=(1, 1, 12, 1)))
+        for name in ("ResIST, average", BASE, "ResIST after 10 % of local SGD")
+    )
+    assert 0.6 * whole < part < whole == both
+
+
+def test_at_equal_time_the_base_has_fewer_rounds() -> None:
+    curve = {1.0: {0: 70.0, 1: 72.0, 2: 71.0}, 0.5: {0: 60.0, 1: 64.0}}
+    assert paired.at_cost(curve, 0.75) == {0: 65.0, 1: 68.0}
+    assert paired.at_cost(curve, 1.0) == {0: 70.0, 1: 72.0}
+    assert paired.at_cost(curve, 0.4) == paired.at_cost(curve, 1.1) == {}  # nothing is extrapolated
+    assert paired.at_cost({1.0: {0: 70.0}}, 1.0) == {}
+
+
+def costly(row: str, seed: int, percent: float, cost: float, sent: int = 10, plain: str = "") -> dict[str, object]:
+    return {"setting": "long", "row": row, "seed": seed, "percent": {"averaged": percent}, "gmac": cost, "plain": plain,
+            "train_cpu_s": cost, "rounds": round(10 * cost), "bytes": {"shared": sent}, "peak_bytes": cost}  # fmt: skip
+
+
+def test_a_row_is_compared_with_as_much_time_of_local_sgd() -> None:
+    runs = [
+        costly(row, seed, percent + 0.5 * seed, cost)
+        for row, percent, cost in ((BASE, 70.0, 1.0), (f"{BASE}, 60 % of the rounds", 60.0, 0.6), ("x", 67.0, 0.8))
+        for seed in range(3)
+    ]
+    lines = paired.summary(runs, BASE).splitlines()
+    (x,) = (line for line in lines if line.startswith("| x "))
+    assert x.startswith(
+        "| x | 67.50 | 3 | -3.00 ± 0.00 | -3.00 | +2.00 ± 0.00 | +2.00 |  |  | 0.80 | 0.80 | 1.00 | 0.80"
+    )
+    assert all(line.split("|")[4:8] == ["  "] * 4 for line in lines if line.startswith(f"| {BASE}"))
+
+
+def test_the_figure_has_a_mark_for_each_row_with_three_seeds() -> None:
+    rows = {BASE: 1.0, f"{BASE}, 60 % of the rounds": 0.6, "<x>": 0.8, "sends more": 1.0}
+    runs = [costly(row, seed, 60 + seed, cost, 10 + 990 * (row == "sends more")) for row, cost in rows.items()
+            for seed in range(3)]  # fmt: skip
+    runs += [costly("x, int8", seed, 60.0, 0.8, plain="x") for seed in range(3)]
+    runs += [costly("one seed", 0, 60.0, 0.8)]
+    root = ElementTree.fromstring(accuracy_figure.figure(runs))
+    name = "{http://www.w3.org/2000/svg}"
+    assert len(root.findall(f"{name}circle")) == len(rows) * (len(accuracy_figure.PANELS) + 1)
+    texts = [str(text.text) for text in root.findall(f"{name}text")]
+    assert {text for text in texts if "±" in text} == {f"{row}: 61.0 ± 0.6" for row in rows}
+    assert "bytes sent, logarithmic" in texts
+    assert "compute" in texts
+    assert accuracy_figure.points_of(runs[:2]) == []

@@ -44,11 +44,10 @@ def test_commands_find_packages_that_were_brought(tmp_path: Path, monkeypatch: p
 MORE = ("bf16", "contiguous", "gloo, two processes", "ddp, two processes", "killed while sending", "resumed")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [(), pytest.param(MORE, id="more", marks=pytest.mark.nightly)])
-def test_the_order_is_run_to_its_end(more: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.nightly  # by day the steps are parsed, and run by a runner of the test
+def test_the_order_is_run_to_its_end(tmp_path: Path) -> None:
     """In a process of its own, as its commands are forked from it."""
-    some = ("cpu", "one process", *more, "nccl, two GPUs")
+    some = ("cpu", "one process", *MORE, "nccl, two GPUs")
     script = (
         "import sys; from pathlib import Path; from functools import partial\n"
         "import gpu, gpu_order, injection\n"
@@ -65,7 +64,7 @@ def test_the_order_is_run_to_its_end(more: tuple[str, ...], tmp_path: Path) -> N
     assert done.returncode == 0, (order, done.stderr)
     assert tuple(order) == some
     assert order.pop("nccl, two GPUs") == {"skipped": "needs 2 GPUs, and there is 1"}
-    assert [name for name, outcome in order.items() if outcome["status"]] == ["killed while sending"] * bool(more)
+    assert [name for name, outcome in order.items() if outcome["status"]] == ["killed while sending"]
     assert all(outcome["difference"] < 0.01 for outcome in order.values() if "difference" in outcome)
 
 

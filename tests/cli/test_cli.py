@@ -59,28 +59,61 @@ def test_train_then_evaluate_in_one_process(capsys, tmp_path) -> None:
     assert text == f"test accuracy {100 * rounds[-1]['accuracy']:.2f} %\n"
 
 
-@pytest.mark.slow
-def test_processes_and_torchrun_give_the_same_run(capsys, commands: Commands, tmp_path) -> None:
-    """One process, four that resist forks, two that torchrun starts: the same losses up to summation order.
+def count_opening() -> None:
+    """A prelude: print a line for every time that data are opened."""
+    import resist.training.train as module
 
-    Two that are forked give what two that are started give, bit for bit.
-    """
+    def opened(*arguments, _open=module.open_task, **options):
+        print("the data are opened", flush=True)
+        return _open(*arguments, **options)
+
+    module.open_task = opened
+
+
+@pytest.fixture(scope="module")
+def forked(_commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that resist forks; they share the data that the launcher has opened."""
+    out = tmp_path_factory.mktemp("forked") / "run"
+    done = _commands.run("train", *FAST, "--processes", "2", "--out", out, prelude=count_opening)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sys.platform != "linux" or done.stdout.count("the data are opened") == 1
+    return out
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_processes_however_they_start_give_the_same_run(capsys, commands: Commands, forked: Path, tmp_path) -> None:
+    """One process, four that resist forks, two that are started as torchrun does: up to summation order the same."""
     status, _, _ = resist(capsys, "train", *FAST, "--processes", "1", "--out", str(tmp_path / "one"))
     assert status == 0
-    for number, name in ((4, "four"), (2, "forked")):
-        done = commands.run("train", *FAST, "--processes", number, "--out", tmp_path / name)
-        assert (done.returncode, done.stderr) == (0, "")
+    done = commands.run("train", *FAST, "--processes", "4", "--out", tmp_path / "four")
+    assert (done.returncode, done.stderr) == (0, "")
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = [
+        commands.start("train", *FAST, "--out", tmp_path / "two", env=group | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    assert [(one.communicate()[1], one.returncode) for one in started] == [("", 0)] * 2
+    for name in ("two", "four"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
+    check_equal(tmp_path / "two", forked)
+
+
+@pytest.mark.nightly
+def test_torchrun_gives_the_run_that_resist_starts(forked: Path, tmp_path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = run(*torchrun, "-m", "resist", "train", *FAST, "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
-    losses = {}
-    for name in ("one", "two", "four", "forked"):
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line)["loss"] for line in lines]
-    assert losses["two"] == pytest.approx(losses["one"], abs=1e-3)
-    assert losses["four"] == pytest.approx(losses["one"], abs=1e-3)
-    assert losses["forked"] == losses["two"]
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("forked", "two")]
+    check_equal(tmp_path / "two", forked)
+
+
+def check_equal(out: Path, other: Path) -> None:
+    """Compare the losses and weights of two runs bit for bit."""
+    assert losses(out) == losses(other)
+    weights = [load_file(path / "model.safetensors") for path in (out, other)]
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
 
 

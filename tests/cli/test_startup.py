@@ -145,29 +145,7 @@ def test_the_package_has_all_its_names_and_imports_them_when_they_are_used() -> 
     assert done.returncode == 0, done.stderr
 
 
-def count_opening() -> None:
-    """A prelude: print a line for every time that data are opened."""
-    import resist.training.train as module
-
-    def opened(*arguments, _open=module.open_task, **options):
-        print("the data are opened", flush=True)
-        return _open(*arguments, **options)
-
-    module.open_task = opened
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
-def test_forked_workers_share_the_data_that_the_launcher_has_opened(commands: Commands, tmp_path: Path) -> None:
-    options = ["--workers", "2", "--processes", "2", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4"]
-    options += ["--batch-size", "32", "--local-steps", "2", "--epochs", "0.02", "--num-evals", "1", "--device", "cpu"]
-    options += ["--batchnorm", "average", "--out", str(tmp_path / "run")]
-    done = commands.run("train", *options, prelude=count_opening)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("the data are opened") == 1
-
-
-@pytest.mark.nightly  # test_processes_and_torchrun_give_the_same_run compares forks with processes of torchrun
+@pytest.mark.nightly  # test_processes_however_they_start_give_the_same_run compares forks with others
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_forked_workers_train_as_new_processes_do(commands: Commands, tmp_path: Path) -> None:
     """The records and the weights are the same, bit for bit, and so is the number of threads."""

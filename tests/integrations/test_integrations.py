@@ -184,7 +184,7 @@ def tiny_chain(net: nn.Module) -> list[nn.Module]:
 
 @pytest.mark.slow
 @needs("lightning")
-@pytest.mark.parametrize("kind", ["plain", "compiled"])
+@pytest.mark.parametrize("kind", ["compiled", pytest.param("plain", marks=pytest.mark.nightly)])
 def test_lightning_validates_and_saves_the_full_network(pool: Pool, tmp_path: Path, kind: str) -> None:
     (seen, (_, logits)), (others, nothing) = pool.run(2, evaluated_in_lightning, tmp_path, kind, timeout_s=150)
     assert nothing is None
@@ -325,7 +325,7 @@ def evaluated_in_transformers(folder: Path, kind: str) -> Any:
 
 @pytest.mark.slow
 @needs("transformers")
-@pytest.mark.parametrize("kind", ["scaled", "no scale"])
+@pytest.mark.parametrize("kind", ["scaled", pytest.param("no scale", marks=pytest.mark.nightly)])
 def test_transformers_evaluates_and_saves_the_full_network(pool: Pool, tmp_path: Path, kind: str) -> None:
     from transformers import ViTForImageClassification
 

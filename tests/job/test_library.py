@@ -266,7 +266,7 @@ BROKEN = {
     ("optimizer", "when", "policy"),
     [("adamw", when, "travel") for when in BROKEN]
     + [("adamw", when, p) for when in list(BROKEN)[2:] for p in ("reset", "keep", "average")]
-    + [pytest.param("sgd", when, "travel", marks=pytest.mark.slow) for when in BROKEN],
+    + [pytest.param("sgd", when, "travel", marks=pytest.mark.nightly) for when in BROKEN],
 )
 def test_a_skipped_step_skips_no_synchronization(optimizer: str, when: str, policy: str) -> None:
     """Rounds end at the same calls as without, and the weights are those of the loop by hand."""

@@ -9,7 +9,7 @@ from resist.job import Job
 from resist.planning.fragments import STRIPS, fragment_sizes, fragment_strips, fragment_times
 from resist.planning.strategy import ddp, resist
 from resist.planning.wire import Wire
-from streamed import single
+from wired import single
 
 
 @given(st.integers(0, 9000), st.integers(1, 12))

@@ -50,13 +50,20 @@ def uninterrupted_and_resumed(folder: Path, optimizer: str, workers: int = 3) ->
     return equal(whole.everything(), loop.everything())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+BY_DAY = ("adamw", "two", "adafactor", "python")  # test_job_state has all of them without files
+
+
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(name, marks=() if name in BY_DAY else pytest.mark.nightly) for name in OPTIMIZERS]
+)
 def test_four_interruptions_change_nothing(optimizer: str, tmp_path: Path) -> None:
     assert uninterrupted_and_resumed(tmp_path / "new", optimizer)
     assert [path.name for path in complete(tmp_path / "new")] == ["round-000004", "round-000003"]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "two", "adafactor", "python"])
+@pytest.mark.parametrize(
+    "optimizer", ["two", "python", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("sgd", "adafactor"))]
+)
 def test_four_interruptions_in_two_processes(optimizer: str, pool: Pool, tmp_path: Path) -> None:
     assert all(pool.run(2, uninterrupted_and_resumed, tmp_path, optimizer))
 

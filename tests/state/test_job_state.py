@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("averaged", [False, True], ids=["", "averaged"])
+@pytest.mark.parametrize("averaged", [pytest.param(False, marks=pytest.mark.nightly), True], ids=["", "averaged"])
 def test_a_loaded_job_goes_on_bit_for_bit(optimizer: str, averaged: bool) -> None:
     """Two steps, saved, two steps, saved, four steps: as eight."""
     make = OPTIMIZERS[optimizer]
@@ -117,8 +117,14 @@ def test_in_the_middle_of_a_round_it_is_refused() -> None:
     loop.job.state_dict()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("optimizer", ["adamw", "two", "adagrad"])
+@pytest.mark.parametrize(
+    ("optimizer", "workers"),
+    [  # by day each of both once
+        pytest.param(optimizer, workers, marks=() if place == number else pytest.mark.nightly)
+        for place, optimizer in enumerate(("adamw", "two", "adagrad"))
+        for number, workers in enumerate((1, 2, 5))
+    ],
+)
 def test_another_number_of_workers_takes_over_the_network(workers: int, optimizer: str) -> None:
     loop = Loop(warmed_up(), OPTIMIZERS[optimizer], averaged=True).train(6)
     state = loop.job.state_dict()

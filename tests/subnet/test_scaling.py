@@ -95,7 +95,7 @@ def test_compiled_exported_and_copied(way: str) -> None:
     with torch.no_grad():
         expected, net = scaled("out of place")(X), scaled(way)
         torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(X), expected)
-        for strict in (True, False):
+        for strict in (True, False) if way == "+=" else (False,):
             torch.testing.assert_close(torch.export.export(net, (X,), strict=strict).module()(X), expected)
         torch.testing.assert_close(copy.deepcopy(net)(X), expected)
         torch.testing.assert_close(pickle.loads(pickle.dumps(net))(X), expected)

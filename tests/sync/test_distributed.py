@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pool import Pool
+from pool import Pool, by_day_with_one
 from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.planning.schedule import allreduce_bytes
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
@@ -110,21 +110,19 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
-def test_the_number_of_processes_does_not_matter(pool: Pool, case: Case) -> None:
+@pytest.mark.parametrize(("case", "processes"), by_day_with_one(CASES, (2, 4)), ids=repr)
+def test_the_number_of_processes_does_not_matter(pool: Pool, case: Case, processes: int) -> None:
     """1, 2 and 4 processes that host 4 workers: equal weights, statistics and momentum, to 1e-10 in double precision.
 
     The accounts of all processes are equal, and those of different numbers of processes too, except for wire bytes.
     """
-    alone = run_case(case, alone=True)
-    for processes in (2, 4):
-        results = pool.run(processes, run_case, case)
-        check_equal(alone, merged(results))
-        for result in results:
-            for ledger, expected, first in zip(result.ledgers, alone.ledgers, results[0].ledgers, strict=True):
-                assert without_times(ledger) == without_times(first)
-                for key in ("bytes", "messages") if "evaluate" in ledger["bytes"] else ("bytes", "messages", "pairs"):
-                    assert without_control(ledger[key]) == without_control(expected[key])
+    alone, results = run_case(case, alone=True), pool.run(processes, run_case, case)
+    check_equal(alone, merged(results))
+    for result in results:
+        for ledger, expected, first in zip(result.ledgers, alone.ledgers, results[0].ledgers, strict=True):
+            assert without_times(ledger) == without_times(first)
+            for key in ("bytes", "messages") if "evaluate" in ledger["bytes"] else ("bytes", "messages", "pairs"):
+                assert without_control(ledger[key]) == without_control(expected[key])
 
 
 def without_times(ledger: dict[str, Any]) -> dict[str, Any]:
@@ -395,12 +393,15 @@ def test_a_process_that_never_arrives_is_named_within_the_timeout() -> None:
             assert seconds < 20
 
 
-@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+ORDERS = [[0, 1], pytest.param([1, 0], marks=pytest.mark.nightly)]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_two_jobs_and_the_group_of_the_caller(pool: Pool, order: list[int]) -> None:
     assert pool.run(2, close_in_order, order, False) == [True, True]
 
 
-@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("order", ORDERS[::-1], ids=str)
 def test_two_jobs_and_a_group_of_their_own(order: list[int]) -> None:
     with Pool() as pool:  # of its own: the environment of the processes is changed
         assert pool.run(2, close_in_order, order, True) == [False, False]

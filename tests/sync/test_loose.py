@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pool import Pool
+from pool import Pool, by_day_with_one
 from resist import Job
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
 from resist.sync.local import Local
@@ -106,20 +106,18 @@ class Chain:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_the_number_of_processes_does_not_matter(pool: Pool, name: str) -> None:
-    alone = run(name, alone=True)
-    for processes in (2, 3):
-        results = pool.run(processes, run, name)
-        found = {key: buffers for result in results for key, buffers in result["found"].items()}
-        assert found.keys() == alone["found"].keys()
-        for key, buffers in alone["found"].items():
-            for buffer_name, value in buffers.items():
-                torch.testing.assert_close(found[key][buffer_name], value, rtol=1e-5, atol=1e-6)
-        assert all(result["messages"] == alone["messages"] for result in results)
-        (full,) = [result["full"] for result in results if result["full"] is not None]
-        for key, value in alone["full"].items():
-            torch.testing.assert_close(full[key], value, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize(("name", "processes"), by_day_with_one(STRATEGIES, (2, 3)))
+def test_the_number_of_processes_does_not_matter(pool: Pool, name: str, processes: int) -> None:
+    alone, results = run(name, alone=True), pool.run(processes, run, name)
+    found = {key: buffers for result in results for key, buffers in result["found"].items()}
+    assert found.keys() == alone["found"].keys()
+    for key, buffers in alone["found"].items():
+        for buffer_name, value in buffers.items():
+            torch.testing.assert_close(found[key][buffer_name], value, rtol=1e-5, atol=1e-6)
+    assert all(result["messages"] == alone["messages"] for result in results)
+    (full,) = [result["full"] for result in results if result["full"] is not None]
+    for key, value in alone["full"].items():
+        torch.testing.assert_close(full[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_buffers_that_do_not_differ_are_not_sent() -> None:

@@ -119,28 +119,27 @@ def run(optimizer: str, strategy: str, alone: bool = False) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "optimizer"),
-    [  # by day each strategy with one optimizer
-        pytest.param(strategy, optimizer, marks=() if number == place % len(SOME) else pytest.mark.nightly)
+    ("strategy", "optimizer", "processes"),
+    [  # by day each strategy with one optimizer, and each optimizer with each number of processes
+        pytest.param(strategy, optimizer, processes, marks=() if place == 2 * number + turn else pytest.mark.nightly)
         for place, strategy in enumerate(SHARED)
         for number, optimizer in enumerate(SOME)
+        for turn, processes in enumerate((2, 3))
     ],
 )
-def test_the_number_of_processes_does_not_matter(pool: Pool, optimizer: str, strategy: str) -> None:
+def test_the_number_of_processes_does_not_matter(pool: Pool, optimizer: str, strategy: str, processes: int) -> None:
     """1, 2 and 3 processes: equal weights, states of every kind and traffic."""
-    alone = run(optimizer, strategy, alone=True)
-    for processes in (2, 3):
-        results = pool.run(processes, run, optimizer, strategy)
-        assert all(result["traffic"] == alone["traffic"] for result in results)
-        flats = {worker: flat for result in results for worker, flat in result["flats"].items()}
-        states = {key: state for result in results for key, state in result["states"].items()}
-        for worker, flat in alone["flats"].items():
-            torch.testing.assert_close(flats[worker], flat, rtol=1e-10, atol=1e-10)
-        assert states.keys() == alone["states"].keys()
-        for key, state in alone["states"].items():
-            assert {k: type(v) for k, v in states[key].items()} == {k: type(v) for k, v in state.items()}, key
-            for name, value in state.items():
-                torch.testing.assert_close(states[key][name], value, rtol=1e-9, atol=1e-9)
+    alone, results = run(optimizer, strategy, alone=True), pool.run(processes, run, optimizer, strategy)
+    assert all(result["traffic"] == alone["traffic"] for result in results)
+    flats = {worker: flat for result in results for worker, flat in result["flats"].items()}
+    states = {key: state for result in results for key, state in result["states"].items()}
+    for worker, flat in alone["flats"].items():
+        torch.testing.assert_close(flats[worker], flat, rtol=1e-10, atol=1e-10)
+    assert states.keys() == alone["states"].keys()
+    for key, state in alone["states"].items():
+        assert {k: type(v) for k, v in states[key].items()} == {k: type(v) for k, v in state.items()}, key
+        for name, value in state.items():
+            torch.testing.assert_close(states[key][name], value, rtol=1e-9, atol=1e-9)
 
 
 def block_states(job: Job, optimizers: list[Any]) -> list[dict[int, Any]]:

@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pool import Pool
 from resist.cost.footprint import build_on_meta
 from resist.cost.sizes import sizes_of
 from resist.cost.states import StateMeter
@@ -17,8 +16,7 @@ from resist.planning.fragments import fragment_times
 from resist.planning.strategy import Strategy, diloco, local_sgd, resist
 from resist.subnet.batchnorm import has_running_statistics
 from resist.sync.averaging import VELOCITY
-from resist.sync.local import Local
-from streamed import STEPS, STRATEGIES, Run, anchors, everyones, sgd, single, tensors_of
+from wired import STEPS, STRATEGIES, anchors, everyones, sgd, single, streamed, tensors_of
 
 
 @pytest.mark.parametrize(
@@ -31,7 +29,7 @@ from streamed import STEPS, STRATEGIES, Run, anchors, everyones, sgd, single, te
 )
 def test_all_workers_agree_on_the_anchors(name: str, wire: str) -> None:
     """And the complete network has the mean of what the workers have, whose training goes on undisturbed."""
-    run, drifts = Run(STRATEGIES[name](), wire), 0
+    run, drifts = streamed(STRATEGIES[name](STEPS), wire), 0
     for _ in range(5):
         run.train(STEPS)
         job, workers = run.job, run.job.workers
@@ -64,8 +62,8 @@ def test_equal_workers_train_as_one(name: str, delay: int) -> None:
         "local_sgd": lambda workers: local_sgd(workers, 9, optimizer_state="keep"),
         "resist": lambda workers: resist(workers, 9, capacities=6, optimizer_state="keep"),
     }
-    several = Run(make[name](3), fragments=3, delay=delay, equal=True).train(20)
-    alone = Run(make[name](1), fragments=3, delay=delay, equal=True).train(20)
+    several = streamed(make[name](3), fragments=3, delay=delay, equal=True).train(20)
+    alone = streamed(make[name](1), fragments=3, delay=delay, equal=True).train(20)
     assert not alone.job.workers[0].fragments
     for worker in several.job.workers:
         torch.testing.assert_close(worker.subnet.flat, alone.job.workers[0].subnet.flat, rtol=1e-4, atol=1e-5)
@@ -74,7 +72,7 @@ def test_equal_workers_train_as_one(name: str, delay: int) -> None:
 def test_every_number_is_averaged_once_a_round() -> None:
     """Each worker's change of a round arrives in the anchors in equal parts."""
     for name, early in (("resist", 0), ("resist", 3), ("local_sgd", 1)):
-        run = Run(STRATEGIES[name](), delay=1)
+        run = streamed(STRATEGIES[name](STEPS), delay=1)
         workers = run.job.workers
         start = anchors(workers[0]).clone()
         for step in range(early or STEPS):
@@ -97,7 +95,7 @@ def test_every_number_is_averaged_once_a_round() -> None:
 
 @pytest.mark.parametrize("wire", ["fp32", "int8", "bf16"])
 def test_progress_during_the_delay_is_kept(wire: str) -> None:
-    run = Run(resist(2, 8, optimizer_state="keep"), wire, fragments=2, delay=3)
+    run = streamed(resist(2, 8, optimizer_state="keep"), wire, fragments=2, delay=3)
     streaming, workers = run.job._streaming, run.job.workers
     assert streaming is not None
     start = {worker.index: everyones(worker, blocks=False) for worker in workers}
@@ -129,7 +127,7 @@ SLOW = [("average", "fp32"), ("outer", "int8"), ("switch", "fp32"), ("growing", 
     ],
 )
 def test_bytes_are_those_of_the_formula(name: str, wire: str) -> None:
-    run = Run(STRATEGIES[name](), wire, replicate=name == "average")
+    run = streamed(STRATEGIES[name](STEPS), wire, replicate=name == "average")
     sizes = sizes_of(build_on_meta(single), run.job.chains)
     held = [run.job.plan.capacities(worker) for worker in range(3)]
     meter = StateMeter(lambda parameters: sgd(nn.ParameterList(parameters)))
@@ -152,7 +150,7 @@ def test_frozen_weights_beside_fragments_do_not_count_as_changed() -> None:
         model.register_buffer("table", torch.arange(5.0))
         return model
 
-    run = Run(resist(2, STEPS), network=network).train(2 * STEPS)
+    run = streamed(resist(2, STEPS), network=network).train(2 * STEPS)
     changing = {name for _, name in run.job.workers[0].subnet.changing}
     assert has_running_statistics(run.job.workers[0].model)
     assert all("running" in name for name in changing)
@@ -161,7 +159,7 @@ def test_frozen_weights_beside_fragments_do_not_count_as_changed() -> None:
 @pytest.mark.parametrize("wire", ["fp32", "int8"])
 @pytest.mark.parametrize("everyone", [False, True])
 def test_a_worker_with_nan_does_not_spoil_the_others(wire: str, everyone: bool) -> None:
-    run = Run(resist(3, STEPS, min_depth=6), wire, on_nonfinite="drop").train(STEPS)
+    run = streamed(resist(3, STEPS, min_depth=6), wire, on_nonfinite="drop").train(STEPS)
     workers = run.job.workers
     for worker in workers if everyone else workers[:1]:
         with torch.no_grad():
@@ -190,7 +188,7 @@ def test_a_worker_with_nan_does_not_spoil_the_others(wire: str, everyone: bool) 
 def test_the_others_average_without_a_worker_with_nan() -> None:
     """It is left out of the divisor."""
     for wire in ("fp32", "bf16"):
-        run = Run(resist(4, 8), wire, fragments=2)
+        run = streamed(resist(4, 8), wire, fragments=2)
         streaming, workers = run.job._streaming, run.job.workers
         assert streaming is not None
         start = anchors(workers[0]).clone()
@@ -205,7 +203,7 @@ def test_the_others_average_without_a_worker_with_nan() -> None:
 
 def test_velocity_is_that_of_fragments() -> None:
     """Of the shared part once a round, in equal bits; one round of diloco moves as without fragments."""
-    run, whole = Run(diloco(3, STEPS)), Run(diloco(3, STEPS), fragments=0)
+    run, whole = streamed(diloco(3, STEPS)), streamed(diloco(3, STEPS), fragments=0)
     for one in (run, whole):
         with torch.no_grad():
             for worker in one.job.workers:
@@ -220,34 +218,3 @@ def test_velocity_is_that_of_fragments() -> None:
                 torch.testing.assert_close(a.subnet.flat[start:end], b.subnet.flat[start:end], rtol=0, atol=2e-5)
                 velocity = [w.state[VELOCITY][torch.float32][start:end] for w in (a, b)]
                 torch.testing.assert_close(*velocity, rtol=0, atol=2e-5)
-
-
-def trained_by(name: str, wire: str, alone: bool) -> dict[int, Tensor]:
-    """Weights of each hosted worker after some rounds, without what only buffers change."""
-    strategy = STRATEGIES[name]()
-    run = Run(strategy, wire, **({"transport": Local(strategy.workers)} if alone else {}))  # type: ignore[arg-type]
-    run.train(4 * STEPS + 2)
-    full = run.job.full_model()
-    found = {worker.index: everyones(worker, blocks=True).clone() for worker in run.job.workers}
-    if full is not None:
-        found[-1] = torch.cat([parameter.detach().reshape(-1) for parameter in full.parameters()])
-    run.train(3)  # closed with a fragment on its way
-    run.job.close()
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "wire"), [("average", "int8"), pytest.param("switch", "fp32", marks=pytest.mark.nightly)]
-)
-def test_the_number_of_processes_changes_nothing(pool: Pool, name: str, wire: str) -> None:
-    alone = trained_by(name, wire, alone=True)
-    for processes in (2, 3):
-        parts = pool.run(processes, trained_by, name, wire, False)
-        found = {worker: values for part in parts for worker, values in part.items()}
-        assert found.keys() == alone.keys()
-        for worker, values in alone.items():
-            if wire == "fp32" or worker == -1:
-                torch.testing.assert_close(found[worker], values, rtol=1e-4, atol=1e-5)
-            else:
-                assert torch.equal(found[worker], values)

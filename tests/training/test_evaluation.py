@@ -50,7 +50,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batchnorm", ["recalibrate", "average"])
+@pytest.mark.parametrize("batchnorm", ["recalibrate", pytest.param("average", marks=pytest.mark.nightly)])
 def test_all_processes_find_what_one_finds_and_training_stays_the_same(
     pool: Pool, tmp_path: Path, batchnorm: str
 ) -> None:

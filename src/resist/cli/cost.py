@@ -14,9 +14,12 @@ from resist.runs.capacity_keys import capacities_of
 from resist.runs.config import MethodConfig, NetworkConfig, OptimizationConfig, TrainConfig, config_key
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     import torch
     from torch import Tensor, nn
 
+    from resist.cost import GpuSettings, Report, Speed
     from resist.cost.footprint import Loss
     from resist.cost.links import Links
 
@@ -90,77 +93,91 @@ def run_cost(config: CostConfig, given: frozenset[str]) -> int:
     """Predict and print. Returns the exit status."""
     from rich.console import Console
 
-    from resist.cost import GpuSettings, Speed, calibrate, predict, print_table
-    from resist.cost.footprint import mean_square
-    from resist.data import device_bytes
-    from resist.tasks import image_shape, largest_test_batch, network_builder
-    from resist.tasks.preflight import example_of
-    from resist.training.device import on_gpu, take_device
-    from resist.training.optimizers import optimizer_for, resolve
+    from resist.cost import print_table
 
     _check_sizes(config)
-    link = _link(config)
-    if config.link_file is not None and link is not None and "workers" not in given:
-        config = replace(config, workers=(len(link.each),))
-    wires = MethodConfig(
-        wire=config.wire, wire_parts=config.wire_parts, fragments=config.fragments, delay=config.delay
-    ).wires()
-    strategies = _strategies(config)
-    network, shape = config.network, image_shape(config.network)
-    loss = mean_square
-    if network.task == "detection":
-        from resist.models.faster_rcnn import dense_pass as loss
-    build_model = network_builder(network, config.num_classes, shape[-1])
-    optimization = resolve(_optimization(config))
-    example, build_optimizer = example_of(network), partial(optimizer_for, optimization)
-    if config.calibrate and config.images_s:
-        raise UserError("--calibrate measures --images-s; give one of the two")
-    speeds = [Speed(images_s) for images_s in config.images_s]
-    if config.calibrate:
-        device = take_device(config.device, fixed_shapes=network.task == "classification")
-        speeds = [
-            calibrate(
-                build_model,
-                batch_size=config.batch_size,
-                image_shape=shape,
-                chains=network.chain,
-                example=example,
-                build_optimizer=build_optimizer,
-                loss=partial(_loss_in_precision, loss, device, config.precision),
-                device=device,
-            )
-        ]
-    if (link is None) != (not speeds):
-        raise UserError(f"seconds need both a link ({LINK}) and a speed (--images-s or --calibrate); give both or none")
-    gpu = None
-    if on_gpu(config.device):
-        gpu = GpuSettings(
-            processes=config.processes,
-            data_bytes=device_bytes(network.data),
-            test_batch=largest_test_batch(network),
-        )
-    report = predict(
-        build_model,
-        strategies,
-        chains=network.chain,
-        example=example,
-        batch_size=config.batch_size,
-        image_shape=shape,
-        build_optimizer=build_optimizer,
-        loss=loss,
-        replicate=config.replicate,
-        average=config.model_ema_decay is not None,
-        wire=wires,
-        link=link,
-        speed=speeds or None,
-        gpu=gpu,
-    )
+    report = _predict(config, given)
     if config.json:
         print(json.dumps(report.to_json()))
     else:
         print_table(report, Console(highlight=False, soft_wrap=True))
-        _print_notes(config, on_gpu=gpu is not None)
+        _print_notes(config)
     return 0
+
+
+def _predict(config: CostConfig, given: frozenset[str]) -> "Report":
+    from resist.cost import predict
+    from resist.cost.footprint import mean_square
+    from resist.tasks import image_shape, network_builder
+    from resist.tasks.preflight import example_of
+    from resist.training.optimizers import optimizer_for, resolve
+
+    link = _link(config)
+    if config.link_file is not None and link is not None and "workers" not in given:
+        config = replace(config, workers=(len(link.each),))
+    wire = MethodConfig(
+        wire=config.wire, wire_parts=config.wire_parts, fragments=config.fragments, delay=config.delay
+    ).wires()
+    strategies = _strategies(config)
+    network, loss = config.network, mean_square
+    if network.task == "detection":
+        from resist.models.faster_rcnn import dense_pass as loss
+    shape = image_shape(network)
+    build_model = network_builder(network, config.num_classes, shape[-1])
+    measured: dict[str, Any] = {  # whether on the meta device or by the clock
+        "chains": network.chain,
+        "example": example_of(network),
+        "batch_size": config.batch_size,
+        "image_shape": shape,
+        "build_optimizer": partial(optimizer_for, resolve(_optimization(config))),
+    }
+    speeds = _speeds(config, build_model, loss, measured)
+    if (link is None) != (not speeds):
+        raise UserError(f"seconds need both a link ({LINK}) and a speed (--images-s or --calibrate); give both or none")
+    return predict(
+        build_model,
+        strategies,
+        loss=loss,
+        replicate=config.replicate,
+        average=config.model_ema_decay is not None,
+        wire=wire,
+        link=link,
+        speed=speeds or None,
+        gpu=_gpu(config),
+        **measured,
+    )
+
+
+def _speeds(
+    config: CostConfig, build_model: "Callable[[], nn.Module]", loss: "Loss", measured: "Mapping[str, Any]"
+) -> "list[Speed]":
+    """Return the speeds of the devices: as given, or one that is measured now; none: neither."""
+    from resist.cost import Speed, calibrate
+    from resist.training.device import take_device
+
+    if not config.calibrate:
+        return [Speed(images_s) for images_s in config.images_s]
+    if config.images_s:
+        raise UserError("--calibrate measures --images-s; give one of the two")
+    device = take_device(config.device, fixed_shapes=config.network.task == "classification")
+    in_precision = partial(_loss_in_precision, loss, device, config.precision)
+    return [calibrate(build_model, loss=in_precision, device=device, **measured)]
+
+
+def _gpu(config: CostConfig) -> "GpuSettings | None":
+    """Return the settings of a run on GPUs; None for one on the CPU."""
+    from resist.cost import GpuSettings
+    from resist.data import device_bytes
+    from resist.tasks import largest_test_batch
+    from resist.training.device import on_gpu
+
+    if not on_gpu(config.device):
+        return None
+    return GpuSettings(
+        processes=config.processes,
+        data_bytes=device_bytes(config.network.data),
+        test_batch=largest_test_batch(config.network),
+    )
 
 
 def _link(config: CostConfig) -> "Links | None":
@@ -186,9 +203,11 @@ def _loss_in_precision(
         return loss(model, images)
 
 
-def _print_notes(config: CostConfig, *, on_gpu: bool) -> None:
+def _print_notes(config: CostConfig) -> None:
     """Print which options have had no effect, and which would have."""
-    if config.processes is not None and not on_gpu:
+    from resist.training.device import on_gpu
+
+    if config.processes is not None and not on_gpu(config.device):
         print("\n--processes has no effect without --device cuda.")
     if config.precision != "fp32" and not config.calibrate:
         print("\n--precision has no effect without --calibrate.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from resist.cli.options import as_typed
 from resist.errors import UserError
-from resist.planning.plan import RoundPlan
+from resist.planning.plan import Plan, RoundPlan
 from resist.runs.bounds import check_size
 from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
 
@@ -136,34 +136,42 @@ def describe(
     def held(plan: RoundPlan) -> list[int]:
         return [weights.held(plan.capacities(worker)) for worker in range(strategy.workers)]
 
-    def by_chain(plan: RoundPlan, values: str) -> dict[str, Any]:
-        return {chain.name: getattr(own, values) for chain, own in zip(chains, plan.plans, strict=True)}
-
     changes = {round: plan(round) for round in strategy.change_rounds if round > warmup}
     return {
         "parameters": weights.total,
         "shared": weights.shared,
         "held_by_worker": held(plan(warmup)),
         "chains": [
-            {
-                "name": chain.name,
-                "blocks": chain.num_blocks,
-                "parameters_of_a_block": block,
-                "capacities": own.capacities,
-                "attributes_that_differ": [f"{entry.module}.{entry.name}".lstrip(".") for entry in chain.varying],
-                "caveat": chain.caveat,
-            }
+            _row(chain, block, own)
             for chain, block, own in zip(chains, weights.blocks, plan(warmup).plans, strict=True)
         ],
         "changes": [
-            {"after_rounds": round, "capacities": by_chain(then, "capacities"), "held_by_worker": held(then)}
+            {"after_rounds": round, "capacities": _by_chain(chains, then, "capacities"), "held_by_worker": held(then)}
             for round, then in changes.items()
         ],
         "other_chains": [run.name for run in find_chains(model) if run not in chains],
         "notes": [as_typed(note) for note in (*notes.warnings, *notes.remarks)],
-        "rounds": [{"round": number + 1, "plan": by_chain(plan(number), "blocks")} for number in range(rounds)],
+        "rounds": [
+            {"round": number + 1, "plan": _by_chain(chains, plan(number), "blocks")} for number in range(rounds)
+        ],
         "wire": _wire(config, sizes_of(model, chains), [plan(number) for number in range(rounds + 1)]),
     }
+
+
+def _row(chain: "Chain", parameters: int, plan: Plan) -> dict[str, Any]:
+    """Describe a chain, of whose blocks each has that many parameters."""
+    return {
+        "name": chain.name,
+        "blocks": chain.num_blocks,
+        "parameters_of_a_block": parameters,
+        "capacities": plan.capacities,
+        "attributes_that_differ": [f"{entry.module}.{entry.name}".lstrip(".") for entry in chain.varying],
+        "caveat": chain.caveat,
+    }
+
+
+def _by_chain(chains: "Sequence[Chain]", plan: RoundPlan, values: str) -> dict[str, Any]:
+    return {chain.name: getattr(own, values) for chain, own in zip(chains, plan.plans, strict=True)}
 
 
 def _wire(config: TrainConfig, sizes: "Sizes", plans: "Sequence[RoundPlan]") -> dict[str, Any] | None:

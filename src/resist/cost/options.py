@@ -26,7 +26,7 @@ def change_bytes(part: Part, wire: Wire, workers: int, *, anchored: bool = False
         anchored: Another option keeps the weights that begin the round, which serve for both without fragments.
     """
     numel, compressed = part.trained.get(torch.float32, 0), wire.shared != FP32
-    if not numel or not (compressed or wire.fragments):
+    if not numel or not wire.sends_changes:
         return 0
     sizes = fragment_sizes(numel, wire.fragments) if wire.fragments else [numel]
     numbers = 0 if anchored and not wire.fragments else numel

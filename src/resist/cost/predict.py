@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 from torch import nn
 
+from resist.blocks.chain import Chain
 from resist.blocks.chains import find_chains
 from resist.cost.evaluation import forward_pass
 from resist.cost.footprint import Loss, Network, build_on_meta, choose, mean_square, measure, sgd
@@ -18,7 +19,7 @@ from resist.cost.report import Report, Row
 from resist.cost.sizes import Sizes, StateSizes, sizes_of
 from resist.cost.states import BuildOptimizer, StateMeter
 from resist.cost.timing import Seconds, Speed, ddp_step_s, exchange_s, fragments_s
-from resist.cost.traffic import ddp_traffic, mean_traffic, paper_bytes, round_traffic
+from resist.cost.traffic import RoundTraffic, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
 from resist.planning.plan import RoundPlan, partition
 from resist.planning.strategy import Strategy
@@ -80,13 +81,10 @@ def predict(
             the number of speeds or links is wrong, or the model does not run on the meta device.
     """
     formats = as_wire(wire)
-    _check_numbers(batch_size=[batch_size], image_shape=image_shape, rounds=[rounds])
     speeds = () if speed is None else (speed,) if isinstance(speed, Speed) else tuple(speed)
     links = Links((link,)) if isinstance(link, Link) else link
-    _check_strategies(strategies, batchnorm)
-    for strategy in strategies:
-        if not strategy.every_step:
-            formats.times(strategy.local_steps)  # the round is long enough for all fragments
+    _check_numbers(batch_size=[batch_size], image_shape=image_shape, rounds=[rounds])
+    _check_strategies(strategies, batchnorm, formats)
     _check_each(strategies, speeds=len(speeds), links=0 if links is None else len(links.each))
     template = build_on_meta(build_model)
     if batchnorm == "batch":
@@ -94,32 +92,21 @@ def predict(
     # Strategies that train the full network need no chain.
     needs_chain = bool(chains) or any(strategy.ever_partitions for strategy in strategies)
     chosen = choose(build_model, template, chains, example) if needs_chain else find_chains(template)[:1]
-
-    on_device = build_optimizer if gpu is None else built_on_gpu(build_optimizer)
-
-    @cache
-    def network(blocks: tuple[int, ...]) -> Network:
-        measured = measure(
-            template,
-            chosen,
-            blocks,
-            batch_size=batch_size,
-            image_shape=image_shape,
-            build_optimizer=on_device,
-            loss=loss,
-        )
-        return with_average(measured) if average else measured
-
-    meter = StateMeter(build_optimizer)
-    everything = tuple(chain.num_blocks for chain in chosen)
-    full, test_bytes = network(everything), 0
-    if gpu is not None:  # a network is assembled, and then copied
-        forward = forward_pass(template, chosen, everything, gpu.test_batch, image_shape)
-        test_bytes = 2 * full.memory.weights + (full.memory.weights if forward is None else forward.peak_bytes)
+    measured = partial(
+        measure,
+        template,
+        chosen,
+        batch_size=batch_size,
+        image_shape=image_shape,
+        build_optimizer=build_optimizer if gpu is None else built_on_gpu(build_optimizer),
+        loss=loss,
+    )
+    network = cache(lambda blocks: with_average(measured(blocks)) if average else measured(blocks))
+    full = network(tuple(chain.num_blocks for chain in chosen))
     prediction = _Prediction(
         sizes=sizes_of(template, chosen),
         network=network,
-        state=lambda capacities: meter.sizes(template, chosen, capacities),
+        state=partial(StateMeter(build_optimizer).sizes, template, chosen),
         full=full,
         batch_size=batch_size,
         replicate=replicate,
@@ -130,10 +117,10 @@ def predict(
         links=links,
         speeds=speeds,
         gpu=gpu,
-        test_bytes=test_bytes,
+        test_bytes=0 if gpu is None else _test_bytes(template, chosen, full, gpu, image_shape),
     )
     rows = tuple(row for strategy in strategies for row in prediction.rows_of(strategy))
-    return Report(prediction.full, rows, batch_size, strategies[0].local_steps, rounds, links, speeds)
+    return Report(full, rows, batch_size, strategies[0].local_steps, rounds, links, speeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,26 +190,37 @@ class _Prediction:
             )
             for plan, next_plan in pairwise(plans)
         ]
-        networks: list[Network] = []
-        for worker, blocks in enumerate(capacities):
-            network = self.network(blocks)
-            network = network if strategy.outer is None else with_outer(network)
-            if workers > 1:
-                part = self.sizes.whole() if plans[0].held_by_all else self.sizes.shared
-                anchored = not plans[0].held_by_all and (strategy.outer is not None or replicate)
-                network = with_changes(network, change_bytes(part, self.wire, workers, anchored=anchored))
-            networks.append(with_replicas(network, run, worker) if replicate else network)
+        networks = [self._with_options(strategy, plans[0], run, worker, replicate) for worker in range(workers)]
         seconds = None
         if self.links is not None and self.speeds:
-            step_s = max(self._step_s(w, network) for w, network in enumerate(networks))
-            times = self.wire.times(strategy.local_steps)
-            end = sum(exchange_s(traffic, self.links, workers) for traffic in run)
-            own = [fragments_s(traffic, self.links, workers, times, step_s) for traffic in run]
-            waited, hidden = map(sum, zip(*own, strict=True))
-            compute = strategy.local_steps * step_s
-            seconds = self._seconds(strategy, compute, (end + waited) / len(run), hidden / len(run))
+            seconds = self._round_seconds(strategy, run, networks, self.links)
         traffic = mean_traffic(run, workers, paper_bytes(self.sizes, plans[0], workers=workers))
         return Row(name, workers, tuple(networks), traffic, seconds, self._gpu(networks))
+
+    def _with_options(
+        self, strategy: Strategy, plan: RoundPlan, run: Sequence[RoundTraffic], worker: int, replicate: bool
+    ) -> Network:
+        """The sub-network of a worker, with the memory that the options need."""
+        network = self.network(plan.capacities(worker))
+        if strategy.outer is not None:
+            network = with_outer(network)
+        if strategy.workers > 1:
+            part = self.sizes.whole() if plan.held_by_all else self.sizes.shared
+            anchored = not plan.held_by_all and (strategy.outer is not None or replicate)
+            network = with_changes(network, change_bytes(part, self.wire, strategy.workers, anchored=anchored))
+        return with_replicas(network, run, worker) if replicate else network
+
+    def _round_seconds(
+        self, strategy: Strategy, run: Sequence[RoundTraffic], networks: Sequence[Network], links: Links
+    ) -> Seconds:
+        """Seconds of a mean round, of whose exchange the steps hide a part of the fragments."""
+        step_s = max(self._step_s(worker, network) for worker, network in enumerate(networks))
+        times = self.wire.times(strategy.local_steps)
+        end = sum(exchange_s(traffic, links, strategy.workers) for traffic in run)
+        own = [fragments_s(traffic, links, strategy.workers, times, step_s) for traffic in run]
+        waited, hidden = map(sum, zip(*own, strict=True))
+        compute = strategy.local_steps * step_s
+        return self._seconds(strategy, compute, (end + waited) / len(run), hidden / len(run))
 
     def _every_step(self, strategy: Strategy) -> Row:
         """Row of torch's DistributedDataParallel: an exchange in every step, overlapped with backward."""
@@ -258,13 +256,21 @@ class _Prediction:
         return Seconds(compute, exchange, hidden, images / (compute + exchange))
 
 
+def _test_bytes(
+    template: nn.Module, chains: Sequence[Chain], full: Network, gpu: GpuSettings, image_shape: Sequence[int]
+) -> int:
+    """Memory of a test of the full network on a GPU, where it is assembled, and then copied."""
+    forward = forward_pass(template, chains, full.blocks, gpu.test_batch, image_shape)
+    return 2 * full.memory.weights + (full.memory.weights if forward is None else forward.peak_bytes)
+
+
 def _check_numbers(**given: Sequence[int]) -> None:
     for name, values in given.items():
         if min(values, default=0) < 1:
             raise UserError(f"`{name}={','.join(map(str, values))}`; must be at least 1")
 
 
-def _check_strategies(strategies: Sequence[Strategy], batchnorm: str) -> None:
+def _check_strategies(strategies: Sequence[Strategy], batchnorm: str, wire: Wire) -> None:
     if not strategies:
         raise UserError("no strategy given; give at least one, as in resist.resist(workers=4)")
     for strategy in strategies:
@@ -279,6 +285,9 @@ def _check_strategies(strategies: Sequence[Strategy], batchnorm: str) -> None:
     if len(lengths) > 1:
         text = " and ".join(map(str, sorted(lengths)))
         raise UserError(f"strategies with {text} local steps; give all of them the same number, to compare rounds")
+    for strategy in strategies:
+        if not strategy.every_step:
+            wire.times(strategy.local_steps)  # the round is long enough for all fragments
 
 
 def _check_each(strategies: Sequence[Strategy], **given: int) -> None:

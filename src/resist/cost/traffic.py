@@ -122,40 +122,29 @@ def round_traffic(
     Returns:
         The traffic. The momentum of the outer optimizer and the average of the weights are part of "state".
     """
-    workers, policy = strategy.workers, strategy.optimizer_state
-    wire = wire or Wire()
-    block_bytes = sizes.block_bytes(wire)
-    messages = schedule(plan, next_plan, block_bytes, replicate=replicate)
+    workers, wire = strategy.workers, wire or Wire()
+    averages_state = strategy.optimizer_state == "average"
+    moving = state if averages_state or strategy.optimizer_state == "travel" else NO_STATE
+    messages = schedule(plan, next_plan, sizes.block_bytes(wire), replicate=replicate)
     # Where every worker holds every block, blocks are averaged in the all-reduce of the shared part.
     common = sizes.whole() if messages.held_by_all else sizes.shared
-    moving = state if policy in ("travel", "average") else NO_STATE
     # Everything is averaged at the end of a round that begins or ends holding all blocks.
     fragments = wire.fragments if plan.held_by_all == next_plan.held_by_all and workers > 1 else 0
-    of_weights = [common.mean_bytes(wire.shared, fragments=fragments)]
-    of_state = [common.mean_bytes(*state) for state in moving.formats(wire.state) if policy == "average"]
+    of_weights = _Means.of([common.mean_bytes(wire.shared, fragments=fragments)], workers)
+    of_state = [common.mean_bytes(*own) for own in moving.formats(wire.state) if averages_state]
     of_state += [common.mean_bytes(wire.average)] if average else []
-    # State that goes with a block of each chain. All holders of a block have the same outer momentum, so it is handed
-    # over, but not averaged.
-    loose = moving.loose_blocks or (0,) * len(sizes.blocks)
-    with_block = [
-        sum(block.block_bytes(*state) for state in moving.formats(wire.state))
-        + rest
-        + (block.block_bytes(wire.average) if average else 0)
-        for block, rest in zip(sizes.blocks, loose, strict=True)
-    ]
-    handed = [
-        own + (block.block_bytes(wire.blocks) if strategy.outer is not None else 0)
-        for own, block in zip(with_block, sizes.blocks, strict=True)
-    ]
-    # State of another form that is averaged goes to worker 0 and back.
-    to_root = moving.loose_shared if policy == "average" else 0
-    if policy == "average" and messages.held_by_all:
-        to_root += sum(chain.num_blocks * rest for chain, rest in zip(sizes.chains, loose, strict=True))
+    means_of_state = _Means.of(of_state, workers)
+    means = of_weights + means_of_state
+    with_block = _state_of_blocks(sizes, moving, wire, average=average)
+    # All holders of a block have the same outer momentum, so it is handed over, but not averaged.
+    momentum = sizes.block_bytes(wire) if strategy.outer is not None else (0,) * len(sizes.blocks)
+    handed = [own + more for own, more in zip(with_block, momentum, strict=True)]
+    to_root = _state_to_root(sizes, moving, blocks=messages.held_by_all) if averages_state else 0
     there, back = _through_root(workers, to_root)
     num_bytes = {
-        "shared": _total(of_weights, workers),
+        "shared": of_weights.sent,
         "blocks": sum(message.num_bytes for message in (*messages.average, *messages.hand_over)),
-        "state": _total(of_state, workers)
+        "state": means_of_state.sent
         + 2 * (workers - 1) * to_root
         + sum(with_block[message.chain] for message in messages.average)
         + sum(handed[message.chain] for message in messages.hand_over),
@@ -165,22 +154,62 @@ def round_traffic(
     for (chain, _), keeper in messages.keepers.items():
         replica_bytes[keeper] += sizes.blocks[chain].num_bytes
     return RoundTraffic(
-        num_bytes,
-        sum(allreduce_bytes(n, workers) for plain, encoded in of_weights + of_state for n in plain + encoded),
-        sum(len(plain) for plain, _ in of_weights + of_state) if workers > 1 else 0,
-        _links(messages.average, with_block) + there,
-        _links(messages.hand_over, handed) + _links(messages.replicas, [0] * len(sizes.blocks)) + back,
-        replica_bytes,
-        sum(len(encoded) for _, encoded in of_weights + of_state) if workers > 1 else 0,
-        sum(allreduce_bytes(n, workers) for _, encoded in of_weights + of_state for n in encoded) // 2,
-        tuple(allreduce_bytes(n, workers) for n in common.fragment_bytes(wire.shared, fragments)),
+        bytes=num_bytes,
+        ring_bytes=means.ring(means.plain + means.encoded),
+        allreduces=len(means.plain),
+        average=_links(messages.average, with_block) + there,
+        hand_over=_links(messages.hand_over, handed) + _links(messages.replicas, [0] * len(sizes.blocks)) + back,
+        replica_bytes=replica_bytes,
+        compressed=len(means.encoded),
+        scattered=means.ring(means.encoded) // 2,
+        fragments=tuple(allreduce_bytes(n, workers) for n in common.fragment_bytes(wire.shared, fragments)),
     )
 
 
-def _total(means: Sequence[tuple[list[int], list[int]]], workers: int) -> int:
-    """Bytes that all workers send in all-reduces and compressed means."""
-    plain = sum(workers * allreduce_bytes(n, workers) for own, _ in means for n in own)
-    return plain + sum(2 * (workers - 1) * n for _, own in means for n in own)
+@dataclass(frozen=True)
+class _Means:
+    """Bytes of each all-reduce, and of each compressed mean, of which there are none for one worker."""
+
+    workers: int
+    plain: tuple[int, ...]
+    encoded: tuple[int, ...]
+
+    @classmethod
+    def of(cls, means: Sequence[tuple[list[int], list[int]]], workers: int) -> "_Means":
+        several = means if workers > 1 else ()
+        return cls(workers, *(tuple(n for own in several for n in own[place]) for place in (0, 1)))
+
+    def __add__(self, other: "_Means") -> "_Means":
+        return _Means(self.workers, self.plain + other.plain, self.encoded + other.encoded)
+
+    def ring(self, sizes: Sequence[int]) -> int:
+        """Bytes that each worker sends in some of them."""
+        return sum(allreduce_bytes(n, self.workers) for n in sizes)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that all workers send."""
+        return self.workers * self.ring(self.plain) + 2 * (self.workers - 1) * sum(self.encoded)
+
+
+def _state_of_blocks(sizes: Sizes, state: StateSizes, wire: Wire, *, average: bool) -> list[int]:
+    """Bytes of the state that goes with a block of each chain, with an average of its weights."""
+    return [
+        sum(block.block_bytes(*own) for own in state.formats(wire.state))
+        + (block.block_bytes(wire.average) if average else 0)
+        + loose
+        for block, loose in zip(sizes.blocks, _loose(sizes, state), strict=True)
+    ]
+
+
+def _state_to_root(sizes: Sizes, state: StateSizes, *, blocks: bool) -> int:
+    """Bytes of the state of another form that goes to worker 0 and back, to be averaged."""
+    of_blocks = zip(sizes.chains, _loose(sizes, state), strict=True) if blocks else ()
+    return state.loose_shared + sum(chain.num_blocks * loose for chain, loose in of_blocks)
+
+
+def _loose(sizes: Sizes, state: StateSizes) -> tuple[int, ...]:
+    return state.loose_blocks or (0,) * len(sizes.blocks)
 
 
 def ddp_traffic(sizes: Sizes, *, workers: int, local_steps: int) -> RoundTraffic:

@@ -128,6 +128,11 @@ class Wire:
         return any(format != FP32 for format in self.formats.values())
 
     @property
+    def sends_changes(self) -> bool:
+        """True if the shared part is sent as changes to an anchor: encoded, or in fragments."""
+        return self.shared != FP32 or self.fragments > 0
+
+    @property
     def formats(self) -> dict[str, str]:
         """Format of each part, for JSON."""
         return {part: getattr(self, part) for part in CHOICES}

@@ -1,7 +1,8 @@
-"""Jobs whose shared part is averaged in fragments, for tests."""
+"""Jobs with wire formats, or whose shared part is averaged in fragments, for tests."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,13 @@ from resist.planning.capacities import Capacities
 from resist.planning.strategy import OuterSGD, Strategy, diloco, local_sgd, resist, switch
 from resist.planning.wire import Wire, as_wire
 from resist.sync.worker import Worker
+from support import floats
 
-STEPS = 4  # of a round
+STEPS = 4  # of a round with fragments
 
 
 def single() -> PreActResNet:
+    """As `support.tiny`, in single precision."""
     return PreActResNet((1, 1, 7, 1), 5, width=4)
 
 
@@ -26,23 +29,24 @@ def sgd(model: nn.Module) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
+def adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.003)
+
+
 class Run:
-    """A job on `single` with fragments, its optimizers and batches."""
+    """A job on `single`, its optimizers and averages. With `equal`, all workers train alike."""
 
     def __init__(
         self,
         strategy: Strategy,
         wire: str | Wire = "fp32",
-        fragments: int = 2,
-        delay: int = 1,
+        make: Callable[[nn.Module], Optimizer] = sgd,
         *,
         equal: bool = False,
-        make: Callable[[nn.Module], Optimizer] = sgd,
         network: Callable[[], nn.Module] = single,
         **options: object,
     ) -> None:
         options = {"batchnorm": "average", "example": False, "seed": 3, **options}
-        wire = replace(as_wire(wire), fragments=fragments, delay=delay)
         self.job = Job(network, strategy, wire=wire, **options)  # type: ignore[arg-type]
         self.optimizers, self.equal = [make(worker.model) for worker in self.job.workers], equal
         self.job.attach(*self.optimizers)
@@ -73,17 +77,29 @@ class Run:
             self.job.step(*self.optimizers)
         return self
 
+    def weights(self) -> dict[str, Tensor]:
+        full = self.job.full_model()
+        assert full is not None
+        return floats(full)
 
-STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "resist": lambda: resist(3, STEPS),
-    "average": lambda: resist(3, STEPS, capacities=(4, 3, 2), optimizer_state="average"),
-    "outer": lambda: resist(3, STEPS, min_depth=3, outer=OuterSGD()),
-    "local_sgd": lambda: local_sgd(3, STEPS, optimizer_state="average"),
-    "diloco": lambda: diloco(3, STEPS),
-    "switch": lambda: switch(
-        local_sgd(3, STEPS), switch(resist(3, STEPS), local_sgd(3, STEPS), at_round=4), at_round=2
+
+def streamed(strategy: Strategy, wire: str | Wire = "fp32", fragments: int = 2, delay: int = 1, **options: Any) -> Run:
+    """A run with fragments."""
+    return Run(strategy, replace(as_wire(wire), fragments=fragments, delay=delay), **options)
+
+
+# Each with its number of local steps.
+STRATEGIES: dict[str, Callable[[int], Strategy]] = {
+    "resist": lambda steps: resist(3, steps),
+    "average": lambda steps: resist(3, steps, capacities=(4, 3, 2), optimizer_state="average"),
+    "reset": lambda steps: resist(3, steps, optimizer_state="reset"),
+    "outer": lambda steps: resist(3, steps, min_depth=3, outer=OuterSGD()),
+    "local_sgd": lambda steps: local_sgd(3, steps, optimizer_state="average"),
+    "diloco": lambda steps: diloco(3, steps),
+    "switch": lambda steps: switch(
+        local_sgd(3, steps), switch(resist(3, steps), local_sgd(3, steps), at_round=4), at_round=2
     ),
-    "growing": lambda: resist(3, STEPS, capacities=Capacities(by_worker=2, by_round={2: 4, 3: 6})),
+    "growing": lambda steps: resist(3, steps, capacities=Capacities(by_worker=2, by_round={2: 4, 3: 6})),
 }
 
 
