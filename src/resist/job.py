@@ -402,12 +402,17 @@ class Job:
             nonfinite: Hosted workers whose round must not count, each with the reason; see `step`.
 
         Raises:
-            UserError: If a parameter was moved out of the flat tensor, or `nonfinite` has a worker that is not hosted
-                here.
+            UserError: If a parameter was moved out of the flat tensor, if `nonfinite` has a worker that is not hosted
+                here, or if the last synchronization was not completed.
             AgreedError: If `follow` was called in some processes only.
             DivergedError: In all processes, if a worker has diverged; see `on_nonfinite`.
             WorkerLostError: If another process is lost. The sub-networks may then be of neither round.
         """
+        if self.torn:
+            raise UserError(
+                "the last synchronization was not completed, and the weights are those of no round; call job.regroup "
+                "(`elastic=True`), or go on from a checkpoint"
+            )
         streamed: frozenset[int] | None = None
         if self._streaming is not None:
             self._streaming.complete()
@@ -583,7 +588,7 @@ class Job:
             step: Optimizer steps done.
         """
         self.plan, self.round, self.step_index, self._steps_in_round = self.plan_of(round), round, step, 0
-        self.begun, self.dropped = True, {}
+        self.begun, self.torn, self.dropped = True, False, {}
         self.replicas.clear()
         self.starts.clear()
         self._streaming = None  # what is on its way is not waited for: it belongs to weights that are gone

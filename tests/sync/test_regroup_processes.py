@@ -22,7 +22,7 @@ from resist.sync.local import Unconnected
 from support import floats, make, train
 
 pytestmark = pytest.mark.slow
-VICTIM, NEWCOMER, PROCESSES, STEPS, LIMIT_S = 1, 3, 4, 2, 10.0
+VICTIM, NEWCOMER, PROCESSES, STEPS, LIMIT_S = 1, 3, 4, 2, 40.0
 POINTS: dict[str, tuple[Any, str]] = {
     "before the exchange": (Job, "synchronize"),
     "agreeing": (distributed.Distributed, "all_gather_text"),
@@ -71,6 +71,7 @@ def go(point: str, folder: str) -> tuple[Any, dict[str, Tensor], dict[str, Tenso
             die_at(*POINTS[point])
         with pytest.raises(WorkerLostError):
             train(job, optimizers, STEPS)
+    job.transport.close()
     members = [0, 2, NEWCOMER]
     found = job.regroup(group(folder, 1, members, rank))
     worker = job.workers[0]

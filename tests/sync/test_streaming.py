@@ -5,17 +5,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from resist.cost.footprint import build_on_meta
 from resist.cost.sizes import sizes_of
 from resist.cost.states import StateMeter
 from resist.cost.traffic import round_traffic
-from resist.errors import DivergedError
+from resist.errors import DivergedError, WorkerLostError
 from resist.planning.fragments import fragment_times
 from resist.planning.strategy import Strategy, diloco, local_sgd, resist
 from resist.subnet.batchnorm import has_running_statistics
 from resist.sync.averaging import VELOCITY
+from resist.sync.local import Local
 from wired import STEPS, STRATEGIES, anchors, everyones, sgd, single, streamed, tensors_of
 
 
@@ -218,3 +220,31 @@ def test_velocity_is_that_of_fragments() -> None:
                 torch.testing.assert_close(a.subnet.flat[start:end], b.subnet.flat[start:end], rtol=0, atol=2e-5)
                 velocity = [w.state[VELOCITY][torch.float32][start:end] for w in (a, b)]
                 torch.testing.assert_close(*velocity, rtol=0, atol=2e-5)
+
+
+class Lost:
+    """What another process was lost in."""
+
+    def finish(self) -> list[Tensor | None]:
+        raise WorkerLostError("worker 1 is lost")
+
+
+@pytest.mark.parametrize(("wire", "call"), [("fp32", "mean"), ("int8", "scatter"), ("int8", "gather")])
+def test_a_loss_in_the_mean_of_a_fragment_leaves_the_weights(wire: str, call: str) -> None:
+    transport = Local(3)
+    run = streamed(resist(3, STEPS), wire, transport=transport).train(STEPS)
+    setattr(transport, call, lambda *_: Lost())
+    before = [worker.subnet.flat.clone() for worker in run.job.workers]
+    trained: list[Tensor] = []
+    step = run.job.step
+
+    def noted(*optimizers: Optimizer) -> bool:
+        trained[:] = [worker.subnet.flat.clone() for worker in run.job.workers]
+        return step(*optimizers)
+
+    run.job.step = noted  # type: ignore[method-assign]
+    with pytest.raises(WorkerLostError):
+        run.train(STEPS)
+    for worker, own, at_first in zip(run.job.workers, trained, before, strict=True):
+        torch.testing.assert_close(worker.subnet.flat, own, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(own, at_first)
