@@ -37,7 +37,13 @@ ALLOWED: dict[str, set[str]] = {
 NO_TORCH = ("errors.py", "planning/", "report/", "runs/history.py", "runs/records.py", "runs/follower.py")
 LARGE = {"torch", "torchvision", "numpy", "matplotlib"}
 MATPLOTLIB = {"report/png.py"}
-TORCH_DISTRIBUTED = {"sync/distributed.py", "sync/groups.py", "sync/meeting.py", "sync/process_group.py"}
+TORCH_DISTRIBUTED = {
+    "sync/distributed.py",
+    "sync/generations.py",
+    "sync/groups.py",
+    "sync/meeting.py",
+    "sync/process_group.py",
+}
 
 
 @cache

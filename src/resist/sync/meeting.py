@@ -97,12 +97,14 @@ def environment_number(
     return number
 
 
-def within(seconds: float, action: Callable[[], T]) -> T:
+def within(seconds: float, action: Callable[[], T], slices: int = 1) -> T:
     """Run an action that may never return.
 
     Args:
         seconds: Seconds to wait for it. After that its thread is left behind.
         action: Function to call.
+        slices: Parts in which these seconds are waited. A pause of this process, or of its machine, uses up one of
+            them at most.
 
     Returns:
         The result of `action`.
@@ -121,7 +123,9 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(max(0.0, seconds))
+    for _ in range(slices):
+        if thread.is_alive():
+            thread.join(max(0.0, seconds / slices))
     if errors:
         raise errors[0]
     if not results:
