@@ -2,10 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +20,10 @@ from pool import Pool
 from resist.errors import NotAMemberError, WorkerLostError
 from resist.planning.members import Generation
 from resist.sync.generations import connect_members, regroup
+from resist.sync.groups import Groups
+from resist.sync.local import Local
 from resist.sync.membership import Membership
+from resist.sync.process_group import DefaultGroup
 from resist.sync.transport import Move, Transport
 
 pytestmark = pytest.mark.slow
@@ -151,3 +158,114 @@ def test_survivors_go_on_after_a_stop_and_who_wakes_leaves(pool: Pool, port: int
     for seconds, text in (value for value in values if isinstance(value, tuple)):
         assert BOUND_S - HEARTBEAT_S < seconds < BOUND_S + 5, text
         assert "no sign of life for 1 s, or has left" in text
+
+
+def kill_self(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose_two(port: int, point: str) -> tuple[tuple[int, ...], int, float]:
+    """One member is killed in a round, and another one at a point of the agreement that follows."""
+    member = Member.join(port, 4)
+    if member.place == 3:
+        kill_self()
+    if member.place == 2:
+        if point == "before it arrives":
+            member.membership.regroup = kill_self
+        elif point == "before it is ready":
+            member.membership.meet = kill_self
+        elif point == "before it connects":
+            DefaultGroup.found = kill_self
+        else:
+            Groups.open = kill_self
+    with pytest.raises(WorkerLostError):
+        member.mean()
+    start = time.monotonic()
+    member.regroup(place=member.place)
+    seconds = time.monotonic() - start
+    assert [fact["place"] for fact in member.generation.facts] == [0, 1]
+    assert member.mean() == sum(member.generation.members) / 2
+    result = member.generation.members, member.generation.number, seconds
+    member.leave()
+    return result
+
+
+@pytest.mark.parametrize(
+    "point", ["before it arrives", "before it is ready", "before it connects", "while it connects"]
+)
+def test_a_loss_while_the_others_agree(pool: Pool, port: int, point: str) -> None:
+    outcomes = pool.outcomes(4, lose_two, port, point, timeout_s=60)
+    values = [outcome.value for outcome in outcomes if outcome.error is None]
+    assert [outcome.error for outcome in outcomes].count("") == 2, outcomes
+    assert values[0][:2] == values[1][:2]
+    assert values[0][1] == (1 if point == "before it arrives" else 2)
+    assert all(seconds < BOUND_S + 5 for _, _, seconds in values)
+
+
+def come_and_go(port: int) -> list[tuple[int, ...]]:
+    """Two found a run, a third one comes, one leaves, and the rest goes on; a last one trains alone."""
+    if int(dist.get_rank()) == 2:
+        store = client(port)
+        store.get("founded")
+        member = Member.join(port, 1)
+    else:
+        member = Member.join(port, 2)
+        member.store.set("founded", "")
+        while not member.membership.newcomers():
+            time.sleep(0.02)
+        member.regroup()
+    seen = [member.generation.members]
+    assert member.mean() == 2
+    member.transport.all_gather_text("all are done with it")
+    if member.membership.number == 1:
+        member.leave()
+        return seen
+    member.regroup()
+    seen.append(member.generation.members)
+    assert member.mean() == 2.5
+    member.transport.all_gather_text("all are done with it")
+    if member.membership.number == 2:
+        member.leave()
+        return seen
+    member.regroup()
+    assert isinstance(member.transport, Local)
+    member.leave()
+    return [*seen, member.generation.members]
+
+
+def test_members_come_and_go(pool: Pool, port: int) -> None:
+    results = pool.run(3, come_and_go, port, timeout_s=60)
+    assert sorted(results) == [[(1, 2, 3)], [(1, 2, 3), (2, 3)], [(1, 2, 3), (2, 3), (3,)]]
+
+
+def lose_the_store(port: int, where: str) -> str:
+    """All wait for a member that only computes, and the store ends."""
+    member = Member.join(port, 2)
+    Path(where, str(member.place)).touch()
+    if member.place == 1:
+        time.sleep(BOUND_S + 1)
+    with pytest.raises(WorkerLostError, match="the store at which the members agree cannot be reached"):
+        member.transport.all_gather_text("x")
+    with pytest.raises(NotAMemberError) as raised:
+        member.regroup()
+    member.membership.leave()
+    return str(raised.value)
+
+
+def test_nobody_goes_on_without_the_store(pool: Pool, tmp_path: Path) -> None:
+    script = "import sys, time, torch.distributed as d; s = d.TCPStore('127.0.0.1', 0, is_master=True, "
+    script += "wait_for_workers=False); print(s.port, flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+
+        def end() -> None:
+            while len(list(tmp_path.iterdir())) < 2:
+                time.sleep(0.05)
+            server.kill()
+
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        texts = pool.run(2, lose_the_store, port, str(tmp_path), timeout_s=60)
+    assert len({*texts}) == 1
+    assert texts[0].startswith("the store at which the members agree cannot be reached, and nobody goes on without it")
