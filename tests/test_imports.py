@@ -43,6 +43,7 @@ TORCH_DISTRIBUTED = {
     "sync/groups.py",
     "sync/meeting.py",
     "sync/process_group.py",
+    "sync/store_client.py",
 }
 
 

@@ -24,6 +24,8 @@ from resist.sync.groups import Groups
 from resist.sync.local import Local
 from resist.sync.membership import Membership
 from resist.sync.process_group import DefaultGroup
+from resist.sync.store_client import SecretStore
+from resist.sync.store_server import StoreServer
 from resist.sync.transport import Move, Transport
 
 pytestmark = pytest.mark.slow
@@ -31,6 +33,9 @@ pytestmark = pytest.mark.slow
 HEARTBEAT_S, MISSED = 0.2, 5
 BOUND_S = HEARTBEAT_S * MISSED
 ABOUT = {"version": "1"}
+
+
+SECRET = b"a secret of the tests"
 
 
 @pytest.fixture
@@ -41,9 +46,19 @@ def port() -> Iterator[int]:
     del store
 
 
+@pytest.fixture
+def secret_port() -> Iterator[int]:
+    """Minus the port of a store that asks for a secret."""
+    server = StoreServer("127.0.0.1", 0, SECRET)
+    yield -server.port
+    server.close()
+
+
 def client(port: int) -> dist.Store:
     if dist.is_initialized():  # by the pool
         dist.destroy_process_group()
+    if port < 0:
+        return SecretStore("127.0.0.1", -port, SECRET, 20)
     return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20))
 
 
@@ -233,8 +248,9 @@ def come_and_go(port: int) -> list[tuple[int, ...]]:
     return [*seen, member.generation.members]
 
 
-def test_members_come_and_go(pool: Pool, port: int) -> None:
-    results = pool.run(3, come_and_go, port, timeout_s=60)
+@pytest.mark.parametrize("store", ["port", "secret_port"])
+def test_members_come_and_go(pool: Pool, request: pytest.FixtureRequest, store: str) -> None:
+    results = pool.run(3, come_and_go, request.getfixturevalue(store), timeout_s=60)
     assert sorted(results) == [[(1, 2, 3)], [(1, 2, 3), (2, 3)], [(1, 2, 3), (2, 3), (3,)]]
 
 

@@ -279,7 +279,7 @@ class Cut:
         self._store, self._silent = store, silent
 
     def __getattr__(self, name: str) -> Any:
-        if self._silent.is_set() and name not in ("host", "port"):
+        if self._silent.is_set() and name not in ("host", "port", "underlying_store"):
             time.sleep(3)
             raise RuntimeError("cut off")
         return getattr(self._store, name)

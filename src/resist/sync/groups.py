@@ -50,10 +50,9 @@ class Groups:
     def __init__(self, timeout_s: float, named: Callable[[Sequence[int]], str], watch: Watch | None = None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._timeout_s, self._named = timeout_s, named
-        self._connect_s = timeout_s if watch is None else min(timeout_s, watch.bound_s)
         self._groups: list[dist.ProcessGroup] = []
         self._liveness: Liveness | GroupWatch | None = None
-        self._elastic, self._aborting = watch is not None, threading.Lock()
+        self._watch, self._aborting = watch, threading.Lock()
         self._nccl: NcclGroup | None = None
         self._closed, self._aborted, self._loss = False, False, ""
         # Threads of a group that was not destroyed abort the process when it ends: so `close`, whatever happens.
@@ -90,10 +89,12 @@ class Groups:
             self.collective, self.peers = self._new(GLOO, self._timeout_s), self._new(GLOO, self._timeout_s)
 
     def _new(self, backend: str, timeout_s: float) -> dist.ProcessGroup:
-        connect = timedelta(seconds=min(timeout_s, self._connect_s))
-        group = self.run("connecting", lambda: dist.new_group(timeout=connect, backend=backend))
+        # Connecting to a member that is lost cannot be ended otherwise.
+        connect_s = timeout_s if self._watch is None else min(timeout_s, self._watch.bound_s)
+        limit = timedelta(seconds=connect_s)
+        group = self.run("connecting", lambda: dist.new_group(timeout=limit, backend=backend))
         assert isinstance(group, dist.ProcessGroup), "every process is a member"
-        if self._elastic:
+        if connect_s < timeout_s:
             group.set_timeout(timedelta(seconds=timeout_s))
         self._groups.append(group)
         return group
@@ -247,7 +248,7 @@ class Groups:
     def _lost(self, doing: str, error: Exception) -> WorkerLostError:
         if self._nccl is not None:
             self._nccl.abort()  # before anything is copied from the GPU, such as replicas
-        if self._elastic:
+        if self._watch is not None:
             self.abort("")  # so that the others notice, and nothing waits for what is under way
         cause = "not all processes have come" if self._liveness is None else self._liveness.cause(self._named)
         self._loss = f"{self._named([self.rank])} lost contact while {doing}: {reason(error)}; {cause}"

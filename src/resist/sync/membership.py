@@ -24,6 +24,7 @@ from resist.errors import NotAMemberError, UserError, WorkerLostError
 from resist.planning.members import Bounds, Generation, difference, first_members, next_members, too_few
 from resist.sync.door import Door, own_address
 from resist.sync.meeting import within
+from resist.sync.store_client import close_clone
 from resist.sync.watch import ARRIVAL, BEAT, CALL, GENERATION, TICKET, TICKETS, UNREACHABLE, Watch, left_behind
 
 T = TypeVar("T")
@@ -286,6 +287,7 @@ class Membership:
         """Leave the run in order: the others need not wait for this process to be silent."""
         self.watch.close(leave=True)
         self._door.close()
+        close_clone(self._calls)
 
 
 def _facts(ticket: Mapping[str, Any]) -> Mapping[str, Any]:

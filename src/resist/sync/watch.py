@@ -8,6 +8,7 @@ When a member is lost, nothing in which the others wait for it can end. So the w
 given, which closes the connections of the groups.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from resist.planning.members import Generation, Silence
 from resist.sync.door import Door
 from resist.sync.meeting import within
 from resist.sync.rendezvous import parsed
+from resist.sync.store_client import close_clone
 
 # Keys in the store: processes that have come, and what they show.
 TICKETS, TICKET, BEAT, LEFT = "tickets", "ticket/", "beat/", "left"
@@ -131,10 +133,9 @@ class Watch:
         """
         self._closed.set()
         if leave and self._number >= 0 and not self._final:
-            try:
+            with contextlib.suppress(RuntimeError, TimeoutError):  # the store has ended
                 within(self.bound_s, lambda: self._store.set(f"{BEAT}{self._number}", LEFT), self._slices)
-            except (RuntimeError, TimeoutError):  # the store has ended
-                return
+        close_clone(self._store)
 
     def _run(self) -> None:
         while not self._closed.is_set():
