@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from pool import Pool
 from resist.errors import NotAMemberError, WorkerLostError
-from resist.planning.members import Generation
+from resist.planning.generations import Generation
 from resist.sync.generations import connect_members, regroup
 from resist.sync.groups import Groups
 from resist.sync.local import Local

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from resist.errors import NotAMemberError, UserError, WorkerLostError
-from resist.planning.members import Generation
+from resist.planning.generations import Generation
 from resist.sync import membership as module
 from resist.sync.membership import Membership
 

@@ -312,7 +312,7 @@ def test_where_the_secret_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"the secret cannot be read from the file .*none: No such file or directory"):
         read_secret(tmp_path / "none")
     monkeypatch.delenv("RESIST_SECRET")
-    with pytest.raises(UserError, match="no secret: set RESIST_SECRET in the environment, or give a file; python"):
+    with pytest.raises(UserError, match="no secret: set RESIST_SECRET in the environment, or give `secret_file`"):
         read_secret()
 
 

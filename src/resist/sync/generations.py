@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from resist.errors import NotAMemberError, WorkerLostError
-from resist.planning.members import Generation
+from resist.planning.generations import Generation
 from resist.sync.devices import AUTO
 from resist.sync.distributed import Distributed
 from resist.sync.local import Local

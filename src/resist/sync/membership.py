@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from resist.errors import NotAMemberError, UserError, WorkerLostError
-from resist.planning.members import Bounds, Generation, difference, first_members, next_members, too_few
+from resist.planning.generations import Bounds, Generation, difference, first_members, next_members, too_few
 from resist.sync.door import Door, own_address
 from resist.sync.meeting import within
 from resist.sync.store_client import close_clone

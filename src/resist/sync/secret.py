@@ -61,7 +61,7 @@ def read_secret(file: Path | None = None) -> bytes:
     else:
         secret = os.environ.get(VARIABLE, "").encode("utf-8", "surrogateescape").strip()
     if not secret and file is None:
-        raise UserError(f"no secret: set {where}, or give a file; {MAKE} makes one")
+        raise UserError(f"no secret: set {where}, or give `secret_file`; {MAKE} makes one")
     if not SHORTEST <= len(secret) <= LONGEST:
         raise UserError(
             f"the secret in {where} has {len(secret)} bytes; it must have {SHORTEST} to {LONGEST}; {MAKE} makes one"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from resist.errors import NotAMemberError
-from resist.planning.members import Generation, Silence
+from resist.planning.generations import Generation, Silence
 from resist.sync.door import Door
 from resist.sync.meeting import within
 from resist.sync.rendezvous import parsed

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resist.planning.members import Bounds, Generation, Silence, difference, first_members, next_members, too_few
+from resist.planning.generations import Bounds, Generation, Silence, difference, first_members, next_members, too_few
 
 NUMBERS = st.lists(st.integers(1, 30), unique=True, max_size=8)
 SETS = st.sets(st.integers(1, 30))
