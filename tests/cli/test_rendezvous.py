@@ -9,7 +9,7 @@ import pytest
 
 from commands import Command, Commands
 from resist.errors import UserError
-from resist.sync.store_client import SecretStore
+from resist.members.store_client import SecretStore
 
 SECRET = "a secret of the tests"
 

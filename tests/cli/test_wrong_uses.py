@@ -459,7 +459,7 @@ def test_whatever_is_given_to_an_option_is_accepted_or_refused_in_one_line(name,
     monkeypatch.setattr("resist.cli.train._start_processes", start)
     monkeypatch.setattr("resist.cli.probe.launch", work)
     monkeypatch.setattr("resist.cli.report.write", lambda *_: [])
-    monkeypatch.setattr("resist.sync.store_server.StoreServer", work)
+    monkeypatch.setattr("resist.members.store_server.StoreServer", work)
     monkeypatch.setattr(atomic, "PIPE_S", 0.01)
     monkeypatch.chdir(tmp_path)
 

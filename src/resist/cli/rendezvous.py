@@ -26,8 +26,8 @@ class RendezvousConfig:
 
 def run_rendezvous(config: RendezvousConfig, given: frozenset[str]) -> int:
     """Serve until a signal comes. Returns the exit status."""
-    from resist.sync.secret import read_secret
-    from resist.sync.store_server import StoreServer
+    from resist.members.secret import read_secret
+    from resist.members.store_server import StoreServer
 
     if not 0 <= config.port <= 65535:
         raise UserError(f"`port={config.port}` must be 0 to 65535")

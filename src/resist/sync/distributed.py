@@ -20,6 +20,7 @@ from resist.sync.agreement import check_agreement
 from resist.sync.averaging import is_short, mean_into
 from resist.sync.devices import AUTO, GLOO, agree_on_backend, own_device
 from resist.sync.groups import Groups
+from resist.sync.liveness import Watch
 from resist.sync.local import Local
 from resist.sync.meeting import environment_number
 from resist.sync.pending import PendingMean, PendingMoves, PendingShortMean, sendable
@@ -27,7 +28,6 @@ from resist.sync.pending_bytes import PendingBytes
 from resist.sync.process_group import DefaultGroup, averaging_gradients
 from resist.sync.staging import is_summable, stage
 from resist.sync.transport import Handle, Move, Transport, hosted_workers, local_moves, workers_of
-from resist.sync.watch import Watch
 
 
 def connect(
@@ -79,7 +79,7 @@ class Distributed:
         device: The device of the tensors.
         timeout_s: Seconds after which a call that waits for another process fails.
         backend: See `connect`.
-        watch: Looks at the processes where they may change; see `resist.sync.membership`.
+        watch: Looks at the processes where they may change; see `resist.members.membership`.
 
     Attributes:
         num_workers: S, the number of workers.

@@ -16,11 +16,10 @@ from torch.distributed.distributed_c10d import _get_default_store  # pyright: ig
 from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.sync.devices import GLOO, NCCL, is_of_device
 from resist.sync.interfaces import reason
-from resist.sync.liveness import COMPUTING, WAITING, Liveness
+from resist.sync.liveness import COMPUTING, WAITING, GroupWatch, Liveness, Watch
 from resist.sync.nccl import MARGIN_S, NcclGroup, StuckError, errors_left_to_us, handling_note
 from resist.sync.process_group import DefaultGroup, abort_group, close_connections
 from resist.sync.texts import gather_texts
-from resist.sync.watch import GroupWatch, Watch
 
 log = logging.getLogger(__name__)
 

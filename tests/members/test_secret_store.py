@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from pool import Pool
 from resist.errors import UserError
-from resist.sync import secret as module
-from resist.sync import store_client, store_server
-from resist.sync.secret import GREETING, read_secret
-from resist.sync.store_client import SecretStore
-from resist.sync.store_server import StoreServer
+from resist.members import secret as module
+from resist.members import store_client, store_server
+from resist.members.secret import GREETING, read_secret
+from resist.members.store_client import SecretStore
+from resist.members.store_server import StoreServer
 
 SECRET = b"a secret of the tests"
 HOST = "127.0.0.1"

@@ -18,14 +18,14 @@ import torch.distributed as dist
 
 from pool import Pool
 from resist.errors import NotAMemberError, WorkerLostError
+from resist.members.generations import connect_members, regroup
+from resist.members.membership import Membership
+from resist.members.store_client import SecretStore
+from resist.members.store_server import StoreServer
 from resist.planning.generations import Generation
-from resist.sync.generations import connect_members, regroup
 from resist.sync.groups import Groups
 from resist.sync.local import Local
-from resist.sync.membership import Membership
 from resist.sync.process_group import DefaultGroup
-from resist.sync.store_client import SecretStore
-from resist.sync.store_server import StoreServer
 from resist.sync.transport import Move, Transport
 
 pytestmark = pytest.mark.slow

@@ -1,8 +1,8 @@
 """A store server for hosts that are started by hand: it outlives the workers, and asks for a secret. Imports no torch.
 
 torch's own server listens on every interface and answers everyone. This one listens at one address, and a connection
-has to show within seconds that its process knows the secret (`resist.sync.secret`). The client is
-`resist.sync.store_client.SecretStore`.
+has to show within seconds that its process knows the secret (`resist.members.secret`). The client is
+`resist.members.store_client.SecretStore`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 from resist.errors import UserError, first_line
-from resist.sync.secret import FULL, Channel, NoStoreError, WrongSecretError, admit
+from resist.members.secret import FULL, Channel, NoStoreError, WrongSecretError, admit
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 from resist.errors import NotAMemberError, WorkerLostError
+from resist.members.membership import Membership
 from resist.planning.generations import Generation
 from resist.sync.devices import AUTO
 from resist.sync.distributed import Distributed
 from resist.sync.local import Local
-from resist.sync.membership import Membership
 from resist.sync.process_group import DefaultGroup
 from resist.sync.transport import Transport
 

@@ -9,9 +9,9 @@ of a network that cannot reach each other never both go on.
     ...                                         # WorkerLostError, or membership.newcomers() at a round's end
     generation = membership.regroup(facts)      # in every member
 
-A process is lost when its heartbeat at the store has stopped (`resist.sync.watch`), when its port is closed
-(`resist.sync.door`), or when it leaves. Losses while the members agree, and after it, lead to the generation after the
-next one: see `resist.sync.generations`.
+A process is lost when its heartbeat at the store has stopped (`resist.members.watch`), when its port is closed
+(`resist.members.door`), or when it leaves. Losses while the members agree, and after it, lead to the generation after
+the next one: see `resist.members.generations`.
 """
 
 import json
@@ -21,11 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from resist.errors import NotAMemberError, UserError, WorkerLostError
+from resist.members.door import Door, own_address
+from resist.members.store_client import close_clone
+from resist.members.watch import ARRIVAL, BEAT, CALL, GENERATION, TICKET, TICKETS, UNREACHABLE, Watch, left_behind
 from resist.planning.generations import Bounds, Generation, difference, first_members, next_members, too_few
-from resist.sync.door import Door, own_address
 from resist.sync.meeting import within
-from resist.sync.store_client import close_clone
-from resist.sync.watch import ARRIVAL, BEAT, CALL, GENERATION, TICKET, TICKETS, UNREACHABLE, Watch, left_behind
 
 T = TypeVar("T")
 # Keys in the store: a generation not much older than the latest one; how the run has ended; the members that are

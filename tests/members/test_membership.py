@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from resist.errors import NotAMemberError, UserError, WorkerLostError
+from resist.members import membership as module
+from resist.members.membership import Membership
 from resist.planning.generations import Generation
-from resist.sync import membership as module
-from resist.sync.membership import Membership
 
 HEARTBEAT_S, MISSED = 0.1, 5
 ABOUT = {"version of resist": "0.1.0", "configuration": "a1", "data": "d1"}

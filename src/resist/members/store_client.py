@@ -10,8 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from resist.errors import UserError
-from resist.sync.secret import Channel, FullError, NoStoreError, WrongSecretError, greet
-from resist.sync.store_server import ERROR, GREETING_S, WAIT_S, reason
+from resist.members.secret import Channel, FullError, NoStoreError, WrongSecretError, greet
+from resist.members.store_server import ERROR, GREETING_S, WAIT_S, reason
 
 POLL_S = 0.2  # seconds between two attempts to connect
 ANSWER_S = 10.0  # seconds that an answer may take, beyond what the server waits for a key
@@ -22,7 +22,7 @@ _open: "set[SecretStore]" = set()
 
 
 class SecretStore(dist.Store):  # pyright: ignore[reportPrivateImportUsage]
-    """A client of `resist.sync.store_server.StoreServer`.
+    """A client of `resist.members.store_server.StoreServer`.
 
     Every call fails within seconds where the server is gone or does not answer. A clone has a connection of its own.
 

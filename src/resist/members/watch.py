@@ -10,15 +10,15 @@ given, which closes the connections of the groups.
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from resist.errors import NotAMemberError
+from resist.members.door import Door
+from resist.members.store_client import close_clone
 from resist.planning.generations import Generation, Silence
-from resist.sync.door import Door
 from resist.sync.meeting import within
 from resist.sync.rendezvous import parsed
-from resist.sync.store_client import close_clone
 
 # Keys in the store: processes that have come, and what they show.
 TICKETS, TICKET, BEAT, LEFT = "tickets", "ticket/", "beat/", "left"
@@ -192,41 +192,6 @@ class Watch:
             self._trouble, self._final = self._trouble or trouble, self._final or final
             for abort in self._attached if not before else ():
                 abort(self.trouble)
-
-
-class GroupWatch:
-    """The watch as the groups of a transport use it: in place of their own queries.
-
-    Args:
-        watch: The watch.
-        abort: Closes the connections of the groups, with the reason.
-    """
-
-    def __init__(self, watch: Watch, abort: Callable[[str], None]) -> None:
-        self._watch, self._abort = watch, abort
-        watch.attach(abort)
-
-    def report_state(self, state: str) -> None:
-        """Do nothing: the watch looks at the life of a process, whatever it does."""
-
-    def beat(self) -> None:
-        """Do nothing: the watch shows that this process lives."""
-
-    def leave(self) -> None:
-        """See `close`: a process leaves a generation, not its groups."""
-        self.close()
-
-    def close(self) -> None:
-        """Do not end anything in these groups any more."""
-        self._watch.detach(self._abort)
-
-    def has_loss(self) -> bool:
-        """Return True where something is known that keeps operations from ending."""
-        return bool(self._watch.trouble)
-
-    def cause(self, named: Callable[[Sequence[int]], str]) -> str:
-        """Return the end of an error message, at once. The members that agree next find out who is lost."""
-        return self._watch.trouble or "the connection has ended"
 
 
 def left_behind(number: int, bound_s: float) -> str:
