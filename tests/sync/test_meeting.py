@@ -1,5 +1,7 @@
 """The meeting point: each way in which it is missing, taken or wrong ends within the timeout, in one line."""
 
+import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -13,7 +15,7 @@ import torch
 from resist.errors import UserError
 from resist.sync.distributed import connect
 from resist.sync.interfaces import introduction, judge, matching, reason
-from resist.sync.meeting import Place, captured_stderr, open_store, within
+from resist.sync.meeting import Place, _listen_at, captured_stderr, open_store, within
 
 CPU = torch.device("cpu")
 
@@ -104,6 +106,71 @@ def test_an_address_that_is_not_of_process_0(listener: socket.socket) -> None:
     text, seconds = failure_to_meet(0, "203.0.113.1", port, 0.6)
     assert "process 0, which serves the rendezvous: MASTER_ADDR=203.0.113.1 does not lead to this machine" in text
     assert seconds < 5
+
+
+def listening_at(port: int, *hosts: str) -> list[str]:
+    """The addresses at which something listens."""
+    found: list[str] = []
+    for host in hosts:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
+            found.append(host)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", ["127.0.0.1"]),
+        ("127.0.0.2", ["127.0.0.2"]),
+        ("localhost", ["127.0.0.1"]),
+        ("0.0.0.0", ["127.0.0.1", "127.0.0.2"]),
+    ],
+)
+def test_process_0_listens_at_the_address_that_it_was_given(
+    listener: socket.socket, host: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = listener.getsockname()[1]
+    listener.close()
+    resolve = socket.getaddrinfo
+    if host == "localhost":  # not on every machine with IPv4 only
+        monkeypatch.setattr(socket, "getaddrinfo", lambda h, *a, **k: resolve("127.0.0.1", *a, **k))
+    store = open_store(Place(0, 2, host, port, served=False), 20.0)
+    monkeypatch.undo()
+    assert listening_at(port, "127.0.0.1", "127.0.0.2") == expected
+    again = open_store(Place(0, 2, host, port, served=False), 20.0)  # the same process, which serves it already
+    store.set("a", "b")
+    assert again.get("a") == b"b"
+    assert open_store(Place(1, 2, host, port, served=False), 20.0).get("a") == b"b"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [[], ["127.0.0.2"], ["203.0.113.1"]],  # the second: /etc/hosts of Debian; others find another address
+    ids=["unknown", "loopback", "not here"],
+)
+def test_process_0_listens_everywhere_where_a_name_is_not_clear(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch, found: list[str]
+) -> None:
+    port = listener.getsockname()[1]
+    listener.close()
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda h, *a, **k: [r for f in found for r in resolve(f, *a, **k)])
+    assert _listen_at(Place(0, 2, "node0", port, served=False)) is None
+
+
+def test_process_0_listens_at_the_only_address_of_a_name(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = listener.getsockname()[1]
+    listener.close()
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda h, *a, **k: resolve("127.0.0.2", *a, **k))
+    monkeypatch.setattr(ipaddress.IPv4Address, "is_loopback", False)  # stands for an address of a network
+    listening = _listen_at(Place(0, 2, "node0", port, served=False))
+    assert listening is not None
+    monkeypatch.undo()
+    with listening:
+        assert listening_at(port, "127.0.0.1", "127.0.0.2") == ["127.0.0.2"]
 
 
 def test_what_torch_logs_is_not_seen_at_an_error(capfd: pytest.CaptureFixture[str]) -> None:
