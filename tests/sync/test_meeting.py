@@ -5,6 +5,8 @@ import ipaddress
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import torch
 
 from resist.errors import UserError
 from resist.sync.distributed import connect
-from resist.sync.interfaces import introduction, judge, matching, reason
+from resist.sync.interfaces import interface_failure, introduction, judge, matching, reason
 from resist.sync.meeting import Place, _listen_at, captured_stderr, open_store, within
 
 CPU = torch.device("cpu")
@@ -188,6 +190,26 @@ def test_an_action_without_end_is_left() -> None:
         within(5.0, lambda: 1 // 0)
     with pytest.raises(TimeoutError, match="no answer within 0 s"):
         within(0.05, lambda: time.sleep(20))
+
+
+@pytest.mark.slow
+def test_a_transport_that_this_torch_does_not_have() -> None:
+    """In a process of its own: torch reads the variable once."""
+    script = "import torch; from resist.sync.interfaces import introduction; "
+    script += "print(introduction(torch.device('cpu'), '')['failure'])"
+    environment = os.environ | {"GLOO_DEVICE_TRANSPORT": "FOO", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.startswith("GLOO_DEVICE_TRANSPORT=FOO: gloo cannot use it here ("), done.stderr
+    assert done.stdout.endswith("); unset it\n")
+
+
+def test_tls_that_does_not_encrypt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch reads the variable, which it does once in a process."""
+    monkeypatch.setenv("GLOO_DEVICE_TRANSPORT", "TCP_TLS")
+    assert interface_failure(CPU) == (
+        "GLOO_DEVICE_TRANSPORT=TCP_TLS: torch 2.11.0 does not encrypt with it, and torch 2.14.1 does not have it; "
+        "unset it, and use a tunnel such as WireGuard"
+    )
 
 
 NAMES = ["lo", "eth0", "eth1", "docker0"]

@@ -278,6 +278,15 @@ def can_listen(interface: str) -> bool:
     return True
 
 
+def transport_failure() -> str:
+    """Return why gloo cannot use the transport that GLOO_DEVICE_TRANSPORT names, or ""."""
+    try:
+        dist.ProcessGroupGloo.create_device(hostname="localhost")  # pyright: ignore[reportUnknownMemberType]
+    except (RuntimeError, ValueError) as error:
+        return first_line(error)
+    return ""
+
+
 def has_nccl() -> bool:
     """Return True if torch was built with NCCL."""
     return dist.is_nccl_available()
