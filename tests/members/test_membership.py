@@ -13,6 +13,7 @@ import torch.distributed as dist
 from resist.errors import NotAMemberError, UserError, WorkerLostError
 from resist.members import membership as module
 from resist.members.membership import Membership
+from resist.members.watch import BEAT, GENERATION, TICKET, TICKETS
 from resist.planning.generations import Generation
 
 HEARTBEAT_S, MISSED = 0.1, 5
@@ -326,3 +327,26 @@ def test_one_of_two_proposals_wins(members: Members, monkeypatch: pytest.MonkeyP
 def test_bounds(members: Members, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"must be"):
         members.new(**options)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "nonsense", '{"number": 1, "members": 3}'])
+def test_what_another_version_has_written_ends_a_member_in_one_line(members: Members, text: str) -> None:
+    a, b = members.founded(2)
+    reasons: list[str] = []
+    b.watch.attach(reasons.append)
+    a.store.set(f"{GENERATION}1", text)
+    (error,) = members.regroup(a)
+    assert isinstance(error, NotAMemberError)
+    assert str(error).startswith("the store holds an entry that this version cannot read (")
+    assert str(error).count("\n") == 0
+    until(lambda: reasons)
+    assert reasons[0].startswith("the store holds an entry that this version cannot read (")
+
+
+def test_a_ticket_of_another_version_is_refused(members: Members) -> None:
+    (a,) = members.founded(1)
+    a.store.set(f"{TICKET}{a.store.add(TICKETS, 1)}", "nonsense")
+    a.store.set(f"{BEAT}2", "1")
+    until(lambda: 2 in a.watch.tickets)
+    assert a.newcomers() == ()
+    assert a.watch.trouble == ""

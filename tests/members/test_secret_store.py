@@ -142,17 +142,13 @@ class Relay:
                 threading.Thread(target=self._pass, args=pair, daemon=True).start()
 
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
-        while True:
-            try:
-                content = bytearray(source.recv(1 << 16))
-                if not content:
-                    return target.shutdown(socket.SHUT_RDWR)
+        with source, contextlib.suppress(OSError):
+            while content := bytearray(source.recv(1 << 16)):
                 self.seen += content
                 if self.change:
                     content[-1] ^= 1
                 target.sendall(content)
-            except OSError:
-                return None
+            target.shutdown(socket.SHUT_RDWR)
 
 
 def test_the_secret_is_not_sent_and_nothing_can_be_changed_on_the_way(server: StoreServer) -> None:

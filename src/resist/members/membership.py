@@ -23,7 +23,18 @@ from typing import Any, TypeVar
 from resist.errors import NotAMemberError, UserError, WorkerLostError
 from resist.members.door import Door, own_address
 from resist.members.store_client import close_clone
-from resist.members.watch import ARRIVAL, BEAT, CALL, GENERATION, TICKET, TICKETS, UNREACHABLE, Watch, left_behind
+from resist.members.watch import (
+    ARRIVAL,
+    BEAT,
+    CALL,
+    GENERATION,
+    TICKET,
+    TICKETS,
+    UNREACHABLE,
+    Watch,
+    left_behind,
+    unreadable,
+)
 from resist.planning.generations import Bounds, Generation, difference, first_members, next_members, too_few
 from resist.sync.meeting import within
 
@@ -273,6 +284,8 @@ class Membership:
         except (RuntimeError, TimeoutError) as error:
             self.watch.check()
             raise NotAMemberError(UNREACHABLE) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise NotAMemberError(unreadable(error)) from error
 
     def end(self, how: str) -> None:
         """Note that the run has ended, so that nobody waits to be taken in. Leaves.

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from resist.errors import NotAMemberError
+from resist.errors import NotAMemberError, first_line
 from resist.members.door import Door
 from resist.members.store_client import close_clone
 from resist.planning.generations import Generation, Silence
@@ -145,6 +145,9 @@ class Watch:
                 if not self._closed.is_set():
                     self._note(final=UNREACHABLE)
                 return
+            except (ValueError, KeyError, TypeError) as error:
+                self._note(final=unreadable(error))
+                return
             self._closed.wait(self._pause_s)
 
     def _look(self) -> None:
@@ -192,6 +195,11 @@ class Watch:
             self._trouble, self._final = self._trouble or trouble, self._final or final
             for abort in self._attached if not before else ():
                 abort(self.trouble)
+
+
+def unreadable(error: Exception) -> str:
+    """Return the message for an entry of the store that another program, or another version, has written."""
+    return f"the store holds an entry that this version cannot read ({first_line(error)}); give the run another name"
 
 
 def left_behind(number: int, bound_s: float) -> str:

@@ -201,7 +201,12 @@ class Groups:
     def wait(self, doing: str, work: Any) -> None:
         """Wait on the host until an operation on weights is complete; see `run`."""
         nccl, limit = self._nccl, timedelta(seconds=self._timeout_s)
-        self.run(doing, (lambda: work.wait(limit)) if nccl is None else lambda: nccl.wait(work))
+        if nccl is not None:
+            self.run(doing, lambda: nccl.wait(work))
+        elif self._watch is None:
+            self.run(doing, work.wait)
+        else:  # the limit of a message between two processes is the one with which they were connected
+            self.run(doing, lambda: work.wait(limit))
 
     def abort(self, why: str) -> None:
         """End all that is under way, here and in the other processes, and everything that follows.
