@@ -10,7 +10,6 @@ from resist.blocks.chain import Chain
 from resist.planning.members import Members
 from resist.planning.plan import Key, RoundPlan
 from resist.planning.regrouping import Held
-from resist.planning.wire import FP32
 from resist.subnet.buffers import Part
 from resist.subnet.flats import Flats
 from resist.subnet.network import Subnet
