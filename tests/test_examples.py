@@ -57,8 +57,8 @@ def torchrun(name: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_they_are_six_short_and_numbered() -> None:
-    assert [file.name[:2] for file in FILES] == [f"{number}_" for number in range(1, 7)]
+def test_they_are_seven_short_and_numbered() -> None:
+    assert [file.name[:2] for file in FILES] == [f"{number}_" for number in range(1, 8)]
     for file in FILES:
         text = file.read_text()
         assert len(text.splitlines()) <= 80, file
@@ -137,3 +137,19 @@ def test_comparing_strategies(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert len(rows) == 6
     assert float(rows["resist, momentum reset"]) < float(rows["resist"]) < float(rows["local_sgd"])
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_members_come_and_go() -> None:
+    file = next(EXAMPLES.glob("7_*.py"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(file)], env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    joined = [line for line in lines if line.startswith("step ")]
+    assert sorted(line.split(", ")[1] for line in joined) == [f"worker {index} of 4" for index in range(4)], done.stdout
+    assert len({line.split(", ")[0] for line in joined}) == 1
+    right = re.fullmatch(r"4 members: (\d+) of 360 test images correct", lines[-1])
+    assert right, done.stdout + done.stderr
+    assert int(right[1]) > 300

@@ -1,0 +1,80 @@
+"""Members that come and go: one of four processes is killed, the others go on, and one that has waited joins them.
+
+    python examples/7_members_come_and_go.py
+
+This process serves the store at which the members agree. For several machines, `resist rendezvous` serves it.
+"""
+
+import argparse
+import os
+import secrets
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import resist
+from resist.data import Sampler, load
+from resist.members.generations import connect_members, regroup
+from resist.members.membership import Membership
+from resist.members.secret import read_secret
+from resist.members.store_client import SecretStore
+from resist.members.store_server import StoreServer
+from resist.models import build
+from resist.sync.local import Unconnected
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--member", type=int, metavar="PORT", help="be a member, at the store that has this port")
+options = parser.parse_args()
+MOST, STEPS, SIZE = 4, 300, {"workers": lambda generation: len(generation.members)}  # a worker in each process
+
+
+def member(store: SecretStore) -> None:
+    membership = Membership(store, {"data": "digits"}, least=2, most=MOST)
+    changed = membership.join(expected=MOST).number > 0  # in other members than those that the job knows
+    _, transport = connect_members(membership, dict, **SIZE)
+    train, test = load("digits")
+    job = resist.Job(
+        lambda: build("preact_small", num_classes=10, depths=(1, 1, 9, 1), width=8),
+        resist.resist(MOST, local_steps=20, min_depth=0), batchnorm="average", example=next(train.batches(2)),
+        elastic=True, replicate=True, transport=Unconnected(MOST) if changed else transport,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(job.model.parameters(), lr=0.02, momentum=0.9)
+    job.attach(optimizer)
+    while job.step_index < STEPS:
+        try:
+            if changed:
+                found, changed = job.regroup(transport), False
+                print(f"step {found.step}, worker {job.workers[0].index} of {found.workers}", flush=True)
+            sampler = Sampler(len(train), batch_size=32, seed=0, worker=transport.hosted[0], workers=transport.num_workers)
+            images, labels = train.loader(sampler).batch(job.step_index)
+            F.cross_entropy(job.model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if job.step(optimizer):  # at a round's end, what worker 0 sees decides for all
+                changed = job.transport.all_gather_text(str(bool(membership.newcomers())))[0] == "True"
+                print(f"round {job.round} is done\n" * (0 in job.transport.hosted), end="", flush=True)
+        except resist.WorkerLostError:
+            changed = True
+        if changed:
+            _, transport = regroup(membership, transport, {}, **SIZE)
+    if (full := job.full_model()) is not None:
+        right = sum(int((full(x).argmax(1) == y).sum()) for x, y in test.batches(60))
+        print(f"{job.strategy.workers} members: {right} of {len(test)} test images correct", flush=True)
+    membership.end("all steps are done")
+    job.close()
+
+
+if options.member:
+    member(SecretStore("127.0.0.1", options.member, read_secret()))
+else:
+    os.environ["RESIST_SECRET"] = secrets.token_hex()  # the members inherit it
+    server, (reader, writer) = StoreServer("127.0.0.1", 0, read_secret()), os.pipe()
+    command = [sys.executable, __file__, "--member", str(server.port)]
+    members = [subprocess.Popen(command, stdout=writer) for _ in range(MOST + 1)]
+    os.close(writer)  # the lines end with the last member
+    for line in open(reader):  # noqa: SIM115
+        print(line, end="")
+        if line == "round 3 is done\n":
+            members[0].kill()
