@@ -32,6 +32,7 @@ NOT_RUN = {
     "export ": "sets names in a shell",
     ". .venv/bin/activate": "needs the environment that make creates",
     "sudo ufw ": "changes a firewall",
+    'python -c "import secrets': "makes a secret",
 }
 # Commands of the README and the first page that are run: at this size, in one process, in a temporary folder.
 SMALL = [

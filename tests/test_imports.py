@@ -18,7 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "checking": {"blocks", "subnet"},
     "sync": {"planning", "blocks", "subnet"},
     "state": {"planning", "blocks", "subnet", "sync"},
-    "job": {"planning", "blocks", "subnet", "checking", "sync", "state"},
+    "members": {"planning", "sync"},
+    "job": {"planning", "blocks", "subnet", "checking", "sync", "state", "members"},
     "runs": {"planning", "blocks", "subnet", "sync", "state", "job"},
     "models": set(),
     "data": {"planning"},
@@ -27,9 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"planning", "runs"},
     "export": {"planning", "blocks", "subnet", "job", "runs", "models", "data", "tasks"},
     "integrations": {"subnet", "job", "export"},
-    "training": {"planning", "blocks", "subnet", "sync", "job", "runs", "models", "data", "tasks", "cost", "report"},
+    "training": {
+        "planning", "blocks", "subnet", "sync", "members", "job", "runs", "models", "data", "tasks", "cost", "report",
+    },
     "cli": {
-        "planning", "blocks", "sync", "job", "runs", "models", "data", "tasks", "cost", "report", "export", "training",
+        "planning", "blocks", "sync", "members", "job", "runs", "models", "data", "tasks", "cost", "report", "export",
+        "training",
     },
     "__main__": {"cli"},
     "__init__": {"planning", "blocks", "subnet", "checking", "sync", "job", "runs", "report"},
@@ -37,7 +41,14 @@ ALLOWED: dict[str, set[str]] = {
 NO_TORCH = ("errors.py", "planning/", "report/", "runs/history.py", "runs/records.py", "runs/follower.py")
 LARGE = {"torch", "torchvision", "numpy", "matplotlib"}
 MATPLOTLIB = {"report/png.py"}
-TORCH_DISTRIBUTED = {"sync/distributed.py", "sync/groups.py", "sync/meeting.py", "sync/process_group.py"}
+TORCH_DISTRIBUTED = {
+    "sync/distributed.py",
+    "members/generations.py",
+    "sync/groups.py",
+    "sync/meeting.py",
+    "sync/process_group.py",
+    "members/store_client.py",
+}
 
 
 @cache

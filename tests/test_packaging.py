@@ -76,7 +76,7 @@ def test_the_wheel_has_the_package_and_its_metadata(dist: Path) -> None:
     assert fields.get_payload().startswith("# resist")  # type: ignore[union-attr]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the forge runs the wheel in an empty environment for each change
 def test_the_installed_wheel_runs(dist: Path, tmp_path: Path) -> None:
     """Install it next to torch, in a repository of the user, and run it outside the source tree."""
     (file,) = dist.glob("*.whl")

@@ -44,6 +44,13 @@ class WorkerLostError(RuntimeError):
     """
 
 
+class NotAMemberError(WorkerLostError):
+    """This process cannot go on with the others.
+
+    They have gone on without it, it does not reach the store at which they agree, or too few are left.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text.
 

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -43,6 +43,8 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         return st.builds(hint, **{f.name: values_of(hints[f.name]) for f in fields(hint)})
     if type(None) in inner:
         return st.none() | values_of(inner[0])
+    if get_origin(hint) is Union:
+        return st.one_of(*map(values_of, inner))
     if get_origin(hint) is Literal:
         return st.sampled_from(inner)
     if get_origin(hint) is tuple:

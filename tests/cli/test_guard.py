@@ -185,22 +185,29 @@ def on_a_full_disk() -> None:
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
+FULL = "resist: standard output cannot be written: No space left on device; give it another file, or make room\n"
+
+
 @pytest.mark.slow
-def test_a_lost_standard_output_ends_a_list_and_no_run(commands: Commands, tmp_path: Path) -> None:
-    train = ("train", *SMALL, "--out")
-    for prelude, ended, reason in (
+@pytest.mark.parametrize(
+    ("prelude", "ended", "reason"),
+    [
         (without_reader, (141, ""), "Broken pipe"),
-        (on_a_full_disk, (2, "resist: standard output cannot be written: No space left on device; give it another "
-                             "file, or make room\n"), "No space left on device"),
-    ):  # fmt: skip
-        for arguments in (("plan",), ("--help",), ("train", "--help")):
-            done = commands.run(*arguments, prelude=prelude)
-            assert (done.returncode, done.stderr) == ended
-        run = tmp_path / prelude.__name__
-        done = commands.run(*train, run, prelude=prelude)
-        text = f"resist: standard output is lost ({reason}); the command goes on without it\n"
-        assert (done.returncode, done.stderr) == (0, text)
-        assert (run / "model.safetensors").exists()
+        pytest.param(on_a_full_disk, (2, FULL), "No space left on device", marks=pytest.mark.nightly),
+    ],
+    ids=["without reader", "full disk"],
+)
+def test_a_lost_standard_output_ends_a_list_and_no_run(
+    commands: Commands, tmp_path: Path, prelude: Callable[[], None], ended: tuple[int, str], reason: str
+) -> None:
+    for arguments in (("plan",), ("--help",), ("train", "--help")):
+        done = commands.run(*arguments, prelude=prelude)
+        assert (done.returncode, done.stderr) == ended
+    run = tmp_path / "run"
+    done = commands.run("train", *SMALL, "--out", run, prelude=prelude)
+    text = f"resist: standard output is lost ({reason}); the command goes on without it\n"
+    assert (done.returncode, done.stderr) == (0, text)
+    assert (run / "model.safetensors").exists()
 
 
 NAME = os.fsdecode(b"caf\xe9 \n")

@@ -206,6 +206,12 @@ probe --processes 2 --device gpu | --device 'gpu' is not one of auto, cpu, cuda
 probe --processes 2 --backend mpi | --backend 'mpi' is not one of auto, gloo, nccl
 probe --processes 2 --out . | --out . exists already; give another file, or remove it
 probe --processes 2 --out none/links.json | there is no folder
+rendezvous | --bind is missing: STR Name or address of this machine
+rendezvous --bind 127.0.0.1 | no secret: set RESIST_SECRET in the environment, or give --secret-file; python -c
+rendezvous --bind 127.0.0.1 --secret-file nowhere | the secret cannot be read from the file nowhere: No such file
+rendezvous --bind 127.0.0.1 --secret-file THERE | has 0 bytes; it must have 16 to 4096
+rendezvous --bind 127.0.0.1 --port 70000 | --port 70000 must be 0 to 65535
+rendezvous --bind 203.0.113.7 --secret-file HERE | cannot listen at 203.0.113.7, port 29400: Cannot assign requested
 cost --model-ema-decay nan | --model-ema-decay nan is not a finite number
 cost --batch-size 0 | --batch-size 0
 cost --local-steps 0 | --local-steps 0; must be at least 1
@@ -453,6 +459,7 @@ def test_whatever_is_given_to_an_option_is_accepted_or_refused_in_one_line(name,
     monkeypatch.setattr("resist.cli.train._start_processes", start)
     monkeypatch.setattr("resist.cli.probe.launch", work)
     monkeypatch.setattr("resist.cli.report.write", lambda *_: [])
+    monkeypatch.setattr("resist.members.store_server.StoreServer", work)
     monkeypatch.setattr(atomic, "PIPE_S", 0.01)
     monkeypatch.chdir(tmp_path)
 

@@ -13,6 +13,7 @@ from resist.planning.strategy import ddp, local_sgd, resist
 from support import tiny
 
 
+@pytest.mark.slow
 def test_the_verdict_names_the_fastest() -> None:
     weights_only = [
         build_strategy(name, workers, 50, optimizer_state="reset", min_depth=0)

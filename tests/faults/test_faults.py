@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from commands import Commands, free_port
 
 # With MORE_FAULTS each kind, and each place that the design names: at the start, before and during the exchange,
-# between the shared part and the blocks, during a save, during an evaluation. The next test kills a process by day.
+# between the shared part and the blocks, during a save, during an evaluation. By day tests/cli kills a process.
 FAULTS = (Fault("stop", "awaiting blocks", 3, 4),)
 MORE_FAULTS = (
     Fault("kill", "sending blocks", 1, 5),
@@ -99,7 +99,7 @@ def check(out: Path, undisturbed: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(found[name], value) for name, value in undisturbed.items())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # by day test_cli starts such processes, and lets the launcher start a killed one again
 def test_a_job_that_is_started_again_as_torchrun_does_goes_on_from_its_last_checkpoint(
     commands: Commands, undisturbed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from pool import Pool
 from resist.errors import AgreedError, UserError
 from resist.runs.saved import FORMAT, complete
 from resist.runs.tensor_file import read_description, read_tensors, write_tensors
-from saving import OPTIMIZERS, STEPS, Loop, equal, warmed_up
+from saving import IN_FILES, OPTIMIZERS, STEPS, Loop, equal, warmed_up
 
 pytestmark = pytest.mark.slow
 
@@ -50,11 +50,8 @@ def uninterrupted_and_resumed(folder: Path, optimizer: str, workers: int = 3) ->
     return equal(whole.everything(), loop.everything())
 
 
-BY_DAY = ("adamw", "two", "adafactor", "python")  # test_job_state has all of them without files
-
-
 @pytest.mark.parametrize(
-    "optimizer", [pytest.param(name, marks=() if name in BY_DAY else pytest.mark.nightly) for name in OPTIMIZERS]
+    "optimizer", [pytest.param(name, marks=() if name in IN_FILES else pytest.mark.nightly) for name in OPTIMIZERS]
 )
 def test_four_interruptions_change_nothing(optimizer: str, tmp_path: Path) -> None:
     assert uninterrupted_and_resumed(tmp_path / "new", optimizer)
@@ -62,7 +59,7 @@ def test_four_interruptions_change_nothing(optimizer: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["two", "python", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("sgd", "adafactor"))]
+    "optimizer", ["two", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("sgd", "adafactor", "python"))]
 )
 def test_four_interruptions_in_two_processes(optimizer: str, pool: Pool, tmp_path: Path) -> None:
     assert all(pool.run(2, uninterrupted_and_resumed, tmp_path, optimizer))

@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 from pool import Pool
 from resist.errors import UserError
 from resist.planning.strategy import Strategy, diloco, resist, switch
-from saving import OPTIMIZERS, STEPS, Loop, equal, network, warmed_up
+from saving import IN_FILES, OPTIMIZERS, STEPS, Loop, equal, network, warmed_up
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(name, marks=pytest.mark.nightly if name in IN_FILES else ()) for name in OPTIMIZERS]
+)
 @pytest.mark.parametrize("averaged", [pytest.param(False, marks=pytest.mark.nightly), True], ids=["", "averaged"])
 def test_a_loaded_job_goes_on_bit_for_bit(optimizer: str, averaged: bool) -> None:
     """Two steps, saved, two steps, saved, four steps: as eight."""

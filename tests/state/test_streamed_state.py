@@ -34,6 +34,7 @@ def test_a_loaded_job_goes_on_bit_for_bit(name: str, wire: str) -> None:
         assert all(torch.equal(*pair) for pair in zip(tensors_of(run), tensors_of(other), strict=True))
 
 
+@pytest.mark.slow
 def test_another_job_begins_at_the_anchors() -> None:
     run = streamed(resist(3, STEPS), "int8").train(2 * STEPS)
     state = run.job.state_dict()

@@ -1,8 +1,12 @@
 """The meeting point: each way in which it is missing, taken or wrong ends within the timeout, in one line."""
 
+import contextlib
+import ipaddress
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +16,8 @@ import torch
 
 from resist.errors import UserError
 from resist.sync.distributed import connect
-from resist.sync.interfaces import introduction, judge, matching, reason
-from resist.sync.meeting import Place, captured_stderr, open_store, within
+from resist.sync.interfaces import interface_failure, introduction, judge, matching, reason
+from resist.sync.meeting import Place, _listen_at, captured_stderr, open_store, within
 
 CPU = torch.device("cpu")
 
@@ -106,6 +110,71 @@ def test_an_address_that_is_not_of_process_0(listener: socket.socket) -> None:
     assert seconds < 5
 
 
+def listening_at(port: int, *hosts: str) -> list[str]:
+    """The addresses at which something listens."""
+    found: list[str] = []
+    for host in hosts:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
+            found.append(host)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", ["127.0.0.1"]),
+        ("127.0.0.2", ["127.0.0.2"]),
+        ("localhost", ["127.0.0.1"]),
+        ("0.0.0.0", ["127.0.0.1", "127.0.0.2"]),
+    ],
+)
+def test_process_0_listens_at_the_address_that_it_was_given(
+    listener: socket.socket, host: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = listener.getsockname()[1]
+    listener.close()
+    resolve = socket.getaddrinfo
+    if host == "localhost":  # not on every machine with IPv4 only
+        monkeypatch.setattr(socket, "getaddrinfo", lambda h, *a, **k: resolve("127.0.0.1", *a, **k))
+    store = open_store(Place(0, 2, host, port, served=False), 20.0)
+    monkeypatch.undo()
+    assert listening_at(port, "127.0.0.1", "127.0.0.2") == expected
+    again = open_store(Place(0, 2, host, port, served=False), 20.0)  # the same process, which serves it already
+    store.set("a", "b")
+    assert again.get("a") == b"b"
+    assert open_store(Place(1, 2, host, port, served=False), 20.0).get("a") == b"b"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [[], ["127.0.0.2"], ["203.0.113.1"]],  # the second: /etc/hosts of Debian; others find another address
+    ids=["unknown", "loopback", "not here"],
+)
+def test_process_0_listens_everywhere_where_a_name_is_not_clear(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch, found: list[str]
+) -> None:
+    port = listener.getsockname()[1]
+    listener.close()
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda h, *a, **k: [r for f in found for r in resolve(f, *a, **k)])
+    assert _listen_at(Place(0, 2, "node0", port, served=False)) is None
+
+
+def test_process_0_listens_at_the_only_address_of_a_name(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = listener.getsockname()[1]
+    listener.close()
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda h, *a, **k: resolve("127.0.0.2", *a, **k))
+    monkeypatch.setattr(ipaddress.IPv4Address, "is_loopback", False)  # stands for an address of a network
+    listening = _listen_at(Place(0, 2, "node0", port, served=False))
+    assert listening is not None
+    monkeypatch.undo()
+    with listening:
+        assert listening_at(port, "127.0.0.1", "127.0.0.2") == ["127.0.0.2"]
+
+
 def test_what_torch_logs_is_not_seen_at_an_error(capfd: pytest.CaptureFixture[str]) -> None:
     for success in (False, True):
         with captured_stderr() as done:
@@ -121,6 +190,26 @@ def test_an_action_without_end_is_left() -> None:
         within(5.0, lambda: 1 // 0)
     with pytest.raises(TimeoutError, match="no answer within 0 s"):
         within(0.05, lambda: time.sleep(20))
+
+
+@pytest.mark.slow
+def test_a_transport_that_this_torch_does_not_have() -> None:
+    """In a process of its own: torch reads the variable once."""
+    script = "import torch; from resist.sync.interfaces import introduction; "
+    script += "print(introduction(torch.device('cpu'), '')['failure'])"
+    environment = os.environ | {"GLOO_DEVICE_TRANSPORT": "FOO", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.startswith("GLOO_DEVICE_TRANSPORT=FOO: gloo cannot use it here ("), done.stderr
+    assert done.stdout.endswith("); unset it\n")
+
+
+def test_tls_that_does_not_encrypt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch reads the variable, which it does once in a process."""
+    monkeypatch.setenv("GLOO_DEVICE_TRANSPORT", "TCP_TLS")
+    assert interface_failure(CPU) == (
+        "GLOO_DEVICE_TRANSPORT=TCP_TLS: torch 2.11.0 does not encrypt with it, and torch 2.14.1 does not have it; "
+        "unset it, and use a tunnel such as WireGuard"
+    )
 
 
 NAMES = ["lo", "eth0", "eth1", "docker0"]

@@ -22,6 +22,7 @@ from resist.cli.parse import parse, written
 from resist.cli.plan import PlanConfig, run_plan
 from resist.cli.printing import open_streams, print_error
 from resist.cli.probe import ProbeConfig, run_probe
+from resist.cli.rendezvous import RendezvousConfig, run_rendezvous
 from resist.cli.report import ReportConfig, run_report
 from resist.cli.train import run_train
 from resist.cli.watch import WatchConfig, run_watch
@@ -40,6 +41,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "export": (ExportConfig, run_export),
     "watch": (WatchConfig, run_watch),
     "report": (ReportConfig, run_report),
+    "rendezvous": (RendezvousConfig, run_rendezvous),
 }
 # Those that go on without standard output: what they make is in a run directory.
 LASTING = (TrainConfig, CompareConfig)

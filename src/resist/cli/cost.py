@@ -64,8 +64,8 @@ class CostConfig:
     wire: Literal["fp32", "bf16", "int8", "int6", "int4"] = "fp32"
     """Format of the weights and momentum that are sent; see train."""
     wire_parts: tuple[str, ...] = config_key(())
-    fragments: int = 0
-    """Number of fragments in which the shared part is averaged during the round; see train."""
+    fragments: int | Literal["auto"] = 0
+    """Number of fragments in which the shared part is averaged during the round; see train, which alone takes auto."""
     delay: int = config_key(1)
     link_gbit_s: float | None = None
     """Rate of each worker's link in Gbit/s, in each direction. With a speed of the devices, seconds are
@@ -231,6 +231,8 @@ def _optimization(config: CostConfig) -> OptimizationConfig:
 
 def _check_sizes(config: CostConfig) -> None:
     check_device(config.device)
+    if config.fragments == "auto":
+        raise UserError("`fragments=auto` is chosen in a run, from what it measures; give a number")
     for name in ("workers", "capacities", "local_steps", "batch_size", "min_depth", "num_classes", "processes", *LINKS):
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else () if value is None else (value,):

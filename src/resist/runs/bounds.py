@@ -33,9 +33,11 @@ def check_values(part: Any) -> None:
     for f in fields(part):
         value = getattr(part, f.name)
         choices = _choices(f.type)
+        or_number = int in get_args(f.type)
         for item in value if isinstance(value, tuple) and choices else (value,) if choices else ():
-            if item not in choices:
-                raise UserError(f"`{f.name}={item!r}` is not one of {', '.join(choices)}")
+            if item not in choices and not (or_number and type(item) is int):
+                known = [*choices, "a whole number"] if or_number else choices
+                raise UserError(f"`{f.name}={item!r}` is not one of {', '.join(known)}")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float):
                 check_size(f.name, number)
@@ -76,7 +78,9 @@ def _shortened(number: float) -> str:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """Return the allowed values of a Literal, or of a tuple of literals; () for another type."""
+    """Return the allowed values of a Literal, of a tuple of literals, or of a number or a literal; else ()."""
     if get_origin(hint) is tuple:
         return _choices(get_args(hint)[0])
+    if int in get_args(hint):
+        return next(filter(None, map(_choices, get_args(hint))), ())
     return get_args(hint) if get_origin(hint) is Literal else ()

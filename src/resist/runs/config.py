@@ -121,9 +121,10 @@ class MethodConfig:
     change of the shared part in this format, blocks and momentum in one of 8 or 16 bits; see `wire_parts`."""
     wire_parts: tuple[str, ...] = config_key(())
     """Formats of single parts instead of those that `wire` stands for: shared=int4 blocks=bf16 state=fp32."""
-    fragments: int = 0
+    fragments: int | Literal["auto"] = 0
     """Average the shared part (or all weights, if workers hold them) in this number of fragments, each at a time of its
-    own in the round, while training goes on; 0: all of it at the round's end. A round needs 2 steps for each."""
+    own in the round, while training goes on; 0: all of it at the round's end. A round needs 2 steps for each. auto:
+    as many as hide the exchange, from the times of the first two rounds."""
     delay: int = config_key(1)
     """Steps from the beginning of a fragment's mean to its end: more for a slow link, and less is better for accuracy.
     Must be less than `local_steps` / `fragments`."""
@@ -145,17 +146,25 @@ class MethodConfig:
     @property
     def wire_text(self) -> str:
         """What the wire is, in short: "fp32", or "int8 shared=int4, 5 fragments"."""
-        fragments = f", {self.fragments} fragments" if self.fragments else ""
+        fragments = f", {self.fragments} fragment{'s' * (self.fragments != 1)}" if self.fragments else ""
         return " ".join([self.wire, *self.wire_parts]) + fragments + (f", delay {self.delay}" if self.delay > 1 else "")
 
     def wires(self) -> Wire:
-        """Return the wire formats and fragments. Raises UserError for a part or a format that does not exist."""
+        """Return the wire formats and fragments; none for "auto", before they are chosen.
+
+        Raises:
+            UserError: A part or a format does not exist, or fragments and delay do not fit each other.
+        """
         wire = as_wire(self.wire)
         for text in self.wire_parts:
             part, _, format = text.partition("=")
             if part not in wire.formats:
                 raise UserError(f"`wire_parts={text}`; give a part and its format, as in shared=int4 or blocks=bf16")
             wire = dataclasses.replace(wire, **{part: format})
+        if self.fragments == "auto":
+            if self.delay != MethodConfig.delay:
+                raise UserError(f"`delay={self.delay}` is chosen with `fragments=auto`; remove one of the two")
+            return wire
         return dataclasses.replace(wire, fragments=self.fragments, delay=self.delay)
 
     def without_effect(self) -> dict[str, Any]:

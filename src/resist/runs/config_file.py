@@ -1,10 +1,12 @@
 """Reader of configuration files: the config.json of a run, and the file that a user gives, which has the same form."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from resist.errors import UserError, first_line, nearest
 from resist.runs.atomic import read_small
@@ -192,6 +194,10 @@ def _value(hint: Any, value: object, where: str) -> Any:
     inner = get_args(hint)
     if type(None) in inner:  # an optional value
         return None if value is None else _value(inner[0], value, where)
+    if get_origin(hint) in (Union, UnionType):  # such as a number or "auto"
+        for one in inner:
+            with contextlib.suppress(UserError):
+                return _value(one, value, where)
     if get_origin(hint) is tuple and isinstance(value, list) and (inner[-1] is Ellipsis or len(value) == len(inner)):
         return tuple(_value(inner[0], item, where) for item in value)
     if get_origin(hint) is Literal and value in inner:
@@ -210,6 +216,8 @@ def _value(hint: Any, value: object, where: str) -> Any:
 def _form(hint: Any) -> str:
     """Describe the JSON values of a type."""
     inner = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_form, inner))
     if get_origin(hint) is Literal:
         return f"one of {', '.join(inner)}"
     if get_origin(hint) is tuple:

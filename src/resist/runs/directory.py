@@ -183,6 +183,19 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.path / 'metrics.jsonl'} cannot be written: {error.strerror}; make room") from error
 
+    def rewrite(self, config: TrainConfig) -> None:
+        """Replace config.json by options that were chosen during the run.
+
+        Raises:
+            UserError: It cannot be written, or another process has taken the directory over.
+        """
+        if taken := self.taken_over():
+            raise UserError(taken)
+        try:
+            self._write_json("config.json", config.to_json())
+        except OSError as error:
+            raise UserError(f"{self.path / 'config.json'} cannot be written: {error.strerror}; make room") from error
+
     def taken_over(self) -> str | None:
         """Return a message where another process has taken the directory over, as while this machine slept."""
         try:

@@ -20,6 +20,7 @@ from resist.sync.agreement import check_agreement
 from resist.sync.averaging import is_short, mean_into
 from resist.sync.devices import AUTO, GLOO, agree_on_backend, own_device
 from resist.sync.groups import Groups
+from resist.sync.liveness import Watch
 from resist.sync.local import Local
 from resist.sync.meeting import environment_number
 from resist.sync.pending import PendingMean, PendingMoves, PendingShortMean, sendable
@@ -78,6 +79,7 @@ class Distributed:
         device: The device of the tensors.
         timeout_s: Seconds after which a call that waits for another process fails.
         backend: See `connect`.
+        watch: Looks at the processes where they may change; see `resist.members.membership`.
 
     Attributes:
         num_workers: S, the number of workers.
@@ -92,15 +94,16 @@ class Distributed:
     """
 
     def __init__(
-        self, workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0, backend: str = AUTO
-    ) -> None:
+        self, workers: int, device: torch.device | str = "cpu", timeout_s: float = 600.0, backend: str = AUTO,
+        watch: Watch | None = None,
+    ) -> None:  # fmt: skip
         self.num_workers, self.num_processes = workers, dist.get_world_size()
         self._hosted_workers = hosted_workers(workers, self.num_processes)
         self._rank_of = {worker: rank for rank, hosted in enumerate(self._hosted_workers) for worker in hosted}
         self._named = partial(_named, self._hosted_workers)
-        self._groups = Groups(timeout_s, self._named)
+        self._groups = Groups(timeout_s, self._named, watch)
         self.rank, self.hosted = self._groups.rank, self._hosted_workers[self._groups.rank]
-        self.begin, self.wait = self._groups.begin, self._groups.wait
+        self.begin, self.wait, self.abort = self._groups.begin, self._groups.wait, self._groups.abort
         try:
             device = own_device(torch.device(device))
             chosen = self._agree(device, backend)

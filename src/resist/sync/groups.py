@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -15,9 +16,9 @@ from torch.distributed.distributed_c10d import _get_default_store  # pyright: ig
 from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.sync.devices import GLOO, NCCL, is_of_device
 from resist.sync.interfaces import reason
-from resist.sync.liveness import COMPUTING, WAITING, Liveness
+from resist.sync.liveness import COMPUTING, WAITING, GroupWatch, Liveness, Watch
 from resist.sync.nccl import MARGIN_S, NcclGroup, StuckError, errors_left_to_us, handling_note
-from resist.sync.process_group import DefaultGroup, abort_group
+from resist.sync.process_group import DefaultGroup, abort_group, close_connections
 from resist.sync.texts import gather_texts
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Groups:
     Args:
         timeout_s: Seconds after which a call that waits for another process fails.
         named: Names processes by their numbers.
+        watch: Looks at the members of a generation, in place of queries at the store. Default: these are all members.
 
     Attributes:
         rank: The number of this process.
@@ -44,19 +46,24 @@ class Groups:
     collective: dist.ProcessGroup
     peers: dist.ProcessGroup
 
-    def __init__(self, timeout_s: float, named: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, timeout_s: float, named: Callable[[Sequence[int]], str], watch: Watch | None = None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._timeout_s, self._named = timeout_s, named
         self._groups: list[dist.ProcessGroup] = []
-        self._liveness: Liveness | None = None
+        self._liveness: Liveness | GroupWatch | None = None
+        self._watch, self._aborting = watch, threading.Lock()
         self._nccl: NcclGroup | None = None
-        self._closed, self._loss = False, ""
+        self._closed, self._aborted, self._loss = False, False, ""
         # Threads of a group that was not destroyed abort the process when it ends: so `close`, whatever happens.
         self._default_group = DefaultGroup.present()
         if self._default_group is not None:
             self._default_group.users += 1
         try:
+            if watch is not None:
+                self._liveness = GroupWatch(watch, self.abort)
             self._control = self._new(GLOO, timeout_s)
+            if watch is not None:
+                return
             # Each transport has entries of its own in the store, which may serve others before, beside and after it.
             name = f"resist/{self._gather(uuid.uuid4().bytes, 16)[0].hex()}"
             store = dist.PrefixStore(name, _get_default_store())  # pyright: ignore[reportPrivateImportUsage]
@@ -81,9 +88,13 @@ class Groups:
             self.collective, self.peers = self._new(GLOO, self._timeout_s), self._new(GLOO, self._timeout_s)
 
     def _new(self, backend: str, timeout_s: float) -> dist.ProcessGroup:
-        timeout = timedelta(seconds=timeout_s)
-        group = self.run("connecting", lambda: dist.new_group(timeout=timeout, backend=backend))
+        # Connecting to a member that is lost cannot be ended otherwise.
+        connect_s = timeout_s if self._watch is None else min(timeout_s, self._watch.bound_s)
+        limit = timedelta(seconds=connect_s)
+        group = self.run("connecting", lambda: dist.new_group(timeout=limit, backend=backend))
         assert isinstance(group, dist.ProcessGroup), "every process is a member"
+        if connect_s < timeout_s:
+            group.set_timeout(timedelta(seconds=timeout_s))
         self._groups.append(group)
         return group
 
@@ -156,6 +167,8 @@ class Groups:
         """
         if self._closed:
             raise UserError("this job is closed, and its connections with it; call job.close() after the last use")
+        if self._aborted:
+            raise WorkerLostError(self._loss)
         if self._nccl is not None and self._nccl.aborted:
             raise WorkerLostError(self._loss) if self._loss else self._lost(GRADIENTS, StuckError(self._nccl.failure))
         self._report_state(WAITING)
@@ -187,8 +200,30 @@ class Groups:
 
     def wait(self, doing: str, work: Any) -> None:
         """Wait on the host until an operation on weights is complete; see `run`."""
-        nccl = self._nccl
-        self.run(doing, work.wait if nccl is None else lambda: nccl.wait(work))
+        nccl, limit = self._nccl, timedelta(seconds=self._timeout_s)
+        if nccl is not None:
+            self.run(doing, lambda: nccl.wait(work))
+        elif self._watch is None:
+            self.run(doing, work.wait)
+        else:  # the limit of a message between two processes is the one with which they were connected
+            self.run(doing, lambda: work.wait(limit))
+
+    def abort(self, why: str) -> None:
+        """End all that is under way, here and in the other processes, and everything that follows.
+
+        Any thread may call it. The groups still have to be closed.
+
+        Args:
+            why: The message of the errors that follow.
+        """
+        with self._aborting:
+            if self._aborted:
+                return
+            self._aborted, self._loss = True, self._loss or why
+        if self._nccl is not None:
+            self._nccl.abort()
+        for group in list(self._groups):
+            close_connections(group)
 
     def close(self) -> None:
         """Destroy the groups.
@@ -217,6 +252,8 @@ class Groups:
     def _lost(self, doing: str, error: Exception) -> WorkerLostError:
         if self._nccl is not None:
             self._nccl.abort()  # before anything is copied from the GPU, such as replicas
+        if self._watch is not None:
+            self.abort("")  # so that the others notice, and nothing waits for what is under way
         cause = "not all processes have come" if self._liveness is None else self._liveness.cause(self._named)
         self._loss = f"{self._named([self.rank])} lost contact while {doing}: {reason(error)}; {cause}"
         return WorkerLostError(self._loss)

@@ -12,10 +12,13 @@ import torch
 
 import resist
 from resist.errors import AgreedError, first_line
-from resist.sync.meeting import can_listen
+from resist.sync.meeting import can_listen, transport_failure
 from resist.sync.nccl import handling_failure
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+TRANSPORT, TLS = "GLOO_DEVICE_TRANSPORT", "TCP_TLS"
+# Captured on a link between two hosts: torch 2.11.0 reads key and certificates, and sends as without them; docs/LOG.md.
+READABLE = "torch 2.11.0 does not encrypt with it, and torch 2.14.1 does not have it"
 SHOWN = 12  # names in a message
 REMEDY = "the interface that all machines share, or unset it"
 
@@ -77,6 +80,11 @@ def judge(introductions: Sequence[Mapping[str, Any]], named: Callable[[Sequence[
 
 def interface_failure(device: torch.device) -> str:
     """Return why the variables of gloo and NCCL are of no use on this machine, or ""."""
+    transport = os.environ.get(TRANSPORT, "")
+    if transport == TLS:
+        return f"{TRANSPORT}={TLS}: {READABLE}; unset it, and use a tunnel such as WireGuard"
+    if transport and (why := transport_failure()):
+        return f"{TRANSPORT}={transport}: gloo cannot use it here ({why}); unset it"
     value = os.environ.get(GLOO, "")
     # As torch reads it: several names for several connections, and nothing of one character.
     for name in value.split(",") if len(value) > 1 else ():

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from resist.sync.meeting import within
 
@@ -152,6 +152,64 @@ class Liveness:
         if working:
             return f"{named(working)} did not come in time: it hangs, or needs a longer `timeout_s`"
         return "all processes are alive but blocked; check the network between them"
+
+
+class Watch(Protocol):
+    """Looks at processes that come and go; see `resist.members.watch`.
+
+    Attributes:
+        bound_s: Seconds after which a silent process is lost.
+    """
+
+    bound_s: float
+
+    @property
+    def trouble(self) -> str:
+        """Why what waits for all processes does not end, or ""."""
+        ...
+
+    def attach(self, abort: Callable[[str], None]) -> None:
+        """Call a function with the reason, in another thread, as soon as what waits for all processes cannot end."""
+        ...
+
+    def detach(self, abort: Callable[[str], None]) -> None:
+        """Undo `attach`."""
+        ...
+
+
+class GroupWatch:
+    """A watch in place of `Liveness`, for the groups of one transport.
+
+    Args:
+        watch: The watch.
+        abort: Closes the connections of the groups, with the reason.
+    """
+
+    def __init__(self, watch: Watch, abort: Callable[[str], None]) -> None:
+        self._watch, self._abort = watch, abort
+        watch.attach(abort)
+
+    def report_state(self, state: str) -> None:
+        """Do nothing: the watch looks at the life of a process, whatever it does."""
+
+    def beat(self) -> None:
+        """Do nothing: the watch shows that this process lives."""
+
+    def leave(self) -> None:
+        """See `close`: a process leaves a generation, not its groups."""
+        self.close()
+
+    def close(self) -> None:
+        """Do not end anything in these groups any more."""
+        self._watch.detach(self._abort)
+
+    def has_loss(self) -> bool:
+        """Return True where something is known that keeps operations from ending."""
+        return bool(self._watch.trouble)
+
+    def cause(self, named: Callable[[Sequence[int]], str]) -> str:
+        """Return the end of an error message, at once. The members that agree next find out who is lost."""
+        return self._watch.trouble or "the connection has ended"
 
 
 def _respond(

@@ -6,6 +6,7 @@ or where the network drops its packets, so that such calls run in a thread that 
 """
 
 import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -97,12 +98,14 @@ def environment_number(
     return number
 
 
-def within(seconds: float, action: Callable[[], T]) -> T:
+def within(seconds: float, action: Callable[[], T], slices: int = 1) -> T:
     """Run an action that may never return.
 
     Args:
         seconds: Seconds to wait for it. After that its thread is left behind.
         action: Function to call.
+        slices: Parts in which these seconds are waited. A pause of this process, or of its machine, uses up one of
+            them at most.
 
     Returns:
         The result of `action`.
@@ -121,7 +124,9 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(max(0.0, seconds))
+    for _ in range(slices):
+        if thread.is_alive():
+            thread.join(max(0.0, seconds / slices))
     if errors:
         raise errors[0]
     if not results:
@@ -189,8 +194,9 @@ def _serve_store(place: Place, timeout_s: float) -> Any:
     # An address that is not of this machine may lead here nevertheless, as that of a service of Kubernetes does.
     own = any(_is_local(address) for address in _resolve(place))
     seconds = timeout_s if own else min(timeout_s, FOREIGN_S)
+    listener = _listen_at(place)
     try:
-        return within(seconds, lambda: _client(place, seconds, is_master=True))
+        return within(seconds, lambda: _client(place, seconds, is_master=True, listener=listener))
     except (RuntimeError, ValueError, TimeoutError) as error:
         if "EADDRINUSE" in str(error) or own:
             what = f"cannot listen at port {place.port}: it is in use"
@@ -201,8 +207,29 @@ def _serve_store(place: Place, timeout_s: float) -> Any:
         raise UserError(f"process 0, which serves the rendezvous: {what}; {remedy}") from error
 
 
-def _client(place: Place, timeout_s: float, *, is_master: bool = False) -> Any:
+def _listen_at(place: Place) -> socket.socket | None:
+    """Listen at the address of the store and at no other one of this machine; None where it is not clear which that is.
+
+    A name may lead the other machines to another address than this one: to its loopback interface here, as in the
+    /etc/hosts of Debian, or to one of several. Then torch listens at every interface.
+    """
+    local = [address for address in _resolve(place) if _is_local(address)]
+    here = [address[4][0] for address in local]
+    loopback = all(ipaddress.ip_address(host.partition("%")[0]).is_loopback for host in here)
+    if place.host in ("localhost", *here):
+        local = [address for address in local if address[4][0] == place.host] or local
+    elif len(local) != 1 or loopback:
+        return None
+    for family, _, _, _, where in local:
+        with contextlib.suppress(OSError):  # in use: perhaps by this process, which torch knows
+            return socket.create_server(where[:2], family=family, backlog=socket.SOMAXCONN)
+    return None
+
+
+def _client(place: Place, timeout_s: float, *, is_master: bool = False, listener: socket.socket | None = None) -> Any:
     options: dict[str, Any] = {"is_master": is_master, "wait_for_workers": False, "multi_tenant": is_master}
+    if listener is not None:
+        options["master_listen_fd"] = listener.detach()
     # torch tries again, and so takes up to twice as long. A thread that returns while the process ends would abort it.
     first, later = timedelta(seconds=timeout_s / 2), timedelta(seconds=timeout_s)
     store = dist.TCPStore(place.host, place.port, place.size, timeout=first, **options)  # pyright: ignore[reportPrivateImportUsage]
@@ -249,6 +276,15 @@ def can_listen(interface: str) -> bool:
     except (RuntimeError, ValueError):
         return False
     return True
+
+
+def transport_failure() -> str:
+    """Return why gloo cannot use the transport that GLOO_DEVICE_TRANSPORT names, or ""."""
+    try:
+        dist.ProcessGroupGloo.create_device(hostname="localhost")  # pyright: ignore[reportUnknownMemberType]
+    except (RuntimeError, ValueError) as error:
+        return first_line(error)
+    return ""
 
 
 def has_nccl() -> bool:

@@ -1,5 +1,7 @@
 """The default process group of torch.distributed, where this package makes it, and the store for it."""
 
+import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +14,13 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 
-from resist.errors import UserError
+from resist.errors import UserError, WorkerLostError
 from resist.sync.interfaces import introduction, judge, reason, unconnected
 from resist.sync.meeting import Place, captured_stderr, open_store, within
 from resist.sync.rendezvous import LINGER_S, Arrival, agree_on_attempt
 from resist.sync.transport import hosted_workers, workers_of
+
+NOBODY = 1 << 24  # a tag that no message has
 
 
 class DefaultGroup:
@@ -70,9 +74,37 @@ class DefaultGroup:
                 ) from error
             attempt = dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
             try:
-                within(timeout_s, lambda: _initialize(attempt, place, timeout_s))
+                within(timeout_s, lambda: _initialize(attempt, place.rank, place.size, timeout_s))
             except (RuntimeError, ValueError, TimeoutError) as error:
                 raise unconnected(error, everyone, named, place.address) from error
+            done()
+        cls.made = cls()
+
+    @classmethod
+    def found(cls, store: Any, rank: int, size: int, timeout_s: float) -> None:
+        """Make the default group of a generation. Waits for all of its members.
+
+        Args:
+            store: A store of torch.distributed that no other generation uses.
+            rank: The number of this process in the generation.
+            size: The number of its members.
+            timeout_s: Seconds to wait for the others.
+
+        Raises:
+            WorkerLostError: Another one does not come, or cannot be reached.
+            UserError: There is a default group already, which the caller has made.
+        """
+        if dist.is_initialized():
+            raise UserError(
+                "torch.distributed is initialized already; leave that to the job where its members may change, or "
+                "call destroy_process_group() first"
+            )
+        with captured_stderr() as done:
+            try:
+                within(2 * timeout_s, lambda: _initialize(store, rank, size, timeout_s))
+            except (RuntimeError, ValueError, TimeoutError) as error:
+                _count_groups_from_0()
+                raise WorkerLostError(f"the members have met, but cannot connect: {reason(error)}") from error
             done()
         cls.made = cls()
 
@@ -88,9 +120,19 @@ class DefaultGroup:
             dist.destroy_process_group()
 
 
-def _initialize(store: Any, place: Place, timeout_s: float) -> None:
+def _initialize(store: Any, rank: int, size: int, timeout_s: float) -> None:
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _count_groups_from_0() -> None:
+    """Make torch count its groups from 0, as in a new process: their entries in the store are under these numbers.
+
+    torch has counted the group that could not be made. It begins from 0 when a default group is destroyed.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    dist.destroy_process_group()
 
 
 def loopback_store(listener: socket.socket) -> object:
@@ -115,6 +157,23 @@ def abort_group(group: dist.ProcessGroup) -> None:
     """
     abort = getattr(distributed_c10d, "_abort_process_group", None)
     (abort or dist.ProcessGroup.abort)(group)
+
+
+def close_connections(group: dist.ProcessGroup) -> None:
+    """Close the connections of a group of gloo: whatever waits in it fails at once, in all of its processes.
+
+    gloo has no other call for this. But when a message does not come in time, it closes all connections of the group.
+    So this waits for messages that nobody sends.
+
+    Args:
+        group: A group of gloo; of another backend nothing is closed.
+    """
+    nothing, limit = torch.empty(1), timedelta(milliseconds=1)
+    contexts = len(os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))  # gloo has connections for each interface
+    for peer in range(group.size()):
+        for context in range(contexts) if peer != group.rank() else ():
+            with contextlib.suppress(RuntimeError):
+                group.recv([nothing], peer, NOBODY + context).wait(limit)
 
 
 def averaging_gradients(

@@ -75,7 +75,7 @@ def agree_on_attempt(store: Any, arrival: Arrival, timeout_s: float) -> tuple[st
             key = f"{name}/{arrival.rank}"
             taken = store.compare_set(key, "", entry).decode() != entry
             if not taken and store.check([f"{name}/all"]):
-                verdict = _parsed(store.get(f"{name}/all").decode())
+                verdict = parsed(store.get(f"{name}/all").decode())
                 if token in verdict.get("tokens", ()):
                     store.set(f"{key}/seen", "")
                     return _concluded(name, verdict)
@@ -93,7 +93,7 @@ def _host(
     while len(came) < arrival.size and time.monotonic() <= end:
         for peer in range(1, arrival.size):
             if peer not in came and store.check([f"{name}/{peer}"]):
-                came[peer] = _parsed(store.get(f"{name}/{peer}").decode())
+                came[peer] = parsed(store.get(f"{name}/{peer}").decode())
         if store.get(NAME).decode() != name:
             raise UserError(_same_number(0))
         time.sleep(POLL_S)
@@ -135,7 +135,7 @@ def _late(store: Any, arrival: Arrival, timeout_s: float) -> str:
         return f"{here}: {arrival.named([0])} has not come {within}; check that it was started with RANK=0"
     name = store.get(NAME).decode()
     if store.check([f"{name}/all"]):
-        size = _parsed(store.get(f"{name}/all").decode()).get("introductions", [{}])[0].get("size")
+        size = parsed(store.get(f"{name}/all").decode()).get("introductions", [{}])[0].get("size")
         if size != arrival.size:
             return (
                 f"{here}: started with WORLD_SIZE={arrival.size}, {arrival.named([0])} with WORLD_SIZE={size}; "
@@ -159,8 +159,8 @@ def _same_number(rank: int) -> str:
     return f"two processes were started with RANK={rank}; give each process a number of its own, from 0"
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """The JSON object in an entry; {} for what another version has written."""
+def parsed(text: str) -> dict[str, Any]:
+    """Return the JSON object in an entry; {} for what another version has written."""
     with contextlib.suppress(ValueError):
         content = json.loads(text)
         if isinstance(content, dict):

@@ -10,7 +10,6 @@ from resist.blocks.chain import Chain
 from resist.planning.members import Members
 from resist.planning.plan import Key, RoundPlan
 from resist.planning.regrouping import Held
-from resist.planning.wire import FP32
 from resist.subnet.buffers import Part
 from resist.subnet.flats import Flats
 from resist.subnet.network import Subnet
@@ -101,7 +100,7 @@ def begin_round(
         The fragments that are averaged in the course of the round, or None.
     """
     wire, outer = end.wire, end.strategy.outer
-    sends_changes = transport.num_workers > 1 and (wire.shared != FP32 or wire.fragments > 0)
+    sends_changes = transport.num_workers > 1 and wire.sends_changes
     # Everything is averaged at the end of a round that begins or ends holding all blocks.
     streams = sends_changes and wire.fragments > 0 and end.plan.held_by_all == end.next_plan.held_by_all
     for worker in workers:

@@ -18,6 +18,7 @@ from resist.planning.plan import RoundPlan
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run
+from resist.runs.records import training_bytes
 from resist.subnet.randomness import seeded_rng
 from resist.tasks import Task
 from resist.training.device import Clock, naming_nondeterminism
@@ -26,6 +27,7 @@ from resist.training.interruption import Stage, interruption
 from resist.training.launcher import INTERRUPTED
 from resist.training.loggers import Logger
 from resist.training.lr_schedule import rate
+from resist.training.overlap import take_up_fragments
 from resist.training.recorder import Recorder, weights_of
 from resist.training.trainer import Trainer
 
@@ -84,6 +86,7 @@ class Training:
         self.failed: str | None = None  # an error that ends the run when all processes know of it
         self.stage = Stage.ROUND
         self.exchange_s = 0.0  # of the last synchronization, in this process
+        self.exchange_bytes = 0  # sent by all workers in it
         self.training_s = 0.0  # in this process
         self.began, self.startup_s, self.checkpoint_s = began, 0.0, 0.0
 
@@ -100,7 +103,7 @@ class Training:
         """
         config, job = self.config, self.job
         rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
-        self.evaluation = Evaluation(config, self.task, job, rounds, self.run)
+        self.rounds, self.evaluation = rounds, Evaluation(config, self.task, job, rounds, self.run)
         losses: list[Tensor] = []  # (hosted workers,) for each step of the round
         recorder = Recorder(config, rounds, self.run, self.loggers)
         with interruption(lambda: recorder.ending(self.stage)) as interrupted, recorder:
@@ -171,6 +174,7 @@ class Training:
         if not job.step(*self.optimizers, nonfinite=nonfinite):
             job.synchronize(nonfinite)  # the last round may be short
         seconds["sync"] = self.exchange_s = lap()
+        self._choose_fragments(report, len(losses), recorder)
         self.training_s += seconds["wait"] + seconds["sync"]
         seconds["checkpoint"], self.checkpoint_s = self.checkpoint_s, 0.0
         scores: dict[str, float] = {}
@@ -178,6 +182,7 @@ class Training:
             scores = self.evaluation.test(last=last)
         seconds["evaluate"] = lap()
         epoch = job.step_index * batch_size / self.trainers[0].sampler.images_per_epoch
+        self.exchange_bytes = training_bytes({"bytes": job.transport.bytes})
         recorder.round(
             {
                 **{"round": job.round, "step": job.step_index, "epoch": round(epoch, 4), "lr": lr},
@@ -195,6 +200,23 @@ class Training:
             self.checkpoints.begin(job, self.optimizers, {"resist": resist.__version__})
         self.checkpoint_s = lap()  # with that of the record; recorded with the next round
         return report
+
+    def _choose_fragments(self, report: RoundReport, steps: int, recorder: Recorder) -> None:
+        """Choose the fragments of a run that leaves them to us, when a round and the exchange before it are measured.
+
+        The first round is longer than others; all processes have the same report.
+        """
+        exchange_s = max(worker["exchange_s"] for worker in report.workers)
+        if self.config.method.fragments == "auto" and exchange_s > 0:
+            self.config = take_up_fragments(
+                self.config,
+                self.job,
+                rounds=self.rounds,
+                step_s=report.compute_s / steps,
+                exchange_s=exchange_s,
+                exchange_bytes=self.exchange_bytes,
+            )
+            recorder.take_over(self.config)
 
     def _close(self) -> float:
         """Wait until the last checkpoint is complete; returns the seconds since the last record."""

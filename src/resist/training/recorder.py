@@ -87,6 +87,19 @@ class Recorder:
                 self._print(f"resist: {failure}; training continues without it")
         self.display.add(record)
 
+    def take_over(self, config: TrainConfig) -> None:
+        """Go on with options of which one was chosen during the run, and write them to its directory.
+
+        Args:
+            config: the configuration of the run.
+
+        Raises:
+            UserError: config.json cannot be written.
+        """
+        self._wire = config.method.wire_text
+        if self.run is not None:
+            self.run.rewrite(config)
+
     def reached(self, budgets: Mapping[str, float], more_s: float) -> bool:
         """True where the round that is about to end uses up a budget.
 
