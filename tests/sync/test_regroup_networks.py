@@ -57,10 +57,12 @@ def test_with_the_same_members_it_is_a_synchronization_bit_for_bit(name: str) ->
         assert equal(loops[0].everything(), loops[1].everything()), policy
 
 
-def test_counters_of_lost_blocks_are_those_of_the_initial_network() -> None:
-    loop = Loop(resist(3, STEPS, min_depth=0), options=OPTIONS).train(2 * STEPS)
+@pytest.mark.parametrize("torn", [False, True])
+def test_counters_of_lost_blocks_are_those_of_the_initial_network(torn: bool) -> None:
+    """Where a round is repeated, the others are as in its beginning."""
+    loop = Loop(resist(3, STEPS, min_depth=0), options=OPTIONS).train(2 * STEPS + torn)
     lost = set(loop.job.plan.held(1)[0])
-    regrouped(loop, [0, 2], torn=False)
+    regrouped(loop, [0, 2], torn=torn)
     for worker in loop.job.workers:
         held = worker.subnet.held[0]
         for block, module in zip(held, blocks_of(worker.model), strict=True):

@@ -21,7 +21,7 @@ from resist.sync.distributed import Distributed
 from resist.sync.local import Unconnected
 from support import floats, make, train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 VICTIM, NEWCOMER, PROCESSES, STEPS, LIMIT_S = 1, 3, 4, 2, 40.0
 POINTS: dict[str, tuple[Any, str]] = {
     "before the exchange": (Job, "synchronize"),

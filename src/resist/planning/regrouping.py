@@ -88,6 +88,7 @@ class Regrouping:
         former: New index -> index at the point, of the workers that were there.
         recovered: Blocks that only lost workers held -> new index of the worker that has a replica.
         lost: Workers of the point that are not there any more.
+        missing: Blocks that nobody has; none in what `choose` returns.
     """
 
     point: Point
@@ -95,6 +96,7 @@ class Regrouping:
     former: Mapping[int, int]
     recovered: Mapping[Key, int] = field(default_factory=dict[Key, int])
     lost: tuple[int, ...] = ()
+    missing: tuple[Key, ...] = ()
 
     @property
     def joined(self) -> frozenset[int]:
@@ -119,15 +121,21 @@ def choose(standings: Sequence[Standing], num_blocks: Sequence[int]) -> Regroupi
         IncompleteNetworkError: If no point has a complete network.
         UserError: If no process has a network.
     """
-    failure: IncompleteNetworkError | None = None
+    nearest: Regrouping | None = None  # to a complete network
     for point in _by_preference(standings):
-        try:
-            return _at(point, standings, num_blocks)
-        except IncompleteNetworkError as error:
-            failure = failure or error
-    if failure is None:
+        found = _at(point, standings, num_blocks)
+        if not found.missing:
+            return found
+        if nearest is None or len(found.lost) < len(nearest.lost):
+            nearest = found
+    if nearest is None:
         raise UserError("all processes join, and none of them has a network to begin with; start them as a new job")
-    raise failure
+    (chain, block), round = nearest.missing[0], nearest.point.round + 1
+    raise IncompleteNetworkError(
+        f"block {block} of chain {chain} was lost with {_named(nearest.lost)}: no other process has it as it was in "
+        f"round {round}, nor a replica of it; go on from a checkpoint (`replicate=True` keeps replicas, for the loss "
+        "of one worker at a time)"
+    )
 
 
 def _by_preference(standings: Sequence[Standing]) -> Iterator[Point]:
@@ -141,24 +149,21 @@ def _by_preference(standings: Sequence[Standing]) -> Iterator[Point]:
 
 
 def _at(point: Point, standings: Sequence[Standing], num_blocks: Sequence[int]) -> Regrouping:
-    """Who has what at a point; IncompleteNetworkError if a block is missing."""
+    """Who has what at a point."""
     offers = [offer for standing in standings for offer in standing.offers if offer.point == point]
     rows = {new: row for offer in offers for new, row in offer.rows.items()}
     lost = sorted(set(range(offers[0].workers)) - {row.former for row in rows.values()})
     workers = sum(len(standing.hosted) for standing in standings)
     held = {(chain, b) for row in rows.values() for chain, blocks in enumerate(row.held) for b in blocks}
     recovered: dict[Key, int] = {}
+    missing: list[Key] = []
     load = dict.fromkeys(rows, 0)
     for key in ((chain, block) for chain, number in enumerate(num_blocks) for block in range(number)):
         if key in held:
             continue
         if not (keepers := [new for offer in offers if key in offer.kept for new in offer.rows]):
-            chain, block = key
-            raise IncompleteNetworkError(
-                f"block {block} of chain {chain} was lost with {_named(lost)}: no other process has it as it was in "
-                f"round {point.round + 1}, nor a replica of it; go on from a checkpoint (`replicate=True` keeps "
-                "replicas, for the loss of one worker at a time)"
-            )
+            missing.append(key)
+            continue
         recovered[key] = min(sorted(keepers), key=load.__getitem__)
         load[recovered[key]] += 1
     plans = [
@@ -166,7 +171,7 @@ def _at(point: Point, standings: Sequence[Standing], num_blocks: Sequence[int]) 
         for chain, number in enumerate(num_blocks)
     ]
     former = {new: row.former for new, row in sorted(rows.items())}
-    return Regrouping(point, RoundPlan(tuple(plans), workers), former, recovered, tuple(lost))
+    return Regrouping(point, RoundPlan(tuple(plans), workers), former, recovered, tuple(lost), tuple(missing))
 
 
 def _row(new: int, rows: Mapping[int, Row], chain: int, recovered: Mapping[Key, int]) -> tuple[int, ...]:
