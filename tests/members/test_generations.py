@@ -30,7 +30,7 @@ from resist.sync.transport import Move, Transport
 
 pytestmark = pytest.mark.slow
 
-HEARTBEAT_S, MISSED = 0.2, 5
+HEARTBEAT_S, MISSED = 0.4, 5  # a busy machine may keep a process waiting for a second
 BOUND_S = HEARTBEAT_S * MISSED
 ABOUT = {"version": "1"}
 
@@ -165,15 +165,16 @@ def test_survivors_go_on_after_a_kill(pool: Pool, port: int, wait: str) -> None:
 @pytest.mark.parametrize("wait", ["mean", "text", "receive", "send"])
 def test_survivors_go_on_after_a_stop_and_who_wakes_leaves(pool: Pool, port: int, wait: str) -> None:
     outcomes = pool.outcomes(3, lose_one, port, int(signal.SIGSTOP), wait, timeout_s=60)
+    assert all(outcome.error is None for outcome in outcomes), outcomes
     values = [outcome.value for outcome in outcomes]
     assert [value for value in values if isinstance(value, str)] == [
-        "the others have gone on without this process (generation 1): it was silent for more than 1 s, or did not come "
+        "the others have gone on without this process (generation 1): it was silent for more than 2 s, or did not come "
         "to agree in time; start it again to come back"
     ]
     for seconds, text in (value for value in values if isinstance(value, tuple)):
         assert BOUND_S - HEARTBEAT_S < seconds < BOUND_S + 5, text
         # The first one to notice asks the other for a new generation.
-        assert "no sign of life for 1 s, or has left" in text or "another member has lost contact" in text
+        assert "no sign of life for 2 s, or has left" in text or "another member has lost contact" in text
 
 
 def kill_self(*_: object, **__: object) -> None:
