@@ -47,8 +47,8 @@ def member(store: SecretStore) -> None:
             if changed:
                 found, changed = job.regroup(transport), False
                 print(f"step {found.step}, worker {job.workers[0].index} of {found.workers}", flush=True)
-            sampler = Sampler(len(train), batch_size=32, seed=0, worker=transport.hosted[0], workers=transport.num_workers)
-            images, labels = train.loader(sampler).batch(job.step_index)
+            place = {"worker": transport.hosted[0], "workers": transport.num_workers}
+            images, labels = train.loader(Sampler(len(train), batch_size=32, seed=0, **place)).batch(job.step_index)
             F.cross_entropy(job.model(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
