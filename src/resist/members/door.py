@@ -60,6 +60,14 @@ class Door:
             self._asking = threading.Thread(target=self._meet, args=(new,), daemon=True)
             self._asking.start()
 
+    def meet_now(self, entries: Mapping[int, Mapping[str, Any]]) -> None:
+        """Get the answers of doors that have not answered yet. Takes INTRODUCTION_S seconds for each at most.
+
+        Args:
+            entries: The entry of each process.
+        """
+        self._meet({number: entry for number, entry in entries.items() if number not in self._known})
+
     def _meet(self, entries: Mapping[int, Mapping[str, Any]]) -> None:
         for number, entry in entries.items():
             self._tries[number] = self._tries.get(number, 0) + 1

@@ -37,6 +37,7 @@ from resist.members.watch import (
 )
 from resist.planning.generations import Bounds, Generation, difference, first_members, next_members, too_few
 from resist.sync.meeting import within
+from resist.sync.rendezvous import parsed
 
 T = TypeVar("T")
 # Keys in the store: a generation not much older than the latest one; how the run has ended; the members that are
@@ -238,6 +239,8 @@ class Membership:
     def meet(self) -> None:
         """Wait until all members of the generation are about to connect: connecting to one that is lost takes long.
 
+        Afterwards this process knows the doors of all, so that it sees at once when one of them ends.
+
         Raises:
             WorkerLostError: One of them is lost, or wants another generation.
             NotAMemberError: This process does not reach the store.
@@ -253,6 +256,8 @@ class Membership:
                 late = f"{self.watch.named(missing)}: not there within {self._timeout_s:g} s"
                 raise WorkerLostError(self.watch.trouble or late)
             time.sleep(POLL_S)
+        others = [member for member in generation.members if member != self.number]
+        self._door.meet_now(self._call(lambda store: {m: _door(store, m) for m in others}))
 
     def _write(self, generation: Generation) -> None:
         """Propose a generation: only the first one that is written for a number counts."""
@@ -301,6 +306,10 @@ class Membership:
         self.watch.close(leave=True)
         self._door.close()
         close_clone(self._calls)
+
+
+def _door(store: Any, member: int) -> Mapping[str, Any]:
+    return parsed(store.get(f"{TICKET}{member}").decode()).get("door", {})
 
 
 def _facts(ticket: Mapping[str, Any]) -> Mapping[str, Any]:
