@@ -46,7 +46,7 @@ def member(store: SecretStore) -> None:
         try:
             if changed:
                 found, changed = job.regroup(transport), False
-                print(f"step {found.step}, worker {job.workers[0].index} of {found.workers}", flush=True)
+                print(f"step {found.step}: {found.workers} members\n" * (0 in transport.hosted), end="", flush=True)
             place = {"worker": transport.hosted[0], "workers": transport.num_workers}
             images, labels = train.loader(Sampler(len(train), batch_size=32, seed=0, **place)).batch(job.step_index)
             F.cross_entropy(job.model(images), labels).backward()

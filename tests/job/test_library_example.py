@@ -141,9 +141,9 @@ def test_the_hint_is_no_obstacle_to_copies_and_compilation() -> None:
         graphs.append(graph)
         return graph.forward
 
+    assert pickle.dumps(model)
     assert torch.equal(torch.compile(model, backend=backend, fullgraph=True)(x), job.workers[0].model(x))
     assert len(graphs) == 1
-    assert pickle.dumps(model)
     full = job.full_model()
     assert full is not None
     assert not full._forward_hooks
