@@ -5,7 +5,6 @@
 This process serves the store at which the members agree. For several machines, `resist rendezvous` serves it.
 """
 
-import argparse
 import os
 import secrets
 import subprocess
@@ -24,9 +23,6 @@ from resist.members.store_server import StoreServer
 from resist.models import build
 from resist.sync.local import Unconnected
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--member", type=int, metavar="PORT", help="be a member, at the store that has this port")
-options = parser.parse_args()
 MOST, STEPS, SIZE = 4, 300, {"workers": lambda generation: len(generation.members)}  # a worker in each process
 
 
@@ -34,6 +30,7 @@ def member(store: SecretStore) -> None:
     membership = Membership(store, {"data": "digits"}, least=2, most=MOST)
     changed = membership.join(expected=MOST).number > 0  # in other members than those that the job knows
     _, transport = connect_members(membership, dict, **SIZE)
+    print(f"process {os.getpid()} is a member\n", end="", flush=True)
     train, test = load("digits")
     job = resist.Job(
         lambda: build("preact_small", num_classes=10, depths=(1, 1, 9, 1), width=8),
@@ -66,15 +63,17 @@ def member(store: SecretStore) -> None:
     job.close()
 
 
-if options.member:
-    member(SecretStore("127.0.0.1", options.member, read_secret()))
+if len(sys.argv) == 2:  # a member, which is given the port of the store
+    member(SecretStore("127.0.0.1", int(sys.argv[1]), read_secret()))
 else:
-    os.environ["RESIST_SECRET"] = secrets.token_hex()  # the members inherit it
+    os.environ |= {"RESIST_SECRET": secrets.token_hex(), "OMP_NUM_THREADS": "1"}  # the members inherit them
     server, (reader, writer) = StoreServer("127.0.0.1", 0, read_secret()), os.pipe()
-    command = [sys.executable, __file__, "--member", str(server.port)]
-    members = [subprocess.Popen(command, stdout=writer) for _ in range(MOST + 1)]
-    os.close(writer)  # the lines end with the last member
+    command = [sys.executable, __file__, str(server.port)]
+    processes, joined = [subprocess.Popen(command, stdout=writer) for _ in range(MOST + 1)], []
+    os.close(writer)  # the lines end with the last process
     for line in open(reader):  # noqa: SIM115
         print(line, end="")
+        if line.endswith("is a member\n"):
+            joined.append(int(line.split()[1]))
         if line == "round 3 is done\n":
-            members[0].kill()
+            os.kill(joined[0], 9)  # SIGKILL
