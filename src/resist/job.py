@@ -174,7 +174,8 @@ class Job:
         check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate, wire=self.wire)
         if elastic:
             with_members(strategy, Members.first(strategy.workers))  # an error now, not when the first worker is lost
-        self.strategy, self.given, self.seed = strategy, strategy, seed
+        self.strategy, self.seed = strategy, seed
+        self.given: Strategy = strategy
         self.batchnorm, self.scale = batchnorm, scale
         self.members = Members.first(strategy.workers)
         self.generation = -1 if isinstance(transport, Unconnected) else 0
