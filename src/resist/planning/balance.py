@@ -10,7 +10,7 @@ and a block of a chain so much of it. Slowness is what is measured; it stays the
 from collections.abc import Sequence
 
 STEP = 1  # blocks of a chain by which a worker's capacity changes at once
-GAIN = 0.02  # the share of a step's time that a change must save
+GAIN = 0.03  # the share of a step's time that a change must save
 
 
 def slowness(step_s: float, costs: Sequence[float], capacities: Sequence[int]) -> float:

@@ -14,7 +14,7 @@ from resist.planning.capacities import Capacities
 from resist.runs.config import TrainConfig
 from resist.tasks import Task, image_shape
 
-ROUNDS = 3  # whose times decide: one that is disturbed must not
+ROUNDS = 5  # whose times decide: two that are disturbed must not
 
 log = logging.getLogger(__name__)
 
