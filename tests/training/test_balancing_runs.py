@@ -21,7 +21,7 @@ from resist.training import train as training
 from resist.training.trainer import Trainer
 
 STEPS, ROUNDS = 2, 8
-BLOCK_S, SHARED_S, SLOWER = 0.015, 0.03, 2.0  # slept in each step; the second worker has the slower machine
+BLOCK_S, SHARED_S, SLOWER = 0.01, 0.02, 2.0  # slept in each step; the second worker has the slower machine
 CHAIN = "layer3:1-8"
 
 

@@ -10,7 +10,7 @@ and a block of a chain so much of it. Slowness is what is measured; it stays the
 from collections.abc import Sequence
 
 STEP = 1  # blocks of a chain by which a worker's capacity changes at once
-GAIN = 0.03  # the share of a step's time that a change must save
+GAIN = 0.03  # the share of a step's time that the best capacities must save
 
 
 def slowness(step_s: float, costs: Sequence[float], capacities: Sequence[int]) -> float:
@@ -50,19 +50,28 @@ def balanced(
         costs: Of a block of each chain, as a share of what the shared part costs.
         slow: Slowness of each worker.
         step: Blocks of a chain by which a worker's capacity may change.
-        gain: Share of the slowest step's time that all moves together must save; otherwise nothing is moved, so that
-            noise in the measurement changes nothing.
+        gain: Share of the slowest step's time that the best capacities must save, however many steps away; otherwise
+            nothing is moved, so that noise in the measurement changes nothing.
 
     Returns:
         The capacities, in the same form.
     """
-    found = [list(chain) for chain in capacities]
-    while move := _best_move(capacities, found, lengths, costs, slow, step):
+    best = _moved(capacities, lengths, costs, slow, max(lengths))
+    if slowest(best, costs, slow) > (1 - gain) * slowest(capacities, costs, slow):
+        return [list(chain) for chain in capacities]
+    return _moved(capacities, lengths, costs, slow, step)
+
+
+def _moved(
+    first: Sequence[Sequence[int]], lengths: Sequence[int], costs: Sequence[float], slow: Sequence[float], step: int
+) -> list[list[int]]:
+    """Move blocks as long as that helps, no worker's capacity by more than `step`."""
+    found = [list(chain) for chain in first]
+    while move := _best_move(first, found, lengths, costs, slow, step):
         chain, source, target = move
         found[chain][source] -= 1
         found[chain][target] += 1
-    before = slowest(capacities, costs, slow)
-    return found if slowest(found, costs, slow) <= (1 - gain) * before else [list(chain) for chain in capacities]
+    return found
 
 
 def _best_move(
