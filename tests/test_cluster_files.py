@@ -41,7 +41,8 @@ def test_kubernetes_file(monkeypatch: pytest.MonkeyPatch) -> None:
 FAKE = {
     "ssh": 'exec bash -c "${@: -1}"',  # every host is this one
     "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2"; else printf "node0\\nnode1\\n"; fi',
-    "srun": 'for SLURM_PROCID in 0 1 2 3; do export SLURM_PROCID SLURM_LOCALID=$((SLURM_PROCID % 2)); "${@:2}"; done',
+    "srun": "for SLURM_PROCID in 0 1 2 3; do export SLURM_PROCID SLURM_LOCALID=$((SLURM_PROCID % 2)); "
+    '[ "$2" = --cpus-per-task=8 ] || exit 9; "${@:3}"; done',  # srun does not know it by itself
 }
 SHOW = ('#!/bin/bash\necho "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR: $*"\n'
         'case "$*" in *0.5*) exit 75;; esac')  # fmt: skip

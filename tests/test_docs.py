@@ -114,6 +114,10 @@ def test_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(re.findall(r"\w+", rest[2].partition("[")[2])) <= set(extras)
     elif name == "python":
         assert (ROOT / rest[0]).is_file()  # examples, which test_examples runs
+    elif name == "sbatch":
+        script = rest.index("slurm.sbatch")
+        assert all(option.startswith("--") and "=" in option for option in rest[:script])
+        parse_resist(["train", *rest[script + 1 :]], monkeypatch)
     elif name.startswith("./"):
         assert (DOCS / "files" / name[2:]).is_file()
     else:
@@ -241,7 +245,7 @@ def test_named_files_exist(name: str) -> None:
 def test_options_in_the_text_exist(name: str) -> None:
     """`--option` in running text is an option of a command, or of another program that is listed here."""
     others = {"--nproc-per-node", "--nnodes", "--node-rank", "--max-restarts", "--help", "--version", "--master-addr"}
-    others |= {"--signals-to-handle", "--signal"}
+    others |= {"--signals-to-handle", "--signal", "--requeue", "--cpus-per-task"}
     known: set[str] = set(others)
     for kind, _ in cli.COMMANDS.values():
         known |= {flag for option in options_of(kind).values() for flag in option.flags}
