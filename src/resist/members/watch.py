@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from resist.errors import NotAMemberError, first_line
+from resist.errors import LeftBehindError, NotAMemberError, first_line
 from resist.members.door import Door
 from resist.members.store_client import close_clone
 from resist.planning.generations import Generation, Silence
@@ -55,7 +55,7 @@ class Watch:
         self._left: set[int] = set()
         self._generation: Generation | None = None
         self._regrouping = False
-        self._trouble, self._final = "", ""
+        self._trouble, self._final, self._behind = "", "", False
         self._attached: list[Callable[[str], None]] = []
         self._lock = threading.RLock()  # what an attached function does may end in `attach` or `detach`
         self._closed = threading.Event()
@@ -107,7 +107,7 @@ class Watch:
     def check(self) -> None:
         """Raise NotAMemberError where this process cannot go on with the others."""
         if self._final:
-            raise NotAMemberError(self._final)
+            raise (LeftBehindError if self._behind else NotAMemberError)(self._final)
 
     def lost(self) -> set[int]:
         """Return the processes that have left or have been silent for too long."""
@@ -177,6 +177,7 @@ class Watch:
         if self._store.check([f"{GENERATION}{following}"]) and not self._regrouping:
             text = self._store.get(f"{GENERATION}{following}").decode()
             if generation is self._generation and self._number not in Generation.from_text(text).members:
+                self._behind = True
                 self._note(final=left_behind(following, self.bound_s))
                 return
         self._called = self._called + 1 if self._store.check([f"{CALL}{following}"]) else 0

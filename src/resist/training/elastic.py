@@ -1,0 +1,361 @@
+"""Elastic: train as one process of a run whose members come and go.
+
+The loop is that of any run (`resist.training.loop.Training`), one for each generation. When another process is lost, or
+at the end of a round in which the main process has seen others that wait, all members agree on the next generation at
+the store, the job regroups, and the loop goes on with other worker numbers, images and steps. The main process is that
+of worker 0; when it is lost, the next one takes the run directory over, as a run that resumes does.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import resist
+from resist.errors import AgreedError, LeftBehindError, NotAMemberError, RunEndedError, WorkerLostError
+from resist.job import Job
+from resist.members.generations import connect_members, regroup
+from resist.members.membership import ENDED, Membership
+from resist.members.secret import read_secret
+from resist.members.store_client import SecretStore, run_store
+from resist.planning.generations import Generation
+from resist.runs.checkpoint import Checkpoints
+from resist.runs.config import TrainConfig
+from resist.runs.directory import Run, mark
+from resist.runs.elastic import at_size, bounds_of
+from resist.runs.lock import RunLock
+from resist.sync.agreement import run_everywhere
+from resist.sync.devices import GLOO
+from resist.sync.local import Unconnected
+from resist.sync.meeting import environment_number
+from resist.sync.target import Regrouped
+from resist.sync.transport import Transport
+from resist.tasks import Task
+from resist.training.device import take_device
+from resist.training.interruption import interruption
+from resist.training.loggers import open_loggers
+from resist.training.loop import Training
+from resist.training.lr_schedule import num_steps
+from resist.training.optimizers import resolve
+from resist.training.preflight import check_options
+from resist.training.recorder import Recorder
+from resist.training.resume import find_resume_point, report_done
+from resist.training.round_report import OpenRound
+from resist.training.train import check_before, log_chains, make_job, open_data, rescuing, seen_by_all
+from resist.training.trainer import Trainer, make_sampler
+from resist.training.wall import run_began
+
+log = logging.getLogger(__name__)
+
+PORT = 29400  # of `resist rendezvous`
+DONE = "all steps are done"
+
+
+def run_name(out: Path) -> str:
+    """Return the name of a run at the store, which may serve several: that of its directory."""
+    return f"run {out.absolute().name}"
+
+
+def ended_key(out: Path) -> str:
+    """Return the key in the store that has a value when the members have ended a run."""
+    return f"{run_name(out)}/{ENDED}"
+
+
+def train_elastic(config: TrainConfig, task: Task | None = None, *, checked: bool = True) -> int:
+    """Train as one process of an elastic run, with one worker.
+
+    MASTER_ADDR and MASTER_PORT in the environment are the address of the store, RESIST_SECRET is its secret.
+
+    Args:
+        config: The options, checked, equal in all processes.
+        task: The task, in forks of a process that has opened it. Default: opened here.
+        checked: A launcher has started this process, and has checked the options.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: An option is invalid, a file cannot be read or written, training diverged, or the run has ended.
+        WorkerLostError: This process cannot go on with the others, or too few are left.
+    """
+    began, machine, workers = run_began(), config.machine, config.method.workers
+    out = config.run.resume or config.run.out
+    assert out is not None, "it is given, or the launcher has chosen it"
+    assert machine.elastic is not None, "or another function trains"
+    bounds = bounds_of(machine.elastic)
+    os.environ |= {"WORLD_SIZE": str(workers)}
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
+    fixed_shapes = config.network.task == "classification"
+    device = take_device(machine.device, fixed_shapes=fixed_shapes, deterministic=machine.deterministic)
+    if not checked:
+        check_options(config, device, workers, range(1))
+    config = replace(config, optimization=resolve(config.optimization))
+    task = open_data(config) if task is None else task
+    most = at_size(config, bounds.most or workers)
+    make_sampler(most, task.num_images, most.method.workers - 1)  # images enough for each of them
+    port = environment_number("MASTER_PORT", PORT)
+    store = SecretStore(os.environ["MASTER_ADDR"], port, read_secret(), machine.timeout_s)
+    about = {name: str(value) for name, value in config.digest().items()}
+    membership = Membership(
+        run_store(store, run_name(out)),
+        {"resist": resist.__version__, **about, "data set": task.digest()},
+        least=bounds.least,
+        most=bounds.most,
+        timeout_s=machine.timeout_s,
+    )
+    task = task.to(device, channels_last=machine.channels_last)
+    member = Member(config, task, membership, device, out, began)
+    try:
+        return member.train()
+    except RunEndedError as error:
+        if not checked:
+            raise
+        log.info("a process that was started again came too late: %s", error)
+        return 0
+    finally:
+        membership.leave()
+
+
+class Member:
+    """This process in an elastic run.
+
+    Args:
+        config: The options, with the number of workers that the run is to begin with.
+        task: Data, loss and tests.
+        membership: This process among the members; it has not joined.
+        device: The device of this process.
+        out: The run directory.
+        began: When the run began, in seconds of `time.monotonic`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, task: Task, membership: Membership, device: torch.device, out: Path, began: float
+    ) -> None:
+        self._config, self._task, self._membership = config, task, membership
+        self._device, self._out, self._began = device, out, began
+        sampler = make_sampler(config, task.num_images, 0)
+        self._steps = num_steps(config.optimization, sampler.images_per_epoch) * config.method.workers  # of all workers
+        self._founded = 0  # number of workers that the job began with
+        self._own: tuple[Job, Trainer] | None = None
+        self._training: Training | None = None
+        self._open: OpenRound | None = None  # when the members changed
+        self._noticed = began
+        self._before: Generation | None = None  # the last one that has trained
+        self._attempt, self._possible = "", True
+        self._lock, self._run = RunLock(out, "train"), None
+        self._recorder: Recorder | None = None
+        self._contexts = contextlib.ExitStack()
+
+    _run: Run | None
+
+    def train(self) -> int:
+        """Train until the run ends, with whoever is a member.
+
+        Returns:
+            The exit status.
+        """
+        timeout_s = self._config.machine.timeout_s
+        self._membership.join(expected=self._config.method.workers)
+        generation, transport = connect_members(self._membership, self._facts, _workers, self._device, timeout_s, GLOO)
+        with interruption(self._announce) as interrupted, self._contexts:
+            try:
+                while True:
+                    try:
+                        status = self._go_on(generation, transport, interrupted)
+                        if status is not None:
+                            break
+                    except NotAMemberError:
+                        raise
+                    except WorkerLostError as lost:
+                        log.debug("%s", lost)
+                    self._note()
+                    generation, transport = regroup(
+                        self._membership, transport, self._facts(), _workers, self._device, timeout_s, GLOO
+                    )
+            except LeftBehindError:
+                raise
+            except (NotAMemberError, AgreedError) as error:
+                self._end(str(error))
+                with self._rescuing():
+                    raise
+            finally:
+                self._lock.release()
+        self._end(DONE if status == 0 else "it was interrupted", together=True)
+        transport.close()
+        return status
+
+    def _facts(self) -> Mapping[str, Any]:
+        """What the others have to know of this process: the number of workers that its job began with."""
+        return {} if self._own is None else {"workers": self._founded}
+
+    def _announce(self) -> None:
+        if self._recorder is not None and self._training is not None:
+            self._recorder.ending(self._training.stage)
+
+    def _end(self, how: str, *, together: bool = False) -> None:
+        with contextlib.suppress(WorkerLostError):  # the store cannot be reached
+            self._membership.end(how, together=together)
+
+    def _rescuing(self) -> contextlib.AbstractContextManager[None]:
+        if self._training is None:
+            return contextlib.nullcontext()
+        return rescuing(self._out, self._attempt, self._training)
+
+    def _note(self) -> None:
+        """Keep what is known of the round under way, before the members change."""
+        self._noticed = time.monotonic()
+        if self._training is not None:
+            self._open = self._training.open_round()
+            self._training.checkpoints.abandon(0.0)
+
+    def _go_on(self, generation: Generation, transport: Transport, interrupted: threading.Event) -> int | None:
+        """Train as a member of a generation.
+
+        Returns:
+            The exit status. None: a round has ended, and other processes wait to be taken in.
+        """
+        founded = [facts["workers"] for facts in generation.facts if "workers" in facts]
+        found: Regrouped | None = None
+        os.environ["RANK"] = str(generation.members.index(self._membership.number))  # for messages of all processes
+        if not founded:
+            steps = self._steps_of(transport.num_workers)
+            if self._found(transport).step_index >= steps:
+                run_everywhere(transport, lambda: report_done(self._out, steps) if 0 in transport.hosted else None)
+                return 0
+        else:
+            job, _ = self._own or self._make(founded[0])
+            found = job.regroup(transport)
+        training, recorder, steps = self._open_training(transport, found)
+        self._record(generation, found, training.job, recorder)
+        return training.go_on(steps, recorder, interrupted)
+
+    def _steps_of(self, workers: int) -> int:
+        """Steps of a run with so many workers."""
+        return -(-self._steps // workers)
+
+    def _found(self, transport: Transport) -> Job:
+        """Begin or resume the run, in all members of the first generation."""
+        workers = transport.num_workers
+        config, is_main = at_size(self._config, workers), 0 in transport.hosted
+        run_everywhere(
+            transport, lambda: check_before(self._config, self._task, self._out, self._lock) if is_main else None
+        )
+        point = find_resume_point(config, transport)
+        job, trainer = self._new_job(config, transport, (point.round, point.step))
+        run_everywhere(transport, lambda: point.restore(job, (trainer.optimizer,)))
+        if is_main:
+            log_chains(job)
+        self._own, self._founded = (job, trainer), workers
+        return job
+
+    def _make(self, workers: int) -> tuple[Job, Trainer]:
+        """Make the job of a process that joins others, which has begun with so many workers."""
+        job, trainer = self._new_job(at_size(self._config, workers), Unconnected(workers), (0, 0))
+        job.attach(trainer.optimizer)
+        self._own, self._founded = (job, trainer), workers
+        return self._own
+
+    def _new_job(self, config: TrainConfig, transport: Transport, at: tuple[int, int]) -> tuple[Job, Trainer]:
+        job = make_job(config, self._task, transport, self._device, at)
+        worker = job.workers[0]
+        sampler = run_everywhere(transport, lambda: make_sampler(config, self._task.num_images, worker.index))
+        trainer = run_everywhere(transport, lambda: Trainer(config, worker, self._task, sampler))
+        if trainer.average is not None:
+            job.follow(trainer.average)
+        return job, trainer
+
+    def _open_training(self, transport: Transport, found: Regrouped | None) -> tuple[Training, Recorder, int]:
+        """Prepare the loop of a generation, and in a process that becomes the main one the run directory.
+
+        Returns:
+            The loop, the keeper of its records, and the number of steps up to which it trains.
+        """
+        assert self._own is not None, "it has founded or joined"
+        job, trainer = self._own
+        config, is_main = at_size(self._config, job.strategy.workers), 0 in transport.hosted
+        index = job.workers[0].index
+        sampler = run_everywhere(transport, lambda: make_sampler(config, self._task.num_images, index))
+        trainer.deal(index, sampler)
+        opens = is_main and self._run is None
+        if opens:
+            self._recorder = None
+        run_everywhere(transport, lambda: self._open_run(job, again=found is not None) if opens else None)
+        loggers = run_everywhere(
+            transport, lambda: open_loggers(self._config, self._out, self._run.past) if opens and self._run else []
+        )
+        self._attempt = transport.all_gather_text(mark(self._out))[0]
+        self._possible = self._possible and seen_by_all(self._out, self._attempt, transport)
+        checkpoints = Checkpoints(
+            self._out / "checkpoints",
+            transport,
+            possible=self._possible,
+            timeout_s=self._config.machine.timeout_s,
+            replicas=self._out / "replicas",
+        )
+        began = self._began if found is None else self._noticed
+        training = Training(config, self._task, job, (trainer,), self._run, loggers, checkpoints, began)
+        training.newcomers = lambda: bool(self._membership.newcomers())
+        least = job.step_index + 1 if found is not None else 0  # the last round ends the run, whoever is a member
+        steps = max(least, self._steps_of(transport.num_workers))
+        training.prepare(steps)
+        if self._recorder is None:
+            recorder = Recorder(self._config, training.rounds, self._run, loggers)
+            self._recorder = self._contexts.enter_context(recorder)
+        else:
+            self._recorder.extend(training.rounds)
+        self._training = training
+        return training, self._recorder, steps
+
+    def _open_run(self, job: Job, *, again: bool) -> None:
+        """Open the run directory, or take it over from a main process that is lost."""
+        if again:
+            self._lock.acquire(replacing=True)
+        resumes = again or self._config.run.resume is not None
+        self._run = Run(self._out, self._config, job.round if resumes else None, self._lock)
+
+    def _record(self, generation: Generation, found: Regrouped | None, job: Job, recorder: Recorder) -> None:
+        """Record that the members have changed, and a round that ended with it."""
+        before, self._before = self._before, generation
+        open_round, self._open = self._open, None
+        if found is None:
+            return
+        pause_s = time.monotonic() - self._noticed
+        former = set(before.members) if before is not None else set[int]()
+        left, came = sorted(former - set(generation.members)), sorted(set(generation.members) - former)
+        if before is not None:
+            recorder.regrouped(
+                {
+                    **{"number": generation.number, "round": found.round, "step": found.step},
+                    **{"workers": found.workers, "left": left, "came": came, "repeated": found.repeated},
+                    "pause_s": round(pause_s, 3),
+                },
+                _sentence(self._membership, generation, left, came, found, pause_s),
+            )
+        if self._run is not None and open_round is not None and recorder.summary.done < open_round.number <= job.round:
+            recorder.round(open_round.record(job, len(found.former)))
+
+
+def _sentence(
+    membership: Membership, generation: Generation, left: Sequence[int], came: Sequence[int], found: Regrouped,
+    pause_s: float,
+) -> str:  # fmt: skip
+    """The line about a change of members."""
+    named = membership.watch.named
+    parts = [*([f"{named(left)} left"] if left else []), *([f"{named(came)} came"] if came else [])]
+    workers = "1 worker goes" if found.workers == 1 else f"{found.workers} workers go"
+    what = ", which is repeated" if found.repeated else ""
+    return (
+        f"generation {generation.number}: {', '.join(parts) or 'the same members'}; {workers} on with round "
+        f"{found.round + 1}{what}, after step {found.step} ({pause_s:.1f} s)"
+    )
+
+
+def _workers(generation: Generation) -> int:
+    return len(generation.members)
