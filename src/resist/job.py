@@ -217,7 +217,7 @@ class Job:
             values, self.chains, self.workers[0].subnet
         )
         self.mark_anchors(replicas=first_blocks(values, self.chains, self.plan, self.workers) if values else {})
-        if 0 in self.transport.hosted:
+        if 0 in self.transport.hosted and self.generation >= 0:  # not in a process that joins
             log_holdings(full, self.chains, strategy, runs)
             if example is None:
                 note_unchecked()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import fields, replace
@@ -199,8 +200,9 @@ def _start_processes(config: TrainConfig, processes: int, task: "Task | None") -
 
     timeout_s, workers = config.machine.timeout_s, config.method.workers
     fork = None if task is None else train_fork
-    with tempfile.TemporaryDirectory(prefix="resist-") as folder:
-        arguments = _arguments(config, Path(folder) / "config.json")
+    folder = Path(tempfile.mkdtemp(prefix="resist-"))  # a TemporaryDirectory would end with the first fork that ends
+    try:
+        arguments = _arguments(config, folder / "config.json")
         if config.machine.elastic is None:
             return launch(arguments, processes, timeout_s, workers, fork=fork)
         from resist.training.elastic import ended_key
@@ -209,6 +211,8 @@ def _start_processes(config: TrainConfig, processes: int, task: "Task | None") -
         out = config.run.resume or config.run.out
         assert out is not None
         return supervise(arguments, processes, timeout_s, out, ended_key(out), fork=fork)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _arguments(config: TrainConfig, file: Path) -> list[str]:

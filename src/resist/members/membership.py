@@ -86,6 +86,10 @@ class Membership:
 
     generation: Generation | None
 
+    def founded(self) -> bool:
+        """Return True where the run has members already, which this process can only join."""
+        return self._latest() is not None
+
     def join(
         self, facts: Mapping[str, Any] | None = None, *, expected: int | None = None, patience_s: float = 60.0
     ) -> Generation:

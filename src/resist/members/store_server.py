@@ -60,11 +60,6 @@ class StoreServer:
         self._refused, self._reported = 0, 0.0
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def has(self, key: str) -> bool:
-        """Return True if a key has a value."""
-        with self._changed:
-            return key.encode() in self._values
-
     def close(self) -> None:
         """End the server and all connections."""
         for connection in [self._listener, *self._connections]:

@@ -128,7 +128,8 @@ class RunLock:
                     self._file.unlink(missing_ok=True)
                     taken_over = True
                     continue
-                self._write(fd, settle=taken_over or (holder is not None and not locked))
+                settle = not replacing and (taken_over or (holder is not None and not locked))
+                self._write(fd, settle=settle)
                 fd = -1
                 return
             finally:

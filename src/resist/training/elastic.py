@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,14 @@ from typing import Any
 import torch
 
 import resist
-from resist.errors import AgreedError, LeftBehindError, NotAMemberError, RunEndedError, WorkerLostError
+from resist.errors import (
+    AgreedError,
+    IncompleteNetworkError,
+    LeftBehindError,
+    NotAMemberError,
+    RunEndedError,
+    WorkerLostError,
+)
 from resist.job import Job
 from resist.members.generations import connect_members, regroup
 from resist.members.membership import ENDED, Membership
@@ -48,6 +55,7 @@ from resist.training.preflight import check_options
 from resist.training.recorder import Recorder
 from resist.training.resume import find_resume_point, report_done
 from resist.training.round_report import OpenRound
+from resist.training.supervisor import DONE
 from resist.training.train import check_before, log_chains, make_job, open_data, rescuing, seen_by_all
 from resist.training.trainer import Trainer, make_sampler
 from resist.training.wall import run_began
@@ -55,7 +63,6 @@ from resist.training.wall import run_began
 log = logging.getLogger(__name__)
 
 PORT = 29400  # of `resist rendezvous`
-DONE = "all steps are done"
 
 
 def run_name(out: Path) -> str:
@@ -117,7 +124,7 @@ def train_elastic(config: TrainConfig, task: Task | None = None, *, checked: boo
     except RunEndedError as error:
         if not checked:
             raise
-        log.info("a process that was started again came too late: %s", error)
+        log.debug("too late: %s", error)  # the others have said it
         return 0
     finally:
         membership.leave()
@@ -139,10 +146,10 @@ class Member:
         self, config: TrainConfig, task: Task, membership: Membership, device: torch.device, out: Path, began: float
     ) -> None:
         self._config, self._task, self._membership = config, task, membership
-        self._device, self._out, self._began = device, out, began
+        self._device, self._out = device, out
         sampler = make_sampler(config, task.num_images, 0)
         self._steps = num_steps(config.optimization, sampler.images_per_epoch) * config.method.workers  # of all workers
-        self._founded = 0  # number of workers that the job began with
+        self._founded, self._trains = 0, False  # number of workers that the job began with; whether it has begun
         self._own: tuple[Job, Trainer] | None = None
         self._training: Training | None = None
         self._open: OpenRound | None = None  # when the members changed
@@ -162,6 +169,8 @@ class Member:
             The exit status.
         """
         timeout_s = self._config.machine.timeout_s
+        if self._membership.founded():  # what takes time is done before the others wait for it
+            self._make(self._config.method.workers)
         self._membership.join(expected=self._config.method.workers)
         generation, transport = connect_members(self._membership, self._facts, _workers, self._device, timeout_s, GLOO)
         with interruption(self._announce) as interrupted, self._contexts:
@@ -193,7 +202,7 @@ class Member:
 
     def _facts(self) -> Mapping[str, Any]:
         """What the others have to know of this process: the number of workers that its job began with."""
-        return {} if self._own is None else {"workers": self._founded}
+        return {"workers": self._founded} if self._trains else {}
 
     def _announce(self) -> None:
         if self._recorder is not None and self._training is not None:
@@ -224,14 +233,13 @@ class Member:
         founded = [facts["workers"] for facts in generation.facts if "workers" in facts]
         found: Regrouped | None = None
         os.environ["RANK"] = str(generation.members.index(self._membership.number))  # for messages of all processes
-        if not founded:
-            steps = self._steps_of(transport.num_workers)
-            if self._found(transport).step_index >= steps:
+        if founded:
+            found = self._regroup(transport, founded[0])
+        if found is None:
+            job, steps = self._found(transport, again=generation.number > 0), self._steps_of(transport.num_workers)
+            if job.step_index >= steps:
                 run_everywhere(transport, lambda: report_done(self._out, steps) if 0 in transport.hosted else None)
                 return 0
-        else:
-            job, _ = self._own or self._make(founded[0])
-            found = job.regroup(transport)
         training, recorder, steps = self._open_training(transport, found)
         self._record(generation, found, training.job, recorder)
         return training.go_on(steps, recorder, interrupted)
@@ -240,10 +248,33 @@ class Member:
         """Steps of a run with so many workers."""
         return -(-self._steps // workers)
 
-    def _found(self, transport: Transport) -> Job:
-        """Begin or resume the run, in all members of the first generation."""
-        workers = transport.num_workers
-        config, is_main = at_size(self._config, workers), 0 in transport.hosted
+    def _regroup(self, transport: Transport, founded: int) -> Regrouped | None:
+        """Go on with the members of a generation; None where too much was lost, and they go on from a checkpoint."""
+        job, _ = self._own if self._own is not None and self._founded == founded else self._make(founded)
+        try:
+            found = job.regroup(transport)
+        except IncompleteNetworkError as error:
+            if 0 in transport.hosted:
+                log.warning("%s", error)
+            return None
+        self._trains = True
+        return found
+
+    def _found(self, transport: Transport, *, again: bool) -> Job:
+        """Begin or resume the run, in all members of the first generation.
+
+        Args:
+            transport: Connects them.
+            again: The run has begun before, and goes on from its newest checkpoint.
+        """
+        workers, is_main = transport.num_workers, 0 in transport.hosted
+        if again and "True" in transport.all_gather_text(str(is_main and (self._out / "config.json").exists())):
+            self._config = replace(self._config, run=replace(self._config.run, resume=self._out))
+            if self._recorder is not None:
+                self._recorder.retire()
+            run_everywhere(transport, lambda: self._lock.acquire(replacing=True) if is_main else None)
+            self._run = self._recorder = self._training = self._open = None
+        config = at_size(self._config, workers)
         run_everywhere(
             transport, lambda: check_before(self._config, self._task, self._out, self._lock) if is_main else None
         )
@@ -252,7 +283,7 @@ class Member:
         run_everywhere(transport, lambda: point.restore(job, (trainer.optimizer,)))
         if is_main:
             log_chains(job)
-        self._own, self._founded = (job, trainer), workers
+        self._own, self._founded, self._trains = (job, trainer), workers, True
         return job
 
     def _make(self, workers: int) -> tuple[Job, Trainer]:
@@ -299,8 +330,7 @@ class Member:
             timeout_s=self._config.machine.timeout_s,
             replicas=self._out / "replicas",
         )
-        began = self._began if found is None else self._noticed
-        training = Training(config, self._task, job, (trainer,), self._run, loggers, checkpoints, began)
+        training = Training(config, self._task, job, (trainer,), self._run, loggers, checkpoints, self._noticed)
         training.newcomers = lambda: bool(self._membership.newcomers())
         least = job.step_index + 1 if found is not None else 0  # the last round ends the run, whoever is a member
         steps = max(least, self._steps_of(transport.num_workers))
@@ -318,42 +348,38 @@ class Member:
         if again:
             self._lock.acquire(replacing=True)
         resumes = again or self._config.run.resume is not None
-        self._run = Run(self._out, self._config, job.round if resumes else None, self._lock)
+        number = self._open.number if self._open is not None and self._open.number <= job.round else None
+        self._run = Run(self._out, self._config, job.round if resumes else None, self._lock, number)
 
     def _record(self, generation: Generation, found: Regrouped | None, job: Job, recorder: Recorder) -> None:
         """Record that the members have changed, and a round that ended with it."""
         before, self._before = self._before, generation
         open_round, self._open = self._open, None
-        if found is None:
-            return
-        pause_s = time.monotonic() - self._noticed
-        former = set(before.members) if before is not None else set[int]()
-        left, came = sorted(former - set(generation.members)), sorted(set(generation.members) - former)
-        if before is not None:
-            recorder.regrouped(
-                {
-                    **{"number": generation.number, "round": found.round, "step": found.step},
-                    **{"workers": found.workers, "left": left, "came": came, "repeated": found.repeated},
-                    "pause_s": round(pause_s, 3),
-                },
-                _sentence(self._membership, generation, left, came, found, pause_s),
-            )
-        if self._run is not None and open_round is not None and recorder.summary.done < open_round.number <= job.round:
-            recorder.round(open_round.record(job, len(found.former)))
+        if before is None and found is None and job.strategy.workers == self._config.method.workers:
+            return  # as the options say
+        former, now = set(before.members if before is not None else ()), set(generation.members)
+        entry: dict[str, Any] = {
+            **{"number": generation.number, "round": job.round, "step": job.step_index, "workers": len(now)},
+            **{"left": sorted(former - now), "came": sorted(now - former)},
+            "repeated": found.repeated if found is not None else before is not None,
+            "pause_s": round(time.monotonic() - self._noticed, 3),
+        }
+        recorder.regrouped(entry, _sentence(self._membership, entry))
+        if open_round is not None:
+            recorder.closing_s = 0.0  # it is part of the round
+            if found is not None and recorder.summary.done < open_round.number <= job.round:
+                recorder.round(open_round.record(job, len(found.former)))
 
 
-def _sentence(
-    membership: Membership, generation: Generation, left: Sequence[int], came: Sequence[int], found: Regrouped,
-    pause_s: float,
-) -> str:  # fmt: skip
+def _sentence(membership: Membership, entry: Mapping[str, Any]) -> str:
     """The line about a change of members."""
-    named = membership.watch.named
+    left, came, named = entry["left"], entry["came"], membership.watch.named
     parts = [*([f"{named(left)} left"] if left else []), *([f"{named(came)} came"] if came else [])]
-    workers = "1 worker goes" if found.workers == 1 else f"{found.workers} workers go"
-    what = ", which is repeated" if found.repeated else ""
+    workers = "1 worker goes" if entry["workers"] == 1 else f"{entry['workers']} workers go"
+    what = ", which is repeated" if entry["repeated"] else ""
     return (
-        f"generation {generation.number}: {', '.join(parts) or 'the same members'}; {workers} on with round "
-        f"{found.round + 1}{what}, after step {found.step} ({pause_s:.1f} s)"
+        f"generation {entry['number']}: {', '.join(parts) or 'the same members'}; {workers} on with round "
+        f"{entry['round'] + 1}{what}, after step {entry['step']} ({entry['pause_s']:.1f} s)"
     )
 
 

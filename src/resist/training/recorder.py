@@ -113,6 +113,15 @@ class Recorder:
         if self.run is not None:
             self.run.state("running", rounds)
 
+    def retire(self) -> None:
+        """Write nothing more: another recorder does."""
+        self.display.stop()
+        for logger in self._loggers:
+            logger.close()
+        if self.run is not None:
+            self.run.close()
+        self.run = None
+
     def regrouped(self, generation: Mapping[str, Any], text: str) -> None:
         """Print that the members of the run have changed; the next record has it.
 

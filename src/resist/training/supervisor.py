@@ -1,19 +1,22 @@
 """Supervisor: the processes of an elastic run on one machine; those that die are started again.
 
-The supervisor serves the store at which the members of the run agree, and outlives all of them. The first processes are
-forks where that is possible. Those that are started later are new processes of Python, because the store has threads:
-they take seconds to begin, and meanwhile the others train.
+The store at which the members of the run agree outlives all of them. Where processes are forked, it is served by a fork
+of its own, so that the supervisor keeps a single thread, and can fork at any time: a process that is started again is
+there in a moment, and shares the memory of the data. Elsewhere a thread of the supervisor serves it.
 """
 
+import logging
 import os
 import secrets
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from resist.errors import UserError
 from resist.members.secret import VARIABLE
 from resist.members.store_server import StoreServer
 from resist.training.forks import Child, Forked
@@ -29,9 +32,15 @@ from resist.training.launcher import (
     num_threads,
 )
 
+log = logging.getLogger(__name__)
+
+# How members end a run that has done all its steps.
+DONE = "all steps are done"
 # Ends of processes without a completed round between them after which nothing is started again.
 MOST_ENDS = 5
-INVALID = 2  # exit status of a process that cannot take part
+# Exit status of a process that cannot take part, and how often a process may end so before it is given up.
+INVALID, MOST_INVALID = 2, 3
+STORE_S = 5.0  # seconds in which the store has to answer
 
 
 @dataclass
@@ -41,8 +50,10 @@ class Supervised:
     Args:
         start: Starts the process of a number again.
         rounds: Returns the number of rounds that are done.
-        over: Returns True where the members have ended the run.
+        how: Returns how the members have ended the run, or None where they have not.
+        serves: Returns False where the store at which the members agree has ended.
         timeout_s: Seconds that processes may take to end.
+        out: The run directory.
 
     Attributes:
         children: The latest process of each number.
@@ -51,13 +62,16 @@ class Supervised:
 
     start: Callable[[int], Child]
     rounds: Callable[[], int]
-    over: Callable[[], bool]
+    how: Callable[[], str | None]
+    serves: Callable[[], bool]
     timeout_s: float
+    out: Path
     children: dict[int, Child] = field(default_factory=dict[int, Child])
     received: list[int] = field(default_factory=list[int])
     _statuses: list[int] = field(default_factory=list[int])  # of processes that are not started again
     _ends: int = 0  # since the last completed round
     _known_rounds: int = 0
+    _invalid: Counter[int] = field(default_factory=Counter[int])  # ends with status INVALID of each number
     _ended: set[int] = field(default_factory=set[int])
     _deadline: float = float("inf")
 
@@ -78,11 +92,17 @@ class Supervised:
             end_now(child)
         for number, child in self.children.items():
             if number not in self._ended:
-                self._statuses.append(child.wait())
+                self._statuses.append(code := child.wait())
+                self._report(number, code if child not in stuck else 0)
         return self._status(stuck=len(stuck))
 
     def _running(self) -> list[Child]:
         return [child for child in self.children.values() if child.poll() is None]
+
+    def _report(self, number: int, code: int) -> None:
+        """Report an end that the process could not report itself."""
+        if code < 0 and not self.received:
+            print(f"resist: process {number}: ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
 
     def _end_within(self, seconds: float, running: Sequence[Child]) -> None:
         for child in running:
@@ -91,9 +111,8 @@ class Supervised:
 
     def _note_end(self, number: int, code: int) -> None:
         """Start a process again that has ended, unless the run ends."""
-        if code < 0 and not self.received:
-            print(f"resist: process {number}: ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
-        if code in (0, INTERRUPTED) or self.received or self.over():
+        self._report(number, code)
+        if code in (0, INTERRUPTED) or self.received or not self.serves() or self.how() is not None:
             self._ended.add(number)
             self._statuses.append(code)
             self._deadline = min(self._deadline, time.monotonic() + FAREWELL_S)  # members end at about the same time
@@ -102,8 +121,12 @@ class Supervised:
         if rounds > self._known_rounds:
             self._known_rounds, self._ends = rounds, 0
         self._ends += 1
+        self._invalid[number] += code == INVALID
         if self._ends <= MOST_ENDS and not (code == INVALID and rounds == 0):
-            self.children[number] = self.start(number)
+            if self._invalid[number] < MOST_INVALID:
+                self.children[number] = self.start(number)
+            else:  # the others go on
+                self._ended.add(number)
             return
         self._ended.add(number)
         self._statuses.append(code)
@@ -119,9 +142,12 @@ class Supervised:
         if self.received:
             return INTERRUPTED if INTERRUPTED in self._statuses and not stuck else 128 + self.received[0]
         if stuck:
-            print(f"resist: {stuck} processes were killed, because they did not end by themselves", file=sys.stderr)
-        if 0 in self._statuses and not self._ends > MOST_ENDS:
+            some = "a process was" if stuck == 1 else f"{stuck} processes were"
+            print(f"resist: {some} killed, not having ended with the others", file=sys.stderr)
+        if self.how() == DONE:
             return 0
+        if self.how() is None and self.out.exists():
+            log.warning("no process is left; continue with resist train `resume=%s`", self.out)
         return next((code for code in self._statuses if code > 0 and code != INTERRUPTED), 1)
 
 
@@ -151,39 +177,63 @@ def supervise(
     """
     forked = fork if fork is not None and num_threads() == 1 else None
     listener, secret = loopback_listener(), secrets.token_hex()
-    address = listener.getsockname()
+    host, port = listener.getsockname()[:2]
     lifeline, kept_open = os.pipe()
-    server: StoreServer | None = None
 
     def environment(number: int) -> dict[str, str]:
-        shared = local_environment(number, workers, address, lifeline) | {VARIABLE: secret}
+        shared = local_environment(number, workers, (host, port), lifeline) | {VARIABLE: secret}
         return {name: value for name, value in shared.items() if name not in ("RANK", "WORLD_SIZE")}
 
+    def serve() -> None:
+        server = StoreServer(host, port, secret.encode(), listener)
+        os.read(lifeline, 1)  # until the supervisor ends
+        server.close()
+
+    def start(number: int) -> Child:
+        if forked is None:
+            return new_process(arguments, environment(number), lifeline)
+        return Forked(forked, environment(number), (kept_open,))
+
+    server = StoreServer(host, port, secret.encode(), listener) if forked is None else None
+    # Another process, because the threads of the server would forbid further forks of this one.
+    store = None if forked is None else Forked(serve, environment(0), (kept_open,))
     group = Supervised(
-        start=lambda number: new_process(arguments, environment(number), lifeline),
+        start=start,
         rounds=lambda: _rounds(out),
-        over=lambda: server is not None and server.has(ended),
+        how=lambda: _value(host, port, secret.encode(), ended),
+        serves=lambda: store is None or store.poll() is None,
         timeout_s=timeout_s,
+        out=out,
     )
-    group.children = {}
     try:
+        if store is not None:
+            listener.close()
         with collected_signals() as group.received:
             for number in range(workers):
-                if forked is None:
-                    group.children[number] = group.start(number)
-                else:
-                    group.children[number] = Forked(forked, environment(number), (listener.fileno(), kept_open))
-            # Its threads come after the forks. Connections wait in the listener until then.
-            server = StoreServer(str(address[0]), int(address[1]), secret.encode(), listener)
+                group.children[number] = start(number)
             return group.watch()
     finally:
-        for child in group.children.values():
+        for child in (*group.children.values(), *([store] if store is not None else [])):
             end_now(child)
         os.close(kept_open)
         os.close(lifeline)
         if server is not None:
             server.close()
         listener.close()
+
+
+def _value(host: str, port: int, secret: bytes, key: str) -> str | None:
+    """The value of a key in the store, or None where it has none or cannot be reached."""
+    from resist.members.store_client import SecretStore  # imports torch
+
+    try:
+        store = SecretStore(host, port, secret, STORE_S)
+        try:
+            return store.get(key).decode() if store.check([key]) else None
+        finally:
+            store.close()
+    except (UserError, RuntimeError):
+        return None
 
 
 def _rounds(out: Path) -> int:

@@ -1,0 +1,136 @@
+"""Runs whose processes come and go: `resist train --elastic`, on this machine."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import resist
+from commands import Command, Commands
+from resist.runs.history import read_history
+
+ARGUMENTS = (
+    "train", "--data", "digits", "--model-args", "depths=1,1,5,1", "width=4", "--batch-size", "64", "--num-evals", "1",
+    "--local-steps", "5", "--min-depth", "0", "--epochs", "3", "--out", "run",
+)  # fmt: skip
+# Processes that are started again import this package, whatever is installed.
+SOURCE = {"PYTHONPATH": str(Path(resist.__file__).parents[1])}
+
+
+def disturb() -> None:
+    """Give processes the faults of FAULTS, "ROUND:WORKER:SIGNAL"; with any, round 7 waits for those that come."""
+    import os
+    import signal
+    import time
+
+    from resist.members.membership import Membership
+    from resist.training.loop import Training
+
+    faults = [fault.split(":") for fault in os.environ["FAULTS"].split()]
+    end_round, newcomers = Training._end_round, Membership.newcomers
+    numbers = [0]
+
+    def disturbed(self, *args, **kwargs):
+        numbers.append(self.round_number)
+        for round, worker, name in faults:
+            if (int(round), int(worker)) == (self.round_number, self.trainers[0].index):
+                os.kill(os.getpid(), getattr(signal, name))
+        return end_round(self, *args, **kwargs)
+
+    def patient(self):
+        end, waits = time.monotonic() + 60, numbers[-1] == 7 and len(self.generation.members) < len(faults) + 2
+        while not (found := newcomers(self)) and waits and time.monotonic() < end:
+            time.sleep(0.05)
+        return found
+
+    Training._end_round, Membership.newcomers = disturbed, patient
+
+
+def train(commands: Commands, folder: Path, faults: str, *options: str) -> tuple[int, str, str]:
+    running: Command = commands.start(
+        *ARGUMENTS, *options, cwd=folder, env=SOURCE | {"FAULTS": faults}, prelude=disturb
+    )
+    out, err = running.communicate()
+    assert running.returncode is not None
+    return running.returncode, out, err
+
+
+def generations(run: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [generation for record in records for generation in record.get("generations", ())]
+
+
+def check_complete(run: Path, workers: int) -> None:
+    """The run is finished, with each round once, with all the images that it was to see, and the whole network."""
+    history = read_history(run)
+    assert history.ended == "finished"
+    assert not history.notes
+    assert [record["round"] for record in history.rounds] == list(range(1, len(history.rounds) + 1))
+    asked = 3 * 1437 * workers
+    assert asked <= sum(record["images"] for record in history.rounds) + 5 * 64 * workers  # but those that were lost
+    assert sum(record["images"] for record in history.rounds) < asked + 5 * 64 * workers
+    assert history.accuracies[-1] > 0.8
+    names = {name for name in load_file(run / "model.safetensors") if name.startswith("layer3.")}
+    assert {name.split(".")[1] for name in names} == set("01234")
+
+
+@pytest.mark.timeout(100)
+def test_a_process_that_is_killed_is_started_again_and_comes_back(commands: Commands, tmp_path: Path) -> None:
+    status, out, err = train(commands, tmp_path, "3:1:SIGKILL", "--elastic", "2:3")
+    assert (status, out.count("left; 2 workers go on"), out.count("came; 3 workers go on")) == (0, 1, 1), out + err
+    assert err.count("\n") == err.count("ended by SIGKILL\n") == 1
+    left, came = generations(tmp_path / "run")
+    assert (left["number"], left["workers"], len(left["left"]), left["came"]) == (1, 2, 1, [])
+    assert (came["number"], came["workers"], came["left"], came["came"]) == (2, 3, [], [4])
+    assert 0 < left["pause_s"] < 10 > came["pause_s"] > 0
+    check_complete(tmp_path / "run", 3)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param("3:0:SIGKILL", id="the main process"),
+        pytest.param("3:0:SIGKILL 4:0:SIGKILL", id="two main processes, one after the other"),
+        pytest.param("3:2:SIGKILL 5:1:SIGKILL", id="two workers, one after the other"),
+        pytest.param("3:0:SIGSTOP", id="a main process that stops"),
+        pytest.param("3:1:SIGSTOP", id="a worker that stops"),
+    ],
+)
+def test_whoever_is_lost_the_others_go_on(commands: Commands, tmp_path: Path, faults: str) -> None:
+    status, out, err = train(commands, tmp_path, faults, "--elastic", "2:4")
+    assert status == 0, out + err
+    found = generations(tmp_path / "run")
+    assert sum(len(one["left"]) for one in found) == len(faults.split())
+    assert "SIGSTOP" in faults or any(one["came"] for one in found)
+    check_complete(tmp_path / "run", 4)
+
+
+@pytest.mark.nightly
+def test_with_too_few_left_the_run_ends_in_order_and_goes_on_later(commands: Commands, tmp_path: Path) -> None:
+    status, out, err = train(commands, tmp_path, "3:0:SIGKILL", "--elastic", "2:2")
+    assert status == 1, out + err
+    assert "1 member is left, fewer than least=2" in err
+    assert err.rstrip().endswith("continue with resist train --resume run")
+    done = commands.run("train", "--resume", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from the replicas of round 2" in done.stdout
+    check_complete(tmp_path / "run", 2)
+
+
+@pytest.mark.nightly
+def test_a_signal_ends_a_run_in_order(commands: Commands, tmp_path: Path) -> None:
+    running = commands.start(*ARGUMENTS, "--elastic", "2:3", "--epochs", "300", cwd=tmp_path)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not generations_or_rounds(tmp_path / "run"):
+        assert running.poll() is None
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate()
+    assert (running.returncode, err) == (75, "")
+    assert "to continue: resist train --resume run" in out
+
+
+def generations_or_rounds(run: Path) -> int:
+    return (run / "metrics.jsonl").read_bytes().count(b"\n")
