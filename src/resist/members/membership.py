@@ -229,9 +229,12 @@ class Membership:
         arrived = self._call(lambda store: _arrived(store, following, members))
         missing = [member for member in members if member not in arrived]
         lost = self.watch.lost() | self._door.closed(missing) | (set(missing) if late else set[int]())
-        chosen = next_members(members, arrived, lost, self._acceptable(generation), self._bounds)
-        if chosen is None or self._door.closed([number for number in chosen if number not in members]):
-            return  # a newcomer that has ended just now is silent soon
+        waiting = self._acceptable(generation)
+        ended = self._door.closed(waiting)  # just now: it is silent soon
+        waiting = [number for number in waiting if number not in ended]
+        chosen = next_members(members, arrived, lost, waiting, self._bounds)
+        if chosen is None:
+            return
         said = {n: arrived[n] if n in arrived else _facts(self.watch.tickets[n]) for n in chosen}
         departed = {*generation.departed, *members} - set(chosen)
         self._write(

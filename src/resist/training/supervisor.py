@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 
 # How members end a run that has done all its steps.
 DONE = "all steps are done"
-# Ends of processes without a completed round between them after which nothing is started again.
-MOST_ENDS = 5
+# Ends of processes without a completed round between them after which nothing is started again: so many for each
+# process that the run began with, and some.
+MOST_ENDS, SOME_ENDS = 2, 3
 # Exit status of a process that cannot take part, and how often a process may end so before it is given up.
 INVALID, MOST_INVALID = 2, 3
 STORE_S = 5.0  # seconds in which the store has to answer
@@ -122,7 +123,8 @@ class Supervised:
             self._known_rounds, self._ends = rounds, 0
         self._ends += 1
         self._invalid[number] += code == INVALID
-        if self._ends <= MOST_ENDS and not (code == INVALID and rounds == 0):
+        most = MOST_ENDS * len(self.children) + SOME_ENDS
+        if self._ends <= most and not (code == INVALID and rounds == 0):
             if self._invalid[number] < MOST_INVALID:
                 self.children[number] = self.start(number)
             else:  # the others go on
@@ -130,7 +132,7 @@ class Supervised:
             return
         self._ended.add(number)
         self._statuses.append(code)
-        if self._ends > MOST_ENDS:
+        if self._ends > most:
             print(
                 f"resist: processes have ended {self._ends} times without a completed round; none is started again",
                 file=sys.stderr,
