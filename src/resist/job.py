@@ -170,7 +170,8 @@ class Job:
         example: object = None,
     ) -> None:
         self.wire = as_wire(wire)
-        check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate, wire=self.wire)
+        needs_two = replicate and not elastic  # where others may join
+        check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=needs_two, wire=self.wire)
         if elastic:
             with_members(strategy, Members.first(strategy.workers))  # an error now, not when the first worker is lost
         self.strategy, self.given, self.seed = strategy, strategy, seed

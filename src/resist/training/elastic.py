@@ -255,7 +255,8 @@ class Member:
             found = job.regroup(transport)
         except IncompleteNetworkError as error:
             if 0 in transport.hosted:
-                log.warning("%s", error)
+                what = str(error).partition(": ")[0]
+                log.info("resist: %s, and no process has a copy; all go on from the newest checkpoint", what)
             return None
         self._trains = True
         return found
@@ -270,10 +271,8 @@ class Member:
         workers, is_main = transport.num_workers, 0 in transport.hosted
         if again and "True" in transport.all_gather_text(str(is_main and (self._out / "config.json").exists())):
             self._config = replace(self._config, run=replace(self._config.run, resume=self._out))
-            if self._recorder is not None:
-                self._recorder.retire()
             run_everywhere(transport, lambda: self._lock.acquire(replacing=True) if is_main else None)
-            self._run = self._recorder = self._training = self._open = None
+            self._run = self._training = self._open = None
         config = at_size(self._config, workers)
         run_everywhere(
             transport, lambda: check_before(self._config, self._task, self._out, self._lock) if is_main else None
@@ -315,7 +314,8 @@ class Member:
         sampler = run_everywhere(transport, lambda: make_sampler(config, self._task.num_images, index))
         trainer.deal(index, sampler)
         opens = is_main and self._run is None
-        if opens:
+        if opens and self._recorder is not None:
+            self._recorder.retire()
             self._recorder = None
         run_everywhere(transport, lambda: self._open_run(job, again=found is not None) if opens else None)
         loggers = run_everywhere(
