@@ -226,6 +226,8 @@ DILOCO = Row("DiLoCo, outer rate 0.7, momentum 0.9", diloco(0.7, 0.9))
 SHALLOW = Row("local SGD, depth 7", local_sgd, depths=(3, 4, HELD + 1, 3))  # what a worker of ResIST holds
 STOCHASTIC = Row("stochastic depth, averaging in every step", every_step, survival=HELD / NUM_BLOCKS)
 LOG4 = Wire("log4", "int8", "int8")
+# Fewer bits than `--wire int4` has for what is sent by value.
+BY_VALUE = {"state int4": Wire("int4", "int8", "int4"), "blocks int6, state int4": Wire("int4", "int6", "int4")}
 ROWS = {
     row.name: row
     for row in (
@@ -268,6 +270,10 @@ ROWS = {
             for workers in (2, 8)
         ),
         *(RESIST.sent_as(wire) for wire in ("bf16", "int8", "int6", "int4", LOG4)),
+        *(
+            replace(RESIST, name=f"{RESIST.name}, int4, {parts}", wire=wire, plain=RESIST.name)
+            for parts, wire in BY_VALUE.items()
+        ),
         *(row.sent_as(wire) for row in (LOCAL, DILOCO) for wire in ("int8", "int4")),
         *(
             row.sent_as(wire, fragments, delay)

@@ -8,14 +8,25 @@ from paper_tables import short
 MAX_GB, GB_WORKERS = 0.10, 4  # of a round, on the interfaces of so many hosts
 MAX_STALL = {"1gbit": 5.0, "100mbit": 20.0}  # percent of a round, by rate
 MAX_SLOWED = 5.0  # percent
+SETTING = ("rate", "workers", "model", "width", "num_classes", "local_steps", "full_step_s")
 MAX_ERROR = 1.0  # percent, between interfaces and formula
 TARGETED = "resist,optimizer_state=travel,wire="  # the targets are those of these rows
 
 
 def formats(records: list[Record]) -> str:
-    """Write the section; a setting for each record."""
-    settings = "\n\n".join(_setting(record) for record in records)
+    """Write the section; a part for each setting."""
+    settings = "\n\n".join(_setting(record) for record in _joined(records))
     return fill("formats", settings=settings, provenance=provenance(*records, n="n-wire"))
+
+
+def _joined(records: list[Record]) -> list[Record]:
+    """Join the records of a setting that was measured in several calls; of equal methods the last counts."""
+    settings: dict[tuple[object, ...], Record] = {}
+    for record in records:
+        setting = tuple(record[key] for key in SETTING)
+        methods = {m["method"]: m for m in [*settings.get(setting, {}).get("methods", ()), *record["methods"]]}
+        settings[setting] = {**record, **settings.get(setting, {}), "methods": list(methods.values())}
+    return list(settings.values())
 
 
 def _setting(record: Record) -> str:

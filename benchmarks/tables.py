@@ -42,7 +42,17 @@ RUN_SETTINGS = ("strategy", "optimizer_state", "workers", "rounds", "local_steps
 # The file of each benchmark, and what makes two of its lines different measurements: of equal ones the last counts.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "wire": ("rate", "workers", "model", "sections", "width", "num_classes", "local_steps", "compute_s"),
-    "formats": ("rate", "workers", "model", "sections", "width", "num_classes", "local_steps", "full_step_s"),
+    "formats": (
+        "rate",
+        "workers",
+        "model",
+        "sections",
+        "width",
+        "num_classes",
+        "local_steps",
+        "full_step_s",
+        "methods",
+    ),
     "memory": ("model", "width", "num_classes", "workers", "device"),
     "exchange": ("model", "width", "num_classes"),
     "recording": ("benchmark",),

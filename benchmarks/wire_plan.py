@@ -27,6 +27,7 @@ RESIST, LOCAL_SGD, DILOCO = "resist,optimizer_state=travel", "local_sgd,optimize
 # DiLoCo in fp32 sends what local SGD sends.
 FORMATS = (
     *(RESIST + wire for wire in ("", ",wire=int8", ",wire=int4", *STREAMED)),
+    "resist,optimizer_state=reset" + STREAMED[1],
     *(LOCAL_SGD + wire for wire in ("", ",wire=int4", *STREAMED)),
     *(DILOCO + wire for wire in STREAMED),
 )

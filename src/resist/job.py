@@ -23,6 +23,7 @@ from resist.blocks.wrappers import check_blocks
 from resist.checking.unchecked import add_depth_hints, note_unchecked
 from resist.checking.validate import choose_with_runs
 from resist.errors import UserError
+from resist.planning.capacities import Given
 from resist.planning.members import Members
 from resist.planning.plan import Key, RoundPlan, keyed_int
 from resist.planning.regrouping import with_members
@@ -174,7 +175,8 @@ class Job:
         check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=needs_two, wire=self.wire)
         if elastic:
             with_members(strategy, Members.first(strategy.workers))  # an error now, not when the first worker is lost
-        self.strategy, self.given, self.seed = strategy, strategy, seed
+        self.strategy, self.seed = strategy, seed
+        self.given: Strategy = strategy
         self.batchnorm, self.scale = batchnorm, scale
         self.members = Members.first(strategy.workers)
         self.generation = -1 if isinstance(transport, Unconnected) else 0
@@ -285,6 +287,25 @@ class Job:
             The plan, with the chains in the order of `chains`.
         """
         return self.strategy.plan(self.chains, seed=self.seed, round=round)
+
+    def change_capacities(self, capacities: Given) -> None:
+        """Let the workers hold other numbers of blocks from the next round on.
+
+        Every process has to call it with the same capacities, in the same round. Where measured times decide, see
+        `resist.planning.balance`.
+
+        Args:
+            capacities: As in `resist.resist`, for the present workers.
+
+        Raises:
+            UserError: If they do not fit the workers or the chains, or the workers are others than those that the
+                strategy was given.
+        """
+        if self.members != Members.first(self.given.workers):
+            raise UserError("the workers have changed, and their capacities follow; leave out `change_capacities`")
+        changed = self.strategy.with_capacities(capacities, from_round=self.round + 1)
+        changed.plan(self.chains, seed=self.seed, round=self.round + 1)
+        self.strategy = self.given = changed
 
     def step_seed(self, worker: int | None = None) -> int:
         """Return the seed of everything that a worker draws next.

@@ -140,6 +140,11 @@ def test_each_wire_format_reaches_or_misses_each_target() -> None:
     ]
     assert "A stall" not in format_tables.formats([record | {"rate": "20mbit"}])
     assert "GB a round:" not in format_tables.formats([record | {"workers": 2}])
+    again = record | {"methods": [row(f"{ours},wire=int4", 0.09, 0.1), row(f"{ours},wire=int6", 0.1, 0.1)]}
+    joined = format_tables.formats([record, again])  # one table of a setting that was measured in two calls
+    assert joined.count("wire=int8 | 0.1100") == joined.count("wire=int4 | 0.0900") == 1
+    assert "wire=int4 | 0.1000" not in joined
+    assert joined.count("\n### ") == 1
 
 
 def test_losses_and_ties_are_named() -> None:

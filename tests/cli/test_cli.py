@@ -230,7 +230,8 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
         (["--strategies", "magic"], "strategy 'magic' is not one of resist, local_sgd, diloco, ddp"),
         (["--strategies", "ddp", "--min-depth", "2"], "--min-depth has no effect without strategy resist"),
         (["--workers", "2", "--capacities", "3", "3", "3"], "--capacities 3 3 3 has 3 values for --workers 2"),
-        (["--fragments", "auto"], "--fragments auto is chosen in a run, from what it measures; give a number"),
+        (["--fragments", "auto"], "--fragments auto is chosen in a run, from what it measures; give numbers"),
+        (["--capacities", "auto"], "--capacities auto is chosen in a run, from what it measures; give numbers"),
     ],
 )
 def test_cost_refuses_in_one_line(capsys, arguments: list[str], text: str) -> None:

@@ -218,6 +218,34 @@ def test_processes_agree_on_later_capacities(pool: Pool, other: dict[int, int]) 
         assert text.startswith("process 1 was started with `capacities=")
 
 
+def test_capacities_changed_in_training_are_those_of_a_job_that_knew_them() -> None:
+    """Bit for bit; from the round after the one in which they are changed."""
+    first, later = (3, 3), (5, 2)
+    known, optimizers = make(resist(2, STEPS, capacities=Capacities(by_worker=first, by_round={2: later})))
+    train(known, optimizers, 4 * STEPS)
+    job, optimizers = make(resist(2, STEPS, capacities=first))
+    train(job, optimizers, STEPS)
+    local_step(job, optimizers)
+    job.step(*optimizers)
+    job.change_capacities(later)
+    assert job.plan.capacities(0) == (3,)
+    local_step(job, optimizers)
+    job.step(*optimizers)
+    assert job.plan.capacities(0) == (5,)
+    train(job, optimizers, 2 * STEPS)
+    expected, found = weights(known), weights(job)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    before = job.strategy
+    for wrong, message in (
+        ((1, 1), "hold 2 of the 6 blocks"),
+        ((6, 6, 6), "3 values for `workers=2`"),
+        (0, "less than 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            job.change_capacities(wrong)
+        assert job.strategy is before
+
+
 def test_capacities_that_do_not_fit_a_later_round_are_refused_at_once() -> None:
     with pytest.raises(UserError, match="hold 4 of the 6 blocks of chain layer3:1-6 after 9 rounds"):
         make(resist(2, STEPS, capacities=Capacities(by_round={9: 2})))

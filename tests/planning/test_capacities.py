@@ -280,3 +280,17 @@ def test_refusals(make: Callable[[], object], message: str) -> None:
 
 def plan(strategy, *chains: Run) -> object:
     return strategy.plan(chains or (LONG,), seed=0, round=0)
+
+
+def test_from_a_round_on_they_are_others() -> None:
+    """Nothing changes before; what the same round had is replaced; a later entry stays."""
+    record = Capacities(by_worker=6, by_round={20: 11}).from_round(5, (7, 7, 6, 4)).from_round(5, (8, 6, 6, 4))
+    held = [record.of(22, 4, chain=LONG.name, round=round) for round in (4, 5, 19, 20)]
+    assert held == [(6, 6, 6, 6), (8, 6, 6, 4), (8, 6, 6, 4), (11, 11, 11, 11)]
+
+
+def test_a_strategy_changes_its_capacities_in_every_stage_that_partitions() -> None:
+    changed = resist(2, warmup_rounds=3).with_capacities((2, 1), from_round=5)
+    assert [changed.plan([SHORT], seed=0, round=round).capacities(0) for round in (0, 4, 5)] == [(3,), (3,), (2,)]
+    with pytest.raises(UserError, match="every worker holds every block"):
+        local_sgd(2).with_capacities(1, from_round=1)

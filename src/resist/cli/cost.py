@@ -46,8 +46,8 @@ class CostConfig:
     """Images per worker and step."""
     min_depth: int | None = None
     """Minimum number of blocks of each worker in each chain. Default: 4, or all blocks of a shorter chain."""
-    capacities: tuple[int, ...] = ()
-    """Blocks of each worker in each chain, as in 8 6 4 4; for one number of workers."""
+    capacities: tuple[int, ...] | Literal["auto"] = ()
+    """Blocks of each worker in each chain, as in 8 6 4 4; for one number of workers. Train alone takes auto."""
     capacities_by_chain: tuple[str, ...] = config_key(())
     capacities_by_round: tuple[str, ...] = config_key(())
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
@@ -231,8 +231,9 @@ def _optimization(config: CostConfig) -> OptimizationConfig:
 
 def _check_sizes(config: CostConfig) -> None:
     check_device(config.device)
-    if config.fragments == "auto":
-        raise UserError("`fragments=auto` is chosen in a run, from what it measures; give a number")
+    for name in ("fragments", "capacities"):
+        if getattr(config, name) == "auto":
+            raise UserError(f"`{name}=auto` is chosen in a run, from what it measures; give numbers")
     for name in ("workers", "capacities", "local_steps", "batch_size", "min_depth", "num_classes", "processes", *LINKS):
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else () if value is None else (value,):
@@ -246,6 +247,7 @@ def _strategies(config: CostConfig) -> list[Strategy]:
         if given and not any("capacities" in METHODS[s].options for s in config.strategies if s in METHODS):
             methods = ", ".join(key for key, method in METHODS.items() if "capacities" in method.options)
             raise UserError(f"`{name}` has no effect without strategy {methods}; add it, or remove the option")
+    assert config.capacities != "auto"
     capacities = capacities_of(
         by_worker=config.capacities,
         by_chain=config.capacities_by_chain,

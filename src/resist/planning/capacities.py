@@ -140,6 +140,19 @@ class Capacities:
         """First rounds of different capacities, ascending, from 0."""
         return tuple(sorted({0, *(first for first, _ in self.by_round)}))
 
+    def from_round(self, first: int, given: "Given") -> "Capacities":
+        """Return the record with other capacities from a round on, instead of those that it has for that very round.
+
+        Args:
+            first: Number of the round, from 0.
+            given: As a value of `by_round`.
+
+        Raises:
+            UserError: If a number is out of range.
+        """
+        others = [entry for entry in self.by_round if entry[0] != first]
+        return replace(self, by_round=[*others, (first, given)])
+
     def check(self, workers: int, chains: Sequence[ChainLike] = ()) -> None:
         """Check the record for a number of workers and for chains.
 

@@ -159,6 +159,26 @@ class Strategy:
         """Capacities of this stage; None if workers hold every block."""
         return self.assign.capacities if isinstance(self.assign, PartitionBlocks) else None
 
+    def with_capacities(self, given: Given, *, from_round: int) -> "Strategy":
+        """Return the strategy with other capacities from a round on, in every stage that partitions.
+
+        Args:
+            given: As `capacities` of `resist`.
+            from_round: First round that has them, counted from 0.
+
+        Raises:
+            UserError: If no stage partitions, or a number is out of range.
+        """
+        if not self.ever_partitions:
+            raise UserError(f"{self.name} has no capacities, since every worker holds every block; remove them")
+        assign = self.assign
+        if isinstance(assign, PartitionBlocks):
+            assign = replace(assign, capacities=assign.capacities.from_round(from_round, given))
+        then = self.then
+        if then is not None and then.ever_partitions:
+            then = then.with_capacities(given, from_round=from_round)
+        return replace(self, assign=assign, then=then)
+
     @property
     def change_rounds(self) -> tuple[int, ...]:
         """First rounds of different strategies or capacities, ascending, from 0.

@@ -78,7 +78,7 @@ FORMATS = {
 CHOICES = {
     "shared": (FP32, BF16, "int8", "int6", "int4", "log4"),
     "blocks": (FP32, BF16, "int8", "int6"),
-    "state": (FP32, BF16, "int8"),
+    "state": (FP32, BF16, "int8", "int6", "int4"),
 }
 
 
@@ -95,7 +95,7 @@ class Wire:
         blocks: Of blocks that are averaged or handed over, of their replicas, and of an outer momentum. Rounded
             stochastically, so that the error is zero on average.
         state: Of the optimizer's state, by value, rounded stochastically. Second moments, which are never negative, go
-            as `log8` for "int8", and states that are not known as "bf16".
+            as `log8` for fewer than 16 bits, and states that are not known as "bf16".
         fragments: Number of fragments of the shared part, each of which is averaged at a time of its own in the round,
             while training goes on; 0: all of it at the round's end. Also of blocks, if every worker holds every block.
         delay: Steps from the beginning of a fragment's mean to its end.

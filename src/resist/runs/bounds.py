@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from resist.errors import UserError
 
@@ -33,7 +34,7 @@ def check_values(part: Any) -> None:
     for f in fields(part):
         value = getattr(part, f.name)
         choices = _choices(f.type)
-        or_number = int in get_args(f.type)
+        or_number = get_origin(f.type) in (Union, UnionType)
         for item in value if isinstance(value, tuple) and choices else (value,) if choices else ():
             if item not in choices and not (or_number and type(item) is int):
                 known = [*choices, "a whole number"] if or_number else choices
@@ -78,9 +79,9 @@ def _shortened(number: float) -> str:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """Return the allowed values of a Literal, of a tuple of literals, or of a number or a literal; else ()."""
+    """Return the allowed values of a Literal, of a tuple of literals, or of a literal beside numbers; else ()."""
     if get_origin(hint) is tuple:
         return _choices(get_args(hint)[0])
-    if int in get_args(hint):
+    if get_origin(hint) in (Union, UnionType):
         return next(filter(None, map(_choices, get_args(hint))), ())
     return get_args(hint) if get_origin(hint) is Literal else ()

@@ -94,8 +94,9 @@ class MethodConfig:
     min_depth: int | None = None
     """Minimum number of blocks of each worker in each chain, so that several workers may hold a block. Default: 4, or
     all blocks of a shorter chain."""
-    capacities: tuple[int, ...] = ()
-    """Blocks of each worker in each chain, for workers of unequal speed or memory, as in 8 6 4 4."""
+    capacities: tuple[int, ...] | Literal["auto"] = ()
+    """Blocks of each worker in each chain, for workers of unequal speed or memory, as in 8 6 4 4. auto: as many as
+    `min_depth` says, and blocks then move from slow workers to fast ones, by the times of the last rounds."""
     capacities_by_chain: tuple[str, ...] = config_key(())
     """Blocks of each worker in single chains: layer3=6 for all workers, layer3=8,6,4,4 for each; other chains follow
     `capacities` or `min_depth`."""
@@ -138,7 +139,7 @@ class MethodConfig:
     def all_capacities(self) -> Capacities:
         """Return the record of capacities, by worker, chain and round. Raises UserError for a text of another form."""
         return capacities_of(
-            by_worker=self.capacities,
+            by_worker=() if self.capacities == "auto" else self.capacities,
             by_chain=self.capacities_by_chain,
             by_round=self.capacities_by_round,
             min_depth=self.min_depth,

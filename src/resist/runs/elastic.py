@@ -54,11 +54,12 @@ def check_elastic(config: "TrainConfig") -> None:
         )
     if machine.backend == "nccl":
         raise UserError("`backend=nccl` cannot be used with `elastic`: weights go by gloo; remove it")
-    if method.fragments == "auto":
-        raise UserError(
-            "`fragments=auto` is chosen in the first rounds, which a worker that joins later does not see; give a "
-            "number, or remove `elastic`"
-        )
+    for name in ("fragments", "capacities"):
+        if getattr(method, name) == "auto":
+            raise UserError(
+                f"`{name}=auto` is chosen from the times of earlier rounds, which a worker that joins does not know; "
+                "give numbers, or remove `elastic`"
+            )
 
 
 def at_size(config: "TrainConfig", workers: int) -> "TrainConfig":

@@ -18,6 +18,7 @@ from resist.runs.directory import Run
 from resist.runs.records import training_bytes
 from resist.subnet.randomness import seeded_rng
 from resist.tasks import Task
+from resist.training.balancing import Balancing
 from resist.training.device import Clock, naming_nondeterminism
 from resist.training.evaluation import Evaluation
 from resist.training.interruption import Stage, interruption
@@ -78,6 +79,7 @@ class Training:
         self.exchange_bytes = 0  # sent by all workers in it
         self.training_s = 0.0  # in this process
         self.began, self.startup_s, self.checkpoint_s = began, 0.0, 0.0
+        self.balancing = Balancing(config, task, job) if config.method.capacities == "auto" else None
 
     def train(self, steps: int) -> int:
         """Train up to step `steps`.
@@ -207,6 +209,7 @@ class Training:
         image_s = compute_s / (batch_size * values.numel())
         report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set(), image_s)
         last = report.stop or last
+        self._choose_capacities(report, len(losses), recorder)
         self.stage = Stage.END if last or report.interrupted else Stage.BETWEEN
         seconds = {"compute": report.compute_s, "wait": max(0.0, lap() - report.compute_s + compute_s)}
         if not job.step(*self.optimizers, nonfinite=nonfinite):
@@ -255,6 +258,14 @@ class Training:
                 exchange_bytes=self.exchange_bytes,
             )
             recorder.take_over(self.config)
+
+    def _choose_capacities(self, report: RoundReport, steps: int, recorder: Recorder) -> None:
+        """Choose the capacities of the next rounds of a run that leaves them to us."""
+        if self.balancing is not None:
+            before, workers = self.config, sorted(report.workers, key=lambda worker: worker["worker"])
+            self.config = self.balancing.end_round(before, [worker["compute_s"] / steps for worker in workers])
+            if self.config is not before:
+                recorder.take_over(self.config)
 
     def _close(self) -> float:
         """Wait until the last checkpoint is complete; returns the seconds since the last record."""
