@@ -14,7 +14,7 @@ from resist.runs.history import read_history
 
 ARGUMENTS = (
     "train", "--data", "digits", "--model-args", "depths=1,1,5,1", "width=4", "--batch-size", "64", "--num-evals", "1",
-    "--local-steps", "5", "--min-depth", "0", "--epochs", "3", "--out", "run",
+    "--local-steps", "5", "--min-depth", "0", "--epochs", "2", "--out", "run",
 )  # fmt: skip
 # Processes that are started again import this package, whatever is installed.
 SOURCE = {"PYTHONPATH": str(Path(resist.__file__).parents[1])}
@@ -69,10 +69,10 @@ def check_complete(run: Path, workers: int) -> None:
     assert history.ended == "finished"
     assert not history.notes
     assert [record["round"] for record in history.rounds] == list(range(1, len(history.rounds) + 1))
-    asked = 3 * 1437 * workers
+    asked = 2 * 1437 * workers
     assert asked <= sum(record["images"] for record in history.rounds) + 5 * 64 * workers  # but those that were lost
     assert sum(record["images"] for record in history.rounds) < asked + 5 * 64 * workers
-    assert history.accuracies[-1] > 0.8
+    assert history.accuracies[-1] > 0.5
     names = {name for name in load_file(run / "model.safetensors") if name.startswith("layer3.")}
     assert {name.split(".")[1] for name in names} == set("01234")
 
@@ -89,6 +89,31 @@ def test_a_process_that_is_killed_is_started_again_and_comes_back(commands: Comm
     assert found[-1]["workers"] == 3
     assert all(0 < one["pause_s"] < 30 for one in found)
     check_complete(tmp_path / "run", 3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "text"),
+    [
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            (),
+            "RANK and WORLD_SIZE are set, as by torchrun",
+        ),
+        ({"MASTER_ADDR": "127.0.0.1"}, (), "--elastic with MASTER_ADDR: give --out, the same directory"),
+        ({"MASTER_ADDR": "127.0.0.1", "RESIST_SECRET": "short"}, ("--out", "run"), "it must have 16 to 4096"),
+        (
+            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RESIST_SECRET": "0123456789abcdef"},
+            ("--out", "run", "--timeout-s", "1"),
+            "the store at 127.0.0.1:1 cannot be reached within 1 s",
+        ),
+    ],
+)
+def test_a_process_that_cannot_join_says_why(
+    commands: Commands, tmp_path: Path, environment: dict[str, str], options: tuple[str, ...], text: str
+) -> None:
+    done = commands.run("train", "--elastic", "2:3", *options, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert text in done.stderr
 
 
 @pytest.mark.nightly
