@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 import resist
-from commands import Command, Commands
+from commands import Command, Commands, free_port
 from resist.runs.history import read_history
 
 ARGUMENTS = (
@@ -59,7 +60,8 @@ def train(commands: Commands, folder: Path, faults: str, *options: str) -> tuple
 
 
 def generations(run: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    text = (run / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [generation for record in records for generation in record.get("generations", ())]
 
 
@@ -151,13 +153,50 @@ def test_with_too_few_left_the_run_ends_in_order_and_goes_on_later(commands: Com
 @pytest.mark.nightly
 def test_a_signal_ends_a_run_in_order(commands: Commands, tmp_path: Path) -> None:
     running = commands.start(*ARGUMENTS, "--elastic", "2:3", "--epochs", "300", cwd=tmp_path)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not generations_or_rounds(tmp_path / "run"):
-        assert running.poll() is None
+    await_generations(tmp_path / "run", running, 0)
     running.send_signal(signal.SIGTERM)
     out, err = running.communicate()
     assert (running.returncode, err) == (75, "")
     assert "to continue: resist train --resume run" in out
 
 
-def generations_or_rounds(run: Path) -> int:
-    return (run / "metrics.jsonl").read_bytes().count(b"\n")
+@pytest.mark.nightly
+def test_hosts_by_hand_come_and_leave_and_are_compared(commands: Commands, tmp_path: Path) -> None:
+    port, run = free_port(), tmp_path / "run"
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RESIST_SECRET": "0123456789abcdef", "FAULTS": ""}
+
+    def host(*options: str) -> Command:
+        return commands.start(*ARGUMENTS, "--elastic", "2:3", *options, cwd=tmp_path, env=place, prelude=disturb)
+
+    store = commands.start("rendezvous", "--bind", "127.0.0.1", "--port", port, env=place)
+    options = ("--workers", "2", "--epochs", "100")
+    hosts = [host(*options) for _ in range(2)]
+    await_generations(run, hosts[0], 0)
+    other, third = host(*options, "--lr", "0.5"), host(*options)
+    _, err = other.communicate()
+    assert (other.returncode, err.count("\n")) == (2, 1)
+    assert "this process cannot join the run: lr is 0.5 here" in err
+    await_generations(run, hosts[0], 1)
+    main = int(json.loads((run / "state.json").read_text())["process"])
+    first = next(one for one in hosts if one.pid == main)
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate()
+    assert (first.returncode, err) == (75, "")
+    assert "the others go on" in out
+    others = [one for one in (*hosts, third) if one is not first]
+    await_generations(run, others[0], 2)
+    for one in others:
+        one.send_signal(signal.SIGTERM)
+    assert [one.wait() for one in others] == [75, 75]
+    history = read_history(run)
+    assert (history.ended, history.notes) == ("interrupted", [])
+    assert [(len(one["left"]), len(one["came"])) for one in history.generations] == [(0, 1), (1, 0)]
+    store.kill()
+
+
+def await_generations(run: Path, running: Command, number: int) -> None:
+    """Wait until a run has records, and so many changes of members."""
+    file = run / "metrics.jsonl"
+    while not file.exists() or not file.stat().st_size or len(generations(run)) < number:
+        assert running.poll() is None
+        time.sleep(0.05)

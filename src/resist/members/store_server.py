@@ -60,6 +60,11 @@ class StoreServer:
         self._refused, self._reported = 0, 0.0
         threading.Thread(target=self._accept, daemon=True).start()
 
+    @property
+    def connections(self) -> int:
+        """Number of open connections."""
+        return len(self._connections)
+
     def close(self) -> None:
         """End the server and all connections."""
         for connection in [self._listener, *self._connections]:

@@ -47,8 +47,9 @@ from resist.sync.transport import Transport
 from resist.tasks import Task
 from resist.training.device import take_device
 from resist.training.interruption import interruption
+from resist.training.launcher import INTERRUPTED
 from resist.training.loggers import open_loggers
-from resist.training.loop import Training
+from resist.training.loop import LEAVING, Training
 from resist.training.lr_schedule import num_steps
 from resist.training.optimizers import resolve
 from resist.training.preflight import check_options
@@ -118,7 +119,7 @@ def train_elastic(config: TrainConfig, task: Task | None = None, *, checked: boo
         timeout_s=machine.timeout_s,
     )
     task = task.to(device, channels_last=machine.channels_last)
-    member = Member(config, task, membership, device, out, began)
+    member = Member(config, task, membership, device, out, began, supervised=checked)
     try:
         return member.train()
     except RunEndedError as error:
@@ -140,20 +141,22 @@ class Member:
         device: The device of this process.
         out: The run directory.
         began: When the run began, in seconds of `time.monotonic`.
+        supervised: Signals come to all processes, and end the run. Otherwise one that gets a signal leaves.
     """
 
     def __init__(
-        self, config: TrainConfig, task: Task, membership: Membership, device: torch.device, out: Path, began: float
-    ) -> None:
+        self, config: TrainConfig, task: Task, membership: Membership, device: torch.device, out: Path, began: float,
+        *, supervised: bool,
+    ) -> None:  # fmt: skip
         self._config, self._task, self._membership = config, task, membership
-        self._device, self._out = device, out
+        self._device, self._out, self._supervised = device, out, supervised
         sampler = make_sampler(config, task.num_images, 0)
         self._steps = num_steps(config.optimization, sampler.images_per_epoch) * config.method.workers  # of all workers
         self._founded, self._trains = 0, False  # number of workers that the job began with; whether it has begun
         self._own: tuple[Job, Trainer] | None = None
         self._training: Training | None = None
         self._open: OpenRound | None = None  # when the members changed
-        self._noticed = began
+        self._noticed, self._settled = began, True  # when they changed; whether training goes on since
         self._before: Generation | None = None  # the last one that has trained
         self._attempt, self._possible = "", True
         self._lock, self._run = RunLock(out, "train"), None
@@ -178,6 +181,8 @@ class Member:
                 while True:
                     try:
                         status = self._go_on(generation, transport, interrupted)
+                        if status == LEAVING and self._recorder is not None:
+                            self._recorder.retire()  # another process goes on with it
                         if status is not None:
                             break
                     except NotAMemberError:
@@ -196,7 +201,12 @@ class Member:
                     raise
             finally:
                 self._lock.release()
-        self._end(DONE if status == 0 else "it was interrupted", together=True)
+        if status == LEAVING:
+            self._membership.leave()
+            log.info("left after round %d; the others go on", self._training.job.round if self._training else 0)
+            status = INTERRUPTED
+        else:
+            self._end(DONE if status == 0 else "it was interrupted", together=True)
         transport.close()
         return status
 
@@ -218,11 +228,15 @@ class Member:
         return rescuing(self._out, self._attempt, self._training)
 
     def _note(self) -> None:
-        """Keep what is known of the round under way, before the members change."""
-        self._noticed = time.monotonic()
-        if self._training is not None:
-            self._open = self._training.open_round()
-            self._training.checkpoints.abandon(0.0)
+        """Keep what is known of the round under way, before the members change.
+
+        Where another one is lost meanwhile, it stays as it is.
+        """
+        if self._training is None or not self._settled:
+            return
+        self._noticed, self._settled = time.monotonic(), False
+        self._open = self._training.open_round()
+        self._training.checkpoints.abandon(0.0)
 
     def _go_on(self, generation: Generation, transport: Transport, interrupted: threading.Event) -> int | None:
         """Train as a member of a generation.
@@ -331,7 +345,7 @@ class Member:
             replicas=self._out / "replicas",
         )
         training = Training(config, self._task, job, (trainer,), self._run, loggers, checkpoints, self._noticed)
-        training.newcomers = lambda: bool(self._membership.newcomers())
+        training.newcomers, training.may_leave = lambda: bool(self._membership.newcomers()), not self._supervised
         least = job.step_index + 1 if found is not None else 0  # the last round ends the run, whoever is a member
         steps = max(least, self._steps_of(transport.num_workers))
         training.prepare(steps)
@@ -355,6 +369,7 @@ class Member:
         """Record that the members have changed, and a round that ended with it."""
         before, self._before = self._before, generation
         open_round, self._open = self._open, None
+        self._settled = True
         if before is None and found is None and job.strategy.workers == self._config.method.workers:
             return  # as the options say
         former, now = set(before.members if before is not None else ()), set(generation.members)

@@ -31,6 +31,7 @@ from resist.training.round_report import OpenRound, RoundReport, entries_of
 from resist.training.trainer import Trainer
 
 NOT_SAVED = 130  # exit status: stopped by a signal, with nowhere to save to
+LEAVING = -1  # in place of an exit status: this process leaves the others, which go on
 
 
 class Training:
@@ -51,6 +52,7 @@ class Training:
         plan: The plan of the round under way.
         round_number: The round under way, counted from 1, until its record and checkpoint are begun.
         newcomers: Returns True where other processes wait to be taken in. Only runs whose members may change have it.
+        may_leave: Processes that get a signal to end leave the others, which go on, unless all get it.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Training:
         self.losses: list[Tensor] = []
         self.lr = self.compute_s = 0.0
         self.newcomers: Callable[[], bool] | None = None
+        self.may_leave = False
         self.failed: str | None = None  # an error that ends the run when all processes know of it
         self.stage = Stage.ROUND
         self.exchange_s = 0.0  # of the last synchronization, in this process
@@ -114,7 +117,7 @@ class Training:
             interrupted: Set where a signal asks this process to end.
 
         Returns:
-            The exit status. None: other processes wait to be taken in, and a round has ended.
+            The exit status. None: a round has ended, and members change now. LEAVING: this one leaves.
 
         Raises:
             UserError, DivergedError, WorkerLostError: See `train`.
@@ -139,9 +142,10 @@ class Training:
                 return INTERRUPTED if self.checkpoints.possible else NOT_SAVED
             if report.stop:
                 break
-            if report.newcomers and step < steps - 1:
+            if step < steps - 1 and (report.leaving or report.newcomers):
                 recorder.closing_s = self._close()
-                return None
+                own = {trainer.index for trainer in self.trainers}
+                return LEAVING if own & report.leaving else None
             self.stage = Stage.ROUND
         recorder.closing_s = self._close()
         if self.evaluation.failed is not None:
@@ -313,10 +317,13 @@ class Training:
                 raise AgreedError(process["failed"])
         if processes[0]["tests"]:
             self.evaluation.decide([process["tests"] for process in processes], self.job.round + 1)
+        signaled = [process for process in processes if process["interrupted"]]
+        some_leave = self.may_leave and len(signaled) < len(processes)
         return RoundReport(
             workers=[worker for process in processes for worker in process["workers"]],
             compute_s=max(process["compute_s"] for process in processes),
             stop=any(process["stop"] for process in processes),
-            interrupted=any(process["interrupted"] for process in processes),
+            interrupted=bool(signaled) and not some_leave,
+            leaving={worker["worker"] for process in signaled if some_leave for worker in process["workers"]},
             newcomers=processes[0].get("newcomers", False),
         )

@@ -1,7 +1,7 @@
 """Round report: what the processes know together of a round, and the entries of its record that come from it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from resist.job import Job
@@ -18,7 +18,8 @@ class RoundReport:
             the seconds that its process took for the synchronization before.
         compute_s: Seconds that the slowest process computed.
         stop: Whether a budget is used up, and the run ends after this round.
-        interrupted: Whether a process received a signal to end.
+        interrupted: Whether a process received a signal to end, and the run ends.
+        leaving: Workers whose processes received one, and leave the others, which go on.
         newcomers: Whether other processes wait to be taken in, as the main process sees it.
     """
 
@@ -27,6 +28,7 @@ class RoundReport:
     stop: bool = False
     interrupted: bool = False
     newcomers: bool = False
+    leaving: set[int] = field(default_factory=set[int])
 
 
 def entries_of(job: Job, report: RoundReport, plan: RoundPlan) -> dict[str, object]:

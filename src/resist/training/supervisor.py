@@ -148,6 +148,8 @@ class Supervised:
             print(f"resist: {some} killed, not having ended with the others", file=sys.stderr)
         if self.how() == DONE:
             return 0
+        if INTERRUPTED in self._statuses:  # a signal came to a process itself
+            return INTERRUPTED
         if self.how() is None and self.out.exists():
             log.warning("no process is left; continue with resist train `resume=%s`", self.out)
         return next((code for code in self._statuses if code > 0 and code != INTERRUPTED), 1)
@@ -188,7 +190,10 @@ def supervise(
 
     def serve() -> None:
         server = StoreServer(host, port, secret.encode(), listener)
-        os.read(lifeline, 1)  # until the supervisor ends
+        os.read(lifeline, 1)  # until the supervisor ends; then the others save and end, for which they need it
+        end = time.monotonic() + timeout_s
+        while server.connections and time.monotonic() < end:
+            time.sleep(POLL_S)
         server.close()
 
     def start(number: int) -> Child:
