@@ -13,7 +13,7 @@ from resist.cli.guard import guarded, keep_errors_in
 from resist.errors import UserError
 from resist.runs.config import MachineConfig, TrainConfig
 from resist.runs.directory import check_free, check_resumable, default_out
-from resist.runs.elastic import bounds_of
+from resist.runs.elastic import at_size, bounds_of
 from resist.runs.lock import RunLock
 from resist.training.launcher import INTERRUPTED, launch, launched, num_processes, prepare_fork, watch_launcher
 from resist.training.wall import begin_run, end_run
@@ -160,10 +160,10 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
     device = pick_device(config.machine.device)
     if config.machine.compile:
         check_compiler(device)
-    elastic = config.machine.elastic is not None
-    processes = config.method.workers if elastic else num_processes(config)
+    bounds = None if config.machine.elastic is None else bounds_of(config.machine.elastic)
+    processes = num_processes(config) if bounds is None else config.method.workers
     check_options(config, device, processes, range(config.method.workers if device.type == "cpu" else 1))
-    if processes == 1 and not elastic:
+    if processes == 1 and bounds is None:
         torch.set_num_threads(threads)
         return train(config)
     forkable = forkable and device.type == "cpu"
@@ -172,7 +172,7 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
     task = open_data(config)  # a check for all processes, and for forks the data, whose memory they share
     if all_done(config, task.num_images):
         return 0
-    check_task(config, task)
+    check_task(config if bounds is None else at_size(config, bounds.most or processes), task)
     if not forkable:
         task = None
     status = _start_processes(config, processes, task)

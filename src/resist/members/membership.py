@@ -179,7 +179,8 @@ class Membership:
     def newcomers(self) -> tuple[int, ...]:
         """Return the processes that wait and would be taken in by `regroup`, in their order.
 
-        Members may see different ones. So one of them looks, and the others are sent what it saw.
+        Members may see different ones, and each of them sees a new one some looks late. So one of them looks, and the
+        others are sent what it saw.
 
         Raises:
             NotAMemberError: The others have gone on without this process, or it does not reach the store.
@@ -187,7 +188,7 @@ class Membership:
         self.watch.check()
         generation = self._member_of()
         room = None if self._bounds.most is None else max(0, self._bounds.most - len(generation.members))
-        return tuple(self._acceptable(generation)[:room])
+        return tuple(number for number in self._acceptable(generation)[:room] if self.watch.known(number))
 
     def _acceptable(self, generation: Generation) -> list[int]:
         tickets = self.watch.tickets

@@ -26,6 +26,7 @@ TICKETS, TICKET, BEAT, LEFT = "tickets", "ticket/", "beat/", "left"
 CALL, ARRIVAL, GENERATION = "call/", "arrival/", "generation/"
 LOOKS = 4  # looks in a heartbeat
 GRACE = 2  # looks after which a call for a new generation ends what this process waits in
+KNOWN = 2  # looks after which all members have seen a process
 UNREACHABLE = (
     "the store at which the members agree cannot be reached, and nobody goes on without it; check that it still runs, "
     "start it again if not, and go on from the last checkpoint"
@@ -52,6 +53,7 @@ class Watch:
         self._silence = Silence(self._slices)
         self.tickets: dict[int, Mapping[str, Any]] = {}
         self._number, self._looks, self._called = -1, 0, 0
+        self._first_look: dict[int, int] = {}  # at each process
         self._left: set[int] = set()
         self._generation: Generation | None = None
         self._regrouping = False
@@ -120,6 +122,10 @@ class Watch:
             gone = self.lost() | set(self._generation.departed if self._generation is not None else ())
             return [number for number in sorted(self.tickets) if number not in gone]
 
+    def known(self, number: int) -> bool:
+        """Return True for a process that the other members have seen as well, since this one has for some looks."""
+        return self._looks - self._first_look.get(number, self._looks) >= KNOWN
+
     def named(self, numbers: Collection[int]) -> str:
         """Describe processes for a message: "member 3 (host b)"."""
         hosts = {number: self.tickets.get(number, {}).get("hostname", "unknown") for number in sorted(numbers)}
@@ -158,6 +164,7 @@ class Watch:
         for number in [number for number in numbers if number not in self.tickets]:
             if self._store.check([f"{TICKET}{number}"]):
                 self.tickets[number] = parsed(self._store.get(f"{TICKET}{number}").decode())
+                self._first_look[number] = self._looks
         shown = _values(self._store, {n: f"{BEAT}{n}" for n in numbers if n in self.tickets and n != self._number})
         self._door.meet({n: self.tickets[n].get("door", {}) for n in shown})
         with self._lock:
