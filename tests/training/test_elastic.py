@@ -22,7 +22,8 @@ SOURCE = {"PYTHONPATH": str(Path(resist.__file__).parents[1])}
 
 
 def disturb() -> None:
-    """Give processes the faults of FAULTS, "ROUND:WORKER:SIGNAL"; with any, round 7 waits for those that come."""
+    """Give processes the faults of FAULTS, "ROUND:WORKER:SIGNAL", once; round 7 waits for those that come."""
+    import contextlib
     import os
     import signal
     import time
@@ -38,7 +39,9 @@ def disturb() -> None:
         numbers.append(self.round_number)
         for round, worker, name in faults:
             if (int(round), int(worker)) == (self.round_number, self.trainers[0].index):
-                os.kill(os.getpid(), getattr(signal, name))
+                with contextlib.suppress(FileExistsError):
+                    open(f"fault-{round}-{worker}", "x").close()
+                    os.kill(os.getpid(), getattr(signal, name))
         return end_round(self, *args, **kwargs)
 
     def patient(self):
@@ -135,6 +138,16 @@ def test_whoever_is_lost_the_others_go_on(commands: Commands, tmp_path: Path, fa
     found = generations(tmp_path / "run")
     assert sum(len(one["left"]) for one in found) == len(faults.split())
     assert "SIGSTOP" in faults or any(one["came"] for one in found)
+    check_complete(tmp_path / "run", 4)
+
+
+@pytest.mark.nightly
+def test_where_too_much_is_lost_at_once_the_run_goes_on_from_its_checkpoint(commands: Commands, tmp_path: Path) -> None:
+    faults = "6:1:SIGKILL 6:2:SIGKILL 6:3:SIGKILL"
+    status, out, err = train(commands, tmp_path, faults, "--elastic", "1:4", "--checkpoint-rounds", "2")
+    assert status == 0, out + err
+    assert "and no process has a copy; all go on from the newest checkpoint" in out
+    assert any(one["repeated"] for one in generations(tmp_path / "run"))
     check_complete(tmp_path / "run", 4)
 
 
