@@ -95,36 +95,17 @@ class Member:
         Returns:
             The exit status.
         """
-        timeout_s = self._config.machine.timeout_s
         if self._membership.founded():  # what takes time is done before the others wait for it
             self._make(self._config.method.workers)
         self._membership.join(expected=self._config.method.workers)
-        generation, transport = connect_members(self._membership, self._facts, _workers, self._device, timeout_s, GLOO)
-        with interruption(self._announce) as interrupted, self._contexts:
-            try:
-                while True:
-                    try:
-                        status = self._go_on(generation, transport, interrupted)
-                        if status == LEAVING and self._recorder is not None:
-                            self._recorder.retire()  # another process goes on with it
-                        if status is not None:
-                            break
-                    except NotAMemberError:
-                        raise
-                    except WorkerLostError as lost:
-                        log.debug("%s", lost)
-                    self._note()
-                    generation, transport = regroup(
-                        self._membership, transport, self._facts(), _workers, self._device, timeout_s, GLOO
-                    )
-            except LeftBehindError:
-                raise
-            except (NotAMemberError, AgreedError) as error:
-                self._end(str(error))
-                with self._rescuing():
-                    raise
-            finally:
-                self._lock.release()
+        generation, transport = connect_members(
+            self._membership, self._facts, _workers, self._device, self._config.machine.timeout_s, GLOO
+        )
+        try:
+            with interruption(self._announce) as interrupted, self._contexts:
+                status, transport = self._train(generation, transport, interrupted)
+        finally:
+            self._lock.release()  # after the last state is written: who has lost it writes none
         if status == LEAVING:
             self._membership.leave()
             log.info("left after round %d; the others go on", self._training.job.round if self._training else 0)
@@ -133,6 +114,34 @@ class Member:
             self._end(DONE if status == 0 else "it was interrupted", together=True)
         transport.close()
         return status
+
+    def _train(
+        self, generation: Generation, transport: Transport, interrupted: threading.Event
+    ) -> tuple[int, Transport]:
+        """Train from generation to generation. Returns the exit status or LEAVING, and the last transport."""
+        try:
+            while True:
+                try:
+                    status = self._go_on(generation, transport, interrupted)
+                    if status == LEAVING and self._recorder is not None:
+                        self._recorder.retire()  # another process goes on with it
+                    if status is not None:
+                        return status, transport
+                except NotAMemberError:
+                    raise
+                except WorkerLostError as lost:
+                    log.debug("%s", lost)
+                self._note()
+                timeout_s = self._config.machine.timeout_s
+                generation, transport = regroup(
+                    self._membership, transport, self._facts(), _workers, self._device, timeout_s, GLOO
+                )
+        except LeftBehindError:
+            raise
+        except (NotAMemberError, AgreedError) as error:
+            self._end(str(error))
+            with self._rescuing():
+                raise
 
     def _facts(self) -> Mapping[str, Any]:
         """What the others have to know of this process: the number of workers that its job began with."""
@@ -260,7 +269,8 @@ class Member:
             transport, lambda: open_loggers(self._config, self._out, self._run.past) if opens and self._run else []
         )
         self._attempt = transport.all_gather_text(mark(self._out))[0]
-        self._possible = self._possible and seen_by_all(self._out, self._attempt, transport)
+        answers = transport.all_gather_text(str(self._possible))  # of all: one that joins does not know it yet
+        self._possible = "False" not in answers and seen_by_all(self._out, self._attempt, transport)
         checkpoints = Checkpoints(
             self._out / "checkpoints",
             transport,

@@ -103,6 +103,8 @@ class Supervised:
     def _report(self, number: int, code: int) -> None:
         """Report an end that the process could not report itself."""
         if code < 0 and not self.received:
+            if sys.stdout.isatty():  # its live display may have hidden the cursor
+                print("\x1b[?25h", end="", flush=True)
             print(f"resist: process {number}: ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
 
     def _end_within(self, seconds: float, running: Sequence[Child]) -> None:
@@ -142,7 +144,7 @@ class Supervised:
 
     def _status(self, *, stuck: int) -> int:
         if self.received:
-            return INTERRUPTED if INTERRUPTED in self._statuses and not stuck else 128 + self.received[0]
+            return INTERRUPTED if INTERRUPTED in self._statuses else 128 + self.received[0]  # some have saved all
         if stuck:
             some = "a process was" if stuck == 1 else f"{stuck} processes were"
             print(f"resist: {some} killed, not having ended with the others", file=sys.stderr)
