@@ -51,6 +51,14 @@ class NotAMemberError(WorkerLostError):
     """
 
 
+class LeftBehindError(NotAMemberError):
+    """The other members have gone on without this process, which may come back as a new one."""
+
+
+class RunEndedError(UserError):
+    """The run that this process wants to join has ended."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text.
 

@@ -171,7 +171,8 @@ class Job:
         example: object = None,
     ) -> None:
         self.wire = as_wire(wire)
-        check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=replicate, wire=self.wire)
+        needs_two = replicate and not elastic  # where others may join
+        check_options(strategy, batchnorm=batchnorm, on_nonfinite=on_nonfinite, replicate=needs_two, wire=self.wire)
         if elastic:
             with_members(strategy, Members.first(strategy.workers))  # an error now, not when the first worker is lost
         self.strategy, self.seed = strategy, seed
@@ -219,7 +220,7 @@ class Job:
             values, self.chains, self.workers[0].subnet
         )
         self.mark_anchors(replicas=first_blocks(values, self.chains, self.plan, self.workers) if values else {})
-        if 0 in self.transport.hosted:
+        if 0 in self.transport.hosted and self.generation >= 0:  # not in a process that joins
             log_holdings(full, self.chains, strategy, runs)
             if example is None:
                 note_unchecked()

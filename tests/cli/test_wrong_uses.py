@@ -51,6 +51,17 @@ TRAIN = """
 --workers 1e2 | '1e2' is not a whole number
 --workers four | 'four' is not a whole number
 --workers | --workers needs a value
+--elastic 4 | --elastic 4 is not LEAST:MOST, as in 2:8; give the fewest and the most processes
+--elastic two:eight | --elastic two:eight is not LEAST:MOST, as in 2:8
+--elastic -1:4 | --elastic -1:4 is not LEAST:MOST, as in 2:8
+--elastic 0:4 | --elastic 0:4: the fewest processes must be 1 or more
+--elastic 4:2 | --elastic 4:2: the fewest processes must be 1 or more, and the most not fewer
+--elastic 2:4097 | and the most not fewer, up to 4096; give them as in 2:8
+--elastic 2:3 --workers 4 | --workers 4 is outside of --elastic 2:3
+--elastic 2:4 --processes 2 | --processes 2 cannot be given with --elastic
+--elastic 2:4 --strategy ddp | --strategy ddp joins the workers in every step and cannot go on with others
+--elastic 2:4 --fragments auto | --fragments auto is chosen from the times of earlier rounds
+--elastic 2:4 --capacities auto | --capacities auto is chosen from the times of earlier rounds
 --processes 0 | --processes 0 is too small; give at least 1
 --processes 100000 --workers 4000 | --processes 100000 exceeds --workers 4000; give at most one process per worker
 --processes 4000 --workers 4000 --min-depth 0 | --processes 4000 is too large for

@@ -340,3 +340,22 @@ def test_the_error_of_a_failed_run_names_options_as_they_are_typed(tmp_path: Pat
     text = (tmp_path / "report.html").read_text()
     assert "give --lr 0.1" in text
     assert "`lr" not in text
+
+
+def test_members_that_came_and_went_are_in_the_report(tmp_path: Path, capsys) -> None:
+    run = make_run(tmp_path / "run", rounds=6, workers=4)
+    assert "Members that came" not in page([read_history(run)])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    one = {"number": 1, "round": 3, "step": 180, "workers": 3, "left": [2], "came": [], "repeated": True}
+    lines[2] |= {"step": 180, "workers": lines[2]["workers"][:1], "generations": [one | {"pause_s": 0.25}]}
+    lines[3] |= {"step": 230, "workers": lines[3]["workers"][:3]}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    history = read_history(run)
+    assert history.steps[:4] == [50, 100, 135, 172]  # of four workers, of which three have gone on
+    assert [each["left"] for each in history.generations] == [[2]]
+    status, _, _ = report(capsys, run, "--out", run / "report.md")
+    assert status == 0
+    text = (run / "report.md").read_text()
+    assert "The members changed once (1 left, 0 came), which took 250 ms in all" in text
+    assert "| 1 | 3 | 2 | – | 3 | yes | 250 ms |" in text
+    assert "Members that came and went" in page([history])

@@ -227,8 +227,8 @@ def test_a_loopback_of_ipv6_alone_is_used(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(launcher, "socket", WithoutIPv4())
     if not socket.has_ipv6:
         pytest.skip("there is no IPv6 here")
-    with launcher._listen() as listener:
+    with launcher.loopback_listener() as listener:
         assert listener.getsockname()[0] == "::1"
     monkeypatch.setattr(WithoutIPv4, "create_server", lambda *_, **__: (_ for _ in ()).throw(OSError(99, "none")))
     with pytest.raises(UserError, match=r"cannot meet at its loopback interface \(127\.0\.0\.1: none; ::1: none\)"):
-        launcher._listen()
+        launcher.loopback_listener()

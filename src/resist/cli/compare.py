@@ -43,6 +43,7 @@ class CompareConfig:
         "strategy": "is for one run; compare takes --strategies",
         "seed": "is for one run; compare takes --seeds",
         "resume": "has another meaning than for one run",
+        "elastic": "is for one run",
     }
 
     strategies: tuple[str, ...] = (DEFAULT, BASELINE)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import fields, replace
@@ -12,6 +13,7 @@ from resist.cli.guard import guarded, keep_errors_in
 from resist.errors import UserError
 from resist.runs.config import MachineConfig, TrainConfig
 from resist.runs.directory import check_free, check_resumable, default_out
+from resist.runs.elastic import at_size, bounds_of
 from resist.runs.lock import RunLock
 from resist.training.launcher import INTERRUPTED, launch, launched, num_processes, prepare_fork, watch_launcher
 from resist.training.wall import begin_run, end_run
@@ -71,8 +73,31 @@ def run_train(config: TrainConfig, given: frozenset[str]) -> int:
         # torchrun has started this process again after a worker died: resume from the last checkpoint
         config, given = replace(config, run=replace(config.run, resume=out)), frozenset({"resume"})
     config = resumed(config, given)
+    if config.machine.elastic is not None:
+        config = _elastic(config, given)
     config.check()
     return start(config)
+
+
+def _elastic(config: TrainConfig, given: frozenset[str]) -> TrainConfig:
+    """Complete the options of a run whose processes come and go. Raises UserError where it cannot be started so."""
+    assert config.machine.elastic is not None
+    bounds = bounds_of(config.machine.elastic)
+    if launched():
+        raise UserError(
+            "`elastic`: RANK and WORLD_SIZE are set, as by torchrun, whose processes have fixed numbers; start resist "
+            "without them, with the address of a `resist rendezvous` in MASTER_ADDR and MASTER_PORT"
+        )
+    if joins() and config.run.out is None and config.run.resume is None:
+        raise UserError("`elastic` with MASTER_ADDR: give `out`, the same directory in all processes")
+    if "workers" in given or config.run.resume is not None:
+        return config
+    return replace(config, method=replace(config.method, workers=bounds.most or config.method.workers))
+
+
+def joins() -> bool:
+    """Return True in a process that joins an elastic run: it has the address of the store."""
+    return bool(os.environ.get("MASTER_ADDR"))
 
 
 def start(config: TrainConfig) -> int:
@@ -81,7 +106,7 @@ def start(config: TrainConfig) -> int:
     if config.run.resume is None:
         config = replace(config, run=replace(config.run, out=out))
     keep_errors_in(out)
-    if launched():
+    if launched() or (config.machine.elastic is not None and joins()):
         return _train(config)
     begin_run()
     try:
@@ -97,6 +122,10 @@ def _train(config: TrainConfig, task: "Task | None" = None) -> int:
     from resist.training.train import train
 
     checked = watch_launcher()
+    if config.machine.elastic is not None:
+        from resist.training.elastic import train_elastic
+
+        return train_elastic(config, task, checked=checked)
     if config.machine.compile and task is None:  # forks have the compiler that the launcher has tried
         check_compiler(pick_device(config.machine.device))
     return train(config, task, checked=checked)
@@ -131,9 +160,10 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
     device = pick_device(config.machine.device)
     if config.machine.compile:
         check_compiler(device)
-    processes = num_processes(config)
+    bounds = None if config.machine.elastic is None else bounds_of(config.machine.elastic)
+    processes = num_processes(config) if bounds is None else config.method.workers
     check_options(config, device, processes, range(config.method.workers if device.type == "cpu" else 1))
-    if processes == 1:
+    if processes == 1 and bounds is None:
         torch.set_num_threads(threads)
         return train(config)
     forkable = forkable and device.type == "cpu"
@@ -142,7 +172,7 @@ def _launch(config: TrainConfig, out: Path, forkable: bool) -> int:
     task = open_data(config)  # a check for all processes, and for forks the data, whose memory they share
     if all_done(config, task.num_images):
         return 0
-    check_task(config, task)
+    check_task(config if bounds is None else at_size(config, bounds.most or processes), task)
     if not forkable:
         task = None
     status = _start_processes(config, processes, task)
@@ -169,9 +199,20 @@ def _start_processes(config: TrainConfig, processes: int, task: "Task | None") -
         sys.exit(guarded(lambda: _train(config, task)))
 
     timeout_s, workers = config.machine.timeout_s, config.method.workers
-    with tempfile.TemporaryDirectory(prefix="resist-") as folder:
-        arguments = _arguments(config, Path(folder) / "config.json")
-        return launch(arguments, processes, timeout_s, workers, fork=None if task is None else train_fork)
+    fork = None if task is None else train_fork
+    folder = Path(tempfile.mkdtemp(prefix="resist-"))  # a TemporaryDirectory would end with the first fork that ends
+    try:
+        arguments = _arguments(config, folder / "config.json")
+        if config.machine.elastic is None:
+            return launch(arguments, processes, timeout_s, workers, fork=fork)
+        from resist.training.elastic import ended_key
+        from resist.training.supervisor import supervise
+
+        out = config.run.resume or config.run.out
+        assert out is not None
+        return supervise(arguments, processes, timeout_s, out, ended_key(out), fork=fork)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _arguments(config: TrainConfig, file: Path) -> list[str]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from resist.errors import NotAMemberError, UserError, WorkerLostError
+from resist.errors import LeftBehindError, NotAMemberError, RunEndedError, UserError, WorkerLostError
 from resist.members.door import Door, own_address
 from resist.members.store_client import close_clone
 from resist.members.watch import (
@@ -41,8 +41,8 @@ from resist.sync.rendezvous import parsed
 
 T = TypeVar("T")
 # Keys in the store: a generation not much older than the latest one; how the run has ended; the members that are
-# about to connect.
-LATEST, ENDED, READY = "latest", "ended", "ready/"
+# about to connect, and those that are done.
+LATEST, ENDED, READY, DONE = "latest", "ended", "ready/", "done/"
 POLL_S = 0.05  # seconds between two looks of a process that agrees
 PATIENT_POLL_S = 0.2  # the same of one that waits to be taken in
 
@@ -86,6 +86,10 @@ class Membership:
 
     generation: Generation | None
 
+    def founded(self) -> bool:
+        """Return True where the run has members already, which this process can only join."""
+        return self._latest() is not None
+
     def join(
         self, facts: Mapping[str, Any] | None = None, *, expected: int | None = None, patience_s: float = 60.0
     ) -> Generation:
@@ -100,12 +104,13 @@ class Membership:
             The generation that it is a member of.
 
         Raises:
-            UserError: It differs from the run, the run has ended, or it was not taken in in time.
+            RunEndedError: The run has ended.
+            UserError: It differs from the run, or it was not taken in in time.
             NotAMemberError: The store cannot be reached.
         """
         expected = max(expected or 0, self._bounds.least)
         if self._call(lambda store: store.check([ENDED])):
-            raise UserError(f"the run has ended: {self._call(lambda store: store.get(ENDED)).decode()}")
+            raise RunEndedError(f"the run has ended: {self._call(lambda store: store.get(ENDED)).decode()}")
         ticket = {"about": self._about, "facts": dict(facts or {}), "hostname": socket.gethostname()}
         self.number = self._call(lambda store: store.add(TICKETS, 1))
         self._call(lambda store: store.set(f"{BEAT}{self.number}", ""))
@@ -140,9 +145,9 @@ class Membership:
         if different := difference(latest.about, self._about):
             raise UserError(f"this process cannot join the run: {different}; start it with what the run has")
         if latest.failure:
-            raise UserError(f"the run has ended: {latest.failure}")
+            raise RunEndedError(f"the run has ended: {latest.failure}")
         if latest.members and set(latest.members) <= self.watch.lost():
-            raise UserError(
+            raise RunEndedError(
                 f"the run has ended: none of its members ({', '.join(map(str, latest.members))}) shows life any more; "
                 "start it again from its last checkpoint, under another name"
             )
@@ -174,7 +179,8 @@ class Membership:
     def newcomers(self) -> tuple[int, ...]:
         """Return the processes that wait and would be taken in by `regroup`, in their order.
 
-        Members may see different ones. So one of them looks, and the others are sent what it saw.
+        Members may see different ones, and each of them sees a new one some looks late. So one of them looks, and the
+        others are sent what it saw.
 
         Raises:
             NotAMemberError: The others have gone on without this process, or it does not reach the store.
@@ -182,7 +188,7 @@ class Membership:
         self.watch.check()
         generation = self._member_of()
         room = None if self._bounds.most is None else max(0, self._bounds.most - len(generation.members))
-        return tuple(self._acceptable(generation)[:room])
+        return tuple(number for number in self._acceptable(generation)[:room] if self.watch.known(number))
 
     def _acceptable(self, generation: Generation) -> list[int]:
         tickets = self.watch.tickets
@@ -224,9 +230,12 @@ class Membership:
         arrived = self._call(lambda store: _arrived(store, following, members))
         missing = [member for member in members if member not in arrived]
         lost = self.watch.lost() | self._door.closed(missing) | (set(missing) if late else set[int]())
-        chosen = next_members(members, arrived, lost, self._acceptable(generation), self._bounds)
-        if chosen is None or self._door.closed([number for number in chosen if number not in members]):
-            return  # a newcomer that has ended just now is silent soon
+        waiting = self._acceptable(generation)
+        ended = self._door.closed(waiting)  # just now: it is silent soon
+        waiting = [number for number in waiting if number not in ended]
+        chosen = next_members(members, arrived, lost, waiting, self._bounds)
+        if chosen is None:
+            return
         said = {n: arrived[n] if n in arrived else _facts(self.watch.tickets[n]) for n in chosen}
         departed = {*generation.departed, *members} - set(chosen)
         self._write(
@@ -270,7 +279,7 @@ class Membership:
     def _adopt(self, latest: Generation) -> Generation:
         """Become a member of the latest generation."""
         if self.number not in latest.members:
-            raise NotAMemberError(left_behind(latest.number, self.watch.bound_s))
+            raise LeftBehindError(left_behind(latest.number, self.watch.bound_s))
         if latest.failure:
             raise NotAMemberError(latest.failure)
         self.generation = latest
@@ -292,14 +301,27 @@ class Membership:
         except (ValueError, KeyError, TypeError) as error:
             raise NotAMemberError(unreadable(error)) from error
 
-    def end(self, how: str) -> None:
+    def end(self, how: str, *, together: bool = False) -> None:
         """Note that the run has ended, so that nobody waits to be taken in. Leaves.
 
         Args:
             how: One line for those who come later.
+            together: Wait until all members have come here, so that leaving disturbs none in its last exchange.
         """
+        if together:
+            self._wait_for_the_end()
         self._call(lambda store: store.set(ENDED, how))
         self.leave()
+
+    def _wait_for_the_end(self) -> None:
+        """Wait until all members are done, for as long as a silent one may take to be lost."""
+        generation, end = self._member_of(), time.monotonic() + self.watch.bound_s
+        keys = {member: f"{DONE}{member}" for member in generation.members}
+        self._call(lambda store: store.set(keys[self.number], ""))
+        while missing := self._call(lambda store: [m for m, key in keys.items() if not store.check([key])]):
+            if time.monotonic() > end or set(missing) <= self.watch.lost() | self._door.closed(missing):
+                return
+            time.sleep(POLL_S)
 
     def leave(self) -> None:
         """Leave the run in order: the others need not wait for this process to be silent."""

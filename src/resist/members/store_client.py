@@ -177,6 +177,16 @@ def _failure(where: str, error: BaseException) -> str:
     raise error
 
 
+def run_store(store: dist.Store, name: str) -> Any:  # pyright: ignore[reportPrivateImportUsage]
+    """Return the part of a store that belongs to one run.
+
+    Args:
+        store: The store, which may serve several runs.
+        name: The name of the run.
+    """
+    return dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def close_clone(store: Any) -> None:
     """End the connection of a clone of a store; one of torch ends with its object.
 

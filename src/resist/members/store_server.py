@@ -37,6 +37,7 @@ class StoreServer:
         host: Name or address of this machine to listen at, and nowhere else.
         port: Its port. 0: one that is free.
         secret: The secret.
+        listener: What listens already, at this host and port. Default: the server begins to listen.
 
     Attributes:
         address: Host and port, as they are written.
@@ -46,8 +47,8 @@ class StoreServer:
         UserError: It cannot listen there.
     """
 
-    def __init__(self, host: str, port: int, secret: bytes) -> None:
-        self._listener, self._secret = listen(host, port), secret
+    def __init__(self, host: str, port: int, secret: bytes, listener: socket.socket | None = None) -> None:
+        self._listener, self._secret = listen(host, port) if listener is None else listener, secret
         self.port = self._listener.getsockname()[1]
         self.address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
         self._values: dict[bytes, bytes] = {}
@@ -58,6 +59,11 @@ class StoreServer:
         self._counting = threading.Lock()
         self._refused, self._reported = 0, 0.0
         threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def connections(self) -> int:
+        """Number of open connections."""
+        return len(self._connections)
 
     def close(self) -> None:
         """End the server and all connections."""

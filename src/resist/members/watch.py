@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from resist.errors import NotAMemberError, first_line
+from resist.errors import LeftBehindError, NotAMemberError, first_line
 from resist.members.door import Door
 from resist.members.store_client import close_clone
 from resist.planning.generations import Generation, Silence
@@ -26,6 +26,7 @@ TICKETS, TICKET, BEAT, LEFT = "tickets", "ticket/", "beat/", "left"
 CALL, ARRIVAL, GENERATION = "call/", "arrival/", "generation/"
 LOOKS = 4  # looks in a heartbeat
 GRACE = 2  # looks after which a call for a new generation ends what this process waits in
+KNOWN = 2  # looks after which all members have seen a process
 UNREACHABLE = (
     "the store at which the members agree cannot be reached, and nobody goes on without it; check that it still runs, "
     "start it again if not, and go on from the last checkpoint"
@@ -52,10 +53,11 @@ class Watch:
         self._silence = Silence(self._slices)
         self.tickets: dict[int, Mapping[str, Any]] = {}
         self._number, self._looks, self._called = -1, 0, 0
+        self._first_look: dict[int, int] = {}  # at each process
         self._left: set[int] = set()
         self._generation: Generation | None = None
         self._regrouping = False
-        self._trouble, self._final = "", ""
+        self._trouble, self._final, self._behind = "", "", False
         self._attached: list[Callable[[str], None]] = []
         self._lock = threading.RLock()  # what an attached function does may end in `attach` or `detach`
         self._closed = threading.Event()
@@ -107,7 +109,7 @@ class Watch:
     def check(self) -> None:
         """Raise NotAMemberError where this process cannot go on with the others."""
         if self._final:
-            raise NotAMemberError(self._final)
+            raise (LeftBehindError if self._behind else NotAMemberError)(self._final)
 
     def lost(self) -> set[int]:
         """Return the processes that have left or have been silent for too long."""
@@ -119,6 +121,10 @@ class Watch:
         with self._lock:
             gone = self.lost() | set(self._generation.departed if self._generation is not None else ())
             return [number for number in sorted(self.tickets) if number not in gone]
+
+    def known(self, number: int) -> bool:
+        """Return True for a process that the other members have seen as well, since this one has for some looks."""
+        return self._looks - self._first_look.get(number, self._looks) >= KNOWN
 
     def named(self, numbers: Collection[int]) -> str:
         """Describe processes for a message: "member 3 (host b)"."""
@@ -158,6 +164,7 @@ class Watch:
         for number in [number for number in numbers if number not in self.tickets]:
             if self._store.check([f"{TICKET}{number}"]):
                 self.tickets[number] = parsed(self._store.get(f"{TICKET}{number}").decode())
+                self._first_look[number] = self._looks
         shown = _values(self._store, {n: f"{BEAT}{n}" for n in numbers if n in self.tickets and n != self._number})
         self._door.meet({n: self.tickets[n].get("door", {}) for n in shown})
         with self._lock:
@@ -177,6 +184,7 @@ class Watch:
         if self._store.check([f"{GENERATION}{following}"]) and not self._regrouping:
             text = self._store.get(f"{GENERATION}{following}").decode()
             if generation is self._generation and self._number not in Generation.from_text(text).members:
+                self._behind = True
                 self._note(final=left_behind(following, self.bound_s))
                 return
         self._called = self._called + 1 if self._store.check([f"{CALL}{following}"]) else 0

@@ -46,15 +46,17 @@ def _one(history: History, picture: str) -> list[str]:
         _table(("", ""), tables.reading_rows(history)),
         tables.READINGS_NOTE,
     ]
+    members = ["### Members that came and went", _table(*tables.member_rows(history)), tables.MEMBERS_NOTE]
     return [
         f"{_text(tables.sentence(history))} ({tables.ENDS[history.ended]})",
-        *map(_text, tables.local_sgd_sentence(history)),
+        *map(_text, [*tables.local_sgd_sentence(history), *tables.members_sentence(history)]),
         *(f"> {_text(note)}" for note in tables.notes(history)),
         _table(("", ""), tables.headline(history)),
         f"![Which worker held which block, bytes from worker to worker, seconds of a round]({_link(picture)})",
         "### The workers",
         _table(*tables.worker_rows(history)),
         tables.WORKERS_NOTE,
+        *(members if history.generations else []),
         "### Where the time went",
         _table(("", ""), tables.seconds_by_phase(history)),
         *map(_text, tables.tester_sentence(history)),

@@ -111,6 +111,11 @@ def _figures(history: History) -> tuple[str, str]:
         f"<section><h2>The workers</h2>{table(head, rows, 'Workers')}"
         f'<p class="note">{tables.WORKERS_NOTE}</p></section>',
     ]
+    if history.generations:
+        sections.append(
+            f"<section><h2>Members that came and went</h2>{table(*tables.member_rows(history), 'Members')}"
+            f'<p class="note">{tables.MEMBERS_NOTE}</p></section>'
+        )
     if history.readings:
         sections.append(
             "<section><h2>BatchNorm statistics and scale of the full network</h2>"
@@ -120,7 +125,7 @@ def _figures(history: History) -> tuple[str, str]:
 
 
 def _sentences(history: History) -> str:
-    texts = [tables.sentence(history), *tables.local_sgd_sentence(history)]
+    texts = [tables.sentence(history), *tables.local_sgd_sentence(history), *tables.members_sentence(history)]
     warnings = "".join(f'<p class="warning">{escape(note)}</p>' for note in tables.notes(history))
     return "".join(map(_paragraph, texts)) + warnings
 

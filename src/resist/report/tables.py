@@ -108,6 +108,36 @@ def local_sgd_sentence(history: History) -> list[str]:
     ]
 
 
+def members_sentence(history: History) -> list[str]:
+    """A sentence on members that have come and gone; empty where none have."""
+    generations = history.generations
+    if not generations:
+        return []
+    left, came = (sum(len(generation[name]) for generation in generations) for name in ("left", "came"))
+    pause = duration(sum(generation["pause_s"] for generation in generations))
+    return [
+        f"The members changed {_often(len(generations))} ({left} left, {came} came), which took {pause} in all; steps "
+        f"are counted as {history.workers} workers would have done them."
+    ]
+
+
+def member_rows(history: History) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of the changes of members."""
+    head = ["generation", "after round", "left", "came", "workers", "round repeated", "pause"]
+    return head, [
+        [
+            *(str(generation[name]) for name in ("number", "round")),
+            *(", ".join(map(str, generation[name])) or "–" for name in ("left", "came")),
+            str(generation["workers"]), "yes" if generation["repeated"] else "no", duration(generation["pause_s"]),
+        ]
+        for generation in history.generations
+    ]  # fmt: skip
+
+
+def _often(times: int) -> str:
+    return {1: "once", 2: "twice"}.get(times, f"{times} times")
+
+
 def wall_clock(history: History) -> str:
     """What the user waited, and its parts."""
     parts = ", ".join(f"{part} {duration(seconds)}" for part, seconds in history.wall.items() if seconds)
@@ -261,6 +291,7 @@ WORKERS_NOTE = (
     "Blocks: mean over the rounds. Sent and received: blocks and optimizer state from worker to worker, and a worker's "
     "part of the all-reduces."
 )
+MEMBERS_NOTE = "Processes that left and came, by the numbers that they were given as they came, from 1."
 READINGS_NOTE = "Test accuracy by the scale of the chain's branches, and by the source of BatchNorm's statistics."
 
 

@@ -149,10 +149,14 @@ class Checkpoints:
             raise
         self._save = None
 
-    def abandon(self) -> None:
-        """Before the process ends by an error: give the checkpoint a moment to become complete, then give it up."""
+    def abandon(self, moment_s: float = ABANDON_S) -> None:
+        """After an error: give the checkpoint a moment to become complete, then give it up.
+
+        Args:
+            moment_s: Seconds that it gets.
+        """
         if self._save is not None:
-            self._save.thread.join(ABANDON_S)
+            self._save.thread.join(moment_s)
             self._save.give_up()
 
     def _partial(self, round: int, attempt: str) -> Path:

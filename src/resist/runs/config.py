@@ -19,6 +19,7 @@ from resist.planning.strategy import ROUND_OPTIONS, OuterSGD, Strategy
 from resist.planning.wire import Wire, as_wire
 from resist.runs.bounds import check_device, check_values
 from resist.runs.capacity_keys import capacities_of
+from resist.runs.elastic import check_elastic
 from resist.runs.recipe import DETECTION, STREAMED, check_recipe
 
 if TYPE_CHECKING:
@@ -247,6 +248,10 @@ class MachineConfig:
     """Use the channels_last memory format for images and 4-D weights: convolutions are faster on GPUs and on CPUs."""
     compile: bool = False
     """Compile each sub-network with torch.compile, once per run."""
+    elastic: str | None = None
+    """Let processes come and go, one worker each: at least and at most so many, as in 2:8. Those that are lost do not
+    end the run, and those that join are given blocks between two rounds. It begins with `workers` of them, by default
+    the most."""
     restarts: int = 0
     """Number of times to restart from the last checkpoint after a process has died."""
     timeout_s: float = 600.0
@@ -331,6 +336,7 @@ class TrainConfig:
         )
         self.scale()
         self.budgets()
+        check_elastic(self)
 
     def strategy(self) -> Strategy:
         """Build the strategy that these options describe."""

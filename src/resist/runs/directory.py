@@ -131,6 +131,7 @@ class Run:
         config: the configuration of the run.
         resume_round: the round after which an existing run resumes; records of later rounds are dropped.
         lock: the lock of the directory; it is taken as soon as the directory exists. Default: there is none.
+        next_round: the next round that will have a record here. Default: the one after `resume_round`.
 
     Attributes:
         past: the records of the rounds up to `resume_round`.
@@ -141,8 +142,9 @@ class Run:
     """
 
     def __init__(
-        self, path: Path, config: TrainConfig, resume_round: int | None = None, lock: RunLock | None = None
-    ) -> None:
+        self, path: Path, config: TrainConfig, resume_round: int | None = None, lock: RunLock | None = None,
+        next_round: int | None = None,
+    ) -> None:  # fmt: skip
         self.path, self._lock, self.past, lines = path, lock, list[Record](), list[bytes]()
         if resume_round is None:
             check_free(path)
@@ -153,7 +155,8 @@ class Run:
             lines, self.past = [line + b"\n" for line, _ in past], [record for _, record in past]
             metadata = {**earlier, "resumed": metadata} if earlier else metadata
             # A process can be lost after a round and before its record: replicas of that round are newer.
-            missing = missing_rounds([*(record["round"] for record in self.past), resume_round + 1])
+            following = resume_round + 1 if next_round is None else next_round
+            missing = missing_rounds([*(record["round"] for record in self.past), following])
             metadata |= {"missing_rounds": missing} if missing else {}
         try:
             path.mkdir(parents=True, exist_ok=resume_round is not None)

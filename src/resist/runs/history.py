@@ -20,7 +20,15 @@ from typing import Any
 from resist.errors import UserError
 from resist.runs.config import TrainConfig
 from resist.runs.config_file import read_options
-from resist.runs.records import Record, closing_seconds, parse_record, training_bytes, training_seconds, wall_parts
+from resist.runs.records import (
+    Record,
+    closing_seconds,
+    num_workers,
+    parse_record,
+    training_bytes,
+    training_seconds,
+    wall_parts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +74,18 @@ class History:
 
     @property
     def steps(self) -> list[int]:
-        """Optimizer steps of a worker up to the end of each round."""
-        return [record["step"] for record in self.rounds]
+        """Optimizer steps of a worker up to the end of each round.
+
+        Where members have come and gone: as many as the workers that the run was to have would have done.
+        """
+        if not self.generations:
+            return [record["step"] for record in self.rounds]
+        return [round(record["step"] * num_workers(record, self.workers) / self.workers) for record in self.rounds]
+
+    @property
+    def generations(self) -> list[dict[str, Any]]:
+        """Changes of members, as their records have them."""
+        return [generation for record in self.rounds for generation in record["generations"]]
 
     @property
     def workers(self) -> int:

@@ -65,10 +65,13 @@ class RunLock:
     ) -> None:
         self.release()
 
-    def acquire(self) -> None:
+    def acquire(self, *, replacing: bool = False) -> None:
         """Take the lock, where this object does not have it.
 
         Waits up to `STALE_S` for a heartbeat, where the last holder is on another machine and may have ended.
+
+        Args:
+            replacing: Take it over from a process that lives, but must not write any more. `check` raises there then.
 
         Raises:
             UserError: Another process has it, or the directory cannot be written to.
@@ -76,7 +79,7 @@ class RunLock:
         if self._me is not None:
             return
         try:
-            self._take()
+            self._take(replacing)
         except OSError as error:
             raise UserError(
                 f"{self._file} cannot be written: {error.strerror}; make {self.path} a directory that you may write to"
@@ -108,7 +111,7 @@ class RunLock:
         self._close()
         self._me = None
 
-    def _take(self) -> None:
+    def _take(self, replacing: bool) -> None:
         taken_over = False
         for _ in range(TRIES):
             fd = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -119,13 +122,14 @@ class RunLock:
                 if locked is False and (holder is None or ended_here(holder)):  # the new holder has not written yet
                     time.sleep(SETTLE_S / TRIES)
                     continue
-                if holder is not None and lives(holder, self._file, locked):
+                if holder is not None and not replacing and lives(holder, self._file, locked):
                     raise self._in_use(holder)
                 if locked is False:  # a machine that is gone has it
                     self._file.unlink(missing_ok=True)
                     taken_over = True
                     continue
-                self._write(fd, settle=taken_over or (holder is not None and not locked))
+                settle = not replacing and (taken_over or (holder is not None and not locked))
+                self._write(fd, settle=settle)
                 fd = -1
                 return
             finally:

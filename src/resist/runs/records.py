@@ -66,6 +66,17 @@ def allreduced_bytes(record: Mapping[str, Any]) -> int:
     return sum(record["bytes"].get(traffic_kind, 0) for traffic_kind in ALLREDUCED)
 
 
+def num_workers(record: Mapping[str, Any], usual: int) -> int:
+    """Number of workers that the steps of a record count for: those that are there when its round has ended.
+
+    Args:
+        record: the record, as `clean` returns it.
+        usual: the number if the record does not say.
+    """
+    generations = record.get("generations")
+    return (generations[-1]["workers"] if generations else len(record["workers"])) or usual
+
+
 def parse_record(line: bytes) -> Record | None:
     """The record of one line of metrics.jsonl, or None where the line is damaged."""
     try:
@@ -106,7 +117,21 @@ def clean(record: Any) -> Record:
         "weights": _table(record.get("weights"), _count),
         "evaluation": _table(record.get("evaluation"), str),
         "dropped": len(record.get("dropped") or ()),
+        "generations": [_generation(generation) for generation in record.get("generations") or ()],
     }
+
+
+def _generation(entry: Any) -> dict[str, Any]:
+    """A change of members that a record has, from before its round ended: who left and came, and what it took.
+
+    "number" of the generation, "round" and "step" done, "workers", "left" and "came" (the numbers of members),
+    "repeated" (whether the round under way was begun again), "pause_s" of the main process.
+    """
+    counts = {name: _count(entry.get(name, 0)) for name in ("number", "round", "step", "workers")}
+    members = {name: [_count(member) for member in entry.get(name) or ()] for name in ("left", "came")}
+    return {
+        **counts, **members, "repeated": bool(entry.get("repeated")), "pause_s": _seconds(entry.get("pause_s", 0.0)),
+    }  # fmt: skip
 
 
 def _table(value: Any, convert: Callable[[Any], Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,24 +116,17 @@ def launch(
     """
     from resist.sync.process_group import loopback_store
 
-    forked = fork if fork is not None and _num_threads() == 1 else None
-    listener = _listen()
+    forked = fork if fork is not None and num_threads() == 1 else None
+    listener = loopback_listener()
     lifeline, kept_open = os.pipe()
     children: list[Child] = []
     store = None
     try:
-        with _signals() as received:
+        with collected_signals() as received:
             for rank in range(processes):
                 environment = _environment(rank, processes, listener.getsockname(), lifeline)
                 if forked is None:
-                    children.append(
-                        subprocess.Popen(
-                            [sys.executable, "-m", "resist", *arguments],
-                            env=environment,
-                            pass_fds=(lifeline,),
-                            start_new_session=True,  # Ctrl-C reaches the launcher only, which passes it on once
-                        )
-                    )
+                    children.append(new_process(arguments, environment, lifeline))
                 else:
                     children.append(Forked(forked, environment, (listener.fileno(), kept_open)))
             # Its server is a thread, so it comes after the forks. Connections wait in the listener until then.
@@ -141,21 +134,39 @@ def launch(
             return _watch(children, received, timeout_s, workers)
     finally:
         for child in children:
-            _kill(child)
+            end_now(child)
         os.close(kept_open)
         os.close(lifeline)
         listener.close()
         del store  # the processes need it until here
 
 
-def _listen() -> socket.socket:
+def new_process(arguments: Sequence[str], environment: Mapping[str, str], lifeline: int) -> "subprocess.Popen[bytes]":
+    """Start `resist` in a new process of this machine.
+
+    Args:
+        arguments: The command line, without the program's name.
+        environment: The environment of the process.
+        lifeline: Open file that it inherits.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "resist", *arguments],
+        env=environment,
+        pass_fds=(lifeline,),
+        start_new_session=True,  # Ctrl-C reaches the launcher only, which passes it on once
+    )
+
+
+def loopback_listener() -> socket.socket:
     """Listen at the loopback address; on machines without IPv4, at that of IPv6."""
     reasons: list[str] = []
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         with contextlib.ExitStack() as stack:
             try:
                 listener = stack.enter_context(socket.create_server((host, 0), family=family))
-                socket.create_connection(listener.getsockname()[:2], timeout=5).close()  # the interface may be down
+                # The interface may be down.
+                with socket.create_connection(listener.getsockname()[:2], timeout=5), listener.accept()[0]:
+                    pass
             except OSError as error:
                 reasons.append(f"{host}: {error.strerror or error}")
                 continue
@@ -167,7 +178,7 @@ def _listen() -> socket.socket:
     )
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
     """Number of threads of this process, including those that libraries have started."""
     tasks = Path("/proc/self/task")
     return len(list(tasks.iterdir())) if tasks.exists() else 2
@@ -193,20 +204,35 @@ def watch_launcher() -> bool:
 
 def _environment(rank: int, processes: int, address: tuple[Any, ...], lifeline: int) -> dict[str, str]:
     """Environment of one process: the variables that torchrun sets, with everything on this machine's loopback."""
+    required = {
+        "RANK": rank,
+        "WORLD_SIZE": processes,
+        "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher serves the store, which outlives every worker
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }
+    shared = local_environment(rank, processes, address, lifeline)
+    return shared | {name: str(value) for name, value in required.items()}
+
+
+def local_environment(number: int, processes: int, address: tuple[Any, ...], lifeline: int) -> dict[str, str]:
+    """Environment of a process of this machine, but for its number in the job.
+
+    Args:
+        number: Its number on this machine.
+        processes: Number of processes of this machine.
+        address: Host and port of the store.
+        lifeline: Open file that closes when the launcher ends.
+    """
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     # Set whatever the user's environment says for jobs of several machines: this one is to be reached by nobody else.
     required = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": processes,
+        "LOCAL_RANK": number,
         "LOCAL_WORLD_SIZE": processes,
         "MASTER_ADDR": address[0],
         "MASTER_PORT": address[1],
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": f"={loopback}",
         "TP_SOCKET_IFNAME": loopback,
-        "TORCHELASTIC_USE_AGENT_STORE": True,  # the launcher serves the store, which outlives every worker
-        "TORCHELASTIC_RESTART_COUNT": 0,
         LIFELINE: lifeline,
         COMMAND: json.dumps(command()),
     }
@@ -243,7 +269,7 @@ def _watch(children: Sequence[Child], received: list[int], timeout_s: float, wor
     stuck = [rank for rank, child in enumerate(children) if child.poll() is None]
     ended = _failures(children)  # the first ones, and those that failed after them
     for rank in stuck:
-        _kill(children[rank])
+        end_now(children[rank])
     obeyed = [rank for rank, code in ended.items() if received and code == -signal.SIGTERM]
     if stuck and len(received) > 1:
         print("resist: ended now; the round under way is not saved", file=sys.stderr)
@@ -280,7 +306,7 @@ def _report(failed: dict[int, int], stuck: list[int], workers: int, processes: i
         print(f"resist: {named(stuck)}: killed, because it did not end by itself", file=sys.stderr)
 
 
-def _kill(child: Child) -> None:
+def end_now(child: Child) -> None:
     """Kill a process and those that it has started, even when it is stopped, and wait for it."""
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
@@ -290,7 +316,7 @@ def _kill(child: Child) -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def collected_signals() -> Iterator[list[int]]:
     """Collect the signals that ask this process to end in a list, instead of ending it."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only

@@ -4,9 +4,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +12,6 @@ from torch import Tensor
 import resist
 from resist.errors import AgreedError, UserError
 from resist.job import Job
-from resist.planning.plan import RoundPlan
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run
@@ -29,28 +26,12 @@ from resist.training.launcher import INTERRUPTED
 from resist.training.loggers import Logger
 from resist.training.lr_schedule import rate
 from resist.training.overlap import take_up_fragments
-from resist.training.recorder import Recorder, weights_of
+from resist.training.recorder import Recorder
+from resist.training.round_report import OpenRound, RoundReport, entries_of
 from resist.training.trainer import Trainer
 
 NOT_SAVED = 130  # exit status: stopped by a signal, with nowhere to save to
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """Common knowledge of all processes before a round is averaged.
-
-    Attributes:
-        workers: For each worker its mean loss (None: not a number), its share of its process's seconds of compute, and
-            the seconds that its process took for the synchronization before.
-        compute_s: Seconds that the slowest process computed.
-        stop: Whether a budget is used up, and the run ends after this round.
-        interrupted: Whether a process received a signal to end.
-    """
-
-    workers: list[dict[str, Any]]
-    compute_s: float
-    stop: bool
-    interrupted: bool
+LEAVING = -1  # in place of an exit status: this process leaves the others, which go on
 
 
 class Training:
@@ -64,7 +45,14 @@ class Training:
         run: The run directory; None in all but the main process.
         loggers: Further places for the records; none in all but the main process.
         checkpoints: Saves the job.
-        began: When the run began, in seconds of `time.monotonic`.
+        began: When the run, or what came before its first step here, began, in seconds of `time.monotonic`.
+
+    Attributes:
+        losses: Those of the steps of the round under way, each (hosted workers,).
+        plan: The plan of the round under way.
+        round_number: The round under way, counted from 1, until its record and checkpoint are begun.
+        newcomers: Returns True where other processes wait to be taken in. Only runs whose members may change have it.
+        may_leave: Processes that get a signal to end leave the others, which go on, unless all get it.
     """
 
     def __init__(
@@ -83,7 +71,11 @@ class Training:
         self.optimizers = tuple(trainer.optimizer for trainer in trainers)
         self.device = job.workers[0].subnet.device
         self.clock = Clock(self.device)
-        self.round_number = job.round + 1  # of the round under way, until its record and checkpoint are begun
+        self.round_number, self.plan = job.round + 1, job.plan
+        self.losses: list[Tensor] = []
+        self.lr = self.compute_s = 0.0
+        self.newcomers: Callable[[], bool] | None = None
+        self.may_leave = False
         self.failed: str | None = None  # an error that ends the run when all processes know of it
         self.stage = Stage.ROUND
         self.exchange_s = 0.0  # of the last synchronization, in this process
@@ -103,36 +95,87 @@ class Training:
             DivergedError: A worker's numbers are no longer finite.
             WorkerLostError: Another process is lost.
         """
-        config, job = self.config, self.job
-        rounds = job.round - (-(steps - job.step_index) // config.method.local_steps)
-        self.rounds, self.evaluation = rounds, Evaluation(config, self.task, job, rounds, self.run)
-        losses: list[Tensor] = []  # (hosted workers,) for each step of the round
-        recorder = Recorder(config, rounds, self.run, self.loggers)
+        self.prepare(steps)
+        recorder = Recorder(self.config, self.rounds, self.run, self.loggers)
         with interruption(lambda: recorder.ending(self.stage)) as interrupted, recorder:
-            self.clock.lap()
-            self.startup_s = time.monotonic() - self.began
-            self.checkpoint_s = recorder.closing_s  # of the time before, if the run continues
-            for step in range(job.step_index, steps):
-                lr = rate(config.optimization, step, steps)
-                losses.append(self._step(step, lr))
-                if job.steps_left > 1 and step < steps - 1:
-                    job.step(*self.optimizers)
-                    continue
-                report = self._end_round(losses, lr, recorder, interrupted, last=step == steps - 1)
-                losses.clear()
-                self.round_number = job.round + 1
-                if report.interrupted:
-                    recorder.closing_s = self._close()
-                    recorder.interrupted(saved=self.checkpoints.possible)
-                    return INTERRUPTED if self.checkpoints.possible else NOT_SAVED
-                if report.stop:
-                    break
-                self.stage = Stage.ROUND
-            recorder.closing_s = self._close()
-            if self.evaluation.failed is not None:
-                raise AgreedError(self.evaluation.failed)  # the main process knows it in any case
-            recorder.finish(job)
+            status = self.go_on(steps, recorder, interrupted)
+        assert status is not None, "nobody waits to be taken in"
+        return status
+
+    def prepare(self, steps: int) -> None:
+        """Prepare the tests of a run up to step `steps`. Waits for all processes."""
+        job = self.job
+        self.rounds = job.round - (-(steps - job.step_index) // self.config.method.local_steps)
+        self.evaluation = Evaluation(self.config, self.task, job, self.rounds, self.run)
+
+    def go_on(self, steps: int, recorder: Recorder, interrupted: threading.Event) -> int | None:
+        """Train up to step `steps`, after `prepare`.
+
+        Args:
+            steps: Steps of the run.
+            recorder: Keeps the records.
+            interrupted: Set where a signal asks this process to end.
+
+        Returns:
+            The exit status. None: a round has ended, and members change now. LEAVING: this one leaves.
+
+        Raises:
+            UserError, DivergedError, WorkerLostError: See `train`.
+        """
+        config, job = self.config, self.job
+        self.clock.lap()
+        self.startup_s = time.monotonic() - self.began
+        self.checkpoint_s = recorder.closing_s  # of the time before, if the run continues
+        for step in range(job.step_index, steps):
+            self.lr = rate(config.optimization, step, steps)
+            self.losses.append(self._step(step, self.lr))
+            if job.steps_left > 1 and step < steps - 1:
+                job.step(*self.optimizers)
+                continue
+            report = self._end_round(recorder, interrupted, last=step == steps - 1)
+            self.losses.clear()
+            self.compute_s = 0.0
+            self.round_number, self.plan = job.round + 1, job.plan
+            if report.interrupted:
+                recorder.closing_s = self._close()
+                recorder.interrupted(saved=self.checkpoints.possible)
+                return INTERRUPTED if self.checkpoints.possible else NOT_SAVED
+            if report.stop:
+                break
+            if step < steps - 1 and (report.leaving or report.newcomers):
+                recorder.closing_s = self._close()
+                own = {trainer.index for trainer in self.trainers}
+                return LEAVING if own & report.leaving else None
+            self.stage = Stage.ROUND
+        recorder.closing_s = self._close()
+        if self.evaluation.failed is not None:
+            raise AgreedError(self.evaluation.failed)  # the main process knows it in any case
+        recorder.finish(job)
         return 0
+
+    def open_round(self) -> OpenRound | None:
+        """Return what this process knows of the round under way, whose record is not written; None before a step."""
+        if not self.losses:
+            return None
+        lap, batch_size, sampler = self.clock.lap(), self.config.optimization.batch_size, self.trainers[0].sampler
+        means = torch.stack(self.losses).cpu().mean(0).tolist()
+        compute_s, wait_s = (self.compute_s, lap) if self.compute_s else (lap, 0.0)
+        times = {"compute_s": round(compute_s, 6), "exchange_s": round(self.exchange_s, 6)}
+        workers = [
+            {"worker": trainer.index, "loss": loss if math.isfinite(loss) else None, **times}
+            for trainer, loss in zip(self.trainers, means, strict=True)
+        ]
+        return OpenRound(
+            number=self.round_number,
+            complete=self.job.round >= self.round_number,
+            steps=len(self.losses),
+            batch_size=batch_size,
+            images_per_epoch=sampler.images_per_epoch,
+            lr=self.lr,
+            plan=self.plan,
+            report=RoundReport(workers, compute_s),
+            seconds={"compute": compute_s, "wait": wait_s, "checkpoint": self.checkpoint_s},
+        )
 
     def _step(self, step: int, lr: float) -> Tensor:
         """Take a step with every hosted worker; returns their losses, (hosted workers,).
@@ -152,16 +195,15 @@ class Training:
                 self.failed = str(error)
         return torch.full((len(self.trainers),), math.nan, device=self.device)
 
-    def _end_round(
-        self, losses: list[Tensor], lr: float, recorder: Recorder, interrupted: threading.Event, *, last: bool
-    ) -> RoundReport:
+    def _end_round(self, recorder: Recorder, interrupted: threading.Event, *, last: bool) -> RoundReport:
         """Do the last step of a round: compare, synchronize, test, record, save.
 
         The checkpoint comes last: a run that resumes from it then has the record of the round, and at the end the
         network.
         """
         job, lap, batch_size = self.job, self.clock.lap, self.config.optimization.batch_size
-        compute_s = lap()
+        losses, compute_s = self.losses, lap()
+        self.compute_s = compute_s
         stop = self.run is not None and recorder.reached(self.config.budgets(), compute_s)
         values = torch.stack(losses).cpu()
         nonfinite = self._nonfinite(values)
@@ -170,7 +212,7 @@ class Training:
         self.training_s += compute_s
         image_s = compute_s / (batch_size * values.numel())
         report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set(), image_s)
-        last, plan = report.stop or last, job.plan
+        last = report.stop or last
         self._choose_capacities(report, len(losses), recorder)
         self.stage = Stage.END if last or report.interrupted else Stage.BETWEEN
         seconds = {"compute": report.compute_s, "wait": max(0.0, lap() - report.compute_s + compute_s)}
@@ -188,14 +230,14 @@ class Training:
         self.exchange_bytes = training_bytes({"bytes": job.transport.bytes})
         recorder.round(
             {
-                **{"round": job.round, "step": job.step_index, "epoch": round(epoch, 4), "lr": lr},
+                **{"round": job.round, "step": job.step_index, "epoch": round(epoch, 4), "lr": self.lr},
                 "accuracy": next(iter(scores.values()), None),
                 **({"scores": scores} if len(scores) > 1 else {}),
                 "images": len(losses) * batch_size * len(report.workers),
                 "seconds": {activity: round(value, 6) for activity, value in seconds.items()},
                 **({"startup_s": round(self.startup_s, 6)} if self.startup_s else {}),
                 **self.evaluation.entry(),
-                **_record(job, report, plan),
+                **entries_of(job, report, self.plan),
             }
         )
         self.startup_s = 0.0
@@ -266,6 +308,7 @@ class Training:
                 "interrupted": interrupted,
                 "failed": self.failed or self.evaluation.failed,
                 "tests": self.evaluation.facts(image_s, self.training_s),
+                **({} if self.newcomers is None else {"newcomers": self.newcomers()}),
             }
         )
         processes = [json.loads(text) for text in self.job.transport.all_gather_text(text)]
@@ -274,24 +317,13 @@ class Training:
                 raise AgreedError(process["failed"])
         if processes[0]["tests"]:
             self.evaluation.decide([process["tests"] for process in processes], self.job.round + 1)
+        signaled = [process for process in processes if process["interrupted"]]
+        some_leave = self.may_leave and len(signaled) < len(processes)
         return RoundReport(
             workers=[worker for process in processes for worker in process["workers"]],
             compute_s=max(process["compute_s"] for process in processes),
             stop=any(process["stop"] for process in processes),
-            interrupted=any(process["interrupted"] for process in processes),
+            interrupted=bool(signaled) and not some_leave,
+            leaving={worker["worker"] for process in signaled if some_leave for worker in process["workers"]},
+            newcomers=processes[0].get("newcomers", False),
         )
-
-
-def _record(job: Job, report: RoundReport, plan: RoundPlan) -> dict[str, object]:
-    """The entries of a round in metrics.jsonl that the job knows: losses, bytes, capacities and plans."""
-    plans = {chain.name: chain_plan for chain, chain_plan in zip(job.chains, plan.plans, strict=True)}
-    losses = [worker["loss"] for worker in report.workers if worker["loss"] is not None]
-    return {
-        "loss": sum(losses) / len(losses),
-        **({"dropped": job.dropped} if job.dropped else {}),
-        **job.transport.take(),
-        "capacity": {name: chain_plan.capacities for name, chain_plan in plans.items()},
-        "plan": {name: chain_plan.blocks for name, chain_plan in plans.items()},
-        "workers": report.workers,
-        "weights": weights_of(job, plan),
-    }

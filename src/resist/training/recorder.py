@@ -41,6 +41,7 @@ class Recorder:
         self._wire = config.method.wire_text
         self.summary = Summary(rounds)
         self.display = Display(title_of(config), self.summary, live=not config.machine.no_progress)
+        self._generations: list[Mapping[str, Any]] = []
         self._state, self._records = "", list[Mapping[str, Any]](run.past if run else ())
         self.closing_s = closing_seconds(read_table(run.path / "state.json", [])) if run is not None else 0.0
         for record in run.past if run else ():
@@ -79,6 +80,8 @@ class Recorder:
         """
         if self.run is None:
             return
+        if self._generations:
+            record, self._generations = {**record, "generations": self._generations}, []
         self.run.append(record)
         self._records.append(record)
         for logger in list(self._loggers):
@@ -99,6 +102,36 @@ class Recorder:
         self._wire = config.method.wire_text
         if self.run is not None:
             self.run.rewrite(config)
+
+    def extend(self, rounds: int) -> None:
+        """Go on with another number of rounds.
+
+        Args:
+            rounds: the number of rounds that the run will have.
+        """
+        self.rounds = self.summary.rounds = rounds
+        if self.run is not None:
+            self.run.state("running", rounds)
+
+    def retire(self) -> None:
+        """Write nothing more: another recorder does."""
+        self.display.stop()
+        for logger in self._loggers:
+            logger.close()
+        if self.run is not None:
+            self.run.close()
+        self.run = None
+
+    def regrouped(self, generation: Mapping[str, Any], text: str) -> None:
+        """Print that the members of the run have changed; the next record has it.
+
+        Args:
+            generation: who left and came, and where the others go on; see `resist.runs.records.clean`.
+            text: the same as a line.
+        """
+        if self.run is not None:
+            self._generations.append(generation)
+            self._print(text)
 
     def reached(self, budgets: Mapping[str, float], more_s: float) -> bool:
         """True where the round that is about to end uses up a budget.

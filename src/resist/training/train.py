@@ -1,8 +1,9 @@
 """`train`: open the data, join the processes, make the job and the run directory, and run the loop."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from resist.training.loop import Training
 from resist.training.lr_schedule import num_steps
 from resist.training.optimizers import resolve
 from resist.training.preflight import check_options
-from resist.training.resume import ResumePoint, find_resume_point, report_done
+from resist.training.resume import find_resume_point, report_done
 from resist.training.trainer import Trainer, make_sampler
 from resist.training.wall import run_began
 
@@ -63,7 +64,7 @@ def train(config: TrainConfig, task: Task | None = None, *, checked: bool = True
         deterministic = config.machine.deterministic
         device = take_device(config.machine.device, fixed_shapes=fixed_shapes, deterministic=deterministic)
         if not checked:
-            _check_own(config, device)
+            check_own(config, device)
     except UserError as error:  # raised in all processes when they have met
         failure = str(error)
     machine = config.machine
@@ -78,7 +79,7 @@ def train(config: TrainConfig, task: Task | None = None, *, checked: bool = True
         transport.close()
 
 
-def _check_own(config: TrainConfig, device: torch.device) -> None:
+def check_own(config: TrainConfig, device: torch.device) -> None:
     """Check the options, in a process that torchrun has started."""
     processes = environment_number("WORLD_SIZE", 1, least=1)
     rank, hosted = environment_number("RANK", 0), hosted_workers(config.method.workers, processes)
@@ -115,7 +116,7 @@ def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.
     out = config.run.resume or config.run.out or default_out(config)
     lock = RunLock(out, "train")
     try:
-        run_everywhere(transport, lambda: _check_before(config, task, out, lock) if is_main else None)
+        run_everywhere(transport, lambda: check_before(config, task, out, lock) if is_main else None)
         return _train_locked(config, task, transport, device, samplers, steps, out, lock, began)
     finally:
         lock.release()
@@ -128,9 +129,9 @@ def _train_locked(
     """Train in the run directory `out`, which no other process writes into. Returns the exit status."""
     is_main, resume = 0 in transport.hosted, config.run.resume
     point = find_resume_point(config, transport)
-    job = _make_job(config, task, transport, device, point)
+    job = make_job(config, task, transport, device, (point.round, point.step))
     if is_main:
-        _log_chains(job)
+        log_chains(job)
     if job.step_index >= steps:
         run_everywhere(transport, lambda: report_done(out, steps) if is_main else None)
         return 0
@@ -147,7 +148,7 @@ def _train_locked(
     checkpoints = Checkpoints(
         out / "checkpoints",
         transport,
-        possible=_seen_by_all(out, attempt, transport),
+        possible=seen_by_all(out, attempt, transport),
         timeout_s=config.machine.timeout_s,
         replicas=out / "replicas",
     )
@@ -158,10 +159,19 @@ def _train_locked(
         checkpoints.abandon()
 
 
-def _check_before(config: TrainConfig, task: Task, out: Path, lock: RunLock) -> None:
+def check_before(config: TrainConfig, task: Task, out: Path, lock: RunLock) -> None:
     """Log the notes on the data, and find errors that would show only after the job has been made.
 
     The lock of a run that resumes is taken before its checkpoints are looked for.
+
+    Args:
+        config: The options.
+        task: The task.
+        out: The run directory.
+        lock: Its lock.
+
+    Raises:
+        UserError: There is such an error.
     """
     for note in task.notes:
         log.info("resist: %s", note)
@@ -175,7 +185,19 @@ def _check_before(config: TrainConfig, task: Task, out: Path, lock: RunLock) -> 
         log.info("resist: %s", note)
 
 
-def _make_job(config: TrainConfig, task: Task, transport: Transport, device: torch.device, point: ResumePoint) -> Job:
+def make_job(
+    config: TrainConfig, task: Task, transport: Transport, device: torch.device, at: tuple[int, int] = (0, 0)
+) -> Job:
+    """Make the job of a run.
+
+    Args:
+        config: The options.
+        task: Its network.
+        transport: Connects the processes, all of which have to call this.
+        device: The device of this process.
+        at: Round and step at which it begins.
+    """
+    elastic = config.machine.elastic is not None
     return Job(
         task.network,
         config.strategy(),
@@ -188,13 +210,15 @@ def _make_job(config: TrainConfig, task: Task, transport: Transport, device: tor
         transport=transport,
         on_nonfinite=config.method.on_nonfinite,
         wire=config.method.wires(),
-        replicate=config.method.replicate,
-        resume_at=(point.round, point.step),
+        replicate=config.method.replicate or elastic,
+        elastic=elastic,
+        resume_at=at,
         example=example_of(config.network),
     )
 
 
-def _log_chains(job: Job) -> None:
+def log_chains(job: Job) -> None:
+    """Log the chains, and how many of their blocks the workers hold."""
     changes = [(round, job.plan_of(round).plans) for round in job.strategy.change_rounds if round > job.round]
     for number, (chain, plan) in enumerate(zip(job.chains, job.plan.plans, strict=True)):
         text = " ".join(map(str, plan.capacities))
@@ -207,8 +231,14 @@ def _log_chains(job: Job) -> None:
             log.info("note: %s", chain.caveat)
 
 
-def _seen_by_all(out: Path, attempt: str, transport: Transport) -> bool:
-    """Find out whether all processes see the run directory of this attempt; the main process reports which do not."""
+def seen_by_all(out: Path, attempt: str, transport: Transport) -> bool:
+    """Find out whether all processes see a run directory; the main process reports which do not.
+
+    Args:
+        out: The run directory.
+        attempt: Its mark in the main process.
+        transport: Connects the processes, all of which have to call this.
+    """
     seen = seen_after_a_while(out, attempt)
     blind = [str(process) for process, text in enumerate(transport.all_gather_text(str(seen))) if text != "True"]
     if blind and 0 in transport.hosted:
@@ -221,9 +251,25 @@ def _seen_by_all(out: Path, attempt: str, transport: Transport) -> bool:
 
 def _surviving(out: Path, attempt: str, training: Training, steps: int) -> int:
     """Train; where a worker is lost or diverges, write the replicas and weights of this process."""
+    with rescuing(out, attempt, training):
+        return _naming_losses(training, steps)
+
+
+@contextlib.contextmanager
+def rescuing(out: Path, attempt: str, training: Training) -> Iterator[None]:
+    """Where a worker is lost or diverges, write the replicas and weights of this process, and say how to continue.
+
+    Args:
+        out: The run directory.
+        attempt: Its mark, see `resist.runs.replicas.write_replicas`.
+        training: The run under way.
+
+    Raises:
+        WorkerLostError, DivergedError: With what was written and what to do.
+    """
     job = training.job
     try:
-        return _naming_losses(training, steps)
+        yield
     except WorkerLostError as lost:
         kept = ""
         if job.replicas:

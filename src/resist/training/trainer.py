@@ -61,6 +61,16 @@ class Trainer:
         self._device = worker.subnet.device
         self._sizes = f"`batch_size={o.batch_size}`, `grad_accum_steps={o.grad_accum_steps}`"
 
+    def deal(self, index: int, sampler: Sampler) -> None:
+        """Go on as a worker of another number, with its images.
+
+        Args:
+            index: The number.
+            sampler: The images of each batch.
+        """
+        self.index, self.sampler = index, sampler
+        self._batches = self._task.batches(sampler)
+
     def step(self, step: int, lr: float) -> Tensor:
         """Take one optimizer step on the batch of `step`. Does not wait for the device.
 
