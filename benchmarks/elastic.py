@@ -39,7 +39,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from elastic_figures import defects, goodput, judged, kept_images, named, repeats, usual_gap
+from elastic_figures import between, defects, goodput, judged, kept_images, named, repeats, usual_gap
 from provenance import provenance
 
 HERE = Path(__file__).parent
@@ -66,6 +66,7 @@ class Run:
         self.events: list[dict[str, Any]] = []
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.stop = folder / f"{method}-stop"
+        self.stop.unlink(missing_ok=True)
         self.settings = {**settings, "stop": str(self.stop)}
         self.faults: list[dict[str, Any]] = []
         self._reader, self._writer = os.pipe()
@@ -78,8 +79,9 @@ class Run:
 
     def start(self) -> int:
         """Start one process; returns its number."""
-        command = [sys.executable, str(HERE / "elastic_members.py"), self.method, json.dumps(self.settings)]
         number = len(self.processes)
+        settings = self.settings | {"replaces": number >= self.args.members}
+        command = [sys.executable, str(HERE / "elastic_members.py"), self.method, json.dumps(settings)]
         with (self.folder / f"{self.method}-{number}.txt").open("wb") as errors:
             process = subprocess.Popen(command, stdout=self._writer, stderr=errors)
         self.processes[process.pid] = process
@@ -200,14 +202,17 @@ def figures(
     kept, usual_s = kept_images(events, args.batch), usual_gap(events, quiet)
     ends = [*(fault["at"] for fault in run.faults[1:]), faulty[1]]
     faults = [judged(fault, events, usual_s, until) for fault, until in zip(run.faults, ends, strict=True)]
-    first = min(event["round"] for event in named(events, "round") if event["at"] >= quiet[0])
-    last = max(event["round"] for event in named(events, "round") if event["at"] <= quiet[1])
+    seconds, _ = between(kept, *quiet)
+    rounds = sum(quiet[0] <= at <= quiet[1] for at, _ in kept) - 1
+    absent = sum(fault["back_s"] or 0.0 for fault in faults)
     busy = [event["busy_s"] for event in named(events, "step")]
     peaks = {event["pid"]: event["peak_mb"] for event in named(events, "round")}
     return {
         "method": run.method, "goodput_percent": round(goodput(kept, quiet, faulty), 2), "faults": faults,
         "repeated": len(repeats(events)), "replacements": len(run.processes) - args.members,
-        "round_mb": round(sent / (last - first) / 1e6, 3) if sent else None, "usual_gap_s": round(usual_s, 3),
+        "absent_percent": round(100 * absent / (args.members * args.seconds), 2),
+        "round_s": round(seconds / rounds, 3), "usual_gap_s": round(usual_s, 3),
+        "round_mb": round(sent / (quiet[1] - quiet[0]) * seconds / rounds / 1e6, 3) if sent else None,
         "peak_mb": round(max(peaks.values()), 1),
         "before_mb": round(statistics.median(event["peak_mb"] for event in named(events, "ready")), 1),
         "busy_s": round(statistics.median(busy), 4),

@@ -94,19 +94,20 @@ def judged(fault: Mapping[str, Any], events: Sequence[Event], usual_s: float, un
         until: The time of the next fault, or of the end.
 
     Returns:
-        `pause_s`: the longest time that a survivor was without a step, beyond the usual; `join_pause_s`: the same
-        after the replacement was ready to join; `back_s`: seconds until the number of members was complete again.
+        `pause_s`: the longest time that a survivor was without a step, beyond the usual, until survivors have gone on
+        without the victim; `join_pause_s`: the same after that; `back_s`: seconds until all members were there again.
     """
     start = fault["at"]
     later = [event for event in events if start <= event["at"] < until]
-    ready = [event["at"] for event in named(later, "ready")]
-    back = [event["at"] for event in named(later, "member") if event["pid"] in fault["replaced"]]
-    returned = [e["at"] for e in named(later, "round") if e["pid"] == fault["pid"] and e["at"] > start + usual_s]
-    arrival = min(ready, default=until)
+    before = max(event["generation"] for event in events if "generation" in event and event["at"] < start)
+    own = [event for event in named(later, "round", "regroup") if event["pid"] in fault["survivors"]]
+    without = min((event["at"] for event in own if event["generation"] > before), default=until)
     found = gaps(events, fault["survivors"], start, until)
-    pause = max((seconds for begin, seconds in found if begin < arrival), default=0.0)
-    joining = max((seconds for begin, seconds in found if begin >= arrival), default=0.0)
-    complete = min(back or (returned if not fault["replaced"] else []), default=None)
+    pause = max((seconds for begin, seconds in found if begin < without), default=0.0)
+    joining = max((seconds for begin, seconds in found if begin >= without), default=0.0)
+    back = [event["at"] for event in named(later, "member") if event["pid"] in fault["replaced"]]
+    again = [e["at"] for e in named(later, "round") if e["pid"] == fault["pid"] and e["generation"] > before]
+    complete = min(back if fault["replaced"] else again, default=None)
     return {
         "kind": fault["kind"], "at_s": fault["at_s"], "ended": fault["ended"],
         "pause_s": round(max(0.0, pause - usual_s), 3), "join_pause_s": round(max(0.0, joining - usual_s), 3),

@@ -101,26 +101,42 @@ class Steps:
 
 
 def resist_member(settings: dict[str, Any]) -> None:
-    """Train with this package, as examples/7_members_come_and_go.py does."""
+    """Take part with this package, as examples/7_members_come_and_go.py does."""
     import resist
-    from resist.members.generations import connect_members, regroup
+    from resist.members.generations import connect_members
     from resist.members.membership import Membership
     from resist.members.secret import read_secret
     from resist.members.store_client import SecretStore
     from resist.sync.local import Unconnected
 
+    def job_over(transport: Any) -> resist.Job:
+        return resist.Job(
+            lambda: network(settings), resist.resist(most, local_steps=settings["local_steps"], min_depth=0),
+            batchnorm="average", example=torch.zeros(2, 3, SIZE, SIZE), elastic=True, replicate=True,
+            transport=transport,
+        )  # fmt: skip
+
     most, workers = settings["members"], {"workers": lambda generation: len(generation.members)}
     bounds = {"heartbeat_s": settings["bound_s"] / settings["missed"], "missed": settings["missed"]}
+    changed = settings["replaces"]  # members, which have a network, take this process in
+    job = job_over(Unconnected(most)) if changed else None  # before it joins, for the others would wait for it
     emit("ready", peak_mb=peak_mb())
     store = SecretStore("127.0.0.1", settings["port"], read_secret())
     membership = Membership(store, {}, least=2, most=most, **bounds)
-    changed = membership.join(expected=most).number > 0
-    _, transport = connect_members(membership, dict, **workers)
-    job = resist.Job(
-        lambda: network(settings), resist.resist(most, local_steps=settings["local_steps"], min_depth=0),
-        batchnorm="average", example=torch.zeros(2, 3, SIZE, SIZE), elastic=True, replicate=True,
-        transport=Unconnected(most) if changed else transport,
-    )  # fmt: skip
+    membership.join(expected=most)
+    try:
+        _, transport = connect_members(membership, dict, **workers)
+        train(settings, membership, transport, job or job_over(transport), changed)
+    finally:
+        membership.leave()  # what ends by an exception, too
+
+
+def train(settings: dict[str, Any], membership: Any, transport: Any, job: Any, changed: bool) -> None:
+    """Train with members that come and go, until the benchmark ends."""
+    from resist import WorkerLostError
+    from resist.members.generations import regroup
+
+    workers = {"workers": lambda generation: len(generation.members)}
     optimizer = torch.optim.SGD(job.model.parameters(), lr=0.01, momentum=0.9)
     job.attach(optimizer)
     steps, stop, new = Steps(settings), Path(settings["stop"]), True
@@ -133,7 +149,7 @@ def resist_member(settings: dict[str, Any]) -> None:
                      lost=len(found.lost), joined=len(found.joined), recovered=len(found.recovered),
                      **standing(membership, job))  # fmt: skip
             if new:
-                emit("member", generation=membership.generation.number)  # type: ignore[union-attr]
+                emit("member", generation=membership.generation.number)
                 new = False
             steps.step(job.model, optimizer)
             if job.step(optimizer):
@@ -142,7 +158,7 @@ def resist_member(settings: dict[str, Any]) -> None:
                 seen = "stop" if stop.exists() else "regroup" if membership.newcomers() else ""
                 decided = job.transport.all_gather_text(seen)[0]
                 changed = decided == "regroup"
-        except resist.WorkerLostError as error:
+        except WorkerLostError as error:
             emit("lost", reason=str(error)[:200])
             changed = True
         if decided == "stop":
