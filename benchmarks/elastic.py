@@ -1,6 +1,6 @@
 """Goodput of members that come and go: four processes, a fault every 30 seconds, this package and torchft.
 
-    python benchmarks/elastic.py                          # as root: takes 24 minutes, appends to results/elastic.jsonl
+    python benchmarks/elastic.py                          # as root: takes 26 minutes, appends to results/elastic.jsonl
     python benchmarks/elastic.py --seconds 90 --every 20 --undisturbed 20 --no-record
 
 Four processes train on this machine (elastic_members.py), in steps of a stated length. After a time without faults, one
@@ -9,7 +9,8 @@ allows, an exception, or all its TCP connections shut down; each kind once in fo
 The same seed gives each method the same faults. A process that has ended is replaced at once, one that was stopped
 when it stops; a new Python process takes seconds to import torch.
 
-goodput   images trained and kept / images that are trained in this time without faults, by the same processes before.
+goodput   images trained and kept / images that are trained in this time without faults: the rate of the
+          `--undisturbed` seconds before and after.
 pause     the longest time that a survivor was without a step, beyond the usual time between two rounds.
 
 One that was stopped longer than is allowed has to leave when it wakes. torchft would take it back as a fifth replica,
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,20 +191,24 @@ def punish(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     run.until(faulty[1])
     for thread in threads:
         thread.join()
+    run.wait_for(lambda: len(run.present()) == args.members, START_S, "the members were not complete again")
+    after = time.monotonic(), time.monotonic() + args.undisturbed
+    run.until(after[1])
     run.finish()
-    return figures(run, args, quiet, faulty, sent)
+    return figures(run, args, (quiet, after), faulty, sent)
 
 
 def figures(
-    run: Run, args: argparse.Namespace, quiet: tuple[float, float], faulty: tuple[float, float], sent: int
+    run: Run, args: argparse.Namespace, quiet: Sequence[tuple[float, float]], faulty: tuple[float, float], sent: int
 ) -> dict[str, Any]:
     """Return the figures of one method."""
     events = sorted(run.events, key=lambda event: event["at"])
-    kept, usual_s = kept_images(events, args.batch), usual_gap(events, quiet)
+    kept, usual_s = kept_images(events, args.batch), usual_gap(events, quiet[0])
     ends = [*(fault["at"] for fault in run.faults[1:]), faulty[1]]
     faults = [judged(fault, events, usual_s, until) for fault, until in zip(run.faults, ends, strict=True)]
-    seconds, _ = between(kept, *quiet)
-    rounds = sum(quiet[0] <= at <= quiet[1] for at, _ in kept) - 1
+    seconds, _ = between(kept, *quiet[0])
+    rounds = sum(quiet[0][0] <= at <= quiet[0][1] for at, _ in kept) - 1
+    rates = [images / duration for duration, images in (between(kept, *period) for period in quiet)]
     absent = sum(fault["back_s"] or 0.0 for fault in faults)
     busy = [event["busy_s"] for event in named(events, "step")]
     peaks = {event["pid"]: event["peak_mb"] for event in named(events, "round")}
@@ -211,8 +216,9 @@ def figures(
         "method": run.method, "goodput_percent": round(goodput(kept, quiet, faulty), 2), "faults": faults,
         "repeated": len(repeats(events)), "replacements": len(run.processes) - args.members,
         "absent_percent": round(100 * absent / (args.members * args.seconds), 2),
+        "undisturbed_images_s": [round(rate, 1) for rate in rates],
         "round_s": round(seconds / rounds, 3), "usual_gap_s": round(usual_s, 3),
-        "round_mb": round(sent / (quiet[1] - quiet[0]) * seconds / rounds / 1e6, 3) if sent else None,
+        "round_mb": round(sent / args.undisturbed * seconds / rounds / 1e6, 3) if sent else None,
         "peak_mb": round(max(peaks.values()), 1),
         "before_mb": round(statistics.median(event["peak_mb"] for event in named(events, "ready")), 1),
         "busy_s": round(statistics.median(busy), 4),

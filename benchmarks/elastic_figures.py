@@ -47,15 +47,17 @@ def between(kept: Sequence[tuple[float, int]], start: float, end: float) -> tupl
     return inside[-1][0] - inside[0][0], inside[-1][1] - inside[0][1]
 
 
-def goodput(kept: Sequence[tuple[float, int]], quiet: tuple[float, float], faulty: tuple[float, float]) -> float:
+def goodput(
+    kept: Sequence[tuple[float, int]], quiet: Sequence[tuple[float, float]], faulty: tuple[float, float]
+) -> float:
     """Return percent of the images that would have been kept without faults.
 
     Args:
         kept: See `kept_images`.
-        quiet: Begin and end of the time without faults.
+        quiet: Begin and end of each time without faults.
         faulty: Begin and end of the time with faults.
     """
-    seconds, images = between(kept, *quiet)
+    seconds, images = map(sum, zip(*(between(kept, *period) for period in quiet), strict=True))
     faulty_seconds, faulty_images = between(kept, *faulty)
     return 100 * (faulty_images / faulty_seconds) / (images / seconds)
 
