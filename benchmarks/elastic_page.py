@@ -25,7 +25,7 @@ def _setting(record: Record) -> str:
         [
             NAMES[name], f"{row['goodput_percent']:.1f}", f"{row['absent_percent']:.1f}", row["replacements"],
             row["repeated"], f"{row['round_s']:.2f}", "?" if row["round_mb"] is None else f"{row['round_mb']:.1f}",
-            f"{row['peak_mb']:.0f}", f"{row['peak_mb'] - row['before_mb']:.0f}",
+            f"{row['peak_mb']:.0f}",
         ]
         for name, row in methods.items()
     ]  # fmt: skip
@@ -36,6 +36,7 @@ def _setting(record: Record) -> str:
     ]  # fmt: skip
     verdicts = [*_targets(record, methods), *_defects(methods)]
     values = record | {"number": len(record["methods"][0]["faults"]), "beat_s": record["bound_s"] / record["missed"]}
+    values |= {"late": max(row["late_percent"] for row in record["methods"])}
     return fill(
         "elastic-setting", **values, rows=rows(cells), pauses=rows(pauses),
         verdicts="\n".join(f"- {line}" for line in verdicts), provenance=provenance(record, n="n-elastic"),
