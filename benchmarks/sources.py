@@ -29,6 +29,8 @@ SOURCES: dict[str, Sequence[str]] = {
     "checkpoints": ("benchmarks/checkpoints.py", "src/resist/runs", "src/resist/state", *ROUND),
     "cifar10": ("benchmarks/cifar10.py", *ROUND, "src/resist/data", NETWORK),
     "detection": ("benchmarks/detection.py", *TRAINED),
+    "elastic": ("benchmarks/elastic.py", "benchmarks/elastic_members.py", "benchmarks/elastic_figures.py",
+                "src/resist/members", *ROUND, NETWORK),
     "exchange": ("benchmarks/exchange.py", "benchmarks/competitors.py", "benchmarks/own.py", *ROUND, NETWORK),
     "formats": WIRE,
     "faults": ("benchmarks/faults.py", "tests/faults", "src/resist/runs", "src/resist/state", *ROUND,

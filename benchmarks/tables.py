@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import detection
+import elastic_page
 import reliability
 from accuracy import FIGURE_OF, compared, curves, photographs, readings
 from accuracy_figure import figure, points_of
@@ -54,6 +55,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "methods",
     ),
     "memory": ("model", "width", "num_classes", "workers", "device"),
+    "elastic": ("members", "local_steps", "step_s", "seconds", "every", "bound_s", "seed"),
     "exchange": ("model", "width", "num_classes"),
     "recording": ("benchmark",),
     "faults": ("timeout_s", "forked"),
@@ -111,6 +113,7 @@ def page(results: Path, network: Record = PAPERS) -> str:
         *map(exchange, known["exchange"]),
         *map(memory_table, memory),
         *map(recording, known["recording"]),
+        elastic_page.section(known["elastic"]) if known["elastic"] else "",
         reliability.section(faults, saves) if faults or saves else "",
         compared(known["accuracy"]) if known["accuracy"] else "",
         *((curves(runs), readings(runs)) if runs else ()),

@@ -290,3 +290,18 @@ def test_nobody_goes_on_without_the_store(pool: Pool, tmp_path: Path) -> None:
         texts = pool.run(2, lose_the_store, port, str(tmp_path), timeout_s=60)
     assert len({*texts}) == 1
     assert texts[0].startswith("the store at which the members agree cannot be reached, and nobody goes on without it")
+
+
+def found_two_generations() -> bool:
+    """Make the groups of two generations of this process alone, and compare the exception hook with that of before."""
+    if dist.is_initialized():  # by the pool
+        dist.destroy_process_group()
+    before = sys.excepthook
+    for number in range(2):
+        DefaultGroup.found(dist.PrefixStore(str(number), dist.HashStore()), 0, 1, 20.0)
+        dist.destroy_process_group()
+    return sys.excepthook is before
+
+
+def test_an_exception_does_not_show_the_ranks_of_former_generations(pool: Pool) -> None:
+    assert pool.run(1, found_two_generations) == [True]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -99,12 +100,15 @@ class DefaultGroup:
                 "torch.distributed is initialized already; leave that to the job where its members may change, or "
                 "call destroy_process_group() first"
             )
+        hook = sys.excepthook
         with captured_stderr() as done:
             try:
                 within(2 * timeout_s, lambda: _initialize(store, rank, size, timeout_s))
             except (RuntimeError, ValueError, TimeoutError) as error:
                 _count_groups_from_0()
                 raise WorkerLostError(f"the members have met, but cannot connect: {reason(error)}") from error
+            finally:
+                sys.excepthook = hook  # torch's would add the rank in each former generation to every line
             done()
         cls.made = cls()
 
