@@ -63,13 +63,13 @@ def goodput(
 
 
 def gaps(events: Sequence[Event], pids: Iterable[int], start: float, end: float) -> list[tuple[float, float]]:
-    """Return (begin, seconds) of the time between two steps of a process, where it begins or ends in an interval."""
+    """Return (begin, seconds) of the time between two steps of a process, where it ends in an interval."""
     found: list[tuple[float, float]] = []
     steps: dict[int, list[float]] = defaultdict(list)
     for event in named(events, "step"):
         steps[event["pid"]].append(event["at"])
     for pid in pids:
-        found += [(a, b - a) for a, b in itertools.pairwise(steps[pid]) if b >= start and a < end]
+        found += [(a, b - a) for a, b in itertools.pairwise(steps[pid]) if b >= start and b < end]
     return found
 
 

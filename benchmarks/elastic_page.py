@@ -30,7 +30,7 @@ def _setting(record: Record) -> str:
         for name, row in methods.items()
     ]  # fmt: skip
     pauses = [
-        [NAMES[name], *(_times(row, kind, "pause_s") for kind in KINDS), _times(row, None, "join_pause_s"),
+        [NAMES[name], *(_times(row, kind, "pause_s") for kind in KINDS), _median(row, "join_pause_s"),
          _times(row, None, "back_s")]
         for name, row in methods.items()
     ]  # fmt: skip
@@ -51,6 +51,11 @@ def _times(row: dict[str, Any], kind: str | None, key: str) -> str:
     """Median and maximum of one kind of fault, or of all."""
     seconds = _seconds(row, kind, key)
     return f"{statistics.median(seconds):.2f} (max {max(seconds):.2f})" if seconds else ""
+
+
+def _median(row: dict[str, Any], key: str) -> str:
+    """Median over all faults."""
+    return f"{statistics.median(_seconds(row, None, key)):.2f}"
 
 
 def _targets(record: Record, methods: dict[str, dict[str, Any]]) -> list[str]:
