@@ -67,7 +67,7 @@ def trained(args: argparse.Namespace, seed: int, every: float | None) -> dict[st
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     launcher.wait(1.0 if every is None else every)
                     continue
-                members = children(launcher.pid)
+                members = children(launcher.pid)[1:]  # the first child is the store, which has to outlive them
                 if every is not None and (out / "metrics.jsonl").exists() and members:
                     os.kill(draw.choice(members), signal.SIGKILL)
                     kills += 1
@@ -85,8 +85,8 @@ def trained(args: argparse.Namespace, seed: int, every: float | None) -> dict[st
 
 
 def children(process: int) -> list[int]:
-    """Return the processes that a process has started and that still run (Linux)."""
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    """Return the processes that a process has started and that still run, the oldest first (Linux)."""
+    return sorted(int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split())
 
 
 if __name__ == "__main__":
