@@ -4,6 +4,7 @@ Every call of the transport and every `finish` is an *event*. A process that die
 others, as is one that has noticed a loss and left. What an exchange under way has written is worthless: NaN.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -155,6 +156,25 @@ class Threaded:
 
 def _worthless(tensor: Tensor) -> Tensor:
     return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 99)
+
+
+_generator = threading.RLock()
+
+
+def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with _generator:
+            return function(*args, **kwargs)
+
+    return locked
+
+
+# torch copies the state of its generator with the generator's mutex, and without Python's lock for a moment. A second
+# thread that waits for the mutex with Python's lock then stops the whole process: so one thread at a time.
+for _name in ("get_rng_state", "set_rng_state", "manual_seed"):
+    for _module in (torch, torch.random):
+        setattr(_module, _name, _one_at_a_time(getattr(_module, _name)))
 
 
 def in_threads(actions: Sequence[Callable[[], Any]], wires: Wires) -> list[Any]:
