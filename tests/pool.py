@@ -28,10 +28,14 @@ PRELOADED += ["resist.job", "resist.training.train", "resist.runs.replicas", "re
 
 @dataclass
 class Outcome:
-    """The result of a call in one process: a value, or the text of its exception ("" if it was killed)."""
+    """The result of a call in one process: a value, or the text of its exception ("" if it was killed).
+
+    connected: False if the processes could not be connected, so that the function was not called.
+    """
 
     value: Any = None
     error: str | None = None
+    connected: bool = True
 
 
 class Pool:
@@ -60,9 +64,13 @@ class Pool:
         return [outcome.value for outcome in outcomes]
 
     def outcomes(
-        self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 120
-    ) -> list[Outcome]:
-        """Return the outcome of `function(*arguments)`, which must be importable, in each of `processes` processes."""
+        self, processes: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 120,
+        again: bool = True,
+    ) -> list[Outcome]:  # fmt: skip
+        """Return the outcome of `function(*arguments)`, which must be importable, in each of `processes` processes.
+
+        again: Where gloo cannot connect them, which it rarely fails to do, try it once more with new processes.
+        """
         self._fill(processes)
         self._calls += 1
         store = Path(self._folder.name) / f"store{self._calls}"
@@ -84,6 +92,10 @@ class Pool:
                     ended[waiting[connection]] = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     ended[waiting[connection]] = Outcome(error="")
+            if again and not all(outcome.connected for outcome in ended.values()):
+                for rank in range(processes):
+                    self._end(rank)
+                return self.outcomes(processes, function, *arguments, timeout_s=timeout_s, again=False)
         for rank, outcome in ended.items():
             if outcome.error is not None:
                 self._end(rank)
@@ -141,6 +153,10 @@ def _serve(connection: Connection) -> None:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=timedelta(seconds=50)
             )
+        except RuntimeError:
+            connection.send_bytes(pickle.dumps(Outcome(error=traceback.format_exc(), connected=False)))
+            os._exit(1)
+        try:
             function, arguments = pickle.loads(work)
             seed_everything()
             answer = pickle.dumps(Outcome(value=function(*arguments)))
