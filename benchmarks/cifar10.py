@@ -1,4 +1,6 @@
-"""Compare the accuracy of methods on CIFAR-10, seed by seed, with a narrow ResNet101 that two cores can train.
+"""Compare the accuracy of methods seed by seed, on CIFAR-10 or on 50 classes of Tiny ImageNet (setting `tiny`).
+
+The network is a narrow ResNet101 that two cores can train.
 
     python benchmarks/cifar10.py --data-dir DIR --list                       # the rows and settings
     python benchmarks/cifar10.py --data-dir DIR --rows 'local SGD' 'ResIST, average' --seeds 0 1 2
@@ -33,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import ImageReadMode, decode_image
 
 from cifar10_rows import BASE, ROWS, SETTINGS, Row, Setting, Skipped
 from paired import summary
@@ -113,14 +116,35 @@ def in_process(context: multiprocessing.context.ForkContext, task: tuple[Setting
 def one(setting: Setting, row: Row, seed: int, data_dir: str) -> dict[str, Any]:
     """Train one run, and return its line of the results."""
     torch.set_num_threads(1)
-    train, test = load("cifar10", data_dir, download=False)
-    assert isinstance(train, Images)
-    assert isinstance(test, Images)
-    train, test = smaller(train, setting.image_size), smaller(test, setting.image_size)
-    measured = trained(setting, row, seed, train, test) | {"peak_bytes": peak_bytes(setting, row)}
+    train, test = (smaller(part, setting.image_size) for part in images_of(setting, data_dir))
+    measured = trained(setting, row, seed, train, test) | {"peak_bytes": peak_bytes(setting, row, train.num_classes)}
     about = {"benchmark": "accuracy", "setting": setting.name, "row": row.name, "seed": seed}
     about |= {"settings": asdict(setting), "wire": asdict(row.wire), "plain": row.plain}
     return {**about, **measured, **provenance("accuracy")}
+
+
+def images_of(setting: Setting, data_dir: str) -> tuple[Images, Images]:
+    """Read the training and test images of a setting."""
+    if setting.data == "cifar10":
+        train, test = load("cifar10", data_dir, download=False)
+        assert isinstance(train, Images)
+        assert isinstance(test, Images)
+        return train, test
+    train, test = (in_folders(Path(data_dir) / setting.data / part) for part in ("train", "val"))
+    # Both are normalized with the statistics of the training images, as everywhere.
+    return train, replace(test, mean=train.mean, std=train.std)
+
+
+def in_folders(folder: Path) -> Images:
+    """Read images of one size from folders, one for each class, into memory."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())]
+    images = torch.stack([decode_image(str(file), ImageReadMode.RGB) for file, _ in files])
+    std, mean = torch.std_mean(images.transpose(0, 1).flatten(1).float() / 255, dim=1)
+    labels = torch.tensor([label for _, label in files])
+    return Images(
+        images, labels, len(classes), tuple(mean.tolist()), tuple(std.tolist()), pad=images.shape[-1] // 8, flip=True
+    )
 
 
 def smaller(data: Images, size: int) -> Images:
@@ -135,7 +159,9 @@ def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) 
     """Train, and return accuracies and costs."""
     rounds = max(1, round(setting.rounds * row.share))
     strategy = row.strategy(row, rounds)
-    job = Job(row.network, strategy, seed=seed, batchnorm="average", wire=row.wire, example=False)
+    job = Job(
+        lambda: row.network(train.num_classes), strategy, seed=seed, batchnorm="average", wire=row.wire, example=False
+    )
     optimizers = [optimizer_of(worker.subnet.parameter_places(), row) for worker in job.workers]
     averages = [
         AveragedModel(worker.subnet.model, multi_avg_fn=get_ema_multi_avg_fn(row.ema))
@@ -201,14 +227,15 @@ def trained(setting: Setting, row: Row, seed: int, train: Images, test: Images) 
     }
 
 
-def peak_bytes(setting: Setting, row: Row) -> int:
+def peak_bytes(setting: Setting, row: Row, num_classes: int = 10) -> int:
     """Predict the memory that the worker with most of it needs in training."""
     shape = (3, setting.image_size, setting.image_size)
     peaks: list[int] = []
     for stage in row.strategy(row, max(1, round(setting.rounds * row.share))).stages:
         report = predict(
-            row.network, [replace(stage, then=None, at_round=0)], batch_size=setting.batch_size, image_shape=shape,
-            wire=row.wire, average=row.ema is not None, example=False, rounds=1,
+            lambda: row.network(num_classes), [replace(stage, then=None, at_round=0)],
+            batch_size=setting.batch_size, image_shape=shape, wire=row.wire,
+            average=row.ema is not None, example=False, rounds=1,
         )  # fmt: skip
         peaks += [network.memory.peak for at in report.rows for network in at.networks]
     return max(peaks)
@@ -246,9 +273,10 @@ def gmacs(model: nn.Module, image_size: int) -> float:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, test: Images, num: int) -> float:
-    """Return the percentage of correct answers on the first `num` test images."""
+    """Return the percentage of correct answers on the first `num` test images, or on all if they are fewer."""
     model.eval()
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in test.batches(100, limit=num // 100))
+    num = min(num, len(test))
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in test.batches(100, limit=-(-num // 100)))
     return 100 * right / num
 
 

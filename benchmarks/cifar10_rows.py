@@ -33,10 +33,11 @@ class Setting:
 
     Attributes:
         name: Name in the results.
-        image_size: Height and width; CIFAR-10's images of 32 pixels are averaged to it.
+        image_size: Height and width; larger images are averaged to it.
         rounds: Rounds of the longest rows.
         batch_size: Images of a worker's batch.
         lr: Highest learning rate of rows with the factor 1; it falls to zero along a cosine.
+        data: `cifar10`, or a folder of the data folder with train/CLASS/FILE and val/CLASS/FILE.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Setting:
     rounds: int
     batch_size: int = 64
     lr: float = 0.05
+    data: str = "cifar10"
 
 
 SETTINGS = {
@@ -53,6 +55,7 @@ SETTINGS = {
         Setting("long", 16, 120),
         Setting("short", 32, 40),
         Setting("full", 32, 120),
+        Setting("tiny", 16, 60, data="tiny-imagenet-mini"),
     )
 }
 
@@ -112,9 +115,11 @@ class Row:
         formats = replace(formats, fragments=fragments, delay=delay)
         return replace(self, name=", ".join(names), wire=formats, plain=self.name)
 
-    def network(self) -> nn.Module:
+    def network(self, num_classes: int = 10) -> nn.Module:
         """Build the network."""
-        model = build("preact_resnet101", num_classes=10, depths=self.depths, width=self.width, final_norm=True)
+        model = build(
+            "preact_resnet101", num_classes=num_classes, depths=self.depths, width=self.width, final_norm=True
+        )
         if self.survival is not None:
             section = model.get_submodule(CHAIN)
             assert isinstance(section, nn.Sequential)

@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 
 import accuracy_figure
 import cifar10
@@ -92,6 +93,27 @@ def test_a_teacher_changes_the_training_and_scales_are_tested(monkeypatch: pytes
         assert seen[-1] == seen[-4] != seen[-2]  # the scale of ResIST, and another
         ends.append(list(seen))
     assert ends[0][-1] != ends[1][-1]
+
+
+def test_images_in_folders_are_read_class_by_class_and_all_of_a_small_set_are_tested(tmp_path) -> None:
+    for part, num in (("train", 3), ("val", 2)):
+        for label, color in enumerate((40, 200)):
+            folder = tmp_path / "small" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(num):
+                Image.new("RGB", (16, 16), (color, 0, 0)).save(folder / f"{number}.png")
+    train, test = cifar10.images_of(cifar10_rows.Setting("small", 8, 1, data="small"), str(tmp_path))
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 0, 1, 1])
+    assert train.images.shape == (6, 3, 16, 16)
+    assert (train.mean, train.pad, train.num_classes) == (test.mean, 2, 2)
+    assert train.mean == pytest.approx((120 / 255, 0, 0))
+
+    class Bright(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([-x[:, 0].mean((1, 2)), x[:, 0].mean((1, 2))], 1)
+
+    assert cifar10.accuracy(Bright(), cifar10.smaller(test, 8), 5000) == 100.0
+    assert ROWS[BASE].network(7)(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
 
 
 def test_the_blocks_of_a_chain_can_begin_as_the_identity() -> None:
