@@ -6,7 +6,10 @@ from accuracy_figure import points_of
 from cifar10_rows import BASE, LOCAL_STEPS, SETTINGS, WORKERS
 from page_parts import Record, fill, provenance, table
 from paired import summary
+from sizes import FIGURE_OF as SIZES_OF
+from sizes import size_table
 
+DATA = {"cifar10": "CIFAR-10", "tiny-imagenet-mini": "50 classes of Tiny ImageNet"}
 FIGURE_OF = "long"  # the setting of docs/accuracy.svg
 PLAIN = "recalibrate, not augmented"
 WAYS = {"batch": "batch", "recalibrate": "re-estimated", PLAIN: "re-estimated, plain", "average": "averaged"}
@@ -21,9 +24,12 @@ def compared(runs: list[Record]) -> str:
     tables = []
     for name, some in by_setting.items():
         known = next((run["settings"] for run in some if "settings" in run), None)  # lines from before have none
-        heading = fill("paired-setting", **(known or asdict(SETTINGS[name])))
+        setting = {"data": "cifar10"} | (known or asdict(SETTINGS[name]))
+        heading = fill("paired-setting", **setting | {"data": DATA.get(setting["data"], setting["data"])})
         figure = fill("paired-figure") if name == FIGURE_OF and points_of(some) else ""
-        tables.append("\n\n".join(filter(None, (heading, figure, summary(some, BASE)))))
+        sizes = size_table(some) if name == SIZES_OF else ""
+        by_size = fill("paired-sizes", table=sizes) if sizes else ""
+        tables.append("\n\n".join(filter(None, (heading, figure, summary(some, BASE), by_size))))
     return fill(
         "paired", tables="\n\n".join(tables), workers=WORKERS, local_steps=LOCAL_STEPS, base=BASE,
         provenance=provenance(*runs, n="n-paired"),

@@ -112,13 +112,11 @@ def _panel(points: Sequence[Point], key: str, title: str, y: Axis, *, left: floa
         line = "L".join(f"{a:.1f} {b:.1f}" for a, b in curve)
         parts.append(f'<path fill="none" stroke="#8d949e" stroke-dasharray="4 3" d="M{line}"/>')
     for number, point in enumerate(points):
-        color = color_of(number)
         across = left + WIDTH * x.place(point.costs[key])
         middle, above, below = (
             TOP + HEIGHT * (1 - y.place(point.mean + sign * point.error)) for sign in (0.0, 1.0, -1.0)
         )
-        parts.append(f'<path stroke="{color}" stroke-width="2" d="M{across:.1f} {above:.1f}V{below:.1f}"/>')
-        parts.append(_mark(number, across, middle))
+        parts += [bar(number, across, above, below), mark(number, across, middle)]
     return parts
 
 
@@ -126,18 +124,23 @@ def _legend(points: Sequence[Point], top: float, width: float) -> list[str]:
     parts = []
     for number, point in enumerate(points):
         x, y = 24 + (number % 2) * (width / 2), top + LEGEND_ROW * (number // 2)
-        parts.append(_mark(number, x, y))
+        parts.append(mark(number, x, y))
         text = f"{point.name}: {point.mean:.1f} ± {point.error:.1f}"
         parts.append(f'<text x="{x + 10:g}" y="{y + 4:g}">{escape(text)}</text>')
     return parts
 
 
-def _mark(number: int, x: float, y: float) -> str:
+def mark(number: int, x: float, y: float) -> str:
     """A mark of a row: a color, and beyond the eighth row another shape."""
     color = color_of(number)
     if number < len(COLORS):
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"/>'
     return f'<path fill="{color}" d="M{x:.1f} {y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z"/>'
+
+
+def bar(number: int, across: float, above: float, below: float) -> str:
+    """The standard error of a row."""
+    return f'<path stroke="{color_of(number)}" stroke-width="2" d="M{across:.1f} {above:.1f}V{below:.1f}"/>'
 
 
 def color_of(number: int) -> str:

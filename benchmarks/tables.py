@@ -1,6 +1,6 @@
 """Rebuild docs/results.md: the paper's tables next to ours, and every other figure, with provenance.
 
-    python benchmarks/tables.py            # reads benchmarks/results/*.jsonl, writes docs/results.md and accuracy.svg
+    python benchmarks/tables.py            # reads benchmarks/results/, writes docs/results.md and its drawings
     python benchmarks/tables.py --check    # write nothing; exit status 1 if one of them is out of date
     python benchmarks/tables.py --changed  # write nothing; list the figures of code that has changed since
 
@@ -30,10 +30,11 @@ from format_tables import formats
 from page_parts import Record, fill, mark, provenance, reached, rows, spread, without_marks
 from paper_tables import NAMES, ROUNDS, builder, formula, round_times, short, strategy_of, traffic
 from predictions import predictions
+from sizes import FIGURE_OF as SIZES_OF
+from sizes import size_figure
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
-FIGURE = PAGE.with_name("accuracy.svg")
 MAX_RECORDING = 1.0  # percent of a round
 TIMES_PUBLISHED = 3.6
 FLAT_SHARE = 0.85  # of what the bytes allow against `flat`
@@ -76,7 +77,8 @@ def main() -> None:
     if args.changed:
         print(of_other_code(selected(HERE / "results")))
         return
-    files = {PAGE: page(HERE / "results"), FIGURE: picture(HERE / "results")}
+    files = {PAGE: page(HERE / "results")}
+    files |= {PAGE.with_name(name): text for name, text in pictures(HERE / "results").items()}
     if args.check:
         written = {file: file.read_text(encoding="utf-8") if file.exists() else "" for file in files}
         old = [file.name for file, text in files.items() if without_marks(written[file]) != without_marks(text)]
@@ -87,10 +89,11 @@ def main() -> None:
             print(f"wrote {file}")
 
 
-def picture(results: Path) -> str:
-    """Return docs/accuracy.svg, from the files in `results`; empty if no row has enough runs."""
-    runs = [run for run in selected(results)["accuracy"] if run["setting"] == FIGURE_OF]
-    return figure(runs) if points_of(runs) else ""
+def pictures(results: Path) -> dict[str, str]:
+    """Return the drawings of docs/ by name, from the files in `results`; empty where too few rows have runs."""
+    runs = selected(results)["accuracy"]
+    costs, sizes = ([run for run in runs if run["setting"] == name] for name in (FIGURE_OF, SIZES_OF))
+    return {"accuracy.svg": figure(costs) if points_of(costs) else "", "sizes.svg": size_figure(sizes)}
 
 
 def page(results: Path, network: Record = PAPERS) -> str:

@@ -11,6 +11,7 @@ import accuracy_figure
 import cifar10
 import cifar10_rows
 import paired
+import sizes
 from cifar10_rows import BASE, ROWS, SETTINGS, Skipped
 from resist.data import Images
 from resist.planning.wire import Wire
@@ -251,3 +252,25 @@ def test_the_figure_has_a_mark_for_each_row_with_three_seeds() -> None:
     assert "bytes sent, logarithmic" in texts
     assert "compute" in texts
     assert accuracy_figure.points_of(runs[:2]) == []
+
+
+def test_methods_are_compared_at_equal_sizes() -> None:
+    runs = [
+        costly(row, seed, percent + 0.5 * seed, cost)
+        for row, percent, cost in (
+            (BASE, 60.0, 1.0), ("ResIST, average", 59.0, 0.6), (f"{BASE}, S = 8", 66.0, 2.0),
+            ("ResIST, average, S = 8", 67.0, 1.0), (f"{BASE}, l = 50", 55.0, 1.0),
+        )
+        for seed in range(3)
+    ]  # fmt: skip
+    lines = sizes.size_table(runs).splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| 4", "25"], ["| 8", "25"]]  # l = 50: no pair
+    assert "| 60.50 | 59.50 | -1.00 ± 0.00 | -1.00 | 3 | 0.60 |" in lines[2]
+    assert "| 66.50 | 67.50 | +1.00 ± 0.00 | +1.00 | 3 | 0.50 |" in lines[3]
+    assert sizes.size_table([run for run in runs if "S = 8" not in run["row"]]) == ""
+    root, name = ElementTree.fromstring(sizes.size_figure(runs)), "{http://www.w3.org/2000/svg}"
+    texts = [text.text for text in root.findall(f"{name}text")]
+    assert {"workers, S", "4", "8"} <= set(texts)
+    assert "local steps, l" not in texts
+    assert len(root.findall(f"{name}circle")) == 4 + 2
+    assert sizes.size_figure(runs[:6]) == ""

@@ -218,8 +218,8 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.M
     write(tmp_path / "accuracy.jsonl", lines[0] | {"percent": {"averaged": 1.0}}, *lines, longer)
     monkeypatch.setattr(tables, "traffic", lambda network, wire: "")
     page = tables.page(tmp_path, SMALL)
-    assert "### `short`: 32 pixels, at most 40 rounds" in page
-    assert "### `long`: 24 pixels, at most 7 rounds, batch 8 for each worker, rate 0.5\n" in page
+    assert "### `short`: CIFAR-10, 32 pixels, at most 40 rounds" in page
+    assert "### `long`: CIFAR-10, 24 pixels, at most 7 rounds, batch 8 for each worker, rate 0.5\n" in page
     assert "| ResIST, average | 62.50 | 2 | +1.50 ± 0.50 | -4.85 |  |  |  |  | 1.00 | 1.00 | 1.00 | 1.00 |" in page
     assert "| local SGD | 61.00 | 2 |  |  |  |  |  |  | 1.00 |" in page
     assert "accuracy.svg" not in page
@@ -297,7 +297,6 @@ def test_figures_of_other_code_are_listed_and_are_no_failure(
     monkeypatch.setattr(tables, "traffic", lambda network, wire: "")
     monkeypatch.setattr(tables, "HERE", tmp_path)
     monkeypatch.setattr(tables, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(tables, "FIGURE", tmp_path / "figure.svg")
     assert_ends(monkeypatch, None)
     written = tables.PAGE.read_text()
     assert ["Code changed since" in line for line in written.splitlines() if line.startswith("*Measured")] == [
