@@ -4,7 +4,6 @@ import statistics
 from typing import Any
 
 from page_parts import Record, fill, provenance, reached, rows
-from paired import difference
 
 NAMES = {"resist": "ResIST, `Membership`", "torchft": "torchft, `LocalSGD`"}
 KINDS = ("SIGKILL", "SIGSTOP", "exception", "connections cut")
@@ -18,25 +17,6 @@ def section(records: list[Record]) -> str:
         records: Lines of elastic.jsonl, one for each setting.
     """
     return fill("elastic", results="\n\n".join(map(_setting, records)))
-
-
-def accuracy(records: list[Record]) -> str:
-    """Return the section on the accuracy of runs whose processes are killed, as Markdown.
-
-    Args:
-        records: Lines of elastic_accuracy.jsonl, one for each seed.
-    """
-    kinds = ("undisturbed", "disturbed")
-    cells = [
-        [r["seed"], *(f"{r[kind]['percent']:.2f}" for kind in kinds), r["disturbed"]["kills"],
-         r["disturbed"]["generations"], r["disturbed"]["repeated"], *(r[kind]["rounds"] for kind in kinds)]
-        for r in records
-    ]  # fmt: skip
-    found = difference(*({r["seed"]: r[kind]["percent"] for r in records} for kind in reversed(kinds)))
-    return fill(
-        "elastic-accuracy", rows=rows(cells), difference=found.cells()[0], seeds=found.seeds,
-        epochs=records[0]["epochs"], every=records[0]["every"], provenance=provenance(*records, n="n-elastic-accuracy"),
-    )  # fmt: skip
 
 
 def _setting(record: Record) -> str:

@@ -9,7 +9,6 @@ import pytest
 
 import elastic_figures as figures
 import elastic_page
-import provenance
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ORIGIN = {"date": "2020-01-02", "commit": "abc", "machine": "m", "cores": 2, "gpu": None, "torch": "t", "python": "p"}
@@ -124,18 +123,3 @@ def test_a_short_run_of_the_benchmark_has_no_defect() -> None:
     assert done.returncode == 0, done.stderr
     assert "DEFECT" not in done.stdout
     assert done.stderr.count("resist: ") == 2  # two faults
-
-
-def test_the_accuracy_of_disturbed_runs_is_compared_seed_by_seed() -> None:
-    def line(seed: int, percents: tuple[float, float]) -> dict[str, object]:
-        quiet, disturbed = (
-            {"percent": p, "rounds": 9 + k, "kills": k, "generations": 2 * k, "repeated": k}
-            for k, p in enumerate(percents)
-        )
-        about = {"seed": seed, "epochs": 0.6, "every": 12.0, "undisturbed": quiet, "disturbed": disturbed}
-        return about | provenance.provenance("elastic_accuracy")
-
-    page = elastic_page.accuracy([line(0, (50.0, 51.0)), line(1, (52.0, 51.0))])
-    assert "| 0 | 50.00 | 51.00 | 1 | 2 | 1 | 9 | 10 |" in page
-    assert "+0.00 ± 1.00 points (mean and standard error of 2 pairs)" in page
-    assert "gets SIGKILL every 12 s" in page
