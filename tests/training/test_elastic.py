@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import resist
 from commands import Command, Commands, free_port
+from resist.models import build
+from resist.models.pretrained import to_timm
 from resist.runs.history import read_history
 
 ARGUMENTS = (
@@ -119,6 +122,37 @@ def test_a_process_that_cannot_join_says_why(
     done = commands.run("train", "--elastic", "2:3", *options, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert text in done.stderr
+
+
+@pytest.mark.nightly
+def test_who_has_other_initial_weights_or_another_directory_is_refused_and_disturbs_nobody(
+    commands: Commands, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)  # the run has seed 0
+    weights = to_timm(build("preact_resnet101_imagenet", num_classes=10, depths=(1, 1, 3, 1), width=2).state_dict())
+    save_file(weights, tmp_path / "weights.safetensors")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "RESIST_SECRET": "0123456789abcdef"}
+
+    def host(*options: str) -> Command:
+        network = ("--model", "preact_resnet101_imagenet", "--model-args", "depths=1,1,3,1", "width=2")
+        members = ("--elastic", "1:2", "--workers", "1", "--epochs", "999")
+        return commands.start(*ARGUMENTS, *network, *members, *options, cwd=tmp_path, env=place)
+
+    store = commands.start("rendezvous", "--bind", "127.0.0.1", "--port", place["MASTER_PORT"], env=place)
+    first = host()
+    await_generations(tmp_path / "run", first, 0)
+    other = host("--init-from", "timm:weights.safetensors")
+    out, err = other.communicate()
+    assert (other.returncode, err.count("\n")) == (2, 1), out + err
+    assert "cannot join the run: digest of the initial weights (--init-from) is " in err
+    other = host("--out", "elsewhere/run")
+    out, err = other.communicate()
+    first.send_signal(signal.SIGTERM)
+    assert (other.returncode, err.count("\n")) == (2, 1), out + err
+    assert "cannot join the run: it does not see elsewhere/run as the members do; give --out in a directory" in err
+    _, err = first.communicate()
+    assert (first.returncode, err, generations(tmp_path / "run")) == (75, "", [])
+    store.kill()
 
 
 @pytest.mark.nightly
