@@ -36,6 +36,8 @@ def _setting(record: Record) -> str:
     ]  # fmt: skip
     verdicts = [*_targets(record, methods), *_defects(methods)]
     values = record | {"number": len(record["methods"][0]["faults"]), "beat_s": record["bound_s"] / record["missed"]}
+    encoded = (record["wire"], record["fragments"]) != ("fp32", 0)
+    values |= {"encoded": f" {fill('elastic-encoded', **record)}" if encoded else ""}
     values |= {"late": max(row["late_percent"] for row in record["methods"])}
     return fill(
         "elastic-setting", **values, rows=rows(cells), pauses=rows(pauses),

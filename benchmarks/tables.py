@@ -55,7 +55,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "methods",
     ),
     "memory": ("model", "width", "num_classes", "workers", "device"),
-    "elastic": ("members", "local_steps", "step_s", "seconds", "every", "bound_s", "seed"),
+    "elastic": ("members", "local_steps", "step_s", "seconds", "every", "bound_s", "wire", "fragments", "seed"),
     "exchange": ("model", "width", "num_classes"),
     "recording": ("benchmark",),
     "faults": ("timeout_s", "forked"),

@@ -96,6 +96,7 @@ def test_each_target_is_reached_or_missed() -> None:
     settings = {
         "members": 4, "depths": [1, 1, 9, 1], "width": 8, "step_s": 0.1, "local_steps": 20, "every": 30.0,
         "seconds": 600.0, "undisturbed": 60.0, "bound_s": 5.0, "missed": 5, "seed": 0, "torchft": "0.2.0",
+        "wire": "fp32", "fragments": 0,
     }  # fmt: skip
     record = {**settings, **ORIGIN, "methods": [row("resist", 90.0, 0.4, 5.5), row("torchft", 85.0, 5.0, 5.5)]}
     page = elastic_page.section([record])
@@ -112,13 +113,18 @@ def test_each_target_is_reached_or_missed() -> None:
     assert "| ? |" in page
     alone = elastic_page.section([record | {"methods": [row("resist", 90.0, 0.4, 5.5)]}])
     assert "a goodput at least" not in alone
+    assert "of the default.\n" in page
+    assert "of the default. ResIST sends in int4, the shared part in 4 fragments;" in elastic_page.section(
+        [record | {"wire": "int4", "fragments": 4}]
+    )
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
-def test_a_short_run_of_the_benchmark_has_no_defect() -> None:
+@pytest.mark.parametrize("options", [(), ("--wire", "int4", "--fragments", "4")])
+def test_a_short_run_of_the_benchmark_has_no_defect(options: tuple[str, ...]) -> None:
     short = ["--seconds", "16", "--every", "8", "--undisturbed", "5", "--methods", "resist", "--no-record"]
-    command = [sys.executable, str(BENCHMARKS / "elastic.py"), *short]
+    command = [sys.executable, str(BENCHMARKS / "elastic.py"), *short, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "DEFECT" not in done.stdout

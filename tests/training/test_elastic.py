@@ -176,6 +176,16 @@ def test_whoever_is_lost_the_others_go_on(commands: Commands, tmp_path: Path, fa
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("faults", ["3:0:SIGKILL 5:1:SIGKILL", "3:2:SIGSTOP"])
+def test_a_compressed_exchange_in_fragments_goes_on(commands: Commands, tmp_path: Path, faults: str) -> None:
+    status, out, err = train(commands, tmp_path, faults, "--elastic", "2:4", "--wire", "int4", "--fragments", "2")
+    assert status == 0, out + err
+    found = generations(tmp_path / "run")
+    assert sum(len(one["left"]) for one in found) == len(faults.split())
+    check_complete(tmp_path / "run", 4)
+
+
+@pytest.mark.nightly
 def test_where_too_much_is_lost_at_once_the_run_goes_on_from_its_checkpoint(commands: Commands, tmp_path: Path) -> None:
     faults = "6:1:SIGKILL 6:2:SIGKILL 6:3:SIGKILL"
     status, out, err = train(commands, tmp_path, faults, "--elastic", "1:4", "--checkpoint-rounds", "2")
