@@ -119,6 +119,25 @@ def test_each_target_is_reached_or_missed() -> None:
     )
 
 
+def test_pairs_of_runs_whose_processes_are_killed() -> None:
+    def pair(seed: int, quiet: float, disturbed: float) -> dict[str, Any]:
+        run = {"rounds": 20, "repeated": 1, "images": 1000, "generations": 4}
+        runs = {
+            "undisturbed": run | {"percent": quiet, "kills": 0},
+            "disturbed": run | {"percent": disturbed, "kills": 2},
+        }
+        return {**ORIGIN, "seed": seed, "epochs": 0.6, "every": 12.0, **runs}
+
+    one = elastic_page.accuracy([pair(0, 35.0, 34.5)])
+    assert "| 0 | 35.00 | 34.50 | -0.50 | 2 | 4 | 1 | +0.00 |" in one
+    assert "of undisturbed runs: not known from one seed." in one
+    three = elastic_page.accuracy([pair(0, 35.0, 34.5), pair(1, 36.0, 36.1), pair(2, 34.0, 34.1)])
+    assert "-0.10 ± 0.20 points" in three
+    assert "undisturbed runs (1.00 points): reached." in three
+    assert three.count("n = 3 pairs of runs") == 1
+    assert "**missed**" in elastic_page.accuracy([pair(0, 35.0, 30.0), pair(1, 36.0, 31.0)])
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("options", [(), ("--wire", "int4", "--fragments", "4")])
