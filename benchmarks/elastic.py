@@ -2,6 +2,7 @@
 
     python benchmarks/elastic.py                          # as root: takes 26 minutes, appends to results/elastic.jsonl
     python benchmarks/elastic.py --seconds 90 --every 20 --undisturbed 20 --no-record
+    python benchmarks/elastic.py --methods resist --wire int4 --fragments 4 --seconds 90 --every 15 --no-record
 
 Four processes train on this machine (elastic_members.py), in steps of a stated length. After a time without faults, one
 of them is hit every `--every` seconds, at a moment drawn within a round: SIGKILL, SIGSTOP for longer than the heartbeat
@@ -293,6 +294,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--depths", type=int, nargs=4, default=[1, 1, 13, 1], metavar="BLOCKS")
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--wire", default="fp32", help="format of what is sent (of this package)")
+    parser.add_argument(
+        "--fragments",
+        type=int,
+        default=0,
+        help="parts of the shared part that are averaged within the round (of this package)",
+    )
     parser.add_argument("--bound-s", type=float, default=5.0, help="seconds after which a silent process is lost")
     parser.add_argument("--missed", type=int, default=5, help="heartbeats in this time (of this package)")
     parser.add_argument("--seed", type=int, default=0)

@@ -50,8 +50,8 @@ def main() -> None:
         if not args.no_record:
             with RESULTS.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    print(f"difference {statistics.mean(differences):+.2f} ± {error:.2f} points, n = {len(differences)}")
+    error = f" ± {statistics.stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
+    print(f"difference {statistics.mean(differences):+.2f}{error} points, n = {len(differences)}")
 
 
 def trained(args: argparse.Namespace, seed: int, every: float | None) -> dict[str, Any]:

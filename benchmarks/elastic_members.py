@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,14 @@ def resist_member(settings: dict[str, Any]) -> None:
     from resist.members.membership import Membership
     from resist.members.secret import read_secret
     from resist.members.store_client import SecretStore
+    from resist.planning.wire import as_wire
     from resist.sync.local import Unconnected
 
     def job_over(transport: Any) -> resist.Job:
         return resist.Job(
             lambda: network(settings), resist.resist(most, local_steps=settings["local_steps"], min_depth=0),
             batchnorm="average", example=torch.zeros(2, 3, SIZE, SIZE), elastic=True, replicate=True,
-            transport=transport,
+            wire=replace(as_wire(settings["wire"]), fragments=settings["fragments"]), transport=transport,
         )  # fmt: skip
 
     most, workers = settings["members"], {"workers": lambda generation: len(generation.members)}
@@ -181,8 +183,15 @@ def standing(membership: Any, job: Any) -> dict[str, Any]:
 
 
 def shared(worker: Any) -> list[Tensor]:
-    """The parameters of a worker that are in no chain."""
-    return [parameter for parameter, place in worker.subnet.parameter_places() if place.chain is None]
+    """What all workers agree on between two rounds: the weights that are in no chain; of fragments, their means."""
+    from resist.subnet.layout import Place
+
+    agreed, layouts = worker.agreed, worker.subnet.layouts
+    return [
+        layout.view(Place(None, 0, piece), agreed[dtype])
+        for dtype, layout in layouts.items()
+        for piece in layout.part(None).pieces
+    ]
 
 
 def examined(full: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:

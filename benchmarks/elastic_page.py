@@ -19,6 +19,42 @@ def section(records: list[Record]) -> str:
     return fill("elastic", results="\n\n".join(map(_setting, records)))
 
 
+def accuracy(records: list[Record]) -> str:
+    """Return the section on the accuracy of runs whose processes are killed, as Markdown.
+
+    Args:
+        records: Lines of elastic_accuracy.jsonl, one for each setting and seed.
+    """
+    settings: dict[tuple[float, float], list[Record]] = {}
+    for record in records:
+        settings.setdefault((record["epochs"], record["every"]), []).append(record)
+    return fill("elastic-accuracy", results="\n\n".join(map(_pairs, settings.values())))
+
+
+def _pairs(records: list[Record]) -> str:
+    """The pairs of runs of one setting."""
+    pairs = [(record["undisturbed"], record["disturbed"]) for record in records]
+    differences = [disturbed["percent"] - quiet["percent"] for quiet, disturbed in pairs]
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    spread = "" if error is None else f" ± {error:.2f}"
+    noise = statistics.stdev(quiet["percent"] for quiet, _ in pairs) if len(pairs) > 1 else None
+    within = "not known from one seed" if noise is None else reached(abs(mean) <= noise)
+    cells = [
+        [
+            record["seed"], f"{quiet['percent']:.2f}", f"{disturbed['percent']:.2f}",
+            f"{disturbed['percent'] - quiet['percent']:+.2f}", disturbed["kills"], disturbed["generations"],
+            disturbed["repeated"], f"{100 * (disturbed['images'] / quiet['images'] - 1):+.2f}",
+        ]
+        for record, (quiet, disturbed) in zip(records, pairs, strict=True)
+    ]  # fmt: skip
+    return fill(
+        "elastic-accuracy-setting", **records[0], rows=rows(cells), difference=f"{mean:+.2f}{spread}", within=within,
+        noise="" if noise is None else f" ({noise:.2f} points)", 
+        provenance=provenance(*(record | {"count": len(records)} for record in records), n="n-elastic-accuracy"),
+    )  # fmt: skip
+
+
 def _setting(record: Record) -> str:
     methods = {row["method"]: row for row in record["methods"]}
     cells = [
@@ -36,6 +72,8 @@ def _setting(record: Record) -> str:
     ]  # fmt: skip
     verdicts = [*_targets(record, methods), *_defects(methods)]
     values = record | {"number": len(record["methods"][0]["faults"]), "beat_s": record["bound_s"] / record["missed"]}
+    encoded = (record["wire"], record["fragments"]) != ("fp32", 0)
+    values |= {"encoded": f" {fill('elastic-encoded', **record)}" if encoded else ""}
     values |= {"late": max(row["late_percent"] for row in record["methods"])}
     return fill(
         "elastic-setting", **values, rows=rows(cells), pauses=rows(pauses),

@@ -31,6 +31,7 @@ SOURCES: dict[str, Sequence[str]] = {
     "detection": ("benchmarks/detection.py", *TRAINED),
     "elastic": ("benchmarks/elastic.py", "benchmarks/elastic_members.py", "benchmarks/elastic_figures.py",
                 "src/resist/members", *ROUND, NETWORK),
+    "elastic_accuracy": ("benchmarks/elastic_accuracy.py", "src/resist/members", *TRAINED),
     "exchange": ("benchmarks/exchange.py", "benchmarks/competitors.py", "benchmarks/own.py", *ROUND, NETWORK),
     "formats": WIRE,
     "faults": ("benchmarks/faults.py", "tests/faults", "src/resist/runs", "src/resist/state", *ROUND,

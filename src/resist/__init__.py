@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from resist import sync as sync
     from resist.blocks.chains import Chain, find_chains
     from resist.checking.validate import check_network
-    from resist.errors import UserError, WorkerLostError
+    from resist.errors import IncompleteNetworkError, UserError, WorkerLostError
     from resist.job import Job
     from resist.planning.capacities import Capacities
     from resist.planning.plan import Plan, RoundPlan, partition
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from resist.planning.strategy import OuterSGD, Strategy, ddp, diloco, local_sgd, resist, switch
     from resist.planning.wire import Wire
     from resist.runs.library import load_checkpoint, save_checkpoint
+    from resist.sync.local import Unconnected
     from resist.sync.worker import Worker
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Capacities",
     "Chain",
+    "IncompleteNetworkError",
     "Job",
     "Message",
     "OuterSGD",
@@ -39,6 +41,7 @@ __all__ = [
     "RoundPlan",
     "Schedule",
     "Strategy",
+    "Unconnected",
     "UserError",
     "Wire",
     "Worker",
@@ -60,6 +63,7 @@ __all__ = [
 _HOME = {  # the module of each public name
     "Capacities": "resist.planning.capacities",
     "Chain": "resist.blocks.chains",
+    "IncompleteNetworkError": "resist.errors",
     "Job": "resist.job",
     "Message": "resist.planning.schedule",
     "OuterSGD": "resist.planning.strategy",
@@ -67,6 +71,7 @@ _HOME = {  # the module of each public name
     "RoundPlan": "resist.planning.plan",
     "Schedule": "resist.planning.schedule",
     "Strategy": "resist.planning.strategy",
+    "Unconnected": "resist.sync.local",
     "UserError": "resist.errors",
     "Wire": "resist.planning.wire",
     "Worker": "resist.sync.worker",

@@ -48,10 +48,11 @@ from resist.sync.optimizers import check_optimizers
 from resist.sync.options import check_options
 from resist.sync.regrouping import move
 from resist.sync.replicas import Replica, collect_replica, keep_newest
+from resist.sync.round_agreement import agree_on_round
 from resist.sync.round_end import RoundEnd
 from resist.sync.round_start import RoundStart, begin_round, first_blocks, first_buffers, with_start, worker_start
 from resist.sync.streaming import Streaming
-from resist.sync.synchronization import agree, collect, exchange
+from resist.sync.synchronization import collect, exchange
 from resist.sync.target import Regrouped, Target, agree_on_target
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import Transport
@@ -440,7 +441,7 @@ class Job:
             self._streaming.complete()
             streamed = frozenset(self._streaming.done)
         end = self._round_end(streamed)
-        agreed = agree(self.transport, self.workers, end, nonfinite or {})
+        agreed = agree_on_round(self.transport, self.workers, end, nonfinite or {})
         self.dropped, replicas = agreed.nonfinite, dict[Key, Flats]()
         collect(self.workers, end, agreed, on_nonfinite=self.on_nonfinite)
         if not end.strategy.every_step:  # line 5: average each weight over its holders, and hand the blocks over

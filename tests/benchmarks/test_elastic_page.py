@@ -96,6 +96,7 @@ def test_each_target_is_reached_or_missed() -> None:
     settings = {
         "members": 4, "depths": [1, 1, 9, 1], "width": 8, "step_s": 0.1, "local_steps": 20, "every": 30.0,
         "seconds": 600.0, "undisturbed": 60.0, "bound_s": 5.0, "missed": 5, "seed": 0, "torchft": "0.2.0",
+        "wire": "fp32", "fragments": 0,
     }  # fmt: skip
     record = {**settings, **ORIGIN, "methods": [row("resist", 90.0, 0.4, 5.5), row("torchft", 85.0, 5.0, 5.5)]}
     page = elastic_page.section([record])
@@ -112,13 +113,37 @@ def test_each_target_is_reached_or_missed() -> None:
     assert "| ? |" in page
     alone = elastic_page.section([record | {"methods": [row("resist", 90.0, 0.4, 5.5)]}])
     assert "a goodput at least" not in alone
+    assert "of the default.\n" in page
+    assert "of the default. ResIST sends in int4, the shared part in 4 fragments;" in elastic_page.section(
+        [record | {"wire": "int4", "fragments": 4}]
+    )
+
+
+def test_pairs_of_runs_whose_processes_are_killed() -> None:
+    def pair(seed: int, quiet: float, disturbed: float) -> dict[str, Any]:
+        run = {"rounds": 20, "repeated": 1, "images": 1000, "generations": 4}
+        runs = {
+            "undisturbed": run | {"percent": quiet, "kills": 0},
+            "disturbed": run | {"percent": disturbed, "kills": 2},
+        }
+        return {**ORIGIN, "seed": seed, "epochs": 0.6, "every": 12.0, **runs}
+
+    one = elastic_page.accuracy([pair(0, 35.0, 34.5)])
+    assert "| 0 | 35.00 | 34.50 | -0.50 | 2 | 4 | 1 | +0.00 |" in one
+    assert "of undisturbed runs: not known from one seed." in one
+    three = elastic_page.accuracy([pair(0, 35.0, 34.5), pair(1, 36.0, 36.1), pair(2, 34.0, 34.1)])
+    assert "-0.10 ± 0.20 points" in three
+    assert "undisturbed runs (1.00 points): reached." in three
+    assert three.count("n = 3 pairs of runs") == 1
+    assert "**missed**" in elastic_page.accuracy([pair(0, 35.0, 30.0), pair(1, 36.0, 31.0)])
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
-def test_a_short_run_of_the_benchmark_has_no_defect() -> None:
+@pytest.mark.parametrize("options", [(), ("--wire", "int4", "--fragments", "4")])
+def test_a_short_run_of_the_benchmark_has_no_defect(options: tuple[str, ...]) -> None:
     short = ["--seconds", "16", "--every", "8", "--undisturbed", "5", "--methods", "resist", "--no-record"]
-    command = [sys.executable, str(BENCHMARKS / "elastic.py"), *short]
+    command = [sys.executable, str(BENCHMARKS / "elastic.py"), *short, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "DEFECT" not in done.stdout

@@ -266,6 +266,15 @@ def test_the_end_of_a_run_is_said_to_those_that_come_later(members: Members) -> 
         members.new().join()
 
 
+def test_a_text_is_published_to_those_that_have_not_joined(members: Members) -> None:
+    (a,) = members.founded(1)
+    other = members.new()
+    assert other.published("place") == ""
+    a.publish("place", "here")
+    a.publish("place", "there")
+    assert other.published("place") == "there"
+
+
 def test_a_run_whose_members_have_all_died_takes_nobody_in(members: Members) -> None:
     (a,) = members.founded(1)
     members.die(a)

@@ -16,6 +16,7 @@ from pool import Pool
 from resist.errors import WorkerLostError
 from resist.job import Job
 from resist.planning.strategy import resist
+from resist.planning.wire import Wire, as_wire
 from resist.sync import distributed, pending
 from resist.sync.distributed import Distributed
 from resist.sync.local import Unconnected
@@ -23,6 +24,7 @@ from support import floats, make, train
 
 pytestmark = pytest.mark.nightly
 VICTIM, NEWCOMER, PROCESSES, STEPS, LIMIT_S = 1, 3, 4, 2, 40.0
+STREAMED = Wire(**as_wire("int4").formats, fragments=1, delay=1)
 POINTS: dict[str, tuple[Any, str]] = {
     "before the exchange": (Job, "synchronize"),
     "agreeing": (distributed.Distributed, "all_gather_text"),
@@ -54,11 +56,11 @@ def die_at(owner: Any, name: str) -> None:
     setattr(owner, name, wrapped)
 
 
-def go(point: str, folder: str) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+def go(point: str, wire: Wire, folder: str) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
     """The result of regrouping, the network of this worker then, and the full network after two more rounds."""
     rank = dist.get_rank()
     strategy = resist(3, STEPS, min_depth=0)
-    options: dict[str, Any] = {"replicate": True, "elastic": True, "example": False}
+    options: dict[str, Any] = {"replicate": True, "elastic": True, "example": False, "wire": wire}
     if rank == NEWCOMER:
         dist.destroy_process_group()
         job, optimizers = make(strategy, transport=Unconnected(3), **options)
@@ -82,9 +84,10 @@ def go(point: str, folder: str) -> tuple[Any, dict[str, Tensor], dict[str, Tenso
     return found, state, floats(full)
 
 
+@pytest.mark.parametrize("wire", [Wire(), STREAMED], ids=["fp32", "int4 in fragments"])
 @pytest.mark.parametrize("point", POINTS)
-def test_one_is_killed_and_another_joins(pool: Pool, tmp_path: Path, point: str) -> None:
-    outcomes = pool.outcomes(PROCESSES, go, point, str(tmp_path))
+def test_one_is_killed_and_another_joins(pool: Pool, tmp_path: Path, point: str, wire: Wire) -> None:
+    outcomes = pool.outcomes(PROCESSES, go, point, wire, str(tmp_path))
     assert [outcome.error for outcome in outcomes].count(None) == 3, [outcome.error for outcome in outcomes]
     assert outcomes[VICTIM].error == ""
     results, states, full = zip(*(outcomes[rank].value for rank in (0, 2, NEWCOMER)), strict=True)

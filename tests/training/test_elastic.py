@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import resist
 from commands import Command, Commands, free_port
+from resist.models import build
+from resist.models.pretrained import to_timm
 from resist.runs.history import read_history
 
 ARGUMENTS = (
@@ -122,6 +125,37 @@ def test_a_process_that_cannot_join_says_why(
 
 
 @pytest.mark.nightly
+def test_who_has_other_initial_weights_or_another_directory_is_refused_and_disturbs_nobody(
+    commands: Commands, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)  # the run has seed 0
+    weights = to_timm(build("preact_resnet101_imagenet", num_classes=10, depths=(1, 1, 3, 1), width=2).state_dict())
+    save_file(weights, tmp_path / "weights.safetensors")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "RESIST_SECRET": "0123456789abcdef"}
+
+    def host(*options: str) -> Command:
+        network = ("--model", "preact_resnet101_imagenet", "--model-args", "depths=1,1,3,1", "width=2")
+        members = ("--elastic", "1:2", "--workers", "1", "--epochs", "999")
+        return commands.start(*ARGUMENTS, *network, *members, *options, cwd=tmp_path, env=place)
+
+    store = commands.start("rendezvous", "--bind", "127.0.0.1", "--port", place["MASTER_PORT"], env=place)
+    first = host()
+    await_generations(tmp_path / "run", first, 0)
+    other = host("--init-from", "timm:weights.safetensors")
+    out, err = other.communicate()
+    assert (other.returncode, err.count("\n")) == (2, 1), out + err
+    assert "cannot join the run: digest of the initial weights (--init-from) is " in err
+    other = host("--out", "elsewhere/run")
+    out, err = other.communicate()
+    first.send_signal(signal.SIGTERM)
+    assert (other.returncode, err.count("\n")) == (2, 1), out + err
+    assert "cannot join the run: it does not see elsewhere/run as the members do; give --out in a directory" in err
+    _, err = first.communicate()
+    assert (first.returncode, err, generations(tmp_path / "run")) == (75, "", [])
+    store.kill()
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "faults",
     [
@@ -138,6 +172,16 @@ def test_whoever_is_lost_the_others_go_on(commands: Commands, tmp_path: Path, fa
     found = generations(tmp_path / "run")
     assert sum(len(one["left"]) for one in found) == len(faults.split())
     assert "SIGSTOP" in faults or any(one["came"] for one in found)
+    check_complete(tmp_path / "run", 4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("faults", ["3:0:SIGKILL 5:1:SIGKILL", "3:2:SIGSTOP"])
+def test_a_compressed_exchange_in_fragments_goes_on(commands: Commands, tmp_path: Path, faults: str) -> None:
+    status, out, err = train(commands, tmp_path, faults, "--elastic", "2:4", "--wire", "int4", "--fragments", "2")
+    assert status == 0, out + err
+    found = generations(tmp_path / "run")
+    assert sum(len(one["left"]) for one in found) == len(faults.split())
     check_complete(tmp_path / "run", 4)
 
 

@@ -20,6 +20,8 @@ import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from resist.members.store_client import innermost
+
 LOOPBACK = "127.0.0.1"
 LOOK_S = 0.2  # seconds that a look at other doors may take
 INTRODUCTION_S = 1.0  # seconds that one may take to answer
@@ -150,8 +152,7 @@ def own_address(store: Any) -> str:
     Args:
         store: A store of torch.distributed.
     """
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
+    store = innermost(store)
     host, port = getattr(store, "host", ""), getattr(store, "port", 0)
     with contextlib.suppress(OSError):
         for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM) if host else ():

@@ -41,8 +41,8 @@ from resist.sync.rendezvous import parsed
 
 T = TypeVar("T")
 # Keys in the store: a generation not much older than the latest one; how the run has ended; the members that are
-# about to connect, and those that are done.
-LATEST, ENDED, READY, DONE = "latest", "ended", "ready/", "done/"
+# about to connect, and those that are done; texts that are published.
+LATEST, ENDED, READY, DONE, TEXT = "latest", "ended", "ready/", "done/", "text/"
 POLL_S = 0.05  # seconds between two looks of a process that agrees
 PATIENT_POLL_S = 0.2  # the same of one that waits to be taken in
 
@@ -89,6 +89,30 @@ class Membership:
     def founded(self) -> bool:
         """Return True where the run has members already, which this process can only join."""
         return self._latest() is not None
+
+    def publish(self, name: str, text: str) -> None:
+        """Show a text to all processes that reach the store, also to those that have not joined.
+
+        Args:
+            name: Its name. An earlier text of this name is replaced.
+            text: The text.
+
+        Raises:
+            NotAMemberError: The store cannot be reached.
+        """
+        self._call(lambda store: store.set(f"{TEXT}{name}", text))
+
+    def published(self, name: str) -> str:
+        """Return the latest text of a name that a process has published, or "".
+
+        Args:
+            name: Its name.
+
+        Raises:
+            NotAMemberError: The store cannot be reached.
+        """
+        key = f"{TEXT}{name}"
+        return self._call(lambda store: store.get(key).decode() if store.check([key]) else "")
 
     def join(
         self, facts: Mapping[str, Any] | None = None, *, expected: int | None = None, patience_s: float = 60.0

@@ -187,13 +187,23 @@ def run_store(store: dist.Store, name: str) -> Any:  # pyright: ignore[reportPri
     return dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def close_clone(store: Any) -> None:
-    """End the connection of a clone of a store; one of torch ends with its object.
+def innermost(store: Any) -> Any:
+    """Return the store below those that add a prefix.
 
     Args:
         store: A store of torch.distributed.
     """
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
+    return store
+
+
+def close_clone(store: Any) -> None:
+    """End the connection of a clone of a store; one of torch ends with its object.
+
+    Args:
+        store: A store of torch.distributed.
+    """
+    store = innermost(store)
     if isinstance(store, SecretStore):
         store.close()

@@ -16,7 +16,8 @@ from resist.planning.plan import Key
 from resist.subnet.flats import Flats
 from resist.sync.averaging import VELOCITY
 from resist.sync.recovery import join, keep_present, return_to
-from resist.sync.synchronization import agree, collect, exchange
+from resist.sync.round_agreement import agree_on_round
+from resist.sync.synchronization import collect, exchange
 from resist.sync.target import GroupedJob, Target
 from resist.sync.transport import Transport
 from resist.sync.worker import Worker
@@ -44,7 +45,7 @@ def move(job: GroupedJob, transport: Transport, workers: Sequence[Worker], targe
         for worker, index in zip(workers, transport.hosted, strict=True):
             worker.index = index
         _take_up(job, target, workers)
-        agreed = agree(transport, workers, target.end, {}, target.regrouping.joined)
+        agreed = agree_on_round(transport, workers, target.end, {}, target.regrouping.joined)
         job.dropped = agreed.nonfinite
         collect(workers, target.end, agreed, on_nonfinite=job.on_nonfinite)
         _share_anchors(transport, workers, target)

@@ -67,10 +67,14 @@ def agree_on_round(
         The states and the workers with NaN or inf of all processes, and the loose values.
 
     Raises:
-        UserError: If `nonfinite` has a worker that is not hosted here.
+        UserError: If a parameter was moved out of the flat tensor, or `nonfinite` has a worker that is not hosted here.
         AgreedError: If processes are at different steps, if workers have other optimizers, or if only some processes
             have averages.
     """
+    for worker in workers:
+        worker.take_back()
+    for worker in workers if end.strategy.optimizer_state == "reset" else ():
+        worker.reset_state()
     hosted = [worker.index for worker in workers]
     if others := nonfinite.keys() - set(hosted):
         raise UserError(f"nonfinite has worker {min(others)}, and this process hosts {hosted}; name only those")

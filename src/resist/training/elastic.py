@@ -5,10 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import resist
-from resist.errors import (
-    RunEndedError,
-)
+from resist.errors import RunEndedError
 from resist.members.membership import ENDED, Membership
 from resist.members.secret import read_secret
 from resist.members.store_client import SecretStore, run_store
@@ -16,6 +13,7 @@ from resist.runs.config import TrainConfig
 from resist.runs.elastic import at_size, bounds_of
 from resist.sync.meeting import environment_number
 from resist.tasks import Task
+from resist.training.common import common_values, network_values
 from resist.training.device import take_device
 from resist.training.member import Member
 from resist.training.optimizers import resolve
@@ -73,10 +71,10 @@ def train_elastic(config: TrainConfig, task: Task | None = None, *, checked: boo
     make_sampler(most, task.num_images, most.method.workers - 1)  # images enough for each of them
     port = environment_number("MASTER_PORT", PORT)
     store = SecretStore(os.environ["MASTER_ADDR"], port, read_secret(), machine.timeout_s)
-    about = {name: str(value) for name, value in config.digest().items()}
+    about = {**common_values(config, task), **network_values(config, task)}
     membership = Membership(
         run_store(store, run_name(out)),
-        {"resist": resist.__version__, **about, "data set": task.digest()},
+        {name: str(value) for name, value in about.items()},
         least=bounds.least,
         most=bounds.most,
         timeout_s=machine.timeout_s,

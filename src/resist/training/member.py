@@ -23,6 +23,7 @@ from resist.errors import (
     IncompleteNetworkError,
     LeftBehindError,
     NotAMemberError,
+    UserError,
     WorkerLostError,
 )
 from resist.job import Job
@@ -31,7 +32,7 @@ from resist.members.membership import Membership
 from resist.planning.generations import Generation
 from resist.runs.checkpoint import Checkpoints
 from resist.runs.config import TrainConfig
-from resist.runs.directory import Run, mark
+from resist.runs.directory import Run, mark, seen_after_a_while
 from resist.runs.elastic import at_size
 from resist.runs.lock import RunLock
 from resist.sync.agreement import run_everywhere
@@ -53,6 +54,8 @@ from resist.training.train import check_before, log_chains, make_job, rescuing, 
 from resist.training.trainer import Trainer, make_sampler
 
 log = logging.getLogger(__name__)
+
+DIRECTORY = "run directory"  # what members publish: the mark of the one that all of them see
 
 
 class Member:
@@ -96,6 +99,7 @@ class Member:
             The exit status.
         """
         if self._membership.founded():  # what takes time is done before the others wait for it
+            self._check_directory()
             self._make(self._config.method.workers)
         self._membership.join(expected=self._config.method.workers)
         generation, transport = connect_members(
@@ -142,6 +146,15 @@ class Member:
             self._end(str(error))
             with self._rescuing():
                 raise
+
+    def _check_directory(self) -> None:
+        """Raise UserError where the members see the run directory, and this process does not."""
+        while (expected := self._membership.published(DIRECTORY)) and not seen_after_a_while(self._out, expected):
+            if self._membership.published(DIRECTORY) == expected:  # else another process has taken it over
+                raise UserError(
+                    f"this process cannot join the run: it does not see {self._out} as the members do; give `out` in a "
+                    "directory that all machines share"
+                )
 
     def _facts(self) -> Mapping[str, Any]:
         """What the others have to know of this process: the number of workers that its job began with."""
@@ -271,6 +284,8 @@ class Member:
         self._attempt = transport.all_gather_text(mark(self._out))[0]
         answers = transport.all_gather_text(str(self._possible))  # of all: one that joins does not know it yet
         self._possible = "False" not in answers and seen_by_all(self._out, self._attempt, transport)
+        if is_main:
+            self._membership.publish(DIRECTORY, self._attempt if self._possible else "")
         checkpoints = Checkpoints(
             self._out / "checkpoints",
             transport,

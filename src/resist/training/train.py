@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-import resist
 from resist.data import Sampler
 from resist.data.readers import num_readers, workers_here
 from resist.errors import DivergedError, UserError, WorkerLostError
 from resist.job import Job
 from resist.runs.checkpoint import Checkpoints
-from resist.runs.config import TrainConfig
+from resist.runs.config import NetworkConfig, TrainConfig
 from resist.runs.directory import Run, check_free, check_resumable, default_out, mark, seen_after_a_while
 from resist.runs.lock import RunLock
 from resist.runs.recipe import STREAMED
@@ -27,6 +26,7 @@ from resist.sync.meeting import environment_number
 from resist.sync.transport import Transport, hosted_workers
 from resist.tasks import Task, open_task
 from resist.tasks.preflight import check_parts, example_of, try_logits
+from resist.training.common import common_values
 from resist.training.device import take_device
 from resist.training.loggers import open_loggers
 from resist.training.loop import Training
@@ -72,9 +72,9 @@ def train(config: TrainConfig, task: Task | None = None, *, checked: bool = True
     try:
         optimization = run_everywhere(transport, lambda: resolve(config.optimization))
         config = replace(config, optimization=optimization)
-        task = _open_everywhere(config, transport) if task is None else task
-        check_agreement(transport, {**config.digest(), "resist": resist.__version__, "data set": task.digest()})
-        return _train(config, task.to(device, channels_last=machine.channels_last), transport, device, began)
+        opened = _open_everywhere(config, transport) if task is None else task
+        check_agreement(transport, run_everywhere(transport, lambda: common_values(config, opened)))
+        return _train(config, opened.to(device, channels_last=machine.channels_last), transport, device, began)
     finally:
         transport.close()
 
@@ -99,11 +99,16 @@ def open_data(config: TrainConfig, *, download: bool = True) -> Task:
         UserError: Options contradict each other, or files are missing or damaged.
     """
     network, resume = config.network, config.run.resume
-    if resume is not None and any(resume.glob("checkpoints/*")):  # all weights come from there
-        network = replace(network, init_from=None)
+    elastic = config.machine.elastic is not None  # then all need them, whenever a process is started
+    if resume is not None and any(resume.glob("checkpoints/*")) and not (elastic and _has_initial_weights(network)):
+        network = replace(network, init_from=None)  # all weights come from there
     if network.data in STREAMED:
         network = replace(network, data_workers=num_readers(network.data_workers, workers_here(config.method.workers)))
     return open_task(network, config.optimization, download=download)
+
+
+def _has_initial_weights(network: NetworkConfig) -> bool:
+    return network.init_from is not None and Path(network.init_from.removeprefix("timm:")).exists()
 
 
 def _train(config: TrainConfig, task: Task, transport: Transport, device: torch.device, began: float) -> int:
