@@ -237,7 +237,10 @@ ROWS = {
     row.name: row
     for row in (
         LOCAL,
-        *(Row(f"local SGD, {percent} % of the rounds", local_sgd, share=percent / 100) for percent in (40, 60, 80, 110)),
+        *(
+            Row(f"local SGD, {percent} % of the rounds", local_sgd, share=percent / 100)
+            for percent in (40, 60, 80, 110)
+        ),
         Row("averaging in every step", every_step),
         STOCHASTIC,
         SHALLOW,
