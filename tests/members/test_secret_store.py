@@ -271,6 +271,18 @@ def test_a_server_that_ends_or_is_silent_ends_the_calls(monkeypatch: pytest.Monk
         client(server.port, timeout_s=0.3)
 
 
+def test_who_waits_for_a_server_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    server = StoreServer(HOST, 0, SECRET)
+    monkeypatch.setattr(store_client, "SILENCE_S", 0.05)
+    monkeypatch.setattr(store_client, "POLL_S", 0.02)
+    client(server.port).close()
+    assert not caplog.messages
+    server.close()
+    with pytest.raises(UserError, match="cannot be reached"):
+        client(server.port, timeout_s=0.4)
+    assert caplog.messages == [f"waiting for the store at {HOST}:{server.port}, up to 0.4 s (Connection refused)"]
+
+
 def test_it_listens_at_its_address_only(server: StoreServer) -> None:
     for other in ("127.0.0.2", "::1"):
         with pytest.raises(OSError, match=r"refused|assign|unreachable"):

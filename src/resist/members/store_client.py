@@ -1,5 +1,6 @@
 """A store of torch.distributed behind a shared secret: the client of `resist rendezvous`."""
 
+import logging
 import socket
 import threading
 import time
@@ -13,6 +14,9 @@ from resist.errors import UserError
 from resist.members.secret import Channel, FullError, NoStoreError, WrongSecretError, greet
 from resist.members.store_server import ERROR, GREETING_S, WAIT_S, reason
 
+log = logging.getLogger(__name__)
+
+SILENCE_S = 5.0  # seconds after which a process says that it waits for the server
 POLL_S = 0.2  # seconds between two attempts to connect
 ANSWER_S = 10.0  # seconds that an answer may take, beyond what the server waits for a key
 
@@ -143,6 +147,7 @@ class SecretStore(dist.Store):  # pyright: ignore[reportPrivateImportUsage]
 def _connect(host: str, port: int, secret: bytes, timeout_s: float) -> Channel:
     """Connect to the server, which may start later. Raises UserError."""
     where, end, why = f"the store at {host}:{port}", time.monotonic() + timeout_s, ""
+    said = time.monotonic() + SILENCE_S
     while True:
         left = min(GREETING_S, max(0.1, end - time.monotonic()))
         try:
@@ -161,6 +166,9 @@ def _connect(host: str, port: int, secret: bytes, timeout_s: float) -> Channel:
                 f"{where} cannot be reached within {timeout_s:g} s ({why}); check that `resist rendezvous` runs there, "
                 "and that no firewall is between"
             )
+        if time.monotonic() >= said:
+            said = end
+            log.warning("waiting for %s, up to %g s (%s)", where, timeout_s, why)
         time.sleep(POLL_S)
 
 
