@@ -61,14 +61,12 @@ def figure(runs: Sequence[Mapping[str, Any]], reading: str = "averaged") -> str:
     high = max(point.mean + point.error for point in points)
     margin = 0.08 * (high - low) or 1.0
     y = Axis(low - margin, high + margin)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" font-family="system-ui, sans-serif" font-size="12">',
-        f"<title>Test accuracy against cost; cost of {escape(BASE)} = 1, bars: standard error over seeds</title>",
-        f"<style>{STYLE}</style>",
-        f'<rect class="ground" width="{width}" height="{height}"/>',
-        f'<text x="14" y="20" font-weight="bold">Test accuracy, %, against cost ({escape(BASE)} = 1)</text>',
-    ]
+    parts = begin(
+        width,
+        height,
+        f"Test accuracy against cost; cost of {BASE} = 1, bars: standard error over seeds",
+        f"Test accuracy, %, against cost ({BASE} = 1)",
+    )
     for number, (key, title) in enumerate(PANELS.items()):
         parts += _panel(points, key, title, y, left=LEFT + number * (WIDTH + GAP), labels=number == 0)
     parts += _legend(points, TOP + HEIGHT + 56, width)
@@ -93,11 +91,7 @@ def _panel(points: Sequence[Point], key: str, title: str, y: Axis, *, left: floa
     x = Axis(min(costs) / 1.3, 1.3 * max(costs), log=True) if far else Axis(0.0, 1.08 * max(costs))
     title += ", logarithmic" if far else ""
     parts = [f'<text x="{left + WIDTH / 2:g}" y="{TOP + HEIGHT + 36}" text-anchor="middle">{escape(title)}</text>']
-    for place, text in y.ticks(5):
-        at = TOP + HEIGHT * (1 - place)
-        parts.append(f'<path class="grid" d="M{left} {at:.1f}h{WIDTH}"/>')
-        if labels:
-            parts.append(f'<text class="soft" x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+    parts += grid(y, left, labels=labels)
     for place, text in x.ticks(4):
         at = left + WIDTH * place
         parts.append(
@@ -117,6 +111,29 @@ def _panel(points: Sequence[Point], key: str, title: str, y: Axis, *, left: floa
             TOP + HEIGHT * (1 - y.place(point.mean + sign * point.error)) for sign in (0.0, 1.0, -1.0)
         )
         parts += [bar(number, across, above, below), mark(number, across, middle)]
+    return parts
+
+
+def begin(width: float, height: float, title: str, heading: str) -> list[str]:
+    """The beginning of a drawing, with a ground of its own and a heading."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'role="img" font-family="system-ui, sans-serif" font-size="12">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="ground" width="{width}" height="{height}"/>',
+        f'<text x="14" y="20" font-weight="bold">{escape(heading)}</text>',
+    ]
+
+
+def grid(y: Axis, left: float, *, labels: bool = True) -> list[str]:
+    """The horizontal lines of a panel, with their values."""
+    parts = []
+    for place, text in y.ticks(5):
+        at = TOP + HEIGHT * (1 - place)
+        parts.append(f'<path class="grid" d="M{left} {at:.1f}h{WIDTH}"/>')
+        if labels:
+            parts.append(f'<text class="soft" x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(text)}</text>')
     return parts
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from accuracy_figure import HEIGHT, LEFT, STYLE, WIDTH, bar, color_of, mark
+from accuracy_figure import HEIGHT, LEFT, TOP, WIDTH, bar, begin, color_of, grid, mark
 from cifar10_rows import LOCAL, LOCAL_STEPS, RESIST, ROWS, WORKERS, Row
 from page_parts import Record, table
 from paired import by_row, difference, mean_and_error, score, share
@@ -13,7 +13,7 @@ from resist.report.svg import Axis
 FIGURE_OF = "screen"  # the setting of the table and of docs/sizes.svg
 METHODS = (RESIST, LOCAL)
 QUANTITIES = {"S": ("workers", WORKERS, "workers, S"), "l": ("local_steps", LOCAL_STEPS, "local steps, l")}
-GAP, TOP, BOTTOM = 60, 40, 74  # around the panels, in pixels
+GAP, BOTTOM = 60, 74  # around the panels, in pixels
 
 
 def row_at(method: Row, quantity: str, value: int) -> Row | None:
@@ -88,14 +88,12 @@ def size_figure(runs: Sequence[Mapping[str, Any]], reading: str = "averaged") ->
     margin = 0.08 * (max(ends) - min(ends)) or 1.0
     y = Axis(min(ends) - margin, max(ends) + margin)
     width, height = LEFT + len(panels) * (WIDTH + GAP), TOP + HEIGHT + BOTTOM
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" font-family="system-ui, sans-serif" font-size="12">',
-        "<title>Test accuracy of ResIST and local SGD against S and l; bars: standard error over seeds</title>",
-        f"<style>{STYLE}</style>",
-        f'<rect class="ground" width="{width}" height="{height}"/>',
-        '<text x="14" y="20" font-weight="bold">Test accuracy, %, for equally many images of each worker</text>',
-    ]
+    parts = begin(
+        width,
+        height,
+        "Test accuracy of ResIST and local SGD against S and l; bars: standard error over seeds",
+        "Test accuracy, %, for equally many images of each worker",
+    )
     for number, (quantity, points) in enumerate(panels.items()):
         parts += _panel(QUANTITIES[quantity][2], points, y, LEFT + number * (WIDTH + GAP))
     for number, method in enumerate(METHODS):
@@ -107,10 +105,7 @@ def size_figure(runs: Sequence[Mapping[str, Any]], reading: str = "averaged") ->
 def _panel(title: str, points: Mapping[int, Sequence[tuple[float, float]]], y: Axis, left: float) -> list[str]:
     x = Axis(min(points) / 1.3, 1.3 * max(points), log=True)
     parts = [f'<text x="{left + WIDTH / 2:g}" y="{TOP + HEIGHT + 36}" text-anchor="middle">{escape(title)}</text>']
-    for place, text in y.ticks(5):
-        down = TOP + HEIGHT * (1 - place)
-        parts.append(f'<path class="grid" d="M{left} {down:.1f}h{WIDTH}"/>')
-        parts.append(f'<text class="soft" x="{left - 6}" y="{down + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+    parts += grid(y, left)
     for value in points:
         across = left + WIDTH * x.place(value)
         parts.append(f'<text class="soft" x="{across:.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{value}</text>')
