@@ -45,7 +45,7 @@ import torch.distributed as dist
 from torch import nn
 
 from competitors import Ddp, Method, check, make
-from namespaces import INTERFACE, CannotEmulateError, Host, network, parse_rate, sent_bytes
+from namespaces import INTERFACE, CannotEmulateError, Host, network, parse_rate, sent_bytes, sent_headers
 from provenance import provenance
 from resist import UserError
 from resist.models import build
@@ -195,7 +195,7 @@ def measure(method: Method, args: argparse.Namespace) -> list[dict[str, Any]]:
     rounds: list[dict[str, Any]] = []
     for number in range(-args.warm_up, args.rounds):
         dist.barrier()
-        sent, cpu = sent_bytes(), time.process_time()
+        sent, headers, cpu = sent_bytes(), sent_headers(), time.process_time()
         step_s: list[list[float]] = []
         for stepper in steppers:
             dist.barrier()
@@ -205,13 +205,14 @@ def measure(method: Method, args: argparse.Namespace) -> list[dict[str, Any]]:
         method.synchronize()
         exchange_s = time.perf_counter() - start
         dist.barrier()
-        sent, cpu = sent_bytes() - sent, time.process_time() - cpu
+        sent, headers, cpu = sent_bytes() - sent, sent_headers() - headers, time.process_time() - cpu
         method.tidy()
         if ddp:
             exchange_s = max(0.0, sum(step_s[1]) - sum(step_s[0]))
         busy = [seconds for step, seconds in enumerate(step_s[0], start=1) if step in method.busy_steps]
         expected, counted = method.expected_bytes(), method.counted_bytes()
         entry = {"compute_s": sum(step_s[0]) * scale, "exchange_s": exchange_s * scale, "sent_bytes": sent * scale}
+        entry |= {"header_bytes": headers * scale}
         entry |= {"formula_bytes": expected and expected * (args.local_steps if ddp else 1), "ledger_bytes": counted}
         entry |= {"undisturbed_s": undisturbed_s, "busy_s": statistics.fmean(busy) if busy else None, "cpu_s": cpu}
         if number >= 0:
@@ -237,7 +238,8 @@ def collect(hosts: list[list[dict[str, Any]]], local_steps: int) -> list[dict[st
             row[name] = {"median": round(statistics.median(values), 4), "all": [round(value, 4) for value in values]}
         slowed = [max(h["busy_s"] / h["undisturbed_s"] for h in one) for one in rounds if one[0]["busy_s"] is not None]
         row["slowed_percent"] = round(100 * (statistics.median(slowed) - 1), 2) if slowed else None
-        row["wire_bytes"] = [round(sum(host["sent_bytes"] for host in one)) for one in rounds]
+        for name, key in (("wire_bytes", "sent_bytes"), ("header_bytes", "header_bytes")):
+            row[name] = [round(sum(host[key] for host in one)) for one in rounds]
         for key in ("ledger_bytes", "formula_bytes"):
             row[key] = [one[0][key] for one in rounds] if rounds[0][0][key] is not None else None
             assert all(host[key] == one[0][key] for one in rounds for host in one), f"hosts disagree on {key}"
