@@ -180,11 +180,11 @@ class Skipped(nn.Module):
 Strategies = Callable[[Row, int], resist.Strategy]
 
 
-def resist_row(name: str, state: str = "average", *, held: int = HELD, **others: Any) -> Row:
-    """Make a row of ResIST whose workers hold `held` blocks all the time."""
+def resist_row(name: str, state: str = "average", *, held: int = HELD, redraw: int = 1, **others: Any) -> Row:
+    """Make a row of ResIST whose workers hold `held` blocks all the time, other ones every `redraw` rounds."""
 
     def strategy(row: Row, rounds: int) -> resist.Strategy:
-        return resist.resist(row.workers, row.local_steps, capacities=held, optimizer_state=state)
+        return resist.resist(row.workers, row.local_steps, capacities=held, optimizer_state=state, redraw_every=redraw)
 
     return Row(name, strategy, scales=(0.7, 1.4, 2.0), **others)
 
@@ -254,6 +254,7 @@ ROWS = {
         *(resist_row(f"ResIST, {state}", state) for state in ("travel", "reset")),
         resist_row("ResIST, reset, rate corrected", "reset", lr=1 / RESET_RATE),
         *(resist_row(f"ResIST, {held} of {NUM_BLOCKS} blocks", held=held) for held in (8, 10, 11, 16, 20)),
+        *(resist_row(f"ResIST, average, drawn every {rounds} rounds", redraw=rounds) for rounds in (2, 4)),
         *(resist_row(f"ResIST, chain's rate x {factor:g}", chain_lr=factor) for factor in (0.5, 2.0)),
         Row("ResIST, growing 6, 11, 22", growing(6, 11, 22)),
         Row("ResIST, growing 6, 11", growing(6, 11)),

@@ -34,7 +34,8 @@ KERNEL = {
     "ipv6/conf/default/disable_ipv6": 1,  # its own packets would be counted
     "ipv4/tcp_early_retrans": 0,  # no probes for a loss, which send a segment again
     "ipv4/tcp_recovery": 0,  # no loss is inferred from time,
-    "ipv4/tcp_reordering": 100,  # nor from a packet that another processor has passed on first
+    "ipv4/tcp_reordering": 1 << 20,  # nor from packets that another processor has passed on first
+    "ipv4/tcp_max_reordering": 1 << 20,
 }
 RETRANSMISSION = "10s"  # without an acknowledgement for so long a segment is sent again; by default 0.2 s
 

@@ -4,6 +4,7 @@ Options of a method, after commas:
 
 optimizer_state     policy for the momentum at a synchronization
 min_depth           lower bound of a worker's blocks; capacities=7/3: blocks of each worker
+redraw_every        rounds from one draw of the sub-networks to the next
 wire                wire format: a name (int8), or one for each of shared part, blocks and state (log4/int8/int8)
 fragments, delay    number of fragments of the shared part, and steps that each is late
 """
@@ -24,7 +25,7 @@ from resist.sync.transport import PACKET_BYTES
 SEED = 0
 WIRE = ("wire", "fragments", "delay")
 OPTIONS = {
-    "resist": ("optimizer_state", "min_depth", "capacities", *WIRE),
+    "resist": ("optimizer_state", "min_depth", "capacities", "redraw_every", *WIRE),
     "local_sgd": ("optimizer_state", *WIRE),
     "diloco": WIRE,
 }
@@ -33,8 +34,7 @@ OPTIONS = {
 def strategy_of(name: str, workers: int, local_steps: int, options: Mapping[str, str]) -> resist.Strategy:
     """Return the strategy of a method; UserError or ValueError if an option has a wrong value."""
     values: dict[str, object] = {key: value for key, value in options.items() if key not in WIRE}
-    if "min_depth" in options:
-        values["min_depth"] = int(options["min_depth"])
+    values |= {key: int(options[key]) for key in ("min_depth", "redraw_every") if key in options}
     if "capacities" in options:
         values["capacities"] = [int(capacity) for capacity in options["capacities"].split("/")]
     return build_strategy(name, workers, local_steps, **values)

@@ -289,6 +289,8 @@ FILES: list[tuple[object, str]] = [
     ({"method": {"sampling": "some"}}, 'method.sampling has the value "some", which is not one of all, shard'),
     ({"method": {"scale": "-1"}}, "method.scale='-1' is not inclusion, 1/S, or a number above 0"),
     ({"method": {"capacities_by_round": ["-1=6"]}}, "is not ROUNDS=BLOCKS"),
+    ({"method": {"redraw_every": 0}}, "method.redraw_every=0 is too small; give at least 1"),
+    ({"method": {"redraw_every": 1.5}}, "method.redraw_every has the value 1.5, which is not a whole number"),
     ({"optimization": {"epochs": "3"}}, 'optimization.epochs has the value "3", which is not a number'),
     ({"optimization": {"momentum": 1.5}}, "optimization.momentum=1.5; must be less than 1; 0.9 is usual"),
     ({"optimization": {"momentum": -0.1}}, "optimization.momentum=-0.1 is too small; give at least 0"),

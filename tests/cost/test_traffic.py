@@ -72,13 +72,22 @@ def shares(draw: st.DrawFn) -> list[int]:
     return capacities
 
 
-@given(shares(), st.sampled_from(OPTIMIZER_STATES), st.booleans(), st.sampled_from([None, OuterSGD()]))
+@given(
+    shares(),
+    st.sampled_from(OPTIMIZER_STATES),
+    st.booleans(),
+    st.sampled_from([None, OuterSGD()]),
+    st.sampled_from([1, 2]),
+)
 @settings(max_examples=settings().max_examples // 6)
-def test_bytes_are_those_of_the_ledger(capacities: list[int], policy: str, adam: bool, outer: OuterSGD | None) -> None:
-    strategy = resist(len(capacities), 1, capacities=capacities, optimizer_state=policy, outer=outer)
+def test_bytes_are_those_of_the_ledger(
+    capacities: list[int], policy: str, adam: bool, outer: OuterSGD | None, redraw_every: int
+) -> None:
+    workers = len(capacities)
+    strategy = resist(workers, 1, capacities=capacities, optimizer_state=policy, outer=outer, redraw_every=redraw_every)
     build_optimizer = OPTIMIZERS["adamw" if adam else "sgd"]
     job, optimizers = make(strategy, lambda model: build_optimizer(model.parameters()))
-    follow(job, optimizers, build_optimizer, rounds=2)
+    follow(job, optimizers, build_optimizer, rounds=1 + redraw_every)
 
 
 @pytest.mark.parametrize("policy", OPTIMIZER_STATES)
@@ -100,17 +109,19 @@ def test_state_of_any_form_is_counted(name: str, strategy: Callable[..., Strateg
 
 
 @pytest.mark.parametrize(
-    ("name", "policy", "outer"),
+    ("name", "policy", "outer", "redraw_every"),
     [
-        *(("resist", policy, None) for policy in OPTIMIZER_STATES),
-        *(("resist", policy, OuterSGD()) for policy in OPTIMIZER_STATES),
-        ("local_sgd", "average", None),
-        ("local_sgd", "travel", OuterSGD()),
-        ("diloco", "travel", None),
+        *(("resist", policy, None, 1) for policy in OPTIMIZER_STATES),
+        *(("resist", policy, OuterSGD(), 3) for policy in OPTIMIZER_STATES),
+        ("local_sgd", "average", None, 1),
+        ("local_sgd", "travel", OuterSGD(), 1),
+        ("diloco", "travel", None, 1),
     ],
 )
-def test_a_report_is_the_mean_of_what_the_ledger_books(name: str, policy: str, outer: OuterSGD | None) -> None:
-    strategy = build_strategy(name, 3, 1, optimizer_state=policy, outer=outer)
+def test_a_report_is_the_mean_of_what_the_ledger_books(
+    name: str, policy: str, outer: OuterSGD | None, redraw_every: int
+) -> None:
+    strategy = build_strategy(name, 3, 1, optimizer_state=policy, outer=outer, redraw_every=redraw_every)
     report = predict(tiny, [strategy], **SMALL)
     job, optimizers = make(strategy)
     job.transport.take()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from resist import Capacities
 from resist.errors import UserError
 from resist.planning.capacities import as_capacities
+from resist.planning.schedule import schedule
 from resist.planning.strategy import local_sgd, resist, switch
 from resist.subnet.scaling import chain_scales
 
@@ -182,6 +183,23 @@ def test_growing() -> None:
     assert warm.change_rounds == (0, 3, 4, 6)
     assert switch(local_sgd(2), resist(2), at_round=5).change_rounds == (0, 5)
     assert local_sgd(2).change_rounds == (0,)
+
+
+@given(st.integers(1, 5), st.integers(0, 40), st.integers(1, 6), st.integers(0, 9))
+def test_blocks_stay_until_they_are_drawn_again(redraw_every: int, round: int, workers: int, seed: int) -> None:
+    kept, always = resist(workers, redraw_every=redraw_every), resist(workers)
+    plan, after = (kept.plan([LONG], seed=seed, round=number) for number in (round, round + 1))
+    assert plan == always.plan([LONG], seed=seed, round=round // redraw_every)
+    if (round + 1) % redraw_every:
+        assert plan == after
+        moved = {message.block for message in schedule(plan, after, [1]).messages}
+        assert moved == {block for block in range(LONG.num_blocks) if len(plan.holders(0, block)) > 1}
+
+
+def test_other_capacities_take_effect_between_two_draws() -> None:
+    growing = resist(2, redraw_every=4, capacities=Capacities(by_round={0: 11, 2: 15}))
+    sizes = [growing.plan([LONG], seed=0, round=round).plans[0].capacities for round in range(4)]
+    assert sizes == [(11, 11)] * 2 + [(15, 15)] * 2
 
 
 def test_depth_of_is_the_minimum_depth_that_decides() -> None:

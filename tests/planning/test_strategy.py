@@ -86,6 +86,8 @@ def test_only_the_table_spells_the_names_of_methods() -> None:
             lambda: resist(2, capacities=(1, 2)).assign(22, chain="c", seed=0, round=0),
             r"hold 3 of the 22 blocks of chain c",
         ),
+        (lambda: resist(2, redraw_every=0), r"`redraw_every=0`; give a whole number of rounds, at least 1"),
+        (lambda: resist(2, redraw_every=1.5), r"`redraw_every=1.5`; give a whole number"),  # type: ignore[arg-type]
         (lambda: resist(2, warmup_rounds=-1), r"`warmup_rounds=-1`; must be at least 0"),
         (lambda: build_strategy("sgd", 2, 1), r"strategy 'sgd' is not one of resist, local_sgd, diloco, ddp"),
         (lambda: switch(resist(2), ddp(2), at_round=1), r"ddp cannot be part of a switch"),

@@ -62,6 +62,7 @@ def refused(**parts: object) -> str:
         ("method", "scale", "big", "`scale='big'`"),
         ("method", "scale", "-1", "`scale='-1'`"),
         ("method", "warmup_rounds", -1, "`warmup_rounds=-1`"),
+        ("method", "redraw_every", 0, "`redraw_every=0` is too small; give at least 1"),
         ("optimization", "label_smoothing", -0.1, "`label_smoothing=-0.1` is too small"),
         ("optimization", "label_smoothing", 1.0, "`label_smoothing=1`; must be less than 1"),
         ("optimization", "clip_grad_norm", 0.0, "`clip_grad_norm=0` must be above 0"),
@@ -213,6 +214,10 @@ def test_a_record_from_before_has_no_capacities_by_chain_or_round() -> None:
         (
             {"strategy": "local_sgd", "capacities_by_round": ("3=6",)},
             "`capacities_by_round` has no effect with `strategy=local_sgd`; remove it",
+        ),
+        (
+            {"strategy": "local_sgd", "redraw_every": 2},
+            "`redraw_every` has no effect with `strategy=local_sgd`; remove it",
         ),
     ],
 )

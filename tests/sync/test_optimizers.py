@@ -85,7 +85,9 @@ def test_optimizers_of_timm(name: str) -> None:
 
 
 RESIZED = switch(
-    resist(3, 2, capacities=(3, 4, 2), optimizer_state="average"), resist(3, 2, capacities=(5, 1, 3)), at_round=2
+    resist(3, 2, capacities=(3, 4, 2), optimizer_state="average", redraw_every=2),
+    resist(3, 2, capacities=(5, 1, 3), redraw_every=2),
+    at_round=2,
 )
 SHARED = {
     "average": resist(3, 2, capacities=(4, 3, 2), optimizer_state="average"),

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from resist.cost.footprint import Loss
     from resist.cost.links import Links
 
-# Numbers of the links and devices.
+# Numbers of the links and devices, and of the method.
 LINKS = ("link_gbit_s", "latency_ms", "images_s")
+METHOD = ("workers", "capacities", "local_steps", "batch_size", "min_depth", "redraw_every", "num_classes", "processes")
 # How a link is given, in a message.
 LINK = "--link-gbit-s or --link-file"
 
@@ -50,6 +51,7 @@ class CostConfig:
     """Blocks of each worker in each chain, as in 8 6 4 4; for one number of workers. Train alone takes auto."""
     capacities_by_chain: tuple[str, ...] = config_key(())
     capacities_by_round: tuple[str, ...] = config_key(())
+    redraw_every: int = config_key(1)
     optimizer_state: Literal["reset", "keep", "travel", "average"] = "travel"
     """Momentum at a synchronization. reset: set to zero. travel: moves with its block. average: as travel, and that of
     the shared part is averaged too. keep: stays where it is."""
@@ -234,7 +236,7 @@ def _check_sizes(config: CostConfig) -> None:
     for name in ("fragments", "capacities"):
         if getattr(config, name) == "auto":
             raise UserError(f"`{name}=auto` is chosen in a run, from what it measures; give numbers")
-    for name in ("workers", "capacities", "local_steps", "batch_size", "min_depth", "num_classes", "processes", *LINKS):
+    for name in (*METHOD, *LINKS):
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else () if value is None else (value,):
             check_size(name, number)
@@ -242,8 +244,8 @@ def _check_sizes(config: CostConfig) -> None:
 
 def _strategies(config: CostConfig) -> list[Strategy]:
     """Build the strategies to predict, by number of workers. Raises UserError where one of the options is invalid."""
-    for name in ("min_depth", "capacities", "capacities_by_chain", "capacities_by_round"):
-        given = getattr(config, name) not in (None, ())
+    for name in ("min_depth", "capacities", "capacities_by_chain", "capacities_by_round", "redraw_every"):
+        given = getattr(config, name) != getattr(CostConfig, name)
         if given and not any("capacities" in METHODS[s].options for s in config.strategies if s in METHODS):
             methods = ", ".join(key for key, method in METHODS.items() if "capacities" in method.options)
             raise UserError(f"`{name}` has no effect without strategy {methods}; add it, or remove the option")
@@ -254,7 +256,7 @@ def _strategies(config: CostConfig) -> list[Strategy]:
         by_round=config.capacities_by_round,
         min_depth=config.min_depth,
     )
-    options = {"capacities": capacities, "optimizer_state": config.optimizer_state}
+    options = {"capacities": capacities, "optimizer_state": config.optimizer_state, "redraw_every": config.redraw_every}
     return [
         build_strategy(name, workers, config.local_steps, **options)
         for workers in config.workers

@@ -21,7 +21,9 @@ from resist.cost.states import BuildOptimizer, StateMeter
 from resist.cost.timing import Seconds, Speed, ddp_step_s, exchange_s, fragments_s
 from resist.cost.traffic import RoundTraffic, ddp_traffic, mean_traffic, paper_bytes, round_traffic
 from resist.errors import UserError
-from resist.planning.plan import RoundPlan, partition
+from resist.planning.assign import PartitionBlocks
+from resist.planning.capacities import Capacities
+from resist.planning.plan import RoundPlan
 from resist.planning.strategy import Strategy
 from resist.planning.wire import FP32, Wire, as_wire
 from resist.subnet.batchnorm import use_batch_statistics
@@ -155,20 +157,13 @@ class _Prediction:
 
     def _plans(self, strategy: Strategy, first: int) -> list[RoundPlan]:
         """Plans of one round more than `rounds`, from round `first` on, with the capacities of this one."""
-        chains, capacities, seed = self.sizes.chains, strategy.capacities, self.seed
+        chains, assign = self.sizes.chains, strategy.assign
+        if isinstance(assign, PartitionBlocks):
+            plans = strategy.plan(chains, seed=self.seed, round=first).plans
+            held = {chain.name: plan.capacities for chain, plan in zip(chains, plans, strict=True)}
+            strategy = replace(strategy, assign=replace(assign, capacities=Capacities(by_chain=held)))
         rounds = range(first, first + self.rounds + 1)
-        if capacities is None:
-            return [strategy.plan(chains, seed=seed, round=round) for round in rounds]
-        sizes = [capacities.of(c.num_blocks, strategy.workers, chain=c.name, round=first) for c in chains]
-        return [
-            RoundPlan(
-                tuple(
-                    partition(chain.num_blocks, own, seed=seed, round=round, chain=chain.name)
-                    for chain, own in zip(chains, sizes, strict=True)
-                )
-            )
-            for round in rounds
-        ]
+        return [strategy.plan(chains, seed=self.seed, round=round) for round in rounds]
 
     def _every_round(self, strategy: Strategy, first: int) -> Row:
         """Row of a strategy that averages weights once in a round, for the rounds from `first` on."""

@@ -36,16 +36,18 @@ class PartitionBlocks:
         workers: Number of workers.
         capacities: Number of blocks of each worker, by chain and round.
         members: The workers, if they are others than those that `capacities` is about.
+        redraw_every: Rounds from one draw to the next. In between every worker keeps its blocks.
     """
 
     workers: int
     capacities: Capacities
     members: Members | None = None
+    redraw_every: int = 1
 
     def __call__(self, num_blocks: int, *, chain: str, seed: int, round: int) -> Plan:
         """Draw the plan; see `Assign`."""
         capacities = self._of(num_blocks, chain, round)
-        return partition(num_blocks, capacities, seed=seed, round=round, chain=chain)
+        return partition(num_blocks, capacities, seed=seed, round=round // self.redraw_every, chain=chain)
 
     def _of(self, num_blocks: int, chain: str, round: int) -> tuple[int, ...]:
         if self.members is None:

@@ -199,11 +199,13 @@ def resist(
     capacities: Given | None = None,
     optimizer_state: str = "travel",
     outer: OuterSGD | None = None,
+    redraw_every: int = 1,
     warmup_rounds: int = 0,
 ) -> Strategy:
     """ResIST (Dun et al., 2022): each worker trains some of the blocks.
 
-    The blocks of each worker are drawn again every round, and averaged over their holders at its end.
+    The blocks of each worker are drawn again every round, or every few rounds. Those that several workers hold are
+    averaged at the end of each round.
 
     Args:
         workers: Number of workers (the paper's S).
@@ -215,17 +217,21 @@ def resist(
             of a chain is that length. Default: the larger of ceil(num_blocks / workers) and `min_depth`.
         optimizer_state: Policy for the optimizer's state at a synchronization; see `resist.sync.optimizer_state`.
         outer: Outer optimizer, whose momentum moves with its block; see `diloco`.
+        redraw_every: Rounds from one draw of the sub-networks to the next. In between every worker keeps its blocks,
+            so that those of a single holder are not sent.
         warmup_rounds: Rounds of local SGD before the first round of ResIST (the paper's warm-up); see `switch`.
 
     Returns:
         The strategy.
 
     Raises:
-        UserError: If `workers` or `local_steps` is out of range, or the arguments contradict each other. `min_depth`
-            and capacities that do not fit the chains are reported when the first plan is drawn.
+        UserError: If a number is out of range, or the arguments contradict each other. `min_depth` and capacities that
+            do not fit the chains are reported when the first plan is drawn.
     """
     record = as_capacities(capacities, min_depth=min_depth)
-    assign = PartitionBlocks(workers, record)
+    if not isinstance(redraw_every, int) or redraw_every < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"`redraw_every={redraw_every!r}`; give a whole number of rounds, at least 1")
+    assign = PartitionBlocks(workers, record, redraw_every=redraw_every)
     strategy = Strategy(resist.__name__, workers, local_steps, assign, optimizer_state, outer, partitions=True)
     record.check(workers)
     if warmup_rounds < 0:

@@ -17,7 +17,8 @@ LARGEST = {
 LEAST: dict[str, float] = {
     "batch_size": 1, "grad_accum_steps": 1, "lr": 0, "momentum": 0, "weight_decay": 0, "lr_warmup_steps": 0,
     "warmup_rounds": 0, "label_smoothing": 0, "mixup": 0, "cutmix": 0, "image_size": 32, "data_workers": 0,
-    "processes": 1, "num_evals": 1, "checkpoint_rounds": 1, "restarts": 0, "fragments": 0, "delay": 1,
+    "processes": 1, "num_evals": 1, "checkpoint_rounds": 1, "redraw_every": 1, "restarts": 0, "fragments": 0,
+    "delay": 1,
 }  # fmt: skip
 DEVICES = ("auto", "cpu", "cuda")
 # Numbers that have to be above 0, and numbers that have to be below 1.

@@ -102,6 +102,9 @@ class MethodConfig:
     `capacities` or `min_depth`."""
     capacities_by_round: tuple[str, ...] = config_key(())
     """Blocks of each worker that change during the run: 13=11 after 13 rounds, or 13:layer3=8,6,4,4 in one chain."""
+    redraw_every: int = config_key(1)
+    """Rounds from one draw of the sub-networks to the next. In between every worker keeps its blocks, and fewer bytes
+    are sent."""
     warmup_rounds: int = 0
     """Rounds of local SGD before the first round of ResIST."""
     batchnorm: Literal["recalibrate", "average", "batch"] = "recalibrate"
@@ -351,6 +354,7 @@ class TrainConfig:
             capacities=m.all_capacities(),
             optimizer_state=m.optimizer_state,
             outer=outer,
+            redraw_every=m.redraw_every,
             warmup_rounds=m.warmup_rounds,
         )
 
