@@ -26,10 +26,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Blocks of 1.2 MB: small enough for seconds, large enough for headers and barriers to be less than 1 %.
 SMALL = ["--rate", "1gbit", "--depths", "1", "1", "9", "1", "--width", "32", "--local-steps", "2", "--rounds", "2"]
 SMALL += ["--warm-up", "0"]
+SEGMENT = 1 << 16  # of what TCP passes to an interface at once
 COMMAND = [sys.executable, str(BENCHMARKS / "wire.py"), *SMALL, "--batch", "1", "--no-record", "--json"]
 POLICIES = ["resist,min_depth=0,optimizer_state=reset", "resist,min_depth=5,optimizer_state=travel", "local_sgd"]
 FORMATS = [
-    "resist,wire=int4,fragments=1",
+    "resist,wire=int4,fragments=1,redraw_every=2",
     "local_sgd,optimizer_state=average,fragments=1",
     "diloco,wire=log4/int8/int8",
 ]
@@ -93,7 +94,8 @@ def test_the_ledger_is_the_formula_and_what_the_interfaces_count(
     for row in rows:
         assert row["ledger_bytes"] == row["formula_bytes"], row["method"]
         for sent, headers, ledger in zip(row["wire_bytes"], row["header_bytes"], row["ledger_bytes"], strict=True):
-            assert 0 <= sent - headers - ledger <= 0.005 * ledger, row["method"]  # barriers, which send payload
+            more = 0.005 * ledger + SEGMENT  # for barriers, and one segment that is sent again
+            assert 0 <= sent - headers - ledger <= more, row["method"]
     assert not left(os.getpid())
 
 
