@@ -1,10 +1,14 @@
 """The number of processes changes nothing, with wire formats and with fragments."""
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
 
 from pool import Pool
+from resist.errors import AgreedError, WorkerLostError
+from resist.planning.strategy import resist
 from resist.state.names import parameters_by_name
 from resist.sync.local import Local
 from wired import STEPS, STRATEGIES, Run, adamw, streamed
@@ -33,6 +37,28 @@ def trained_by(name: str, wire: str, fragments: int, alone: bool) -> dict[int, d
         run.train(3)  # closed with a fragment on its way
     run.job.close()
     return found
+
+
+def step_unequally(timeout_s: float) -> tuple[str, float]:
+    """Synchronize after steps of which only process 0 has made those that begin a mean."""
+    run = streamed(resist(2, STEPS), "int8", 2, timeout_s=timeout_s)
+    run.train(STEPS - 1 if torch.distributed.get_rank() == 0 else 1)
+    start = time.monotonic()
+    try:
+        run.job.synchronize()
+    except (AgreedError, WorkerLostError) as error:
+        torch.distributed.destroy_process_group()
+        return str(error), time.monotonic() - start
+    raise AssertionError("unequal numbers of steps went unnoticed")
+
+
+@pytest.mark.slow
+def test_unequal_numbers_of_steps_end_with_an_error() -> None:
+    with Pool() as pool:  # of its own: the group ends
+        for text, seconds in pool.run(2, step_unequally, 3.0):
+            assert "call job.step equally often" in text
+            assert "\n" not in text
+            assert seconds < 20
 
 
 @pytest.mark.slow

@@ -151,7 +151,10 @@ class Liveness:
             return f"no answer from {named(missing)}"
         if working:
             return f"{named(working)} did not come in time: it hangs, or needs a longer `timeout_s`"
-        return "all processes are alive but blocked; check the network between them"
+        return (
+            "all processes are alive but blocked; check the network between them and, in a loop of your own, that all "
+            "call job.step equally often"
+        )
 
 
 class Watch(Protocol):
