@@ -62,13 +62,15 @@ def at_cost(curve: Mapping[float, Mapping[int, float]], share: float) -> dict[in
         share: The share.
 
     Returns:
-        Seed -> result, for the seeds of the whole curve. Empty outside of the curve: nothing is extrapolated.
+        Seed -> result, from the points of the curve that were run with this seed. Without a seed that has points on
+        both sides of the share: nothing is extrapolated.
     """
-    shares = sorted(curve)
-    if len(shares) < 2 or not shares[0] <= share <= shares[-1]:
-        return {}
-    seeds = set.intersection(*(set(results) for results in curve.values()))
-    return {seed: float(np.interp(share, shares, [curve[at][seed] for at in shares])) for seed in sorted(seeds)}
+    found: dict[int, float] = {}
+    for seed in sorted(set[int]().union(*curve.values())):
+        shares = sorted(at for at, results in curve.items() if seed in results)
+        if len(shares) > 1 and shares[0] <= share <= shares[-1]:
+            found[seed] = float(np.interp(share, shares, [curve[at][seed] for at in shares]))
+    return found
 
 
 def summary(runs: Sequence[Run], base: str, reading: str = "averaged") -> str:

@@ -217,6 +217,7 @@ def test_at_equal_time_the_base_has_fewer_rounds() -> None:
     assert paired.at_cost(curve, 1.0) == {0: 70.0, 1: 72.0}
     assert paired.at_cost(curve, 0.4) == paired.at_cost(curve, 1.1) == {}  # nothing is extrapolated
     assert paired.at_cost({1.0: {0: 70.0}}, 1.0) == {}
+    assert paired.at_cost({**curve, 0.75: {0: 66.0}}, 0.625) == {0: 63.0, 1: 66.0}  # each seed by its own points
 
 
 def costly(row: str, seed: int, percent: float, cost: float, sent: int = 10, plain: str = "") -> dict[str, object]:

@@ -225,6 +225,7 @@ def different_strategies(number: int) -> str:
         resist(2, 2),
         switch(local_sgd(2), resist(2), at_round=1),
         switch(local_sgd(2), resist(2), at_round=1),
+        resist(2, 2),
     ]
     other = [
         resist(2, 3),
@@ -232,13 +233,15 @@ def different_strategies(number: int) -> str:
         resist(2, 2, optimizer_state="reset"),
         switch(local_sgd(2), resist(2, min_depth=5), at_round=1),
         switch(local_sgd(2), resist(2), at_round=2),
+        resist(2, 2, redraw_every=2),
     ]
     return mixed_up([{"strategy": first[number]}, {"strategy": other[number]}])
 
 
 def test_different_strategies_are_named(pool: Pool) -> None:
-    for number, key in enumerate(["local_steps", "capacities", "optimizer_state", "capacities", "at_round"]):
-        assert all(f"process 1 was started with `{key}=" in text for text in pool.run(2, different_strategies, number))
+    keys = ["`local_steps", "`capacities", "`optimizer_state", "`capacities", "`at_round", "rules of the plans"]
+    for number, key in enumerate(keys):
+        assert all(f"process 1 was started with {key}=" in text for text in pool.run(2, different_strategies, number))
 
 
 def gather(texts: list[str]) -> tuple[list[str], int, str]:

@@ -85,7 +85,7 @@ def job_values(
         The values by name.
     """
     network, values = fingerprint(model), strategy_values(strategy)
-    rules = values.pop("assign", None)  # capacities say more clearly what is different about them
+    rules = values.pop("assign", None)  # capacities say more clearly what is different
     return {
         **values,
         "seed": seed,
@@ -96,7 +96,7 @@ def job_values(
             (round, [chain.capacities for chain in strategy.plan(chains, seed=seed, round=round).plans])
             for round in strategy.change_rounds
         ],
-        "rules of the capacities": rules,
+        "rules of the plans": rules,
         "initial weights": network["weights"],
     }
 
