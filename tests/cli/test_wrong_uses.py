@@ -133,9 +133,10 @@ TRAIN = """
 --model-args width=1000000 | --model-args width=1000000; must be 1 to 10000
 --model-args depths=1,1 | --model-args depths=1,1; give four numbers of blocks
 --model-args depths=1,1,100000000,1 | give four numbers of blocks, each 1 to 10000
---model-args foo=1 | 'foo' is not an argument of preact_small; allowed are depths, width, final_norm
+--model-args foo=1 | 'foo' is not an argument of preact_small; allowed are depths, width, final_norm, zero_init
 --model-args width=4 width=5 | 'width' is given twice
 --model-args final_norm=maybe | 'maybe' is not true or false
+--model-args zero_init=true --init-from timm:x.pth | --model-args zero_init has no effect with --init-from
 --chain foo | chain 'foo': 'foo' has no run of residual blocks; found: layer3:1-8
 --chain layer3:5-2 | does not have the form NAME:FIRST-LAST, as in layer3:1-22
 --chain layer3:1-1000000000000 | its blocks are not interchangeable, or do not exist; found

@@ -83,6 +83,23 @@ def test_the_final_norm_can_be_removed() -> None:
         assert build("preact_small", num_classes=10).norm is not None
 
 
+@pytest.mark.parametrize(("name", "last"), [("preact_small", "conv2"), ("preact_resnet50_imagenet", "conv3")])
+def test_blocks_of_the_long_section_can_begin_as_the_identity(name: str, last: str) -> None:
+    def seeded(*texts: str) -> nn.Module:
+        torch.manual_seed(0)
+        arguments = read_model_args(name, ("depths=1,2,3,1", "width=4", *texts))
+        return build(name, num_classes=5, **arguments)
+
+    plain, zero = seeded().state_dict(), seeded("zero_init=true")
+    differ = {key for key, value in zero.state_dict().items() if not torch.equal(value, plain[key])}
+    assert differ == {f"layer3.{block}.{last}.weight" for block in (1, 2)}
+    section = zero.get_submodule("layer3")
+    images = torch.randn(2, 16 if last == "conv2" else 64, 8, 8)
+    assert torch.equal(section[1](images), images)
+    assert [chain.name for chain in choose_chains(zero)] == ["layer3:1-2"]
+    seeded("zero_init=false").load_state_dict(zero.state_dict())
+
+
 def test_arguments_of_an_unknown_network() -> None:
     with pytest.raises(UserError, match="`model=resnet9` is not known"):
         read_model_args("resnet9", ("deep=3",))

@@ -53,6 +53,7 @@ def build(
     depths: Sequence[int] = (),
     width: int | None = None,
     final_norm: bool | None = None,
+    zero_init: bool = False,
     image_size: int | None = None,
 ) -> nn.Module:
     """Build a network with fresh weights.
@@ -66,6 +67,7 @@ def build(
         width: Channels of the stem, at most `MOST`; default: that of the named network.
         final_norm: Apply a norm and a ReLU before the last pooling; default: as the named network. Those for ImageNet
             always do.
+        zero_init: The blocks of the long section, after its first, begin as the identity.
         image_size: Height and width of the images in pixels, for networks of other libraries that are built for one
             size.
 
@@ -76,8 +78,9 @@ def build(
         UserError: The name is unknown, a value is out of bounds, or an option has no effect with this network.
     """
     if is_third_party(name):
-        for option, given in (("depths", depths), ("width", width is not None), ("final_norm", final_norm is not None)):
-            if given:
+        given = {"depths": depths, "width": width is not None, "final_norm": final_norm is not None}
+        for option, is_given in (given | {"zero_init": zero_init}).items():
+            if is_given:
                 raise UserError(
                     f"{option} has no effect with `model={name}`, whose library defines its shape; remove it"
                 )
@@ -97,8 +100,10 @@ def build(
     if shape.photographs:
         if not final_norm:
             raise UserError(f"final_norm=False is not possible with `model={name}`, which always has it; remove it")
-        return PreActResNetImageNet(depths, num_classes, width=width, in_channels=in_channels)
-    return PreActResNet(depths, num_classes, width=width, in_channels=in_channels, final_norm=final_norm)
+        return PreActResNetImageNet(depths, num_classes, width=width, in_channels=in_channels, zero_init=zero_init)
+    return PreActResNet(
+        depths, num_classes, width=width, in_channels=in_channels, final_norm=final_norm, zero_init=zero_init
+    )
 
 
 def read_model_args(name: str, texts: Sequence[str]) -> dict[str, Any]:
@@ -124,6 +129,7 @@ def read_model_args(name: str, texts: Sequence[str]) -> dict[str, Any]:
         "depths": (_numbers, "four whole numbers, as in depths=3,4,23,3"),
         "width": (int, "a whole number"),
         "final_norm": (_truth, "true or false"),
+        "zero_init": (_truth, "true or false"),
     }
     if MODELS[name].photographs:
         del readers["final_norm"]  # these networks always have it

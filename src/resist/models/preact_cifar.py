@@ -59,6 +59,7 @@ class PreActResNet(nn.Module):
         width: Channels of the stem and of the first section.
         in_channels: Channels of the images.
         final_norm: Apply a norm and a ReLU before the mean pool.
+        zero_init: The blocks of `layer3` after the first begin as the identity: their last convolution is zero.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class PreActResNet(nn.Module):
         width: int = 64,
         in_channels: int = 3,
         final_norm: bool = False,
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
@@ -78,6 +80,8 @@ class PreActResNet(nn.Module):
         self.layer4 = _section(4 * width, 8 * width, depths[3], stride=2)
         self.norm = nn.BatchNorm2d(8 * width) if final_norm else None
         self.head = nn.Linear(8 * width, num_classes)
+        for block in self.layer3[1:] if zero_init else ():
+            nn.init.zeros_(block.get_parameter("conv2.weight"))
 
     def forward_stem(self, images: Tensor) -> Tensor:
         """Return the input of the first section."""

@@ -66,9 +66,18 @@ class PreActResNetImageNet(nn.Module):
         num_classes: Number of logits.
         width: Channels of the stem; the first section's output has four times as many.
         in_channels: Channels of the images.
+        zero_init: The blocks of `layer3` after the first begin as the identity: their last convolution is zero.
     """
 
-    def __init__(self, depths: Sequence[int], num_classes: int, *, width: int = 64, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        depths: Sequence[int],
+        num_classes: int,
+        *,
+        width: int = 64,
+        in_channels: int = 3,
+        zero_init: bool = False,
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=False)
         self.layer1 = _section(width, width, depths[0], stride=1)
@@ -82,6 +91,8 @@ class PreActResNetImageNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
+        for block in self.layer3[1:] if zero_init else ():
+            nn.init.zeros_(block.get_parameter("conv3.weight"))
 
     def forward_stem(self, images: Tensor) -> Tensor:
         """Return the input of the first section, at a quarter of the resolution."""

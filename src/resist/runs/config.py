@@ -64,7 +64,8 @@ class NetworkConfig:
     model_args: tuple[str, ...] = ()
     """Shape of a preact network: depths=3,4,23,3 (blocks in each of the four sections), width=64 (channels of the first
     section), and for small images final_norm=true (BatchNorm and ReLU before the last pooling, which the paper's
-    networks do not have). Default: as the name of the network says."""
+    networks do not have). zero_init=true: the blocks of the long section begin as the identity. Default: as the name
+    of the network says."""
     chain: tuple[str, ...] = ()
     """Blocks to partition, as in layer3:1-22, layer2 layer3 for the longest run of each, or all for all that can be
     partitioned together. Default: the longest run of interchangeable blocks."""

@@ -99,3 +99,5 @@ def check(config: NetworkConfig) -> None:
         raise UserError(f"`splits` has no effect with `data={config.data}`; remove it")
     if config.task == "detection" and "final_norm" in read_model_args(config.model, config.model_args):
         raise UserError(f"`model_args=final_norm` has no effect with `data={config.data}`; remove it")
+    if config.init_from is not None and read_model_args(config.model, config.model_args).get("zero_init"):
+        raise UserError("`model_args=zero_init` has no effect with `init_from`, whose weights are used; remove it")

@@ -61,7 +61,7 @@ class BackboneInit:
         ]
         if differ:
             n = self.network
-            shape = [text for text in n.model_args if not text.startswith("final_norm")]
+            shape = [text for text in n.model_args if not text.startswith(("final_norm", "zero_init"))]
             options = f"`model={n.model}`" + (f" `model_args={' '.join(shape)}`" if shape else "")
             raise UserError(
                 f"`init_from={self.run}`: {differ[0].removeprefix(BODY)} differs; give the options of that run, "
