@@ -24,11 +24,11 @@ SUB_SHARE = 0.51  # as measured, for the estimate only
 BEGIN_S, START_S = 40.0, 8.0  # of a command: imports, measured steps; of a method: building it, undisturbed steps
 STREAMED = ",wire=int8,fragments=10,delay=2", ",wire=int4,fragments=10,delay=2"
 # The fewest bytes: momentum in four bits, and sub-networks that are drawn again every second round.
-SELDOM = tuple(f",wire=int4/int8/int4,fragments=10,delay=2{end}" for end in ("", ",redraw_every=2"))
+SELDOM = ",wire=int4/int8/int4,fragments=10,delay=2,redraw_every=2"
 RESIST, LOCAL_SGD, DILOCO = "resist,optimizer_state=travel", "local_sgd,optimizer_state=reset", "diloco"
 # DiLoCo in fp32 sends what local SGD sends.
 FORMATS = (
-    *(RESIST + wire for wire in ("", ",wire=int8", ",wire=int4", *STREAMED, *SELDOM)),
+    *(RESIST + wire for wire in ("", ",wire=int4", *STREAMED, SELDOM)),
     "resist,optimizer_state=reset" + STREAMED[1],
     *(LOCAL_SGD + wire for wire in ("", ",wire=int4", *STREAMED)),
     *(DILOCO + wire for wire in STREAMED),
