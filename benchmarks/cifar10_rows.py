@@ -118,16 +118,18 @@ class Row:
     def network(self, num_classes: int = 10) -> nn.Module:
         """Build the network."""
         model = build(
-            "preact_resnet101", num_classes=num_classes, depths=self.depths, width=self.width, final_norm=True
+            "preact_resnet101",
+            num_classes=num_classes,
+            depths=self.depths,
+            width=self.width,
+            final_norm=True,
+            zero_init=self.zero_chain,
         )
         if self.survival is not None:
             section = model.get_submodule(CHAIN)
             assert isinstance(section, nn.Sequential)
             for number in range(1, len(section)):
                 section[number] = Skipped(section[number], self.survival)
-        if self.zero_chain:
-            for number in range(1, self.depths[2]):
-                nn.init.zeros_(model.get_parameter(f"{CHAIN}.{number}.conv2.weight"))
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
                 model.set_submodule(name, Pointwise(module))

@@ -9,7 +9,7 @@
 
 A link carries `rate_bit_s` in each direction (tc tbf at both ends). Its queues are deep enough that no packet is
 dropped, unlike those of a real switch, and a late acknowledgement on a busy machine is not taken for a loss: the
-counters show payload, headers and acknowledgements, and nothing that was sent twice. The addresses are
+counters show payload, headers and acknowledgements, and next to nothing that was sent twice. The addresses are
 reserved for benchmarks by RFC 2544, and the namespaces have no connection to other networks.
 
 The names contain the id of the process that made them. Everything is removed when the `with` ends, in every case; the

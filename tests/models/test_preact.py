@@ -66,6 +66,7 @@ def test_the_small_one() -> None:
         ({"depths": (1, 1, 99999999999, 1)}, r"`model_args=depths=1,1,99999999999,1`; give"),
         ({"width": 0}, r"^`model_args=width=0`; must be 1 to 10000$"),
         ({"width": 10**20}, r"^`model_args=width=10+`; must be 1 to 10000$"),
+        ({"depths": (1, 8, 1, 1), "zero_init": True}, r"^`model_args=zero_init` has no effect where the third section"),
         ({"num_classes": 0}, r"^`num_classes=0`; must be at least 1$"),
         ({"name": "preact_resnet50_imagenet", "final_norm": False}, r"final_norm=False is not possible with"),
     ],

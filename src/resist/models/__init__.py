@@ -97,6 +97,8 @@ def build(
         raise UserError(f"`num_classes={num_classes}`; must be at least 1")
     depths = tuple(depths) or shape.depths
     final_norm = shape.final_norm if final_norm is None else final_norm
+    if zero_init and depths[2] < 2:
+        raise UserError("`model_args=zero_init` has no effect where the third section has one block; remove it")
     if shape.photographs:
         if not final_norm:
             raise UserError(f"final_norm=False is not possible with `model={name}`, which always has it; remove it")
