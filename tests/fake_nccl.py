@@ -98,22 +98,6 @@ class Recorder:
             output.copy_(own)
         return self._begin("all_gather", group, wait=not async_op)
 
-    def all_to_all_single(
-        self,
-        received: Tensor,
-        sent: Tensor,
-        incoming: list[int],
-        outgoing: list[int],
-        group: SimpleNamespace,
-        async_op: bool = False,
-    ) -> FakeWork:
-        """As if the others had sent what this process sends itself."""
-        assert (received.numel(), sent.numel()) == (sum(incoming), sum(outgoing))
-        own = sent.split(outgoing)[self.rank]
-        for piece in received.split(incoming):
-            piece.copy_(own[: piece.numel()])
-        return self._begin("all_to_all", group, wait=not async_op)
-
     def all_reduce(self, tensor: Tensor, group: SimpleNamespace, async_op: bool = False) -> FakeWork:
         tensor.mul_(self.size)
         return self._begin("all_reduce", group, wait=not async_op)

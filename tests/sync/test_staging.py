@@ -109,9 +109,10 @@ def test_blocks_and_means_of_any_device_go_through_the_host(monkeypatch: pytest.
 
 BYTES = torch.arange(5, dtype=torch.uint8)
 HALF = torch.tensor([1.0, 2.0, 5.0], dtype=torch.bfloat16)
-COLLECTIVES: dict[str, tuple[Any, int, list[list[float]]]] = {  # with its waits, and what two equal processes get
-    "scatter": (lambda transport: transport.scatter([BYTES], [2, 3], "shared"), 1, [[0, 1], [0, 1]]),
-    "gather": (lambda transport: transport.gather([BYTES[:2]], [2, 2], "shared"), 1, [[0, 1, 0, 1]]),
+# Each with its waits, and with what has arrived if the other process sends sevens.
+COLLECTIVES: dict[str, tuple[Any, int, list[list[float]]]] = {
+    "scatter": (lambda transport: transport.scatter([BYTES], [2, 3], "shared"), 1, [[0, 1], [7, 7]]),
+    "gather": (lambda transport: transport.gather([BYTES[:2]], [2, 2], "shared"), 1, [[0, 1, 7, 7]]),
     "short mean": (lambda transport: transport.mean([HALF], "shared"), 2, []),
 }
 
@@ -126,19 +127,22 @@ def test_bytes_of_any_device_go_through_the_host_with_one_wait_each(
     transport.staged = staged
     batches: list[set[int]] = []
     used: set[int] = set()
-    exchange = recorder.all_to_all_single
+    batch = recorder.batch_isend_irecv
 
     def staging_of(sent: Any, received: Any) -> Any:
         staged = stage(sent, received)
-        batches.append({tensor.data_ptr() for tensors in staged for tensor in tensors})
+        batches.append({tensor.untyped_storage().data_ptr() for tensors in staged for tensor in tensors})
         return staged
 
-    def watched(received: Tensor, sent: Tensor, *rest: Any, **options: Any) -> Any:
-        used.update((received.data_ptr(), sent.data_ptr()))
-        return exchange(received, sent, *rest, **options)
+    def watched(operations: list[Any]) -> Any:
+        used.update(operation.tensor.untyped_storage().data_ptr() for operation in operations)
+        for operation in operations:
+            if operation.kind == "irecv":
+                operation.tensor.fill_(7)
+        return batch(operations)
 
     monkeypatch.setattr("resist.sync.pending_bytes.stage", staging_of)
-    monkeypatch.setattr(recorder, "all_to_all_single", watched)
+    monkeypatch.setattr(recorder, "batch_isend_irecv", watched)
     begin, waits, expected = COLLECTIVES[name]
     arrived = begin(transport).finish()
     values = [row for tensor in arrived for row in (tensor.tolist() if tensor.dim() == 2 else [tensor.tolist()])]

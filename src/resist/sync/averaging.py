@@ -54,16 +54,23 @@ def all_finite(*tensors: Tensor) -> bool:
     Returns:
         True if they have neither.
     """
-    bounds: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+    parts: list[Tensor] = []
     for tensor in tensors:
-        if tensor.numel() == 0:
-            continue
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
-        if tensor.element_size() == 1:  # float8 has no order
-            tensor = tensor.float()
-        bounds[tensor.dtype] += torch.aminmax(tensor)  # ten times as fast as a norm; NaN in both if there is one
-    return all(bool(torch.stack(limits).isfinite().all()) for limits in bounds.values())
+        if tensor.numel() and tensor.is_floating_point():
+            parts.append(tensor.float() if tensor.element_size() == 1 else tensor)  # float8 has no order
+    # A sum is never finite if a number is not. If it is not, that may be an overflow: the bounds decide. Both take a
+    # tenth of the time of a norm, and the sum half that of the bounds.
+    return _are_finite([[part.sum()] for part in parts]) or _are_finite([torch.aminmax(part) for part in parts])
+
+
+def _are_finite(limits: Sequence[Sequence[Tensor]]) -> bool:
+    """Check numbers. Waits for the device, once for each dtype."""
+    numbers: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for own in limits:
+        numbers[own[0].dtype] += own
+    return all(bool(torch.stack(own).isfinite().all()) for own in numbers.values())
 
 
 @torch.no_grad()

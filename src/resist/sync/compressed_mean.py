@@ -111,7 +111,7 @@ class CompressedMean:
 
     def _encode(self, worker: int, numbers: Tensor, *, count: bool) -> Tensor:
         """The bytes that a worker sends: its pieces, one after another. Those of a dropped worker are not read."""
-        encoded = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=numbers.device)
+        encoded = torch.empty(sum(self._sizes), dtype=torch.uint8, device=numbers.device)
         if not count:
             return encoded.fill_(ABSENT)
         draws = self._draws(worker)

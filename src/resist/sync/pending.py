@@ -41,30 +41,32 @@ class PendingMoves:
 
 
 class PendingMean:
-    """An all-reduce in progress, of `wire`, whose sum becomes the mean."""
+    """All-reduces in progress of the pieces of `wire`, whose sum becomes the mean."""
 
     def __init__(
         self,
         transport: Collectives,
-        work: Any,
+        works: Sequence[Any],
+        pieces: Sequence[Tensor],
         wire: Tensor,
         tensors: Sequence[Tensor],
         divisor: int = 1,
         scale: float = 1.0,
     ) -> None:
-        self._transport, self._work, self._wire, self._tensors = transport, work, wire, tensors
-        self._divisor, self._scale = divisor, scale
+        self._transport, self._works, self._pieces = transport, works, pieces
+        self._wire, self._tensors, self._divisor, self._scale = wire, tensors, divisor, scale
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
-        self._transport.wait("averaging the shared part", self._work)
+        for work, piece in zip(self._works, self._pieces, strict=True):
+            self._transport.wait("averaging the shared part", work)
+            if self._divisor != 1:
+                piece.div_(self._divisor)
+            if self._scale != 1.0:
+                piece.mul_(self._scale)
         first = self._tensors[0]
         if self._wire is not first:
             first.copy_(self._wire)
-        if self._divisor != 1:
-            first.div_(self._divisor)
-        if self._scale != 1.0:
-            first.mul_(self._scale)
         for tensor in self._tensors[1:]:
             tensor.copy_(first)
         return []
@@ -88,8 +90,8 @@ class PendingShortMean:
         self._dtype, size = own.dtype, -(-own.numel() // processes)
         self._pieces = [min(size, max(own.numel() - rank * size, 0)) for rank in range(processes)]
         lengths = [piece * own.element_size() for piece in self._pieces]
-        sent = own.reshape(-1).view(torch.uint8)
-        self._exchange = PendingExchange(transport, sent, lengths, [lengths[transport.rank]] * processes)
+        sent = torch.split(own.reshape(-1).view(torch.uint8), lengths)
+        self._exchange = PendingExchange(transport, sent, [lengths[transport.rank]] * processes)
 
     @torch.no_grad()
     def finish(self) -> list[Tensor | None]:
@@ -97,8 +99,8 @@ class PendingShortMean:
         rows = self._exchange.finish().view(self._dtype).view(processes, self._pieces[self._transport.rank])
         mean = total(rows.unbind()).mul_(self._factor).to(first.dtype).view(torch.uint8)
         lengths = [piece * first.element_size() for piece in self._pieces]
-        gathering = PendingExchange(self._transport, mean.repeat(processes), [mean.numel()] * processes, lengths)
-        means = gathering.finish().view(first.dtype).view(first.shape)
+        gathered = PendingExchange(self._transport, [mean] * processes, lengths).finish()
+        means = gathered.view(first.dtype).view(first.shape)
         for tensor in self._tensors:
             tensor.copy_(means)
         return []
