@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from resist.errors import UserError
 from resist.planning.wire import CHOICES, WIRES, Wire, as_wire
 from resist.sync import codecs
-from resist.sync.codecs import CODECS, PACKED, Codec, pack, unpack
+from resist.sync.codecs import CODECS, PACKED, Codec, RandomBits, pack, unpack
 from resist.sync.compressed_mean import CompressedMean, Feedback
 from resist.sync.local import Local
 from waits import fake_gpu
@@ -16,6 +16,10 @@ from waits import fake_gpu
 # Greatest error as a share of the largest magnitude of a group.
 ERRORS = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.5 / 127, "int6": 0.5 / 31, "int4": 0.5 / 7, "log4": 0.25, "log8": 0.06}
 every = pytest.mark.parametrize("code", CODECS.values(), ids=CODECS)
+
+
+def random_bits(numel: int, seed: int = 0) -> RandomBits:
+    return RandomBits(numel, torch.device("cpu"), torch.Generator().manual_seed(seed))
 
 
 def numbers(numel: int, code: Codec, seed: int = 0) -> torch.Tensor:
@@ -52,13 +56,13 @@ def test_numbers_that_are_none_are_never_lost(code: Codec) -> None:
     for bad in patterns if code.signed else ():  # of NaN: some become other numbers if something is added to their bits
         values = torch.full((1024,), float("nan"))
         values.view(torch.int32).fill_(int(bad.view(torch.int32)))
-        for draws in (None, torch.Generator().manual_seed(0)):
-            assert not code.decode(code.encode(values, draws), 1024).isfinite().any()
+        for random in (None, random_bits(1024)):
+            assert not code.decode(code.encode(values, random), 1024).isfinite().any()
     for bad in (torch.inf, torch.nan) + ((-torch.inf,) if code.signed else ()):
         before = numbers(3000, code)
         before[1500] = bad
-        for draws in (None, torch.Generator().manual_seed(0)):
-            after = code.decode(code.encode(before, draws), 3000)
+        for random in (None, random_bits(3000)):
+            after = code.decode(code.encode(before, random), 3000)
             assert not torch.isfinite(after[1500])
             assert torch.isfinite(after[:1024]).all()
 
@@ -66,9 +70,11 @@ def test_numbers_that_are_none_are_never_lost(code: Codec) -> None:
 @every
 def test_stochastic_rounding_is_right_on_average(code: Codec) -> None:
     before = numbers(256, code)
-    random = torch.Generator().manual_seed(1)
     copies = before.repeat(2000)  # whole groups, all with the same largest numbers
-    mean = code.decode(code.encode(copies, random), copies.numel()).view(2000, 256).mean(0)
+    mean = torch.zeros(256)
+    for seed in range(4):
+        encoded = code.encode(copies, random_bits(copies.numel(), seed))
+        mean += code.decode(encoded, copies.numel()).view(2000, 256).mean(0) / 4
     step = 2 * ERRORS[code.format.name] * before.abs().max()
     assert (mean - before).abs().max() <= 0.05 * step + 1e-6
 
@@ -98,7 +104,7 @@ def test_chunks_do_not_show(code: Codec, random: bool, monkeypatch: pytest.Monke
     encoded = []
     for size in (1024, 1 << 16):
         monkeypatch.setitem(codecs.CHUNK, "cpu", size)
-        encoded.append(code.encode(before, torch.Generator().manual_seed(0) if random else None))
+        encoded.append(code.encode(before, random_bits(5000) if random else None))
     assert torch.equal(*encoded)
     assert torch.equal(code.decode(encoded[0], 5000).isnan(), code.decode(encoded[1], 5000).isnan())
 
@@ -134,10 +140,14 @@ def test_pieces_are_whole_groups_and_cost_nothing(code: Codec, numel: int, worke
 def test_codes_do_not_wait_for_a_gpu(code: Codec, random: bool) -> None:
     with fake_gpu() as waits:
         values = torch.empty(3000, device="cuda")
-        draws = torch.Generator().manual_seed(0) if random else None
-        code.decode(code.encode(values, draws), 3000)
+        generator = torch.Generator().manual_seed(0)
+
+        def bits() -> RandomBits | None:
+            return RandomBits(3000, values.device, generator) if random else None
+
+        code.decode(code.encode(values, bits()), 3000)
         waits.clear()  # of tables, once
-        after = code.decode(code.encode(values, draws), 3000)
+        after = code.decode(code.encode(values, bits()), 3000)
         assert after.device.type == "cuda"
         assert not waits.found
         assert not waits.copies

@@ -29,14 +29,14 @@ def change_bytes(part: Part, wire: Wire, workers: int, *, anchored: bool = False
     if not numel or not wire.sends_changes:
         return 0
     sizes = fragment_sizes(numel, wire.fragments) if wire.fragments else [numel]
-    numbers = 0 if anchored and not wire.fragments else numel
+    needed = 0 if anchored and not wire.fragments else numel * torch.float32.itemsize
     if compressed:  # of what the worker sends, and of the pieces that it averages
-        numbers += numel + sum(FORMATS[wire.shared].pieces(size, workers)[0] for size in sizes)
-    on_its_way = 0
+        pieces = sum(FORMATS[wire.shared].pieces(size, workers)[0] for size in sizes)
+        needed += (numel + pieces) * torch.bfloat16.itemsize
     if wire.fragments:
         encoded = max(part.fragment_bytes(wire.shared, wire.fragments))
-        on_its_way = max(sizes) * torch.float32.itemsize + (2 if compressed else 1) * encoded
-    return numbers * torch.float32.itemsize + on_its_way
+        needed += max(sizes) * torch.float32.itemsize + (2 if compressed else 1) * encoded
+    return needed
 
 
 def with_average(network: Network) -> Network:

@@ -70,7 +70,8 @@ def load_own(
     """
     found = [{name: decode(value, tensors) for name, value in own.items()} for own in saved.get("of", ())]
     for name, value in (item for own in found for item in own.items()):
-        if value.dtype != torch.float32 or value.dim() != 1:
+        kept = torch.bfloat16 if name in ERRORS else torch.float32
+        if value.dtype not in (kept, torch.float32) or value.dim() != 1:
             raise UserError(f"{source} is damaged: {name} has {value.dtype} of {value.dim()} dimensions")
 
     def apply() -> None:
@@ -87,7 +88,8 @@ def load_own(
         for fragment, own in zip(worker.fragments, found, strict=True):
             device = fragment.feedback.anchor.device
             for name in ERRORS:
-                setattr(fragment.feedback, name, own[name].to(device, copy=True) if name in own else None)
+                value = own[name].to(device, torch.bfloat16, copy=True) if name in own else None
+                setattr(fragment.feedback, name, value)
             if "weights" in own:
                 fragment.write(worker.subnet.flats[torch.float32], own["weights"].to(device))
                 worker.apart = True

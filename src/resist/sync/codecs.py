@@ -8,7 +8,7 @@ microsecond or two.
 The bytes of a tensor are [scales of all groups, 4 bytes each | codes of all groups].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,8 +20,41 @@ from resist.planning.wire import FORMATS, Format
 PACKED = 64  # neighboring bytes that are packed in the same way; a group has a whole number of rows of them
 CHUNK = {"cpu": 1 << 18}  # numbers that are encoded at once; a multiple of every group
 _GPU_CHUNK = 1 << 24
+REUSED = 1 << 18  # numbers whose stochastic rounding has draws of its own; a multiple of CHUNK, or a part of it
 # Groups whose largest magnitude is below this are zero: a quotient by it must not overflow.
 _SMALLEST = 2.0**-100
+
+
+class Code:
+    """How groups of numbers become codes: `levels`, which are as many as there are codes, and their values.
+
+    Attributes:
+        signed: Whether it carries negative numbers. Where it does not, a group with one becomes NaN.
+    """
+
+    signed = True
+
+    def quantize(self, groups: Tensor, largest: Tensor, fractions: Tensor | None) -> Tensor:
+        """Find the level of each number.
+
+        Args:
+            groups: (groups, group) the numbers.
+            largest: (groups, 1) the largest magnitude of each group; NaN: its codes do not matter.
+            fractions: (groups, group) uniform numbers of 0 .. 1 for stochastic rounding; None: to the nearest.
+        """
+        raise NotImplementedError
+
+    def to_codes(self, levels: Tensor) -> Tensor:
+        """Turn levels, which are not used any more, into codes: uint8 below 2^bits."""
+        return levels
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """Turn codes back into levels."""
+        return codes
+
+    def values(self, levels: Tensor, largest: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the numbers that levels stand for, of the shape of the groups; written to `out` if it is given."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -30,30 +63,28 @@ class Codec:
 
     Attributes:
         format: The format.
-        signed: Whether it carries negative numbers. Where it does not, a group with one becomes NaN.
-        quantize: Maps groups of numbers (groups, group), their largest magnitudes (groups, 1), and draws for stochastic
-            rounding (None: to the nearest) to codes, uint8 below 2^bits.
-        dequantize: Maps codes (groups, group) and the largest magnitudes back to numbers.
+        code: How its groups become codes; None: numbers go as they are, or as bf16.
     """
 
     format: Format
-    signed: bool = True
-    quantize: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
-    dequantize: Callable[[Tensor, Tensor], Tensor] | None = None
+    code: Code | None = None
+
+    @property
+    def signed(self) -> bool:
+        """Whether it carries negative numbers."""
+        return self.code is None or self.code.signed
 
     def num_bytes(self, numel: int) -> int:
         """See `Format.num_bytes`."""
         return self.format.num_bytes(numel)
 
     @torch.no_grad()
-    def encode(
-        self, numbers: Tensor, generator: torch.Generator | None = None, *, into: Tensor | None = None
-    ) -> Tensor:
+    def encode(self, numbers: Tensor, random: "RandomBits | None" = None, *, into: Tensor | None = None) -> Tensor:
         """Encode numbers.
 
         Args:
             numbers: (numel,) float32.
-            generator: Draws for stochastic rounding; None: round to the nearest.
+            random: Random bits for stochastic rounding; None: round to the nearest.
             into: (num_bytes(numel),) uint8 to write to. Default: a new tensor.
 
         Returns:
@@ -62,17 +93,18 @@ class Codec:
         if into is None:
             into = torch.empty(self.num_bytes(numbers.numel()), dtype=torch.uint8, device=numbers.device)
         for start, end, encoded in self.chunks(numbers.numel(), into):
-            self.encode_chunk(numbers[start:end], encoded, generator)
+            self.encode_chunk(numbers[start:end], encoded, random, start)
         return into
 
     @torch.no_grad()
-    def decode(self, encoded: Tensor, numel: int, *, into: Tensor | None = None) -> Tensor:
+    def decode(self, encoded: Tensor, numel: int, *, into: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
         """Decode numbers.
 
         Args:
             encoded: (num_bytes(numel),) uint8, from `encode`.
             numel: How many numbers.
             into: (numel,) float32 to write to. Default: a new tensor.
+            plus: (numel,) float32 to add to them.
 
         Returns:
             (numel,) float32 on the same device.
@@ -80,7 +112,9 @@ class Codec:
         if into is None:
             into = torch.empty(numel, device=encoded.device)
         for start, end, chunk in self.chunks(numel, encoded):
-            into[start:end] = self.decode_chunk(chunk, end - start)
+            self.decode_chunk(chunk, into[start:end])
+            if plus is not None:
+                into[start:end] += plus[start:end]
         return into
 
     def chunks(self, numel: int, encoded: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, Tensor]]]:
@@ -102,38 +136,107 @@ class Codec:
             own = scales[4 * start // group : 4 * padded // group] if group else scales
             yield start, end, (own, codes[start * bits // 8 : padded * bits // 8])
 
-    def encode_chunk(self, numbers: Tensor, encoded: tuple[Tensor, Tensor], generator: torch.Generator | None) -> None:
-        """Encode the numbers of one chunk into its scales and codes."""
+    def encode_chunk(
+        self,
+        numbers: Tensor,
+        encoded: tuple[Tensor, Tensor],
+        random: "RandomBits | None" = None,
+        start: int = 0,
+        *,
+        lost: Tensor | None = None,
+    ) -> None:
+        """Encode the numbers of one chunk into its scales and codes.
+
+        Args:
+            numbers: (size,) float32.
+            encoded: Its scales and its codes.
+            random: Random bits for stochastic rounding; None: round to the nearest.
+            start: Place of the first number in all of them.
+            lost: (size,) to write to what the code loses, perhaps `numbers` themselves.
+        """
         scales, codes = encoded
-        if self.quantize is None:
+        size = codes.numel() * 8 // self.format.bits
+        if self.code is None:
             plain = numbers.contiguous()
             if self.format.bits == 16:
-                plain = _to_bf16(plain, generator)
+                plain = to_bf16(plain, None if random is None else random.bits(start, size))
             codes.copy_(plain.view(torch.uint8))
+            if lost is not None:
+                torch.sub(numbers, plain, out=lost)
             return
-        size = codes.numel() * 8 // self.format.bits
+        whole = numbers
         if numbers.numel() < size:
-            numbers, short = numbers.new_zeros(size), numbers
-            numbers[: short.numel()] = short
-        groups = numbers.view(-1, self.format.group)
+            whole = numbers.new_zeros(size)
+            whole[: numbers.numel()] = numbers
+        groups = whole.view(-1, self.format.group)
         largest = groups.abs().amax(1, keepdim=True)  # NaN if there is one
         largest.masked_fill_(~largest.isfinite(), torch.nan).masked_fill_(largest < _SMALLEST, 0.0)
         if not self.signed:
             largest.masked_fill_(groups.amin(1, keepdim=True) < 0, torch.nan)
         scales.copy_(largest.view(-1).view(torch.uint8))
-        draws = None if generator is None else _draws(size, numbers.device, generator).view_as(groups)
-        pack(self.quantize(groups, largest, draws).view(-1), self.format.bits, codes)
+        fractions = None if random is None else random.fractions(start, size).view_as(groups)
+        levels = self.code.quantize(groups, largest, fractions)
+        if lost is not None:
+            torch.sub(numbers, self.code.values(levels, largest).view(-1)[: numbers.numel()], out=lost)
+        pack(self.code.to_codes(levels).view(-1), self.format.bits, codes)
 
-    def decode_chunk(self, encoded: tuple[Tensor, Tensor], numel: int) -> Tensor:
-        """Decode the numbers of one chunk."""
+    def decode_chunk(self, encoded: tuple[Tensor, Tensor], into: Tensor) -> Tensor:
+        """Decode the numbers of one chunk.
+
+        Args:
+            encoded: Its scales and its codes.
+            into: (size,) float32 to write to.
+
+        Returns:
+            `into`.
+        """
         scales, codes = encoded
-        if self.dequantize is None:
+        if self.code is None:
             # Where the bytes begin in the middle of a number, they are copied first.
             whole = codes if codes.storage_offset() % 4 == 0 else codes.clone()
-            return whole.view(torch.float32 if self.format.bits == 32 else torch.bfloat16).float()
+            return into.copy_(whole.view(torch.float32 if self.format.bits == 32 else torch.bfloat16))
         largest = (scales if scales.storage_offset() % 4 == 0 else scales.clone()).view(torch.float32).unsqueeze(1)
-        groups = unpack(codes, self.format.bits).view(-1, self.format.group)
-        return self.dequantize(groups, largest).view(-1)[:numel]
+        levels = self.code.from_codes(unpack(codes, self.format.bits).view(-1, self.format.group))
+        if into.numel() == levels.numel():
+            self.code.values(levels, largest, into.view(levels.shape))
+            return into
+        return into.copy_(self.code.values(levels, largest).view(-1)[: into.numel()])
+
+
+class RandomBits:
+    """Random bits for stochastic rounding.
+
+    Numbers far apart get the same ones: each of them is rounded up as often as it should, whatever others do.
+
+    Args:
+        numel: How many numbers are rounded.
+        device: Their device.
+        generator: Draws them.
+    """
+
+    def __init__(self, numel: int, device: torch.device, generator: torch.Generator) -> None:
+        size = max(1, -(-min(numel, REUSED) // 4096) * 4096)
+        words = torch.empty(size // 4 + 1, dtype=torch.int64, device=device)  # each has four times 16 bits
+        drawn = words.random_(-(2**63), None, generator=generator).view(torch.int16)[:size]
+        self._bits = drawn.int().add_(0x8000)
+        self._fractions: Tensor | None = None
+
+    def bits(self, start: int, numel: int) -> Tensor:
+        """Return 16 random bits for each number: (numel,) int32."""
+        return self._part(self._bits, start, numel)
+
+    def fractions(self, start: int, numel: int) -> Tensor:
+        """Return uniform numbers of 0 .. 1: (numel,) float32."""
+        if self._fractions is None:
+            self._fractions = self._bits.float().add_(0.5).mul_(2.0**-16)
+        return self._part(self._fractions, start, numel)
+
+    @staticmethod
+    def _part(drawn: Tensor, start: int, numel: int) -> Tensor:
+        start %= drawn.numel()
+        if start + numel > drawn.numel():
+            drawn = drawn.repeat(-(-(start + numel) // drawn.numel()))
+        return drawn[start : start + numel]
 
 
 def pack(codes: Tensor, bits: int, into: Tensor | None = None) -> Tensor:
@@ -178,44 +281,72 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return codes.view(-1)
 
 
-def _draws(numel: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Draw 16 random bits for each number: (numel,) int16. One call of the generator gives four of them."""
-    words = torch.empty(-(-numel // 4), dtype=torch.int64, device=device)
-    return words.random_(-(2**63), None, generator=generator).view(torch.int16)[:numel]
+def to_bf16(numbers: Tensor, bits: Tensor | None) -> Tensor:
+    """Round to bf16; with random bits stochastically, by adding them before the low bits are cut off.
 
-
-def _fractions(draws: Tensor) -> Tensor:
-    """Uniform numbers in 0 .. 1 from random bits."""
-    return draws.float().add_(32768.5).mul_(2.0**-16)
-
-
-def _to_bf16(numbers: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Round to bf16; stochastically by adding random low bits before they are cut off."""
-    if generator is None:
+    Args:
+        numbers: (numel,) float32.
+        bits: (numel,) int32 of 16 random bits; None: round to the nearest.
+    """
+    if bits is None:
         return numbers.to(torch.bfloat16)
-    numbers = numbers.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # sums with NaN could overflow
-    bits = _draws(numbers.numel(), numbers.device, generator).int().add_(0x8000).add_(numbers.view(torch.int32))
-    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    finite = numbers.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # sums with NaN could overflow
+    return round_to_bf16(finite, bits, torch.empty_like(finite, dtype=torch.bfloat16))
 
 
-def _linear(name: str) -> Codec:
-    """The code of whole multiples."""
-    format = FORMATS[name]
-    most = 2 ** (format.bits - 1) - 1
-    # Codes of 8 bits are signed integers. Others are shifted to be positive, since they are packed.
-    shift = 0 if format.bits == 8 else most
+def round_to_bf16(numbers: Tensor, bits: Tensor, into: Tensor) -> Tensor:
+    """Round stochastically to bf16.
 
-    def quantize(groups: Tensor, largest: Tensor, draws: Tensor | None) -> Tensor:
+    Args:
+        numbers: (numel,) float32 without NaN, which are not used any more.
+        bits: (numel,) int32 of 16 random bits.
+        into: (numel,) bfloat16 to write to.
+
+    Returns:
+        `into`.
+    """
+    into.view(torch.int16).copy_(numbers.view(torch.int32).add_(bits).bitwise_right_shift_(16))
+    return into
+
+
+class Linear(Code):
+    """Whole multiples of a fraction of the largest magnitude: levels are -most .. most, as float32.
+
+    Args:
+        bits: Bits of a code. Those of 8 are signed integers; others are shifted to be positive, since they are packed.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self._most = 2 ** (bits - 1) - 1
+        self._shift = 0 if bits == 8 else self._most
+
+    def quantize(self, groups: Tensor, largest: Tensor, fractions: Tensor | None) -> Tensor:
         # A group of zeros has zeros, and one with NaN anything: its scale makes it NaN again.
-        factor = torch.where(largest > 0, most / largest, 0.0)
-        scaled = groups * factor
-        codes = scaled.round_() if draws is None else scaled.add_(_fractions(draws)).floor_()
-        return codes.add_(shift).clamp_(shift - most, shift + most).to(torch.int8).view(torch.uint8)
+        scaled = groups * torch.where(largest > 0, self._most / largest, 0.0)
+        if fractions is None:
+            return scaled.round_()  # the largest magnitude is at most a few units in the last place above `most`
+        return scaled.add_(fractions).floor_().clamp_(-self._most, self._most)
 
-    def dequantize(codes: Tensor, largest: Tensor) -> Tensor:
-        return codes.view(torch.int8).float().sub_(shift).mul_(largest / most)
+    def to_codes(self, levels: Tensor) -> Tensor:
+        return (levels.add_(self._shift) if self._shift else levels).to(torch.int8).view(torch.uint8)
 
-    return Codec(format, quantize=quantize, dequantize=dequantize)
+    def from_codes(self, codes: Tensor) -> Tensor:
+        levels = codes.view(torch.int8).float()
+        return levels.sub_(self._shift) if self._shift else levels
+
+    def values(self, levels: Tensor, largest: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(levels, largest / self._most, out=out)
+
+
+class Logarithmic(Code):
+    """Codes that are positions in a table of shares of the largest magnitude; levels are codes."""
+
+    table: tuple[float, ...]
+
+    def values(self, levels: Tensor, largest: Tensor, out: Tensor | None = None) -> Tensor:
+        table = _table(self.table, levels.device)
+        shares = table.index_select(0, levels.reshape(-1).int()).view(levels.shape)
+        return torch.mul(shares, largest, out=out)
 
 
 @cache
@@ -223,51 +354,42 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def _look_up(values: tuple[float, ...], positions: Tensor) -> Tensor:
-    table = _table(values, positions.device)
-    return table.index_select(0, positions.reshape(-1).int()).view(positions.shape)
+class Log4(Logarithmic):
+    """A sign and the exponents 2^-6 .. 2^0, or zero."""
+
+    _magnitudes = (0.0, *(2.0**-k for k in range(6, -1, -1)))
+    table = (*_magnitudes, *(-magnitude for magnitude in _magnitudes))
+
+    def quantize(self, groups: Tensor, largest: Tensor, fractions: Tensor | None) -> Tensor:
+        factor = torch.where(largest > 0, 1.0 / largest, 0.0)
+        parts = (groups * factor).nan_to_num_(0.0).clamp_(-1.0, 1.0)
+        size = parts.abs()
+        # The exponent of a number is its position: 2^-6 .. 2^0 are 1 .. 7, and below 2^-6 the step is 2^-6 itself.
+        below = (size.view(torch.int32) >> 23).sub_(120).clamp_(0, 7)
+        step = (below.clamp(min=1).add_(120) << 23).view(torch.float32)
+        rest = size.div_(step).sub_(below.clamp(max=1))
+        codes = below.add_(rest > (0.5 if fractions is None else fractions)).clamp_(max=7)
+        sign = (parts.view(torch.int32) >> 28) & 8
+        return codes.add_(sign).to(torch.int8).view(torch.uint8)
 
 
-# Of log4: the magnitudes, and the values of all codes.
-_MAGNITUDES = (0.0, *(2.0**-k for k in range(6, -1, -1)))
-_LOG4_VALUES = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
+class Log8(Logarithmic):
+    """Six steps in an octave, for numbers that are never negative."""
 
+    signed = False
+    _steps = 6
+    table = (0.0, *(2.0 ** ((code - 255) / 6) for code in range(1, 256)))
 
-def _log4_quantize(groups: Tensor, largest: Tensor, draws: Tensor | None) -> Tensor:
-    factor = torch.where(largest > 0, 1.0 / largest, 0.0)
-    parts = (groups * factor).nan_to_num_(0.0).clamp_(-1.0, 1.0)
-    size = parts.abs()
-    # The exponent of a number is its position: 2^-6 .. 2^0 are 1 .. 7, and below 2^-6 the step is 2^-6 itself.
-    below = (size.view(torch.int32) >> 23).sub_(120).clamp_(0, 7)
-    step = (below.clamp(min=1).add_(120) << 23).view(torch.float32)
-    rest = size.div_(step).sub_(below.clamp(max=1))
-    codes = below.add_(rest > (0.5 if draws is None else _fractions(draws))).clamp_(max=7)
-    sign = (parts.view(torch.int32) >> 28) & 8
-    return codes.add_(sign).to(torch.int8).view(torch.uint8)
-
-
-def _log4_dequantize(codes: Tensor, largest: Tensor) -> Tensor:
-    return _look_up(_LOG4_VALUES, codes).mul_(largest)
-
-
-_STEPS = 6  # of log8, in an octave
-_LOG8_VALUES = (0.0, *(2.0 ** ((code - 255) / _STEPS) for code in range(1, 256)))
-
-
-def _log8_quantize(groups: Tensor, largest: Tensor, draws: Tensor | None) -> Tensor:
-    exponents = groups.log2().sub_(largest.log2()).mul_(_STEPS).add_(255)
-    if draws is None:
-        codes = exponents.round_()
-    else:
-        # Up with the probability with which the mean of the two values is the number.
-        codes = exponents.floor()
-        up = exponents.sub_(codes).mul_(1 / _STEPS).exp2_().sub_(1).mul_(1 / (2 ** (1 / _STEPS) - 1))
-        codes += up > _fractions(draws)
-    return codes.clamp_(1, 255).mul_(groups > 0).nan_to_num_(0.0).to(torch.int32).to(torch.uint8)
-
-
-def _log8_dequantize(codes: Tensor, largest: Tensor) -> Tensor:
-    return _look_up(_LOG8_VALUES, codes).mul_(largest)
+    def quantize(self, groups: Tensor, largest: Tensor, fractions: Tensor | None) -> Tensor:
+        exponents = groups.log2().sub_(largest.log2()).mul_(self._steps).add_(255)
+        if fractions is None:
+            codes = exponents.round_()
+        else:
+            # Up with the probability with which the mean of the two values is the number.
+            codes = exponents.floor()
+            up = exponents.sub_(codes).mul_(1 / self._steps).exp2_().sub_(1).mul_(1 / (2 ** (1 / self._steps) - 1))
+            codes += up > fractions
+        return codes.clamp_(1, 255).mul_(groups > 0).nan_to_num_(0.0).to(torch.int32).to(torch.uint8)
 
 
 CODECS = {
@@ -275,8 +397,8 @@ CODECS = {
     for codec in (
         Codec(FORMATS["fp32"]),
         Codec(FORMATS["bf16"]),
-        *map(_linear, ("int8", "int6", "int4")),
-        Codec(FORMATS["log4"], quantize=_log4_quantize, dequantize=_log4_dequantize),
-        Codec(FORMATS["log8"], signed=False, quantize=_log8_quantize, dequantize=_log8_dequantize),
+        *(Codec(FORMATS[name], Linear(FORMATS[name].bits)) for name in ("int8", "int6", "int4")),
+        Codec(FORMATS["log4"], Log4()),
+        Codec(FORMATS["log8"], Log8()),
     )
 }

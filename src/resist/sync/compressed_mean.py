@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resist.sync.codecs import Codec
+from resist.sync.codecs import Codec, RandomBits, round_to_bf16
 from resist.sync.transport import Handle, Transport
 
 # Bytes of a worker that is left out. A finite number, or a scale of finite numbers, does not begin with four of them.
@@ -36,8 +36,8 @@ class Feedback:
 
     Attributes:
         anchor: (numel,) the numbers at the beginning of the round, with equal bits in all workers.
-        error: (numel,) what the codes of its changes have lost so far; or None.
-        piece_error: (numel of its piece,) the same of the means that it has encoded; or None.
+        error: (numel,) bfloat16, what the codes of its changes have lost so far; or None.
+        piece_error: (numel of its piece,) bfloat16, the same of the means that it has encoded; or None.
         shared: Numbers of the shared part, the last ones. Errors of others are dropped when workers hold other blocks.
     """
 
@@ -49,12 +49,12 @@ class Feedback:
     def prepare(self, numel: int, piece: int, *, dropped: bool) -> None:
         """Make room for errors of `numel` numbers, of which it averages `piece`; keep those that fit."""
         if self.error is None or self.error.numel() != numel:
-            error = self.anchor.new_zeros(numel)
+            error = self.anchor.new_zeros(numel, dtype=torch.bfloat16)
             if self.error is not None:
                 error[numel - self.shared :] = self.error[self.error.numel() - self.shared :]
             self.error, self.piece_error = error, None  # pieces are others, too
         if self.piece_error is None:
-            self.piece_error = self.anchor.new_zeros(piece)
+            self.piece_error = self.anchor.new_zeros(piece, dtype=torch.bfloat16)
         if dropped:
             self.error.zero_()
 
@@ -72,7 +72,7 @@ class CompressedMean:
         numbers: Hosted worker -> its numbers, (numel,) float32. `finish` replaces them by the mean.
         traffic_kind: The account on which it is booked.
         dropped: Workers that are left out.
-        draws: Draws of stochastic rounding.
+        draws: Draws of stochastic rounding: of the codes, or of the errors if the change is sent.
         feedback: Hosted worker -> its anchor and errors, if the change is sent. Default: the numbers themselves are.
         absent: Hosted workers that are left out, which others learn from their bytes. None: there are none anywhere.
 
@@ -114,17 +114,17 @@ class CompressedMean:
         encoded = torch.empty(sum(self._sizes), dtype=torch.uint8, device=numbers.device)
         if not count:
             return encoded.fill_(ABSENT)
-        draws = self._draws(worker)
+        random = self._random(worker, numbers)
         starts = _starts(self._pieces)
         for start, piece, own in zip(starts, self._pieces, torch.split(encoded, self._sizes), strict=True):
             values = slice(start, start + piece)
             if self._feedback is None:
-                self._codec.encode(numbers[values], draws, into=own)
+                self._codec.encode(numbers[values], random, into=own)
             else:
                 feedback = self._feedback[worker]
                 assert feedback.error is not None
                 anchor = feedback.last(self._numel)[values]
-                encode_change(self._codec, numbers[values], anchor, feedback.error[values], own)
+                encode_change(self._codec, numbers[values], anchor, feedback.error[values], own, random)
         return encoded
 
     @torch.no_grad()
@@ -137,14 +137,19 @@ class CompressedMean:
         for worker, rows in zip(self._numbers, self._scattered.finish(), strict=True):
             assert rows is not None
             mean, encoded = self._mean(rows, self._pieces[worker]), rows.new_empty(self._sizes[worker])
+            random = self._random(f"mean {worker}", mean)
             if self._feedback is None:
-                self._codec.encode(mean, self._draws(f"mean {worker}"), into=encoded)
+                self._codec.encode(mean, random, into=encoded)
             else:
                 error = self._feedback[worker].piece_error
                 assert error is not None
-                encode_change(self._codec, mean, None, error, encoded)
+                encode_change(self._codec, mean, None, error, encoded, random)
             means.append(encoded)
         self._gathered = self._transport.gather(means, self._sizes, self._kind)
+
+    def _random(self, who: int | str, numbers: Tensor) -> RandomBits | None:
+        draws = self._draws(who)
+        return None if draws is None else RandomBits(numbers.numel(), numbers.device, draws)
 
     def _mean(self, rows: Tensor, numel: int) -> Tensor:
         """The mean of a piece over the workers that count, in their order."""
@@ -154,7 +159,7 @@ class CompressedMean:
         total = self._codec.decode(rows[live[0]], numel)
         for worker in live[1:]:
             for start, end, chunk in self._codec.chunks(numel, rows[worker]):
-                total[start:end] += self._codec.decode_chunk(chunk, end - start)
+                total[start:end] += self._codec.decode_chunk(chunk, rows.new_empty(end - start, dtype=total.dtype))
         return total.mul_(1 / len(live))
 
     @torch.no_grad()
@@ -166,31 +171,43 @@ class CompressedMean:
         (encoded,) = self._gathered.finish()
         assert encoded is not None
         (first, *others) = self._numbers.items()
+        anchor = None if self._feedback is None else self._feedback[first[0]].last(self._numel)
         for start, piece, own in zip(
             _starts(self._pieces), self._pieces, torch.split(encoded, self._sizes), strict=True
         ):
-            self._codec.decode(own, piece, into=first[1][start : start + piece])
-        if self._feedback is not None:
-            first[1].add_(self._feedback[first[0]].last(self._numel))
+            values = slice(start, start + piece)
+            self._codec.decode(own, piece, into=first[1][values], plus=None if anchor is None else anchor[values])
         for _, numbers in others:
             numbers.copy_(first[1])
 
 
-def encode_change(codec: Codec, numbers: Tensor, anchor: Tensor | None, error: Tensor, into: Tensor) -> None:
+def encode_change(
+    codec: Codec,
+    numbers: Tensor,
+    anchor: Tensor | None,
+    error: Tensor,
+    into: Tensor,
+    random: RandomBits | None = None,
+) -> None:
     """Encode `numbers - anchor + error`, to the nearest, and keep what the code loses in `error`.
 
     Args:
         codec: The code.
         numbers: (numel,) float32.
         anchor: (numel,), or None for zeros.
-        error: (numel,), changed in place.
+        error: (numel,) bfloat16, changed in place.
         into: (num_bytes(numel),) uint8 to write to.
+        random: Random bits for the rounding of the error. To the nearest, what is far below it would never add up.
     """
     for start, end, chunk in codec.chunks(numbers.numel(), into):
-        own, change = error[start:end], numbers[start:end]
-        own += change if anchor is None else change - anchor[start:end]
-        codec.encode_chunk(own, chunk, None)
-        own -= codec.decode_chunk(chunk, end - start)
+        kept, change = error[start:end], numbers[start:end]
+        own = kept.float() if anchor is None else torch.sub(change, anchor[start:end])
+        own += change if anchor is None else kept.float()
+        codec.encode_chunk(own, chunk, lost=own)
+        if random is None:
+            kept.copy_(own)
+        else:
+            round_to_bf16(own, random.bits(start, end - start), kept)
 
 
 def _is_absent(row: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from resist.planning.wire import FP32, Wire, part_bytes
 from resist.subnet.pieces import Layout
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
-from resist.sync.codecs import CODECS
+from resist.sync.codecs import CODECS, RandomBits
 from resist.sync.optimizer_state import StateTypes
 from resist.sync.round_end import RoundEnd
 from resist.sync.state_formats import format_of, kind_of
@@ -82,7 +82,7 @@ class Payload:
         codec, (start, end) = CODECS[self.block_format], block.trained
         encoded = torch.empty(self.block_bytes(block), dtype=torch.uint8, device=values.device)
         size = codec.num_bytes(end - start)
-        codec.encode(values[start:end], draws, into=encoded[:size])
+        codec.encode(values[start:end], RandomBits(end - start, values.device, draws), into=encoded[:size])
         encoded[size:].copy_(torch.cat([values[:start], values[end:]]).view(torch.uint8))
         return encoded
 

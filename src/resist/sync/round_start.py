@@ -114,7 +114,7 @@ def begin_round(
         )
     if not streams:
         return None
-    return Streaming(transport, workers, wire.times(end.strategy.local_steps), wire.shared, outer)
+    return Streaming(transport, workers, end)
 
 
 @torch.no_grad()

@@ -69,12 +69,11 @@ class SharedMean:
                 encoded.tensors,
                 kind,
                 dropped=dropped,
-                draws=lambda who: None if weights else end.draws(device, name, str(payload.dtype), who),
+                draws=lambda who: end.draws(device, name, str(payload.dtype), who),
                 feedback={worker: _feedback(workers[worker]) for worker in encoded.tensors} if weights else None,
             )
-        self._outer = end.strategy.outer
         self._fragments = [
-            FragmentMean(transport, list(workers.values()), number, payload.shared_format, dropped=dropped)
+            FragmentMean(transport, list(workers.values()), number, end, dropped=dropped)
             for number in range(len(next(iter(workers.values())).fragments) if streamed is not None else 0)
             if number not in (streamed or ())
         ]
@@ -94,7 +93,7 @@ class SharedMean:
         if self._encoded is not None:
             self._encoded.finish()
         for fragment in self._fragments:
-            fragment.finish(self._outer)
+            fragment.finish()
         for joined in self._joined:
             joined.put_back()
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from resist.errors import WorkerLostError
-from resist.planning.fragments import Times
 from resist.planning.strategy import OuterSGD
 from resist.planning.wire import FP32
 from resist.subnet.network import Subnet
@@ -24,6 +23,7 @@ from resist.sync.averaging import VELOCITY, all_finite, outer_step
 from resist.sync.codecs import CODECS
 from resist.sync.compressed_mean import CompressedMean
 from resist.sync.fragments import Fragment
+from resist.sync.round_end import RoundEnd
 from resist.sync.transport import Handle, Transport
 from resist.sync.worker import Worker
 
@@ -40,7 +40,7 @@ class FragmentMean:
         transport: Connects the workers.
         workers: The hosted workers.
         number: Number of the fragment.
-        format: Wire format of its change.
+        end: The end of the round, with the wire format of the change.
         dropped: Further workers that are left out, known to all.
 
     Raises:
@@ -54,12 +54,12 @@ class FragmentMean:
         transport: Transport,
         workers: Sequence[Worker],
         number: int,
-        format: str,
+        end: RoundEnd,
         *,
         dropped: Set[int] = frozenset(),
     ) -> None:
         self._workers = {worker.index: worker for worker in workers}
-        self._number, self._num_workers = number, transport.num_workers
+        self._number, self._num_workers, self._outer = number, transport.num_workers, end.strategy.outer
         for worker in workers:
             worker.take_back()
         self._copies = {index: self._fragment(index).read(_flat(worker)) for index, worker in self._workers.items()}
@@ -67,17 +67,17 @@ class FragmentMean:
         self._plain: Handle | None = None
         self._encoded: CompressedMean | None = None
         self._changes: list[Tensor] = []
-        if format == FP32:
+        if end.wire.shared == FP32:
             self._changes = [self._change(index, counts=index not in absent) for index in self._copies]
             self._plain = transport.mean(self._changes, KIND)
         else:
             self._encoded = CompressedMean(
                 transport,
-                CODECS[format],
+                CODECS[end.wire.shared],
                 self._copies,
                 KIND,
                 dropped=dropped,
-                draws=lambda who: None,
+                draws=lambda who: end.draws(_flat(workers[0]).device, "fragment", number, who),
                 feedback={index: self._fragment(index).feedback for index in self._copies},
                 absent=absent,
             )
@@ -100,11 +100,8 @@ class FragmentMean:
             self._encoded.advance()
 
     @torch.no_grad()
-    def finish(self, outer: OuterSGD | None = None) -> None:
-        """Wait for the mean, and take it over in all hosted workers.
-
-        Args:
-            outer: Outer optimizer, which takes its step along the mean change.
+    def finish(self) -> None:
+        """Wait for the mean, and take it over in all hosted workers. An outer optimizer takes its step along it.
 
         Raises:
             WorkerLostError: If another process is lost. The weights have not changed.
@@ -121,10 +118,10 @@ class FragmentMean:
                     part.add_(own)
             raise
         for index, worker in self._workers.items():
-            mean, anchor = self._copies[index], self._fragment(index).feedback.anchor
-            if outer is not None:
-                self._outer_step(worker, mean, anchor, outer)
-            anchor.copy_(mean)
+            mean, feedback = self._copies[index], self._fragment(index).feedback
+            if self._outer is not None:
+                self._outer_step(worker, mean, feedback.anchor, self._outer)
+            feedback.anchor = mean
             for part, own in self._pairs(index, mean):
                 part.add_(own)
 
@@ -160,9 +157,7 @@ class Streaming:
     Args:
         transport: Connects the workers.
         workers: The hosted workers, which have fragments.
-        times: When each fragment goes, by its number.
-        format: Wire format.
-        outer: Outer optimizer of the round.
+        end: The end of the round, if it has all its steps.
 
     Attributes:
         done: The fragments that were averaged in this round.
@@ -172,12 +167,10 @@ class Streaming:
         self,
         transport: Transport,
         workers: Sequence[Worker],
-        times: Sequence[Times],
-        format: str,
-        outer: OuterSGD | None,
+        end: RoundEnd,
     ) -> None:
-        self._transport, self._workers, self._format, self._outer = transport, workers, format, outer
-        self._times = times[: len(workers[0].fragments)]
+        self._transport, self._workers, self._end = transport, workers, end
+        self._times = end.wire.times(end.strategy.local_steps)[: len(workers[0].fragments)]
         self._running: FragmentMean | None = None
         self._number = 0  # of the fragment on its way, or of the next one
         self.done: set[int] = set()
@@ -199,13 +192,13 @@ class Streaming:
             elif steps == times.advance:
                 self._running.advance()
         if self._number < len(self._times) and steps == self._times[self._number].begin:
-            self._running = FragmentMean(self._transport, self._workers, self._number, self._format)
+            self._running = FragmentMean(self._transport, self._workers, self._number, self._end)
 
     def complete(self) -> None:
         """Finish what is on its way. Waits for all processes, if something is; errors as of `step`."""
         running, self._running = self._running, None
         if running is not None:
-            running.finish(self._outer)
+            running.finish()
             self.done.add(self._number)
             self._number += 1
 
