@@ -1,7 +1,7 @@
 """Measure the peak memory of a worker: its sub-network, the full network, and a synchronization.
 
     python benchmarks/memory.py                                     # the paper's ResNet101 with 100 classes, S = 4
-    python benchmarks/memory.py --width 8 --batches 2 8             # takes seconds, as a test
+    python benchmarks/memory.py --width 8 --batches 2 8             # takes minutes, as a test
 
 Every figure comes from a separate process. On the CPU it is the highest resident size (VmHWM, Linux) minus the
 resident size at the start, after the imports and a step of a tiny network have loaded the code. VmHWM is used instead
@@ -13,6 +13,8 @@ Training: two steps of SGD with momentum on random images (3 x 32 x 32), in fp32
 gradients, momentum, flat tensors, activations and the workspace of the convolutions. One worker of S runs alone: it
 takes its part of the network and never synchronizes.
 Building: the peak while the job is built; the full network is built in CPU memory first.
+Wire formats: S processes on loopback. The peak of the second round with its synchronization, above the size before the
+job was built: what is sent as a change needs the round's first weights and the errors of the codes in every step.
 Exchange: S processes on loopback. The peak of a synchronization minus the size before it, the largest over processes,
 compared with the bytes of a worker's sub-network and of the full network. The first synchronization is reported
 separately from the next three: it makes the connections, and arranges the optimizer's state like the weights.
@@ -37,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resist
+from competitors import make
 from own import momentum_sgd
 from provenance import provenance
 from resist.models import build
@@ -45,6 +48,7 @@ from resist.sync.local import Local
 
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 MB = 1e6
+WIRED = ("resist", "resist,wire=int8", "resist,wire=int4", "resist,wire=int4,fragments=5,delay=1")
 
 
 class Alone(Local):
@@ -70,30 +74,42 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.as_part:
         part = json.loads(args.as_part)
-        print(json.dumps(train(args, **part) if "batch" in part else exchange(args, **part)))
+        do = wired if "spec" in part else train if "batch" in part else exchange
+        print(json.dumps(do(args, **part)))
         return
     if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         print("memory.py reads the peak from /proc, which this system lacks; run it on Linux, or with --device cuda")
         raise SystemExit(2)
-    trained, exchanged = measure(args)
-    print(table(args, trained, exchanged))
+    trained, changed, exchanged = measure(args)
+    print(table(args, trained, changed, exchanged))
     settings = {k: getattr(args, k) for k in ("model", "width", "num_classes", "workers", "repetitions", "device")}
-    record = {"benchmark": "memory", **settings, "training": trained, "exchange": exchanged, **provenance("memory")}
+    record = {
+        "benchmark": "memory",
+        **settings,
+        "training": trained,
+        "wired": changed,
+        "exchange": exchanged,
+        **provenance("memory"),
+    }
     if not args.no_record:
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], ...]:
     """Measure bytes: the largest of the repetitions, and their spread."""
-    trained, exchanged = [], []
+    trained, changed, exchanged = [], [], []
     for batch in args.batches:
         for strategy in ("resist", "local_sgd"):
             runs = [start({"strategy": strategy, "batch": batch})[0] for _ in range(args.repetitions)]
             peaks = [run["training_peak_bytes"] for run in runs]
             worst = max(runs, key=lambda run: run["training_peak_bytes"])
             trained.append({"strategy": strategy, "batch": batch, **worst, "spread_bytes": max(peaks) - min(peaks)})
+    for spec in WIRED:
+        part = {"spec": spec, "batch": max(args.batches)}
+        peaks = [max(rank["peak_bytes"] for rank in start(part, args.workers)) for _ in range(args.repetitions)]
+        changed.append({**part, "peak_bytes": max(peaks), "spread_bytes": max(peaks) - min(peaks)})
     for strategy, state in (("resist", "reset"), ("resist", "travel"), ("local_sgd", "reset")):
         part = {"strategy": strategy, "state": state}
         runs = [start(part, args.workers) for _ in range(args.repetitions)]
@@ -101,7 +117,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[s
         for key in ("first_bytes", "later_bytes"):
             peaks = [max(rank[key] for rank in run) for run in runs]
             exchanged[-1] |= {key: max(peaks), f"{key}_spread": max(peaks) - min(peaks)}
-    return trained, exchanged
+    return trained, changed, exchanged
 
 
 def start(part: Mapping[str, object], processes: int = 1) -> list[dict[str, int]]:
@@ -109,7 +125,7 @@ def start(part: Mapping[str, object], processes: int = 1) -> list[dict[str, int]
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for rank in range(processes):
-            task = dict(part) if "batch" in part else {**part, "rank": rank, "folder": folder}
+            task = dict(part) if processes == 1 else {**part, "rank": rank, "folder": folder}
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
             command = [sys.executable, *sys.argv, "--as-part", json.dumps(task)]
             running.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
@@ -142,11 +158,15 @@ def train(args: argparse.Namespace, strategy: str, batch: int) -> dict[str, int]
 def steps(model: nn.Module, batch: int, args: argparse.Namespace) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for _ in range(2):
-        images = torch.randn(batch, 3, 32, 32, device=args.device)
-        labels = torch.randint(args.num_classes, (batch,), device=args.device)
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(model, optimizer, batch, args)
+
+
+def step(model: nn.Module, optimizer: torch.optim.SGD, batch: int, args: argparse.Namespace) -> None:
+    images = torch.randn(batch, 3, 32, 32, device=args.device)
+    labels = torch.randint(args.num_classes, (batch,), device=args.device)
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def warm_up(args: argparse.Namespace) -> None:
@@ -155,12 +175,36 @@ def warm_up(args: argparse.Namespace) -> None:
     steps(tiny.to(args.device), 2, args)
 
 
-def exchange(args: argparse.Namespace, strategy: str, state: str, rank: int, folder: str) -> dict[str, int]:
+def wired(args: argparse.Namespace, spec: str, batch: int, rank: int, folder: str) -> dict[str, int]:
+    """Train two rounds with a wire format."""
+    connect(args, rank, folder)
+    warm_up(args)
+    baseline = begin(args.device)
+    local_steps = 10 if "fragments" in spec else 2
+    method = make(spec, lambda: network(args), args.workers, local_steps)
+    for _ in range(2):
+        dist.barrier()
+        begin(args.device)
+        for number in range(local_steps):
+            step(method.model, method.optimizer, batch, args)
+            if number < local_steps - 1:
+                method.step()
+        method.synchronize()
+    dist.barrier()
+    return {"peak_bytes": peak(args.device) - baseline}
+
+
+def connect(args: argparse.Namespace, rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.workers)
+
+
+def exchange(args: argparse.Namespace, strategy: str, state: str, rank: int, folder: str) -> dict[str, int]:
+    connect(args, rank, folder)
     chosen = build_strategy(strategy, args.workers, 1, optimizer_state=state)
     job = resist.Job(lambda: network(args), chosen, device=args.device)
     optimizer = momentum_sgd(job.model)
+    step(job.model, optimizer, 2, args)  # running statistics change, and are exchanged too
     if state == "reset":
         optimizer.state.clear()  # otherwise the exchange first frees memory, which would hide its own use
     added: list[int] = []
@@ -201,7 +245,12 @@ def _status(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def table(args: argparse.Namespace, trained: list[dict[str, Any]], exchanged: list[dict[str, Any]]) -> str:
+def table(
+    args: argparse.Namespace,
+    trained: list[dict[str, Any]],
+    changed: list[dict[str, Any]],
+    exchanged: list[dict[str, Any]],
+) -> str:
     lines = [
         f"One worker of S = {args.workers}, {args.device}; MB = 1e6 bytes; largest of {args.repetitions} runs",
         f"{'training':10} {'batch':>5} {'weights':>8} {'built':>7} {'peak, building':>14} {'training':>9} "
@@ -214,6 +263,13 @@ def table(args: argparse.Namespace, trained: list[dict[str, Any]], exchanged: li
             f"{row['strategy']:10} {row['batch']:5} {row['weights_bytes'] / MB:8.1f} "
             f"{row['held_after_building_bytes'] / MB:7.1f} {row['building_peak_bytes'] / MB:14.1f} "
             f"{row['training_peak_bytes'] / MB:9.1f} {row['spread_bytes'] / MB:6.1f} {share:6.2f}"
+        )
+    lines.append(f"\n{'a round with its synchronization':40} {'batch':>5} {'peak':>7} {'spread':>6} {'more':>7}")
+    for row in changed:
+        more = row["peak_bytes"] / changed[0]["peak_bytes"] - 1
+        lines.append(
+            f"{row['spec']:40} {row['batch']:5} {row['peak_bytes'] / MB:7.1f} {row['spread_bytes'] / MB:6.1f} "
+            f"{more:+7.1%}"
         )
     full_bytes = next(row["weights_bytes"] for row in trained if row["strategy"] == "local_sgd")
     lines.append(

@@ -37,7 +37,7 @@ SOURCES: dict[str, Sequence[str]] = {
     "faults": ("benchmarks/faults.py", "tests/faults", "src/resist/runs", "src/resist/state", *ROUND,
                "src/resist/training"),
     "imagenet": ("benchmarks/imagenet.py", *TRAINED),
-    "memory": ("benchmarks/memory.py", "benchmarks/own.py", *ROUND, NETWORK),
+    "memory": ("benchmarks/memory.py", "benchmarks/competitors.py", "benchmarks/own.py", *ROUND, NETWORK),
     "recording": ("benchmarks/recording.py", "src/resist/runs", "src/resist/training"),
     "wire": WIRE,
 }  # fmt: skip

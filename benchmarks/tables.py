@@ -27,7 +27,7 @@ import reliability
 from accuracy import FIGURE_OF, compared, curves, photographs, readings
 from accuracy_figure import figure, points_of
 from format_tables import formats
-from page_parts import Record, fill, mark, provenance, reached, rows, spread, without_marks
+from page_parts import Record, fill, mark, provenance, reached, rows, signed, spread, without_marks
 from paper_tables import NAMES, ROUNDS, builder, formula, round_times, short, strategy_of, traffic
 from predictions import predictions
 from sizes import FIGURE_OF as SIZES_OF
@@ -36,6 +36,7 @@ from sizes import size_figure
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 MAX_RECORDING = 1.0  # percent of a round
+MAX_WIRED = 25.0  # percent of memory that a wire format may add
 TIMES_PUBLISHED = 3.6
 FLAT_SHARE = 0.85  # of what the bytes allow against `flat`
 PAPERS = {"model": "preact_resnet101", "width": 64, "num_classes": 100}  # the network of the paper's tables
@@ -188,9 +189,14 @@ def memory_table(record: Record) -> str:
     keys = ("first_bytes", "later_bytes", "later_bytes_spread")
     later = [[f"{NAMES[row['strategy']]}, {row['state']}", *(f"{row[key] / 1e6:.1f}" for key in keys),
               f"{row['later_bytes'] / row['weights_bytes']:.2f}"] for row in record["exchange"]]  # fmt: skip
+    least = record["wired"][0]["peak_bytes"]
+    wired = [[short(row["spec"]), row["batch"], f"{row['peak_bytes'] / 1e6:.1f}", f"{row['spread_bytes'] / 1e6:.1f}",
+              signed(100 * (row["peak_bytes"] / least - 1))] for row in record["wired"]]  # fmt: skip
+    more = 100 * (max(row["peak_bytes"] for row in record["wired"]) / least - 1)
     return fill(
         "memory",
-        **record,
+        **{**record, "wired": rows(wired)},
+        wired_verdict=fill("memory-verdict", more=more, bound=MAX_WIRED, reached=reached(more <= MAX_WIRED)),
         training_rows=rows(training),
         exchange_rows=rows(later),
         provenance=provenance(record, n="n-memory"),
