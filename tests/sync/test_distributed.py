@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pool import Pool, by_day_with_one
@@ -17,7 +18,7 @@ from resist.errors import AgreedError, UserError, WorkerLostError
 from resist.planning.schedule import allreduce_bytes
 from resist.planning.strategy import Strategy, local_sgd, resist, switch
 from resist.sync.agreement import check_agreement
-from resist.sync.distributed import Distributed, connect
+from resist.sync.distributed import PIECE, Distributed, connect
 from resist.sync.local import Local
 from resist.sync.traffic import CountingTransport
 from resist.sync.transport import PACKET_BYTES
@@ -165,6 +166,40 @@ def shared_parts(case: Case) -> Result:
     train(job, optimizers, case.steps)
     shared = {worker.index: worker.subnet.shared.clone() for worker in job.workers}
     return Result({} if 0 in job.transport.hosted else None, shared, {}, [])
+
+
+def test_a_large_mean_goes_in_pieces(pool: Pool) -> None:
+    """As many all-reduces at a time as are allowed, of nearly equal pieces, whatever the processes host."""
+    numel = 3 * PIECE // 4 + 1  # three pieces of float32
+    expected = torch.stack([vector(numel, worker) for worker in range(3)]).mean(0)
+    for processes, scale in ((3, 1.0), (2, 0.5)):
+        outcomes = pool.run(processes, large_mean, numel, scale)
+        assert [sizes for _, sizes in outcomes] == [[numel // 3 + 1, numel // 3 + 1, numel // 3 - 1]] * processes
+        for means, _ in outcomes:
+            for mean in means:
+                torch.testing.assert_close(mean, expected * scale, rtol=1e-6, atol=1e-6)
+                assert torch.equal(mean, outcomes[0][0][0])
+
+
+def vector(numel: int, worker: int) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(worker))
+
+
+def large_mean(numel: int, scale: float) -> tuple[list[Tensor], list[int]]:
+    """The mean over three workers here, and the size of each all-reduce."""
+    transport, sizes = Distributed(3), list[int]()
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **options)
+
+    tensors = [vector(numel, worker) for worker in transport.hosted]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        transport.mean(tensors, "shared", scale).finish()
+    transport.close()
+    return tensors, sizes
 
 
 def test_without_learning_nothing_changes_by_a_bit(pool: Pool) -> None:
