@@ -29,8 +29,8 @@ from resist.sync.process_group import DefaultGroup, averaging_gradients
 from resist.sync.staging import is_summable, stage
 from resist.sync.transport import Handle, Move, Transport, hosted_workers, local_moves, workers_of
 
-# All-reduces of gloo that average one tensor at the same time, and the bytes from which a piece has one of its own.
-AT_A_TIME, PIECE = 4, 1 << 20
+# All-reduces that average one tensor at the same time, as many as gloo has threads; and the least bytes of each.
+AT_A_TIME, PIECE = 2, 1 << 20
 
 
 def connect(
@@ -187,8 +187,8 @@ class Distributed:
         #    many. Otherwise each process weighs its mean by len(hosted) / S.
         if any(len(hosted) != len(self.hosted) for hosted in self._hosted_workers):
             first.mul_(len(self.hosted) * self.num_processes / self.num_workers)
-        # 3. Between processes: all-reduces in the background; gloo is faster with several at a time. `finish` waits for
-        #    all processes, divides, and copies the mean to the other hosted workers.
+        # 3. Between processes: all-reduces in the background; gloo is faster with two at a time. `finish` waits for all
+        #    processes, divides, and copies the mean to the other hosted workers.
         wire, group = self._wire(first), self._groups.collective
         pieces = wire.chunk(max(1, min(AT_A_TIME, wire.nbytes // PIECE))) if wire.device.type == "cpu" else (wire,)
         works = self.begin("averaging", lambda: [dist.all_reduce(p, group=group, async_op=True) for p in pieces])
