@@ -190,8 +190,7 @@ class Distributed:
         # 3. Between processes: all-reduces in the background; gloo is faster with two at a time. `finish` waits for all
         #    processes, divides, and copies the mean to the other hosted workers.
         wire, group = self._wire(first), self._groups.collective
-        count = min(AT_A_TIME, wire.nbytes // PIECE) if wire.device.type == "cpu" else 1
-        pieces = wire.chunk(count) if count > 1 else (wire,)
+        pieces = wire.chunk(max(1, min(AT_A_TIME, wire.nbytes // PIECE))) if wire.device.type == "cpu" else (wire,)
         works = self.begin("averaging", lambda: [dist.all_reduce(p, group=group, async_op=True) for p in pieces])
         return PendingMean(self, works, pieces, wire, tensors, self.num_processes, scale)
 
