@@ -109,6 +109,19 @@ def test_chunks_do_not_show(code: Codec, random: bool, monkeypatch: pytest.Monke
     assert torch.equal(code.decode(encoded[0], 5000).isnan(), code.decode(encoded[1], 5000).isnan())
 
 
+def test_random_bits_are_used_again_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a GPU are larger than what random bits are drawn for."""
+    code, numel = CODECS["int8"], codecs.REUSED + 5000
+    before = numbers(numel, code)
+    encoded = []
+    for size in (1 << 16, 1 << 20):
+        monkeypatch.setitem(codecs.CHUNK, "cpu", size)
+        encoded.append(code.encode(before, random_bits(numel)))
+    assert torch.equal(*encoded)
+    bits = random_bits(numel)
+    assert torch.equal(bits.bits(codecs.REUSED, 5000), bits.bits(0, 5000))
+
+
 def test_bytes_that_begin_anywhere_are_decoded() -> None:
     """The bytes of a block may follow others in a message."""
     for code in CODECS.values():
@@ -155,11 +168,12 @@ def test_codes_do_not_wait_for_a_gpu(code: Codec, random: bool) -> None:
 
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_compressed_mean_does_not_wait_for_a_gpu(changes: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
     with fake_gpu() as waits:
         numbers = {worker: torch.empty(5000, device="cuda") for worker in range(3)}
         feedback = {worker: Feedback(own.clone()) for worker, own in numbers.items()} if changes else None
         mean = CompressedMean(
-            Local(3), CODECS["int8"], numbers, "shared", dropped={1}, draws=lambda _: None, feedback=feedback
+            Local(3), CODECS["int8"], numbers, "shared", dropped={1}, draws=lambda _: generator, feedback=feedback
         )
         mean.advance()
         mean.finish()

@@ -46,7 +46,7 @@ def first_nonfinite(subnet: Subnet) -> str | None:
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Check tensors for NaN and inf. Waits for the device, once for each dtype.
+    """Check tensors for NaN and inf. Waits for the device, once for each dtype; twice if a sum is not finite.
 
     Args:
         tensors: Tensors of any shapes.

@@ -8,6 +8,7 @@ microsecond or two.
 The bytes of a tensor are [scales of all groups, 4 bytes each | codes of all groups].
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,12 +21,14 @@ from resist.planning.wire import FORMATS, Format
 PACKED = 64  # neighboring bytes that are packed in the same way; a group has a whole number of rows of them
 CHUNK = {"cpu": 1 << 18}  # numbers that are encoded at once; a multiple of every group
 _GPU_CHUNK = 1 << 24
-REUSED = 1 << 18  # numbers whose stochastic rounding has draws of its own; a multiple of CHUNK, or a part of it
+REUSED = 1 << 18  # numbers whose stochastic rounding has random bits of its own
+MOST_PADDING = 1 << 12  # more than the last group is filled up with
+STEPS = 6  # of log8, in an octave
 # Groups whose largest magnitude is below this are zero: a quotient by it must not overflow.
 _SMALLEST = 2.0**-100
 
 
-class Code:
+class Code(ABC):
     """How groups of numbers become codes: `levels`, which are as many as there are codes, and their values.
 
     Attributes:
@@ -34,6 +37,7 @@ class Code:
 
     signed = True
 
+    @abstractmethod
     def quantize(self, groups: Tensor, largest: Tensor, fractions: Tensor | None) -> Tensor:
         """Find the level of each number.
 
@@ -42,7 +46,6 @@ class Code:
             largest: (groups, 1) the largest magnitude of each group; NaN: its codes do not matter.
             fractions: (groups, group) uniform numbers of 0 .. 1 for stochastic rounding; None: to the nearest.
         """
-        raise NotImplementedError
 
     def to_codes(self, levels: Tensor) -> Tensor:
         """Turn levels, which are not used any more, into codes: uint8 below 2^bits."""
@@ -52,9 +55,9 @@ class Code:
         """Turn codes back into levels."""
         return codes
 
+    @abstractmethod
     def values(self, levels: Tensor, largest: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the numbers that levels stand for, of the shape of the groups; written to `out` if it is given."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -215,10 +218,9 @@ class RandomBits:
     """
 
     def __init__(self, numel: int, device: torch.device, generator: torch.Generator) -> None:
-        size = max(1, -(-min(numel, REUSED) // 4096) * 4096)
-        words = torch.empty(size // 4 + 1, dtype=torch.int64, device=device)  # each has four times 16 bits
-        drawn = words.random_(-(2**63), None, generator=generator).view(torch.int16)[:size]
-        self._bits = drawn.int().add_(0x8000)
+        size = min(numel + MOST_PADDING, REUSED)
+        words = torch.empty(size // 4, dtype=torch.int64, device=device)  # each has four times 16 bits
+        self._bits = words.random_(-(2**63), None, generator=generator).view(torch.int16).int().add_(0x8000)
         self._fractions: Tensor | None = None
 
     def bits(self, start: int, numel: int) -> Tensor:
@@ -374,20 +376,19 @@ class Log4(Logarithmic):
 
 
 class Log8(Logarithmic):
-    """Six steps in an octave, for numbers that are never negative."""
+    """Equal steps of the logarithm, for numbers that are never negative."""
 
     signed = False
-    _steps = 6
-    table = (0.0, *(2.0 ** ((code - 255) / 6) for code in range(1, 256)))
+    table = (0.0, *(2.0 ** ((code - 255) / STEPS) for code in range(1, 256)))
 
     def quantize(self, groups: Tensor, largest: Tensor, fractions: Tensor | None) -> Tensor:
-        exponents = groups.log2().sub_(largest.log2()).mul_(self._steps).add_(255)
+        exponents = groups.log2().sub_(largest.log2()).mul_(STEPS).add_(255)
         if fractions is None:
             codes = exponents.round_()
         else:
             # Up with the probability with which the mean of the two values is the number.
             codes = exponents.floor()
-            up = exponents.sub_(codes).mul_(1 / self._steps).exp2_().sub_(1).mul_(1 / (2 ** (1 / self._steps) - 1))
+            up = exponents.sub_(codes).mul_(1 / STEPS).exp2_().sub_(1).mul_(1 / (2 ** (1 / STEPS) - 1))
             codes += up > fractions
         return codes.clamp_(1, 255).mul_(groups > 0).nan_to_num_(0.0).to(torch.int32).to(torch.uint8)
 

@@ -27,7 +27,7 @@ from resist.sync.transport import Handle, Transport
 # Bytes of a worker that is left out. A finite number, or a scale of finite numbers, does not begin with four of them.
 ABSENT = 255
 
-Draws = Callable[[int | str], torch.Generator | None]  # (worker, or "mean") -> draws; None: round to the nearest
+Draws = Callable[[int | str], torch.Generator]  # worker, or "mean" and worker -> draws of stochastic rounding
 
 
 @dataclass
@@ -147,9 +147,8 @@ class CompressedMean:
             means.append(encoded)
         self._gathered = self._transport.gather(means, self._sizes, self._kind)
 
-    def _random(self, who: int | str, numbers: Tensor) -> RandomBits | None:
-        draws = self._draws(who)
-        return None if draws is None else RandomBits(numbers.numel(), numbers.device, draws)
+    def _random(self, who: int | str, numbers: Tensor) -> RandomBits:
+        return RandomBits(numbers.numel(), numbers.device, self._draws(who))
 
     def _mean(self, rows: Tensor, numel: int) -> Tensor:
         """The mean of a piece over the workers that count, in their order."""
@@ -187,7 +186,7 @@ def encode_change(
     anchor: Tensor | None,
     error: Tensor,
     into: Tensor,
-    random: RandomBits | None = None,
+    random: RandomBits,
 ) -> None:
     """Encode `numbers - anchor + error`, to the nearest, and keep what the code loses in `error`.
 
@@ -204,10 +203,7 @@ def encode_change(
         own = kept.float() if anchor is None else torch.sub(change, anchor[start:end])
         own += change if anchor is None else kept.float()
         codec.encode_chunk(own, chunk, lost=own)
-        if random is None:
-            kept.copy_(own)
-        else:
-            round_to_bf16(own, random.bits(start, end - start), kept)
+        round_to_bf16(own, random.bits(start, end - start), kept)
 
 
 def _is_absent(row: Tensor) -> bool:

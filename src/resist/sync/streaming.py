@@ -163,12 +163,7 @@ class Streaming:
         done: The fragments that were averaged in this round.
     """
 
-    def __init__(
-        self,
-        transport: Transport,
-        workers: Sequence[Worker],
-        end: RoundEnd,
-    ) -> None:
+    def __init__(self, transport: Transport, workers: Sequence[Worker], end: RoundEnd) -> None:
         self._transport, self._workers, self._end = transport, workers, end
         self._times = end.wire.times(end.strategy.local_steps)[: len(workers[0].fragments)]
         self._running: FragmentMean | None = None
