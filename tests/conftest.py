@@ -6,6 +6,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported here, and for every process that a test starts
 # The 1x1 convolutions that oneDNN 3.12 (torch 2.14) has for AVX2 and AVX-512 write past the end of a weight's gradient.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
+# torch's store asks DNS for the name of each address that connects, and serves nobody meanwhile: 5 s at a lost packet.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,6 +1,7 @@
 """Generations in real processes: members are killed, stopped and cut off while the others wait for them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -288,8 +289,8 @@ def test_nobody_goes_on_without_the_store(pool: Pool, tmp_path: Path) -> None:
         ending = threading.Thread(target=end, daemon=True)
         ending.start()
         texts = pool.run(2, lose_the_store, port, str(tmp_path), timeout_s=60)
-    assert len({*texts}) == 1
-    assert texts[0].startswith("the store at which the members agree cannot be reached, and nobody goes on without it")
+    for text in texts:
+        assert re.match(r"the store at which the members agree cannot be reached \(\w.*\), and nobody goes on", text)
 
 
 def found_two_generations() -> bool:

@@ -30,9 +30,9 @@ from resist.members.watch import (
     GENERATION,
     TICKET,
     TICKETS,
-    UNREACHABLE,
     Watch,
     left_behind,
+    unreachable,
     unreadable,
 )
 from resist.planning.generations import Bounds, Generation, difference, first_members, next_members, too_few
@@ -321,7 +321,7 @@ class Membership:
             return within(self.watch.bound_s, lambda: action(self._calls), slices=20)
         except (RuntimeError, TimeoutError) as error:
             self.watch.check()
-            raise NotAMemberError(UNREACHABLE) from error
+            raise NotAMemberError(unreachable(error)) from error
         except (ValueError, KeyError, TypeError) as error:
             raise NotAMemberError(unreadable(error)) from error
 

@@ -27,10 +27,6 @@ CALL, ARRIVAL, GENERATION = "call/", "arrival/", "generation/"
 LOOKS = 4  # looks in a heartbeat
 GRACE = 2  # looks after which a call for a new generation ends what this process waits in
 KNOWN = 2  # looks after which all members have seen a process
-UNREACHABLE = (
-    "the store at which the members agree cannot be reached, and nobody goes on without it; check that it still runs, "
-    "start it again if not, and go on from the last checkpoint"
-)
 
 
 class Watch:
@@ -147,9 +143,9 @@ class Watch:
         while not self._closed.is_set():
             try:
                 within(self.bound_s, self._look, self._slices)
-            except (RuntimeError, TimeoutError):
+            except (RuntimeError, TimeoutError) as error:
                 if not self._closed.is_set():
-                    self._note(final=UNREACHABLE)
+                    self._note(final=unreachable(error))
                 return
             except (ValueError, KeyError, TypeError) as error:
                 self._note(final=unreadable(error))
@@ -203,6 +199,14 @@ class Watch:
             self._trouble, self._final = self._trouble or trouble, self._final or final
             for abort in self._attached if not before else ():
                 abort(self.trouble)
+
+
+def unreachable(error: Exception) -> str:
+    """Return the message for a store that fails, or does not answer."""
+    return (
+        f"the store at which the members agree cannot be reached ({first_line(error)}), and nobody goes on without it; "
+        "check that it still runs, start it again if not, and go on from the last checkpoint"
+    )
 
 
 def unreadable(error: Exception) -> str:
