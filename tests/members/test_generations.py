@@ -219,7 +219,8 @@ def test_a_loss_while_the_others_agree(pool: Pool, port: int, point: str) -> Non
     values = [outcome.value for outcome in outcomes if outcome.error is None]
     assert [outcome.error for outcome in outcomes].count("") == 2, outcomes
     assert values[0][:2] == values[1][:2]
-    assert values[0][1] == (1 if point == "before it arrives" else 2)
+    # One more where gloo fails to connect the two at first, which it rarely does.
+    assert values[0][1] in ((1, 2) if point == "before it arrives" else (2, 3))
     assert all(seconds < 12 for _, _, seconds in values)
 
 
