@@ -45,7 +45,7 @@ def test_an_operation_that_never_completes_is_given_up_in_time(monkeypatch: pyte
     handle, start = OPERATIONS[operation](transport), time.monotonic()
     with pytest.raises(WorkerLostError) as raised:
         handle.finish()
-    assert 0.2 <= time.monotonic() - start < 2
+    assert 0.2 <= time.monotonic() - start < 10
     assert str(raised.value).startswith("process 0 (worker 0) lost contact while ")
     assert str(raised.value).endswith("not complete within 0 s; no answer from process 1 (worker 1)")
     assert recorder.calls[-1] == ("abort", 1)
@@ -80,7 +80,7 @@ def test_a_lost_process_is_noticed_long_before_the_timeout(monkeypatch: pytest.M
     start = time.monotonic()
     with pytest.raises(WorkerLostError, match=r"shows no life any more.*; no answer from process 1 \(worker 1\)"):
         handle.finish()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
     assert set(liveness.asked) == {WAITING}
 
 
@@ -133,7 +133,7 @@ def test_closing_returns_whatever_hangs(monkeypatch: pytest.MonkeyPatch) -> None
     group._abort = lambda _: forever.wait(20)
     start = time.monotonic()
     transport.close()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
     assert group.hangs
     assert not left, "this would destroy the group as well"
     assert recorder.calls[-1] == ("destroy", 0)
@@ -297,7 +297,7 @@ def test_opening_nccl_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     with pytest.raises(AgreedError, match="NCCL cannot connect the GPUs: no answer within 0 s"):
         recorded(monkeypatch, 0, 2, timeout_s=0.2)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
     forever.set()
 
 
