@@ -165,6 +165,12 @@ def test_the_summary_leaves_out_the_bytes_of_tests() -> None:
     )
 
 
+def test_fewer_pairs_than_seeds_are_said() -> None:
+    values, base = {seed: seed + 60.0 for seed in range(3)}, {0: 60.0, 1: 60.0}
+    assert paired.difference(values, base).cells(of=3) == ["+0.50 ± 0.50 (2)", "-5.85"]
+    assert paired.difference(values, base).cells(of=2) == ["+0.50 ± 0.50", "-5.85"]
+
+
 def test_compressed_rows_are_compared_with_the_same_row_in_fp32() -> None:
     compressed = [row for row in ROWS.values() if row.plain]
     assert {ROWS[row.plain].name for row in compressed} == {BASE, "ResIST, average", cifar10_rows.DILOCO.name}
