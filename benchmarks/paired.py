@@ -29,13 +29,14 @@ class Difference(NamedTuple):
     low: float
     seeds: int
 
-    def cells(self) -> list[str]:
-        """Return mean with standard error, and the lower end, as text."""
+    def cells(self, of: int = 0) -> list[str]:
+        """Return mean with standard error, and the lower end, as text. With fewer than `of` seeds, their number too."""
         if not self.seeds:
             return ["", ""]
+        fewer = f" ({self.seeds})" if self.seeds < of else ""
         if self.seeds == 1:
-            return [f"{self.mean:+.2f}", ""]
-        return [f"{self.mean:+.2f} ± {self.error:.2f}", f"{self.low:+.2f}"]
+            return [f"{self.mean:+.2f}{fewer}", ""]
+        return [f"{self.mean:+.2f} ± {self.error:.2f}{fewer}", f"{self.low:+.2f}"]
 
 
 def difference(values: Mapping[int, float], base: Mapping[int, float]) -> Difference:
@@ -97,7 +98,7 @@ def summary(runs: Sequence[Run], base: str, reading: str = "averaged") -> str:
                 name,
                 f"{fmean(own.values()):.2f}",
                 len(own),
-                *(cell for other in others for cell in difference(own, other).cells()),
+                *(cell for other in others for cell in difference(own, other).cells(of=len(own))),
                 *(
                     f"{share(some, costs, key):.2f}" if costs and all(key in run for run in (*some, *costs)) else ""
                     for key in ("gmac", "train_cpu_s", "bytes", "peak_bytes")

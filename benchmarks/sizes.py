@@ -45,7 +45,7 @@ def size_table(runs: Sequence[Record], reading: str = "averaged") -> str:
         for value in values_of(quantity, rows):
             if quantity == "l" and value == default:
                 continue  # it is in the part of S
-            ours, local = (rows[row.name] for row in at(quantity, value))
+            ours, local = pairs(rows, quantity, value)
             results = [{run["seed"]: score(run, reading) for run in some} for some in (ours, local)]
             found = difference(*results)
             sizes = (value, LOCAL_STEPS) if quantity == "S" else (WORKERS, value)
@@ -62,8 +62,15 @@ def at(quantity: str, value: int) -> list[Row]:
     return [row for method in METHODS if (row := row_at(method, quantity, value))]
 
 
+def pairs(rows: Mapping[str, Sequence[Record]], quantity: str, value: int) -> list[list[Record]]:
+    """Return the runs of both methods with the seeds that both have, so that means and differences agree."""
+    both = [rows[row.name] for row in at(quantity, value)]
+    seeds = set.intersection(*({run["seed"] for run in some} for some in both))
+    return [[run for run in some if run["seed"] in seeds] for some in both]
+
+
 def size_figure(runs: Sequence[Mapping[str, Any]], reading: str = "averaged") -> str:
-    """Draw the accuracy of both methods against S and against l, with standard errors over seeds.
+    """Draw the accuracy of both methods against S and against l, with standard errors over the seeds of both.
 
     Args:
         runs: Recorded runs of one setting.
@@ -75,7 +82,7 @@ def size_figure(runs: Sequence[Mapping[str, Any]], reading: str = "averaged") ->
     rows = by_row(list(runs))
     panels = {
         quantity: {
-            value: [mean_and_error([score(run, reading) for run in rows[row.name]]) for row in at(quantity, value)]
+            value: [mean_and_error([score(run, reading) for run in some]) for some in pairs(rows, quantity, value)]
             for value in values_of(quantity, rows)
         }
         for quantity in QUANTITIES

@@ -165,6 +165,12 @@ def test_the_summary_leaves_out_the_bytes_of_tests() -> None:
     )
 
 
+def test_fewer_pairs_than_seeds_are_said() -> None:
+    values, base = {seed: seed + 60.0 for seed in range(3)}, {0: 60.0, 1: 60.0}
+    assert paired.difference(values, base).cells(of=3) == ["+0.50 ± 0.50 (2)", "-5.85"]
+    assert paired.difference(values, base).cells(of=2) == ["+0.50 ± 0.50", "-5.85"]
+
+
 def test_compressed_rows_are_compared_with_the_same_row_in_fp32() -> None:
     compressed = [row for row in ROWS.values() if row.plain]
     assert {ROWS[row.plain].name for row in compressed} == {BASE, "ResIST, average", cifar10_rows.DILOCO.name}
@@ -264,6 +270,7 @@ def test_methods_are_compared_at_equal_sizes() -> None:
         )
         for seed in range(3)
     ]  # fmt: skip
+    runs.append(costly("ResIST, average", 3, 99.0, 9.0))  # a seed that local SGD does not have
     lines = sizes.size_table(runs).splitlines()
     assert [line.split(" | ")[:2] for line in lines[2:]] == [["| 4", "25"], ["| 8", "25"]]  # l = 50: no pair
     assert "| 60.50 | 59.50 | -1.00 ± 0.00 | -1.00 | 3 | 0.60 |" in lines[2]
