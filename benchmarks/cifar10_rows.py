@@ -285,6 +285,11 @@ ROWS = {
             replace(RESIST, name=f"{RESIST.name}, int4, {parts}", wire=wire, plain=RESIST.name)
             for parts, wire in BY_VALUE.items()
         ),
+        replace(  # the setting of the wire benchmark with the fewest bytes
+            resist_row(f"{RESIST.name}, int4, state int4, drawn every 2 rounds, 5 fragments, late by 2 steps", redraw=2),
+            wire=replace(BY_VALUE["state int4"], fragments=5, delay=2),
+            plain=RESIST.name,
+        ),
         *(row.sent_as(wire) for row in (LOCAL, DILOCO) for wire in ("int8", "int4")),
         *(
             row.sent_as(wire, fragments, delay)
