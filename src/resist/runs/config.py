@@ -161,11 +161,14 @@ class MethodConfig:
         Raises:
             UserError: A part or a format does not exist, or fragments and delay do not fit each other.
         """
-        wire = as_wire(self.wire)
+        wire, given = as_wire(self.wire), set[str]()
         for text in self.wire_parts:
             part, _, format = text.partition("=")
             if part not in wire.formats:
                 raise UserError(f"`wire_parts={text}`; give a part and its format, as in shared=int4 or blocks=bf16")
+            if part in given:
+                raise UserError(f"`wire_parts={text}` is the second format of {part}; give one")
+            given.add(part)
             wire = dataclasses.replace(wire, **{part: format})
         if self.fragments == "auto":
             if self.delay != MethodConfig.delay:
