@@ -10,6 +10,7 @@ from resist.cli.options import as_typed
 from resist.errors import UserError
 from resist.planning.assign import whole_draws
 from resist.planning.plan import Plan, RoundPlan
+from resist.runs.atomic import write_new
 from resist.runs.bounds import check_size
 from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
 
@@ -90,8 +91,7 @@ def run_plan(config: PlanConfig, given: frozenset[str]) -> int:
     description = describe_plan(config)
     if config.svg is not None:
         try:
-            with config.svg.open("x", encoding="utf-8") as file:
-                file.write(partition_svg(description))
+            write_new(config.svg, partition_svg(description))
         except OSError as error:
             raise UserError(f"--svg {config.svg} cannot be written: {error.strerror}; give another file") from error
     if config.json:

@@ -290,8 +290,9 @@ class RunConfig:
     checkpoint_rounds: int = 10
     """Rounds between checkpoints; one is always written at the end, and on SIGTERM, SIGINT or SIGUSR1."""
     until: tuple[str, ...] = ()
-    """Stop after the round in which one of these is reached: rounds=20, seconds=300 (without evaluations), gb=2 (sent
-    by all workers), accuracy=0.95 (of the full network, when tested). The learning rate still follows `epochs`."""
+    """Stop after the round in which one of these is reached: rounds=20, seconds=300 (without evaluations); or after the
+    next round: gb=2 (sent by all workers), accuracy=0.95 (of the full network, when tested). The learning rate still
+    follows `epochs`."""
 
 
 @dataclass(frozen=True)
