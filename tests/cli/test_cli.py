@@ -309,6 +309,18 @@ def test_a_port_in_use_is_named(commands: Commands) -> None:
     assert port in done.stderr
 
 
+def test_a_run_that_has_ended_at_a_limit_is_not_extended(capsys, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    status, _, err = resist(capsys, "train", *FAST, "--processes", "1", "--until", "rounds=1", "--out", str(out))
+    assert (status, err) == (0, "")
+    files = {name: (out / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors", "state.json")}
+    for processes in ("1", "2"):  # in the launcher, and in the process that trains
+        status, text, err = resist(capsys, "train", "--resume", str(out), "--processes", processes)
+        assert (status, err) == (0, "")
+        assert f"the run has ended after round 1 (until rounds=1); its network is {out}" in text
+    assert {name: (out / name).read_bytes() for name in files} == files
+
+
 LONG = ["--workers", "3", *FAST[2:-8], "--epochs", "0.4", "--num-evals", "1", "--checkpoint-rounds", "2", *FAST[-4:]]
 ROUNDS = 6
 

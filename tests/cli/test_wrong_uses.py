@@ -196,11 +196,17 @@ cost --workers 4 4 | strategy resist with 4 workers is given 2 times; give it on
 cost --workers | --workers needs a value
 cost --strategies foo | strategy 'foo' is not one of resist, local_sgd, diloco, ddp
 cost --strategies | --strategies needs a value
+cost --strategies ddp --wire int4 | --wire has no effect with --strategies ddp; remove it, or add a strategy
+cost --strategies ddp --fragments 2 | --fragments has no effect with --strategies ddp
+cost --strategies ddp --replicate | --replicate has no effect with --strategies ddp
+cost --strategies ddp --optimizer-state reset | --optimizer-state has no effect with --strategies ddp
 cost --link-gbit-s nan --images-s 5 | --link-gbit-s nan is not a finite number
 cost --link-gbit-s 0 --images-s 5 | --link-gbit-s 0; must be above 0 Gbit/s and finite
 cost --link-gbit-s -1 --images-s 5 | --link-gbit-s -1; must be above 0 Gbit/s and finite
+cost --link-gbit-s 1e-320 --images-s 5 | --link-gbit-s 1e-320 is too small; give at least 1e-09
 cost --link-gbit-s 1e300 --images-s 5 | --link-gbit-s 1e300 is too large; give at most 1000000000
 cost --link-gbit-s 1 --images-s 0 | --images-s 0; must be above 0 images per second and finite
+cost --link-gbit-s 1 --images-s 1e-320 | --images-s 1e-320 is too small; give at least 1e-09
 cost --link-gbit-s 1 --images-s 1e300 | --images-s 1e300 is too large
 cost --link-gbit-s 1 --images-s 1 2 3 --workers 2 | 3 speeds for 2 workers; give one for each worker
 cost --latency-ms -1 --link-gbit-s 1 --images-s 5 | --latency-ms -1; must be at least 0 ms and finite
@@ -290,6 +296,7 @@ FILES: list[tuple[object, str]] = [
     ({"method": {"sampling": "some"}}, 'method.sampling has the value "some", which is not one of all, shard'),
     ({"method": {"scale": "-1"}}, "method.scale='-1' is not inclusion, 1/S, or a number above 0"),
     ({"method": {"capacities_by_round": ["-1=6"]}}, "is not ROUNDS=BLOCKS"),
+    ({"method": {"wire_parts": ["state=int4", "state=int8"]}}, "state=int8 is the second format of state; give one"),
     ({"method": {"redraw_every": 0}}, "method.redraw_every=0 is too small; give at least 1"),
     ({"method": {"redraw_every": 1.5}}, "method.redraw_every has the value 1.5, which is not a whole number"),
     ({"optimization": {"epochs": "3"}}, 'optimization.epochs has the value "3", which is not a number'),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from commands import Commands
 from pool import Pool
 from resist.blocks.chains import choose_chains
+from resist.cli.probe import ProbeConfig, run_probe
 from resist.cost import Link, Speed
 from resist.cost.footprint import build_on_meta
 from resist.cost.links import PAYLOAD, Links, Measured, read_links
@@ -72,7 +73,8 @@ def test_a_file_has_what_was_measured(tmp_path: Path) -> None:
         ({"links": {}}, "its links are not a list"),
         ({"links": []}, "its links are not a list"),
         ({"links": [1, 2]}, "out_gbit_s of worker 0 is null"),
-        ({"out_gbit_s": 0}, "out_gbit_s of worker 1 is 0; must be above 0"),
+        ({"out_gbit_s": 0}, "out_gbit_s of worker 1 is 0; must be from 1e-09 to 1e+09"),
+        ({"in_gbit_s": 5e-324}, "in_gbit_s of worker 1 is 5e-324; must be from 1e-09"),
         ({"in_gbit_s": float("nan")}, "in_gbit_s of worker 1 is NaN"),
         ({"in_gbit_s": float("inf")}, "in_gbit_s of worker 1 is Infinity"),
         ({"out_gbit_s": True}, "out_gbit_s of worker 1 is true"),
@@ -171,6 +173,12 @@ def test_processes_measure_the_same(pool: Pool) -> None:
     values = [*one.gbit_s.values(), *one.latency_ms.values(), *one.ring_gbit_s, *one.to_all_gbit_s]
     assert len(values) == 6 + 3 + 3 + 3
     assert all(0 < value < 10_000 for value in values)
+
+
+def test_probe_does_not_measure_for_a_folder_that_it_may_not_write_to(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="is not a folder that you may write to; give another file"):
+        run_probe(ProbeConfig(processes=2, out=tmp_path / "links.json"), frozenset())
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_plan_shows_the_bytes_of_a_format(capsys: pytest.CaptureFixture[str]) ->
     found: dict[str, dict[str, int]] = {}
     for wire in ("fp32", "int8"):
         text = printed(capsys, "plan", "--workers", "2", "--rounds", "2", "--wire", wire)
-        assert re.search(r"weights sent by all, mean round +[\d.]+ kB shared \+ [\d.]+ kB blocks", text)
+        assert re.search(r"weights sent by all, mean of 2 rounds +[\d.]+ kB shared \+ [\d.]+ kB blocks", text)
         content = json.loads(printed(capsys, "plan", "--workers", "2", "--rounds", "2", "--wire", wire, "--json"))
         assert [entry["after_round"] for entry in content["wire"]["sent"]] == [1, 2]
         found[wire] = content["wire"]["sent"][0]["bytes"]
@@ -147,6 +148,17 @@ def test_plan_shows_the_bytes_of_a_format(capsys: pytest.CaptureFixture[str]) ->
     assert found["int8"]["shared"] < 0.5 * found["fp32"]["shared"]
     assert found["int8"]["blocks"] < 0.6 * found["fp32"]["blocks"]
     assert json.loads(printed(capsys, "plan", "--strategy", "ddp", "--json"))["wire"] is None
+
+
+def test_means_are_of_whole_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Between two draws no block of a single holder is sent: a mean over a part of them is of no run."""
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"method": {"redraw_every": 4, "workers": 2, "min_depth": 0}}))
+    sent = json.loads(printed(capsys, "plan", "--config", str(file), "--json"))["wire"]["sent"]
+    assert [entry["after_round"] for entry in sent if entry["bytes"]["blocks"]] == [4]
+    assert "mean of 4 rounds" in printed(capsys, "plan", "--config", str(file))
+    predicted = json.loads(printed(capsys, "cost", "--config", str(file), "--strategies", "resist", "--json"))
+    assert predicted["rounds"] == 52
 
 
 @pytest.mark.slow

@@ -155,6 +155,22 @@ def write_state(run: Path, state: str, **more: object) -> None:
     (run / "state.json").write_text(json.dumps(content))
 
 
+def test_watch_does_not_call_a_run_finished_whose_records_are_lost(capsys, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rounds=6)
+    write_state(run, "finished")
+    for content, text in (
+        ("", "holds no complete round"),
+        ("{]\n{}\n", "line 1 of"),
+        (None, "cannot be read: No such"),
+    ):
+        (run / "metrics.jsonl").unlink()
+        if content is not None:
+            (run / "metrics.jsonl").write_text(content)
+        status, out, err = resist(capsys, "watch", run)
+        assert (status, err.count("\n")) == (2, 1), out
+        assert text in err
+
+
 def test_watch_ends_with_the_run(capsys, tmp_path: Path, monkeypatch) -> None:
     run = make_run(tmp_path / "run", rounds=6)
     status, out, _ = resist(capsys, "watch", run)

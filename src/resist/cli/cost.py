@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from resist.errors import UserError
+from resist.planning.assign import whole_draws
 from resist.planning.methods import METHODS, build_strategy
 from resist.planning.strategy import Strategy
 from resist.runs.bounds import check_device, check_size
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # Numbers of the links and devices, and of the method.
 LINKS = ("link_gbit_s", "latency_ms", "images_s")
 METHOD = ("workers", "capacities", "local_steps", "batch_size", "min_depth", "redraw_every", "num_classes", "processes")
+# Rounds over which traffic is averaged, at least.
+ROUNDS = 50
 # How a link is given, in a message.
 LINK = "--link-gbit-s or --link-file"
 
@@ -145,6 +148,7 @@ def _predict(config: CostConfig, given: frozenset[str]) -> "Report":
         wire=wire,
         link=link,
         speed=speeds or None,
+        rounds=whole_draws(ROUNDS, config.redraw_every),
         gpu=_gpu(config),
         **measured,
     )
@@ -249,6 +253,11 @@ def _strategies(config: CostConfig) -> list[Strategy]:
         if given and not any("capacities" in METHODS[s].options for s in config.strategies if s in METHODS):
             methods = ", ".join(key for key, method in METHODS.items() if "capacities" in method.options)
             raise UserError(f"`{name}` has no effect without strategy {methods}; add it, or remove the option")
+    if all(name in METHODS and METHODS[name].build(1).every_step for name in config.strategies):
+        for name in ("optimizer_state", "replicate", "wire", "wire_parts", "fragments", "delay"):
+            if getattr(config, name) != getattr(CostConfig, name):
+                only = " ".join(dict.fromkeys(config.strategies))
+                raise UserError(f"`{name}` has no effect with `strategies={only}`; remove it, or add a strategy")
     assert config.capacities != "auto"
     capacities = capacities_of(
         by_worker=config.capacities,

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from resist.cli.options import as_typed
 from resist.errors import UserError
+from resist.planning.assign import whole_draws
 from resist.planning.plan import Plan, RoundPlan
+from resist.runs.atomic import write_new
 from resist.runs.bounds import check_size
 from resist.runs.config import MethodConfig, NetworkConfig, RunConfig, TrainConfig
 
@@ -89,8 +91,7 @@ def run_plan(config: PlanConfig, given: frozenset[str]) -> int:
     description = describe_plan(config)
     if config.svg is not None:
         try:
-            with config.svg.open("x", encoding="utf-8") as file:
-                file.write(partition_svg(description))
+            write_new(config.svg, partition_svg(description))
         except OSError as error:
             raise UserError(f"--svg {config.svg} cannot be written: {error.strerror}; give another file") from error
     if config.json:
@@ -114,8 +115,8 @@ def describe(
     Returns:
         Numbers of parameters (in all, outside the chains, held by each worker), a table of the chains, changes of the
         capacities, notes, for each round and chain the blocks of each worker, and what is sent of the weights after
-        each round in the wire formats. Capacities, and what a worker holds, are those of the first round after the
-        warm-up.
+        each round in the wire formats, up to the next draw of the sub-networks. Capacities, and what a worker holds,
+        are those of the first round after the warm-up.
 
     Raises:
         UserError: Where no plan is possible.
@@ -128,7 +129,7 @@ def describe(
     if chains is None:
         chains = choose_chains(model, config.network.chain)
     weights, notes = weights_of(model, chains), notes_on_holdings(model, chains, strategy)
-    warmup = config.method.warmup_rounds
+    warmup, counted = config.method.warmup_rounds, whole_draws(rounds, config.method.redraw_every)
 
     def plan(round: int) -> RoundPlan:
         return strategy.plan(chains, seed=config.run.seed, round=round)
@@ -154,7 +155,7 @@ def describe(
         "rounds": [
             {"round": number + 1, "plan": _by_chain(chains, plan(number), "blocks")} for number in range(rounds)
         ],
-        "wire": _wire(config, sizes_of(model, chains), [plan(number) for number in range(rounds + 1)]),
+        "wire": _wire(config, sizes_of(model, chains), [plan(number) for number in range(counted + 1)]),
     }
 
 

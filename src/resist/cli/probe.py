@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from resist.cli.guard import guarded
 from resist.errors import UserError
+from resist.runs.atomic import write_new
 from resist.runs.bounds import check_device, check_size
 from resist.training.launcher import launch, launched, prepare_fork, watch_launcher
 
@@ -115,13 +116,16 @@ def _check_several(processes: int) -> None:
 
 
 def _check_free(out: Path | None) -> None:
-    """Raise UserError where the file exists, or its folder does not."""
+    """Raise UserError where the file exists, or its folder does not or is not to be written to."""
     if out is None:
         return
     if out.exists() or out.is_symlink():
         raise UserError(f"`out={out}` exists already; give another file, or remove it")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"`out={out}`: there is no folder {out.absolute().parent}; make it, or give another file")
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"`out={out}`: there is no folder {folder}; make it, or give another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"`out={out}`: {folder} is not a folder that you may write to; give another file")
 
 
 def _write(out: Path | None, measured: "Measured") -> None:
@@ -129,9 +133,7 @@ def _write(out: Path | None, measured: "Measured") -> None:
         print("\n--out FILE writes this for resist cost --link-file FILE.")
         return
     try:
-        with out.open("x", encoding="utf-8") as file:
-            json.dump(measured.to_json(), file, indent=1, allow_nan=False)
-            file.write("\n")
+        write_new(out, json.dumps(measured.to_json(), indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"`out={out}` cannot be written: {error.strerror}; give another file") from error
     print(f"\nwrote {out}")

@@ -13,6 +13,7 @@ from resist.errors import UserError, quoted, shown
 from resist.runs.config_file import read_options
 from resist.runs.directory import title_of
 from resist.runs.follower import Follower, gone, rounds_of
+from resist.runs.history import read_history
 from resist.training.progress import Display, Summary
 
 POLL_S = 0.5
@@ -83,6 +84,8 @@ def end_of(config: WatchConfig, state: dict[str, Any], display: Display) -> tupl
     run, done, silent = config.run, display.summary.done, display.silent_s
     match state.get("state"):
         case "finished":
+            if not done:  # no run finishes without a round: its records are lost or damaged
+                read_history(run)  # raises, and says why
             return 0, f"finished after round {done}; report: resist report {quoted(run)}"
         case "interrupted":
             return 0, f"interrupted after round {done}; to continue: resist train --resume {quoted(run)}"

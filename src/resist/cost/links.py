@@ -17,6 +17,8 @@ PAYLOAD = 1448 / 1538
 # What a file of measured links says of itself.
 FORMAT = "resist probe 1"
 REMEDY = "give a file that resist probe has written"
+# Smallest rate in Gbit/s, one bit per second: with much smaller ones seconds are not finite.
+LEAST_GBIT_S = 1e-9
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Link:
     """Connection of a worker.
 
     Attributes:
-        gbit_s: Line rate in Gbit/s from the worker to the network, above 0.
+        gbit_s: Line rate in Gbit/s from the worker to the network, at least 1e-9.
         latency_ms: One-way latency in ms, at least 0.
         in_gbit_s: Line rate in the other direction. Default: the same.
 
@@ -40,6 +42,8 @@ class Link:
         for rate in (self.gbit_s, self.gbit_s if self.in_gbit_s is None else self.in_gbit_s):
             if not (math.isfinite(rate) and rate > 0):
                 raise UserError(f"`link_gbit_s={rate:g}`; must be above 0 Gbit/s and finite")
+            if rate < LEAST_GBIT_S:
+                raise UserError(f"`link_gbit_s={rate:g}` is too small; give at least {LEAST_GBIT_S:g}")
         if not (math.isfinite(self.latency_ms) and self.latency_ms >= 0):
             raise UserError(f"`latency_ms={self.latency_ms:g}`; must be at least 0 ms and finite")
 
@@ -203,9 +207,9 @@ def read_links(file: Path) -> Links:
 
 def _value(file: Path, entry: Any, name: str, worker: int | None = None, most: float = 1e9) -> float:
     value: Any = entry.get(name) if isinstance(entry, dict) else None
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
-    if usable and (value > 0 or name == "latency_ms"):
+    least = 0.0 if name == "latency_ms" else LEAST_GBIT_S
+    if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
         return float(value)
-    bound = "from 0" if name == "latency_ms" else "above 0 and up"
     where = name if worker is None else f"{name} of worker {worker}"
-    raise UserError(f"`link_file={file}`: {where} is {json.dumps(value)[:40]}; must be {bound} to {most:g}; {REMEDY}")
+    bounds = f"must be from {least:g} to {most:g}"
+    raise UserError(f"`link_file={file}`: {where} is {json.dumps(value)[:40]}; {bounds}; {REMEDY}")

@@ -39,6 +39,8 @@ ASSUMPTIONS = (
     "bucket is ready when backward begins, and none is left when it ends.",
     "Speed is images per second; the accuracy that a strategy reaches with as many images is not predicted.",
 )
+# Smallest speed in images per second: with much smaller ones seconds are not finite.
+LEAST_IMAGES_S = 1e-9
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Speed:
     """Training speed of a device.
 
     Attributes:
-        images_s: Images per second in training steps of the full network, above 0.
+        images_s: Images per second in training steps of the full network, at least 1e-9.
         fixed: Share of such a step that does not depend on FLOPs, from 0 to below 1. A shallow network takes more time
             than its FLOPs suggest, since early layers move more bytes per FLOP; `calibrate` measures this share.
 
@@ -60,6 +62,8 @@ class Speed:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.images_s) and self.images_s > 0):
             raise UserError(f"`images_s={self.images_s:g}`; must be above 0 images per second and finite")
+        if self.images_s < LEAST_IMAGES_S:
+            raise UserError(f"`images_s={self.images_s:g}` is too small; give at least {LEAST_IMAGES_S:g}")
         if not 0 <= self.fixed < 1:
             raise UserError(f"fixed={self.fixed:g}; must be at least 0 and below 1")
 

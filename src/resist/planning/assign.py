@@ -9,6 +9,9 @@ from resist.planning.capacities import Capacities
 from resist.planning.members import Members
 from resist.planning.plan import ChainLike, Plan, partition
 
+# Rounds between two draws over which bytes are averaged, at most.
+MOST_BETWEEN = 200
+
 
 class Assign(Protocol):
     """Function that draws the plan of one chain for one round."""
@@ -26,6 +29,22 @@ class Assign(Protocol):
             The plan, which depends on the arguments alone.
         """
         ...
+
+
+def whole_draws(rounds: int, redraw_every: int) -> int:
+    """Extend some rounds to the end of a draw, so that their mean is that of a long run.
+
+    Blocks of a single holder are sent in the last round of a draw only.
+
+    Args:
+        rounds: Number of rounds from the first one of a run, at least 1.
+        redraw_every: Rounds from one draw to the next. More than 200 count as 200: without such rare draws.
+
+    Returns:
+        The number of rounds, a multiple of `redraw_every`.
+    """
+    every = min(redraw_every, MOST_BETWEEN)
+    return -(-rounds // every) * every
 
 
 @dataclass(frozen=True)

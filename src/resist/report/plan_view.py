@@ -65,7 +65,7 @@ def _sent(description: dict[str, Any]) -> list[tuple[str, str]]:
     rounds = len(wire["sent"])
     sent = [f"{amount(total[part] / rounds)} {part}" for part in ("shared", "blocks", "replica") if total[part]]
     return [
-        ("weights sent by all, mean round", " + ".join(sent) or "none"),
+        (f"weights sent by all, mean of {rounds} round{'s' * (rounds != 1)}", " + ".join(sent) or "none"),
         ("  wire format", ", ".join(f"{part} {wire['formats'][part]}" for part in ("shared", "blocks"))),
         *(
             (f"  a block of {chain}", f"{amount(num_bytes)} on the wire")

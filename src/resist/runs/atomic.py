@@ -64,6 +64,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.write_bytes(content.encode("utf-8", PRINTABLE) if isinstance(content, str) else content)
 
 
+def write_new(path: Path, text: str) -> None:
+    r"""Write `text` to a file that must not exist yet, as UTF-8 with `\xe9` for a byte that is not.
+
+    Where writing fails, no part of it is left behind.
+
+    Raises:
+        OSError: It exists, or cannot be written.
+    """
+    with path.open("xb", buffering=0) as file:
+        try:
+            content = memoryview(text.encode("utf-8", PRINTABLE))
+            while content:
+                content = content[file.write(content) :]
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def read_small(path: Path) -> bytes:
     """Read a file, or a pipe as in `<(program)`, that has the size of a table at most.
 

@@ -161,11 +161,14 @@ class MethodConfig:
         Raises:
             UserError: A part or a format does not exist, or fragments and delay do not fit each other.
         """
-        wire = as_wire(self.wire)
+        wire, given = as_wire(self.wire), set[str]()
         for text in self.wire_parts:
             part, _, format = text.partition("=")
             if part not in wire.formats:
                 raise UserError(f"`wire_parts={text}`; give a part and its format, as in shared=int4 or blocks=bf16")
+            if part in given:
+                raise UserError(f"`wire_parts={text}` is the second format of {part}; give one")
+            given.add(part)
             wire = dataclasses.replace(wire, **{part: format})
         if self.fragments == "auto":
             if self.delay != MethodConfig.delay:
@@ -287,8 +290,9 @@ class RunConfig:
     checkpoint_rounds: int = 10
     """Rounds between checkpoints; one is always written at the end, and on SIGTERM, SIGINT or SIGUSR1."""
     until: tuple[str, ...] = ()
-    """Stop after the round in which one of these is reached: rounds=20, seconds=300 (without evaluations), gb=2 (sent
-    by all workers), accuracy=0.95 (of the full network, when tested). The learning rate still follows `epochs`."""
+    """Stop after the round in which one of these is reached: rounds=20, seconds=300 (without evaluations); or after the
+    next round: gb=2 (sent by all workers), accuracy=0.95 (of the full network, when tested). The learning rate still
+    follows `epochs`."""
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Member:
         self._steps = num_steps(config.optimization, sampler.images_per_epoch) * config.method.workers  # of all workers
         self._founded, self._trains = 0, False  # number of workers that the job began with; whether it has begun
         self._own: tuple[Job, Trainer] | None = None
+        self._ended = False  # at a limit of `until`, before it was resumed
         self._training: Training | None = None
         self._open: OpenRound | None = None  # when the members changed
         self._noticed, self._settled = began, True  # when they changed; whether training goes on since
@@ -197,6 +198,8 @@ class Member:
             found = self._regroup(transport, founded[0])
         if found is None:
             job, steps = self._found(transport, again=generation.number > 0), self._steps_of(transport.num_workers)
+            if self._ended:
+                return 0
             if job.step_index >= steps:
                 run_everywhere(transport, lambda: report_done(self._out, steps) if 0 in transport.hosted else None)
                 return 0
@@ -238,6 +241,7 @@ class Member:
             transport, lambda: check_before(self._config, self._task, self._out, self._lock) if is_main else None
         )
         point = find_resume_point(config, transport)
+        self._ended = point.ended
         job, trainer = self._new_job(config, transport, (point.round, point.step))
         run_everywhere(transport, lambda: point.restore(job, (trainer.optimizer,)))
         if is_main:

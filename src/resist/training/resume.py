@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from resist.errors import UserError
 from resist.job import Job
 from resist.runs.config import TrainConfig
+from resist.runs.follower import Follower
 from resist.runs.library import check_visible
 from resist.runs.model_file import FILE
 from resist.runs.replicas import newest_replicas, restore_replicas
@@ -35,11 +36,13 @@ class ResumePoint:
         round: Rounds that are done.
         step: Steps that are done.
         restore: Fills a job that was made for this round and step, and its optimizers.
+        ended: The run has ended here, at a limit of `until`: there is nothing to do.
     """
 
     round: int = 0
     step: int = 0
     restore: Callable[[Job, tuple[Optimizer, ...]], object] = lambda job, optimizers: None
+    ended: bool = False
 
 
 def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
@@ -59,15 +62,18 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
         return ResumePoint()
     is_main = 0 in transport.hosted
     checkpoints, replicas = config.run.resume / "checkpoints", config.run.resume / "replicas"
-    texts = transport.all_gather_text(
-        run_everywhere(transport, lambda: json.dumps(_search(checkpoints, replicas)) if is_main else "")
-    )
+
+    def search() -> str:
+        found = _search(checkpoints, replicas)
+        return json.dumps({**found, "ended": _ended_at_limit(config, found["round"])} if found else found)
+
+    texts = transport.all_gather_text(run_everywhere(transport, lambda: search() if is_main else ""))
     source: dict[str, Any] = json.loads(texts[0])
     if not source:
         if is_main:
             log.info(f"resist: no checkpoint in {checkpoints} yet; the run begins at its first step")
         return ResumePoint()
-    before, now = source["workers"], config.method.workers
+    ended, before, now = source.pop("ended"), source["workers"], config.method.workers
     step = source["step"] * before // now
     if is_main and before != now:
         log.info(
@@ -81,7 +87,22 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
         return ResumePoint(source["round"], step, lambda job, _: _restore_replicas(job, replicas, source))
     path = checkpoints / source["checkpoint"]
     run_everywhere(transport, lambda: check_visible(path))
-    return ResumePoint(source["round"], step, lambda job, optimizers: restore(job, optimizers, path))
+    return ResumePoint(source["round"], step, lambda job, optimizers: restore(job, optimizers, path), ended=ended)
+
+
+def _ended_at_limit(config: TrainConfig, round: int) -> bool:
+    """Return True where the run that resumes has finished with this round, at a limit of `until`; log that it has."""
+    path = config.run.resume
+    if path is None or not config.run.until or not (path / FILE).exists():
+        return False
+    follower = Follower(path)
+    records = follower.read()
+    if follower.state().get("state") != "finished" or not records or records[-1]["round"] != round:
+        return False
+    log.info(
+        "the run has ended after round %d (until %s); its network is %s", round, " ".join(config.run.until), path / FILE
+    )
+    return True
 
 
 def all_done(config: TrainConfig, num_images: int) -> bool:
@@ -103,7 +124,7 @@ def all_done(config: TrainConfig, num_images: int) -> bool:
         except UserError:  # it is reported when all of them are looked through
             continue
         done = about["step"] * about["workers"] // config.method.workers >= steps
-        return done and report_done(config.run.resume, steps)
+        return report_done(config.run.resume, steps) if done else _ended_at_limit(config, about["round"])
     return False
 
 

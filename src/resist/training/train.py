@@ -134,6 +134,8 @@ def _train_locked(
     """Train in the run directory `out`, which no other process writes into. Returns the exit status."""
     is_main, resume = 0 in transport.hosted, config.run.resume
     point = find_resume_point(config, transport)
+    if point.ended:
+        return 0
     job = make_job(config, task, transport, device, (point.round, point.step))
     if is_main:
         log_chains(job)
