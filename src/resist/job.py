@@ -300,12 +300,18 @@ class Job:
 
         Raises:
             UserError: If they do not fit the workers or the chains, or the workers are others than those that the
-                strategy was given.
+                strategy was given. With fragments also if every worker would begin, or cease, to hold all blocks: this
+                round, whose fragments are on their way, would have to be averaged at its end.
         """
         if self.members != Members.first(self.given.workers):
             raise UserError("the workers have changed, and their capacities follow; leave out `change_capacities`")
         changed = self.strategy.with_capacities(capacities, from_round=self.round + 1)
-        changed.plan(self.chains, seed=self.seed, round=self.round + 1)
+        next_plan = changed.plan(self.chains, seed=self.seed, round=self.round + 1)
+        if self._streaming is not None and next_plan.held_by_all != self.plan.held_by_all:
+            raise UserError(
+                f"with `fragments={self.wire.fragments}`, whether every worker holds all blocks is fixed when a round "
+                "begins; give such capacities to the strategy, as in resist.Capacities(by_round=...)"
+            )
         self.strategy = self.given = changed
 
     def step_seed(self, worker: int | None = None) -> int:
