@@ -45,7 +45,7 @@ from resist.sync.full_network import full_network
 from resist.sync.gathering import TogetherIn
 from resist.sync.local import Unconnected
 from resist.sync.optimizers import check_optimizers
-from resist.sync.options import check_options
+from resist.sync.options import check_options, note_wire
 from resist.sync.regrouping import move
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.round_agreement import agree_on_round
@@ -223,6 +223,7 @@ class Job:
         self.mark_anchors(replicas=first_blocks(values, self.chains, self.plan, self.workers) if values else {})
         if 0 in self.transport.hosted and self.generation >= 0:  # not in a process that joins
             log_holdings(full, self.chains, strategy, runs)
+            note_wire(self.wire, self.workers[0].subnet)
             if example is None:
                 note_unchecked()
 

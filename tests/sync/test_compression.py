@@ -166,6 +166,14 @@ def test_nan_stops_a_compressed_run() -> None:
         run.job.synchronize()
 
 
+def test_a_format_without_effect_is_noted(caplog: pytest.LogCaptureFixture) -> None:
+    for network, noted in ((single, False), (lambda: single().bfloat16(), True)):
+        for wire in ("fp32", "int8", Wire(fragments=2)):
+            caplog.clear()
+            Job(network, resist(2, 4), wire=wire, example=False)
+            assert ("`wire` has no effect" in caplog.text) == (noted and wire != "fp32")
+
+
 def test_strategies_that_send_gradients_have_no_format() -> None:
     with pytest.raises(UserError, match="leave out `replicate`, `on_nonfinite='drop'` and `wire`"):
         Job(single, ddp(1), wire="int8")

@@ -86,8 +86,9 @@ CHOICES = {
 class Wire:
     """Wire formats of a job.
 
-    Only numbers in single precision are encoded: parameters that train, and what is laid out as they are. Running
-    statistics and other buffers, frozen parameters and other dtypes go as they are.
+    Only numbers in single precision are encoded, or cut into fragments: parameters that train, and what is laid out as
+    they are. Running statistics and other buffers, frozen parameters and other dtypes go as they are, at the end of the
+    round.
 
     Attributes:
         shared: Of the shared part, of which the change since the beginning of the round is sent; what a code loses is
