@@ -97,7 +97,7 @@ class Payload:
         """
         codec, (start, end) = CODECS[self.block_format], block.trained
         if into is None:
-            into = torch.empty(block.numel, device=encoded.device)
+            into = torch.empty(block.numel, dtype=torch.float32, device=encoded.device)
         size = codec.num_bytes(end - start)
         codec.decode(encoded[:size], end - start, into=into[start:end])
         first = size + start * into.element_size()
