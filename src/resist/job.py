@@ -45,7 +45,7 @@ from resist.sync.full_network import full_network
 from resist.sync.gathering import TogetherIn
 from resist.sync.local import Unconnected
 from resist.sync.optimizers import check_optimizers
-from resist.sync.options import check_options
+from resist.sync.options import check_options, note_wire
 from resist.sync.regrouping import move
 from resist.sync.replicas import Replica, collect_replica, keep_newest
 from resist.sync.round_agreement import agree_on_round
@@ -223,6 +223,7 @@ class Job:
         self.mark_anchors(replicas=first_blocks(values, self.chains, self.plan, self.workers) if values else {})
         if 0 in self.transport.hosted and self.generation >= 0:  # not in a process that joins
             log_holdings(full, self.chains, strategy, runs)
+            note_wire(self.wire, self.workers[0].subnet)
             if example is None:
                 note_unchecked()
 
@@ -300,12 +301,18 @@ class Job:
 
         Raises:
             UserError: If they do not fit the workers or the chains, or the workers are others than those that the
-                strategy was given.
+                strategy was given. With fragments also if every worker would begin, or cease, to hold all blocks: this
+                round, whose fragments are on their way, would have to be averaged at its end.
         """
         if self.members != Members.first(self.given.workers):
             raise UserError("the workers have changed, and their capacities follow; leave out `change_capacities`")
         changed = self.strategy.with_capacities(capacities, from_round=self.round + 1)
-        changed.plan(self.chains, seed=self.seed, round=self.round + 1)
+        next_plan = changed.plan(self.chains, seed=self.seed, round=self.round + 1)
+        if self._streaming is not None and next_plan.held_by_all != self.plan.held_by_all:
+            raise UserError(
+                f"with `fragments={self.wire.fragments}`, whether every worker holds all blocks is fixed when a round "
+                "begins; give such capacities to the strategy, as in resist.Capacities(by_round=...)"
+            )
         self.strategy = self.given = changed
 
     def step_seed(self, worker: int | None = None) -> int:

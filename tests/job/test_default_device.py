@@ -1,5 +1,6 @@
 """A job under `torch.set_default_device` and `torch.set_default_dtype`: the meta device breaks all that follows it."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 from resist.data import Images, Sampler
 from resist.job import Job
 from resist.planning.strategy import local_sgd, resist, switch
+from resist.planning.wire import Wire
 from resist.runs.library import load_checkpoint, save_checkpoint
+from resist.sync import codecs
 from saving import Counting
 
 
@@ -97,3 +100,45 @@ def test_images_are_drawn_on_the_host(on_meta: None) -> None:
     images, _ = data.loader(Sampler(16, **options)).batch(0)
     with torch.device("cpu"):
         assert torch.equal(images, data.loader(Sampler(16, **options)).batch(0)[0])
+
+
+@pytest.mark.parametrize("wire", [Wire("int8", "bf16", "int4", fragments=2), Wire("log4", "int6", "int8")], ids=str)
+@pytest.mark.parametrize(("device", "dtype"), [(None, torch.float64), (None, torch.bfloat16), ("meta", torch.float32)])
+def test_formats_do_not_depend_on_defaults(wire: Wire, device: str | None, dtype: torch.dtype) -> None:
+    """Of a network in single precision."""
+    networks: list[dict[str, Tensor]] = []
+    for default_device, default in ((None, torch.float32), (device, dtype)):
+        codecs._table.cache_clear()  # as in a new process
+        with torch.device("cpu"):
+            network = residual_line().float()
+        torch.set_default_device(default_device)
+        torch.set_default_dtype(default)
+        try:
+            networks.append(trained_in(wire, network))
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())
+
+
+def trained_in(wire: Wire, network: nn.Module) -> dict[str, Tensor]:
+    """Weights after three rounds of gradients that depend on the worker."""
+    job = Job(lambda: copy.deepcopy(network).apply(reset), resist(3, 4, min_depth=2), wire=wire, example=False)
+    optimizers = [torch.optim.AdamW(worker.model.parameters(), lr=0.01) for worker in job.workers]
+    for _ in range(12):
+        for worker, optimizer in zip(job.workers, optimizers, strict=True):
+            for parameter in worker.model.parameters():
+                parameter.grad = parameter.detach() * (worker.index + 1)
+            optimizer.step()
+        job.step(*optimizers)
+    full = job.full_model([torch.ones(4, 3, dtype=torch.float32, device="cpu")])
+    assert full is not None
+    return dict(full.named_parameters())
+
+
+@torch.no_grad()
+def reset(module: nn.Module) -> None:
+    for number, parameter in enumerate(module.parameters(recurse=False)):
+        parameter.copy_(
+            torch.linspace(-1, 1 + number, parameter.numel(), dtype=torch.float32, device="cpu").view_as(parameter)
+        )

@@ -125,6 +125,23 @@ def test_momentum_arrives_and_second_moments_stay_positive(wire: str) -> None:
     assert shared[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("wire", ["bf16", "int8"])
+def test_the_variance_of_a_centered_rmsprop_stays_positive(wire: str) -> None:
+    """It is a difference of two states, small where gradients vary little."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(model.parameters(), lr=1e-4, alpha=0.5, centered=True)
+
+    run = Run(resist(2, 8, capacities=4, optimizer_state="average"), wire, make)
+    for step in range(25):
+        for worker, optimizer in zip(run.job.workers, run.optimizers, strict=True):
+            random = torch.Generator().manual_seed(step + 100 * worker.index)
+            for parameter in worker.model.parameters():
+                parameter.grad = 1 + 0.02 * torch.randn(parameter.shape, generator=random)
+            optimizer.step()
+        run.job.step(*run.optimizers)  # DivergedError if it is not
+
+
 def test_a_dropped_workers_round_does_not_count() -> None:
     for wire in ("int8", "int4"):
         run = Run(resist(3, 1, min_depth=3), wire, on_nonfinite="drop").train(2)
@@ -149,11 +166,21 @@ def test_nan_stops_a_compressed_run() -> None:
         run.job.synchronize()
 
 
+def test_a_format_without_effect_is_noted(caplog: pytest.LogCaptureFixture) -> None:
+    for network, noted in ((single, False), (lambda: single().bfloat16(), True)):
+        for wire in ("fp32", "int8", Wire(fragments=2)):
+            caplog.clear()
+            Job(network, resist(2, 4), wire=wire, example=False)
+            assert ("`wire` has no effect" in caplog.text) == (noted and wire != "fp32")
+
+
 def test_strategies_that_send_gradients_have_no_format() -> None:
     with pytest.raises(UserError, match="leave out `replicate`, `on_nonfinite='drop'` and `wire`"):
         Job(single, ddp(1), wire="int8")
     with pytest.raises(UserError, match="`wire='int7'` is not one of"):
         Job(single, resist(2), wire="int7")
+    with pytest.raises(UserError, match=r"is not one of fp32, .*; or give a resist\.Wire"):
+        Job(single, resist(2), wire={"shared": "int8"})  # type: ignore[arg-type]
 
 
 class Rounds:
@@ -259,14 +286,22 @@ CASES: list[tuple[str, str | Wire]] = [
     ("outer", "int8"),
     ("local_sgd", "int8"),
     ("diloco", "int4"),
+    ("centered", "int4"),
 ]
+MAKE = {"outer": sgd, "centered": lambda model: torch.optim.RMSprop(model.parameters(), lr=0.003, centered=True)}
 
 
 @pytest.mark.parametrize(("name", "wire"), CASES, ids=str)
 def test_bytes_are_those_of_the_formula(name: str, wire: str | Wire) -> None:
     """Counted = formula = sent."""
-    make, transport = sgd if name == "outer" else adamw, Recording(3)
-    run = Run(STRATEGIES[name](1), wire, make, replicate=name == "average", transport=transport).follow()
+    make, transport = MAKE.get(name, adamw), Recording(3)
+    run = Run(
+        STRATEGIES["average" if name == "centered" else name](1),
+        wire,
+        make,
+        replicate=name == "average",
+        transport=transport,
+    ).follow()
     sizes = sizes_of(build_on_meta(single), run.job.chains)
     held = [run.job.plan.capacities(worker) for worker in range(3)]
     meter = StateMeter(lambda parameters: make(nn.ParameterList(parameters)))

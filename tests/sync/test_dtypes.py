@@ -101,7 +101,7 @@ def test_each_tensor_becomes_its_mean_over_holders(name: str) -> None:
 
 
 class Half(nn.Module):
-    """Everything in one dtype of fewer than 32 bits."""
+    """Everything in dtypes of fewer than 32 bits, a buffer in 8."""
 
     dtype = torch.bfloat16
 
@@ -110,6 +110,8 @@ class Half(nn.Module):
         self.blocks = nn.ModuleList(HalfBlock() for _ in range(4))
         self.head = nn.Linear(WIDTH, 37)
         self.to(self.dtype)
+        for module in (self, *self.blocks):
+            module.register_buffer("scales", torch.ones(WIDTH).to(torch.float8_e4m3fn))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -134,7 +136,7 @@ def averaged(strategy: Strategy, dropped: tuple[int, ...] = ()) -> dict[int, dic
             for name, tensor in worker.subnet.state(job.plan.held(worker.index)).items():
                 tensor.copy_(value(worker.index, name, tensor))
     job.synchronize({worker: "a loss of nan" for worker in dropped if worker in job.transport.hosted})
-    return {worker.index: named(job, worker) for worker in job.workers}
+    return {worker.index: {n: t.float() for n, t in named(job, worker).items()} for worker in job.workers}
 
 
 def value(worker: int, name: str, like: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ def expected_means(strategy: Strategy, dropped: tuple[int, ...] = ()) -> dict[st
         for name, tensor in worker.subnet.state(job.plan.held(worker.index)).items():
             if worker.index not in dropped:
                 copies.setdefault(name, []).append(value(worker.index, name, tensor))
-    return {name: mean(tensors) for name, tensors in copies.items()}
+    return {name: mean(tensors).float() for name, tensors in copies.items()}
 
 
 @pytest.mark.parametrize("dropped", [(), (1,)])

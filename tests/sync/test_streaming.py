@@ -12,7 +12,8 @@ from resist.cost.footprint import build_on_meta
 from resist.cost.sizes import sizes_of
 from resist.cost.states import StateMeter
 from resist.cost.traffic import round_traffic
-from resist.errors import DivergedError, WorkerLostError
+from resist.errors import DivergedError, UserError, WorkerLostError
+from resist.planning.capacities import Capacities
 from resist.planning.fragments import fragment_times
 from resist.planning.strategy import Strategy, diloco, local_sgd, resist
 from resist.subnet.batchnorm import has_running_statistics
@@ -220,6 +221,22 @@ def test_velocity_is_that_of_fragments() -> None:
                 torch.testing.assert_close(a.subnet.flat[start:end], b.subnet.flat[start:end], rtol=0, atol=2e-5)
                 velocity = [w.state[VELOCITY][torch.float32][start:end] for w in (a, b)]
                 torch.testing.assert_close(*velocity, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("first", "then"), [(6, 3), (3, 6)])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_capacities_do_not_change_what_is_averaged_in_a_round_that_has_begun(first: int, then: int, steps: int) -> None:
+    """Blocks that all hold are in the fragments, whose anchors would be those of other numbers."""
+    run, other = (streamed(resist(3, STEPS, capacities=first)).train(STEPS + steps) for _ in range(2))
+    with pytest.raises(UserError, match="give such capacities to the strategy"):
+        run.job.change_capacities(then)
+    run.job.change_capacities((first, first, first))  # as before
+    for one in (run, other):
+        one.train(2 * STEPS)
+    assert all(torch.equal(*pair) for pair in zip(tensors_of(run), tensors_of(other), strict=True))
+    run = streamed(resist(3, STEPS, capacities=Capacities(by_worker=first, by_round={3: then}))).train(5 * STEPS)
+    for worker in run.job.workers:
+        assert torch.equal(anchors(worker), anchors(run.job.workers[0]))
 
 
 class Lost:

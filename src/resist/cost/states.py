@@ -91,7 +91,7 @@ class StateMeter:
             for name, own in flat_states([self._optimizer(parameters)], {}).items():
                 types[name] = {**own, **types.get(name, {})}
         loose = [self._loose_bytes(part, types) for part in parts.values()]
-        kinds = tuple(kind_of(name, self._classes) for name in types)
+        kinds = tuple(kind_of(name, self._classes, types) for name in types)
         return StateSizes(tuple(types.values()), loose[0], tuple(loose[1:]), kinds)
 
     def _loose_bytes(self, part: Sequence[tuple[str, nn.Parameter]], types: Any) -> int:

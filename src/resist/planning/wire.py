@@ -86,8 +86,9 @@ CHOICES = {
 class Wire:
     """Wire formats of a job.
 
-    Only numbers in single precision are encoded: parameters that train, and what is laid out as they are. Running
-    statistics and other buffers, frozen parameters and other dtypes go as they are.
+    Only numbers in single precision are encoded, or cut into fragments: parameters that train, and what is laid out as
+    they are. Running statistics and other buffers, frozen parameters and other dtypes go as they are, at the end of the
+    round.
 
     Attributes:
         shared: Of the shared part, of which the change since the beginning of the round is sent; what a code loses is
@@ -95,7 +96,8 @@ class Wire:
         blocks: Of blocks that are averaged or handed over, of their replicas, and of an outer momentum. Rounded
             stochastically, so that the error is zero on average.
         state: Of the optimizer's state, by value, rounded stochastically. Second moments, which are never negative, go
-            as `log8` for fewer than 16 bits, and states that are not known as "bf16".
+            as `log8` for fewer than 16 bits, and states that are not known as "bf16"; those of a centered RMSprop, of
+            whose difference it takes the root, as they are.
         fragments: Number of fragments of the shared part, each of which is averaged at a time of its own in the round,
             while training goes on; 0: all of it at the round's end. Also of blocks, if every worker holds every block.
         delay: Steps from the beginning of a fragment's mean to its end.
@@ -196,6 +198,6 @@ def as_wire(wire: "str | Wire") -> Wire:
     """
     if isinstance(wire, Wire):
         return wire
-    if wire not in WIRES:
+    if not isinstance(wire, str) or wire not in WIRES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UserError(f"`wire={wire!r}` is not one of {', '.join(WIRES)}; or give a resist.Wire")
     return WIRES[wire]

@@ -40,7 +40,7 @@ def laid_out(
     infinite = {
         layout.place(name).key
         for name, tensor in tensors.items()
-        if not isinstance(tensor, nn.Parameter) and not tensor.is_meta and not bool(tensor.isfinite().all())
+        if not isinstance(tensor, nn.Parameter) and not tensor.is_meta and not _is_finite(tensor)
     }
     tensors = {name: tensor for name, tensor in tensors.items() if layout.place(name).key not in infinite}
     if not tensors:
@@ -49,6 +49,11 @@ def laid_out(
         dtype: layout.with_tensors({n: t for n, t in tensors.items() if t.dtype == dtype}, channels_last)
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values())
     }
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    short = tensor.is_floating_point() and tensor.element_size() == 1  # torch does not look for NaN in float8
+    return bool((tensor.float() if short else tensor).isfinite().all())
 
 
 class FlatTensors:

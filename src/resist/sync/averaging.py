@@ -102,7 +102,7 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     (first, *others) = tensors
     wide = first.float()
     for tensor in others:
-        wide += tensor
+        wide += tensor.float() if tensor.element_size() == 1 else tensor  # torch does not add float8 to others
     return wide
 
 

@@ -113,7 +113,7 @@ class Codec:
             (numel,) float32 on the same device.
         """
         if into is None:
-            into = torch.empty(numel, device=encoded.device)
+            into = torch.empty(numel, dtype=torch.float32, device=encoded.device)
         for start, end, chunk in self.chunks(numel, encoded):
             self.decode_chunk(chunk, into[start:end])
             if plus is not None:
@@ -353,7 +353,7 @@ class Logarithmic(Code):
 
 @cache
 def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Log4(Logarithmic):

@@ -154,7 +154,7 @@ class CompressedMean:
         """The mean of a piece over the workers that count, in their order."""
         live = [worker for worker in self._live if not (self._marked and _is_absent(rows[worker]))]
         if not live:
-            return torch.zeros(numel, device=rows.device)
+            return torch.zeros(numel, dtype=torch.float32, device=rows.device)
         total = self._codec.decode(rows[live[0]], numel)
         for worker in live[1:]:
             for start, end, chunk in self._codec.chunks(numel, rows[worker]):

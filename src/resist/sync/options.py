@@ -1,12 +1,19 @@
 """Options of a job: the values that they may have, and combinations that are refused."""
 
+import logging
+
+import torch
+
 from resist.errors import UserError
 from resist.planning.strategy import Strategy
 from resist.planning.wire import Wire
 from resist.subnet.batchnorm import BATCHNORMS
+from resist.subnet.network import Subnet
 from resist.sync.optimizer_state import OPTIMIZER_STATES
 
 NONFINITE = ("stop", "drop")
+
+log = logging.getLogger(__name__)
 
 
 def check_options(
@@ -36,3 +43,18 @@ def check_options(
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"`{name}={value!r}` is not one of {', '.join(choices)}")
+
+
+def note_wire(wire: Wire, subnet: Subnet) -> None:
+    """Log where a wire format, or fragments, change nothing.
+
+    Args:
+        wire: As in `Job`.
+        subnet: The sub-network of any worker.
+    """
+    layout = subnet.layouts.get(torch.float32)
+    if wire != Wire() and (layout is None or not layout.ranges(blocks=True)):
+        log.warning(
+            "`wire` has no effect on the weights: only those in float32 that train are encoded or cut into "
+            "fragments, and this network has none"
+        )

@@ -1,6 +1,6 @@
 """Payloads: the values that workers exchange, each laid out as the weights, and their bytes on the wire."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -97,7 +97,7 @@ class Payload:
         """
         codec, (start, end) = CODECS[self.block_format], block.trained
         if into is None:
-            into = torch.empty(block.numel, device=encoded.device)
+            into = torch.empty(block.numel, dtype=torch.float32, device=encoded.device)
         size = codec.num_bytes(end - start)
         codec.decode(encoded[:size], end - start, into=into[start:end])
         first = size + start * into.element_size()
@@ -141,15 +141,15 @@ def collect_payloads(workers: Sequence[Worker], end: RoundEnd, states: Mapping[s
         payloads.append(Payload(VELOCITY, d, flats, moves=True, average_shared=end.regroups, average_blocks=False))
     for payload in payloads:
         if next(iter(payload.flats.values())).dtype == torch.float32:  # others are not encoded
-            payload.shared_format, payload.block_format = _formats(payload.name, workers[0], wire)
+            payload.shared_format, payload.block_format = _formats(payload.name, workers[0], wire, states)
     return payloads
 
 
-def _formats(name: str, worker: Worker, wire: Wire) -> tuple[str, str]:
+def _formats(name: str, worker: Worker, wire: Wire, states: Collection[str]) -> tuple[str, str]:
     """The formats of a payload: of its shared part and of its blocks."""
     if name in (WEIGHTS, VELOCITY):  # the shared part of the latter is not sent
         return wire.shared, wire.blocks
     if name == AVERAGE:
         return wire.average, wire.average
-    format = format_of(kind_of(name, map(type, worker.optimizers)), wire.state)
+    format = format_of(kind_of(name, map(type, worker.optimizers), states), wire.state)
     return format, format

@@ -1,28 +1,33 @@
-"""Wire formats of optimizer states: which are known, and which are never negative."""
+"""Wire formats of optimizer states: which are known, which are never negative, and which go as they are."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch.optim import Optimizer
 
 from resist.planning.wire import BF16, FP32, LOG8
 
 # Names of torch's optimizers. Others may use the same name for something else, so theirs are unknown.
-_LINEAR = frozenset({"momentum_buffer", "exp_avg", "grad_avg"})
+_LINEAR = frozenset({"momentum_buffer", "exp_avg"})
 _NEVER_NEGATIVE = frozenset(
     {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum"}  # Adam and its kin, RMSprop, Ada*
 )
+# A centered RMSprop takes the root of square_avg - grad_avg^2. Where gradients vary little, what a format loses of
+# either makes that negative.
+_VARIANCE = frozenset({"square_avg", "grad_avg"})
+
+LINEAR, NEVER_NEGATIVE, EXACT, UNKNOWN = "linear", "never negative", "exact", "unknown"  # kinds of states
 
 
-LINEAR, NEVER_NEGATIVE, UNKNOWN = "linear", "never negative", "unknown"  # kinds of states
-
-
-def kind_of(name: str, optimizers: Iterable[type]) -> str:
+def kind_of(name: str, optimizers: Iterable[type], names: Collection[str]) -> str:
     """Return the kind of an optimizer state.
 
     Args:
         name: Name of the state.
         optimizers: The classes of a worker's optimizers, which all workers have.
+        names: Names of all states that any worker has.
     """
+    if name in _VARIANCE and _VARIANCE.issubset(names):
+        return EXACT
     if not all(map(_is_torchs, optimizers)):
         return UNKNOWN
     return LINEAR if name in _LINEAR else NEVER_NEGATIVE if name in _NEVER_NEGATIVE else UNKNOWN
@@ -36,6 +41,8 @@ def format_of(kind: str, wire: str) -> str:
         wire: The format that was chosen for states. One of few bits is `log8` for a state that is never negative, and
             bf16 for one that is not known.
     """
+    if kind == EXACT:
+        return FP32
     if wire in (FP32, BF16) or kind == LINEAR:
         return wire
     return LOG8 if kind == NEVER_NEGATIVE else BF16
