@@ -173,12 +173,12 @@ def test_fewer_pairs_than_seeds_are_said() -> None:
 
 def test_compressed_rows_are_compared_with_the_same_row_in_fp32() -> None:
     compressed = [row for row in ROWS.values() if row.plain]
-    plain = {BASE, "ResIST, average", cifar10_rows.SELDOM, cifar10_rows.DILOCO.name}
-    assert {ROWS[row.plain].name for row in compressed} == plain
+    known = {BASE, "ResIST, average", cifar10_rows.SELDOM, cifar10_rows.DILOCO.name}
+    assert {ROWS[row.plain].name for row in compressed} == known
     for row in compressed:
         plain = ROWS[row.plain]
         assert row.wire != plain.wire == Wire()
-        assert cifar10.replace(row, name=plain.name, wire=plain.wire, plain="") == plain
+        assert cifar10.replace(row, name=plain.name, wire=plain.wire, plain="", strategy=plain.strategy) == plain
         assert row.at_rate(2.0).plain == plain.at_rate(2.0).name
         row.wire.times(row.local_steps)  # an error if the round is too short
     assert len({(row.plain, row.wire) for row in compressed}) == len(compressed)

@@ -125,6 +125,25 @@ def test_momentum_arrives_and_second_moments_stay_positive(wire: str) -> None:
     assert shared[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("wire", ["int8", "int4"])
+def test_small_gradients_beside_large_ones_lead_to_no_large_step(wire: str) -> None:
+    """Adam divides each first moment by the root of its own second moment."""
+    lr = 1e-3
+    run = Run(resist(2, 4, capacities=4, optimizer_state="average"), wire, lambda m: torch.optim.Adam(m.parameters(), lr))
+    for step in range(12):
+        for worker, optimizer in zip(run.job.workers, run.optimizers, strict=True):
+            random = torch.Generator().manual_seed(step + 100 * worker.index)
+            before = [parameter.detach().clone() for parameter in worker.model.parameters()]
+            for parameter in worker.model.parameters():
+                gradient = 1 + 0.5 * torch.randn(parameter.shape, generator=random)
+                gradient.view(-1)[::2] *= 1e-5
+                parameter.grad = gradient
+            optimizer.step()
+            for old, parameter in zip(before, worker.model.parameters(), strict=True):
+                assert (parameter - old).abs().max() < 4 * lr, step  # 0.1 / sqrt(0.001) at most
+        run.job.step(*run.optimizers)
+
+
 @pytest.mark.parametrize("wire", ["bf16", "int8"])
 def test_the_variance_of_a_centered_rmsprop_stays_positive(wire: str) -> None:
     """It is a difference of two states, small where gradients vary little."""

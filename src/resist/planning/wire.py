@@ -96,8 +96,8 @@ class Wire:
         blocks: Of blocks that are averaged or handed over, of their replicas, and of an outer momentum. Rounded
             stochastically, so that the error is zero on average.
         state: Of the optimizer's state, by value, rounded stochastically. Second moments, which are never negative, go
-            as `log8` for fewer than 16 bits, and states that are not known as "bf16"; those of a centered RMSprop, of
-            whose difference it takes the root, as they are.
+            as `log8` for fewer than 16 bits, Adam's `exp_avg` and states that are not known as "bf16"; those of a
+            centered RMSprop, of whose difference it takes the root, as they are.
         fragments: Number of fragments of the shared part, each of which is averaged at a time of its own in the round,
             while training goes on; 0: all of it at the round's end. Also of blocks, if every worker holds every block.
         delay: Steps from the beginning of a fragment's mean to its end.

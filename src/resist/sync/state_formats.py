@@ -6,8 +6,10 @@ from torch.optim import Optimizer
 
 from resist.planning.wire import BF16, FP32, LOG8
 
-# Names of torch's optimizers. Others may use the same name for something else, so theirs are unknown.
-_LINEAR = frozenset({"momentum_buffer", "exp_avg"})
+# Names of torch's optimizers. Others may use the same name for something else, so theirs are unknown. Not in it: the
+# exp_avg of Adam and its kin, which is divided by the root of a second moment, number by number. What a format with one
+# scale for many numbers adds to a small one would be a large step.
+_LINEAR = frozenset({"momentum_buffer"})
 _NEVER_NEGATIVE = frozenset(
     {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum"}  # Adam and its kin, RMSprop, Ada*
 )
@@ -39,7 +41,7 @@ def format_of(kind: str, wire: str) -> str:
     Args:
         kind: Its kind.
         wire: The format that was chosen for states. One of few bits is `log8` for a state that is never negative, and
-            bf16 for one that is not known.
+            bf16 for one whose small numbers matter as much as its large ones, or that is not known.
     """
     if kind == EXACT:
         return FP32
