@@ -93,6 +93,7 @@ def refused(**parts: object) -> str:
         ("run", "num_evals", 0, "`num_evals=0`"),
         ("run", "until", ("hours=1",), "`until='hours=1'`"),
         ("run", "until", ("seconds=",), "`until='seconds='`"),
+        ("run", "until", ("rounds=1.5",), "`until='rounds=1.5'`: give a whole number of rounds"),
         ("run", "until", ("accuracy=95",), "an accuracy is at most 1"),
         ("run", "until", ("rounds=3", "gb=1", "rounds=4"), "`until='rounds=4'` is the second limit of rounds"),
     ],

@@ -387,6 +387,8 @@ class TrainConfig:
                 number = math.nan
             if name not in ("rounds", "seconds", "gb", "accuracy") or not 0 < number < math.inf:
                 raise UserError(f"`until={text!r}` is not rounds=N, seconds=N, gb=N or accuracy=N with N above 0")
+            if name == "rounds" and number != int(number):
+                raise UserError(f"`until={text!r}`: give a whole number of rounds")
             if name == "accuracy" and number > 1:
                 raise UserError(f"`until={text!r}`: an accuracy is at most 1; give 0.95 for 95 %")
             if name in limits:
