@@ -129,7 +129,9 @@ def test_momentum_arrives_and_second_moments_stay_positive(wire: str) -> None:
 def test_small_gradients_beside_large_ones_lead_to_no_large_step(wire: str) -> None:
     """Adam divides each first moment by the root of its own second moment."""
     lr = 1e-3
-    run = Run(resist(2, 4, capacities=4, optimizer_state="average"), wire, lambda m: torch.optim.Adam(m.parameters(), lr))
+    run = Run(
+        resist(2, 4, capacities=4, optimizer_state="average"), wire, lambda m: torch.optim.Adam(m.parameters(), lr)
+    )
     for step in range(12):
         for worker, optimizer in zip(run.job.workers, run.optimizers, strict=True):
             random = torch.Generator().manual_seed(step + 100 * worker.index)
