@@ -34,10 +34,12 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
     assert status == 0
     values = record["scores"].values()
     assert text == "".join(f"test {n} {100 * v:.2f} %\n" for n, v in zip(record["scores"], values, strict=True))
+    state = out / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"state": "training"}))  # as a kill leaves it
     status, _, err = cli(capsys, "train", "--resume", str(out))
     assert (status, err) == (0, "")
     rounds = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert rounds == [1, 2, 3]  # the budget is used up again
+    assert rounds == [1, 2, 3]  # the limit is seen after a round
 
 
 @pytest.mark.parametrize(
