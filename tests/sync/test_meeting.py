@@ -18,6 +18,7 @@ from resist.errors import UserError
 from resist.sync.distributed import connect
 from resist.sync.interfaces import interface_failure, introduction, judge, matching, reason
 from resist.sync.meeting import Place, _listen_at, captured_stderr, open_store, within
+from resist.sync.process_group import loopback_store
 
 CPU = torch.device("cpu")
 
@@ -277,3 +278,17 @@ def test_the_cause_in_messages_of_gloo_and_nccl() -> None:
     assert reason(RuntimeError(gloo)) == "Connect timeout [none]"
     nccl = "NCCL error in: /x.cpp:1, invalid usage (run with NCCL_DEBUG=WARN for details)\nLast error:\nDuplicate GPU"
     assert reason(RuntimeError(nccl)) == "Duplicate GPU"
+
+
+def test_the_store_of_a_machine_without_dns_is_served_without_a_note(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noting(*_: object, **__: object) -> str:
+        os.write(2, b"[W1127 16:21:53.810396165 socket.cpp:207] [c10d] The hostname cannot be retrieved. err=-3\n")
+        os.write(2, b"something else\n")
+        return "the store"
+
+    monkeypatch.setattr("torch.distributed.TCPStore", noting)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert loopback_store(listener) == "the store"
+    assert capfd.readouterr().err == "something else\n"

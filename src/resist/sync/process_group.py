@@ -150,7 +150,10 @@ def loopback_store(listener: socket.socket) -> object:
     """
     host, port = listener.getsockname()[:2]
     options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
-    return dist.TCPStore(host, port, **options)  # pyright: ignore[reportPrivateImportUsage]
+    with captured_stderr() as done:  # torch notes where DNS does not answer
+        store = dist.TCPStore(host, port, **options)  # pyright: ignore[reportPrivateImportUsage]
+        done()
+    return store
 
 
 def abort_group(group: dist.ProcessGroup) -> None:
