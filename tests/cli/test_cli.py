@@ -218,8 +218,8 @@ def test_cost_prints_the_papers_first_table(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--link-gbit-s", "0", "--images-s", "5"], "--link-gbit-s 0; must be above 0 Gbit/s"),
-        (["--link-gbit-s", "-1", "--images-s", "5"], "--link-gbit-s -1; must be above 0 Gbit/s"),
+        (["--link-gbit-s", "0", "--images-s", "5"], "--link-gbit-s 0; must be at least 1e-09 Gbit/s"),
+        (["--link-gbit-s", "-1", "--images-s", "5"], "--link-gbit-s -1; must be at least 1e-09 Gbit/s"),
         (["--link-gbit-s", "1", "--images-s", "0"], "--images-s 0"),
         (["--link-gbit-s", "1"], "seconds need both"),
         (["--images-s", "1"], "seconds need both"),

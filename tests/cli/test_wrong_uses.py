@@ -201,12 +201,12 @@ cost --strategies ddp --fragments 2 | --fragments has no effect with --strategie
 cost --strategies ddp --replicate | --replicate has no effect with --strategies ddp
 cost --strategies ddp --optimizer-state reset | --optimizer-state has no effect with --strategies ddp
 cost --link-gbit-s nan --images-s 5 | --link-gbit-s nan is not a finite number
-cost --link-gbit-s 0 --images-s 5 | --link-gbit-s 0; must be above 0 Gbit/s and finite
-cost --link-gbit-s -1 --images-s 5 | --link-gbit-s -1; must be above 0 Gbit/s and finite
-cost --link-gbit-s 1e-320 --images-s 5 | --link-gbit-s 1e-320 is too small; give at least 1e-09
+cost --link-gbit-s 0 --images-s 5 | --link-gbit-s 0; must be at least 1e-09 Gbit/s and finite
+cost --link-gbit-s -1 --images-s 5 | --link-gbit-s -1; must be at least 1e-09 Gbit/s and finite
+cost --link-gbit-s 1e-320 --images-s 5 | --link-gbit-s 1e-320; must be at least 1e-09 Gbit/s
 cost --link-gbit-s 1e300 --images-s 5 | --link-gbit-s 1e300 is too large; give at most 1000000000
-cost --link-gbit-s 1 --images-s 0 | --images-s 0; must be above 0 images per second and finite
-cost --link-gbit-s 1 --images-s 1e-320 | --images-s 1e-320 is too small; give at least 1e-09
+cost --link-gbit-s 1 --images-s 0 | --images-s 0; must be at least 1e-09 images per second and finite
+cost --link-gbit-s 1 --images-s 1e-320 | --images-s 1e-320; must be at least 1e-09 images per second
 cost --link-gbit-s 1 --images-s 1e300 | --images-s 1e300 is too large
 cost --link-gbit-s 1 --images-s 1 2 3 --workers 2 | 3 speeds for 2 workers; give one for each worker
 cost --latency-ms -1 --link-gbit-s 1 --images-s 5 | --latency-ms -1; must be at least 0 ms and finite

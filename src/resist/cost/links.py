@@ -40,10 +40,8 @@ class Link:
 
     def __post_init__(self) -> None:
         for rate in (self.gbit_s, self.gbit_s if self.in_gbit_s is None else self.in_gbit_s):
-            if not (math.isfinite(rate) and rate > 0):
-                raise UserError(f"`link_gbit_s={rate:g}`; must be above 0 Gbit/s and finite")
-            if rate < LEAST_GBIT_S:
-                raise UserError(f"`link_gbit_s={rate:g}` is too small; give at least {LEAST_GBIT_S:g}")
+            if not (math.isfinite(rate) and rate >= LEAST_GBIT_S):
+                raise UserError(f"`link_gbit_s={rate:g}`; must be at least {LEAST_GBIT_S:g} Gbit/s and finite")
         if not (math.isfinite(self.latency_ms) and self.latency_ms >= 0):
             raise UserError(f"`latency_ms={self.latency_ms:g}`; must be at least 0 ms and finite")
 

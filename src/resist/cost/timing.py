@@ -60,10 +60,9 @@ class Speed:
     fixed: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.images_s) and self.images_s > 0):
-            raise UserError(f"`images_s={self.images_s:g}`; must be above 0 images per second and finite")
-        if self.images_s < LEAST_IMAGES_S:
-            raise UserError(f"`images_s={self.images_s:g}` is too small; give at least {LEAST_IMAGES_S:g}")
+        if not (math.isfinite(self.images_s) and self.images_s >= LEAST_IMAGES_S):
+            least = f"at least {LEAST_IMAGES_S:g} images per second"
+            raise UserError(f"`images_s={self.images_s:g}`; must be {least} and finite")
         if not 0 <= self.fixed < 1:
             raise UserError(f"fixed={self.fixed:g}; must be at least 0 and below 1")
 
