@@ -139,6 +139,17 @@ def test_processes_are_missing_or_computing(store: dist.HashStore) -> None:
     assert threading.active_count() <= before, "the threads end with their objects"
 
 
+def test_a_process_that_has_lost_contact_is_never_the_one_that_others_wait_for(store: dist.HashStore) -> None:
+    first, second = Liveness(store, 0, 2), Liveness(store, 1, 2)
+    store.set(f"{STATE}1", WAITING)  # process 1 responds before the thread of process 0 looks
+    assert first.call() == ([], [])
+    first.report_state(COMPUTING)  # at the end of the operation that failed
+    time.sleep(3 * POLL_S)
+    assert second.call() == ([], [])
+    first.close()
+    second.close()
+
+
 def test_one_slow_response_of_two_processes_is_waited_for(store: dist.HashStore) -> None:
     caller = Liveness(store, 0, 2)
     response = threading.Timer(2 * POLL_S, store.set, (f"{STATE}1", COMPUTING))  # process 1 polls, and then stalls

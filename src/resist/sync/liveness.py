@@ -44,6 +44,7 @@ class Liveness:
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._state = [COMPUTING]  # a list, since the thread may not hold a reference to self
+        self._has_called = False
         self._beating = threading.Event()
         self._seen: dict[int, tuple[str, int]] = {}  # what each process has shown last, and how often
         self._looked = 0.0
@@ -54,12 +55,13 @@ class Liveness:
         self.close = weakref.finalize(self, closed.set)  # the thread ends with the object
 
     def report_state(self, state: str) -> None:
-        """Set the state that this process reports.
+        """Set the state that this process reports. After a `call` it stays.
 
         Args:
             state: COMPUTING or WAITING.
         """
-        self._state[0] = state
+        if not self._has_called:
+            self._state[0] = state
 
     def beat(self) -> None:
         """Show the others from now on, again and again, that this process lives."""
@@ -111,7 +113,9 @@ class Liveness:
         Returns:
             The processes that do not respond, and those that are computing. None if the store does not respond.
         """
-        self.report_state(WAITING)  # a process that queries the others is not the one that they wait for
+        # A process that queries the others is not the one that they wait for, when they query it later either.
+        self.report_state(WAITING)
+        self._has_called = True
         missing = [rank for rank in range(self._size) if rank != self._rank]
         latest_response = start = time.monotonic()
         try:
