@@ -86,13 +86,20 @@ def test_only_the_table_spells_the_names_of_methods() -> None:
             lambda: resist(2, capacities=(1, 2)).assign(22, chain="c", seed=0, round=0),
             r"hold 3 of the 22 blocks of chain c",
         ),
-        (lambda: resist(2, redraw_every=0), r"`redraw_every=0`; give a whole number of rounds, at least 1"),
-        (lambda: resist(2, redraw_every=1.5), r"`redraw_every=1.5`; give a whole number"),  # type: ignore[arg-type]
+        (lambda: resist(2, redraw_every=0), r"`redraw_every=0`; must be at least 1"),
+        (lambda: resist(2, redraw_every=1.5), r"`redraw_every=1.5` is not a whole number; give one"),  # type: ignore[arg-type]
+        (lambda: resist(2, redraw_every=True), r"`redraw_every=True` is not a whole number; give one"),
+        (lambda: resist(True), r"`workers=True` is not a whole number; give one"),
+        (lambda: local_sgd(2, True), r"`local_steps=True` is not a whole number; give one"),
+        (lambda: resist(2, min_depth=True), r"`min_depth=True` is not a whole number; give one"),
+        (lambda: resist(2, capacities=True), r"`capacities=True` is not a whole number; give one"),
+        (lambda: resist(2, warmup_rounds=0.5), r"`warmup_rounds=0.5` is not a whole number; give one"),  # type: ignore[arg-type]
         (lambda: resist(2, warmup_rounds=-1), r"`warmup_rounds=-1`; must be at least 0"),
         (lambda: build_strategy("sgd", 2, 1), r"strategy 'sgd' is not one of resist, local_sgd, diloco, ddp"),
         (lambda: switch(resist(2), ddp(2), at_round=1), r"ddp cannot be part of a switch"),
         (lambda: switch(resist(2), resist(3), at_round=1), r"from 2 to 3 workers; give both the same number"),
-        (lambda: switch(resist(2), resist(2), at_round=-1), r"at_round=-1 is negative"),
+        (lambda: switch(resist(2), resist(2), at_round=1.5), r"`at_round=1.5` is not a whole number; give one"),  # type: ignore[arg-type]
+        (lambda: switch(resist(2), resist(2), at_round=-1), r"`at_round=-1`; must be at least 0"),
         (
             lambda: switch(switch(resist(2), resist(2), at_round=4), resist(2), at_round=3),
             r"at_round=3 comes before the switch at round 4; order them",

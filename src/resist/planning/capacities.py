@@ -274,7 +274,7 @@ def _amount(given: object, chain: object = None) -> Amount:
 
 def _whole(value: object, what: str) -> int:
     try:
-        return operator.index(cast(SupportsIndex, value))
+        return operator.index(cast(SupportsIndex, None if isinstance(value, bool) else value))
     except TypeError:
         raise UserError(f"{what} is not a whole number; give one") from None
 

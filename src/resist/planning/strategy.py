@@ -12,6 +12,7 @@ from resist.errors import UserError
 from resist.planning.assign import AllBlocks, Assign, PartitionBlocks
 from resist.planning.capacities import Capacities, Given, as_capacities
 from resist.planning.plan import ChainLike, RoundPlan
+from resist.planning.whole import check_whole
 from resist.planning.wire import Wire
 
 # Options of the synchronization at the end of a round, which strategies with `every_step` do not have.
@@ -65,7 +66,7 @@ class Strategy:
         at_round: First round of `then`, counted from 0: the number of rounds before it.
 
     Raises:
-        UserError: If `workers` or `local_steps` is not an integer of at least 1, or `outer` is not an `OuterSGD`.
+        UserError: If `workers` or `local_steps` is not a whole number of at least 1, or `outer` is not an `OuterSGD`.
     """
 
     name: str
@@ -80,13 +81,8 @@ class Strategy:
     at_round: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("workers", self.workers), ("local_steps", self.local_steps)):
-            if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise UserError(f"`{name}={value!r}` is not a whole number; give one")
-        if self.workers < 1:
-            raise UserError(f"`workers={self.workers}`; must be at least 1")
-        if self.local_steps < 1:
-            raise UserError(f"`local_steps={self.local_steps}`; must be at least 1")
+        check_whole("workers", self.workers, least=1)
+        check_whole("local_steps", self.local_steps, least=1)
         if not isinstance(self.outer, OuterSGD | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UserError(f"`outer={self.outer!r}` is not an outer optimizer; give one, as in OuterSGD(0.7, 0.9)")
 
@@ -229,13 +225,11 @@ def resist(
             do not fit the chains are reported when the first plan is drawn.
     """
     record = as_capacities(capacities, min_depth=min_depth)
-    if not isinstance(redraw_every, int) or redraw_every < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UserError(f"`redraw_every={redraw_every!r}`; give a whole number of rounds, at least 1")
+    check_whole("redraw_every", redraw_every, least=1)
     assign = PartitionBlocks(workers, record, redraw_every=redraw_every)
     strategy = Strategy(resist.__name__, workers, local_steps, assign, optimizer_state, outer, partitions=True)
     record.check(workers)
-    if warmup_rounds < 0:
-        raise UserError(f"`warmup_rounds={warmup_rounds}`; must be at least 0")
+    check_whole("warmup_rounds", warmup_rounds, least=0)
     if warmup_rounds == 0:
         return strategy
     warmup = local_sgd(workers, local_steps, optimizer_state=optimizer_state, outer=outer)
@@ -324,8 +318,7 @@ def switch(first: Strategy, then: Strategy, *, at_round: int) -> Strategy:
         raise UserError(
             f"{ddp.__name__} cannot be part of a switch: its gradients go through a wrapper; use {local_sgd.__name__}"
         )
-    if at_round < 0:
-        raise UserError(f"at_round={at_round} is negative; give the first round of the second strategy")
+    check_whole("at_round", at_round, least=0)
     if first.then is not None:
         if first.at_round > at_round:
             raise UserError(f"at_round={at_round} comes before the switch at round {first.at_round}; order them")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from resist.errors import UserError
 from resist.planning.fragments import Times, fragment_sizes, fragment_times
+from resist.planning.whole import check_whole
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,8 @@ class Wire:
         for part, choices in CHOICES.items():
             if (value := getattr(self, part)) not in choices:
                 raise UserError(f"`wire`: {part}={value!r} is not one of {', '.join(choices)}")
-        for name, value, least in (("fragments", self.fragments, 0), ("delay", self.delay, 1)):
-            if type(value) is not int:
-                raise UserError(f"`{name}={value!r}` is not a whole number; give one")
-            if value < least:
-                raise UserError(f"`{name}={value}`; must be at least {least}")
+        check_whole("fragments", self.fragments, least=0)
+        check_whole("delay", self.delay, least=1)
         if self.delay > 1 and not self.fragments:
             raise UserError(f"`delay={self.delay}` has no effect without `fragments`; give them, or remove it")
 
