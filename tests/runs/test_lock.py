@@ -252,7 +252,7 @@ def test_file_systems_without_locks_are_told_from_locks_of_others(
 
 
 IMPORTS = """
-import signal, sys
+import shutil, signal, sys
 for name in ("SIGHUP", "SIGUSR1", "SIGCHLD", "SIGKILL", "pthread_sigmask"):
     delattr(signal, name)
 sys.modules["fcntl"] = None

@@ -11,6 +11,7 @@ from resist.subnet.flats import Flats
 from resist.subnet.network import Subnet
 from resist.sync.averaging import AVERAGE, VELOCITY, WEIGHTS
 from resist.sync.loose import parts_of
+from resist.sync.optimizer_state import start_over
 from resist.sync.round_start import WorkerStart
 from resist.sync.worker import Worker
 
@@ -43,7 +44,10 @@ def keep_present(worker: Worker, before: Held, after: Held, replicas: Blocks, bu
         worker.anchor = widened(subnet, worker.anchor, before, after, replicas)
     if worker.average_anchor is not None:
         worker.average_anchor = widened(subnet, worker.average_anchor, before, after, replicas)
+    known = {id(parameter) for parameter in worker.model.parameters()}
     worker.finish_round(flats, after)
+    for optimizer in worker.optimizers:
+        start_over(optimizer, [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known])
     _put_buffers(worker, before, after, buffers)
 
 

@@ -1,5 +1,6 @@
 """A test of the compiler that torch.compile needs, before any process starts and anything is written."""
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from resist.blocks.compiling import check_guards
 from resist.errors import UserError
 
 # What the sources that torch.compile makes include, too.
@@ -20,8 +22,11 @@ def check_compiler(device: torch.device) -> None:
         device: The device that a network is to be compiled for.
 
     Raises:
-        UserError: There is no compiler, or it does not work.
+        UserError: There is no compiler, it does not work, or compiled networks do not notice changes here.
     """
+    importlib.import_module("torch._dynamo")  # its settings
+
+    check_guards()
     if device.type == "cuda":  # Triton's kernels are started by functions in C
         if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
             raise UserError("`compile` needs a C compiler on this host (gcc, or the one that CC names); leave it out")
