@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from commands import Commands, free_port
 from resist.cli import main
+from resist.runs.directory import Run
 
 SMALL = [
     "--workers", "4", "--min-depth", "0", "--model-args", "depths=1,1,5,1", "width=4", "--batch-size", "32",
@@ -317,8 +320,52 @@ def test_a_run_that_has_ended_at_a_limit_is_not_extended(capsys, tmp_path: Path)
     for processes in ("1", "2"):  # in the launcher, and in the process that trains
         status, text, err = resist(capsys, "train", "--resume", str(out), "--processes", processes)
         assert (status, err) == (0, "")
-        assert f"the run has ended after round 1 (until rounds=1); its network is {out}" in text
+        assert f"the run has ended after round 1; its network is {out}" in text
     assert {name: (out / name).read_bytes() for name in files} == files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "rounds"),
+    [([], 3), (["--until", "rounds=2"], 2), (["--optimizer", "adamw", "--model-ema-decay", "0.5"], 3)],
+    ids=["steps", "limit", "average"],
+)
+def test_a_run_that_a_signal_ends_in_its_last_round_is_tested_when_it_resumes(
+    capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str], rounds: int
+) -> None:
+    arguments = ("train", *FAST, "--processes", "1", *options, "--out")
+    undisturbed, out = tmp_path / "a", tmp_path / "b"
+    assert resist(capsys, *arguments, str(undisturbed))[0] == 0
+    append = Run.append
+
+    def appended(run: Run, record: Mapping[str, object]) -> None:
+        append(run, record)
+        if record["round"] == rounds - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "append", appended)
+        status, text, _ = resist(capsys, *arguments, str(out))
+    assert status == 75
+    assert f"interrupted after round {rounds}; to continue" in text
+    assert accuracies(out)[-1] is None
+    for processes in ("1", "2"):  # the second time it has ended
+        status, text, err = resist(capsys, "train", "--resume", str(out), "--processes", processes)
+        assert (status, err) == (0, "")
+    assert f"the run has ended after round {rounds}; its network is {out}" in text
+    assert accuracies(out) == accuracies(undisturbed)
+    names = {path.name for path in undisturbed.glob("*.safetensors")}
+    assert names == {path.name for path in out.glob("*.safetensors")}
+    for name in names:
+        expected, found = load_file(undisturbed / name), load_file(out / name)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    state = (out / "state.json").read_text()
+    (out / "state.json").write_text(state.replace("finished", "running"))  # killed after the last checkpoint
+    (out / "model.safetensors").unlink()
+    assert resist(capsys, "train", "--resume", str(out), "--processes", "2")[0] == 0
+    assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert json.loads((out / "state.json").read_text())["state"] == "finished"
+    assert accuracies(out) == accuracies(undisturbed)
 
 
 LONG = ["--workers", "3", *FAST[2:-8], "--epochs", "0.4", "--num-evals", "1", "--checkpoint-rounds", "2", *FAST[-4:]]
@@ -402,12 +449,10 @@ def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(
     again = ("train", "--resume", str(tmp_path / "b"), "--processes", "1")
     status, text, err = resist(capsys, *again)
     assert (status, err) == (0, "")
-    assert "has done all its" in text
-    (tmp_path / "b" / "model.safetensors").unlink()
-    for arguments, expected in ((["--seed", "1"], "--seed cannot change"), ([], "move the newest folder of")):
-        status, _, err = resist(capsys, *again, *arguments)
-        assert status == 2
-        assert expected in err
+    assert f"the run has ended after round {ROUNDS}; its network is" in text
+    status, _, err = resist(capsys, *again, "--seed", "1")
+    assert status == 2
+    assert "--seed cannot change" in err
 
 
 @pytest.mark.slow

@@ -186,6 +186,27 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.path / 'metrics.jsonl'} cannot be written: {error.strerror}; make room") from error
 
+    def amend(self, values: Mapping[str, object]) -> None:
+        """Replace values of the last line of metrics.jsonl.
+
+        Args:
+            values: by key, as in `append`.
+
+        Raises:
+            UserError: as in `append`.
+        """
+        if taken := self.taken_over():
+            raise UserError(taken)
+        file = self.path / "metrics.jsonl"
+        try:
+            *lines, last = file.read_bytes().splitlines(keepends=True)
+            amended = json.dumps({**json.loads(last), **values}) + "\n"
+            write_atomically(file, b"".join([*lines, amended.encode()]))
+            self._metrics.close()
+            self._metrics = file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{file} cannot be written: {error.strerror}; make room") from error
+
     def rewrite(self, config: TrainConfig) -> None:
         """Replace config.json by options that were chosen during the run.
 

@@ -104,6 +104,7 @@ def clean(record: Any) -> Record:
         "loss": _number(record.get("loss")),
         "accuracy": None if accuracy is None or not math.isfinite(accuracy) else _number(accuracy),
         "scores": _table(record.get("scores"), _number),
+        "last": bool(record.get("last")),
         "images": _count(record.get("images", 0)),
         "seconds": _table(record.get("seconds"), _seconds),
         "startup_s": _seconds(record.get("startup_s", 0.0)),

@@ -26,7 +26,7 @@ from resist.training.launcher import INTERRUPTED
 from resist.training.loggers import Logger
 from resist.training.lr_schedule import rate
 from resist.training.overlap import take_up_fragments
-from resist.training.recorder import Recorder
+from resist.training.recorder import Recorder, scores_entry
 from resist.training.round_report import OpenRound, RoundReport, entries_of
 from resist.training.trainer import Trainer
 
@@ -126,6 +126,8 @@ class Training:
         self.clock.lap()
         self.startup_s = time.monotonic() - self.began
         self.checkpoint_s = recorder.closing_s  # of the time before, if the run continues
+        if job.step_index >= steps:
+            self._complete(recorder)
         for step in range(job.step_index, steps):
             self.lr = rate(config.optimization, step, steps)
             self.losses.append(self._step(step, self.lr))
@@ -152,6 +154,13 @@ class Training:
             raise AgreedError(self.evaluation.failed)  # the main process knows it in any case
         recorder.finish(job)
         return 0
+
+    def _complete(self, recorder: Recorder) -> None:
+        """Test the network of a run that a signal ended in its last round, before the test."""
+        self.stage = Stage.END
+        scores = self.evaluation.test(last=True)
+        if self.evaluation.failed is None:
+            recorder.complete(scores, {"evaluate": self.clock.lap()}, self.startup_s)
 
     def open_round(self) -> OpenRound | None:
         """Return what this process knows of the round under way, whose record is not written; None before a step."""
@@ -231,8 +240,8 @@ class Training:
         recorder.round(
             {
                 **{"round": job.round, "step": job.step_index, "epoch": round(epoch, 4), "lr": self.lr},
-                "accuracy": next(iter(scores.values()), None),
-                **({"scores": scores} if len(scores) > 1 else {}),
+                **scores_entry(scores),
+                **({"last": True} if last else {}),
                 "images": len(losses) * batch_size * len(report.workers),
                 "seconds": {activity: round(value, 6) for activity, value in seconds.items()},
                 **({"startup_s": round(self.startup_s, 6)} if self.startup_s else {}),

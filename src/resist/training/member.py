@@ -47,7 +47,7 @@ from resist.training.loggers import open_loggers
 from resist.training.loop import LEAVING, Training
 from resist.training.lr_schedule import num_steps
 from resist.training.recorder import Recorder
-from resist.training.resume import find_resume_point, report_done
+from resist.training.resume import ResumePoint, find_resume_point, report_end
 from resist.training.round_report import OpenRound
 from resist.training.supervisor import DONE
 from resist.training.train import check_before, log_chains, make_job, rescuing, seen_by_all
@@ -81,7 +81,7 @@ class Member:
         self._steps = num_steps(config.optimization, sampler.images_per_epoch) * config.method.workers  # of all workers
         self._founded, self._trains = 0, False  # number of workers that the job began with; whether it has begun
         self._own: tuple[Job, Trainer] | None = None
-        self._ended = False  # at a limit of `until`, before it was resumed
+        self._point = ResumePoint()  # from which the members have founded the run
         self._training: Training | None = None
         self._open: OpenRound | None = None  # when the members changed
         self._noticed, self._settled = began, True  # when they changed; whether training goes on since
@@ -193,17 +193,17 @@ class Member:
         """
         founded = [facts["workers"] for facts in generation.facts if "workers" in facts]
         found: Regrouped | None = None
+        ended = False
         os.environ["RANK"] = str(generation.members.index(self._membership.number))  # for messages of all processes
         if founded:
             found = self._regroup(transport, founded[0])
         if found is None:
             job, steps = self._found(transport, again=generation.number > 0), self._steps_of(transport.num_workers)
-            if self._ended:
+            ended, point = self._point.ended or job.step_index >= steps, self._point
+            if ended and point.tested:
+                run_everywhere(transport, lambda: report_end(self._out, point.round) if 0 in transport.hosted else None)
                 return 0
-            if job.step_index >= steps:
-                run_everywhere(transport, lambda: report_done(self._out, steps) if 0 in transport.hosted else None)
-                return 0
-        training, recorder, steps = self._open_training(transport, found)
+        training, recorder, steps = self._open_training(transport, found, ended=ended)
         self._record(generation, found, training.job, recorder)
         return training.go_on(steps, recorder, interrupted)
 
@@ -241,7 +241,7 @@ class Member:
             transport, lambda: check_before(self._config, self._task, self._out, self._lock) if is_main else None
         )
         point = find_resume_point(config, transport)
-        self._ended = point.ended
+        self._point = point
         job, trainer = self._new_job(config, transport, (point.round, point.step))
         run_everywhere(transport, lambda: point.restore(job, (trainer.optimizer,)))
         if is_main:
@@ -265,8 +265,15 @@ class Member:
             job.follow(trainer.average)
         return job, trainer
 
-    def _open_training(self, transport: Transport, found: Regrouped | None) -> tuple[Training, Recorder, int]:
+    def _open_training(
+        self, transport: Transport, found: Regrouped | None, *, ended: bool
+    ) -> tuple[Training, Recorder, int]:
         """Prepare the loop of a generation, and in a process that becomes the main one the run directory.
+
+        Args:
+            transport: Connects the members.
+            found: What has become of them; None where they have founded or resumed the run.
+            ended: No step is left.
 
         Returns:
             The loop, the keeper of its records, and the number of steps up to which it trains.
@@ -300,7 +307,7 @@ class Member:
         training = Training(config, self._task, job, (trainer,), self._run, loggers, checkpoints, self._noticed)
         training.newcomers, training.may_leave = lambda: bool(self._membership.newcomers()), not self._supervised
         least = job.step_index + 1 if found is not None else 0  # the last round ends the run, whoever is a member
-        steps = max(least, self._steps_of(transport.num_workers))
+        steps = job.step_index if ended else max(least, self._steps_of(transport.num_workers))
         training.prepare(steps)
         if self._recorder is None:
             recorder = Recorder(self._config, training.rounds, self._run, loggers)

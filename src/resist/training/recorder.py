@@ -84,11 +84,42 @@ class Recorder:
             record, self._generations = {**record, "generations": self._generations}, []
         self.run.append(record)
         self._records.append(record)
+        self._log(record)
+        self.display.add(record)
+
+    def _log(self, record: Mapping[str, Any]) -> None:
         for logger in list(self._loggers):
             if failure := logger.write(record):
                 self._loggers.remove(logger)
                 self._print(f"resist: {failure}; training continues without it")
-        self.display.add(record)
+
+    def complete(self, scores: Mapping[str, float], seconds: Mapping[str, float], startup_s: float) -> None:
+        """Add a test to the record of the last round, which lacks it.
+
+        Args:
+            scores: what the test has found, by name.
+            seconds: what it took, by phase.
+            startup_s: seconds of the command until the test.
+
+        Raises:
+            UserError: metrics.jsonl cannot be written.
+        """
+        if self.run is None or not self._records:
+            return
+        last = self._records[-1]
+        times = {name: last["seconds"].get(name, 0.0) + value for name, value in seconds.items()}
+        values = {
+            **scores_entry(scores),
+            "seconds": {**last["seconds"], **{name: round(value, 6) for name, value in times.items()}},
+            "startup_s": round(last.get("startup_s", 0.0) + startup_s, 6),
+        }
+        self.run.amend(values)
+        self._records[-1] = {**last, **values}
+        self._log(self._records[-1])
+        self.display.restart(self.rounds)
+        self.summary = self.display.summary
+        for record in self._records:
+            self.display.add(record, fresh=record is self._records[-1])
 
     def take_over(self, config: TrainConfig) -> None:
         """Go on with options of which one was chosen during the run, and write them to its directory.
@@ -190,6 +221,11 @@ class Recorder:
 
     def _print(self, text: str) -> None:
         self.display.console.print(text, markup=False, soft_wrap=True)
+
+
+def scores_entry(scores: Mapping[str, float]) -> dict[str, object]:
+    """The entries of a round in metrics.jsonl for the scores of the full network; {}: it was not tested."""
+    return {"accuracy": next(iter(scores.values()), None), **({"scores": dict(scores)} if len(scores) > 1 else {})}
 
 
 def weights_of(job: Job, plan: RoundPlan) -> dict[str, int]:

@@ -15,7 +15,7 @@ from resist.job import Job
 from resist.runs.config import TrainConfig
 from resist.runs.follower import Follower
 from resist.runs.library import check_visible
-from resist.runs.model_file import FILE
+from resist.runs.model_file import EMA_FILE, FILE
 from resist.runs.replicas import newest_replicas, restore_replicas
 from resist.runs.restore import restore
 from resist.runs.saved import complete, newest, read_job
@@ -36,13 +36,15 @@ class ResumePoint:
         round: Rounds that are done.
         step: Steps that are done.
         restore: Fills a job that was made for this round and step, and its optimizers.
-        ended: The run has ended here, at a limit of `until`: there is nothing to do.
+        ended: No step is left: this was the last round, by its record.
+        tested: The run is finished: the network of the end is there, with its scores.
     """
 
     round: int = 0
     step: int = 0
     restore: Callable[[Job, tuple[Optimizer, ...]], object] = lambda job, optimizers: None
     ended: bool = False
+    tested: bool = False
 
 
 def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
@@ -65,7 +67,7 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
 
     def search() -> str:
         found = _search(checkpoints, replicas)
-        return json.dumps({**found, "ended": _ended_at_limit(config, found["round"])} if found else found)
+        return json.dumps({**found, **_end_of(config, found["round"])} if found else found)
 
     texts = transport.all_gather_text(run_everywhere(transport, lambda: search() if is_main else ""))
     source: dict[str, Any] = json.loads(texts[0])
@@ -73,7 +75,7 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
         if is_main:
             log.info(f"resist: no checkpoint in {checkpoints} yet; the run begins at its first step")
         return ResumePoint()
-    ended, before, now = source.pop("ended"), source["workers"], config.method.workers
+    ended, tested, before, now = (source.pop("ended"), source.pop("tested"), source["workers"], config.method.workers)
     step = source["step"] * before // now
     if is_main and before != now:
         log.info(
@@ -87,33 +89,31 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
         return ResumePoint(source["round"], step, lambda job, _: _restore_replicas(job, replicas, source))
     path = checkpoints / source["checkpoint"]
     run_everywhere(transport, lambda: check_visible(path))
-    return ResumePoint(source["round"], step, lambda job, optimizers: restore(job, optimizers, path), ended=ended)
+    return ResumePoint(source["round"], step, lambda job, optimizers: restore(job, optimizers, path), ended, tested)
 
 
-def _ended_at_limit(config: TrainConfig, round: int) -> bool:
-    """Return True where the run that resumes has finished with this round, at a limit of `until`; log that it has."""
+def _end_of(config: TrainConfig, round: int) -> dict[str, bool]:
+    """Find out from its records whether the run that resumes ends with this round: "ended" and "tested", see above.
+
+    A signal in the last round ends a run before its test, and a process can be killed before it calls the run finished.
+    """
     path = config.run.resume
-    if path is None or not config.run.until or not (path / FILE).exists():
-        return False
+    assert path is not None, "it has a checkpoint"
     follower = Follower(path)
-    records = follower.read()
-    if follower.state().get("state") != "finished" or not records or records[-1]["round"] != round:
-        return False
-    log.info(
-        "the run has ended after round %d (until %s); its network is %s", round, " ".join(config.run.until), path / FILE
-    )
-    return True
+    last = next(iter(follower.read()[-1:]), None)
+    files = [FILE] if config.optimization.model_ema_decay is None else [FILE, EMA_FILE]
+    there = all((path / name).exists() for name in files) and follower.state().get("state") == "finished"
+    if last is None or last["round"] != round:  # the records are lost
+        return {"ended": False, "tested": there}
+    return {"ended": last["last"], "tested": there and last["accuracy"] is not None}
 
 
 def all_done(config: TrainConfig, num_images: int) -> bool:
-    """Find out whether a run that resumes has no step left, before the workers start.
+    """Find out whether a run that resumes has nothing left to do, before the workers start; log it.
 
     Args:
         config: The options; a run that does not resume is not done.
         num_images: Number of training images.
-
-    Raises:
-        UserError: It has none, and its network is missing.
     """
     if config.run.resume is None:
         return False
@@ -123,20 +123,17 @@ def all_done(config: TrainConfig, num_images: int) -> bool:
             about = read_job(path)
         except UserError:  # it is reported when all of them are looked through
             continue
-        done = about["step"] * about["workers"] // config.method.workers >= steps
-        return report_done(config.run.resume, steps) if done else _ended_at_limit(config, about["round"])
+        end = _end_of(config, about["round"])
+        ended = end["ended"] or about["step"] * about["workers"] // config.method.workers >= steps
+        if ended and end["tested"]:
+            report_end(config.run.resume, about["round"])
+        return ended and end["tested"]
     return False
 
 
-def report_done(path: Path, steps: int) -> bool:
-    """Log that the run in `path` has done all its steps. Raises UserError where its network is missing, else True."""
-    if not (path / FILE).exists():
-        raise UserError(
-            f"the run has done all its {steps} steps, but {path / FILE} is not there; move the newest folder of "
-            f"{path / 'checkpoints'} to another place to continue from the previous checkpoint"
-        )
-    log.info("the run has done all its %d steps; its network is %s", steps, path / FILE)
-    return True
+def report_end(path: Path, round: int) -> None:
+    """Log that the run in `path` has ended with this round."""
+    log.info("the run has ended after round %d; its network is %s", round, path / FILE)
 
 
 def _restore_replicas(job: Job, folder: Path, source: dict[str, Any]) -> None:

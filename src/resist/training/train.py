@@ -33,7 +33,7 @@ from resist.training.loop import Training
 from resist.training.lr_schedule import num_steps
 from resist.training.optimizers import resolve
 from resist.training.preflight import check_options
-from resist.training.resume import find_resume_point, report_done
+from resist.training.resume import find_resume_point, report_end
 from resist.training.trainer import Trainer, make_sampler
 from resist.training.wall import run_began
 
@@ -134,14 +134,13 @@ def _train_locked(
     """Train in the run directory `out`, which no other process writes into. Returns the exit status."""
     is_main, resume = 0 in transport.hosted, config.run.resume
     point = find_resume_point(config, transport)
-    if point.ended:
+    ended = point.ended or point.step >= steps
+    if ended and point.tested:
+        run_everywhere(transport, lambda: report_end(out, point.round) if is_main else None)
         return 0
     job = make_job(config, task, transport, device, (point.round, point.step))
     if is_main:
         log_chains(job)
-    if job.step_index >= steps:
-        run_everywhere(transport, lambda: report_done(out, steps) if is_main else None)
-        return 0
     trainers = run_everywhere(
         transport, lambda: [Trainer(config, worker, task, samplers[worker.index]) for worker in job.workers]
     )
@@ -161,7 +160,7 @@ def _train_locked(
     )
     training = Training(config, task, job, trainers, run, loggers, checkpoints, began)
     try:
-        return _surviving(out, attempt, training, steps)
+        return _surviving(out, attempt, training, point.step if ended else steps)
     finally:
         checkpoints.abandon()
 
