@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -268,6 +269,8 @@ def fail_in_one(folder: Path, failing: int) -> str:
     checkpoints = Checkpoints(folder, job.transport, timeout_s=600)
     if job.transport.process_of(job.workers[0].index) == failing:
         checkpoint.write_tensors = broken_disk
+    elif failing == 0:
+        checkpoint.write_tensors = late
     try:
         checkpoints.begin(job, tuple(optimizers), {})
         train(job, optimizers, STEPS)
@@ -277,6 +280,13 @@ def fail_in_one(folder: Path, failing: int) -> str:
     finally:
         checkpoint.write_tensors = write_tensors
     return "no error"
+
+
+def late(path: Path, *content: Any) -> None:
+    """Write when process 0 has looked for what to remove, and before it has removed the folder."""
+    time.sleep(0.5)
+    path.parent.mkdir(exist_ok=True)
+    write_tensors(path, *content)
 
 
 def broken_disk(path: Path, *_: object) -> None:

@@ -226,6 +226,8 @@ class _Save:
         self._given_up.set()
         if self._process == 0:
             self.thread.join(ABANDON_S)
+            if self.error is not None:  # another process may have written into it while it was removed
+                shutil.rmtree(self._partial, ignore_errors=True)
 
     def _run(self) -> None:
         try:
