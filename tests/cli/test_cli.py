@@ -361,8 +361,11 @@ def test_a_run_that_a_signal_ends_in_its_last_round_is_tested_when_it_resumes(
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     state = (out / "state.json").read_text()
     (out / "state.json").write_text(state.replace("finished", "running"))  # killed after the last checkpoint
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(b"".join(lines[:-1] if "--optimizer" in options else lines))
     (out / "model.safetensors").unlink()
     assert resist(capsys, "train", "--resume", str(out), "--processes", "2")[0] == 0
+    assert resist(capsys, "report", str(out))[0] == 0
     assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
     assert json.loads((out / "state.json").read_text())["state"] == "finished"
     assert accuracies(out) == accuracies(undisturbed)
@@ -412,6 +415,24 @@ def lose() -> None:
     resist.job.Job.synchronize = lost
 
 
+def lose_in_the_last_test() -> None:
+    """Kill process 2 as it begins the test after the last round, in the first attempt."""
+    import os
+    import signal
+
+    from resist.training.evaluation import Evaluation
+
+    test = Evaluation.test
+
+    def lost(evaluation, *, last):
+        if last and os.environ["RANK"] == "2" and not os.path.exists("lost again"):
+            open("lost again", "x").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return test(evaluation, last=last)
+
+    Evaluation.test = lost
+
+
 @pytest.fixture(scope="module")
 def interrupted(_commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three processes that SIGTERM ended after its fourth round."""
@@ -439,10 +460,16 @@ def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(
     assert robbed.returncode == 0, robbed.stderr
     assert "restart 1 of 1" in robbed.stderr
 
+    arguments = (*LONG, "--replicate", "--restarts", "1", "--out", tmp_path / "d")
+    robbed = commands.run("train", *arguments, cwd=tmp_path, prelude=lose_in_the_last_test)
+    assert robbed.returncode == 0, robbed.stderr
+    assert "resuming from the replicas of round 6" in robbed.stdout
+
     expected = load_file(tmp_path / "a" / "model.safetensors")
-    for name in ("b", "c"):
+    for name in ("b", "c", "d"):
         found = load_file(tmp_path / name / "model.safetensors")
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        counted = name != "d"  # replicas have no integers
+        assert all(torch.equal(found[key], value) for key, value in expected.items() if counted or value.dim())
         rounds = [json.loads(line)["round"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert rounds == list(range(1, ROUNDS + 1))
 

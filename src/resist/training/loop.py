@@ -160,7 +160,8 @@ class Training:
         self.stage = Stage.END
         scores = self.evaluation.test(last=True)
         if self.evaluation.failed is None:
-            recorder.complete(scores, {"evaluate": self.clock.lap()}, self.startup_s)
+            seconds = {"evaluate": self.clock.lap()}
+            recorder.complete(self.job.round, self.job.step_index, scores, seconds, self.startup_s)
 
     def open_round(self) -> OpenRound | None:
         """Return what this process knows of the round under way, whose record is not written; None before a step."""

@@ -13,7 +13,7 @@ from resist.report.units import amount
 from resist.runs.config import TrainConfig
 from resist.runs.directory import Run, title_of
 from resist.runs.history import read_table
-from resist.runs.records import closing_seconds, wall_parts
+from resist.runs.records import clean, closing_seconds, wall_parts
 from resist.training.interruption import Stage, announcement
 from resist.training.loggers import Logger
 from resist.training.progress import Display, Summary
@@ -93,10 +93,14 @@ class Recorder:
                 self._loggers.remove(logger)
                 self._print(f"resist: {failure}; training continues without it")
 
-    def complete(self, scores: Mapping[str, float], seconds: Mapping[str, float], startup_s: float) -> None:
-        """Add a test to the record of the last round, which lacks it.
+    def complete(
+        self, round_number: int, step: int, scores: Mapping[str, float], seconds: Mapping[str, float], startup_s: float
+    ) -> None:
+        """Add a test to the record of the last round, which lacks it, or was lost with the process that had it.
 
         Args:
+            round_number: the round, counted from 1.
+            step: steps done.
             scores: what the test has found, by name.
             seconds: what it took, by phase.
             startup_s: seconds of the command until the test.
@@ -104,9 +108,13 @@ class Recorder:
         Raises:
             UserError: metrics.jsonl cannot be written.
         """
-        if self.run is None or not self._records:
+        if self.run is None:
             return
-        last = self._records[-1]
+        last = next(iter(self._records[-1:]), None)
+        if last is None or last["round"] != round_number:
+            entries = {**scores_entry(scores), "last": True, "seconds": seconds, "startup_s": startup_s}
+            self.round(clean({"round": round_number, "step": step, **entries}))
+            return
         times = {name: last["seconds"].get(name, 0.0) + value for name, value in seconds.items()}
         values = {
             **scores_entry(scores),
