@@ -14,6 +14,7 @@ from resist.errors import UserError
 from resist.job import Job
 from resist.runs.config import TrainConfig
 from resist.runs.follower import Follower
+from resist.runs.history import read_past, read_table
 from resist.runs.library import check_visible
 from resist.runs.model_file import EMA_FILE, FILE
 from resist.runs.replicas import newest_replicas, restore_replicas
@@ -96,13 +97,16 @@ def _end_of(config: TrainConfig, round: int) -> dict[str, bool]:
     """Find out from its records whether the run that resumes ends with this round: "ended" and "tested", see above.
 
     A signal in the last round ends a run before its test, and a process can be killed before it calls the run finished.
+
+    Raises:
+        UserError: A record up to this round is damaged or missing.
     """
     path = config.run.resume
     assert path is not None, "it has a checkpoint"
-    follower = Follower(path)
-    last = next(iter(follower.read()[-1:]), None)
+    past = read_past(path, round, read_table(path / "environment.json", []).get("missing_rounds"))
+    last = past[-1][1] if past else None
     files = [FILE] if config.optimization.model_ema_decay is None else [FILE, EMA_FILE]
-    there = all((path / name).exists() for name in files) and follower.state().get("state") == "finished"
+    there = all((path / name).exists() for name in files) and Follower(path).state().get("state") == "finished"
     if last is None or last["round"] != round:  # the records are lost
         return {"ended": False, "tested": there}
     return {"ended": last["last"], "tested": there and last["accuracy"] is not None}
