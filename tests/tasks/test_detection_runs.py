@@ -39,7 +39,8 @@ def test_train_evaluate_and_go_on(capsys, tmp_path) -> None:
     status, _, err = cli(capsys, "train", "--resume", str(out))
     assert (status, err) == (0, "")
     rounds = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert rounds == [1, 2, 3]  # the limit is seen after a round
+    assert rounds == [1, 2]  # the limit was reached: it is tested, and finished
+    assert json.loads(state.read_text())["state"] == "finished"
 
 
 @pytest.mark.parametrize(
