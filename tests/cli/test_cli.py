@@ -483,6 +483,22 @@ def test_a_run_that_was_interrupted_or_lost_a_worker_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
+def test_ddp_goes_on_from_a_checkpoint(commands: Commands, tmp_path: Path) -> None:
+    """Its networks are wrapped by torch, which forms other buckets in the first step: sums are rounded otherwise."""
+    arguments = ("train", *LONG[:2], *LONG[4:], "--strategy", "ddp")
+    assert "--min-depth" not in arguments
+    undisturbed = commands.run(*arguments, "--out", tmp_path / "a")
+    assert (undisturbed.returncode, undisturbed.stderr) == (0, "")
+    done = commands.run(*arguments, "--out", tmp_path / "b", prelude=interrupt)
+    assert (done.returncode, done.stderr) == (75, "")
+    again = commands.run("train", "--resume", tmp_path / "b")
+    assert (again.returncode, again.stderr) == (0, "")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_workers(capsys, interrupted: Path, tmp_path) -> None:
     shutil.copytree(interrupted, tmp_path / "a")
     done = len(accuracies(tmp_path / "a"))

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resist.errors import UserError, first_line
 from resist.state.names import Held, other_buffer_names, put_buffers, weight_places
@@ -98,7 +98,7 @@ def load(job: SavedJob, saved: Saved, *, with_optimizers: bool = True) -> None:
             if same_processes and "random" in record.values:
                 loads.append(_random_state(record, worker.subnet.device))
             if not same:
-                loads.append(partial(put_buffers, worker.subnet, worker.model, held, saved.buffers))
+                loads.append(partial(put_buffers, worker.subnet, held, saved.buffers))
     except UserError:
         raise
     except BROKEN as error:
@@ -156,7 +156,7 @@ def _hold(worker: Worker, held: Held, changing: set[tuple[int | None, str]]) -> 
     """
     capacities = tuple(len(blocks) for blocks in held)
     if capacities != worker.subnet.capacities:
-        before = {id(parameter) for parameter in worker.model.parameters()}
+        before = {id(parameter) for parameter in worker.subnet.model.parameters()}
         worker.subnet.resize(capacities, worker.subnet.empty(capacities))
         follow_resize(worker.subnet, worker.optimizers, before, {})
         if worker.average is not None:
@@ -193,9 +193,9 @@ def _from_record(
         yield load_state(worker, number, one["state"], tensors, held)
     if optimizers:
         yield load_arrived(worker, values["arrived"], tensors, held)
-    yield _buffers(worker.subnet, worker.model, held, values["buffers"], tensors, source)
+    yield _buffers(worker.subnet, held, values["buffers"], tensors, source)
     if worker.average is not None:
-        yield _buffers(worker.average, worker.average.model, held, average["buffers"], tensors, source)
+        yield _buffers(worker.average, held, average["buffers"], tensors, source)
 
 
 def _set_count(worker: Worker, count: int) -> None:
@@ -206,7 +206,6 @@ def _set_count(worker: Worker, count: int) -> None:
 
 def _buffers(
     subnet: Subnet,
-    model: nn.Module,
     held: Held,
     saved: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -214,12 +213,12 @@ def _buffers(
 ) -> Callable[[], None]:
     """Check the buffers in no flat tensor; return what loads them."""
     values = {name: decode(value, tensors) for name, value in saved.items()}
-    without, everything = other_buffer_names(subnet, model, held)
+    without, everything = other_buffer_names(subnet, held)
     if different := (without - values.keys()) | (values.keys() - everything):
         raise UserError(
             f"{source} and this network differ in the buffer {min(different)!r}; it belongs to another network"
         )
-    return partial(put_buffers, subnet, model, held, values)
+    return partial(put_buffers, subnet, held, values)
 
 
 def _random_state(record: Record, device: torch.device) -> Callable[[], None]:

@@ -35,19 +35,18 @@ def parameters_by_name(subnet: Subnet, held: Held) -> dict[str, nn.Parameter]:
     return {subnet.layout.full_name(place, held): parameter for parameter, place in subnet.parameter_places()}
 
 
-def other_buffers(subnet: Subnet, model: nn.Module, held: Held) -> dict[str, Tensor]:
+def other_buffers(subnet: Subnet, held: Held) -> dict[str, Tensor]:
     """Return the buffers whose values are in no flat tensor.
 
     Args:
         subnet: The sub-network, at the end of a round.
-        model: Its model.
         held: Blocks of each chain, in the order of the slots.
 
     Returns:
         Buffers by global dotted name.
     """
     found: dict[str, Tensor] = {}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
+    for name, buffer in subnet.model.named_buffers(remove_duplicate=False):
         place = subnet.place(name)
         flat = _in_flats(subnet, place)
         if flat is None or (flat.shape, flat.dtype) != (buffer.shape, buffer.dtype):
@@ -55,12 +54,11 @@ def other_buffers(subnet: Subnet, model: nn.Module, held: Held) -> dict[str, Ten
     return found
 
 
-def other_buffer_names(subnet: Subnet, model: nn.Module, held: Held) -> tuple[set[str], set[str]]:
+def other_buffer_names(subnet: Subnet, held: Held) -> tuple[set[str], set[str]]:
     """Name the buffers that a sub-network has for `held`.
 
     Args:
         subnet: The sub-network.
-        model: Its model.
         held: Blocks of each chain, in the order of the slots.
 
     Returns:
@@ -68,7 +66,7 @@ def other_buffer_names(subnet: Subnet, model: nn.Module, held: Held) -> tuple[se
     """
     without: set[str] = set()
     everything: set[str] = set()
-    present = {subnet.place(name) for name, _ in model.named_buffers(remove_duplicate=False)}
+    present = {subnet.place(name) for name, _ in subnet.model.named_buffers(remove_duplicate=False)}
     for place in present | subnet.buffers.keys():  # also those that are None
         slots = range(1 if place.chain is None else len(held[place.chain]))
         names = {subnet.layout.full_name(replace(place, slot=slot), held) for slot in slots}
@@ -78,12 +76,11 @@ def other_buffer_names(subnet: Subnet, model: nn.Module, held: Held) -> tuple[se
 
 
 @torch.no_grad()
-def put_buffers(subnet: Subnet, model: nn.Module, held: Held, values: Mapping[str, Tensor]) -> None:
+def put_buffers(subnet: Subnet, held: Held, values: Mapping[str, Tensor]) -> None:
     """Give a sub-network the buffers that `other_buffers` has returned.
 
     Args:
         subnet: The sub-network, which holds `held`.
-        model: Its model.
         held: Blocks of each chain, in the order of the slots.
         values: Buffers by global dotted name, on any device. They are copied; others stay as they are.
     """
@@ -95,7 +92,7 @@ def put_buffers(subnet: Subnet, model: nn.Module, held: Held, values: Mapping[st
             own[place.piece] = values[name]
     for part, own in parts.items():
         subnet.put_loose(*part, own)
-    for name, buffer in other_buffers(subnet, model, held).items():  # common ones, which no part has for itself
+    for name, buffer in other_buffers(subnet, held).items():  # common ones, which no part has for itself
         if name in values and values[name].shape == buffer.shape:
             buffer.copy_(values[name])
 

@@ -191,10 +191,10 @@ def worker_record(job: SavedJob, worker: Worker) -> Record:
     if own := own_record(worker, job.wire, record.tensors, (part, "own")):
         record.values["own"] = own
     record.values["arrived"] = arrived_state(worker, held, record.tensors, (part, "arrived"))
-    buffers = other_buffers(worker.subnet, worker.subnet.model, held)
+    buffers = other_buffers(worker.subnet, held)
     record.values["buffers"] = _encode_all(buffers, record.tensors, (part, "buffers"))
     if worker.average is not None and worker.averaged is not None:
-        averages = other_buffers(worker.average, worker.average.model, held)
+        averages = other_buffers(worker.average, held)
         record.values["average"] = {
             "buffers": _encode_all(averages, record.tensors, (part, "average", "buffers")),
             "n_averaged": int(worker.averaged.n_averaged),

@@ -55,7 +55,7 @@ def state_dict_of(job: SavedJob, *, complete: bool) -> dict[str, Any]:
         for chain, blocks in zip(job.chains, held, strict=True):
             for name in (name for block in blocks for name in chain.members(block)):
                 buffers.setdefault(name, {})
-        for name, buffer in other_buffers(worker.subnet, worker.model, held).items():
+        for name, buffer in other_buffers(worker.subnet, held).items():
             buffers.setdefault(_block(job, name), {})[name] = buffer
         records[str(worker.index)] = _pack(worker_record(job, worker))
     packed = {block: _pack_buffers(values) for block, values in buffers.items()}

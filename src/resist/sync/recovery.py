@@ -44,7 +44,7 @@ def keep_present(worker: Worker, before: Held, after: Held, replicas: Blocks, bu
         worker.anchor = widened(subnet, worker.anchor, before, after, replicas)
     if worker.average_anchor is not None:
         worker.average_anchor = widened(subnet, worker.average_anchor, before, after, replicas)
-    known = {id(parameter) for parameter in worker.model.parameters()}
+    known = {id(parameter) for parameter in worker.subnet.model.parameters()}
     worker.finish_round(flats, after)
     for optimizer in worker.optimizers:
         start_over(optimizer, [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known])
