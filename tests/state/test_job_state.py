@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pool import Pool
 from resist.errors import UserError
-from resist.planning.strategy import Strategy, diloco, resist, switch
+from resist.planning.strategy import Strategy, ddp, diloco, resist, switch
 from saving import IN_FILES, OPTIMIZERS, STEPS, Loop, equal, network, warmed_up
 
 pytestmark = pytest.mark.slow
@@ -217,6 +217,19 @@ def test_the_library_of_torch_saves_and_loads_it(tmp_path: Path) -> None:
 
 def test_the_library_of_torch_in_two_processes(pool: Pool, tmp_path: Path) -> None:
     assert pool.run(2, save_and_load, tmp_path, 3) == [True, True]
+
+
+def save_and_load_ddp() -> bool:
+    """Its models are wrapped, and have names of their own."""
+    loop = Loop(ddp(2, STEPS), scheduled=False).train(4)
+    again = Loop(ddp(2, STEPS), scheduled=False).attached()
+    again.job.load_state_dict(loop.job.state_dict())
+    good = equal(loop.everything(), again.everything())
+    return good and again.train(2).job.step_index == 6
+
+
+def test_a_job_of_ddp_comes_back(pool: Pool) -> None:
+    assert pool.run(2, save_and_load_ddp) == [True, True]
 
 
 def load_elsewhere(folder: Path, workers: int) -> dict[str, torch.Tensor] | None:
