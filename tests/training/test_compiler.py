@@ -21,7 +21,7 @@ exit 1
 @pytest.fixture(autouse=True)
 def guards(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on any Python but 3.13.0, where torch's may be refused."""
-    monkeypatch.setattr("resist.training.compiler.check_guards", lambda: None)
+    monkeypatch.setattr("resist.training.compiler.missed_changes", lambda: "")
 
 
 @pytest.fixture
@@ -70,6 +70,12 @@ def test_a_gpu_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         check_compiler(torch.device("cuda"))
     monkeypatch.setenv("CC", "cc")
     check_compiler(torch.device("cuda"))
+
+
+def test_a_torch_that_misses_changes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resist.training.compiler.missed_changes", lambda: "it misses them; take another")
+    with pytest.raises(UserError, match="`compile`: it misses them; take another"):
+        check_compiler(torch.device("cuda"))
 
 
 def test_a_torch_with_other_private_names_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

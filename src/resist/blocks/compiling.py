@@ -9,8 +9,6 @@ import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from resist.errors import UserError
-
 log = logging.getLogger(__name__)
 
 MOST_GRAPHS = 1024  # each takes seconds to minutes to compile
@@ -37,19 +35,19 @@ def num_combinations(values: Sequence[Hashable], capacity: int) -> int:
     return counts[capacity]
 
 
-def check_guards() -> None:
-    """Check that a compiled network notices when attributes change.
+def missed_changes() -> str:
+    """Say why a compiled network does not notice here that attributes change; "": it does, or nothing is compiled.
 
-    Raises:
-        UserError: With this version of torch on Python 3.13.0 it goes on with the former ones.
+    With some versions of torch on Python 3.13.0 it goes on with the former ones.
     """
     dynamo: Any = sys.modules.get("torch._dynamo")
     tags = "use_recursive_dict_tags_for_guards"
-    if dynamo is not None and sys.version_info[:3] == (3, 13, 0) and getattr(dynamo.config, tags, False):
-        raise UserError(
-            "torch.compile does not notice on Python 3.13.0 that flags of a module change, and computes something "
-            f"else; take Python 3.13.1 or later, or set torch._dynamo.config.{tags} = False before the first step"
-        )
+    if dynamo is None or sys.version_info[:3] != (3, 13, 0) or not getattr(dynamo.config, tags, False):
+        return ""
+    return (
+        "torch.compile does not notice on Python 3.13.0 that flags of a module change, and computes something else; "
+        f"take Python 3.13.1 or later, or set torch._dynamo.config.{tags} = False before the first step"
+    )
 
 
 def allow_graphs(number: int, chain: str, noted: set[str]) -> None:
@@ -61,14 +59,13 @@ def allow_graphs(number: int, chain: str, noted: set[str]) -> None:
         number: Number of graphs that the network can need.
         chain: Name of the chain, for the note.
         noted: What has been said about the chain; more is added.
-
-    Raises:
-        UserError: See `check_guards`.
     """
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is None or not dynamo.utils.counters["stats"]["unique_graphs"]:
         return
-    check_guards()
+    if (missed := missed_changes()) and "changes" not in noted:  # perhaps of another network
+        noted.add("changes")
+        log.warning("flags or integers differ along %s: %s", chain, missed)
     config = dynamo.config
     if number <= config.recompile_limit or "torch.compile" in noted:
         return

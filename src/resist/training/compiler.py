@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from resist.blocks.compiling import check_guards
+from resist.blocks.compiling import missed_changes
 from resist.errors import UserError
 
 # What the sources that torch.compile makes include, too.
@@ -26,7 +26,8 @@ def check_compiler(device: torch.device) -> None:
     """
     importlib.import_module("torch._dynamo")  # its settings
 
-    check_guards()
+    if missed := missed_changes():
+        raise UserError(f"`compile`: {missed}")
     if device.type == "cuda":  # Triton's kernels are started by functions in C
         if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
             raise UserError("`compile` needs a C compiler on this host (gcc, or the one that CC names); leave it out")
