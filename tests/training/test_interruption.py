@@ -29,6 +29,7 @@ unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs signals of Unix
         (Stage.BETWEEN, ROUNDS, 50.0, "ending after the next round (about 5 s); Ctrl-C again to end now"),
         (Stage.BETWEEN, [], 50.0, "ending after the next round; Ctrl-C again to end now"),
         (Stage.END, ROUNDS, 5.5, "ending: the last round is being tested and saved; Ctrl-C again to end now"),
+        (Stage.SAVE, ROUNDS, 5.5, "ending: the round is being saved; Ctrl-C again to end now"),
     ],
 )
 def test_the_line_says_when(stage: Stage, recent: list[tuple[float, float, int]], since_s: float, text: str) -> None:

@@ -19,6 +19,7 @@ class Stage(Enum):
     ROUND = "ending after this round"
     BETWEEN = "ending after the next round"  # the one before it is being tested and saved
     END = "ending: the last round is being tested and saved"
+    SAVE = "ending: the round is being saved"  # another process has received a signal, or this one has just now
 
 
 _ours = False  # whether signals of this process wake a thread of `interruption`
@@ -109,7 +110,7 @@ def announcement(stage: Stage, recent: Collection[tuple[float, float, int]], sin
         A line, with an estimate of the time up to the end of the round where one can be made.
     """
     left_s = None
-    if recent and stage is not Stage.END:
+    if recent and stage not in (Stage.END, Stage.SAVE):
         round_s = sum(training_s for _, training_s, _ in recent) / len(recent)
         left_s = round_s - since_s
         if stage is Stage.BETWEEN:

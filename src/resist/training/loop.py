@@ -224,7 +224,7 @@ class Training:
         report = self._compare(values.mean(0).tolist(), compute_s, stop, interrupted.is_set(), image_s)
         last = report.stop or last
         self._choose_capacities(report, len(losses), recorder)
-        self.stage = Stage.END if last or report.interrupted else Stage.BETWEEN
+        self.stage = Stage.SAVE if report.interrupted else Stage.END if last else Stage.BETWEEN
         seconds = {"compute": report.compute_s, "wait": max(0.0, lap() - report.compute_s + compute_s)}
         if not job.step(*self.optimizers, nonfinite=nonfinite):
             job.synchronize(nonfinite)  # the last round may be short
