@@ -153,6 +153,7 @@ def _serve(connection: Connection) -> None:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=timedelta(seconds=50)
             )
+            dist.barrier()  # no process begins where another one has failed to connect: all are called again then
         except RuntimeError:
             connection.send_bytes(pickle.dumps(Outcome(error=traceback.format_exc(), connected=False)))
             os._exit(1)

@@ -177,8 +177,9 @@ def test_survivors_go_on_after_a_stop_and_who_wakes_leaves(pool: Pool, port: int
     ]
     for seconds, text in (value for value in values if isinstance(value, tuple)):
         assert BOUND_S - HEARTBEAT_S < seconds < BOUND_S + 5, text
-        # The first one to notice asks the other for a new generation.
-        assert "no sign of life for 2 s, or has left" in text or "another member has lost contact" in text
+        # The first one to notice asks the other for a new generation, and closes the connection.
+        known = ("no sign of life for 2 s, or has left", "another member has lost contact", "the connection has ended")
+        assert any(cause in text for cause in known), text
 
 
 def kill_self(*_: object, **__: object) -> None:
@@ -267,7 +268,8 @@ def lose_the_store(port: int, where: str) -> str:
     Path(where, str(member.place)).touch()
     if member.place == 1:
         time.sleep(BOUND_S + 1)
-    with pytest.raises(WorkerLostError, match="the store at which the members agree cannot be reached"):
+    # The other one may have noticed it first, and closed the connection.
+    with pytest.raises(WorkerLostError, match=r"the store at which the members agree cannot be reached|has ended$"):
         member.transport.all_gather_text("x")
     with pytest.raises(NotAMemberError) as raised:
         member.regroup()
