@@ -156,12 +156,11 @@ class Training:
         return 0
 
     def _complete(self, recorder: Recorder) -> None:
-        """Test the network of a run that a signal ended in its last round, before the test."""
+        """Test the network of a run that has done all its steps, and ended before the test, as by a signal."""
         self.stage = Stage.END
         scores = self.evaluation.test(last=True)
         if self.evaluation.failed is None:
-            seconds = {"evaluate": self.clock.lap()}
-            recorder.complete(self.job.round, self.job.step_index, scores, seconds, self.startup_s)
+            recorder.complete(self.job.round, self.job.step_index, scores, self.clock.lap(), self.startup_s)
 
     def open_round(self) -> OpenRound | None:
         """Return what this process knows of the round under way, whose record is not written; None before a step."""

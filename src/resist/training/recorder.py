@@ -94,7 +94,7 @@ class Recorder:
                 self._print(f"resist: {failure}; training continues without it")
 
     def complete(
-        self, round_number: int, step: int, scores: Mapping[str, float], seconds: Mapping[str, float], startup_s: float
+        self, round_number: int, step: int, scores: Mapping[str, float], evaluate_s: float, startup_s: float
     ) -> None:
         """Add a test to the record of the last round, which lacks it, or was lost with the process that had it.
 
@@ -102,7 +102,7 @@ class Recorder:
             round_number: the round, counted from 1.
             step: steps done.
             scores: what the test has found, by name.
-            seconds: what it took, by phase.
+            evaluate_s: seconds of the test.
             startup_s: seconds of the command until the test.
 
         Raises:
@@ -112,13 +112,12 @@ class Recorder:
             return
         last = next(iter(self._records[-1:]), None)
         if last is None or last["round"] != round_number:
-            entries = {**scores_entry(scores), "last": True, "seconds": seconds, "startup_s": startup_s}
-            self.round(clean({"round": round_number, "step": step, **entries}))
+            times = {"seconds": {"evaluate": evaluate_s}, "startup_s": startup_s}
+            self.round(clean({"round": round_number, "step": step, "last": True, **scores_entry(scores), **times}))
             return
-        times = {name: last["seconds"].get(name, 0.0) + value for name, value in seconds.items()}
         values = {
             **scores_entry(scores),
-            "seconds": {**last["seconds"], **{name: round(value, 6) for name, value in times.items()}},
+            "seconds": {**last["seconds"], "evaluate": round(last["seconds"].get("evaluate", 0.0) + evaluate_s, 6)},
             "startup_s": round(last.get("startup_s", 0.0) + startup_s, 6),
         }
         self.run.amend(values)

@@ -76,7 +76,8 @@ def find_resume_point(config: TrainConfig, transport: Transport) -> ResumePoint:
         if is_main:
             log.info(f"resist: no checkpoint in {checkpoints} yet; the run begins at its first step")
         return ResumePoint()
-    ended, tested, before, now = (source.pop("ended"), source.pop("tested"), source["workers"], config.method.workers)
+    ended, tested = source.pop("ended"), source.pop("tested")
+    before, now = source["workers"], config.method.workers
     step = source["step"] * before // now
     if is_main and before != now:
         log.info(
